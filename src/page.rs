@@ -1,0 +1,170 @@
+//! The words that everything else speaks: blocks, pages, runs of pages, and the
+//! one trait of whoever can give a page's bytes.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes in a target page, the unit in which QEMU's migration stream carries
+/// memory on x86 (`TARGET_PAGE_SIZE` in QEMU's `exec/cpu-all.h`).
+pub const PAGE_SIZE: usize = 4096;
+
+/// log2 of [`PAGE_SIZE`].
+pub const PAGE_SHIFT: u32 = 12;
+
+/// The bytes of one target page.
+pub type PageBytes = [u8; PAGE_SIZE];
+
+/// A RAMBlock's place in a machine's list of blocks. The list keeps the order of
+/// the migration stream's block list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BlockId(pub u16);
+
+impl BlockId {
+    /// This block's position in the list of blocks.
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// One RAMBlock of a machine, as QEMU names and sizes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// QEMU's name of the block (`idstr`), at most 255 bytes.
+    pub name: String,
+    /// Used length in bytes, a multiple of [`PAGE_SIZE`].
+    pub len: u64,
+    /// Size in bytes of the host pages that back the block: 4096, or the huge
+    /// page size of hugetlbfs. A power of two, at least [`PAGE_SIZE`].
+    pub page_size: u64,
+}
+
+impl Block {
+    /// Number of target pages in the block.
+    pub fn pages(&self) -> u64 {
+        self.len >> PAGE_SHIFT
+    }
+
+    /// Number of target pages in one host page of the block.
+    pub fn pages_per_host_page(&self) -> u64 {
+        self.page_size >> PAGE_SHIFT
+    }
+}
+
+/// One target page of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Page {
+    /// The block it lies in.
+    pub block: BlockId,
+    /// Its number within the block, counted in units of [`PAGE_SIZE`].
+    pub number: u64,
+}
+
+impl Page {
+    /// The page's offset in its block, in bytes.
+    pub fn offset(self) -> u64 {
+        self.number << PAGE_SHIFT
+    }
+}
+
+/// Neighbouring target pages of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Run {
+    /// The block they lie in.
+    pub block: BlockId,
+    /// The first page's number within the block.
+    pub first: u64,
+    /// How many pages.
+    pub count: u64,
+}
+
+impl Run {
+    /// The run of a single page.
+    pub fn single(page: Page) -> Run {
+        Run { block: page.block, first: page.number, count: 1 }
+    }
+
+    /// Offset of the first page in its block, in bytes.
+    pub fn offset(self) -> u64 {
+        self.first << PAGE_SHIFT
+    }
+
+    /// Length in bytes.
+    pub fn bytes(self) -> u64 {
+        self.count << PAGE_SHIFT
+    }
+
+    /// Number of the page behind the last one.
+    pub fn end(self) -> u64 {
+        self.first + self.count
+    }
+
+    /// The pages of the run, in order.
+    pub fn pages(self) -> impl Iterator<Item = Page> {
+        (self.first..self.end()).map(move |number| Page { block: self.block, number })
+    }
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "block {} offset {:#x}, {} pages", self.block.0, self.offset(), self.count)
+    }
+}
+
+/// A stored chunk's number: what pages that are stored together have in common.
+/// Meaningful only to the [`PageSource`] that gave it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkId(pub u64);
+
+/// Where a page's bytes are to be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Location {
+    /// The page is all zeros; nothing is stored for it.
+    Zero,
+    /// The page is one of several in a chunk.
+    Stored {
+        /// The chunk that holds it.
+        chunk: ChunkId,
+        /// The page's place in the chunk, in pages.
+        slot: usize,
+    },
+}
+
+/// Why a source could not give a page. It names the source and the place in it;
+/// whoever asked adds which page it was for.
+pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Whoever can give the bytes of a machine's pages, verified.
+pub trait PageSource: Send + Sync {
+    /// The machine's blocks; [`BlockId`]s index this list.
+    fn blocks(&self) -> &[Block];
+
+    /// The most pages that a chunk holds. Pages of one aligned group of this many
+    /// are likely to be stored together.
+    fn chunk_pages(&self) -> usize;
+
+    /// Where the page is stored. Does no I/O beyond touching a mapped index.
+    ///
+    /// # Errors
+    /// When the page does not exist, or the index is damaged where it speaks of it.
+    fn locate(&self, page: Page) -> Result<Location, SourceError>;
+
+    /// A reader with buffers of its own; each thread takes one.
+    ///
+    /// # Errors
+    /// When the reader's buffers or decompressor cannot be made.
+    fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError>;
+}
+
+/// Reads chunks, one thread's share of a [`PageSource`].
+pub trait ChunkReader: Send {
+    /// Reads, decompresses and verifies one chunk. The bytes are those of its
+    /// slots in order, each [`PAGE_SIZE`] long, valid until the next call.
+    /// Allocates nothing once its buffers have grown to the chunk size.
+    ///
+    /// # Errors
+    /// When the chunk can't be read or its checksum does not match. What is
+    /// returned without error has been verified.
+    fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError>;
+}
