@@ -1,1 +1,219 @@
-//! To be written.
+//! A guest's memory on its way back: which page goes when, and who brings it.
+//!
+//! [`Memory`] ties together where pages come from (a
+//! [`PageSource`](crate::page::PageSource)), how they travel (a [`Place`]), and
+//! who takes which page ([`claim`]). [`faults`] answers what the guest waits for,
+//! [`prefetch`] brings the rest. Neither knows by which way a page travels, and
+//! nothing here knows of images or of how QEMU was started.
+
+pub mod claim;
+pub mod faults;
+pub mod place;
+pub mod prefetch;
+mod socket;
+mod window;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+pub use claim::ClaimMap;
+pub use faults::FaultServer;
+pub use place::{Place, PlaceError};
+pub use prefetch::prefetch;
+pub use socket::SocketPlace;
+
+use crate::page::{Block, BlockId, PageSource, Run, SourceError};
+
+/// Why memory could not be brought.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The source could not give a page.
+    #[error("the memory at offset {offset:#x} of block `{block}` can't be had: {source}")]
+    Source {
+        /// The block's name.
+        block: String,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// What the source said.
+        source: SourceError,
+    },
+    /// A page could not be installed.
+    #[error("installing memory at offset {offset:#x} of block `{block}` failed: {source}")]
+    Place {
+        /// The block's name.
+        block: String,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// What went wrong.
+        source: PlaceError,
+    },
+    /// The source can't be read at all.
+    #[error("no reader for the guest's memory: {0}")]
+    Reader(SourceError),
+    /// QEMU asked for memory that its machine does not have.
+    #[error(
+        "QEMU asked for {len} bytes at offset {offset:#x} of block `{block}`, which the image \
+         does not hold: it was started as another machine than the one that was saved"
+    )]
+    NoSuchMemory {
+        /// The block's name.
+        block: String,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// How far a guest's memory has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Pages that are in place.
+    pub present: u64,
+    /// Pages of the machine.
+    pub total: u64,
+    /// Requests received from the guest's side, those for pages already on their
+    /// way included.
+    pub requests: u64,
+    /// Pages installed because of a request, neighbours included.
+    pub demanded: u64,
+}
+
+/// One guest's memory on its way.
+pub struct Memory {
+    source: Arc<dyn PageSource>,
+    place: Box<dyn Place>,
+    claims: ClaimMap,
+    /// Faults that are being answered now; prefetch stands aside while there are any.
+    urgent: AtomicUsize,
+    requests: AtomicU64,
+    demanded: AtomicU64,
+    /// Signalled once, when the last page is in place.
+    complete: (Mutex<bool>, Condvar),
+}
+
+impl Memory {
+    /// The memory that `source` holds, none of it in place, to be brought by `place`.
+    pub fn new(source: Arc<dyn PageSource>, place: Box<dyn Place>) -> Memory {
+        let claims = ClaimMap::new(source.blocks());
+        let complete = (Mutex::new(claims.total() == 0), Condvar::new());
+        Memory {
+            source,
+            place,
+            claims,
+            urgent: AtomicUsize::new(0),
+            requests: AtomicU64::new(0),
+            demanded: AtomicU64::new(0),
+            complete,
+        }
+    }
+
+    /// The machine's blocks.
+    pub fn blocks(&self) -> &[Block] {
+        self.source.blocks()
+    }
+
+    /// How far it has come.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            present: self.claims.present(),
+            total: self.claims.total(),
+            requests: self.requests.load(Ordering::Relaxed),
+            demanded: self.demanded.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Waits until every page is in place, for `timeout` at most; says whether it is so.
+    pub fn wait_complete(&self, timeout: Duration) -> bool {
+        let (done, signal) = &self.complete;
+        let done = done.lock().unwrap_or_else(PoisonError::into_inner);
+        let (done, _) = signal
+            .wait_timeout_while(done, timeout, |done| !*done)
+            .unwrap_or_else(PoisonError::into_inner);
+        *done
+    }
+
+    fn block(&self, id: BlockId) -> &Block {
+        &self.source.blocks()[id.index()]
+    }
+
+    /// Claims the pages of `run` that nobody has, and installs those, in pieces as
+    /// large as the way of placing likes. Each piece is claimed just before it goes,
+    /// and `pause` is called before each, so that whoever isn't urgent can stand
+    /// aside while holding nothing.
+    fn install(
+        &self,
+        run: Run,
+        content: Content<'_>,
+        pause: impl Fn(),
+    ) -> Result<u64, MemoryError> {
+        let unit = self.block(run.block).pages_per_host_page();
+        let step = unit.max(self.place.step_pages());
+        let mut installed = 0;
+        let mut first = run.first;
+        while first < run.end() {
+            // Pieces begin at multiples of the step, so that huge pages stay whole.
+            let end = run.end().min((first / step + 1) * step);
+            pause();
+            let piece = Run { block: run.block, first, count: end - first };
+            self.claims.claim(piece, |claimed| {
+                self.place_run(run, claimed, content)?;
+                installed += claimed.count;
+                Ok(())
+            })?;
+            first = end;
+        }
+        Ok(installed)
+    }
+
+    /// Installs pages that the caller has claimed.
+    fn place_run(&self, whole: Run, run: Run, content: Content<'_>) -> Result<(), MemoryError> {
+        let block = self.block(run.block);
+        let placed = match content {
+            Content::Zero => self.place.zero(block, run),
+            Content::Bytes(bytes) => {
+                let start = (run.offset() - whole.offset()) as usize;
+                self.place.copy(block, run, &bytes[start..start + run.bytes() as usize])
+            }
+        };
+        placed.map_err(|source| MemoryError::Place {
+            block: block.name.clone(),
+            offset: run.offset(),
+            source,
+        })?;
+        if self.claims.mark_present(run) {
+            let (done, signal) = &self.complete;
+            *done.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            signal.notify_all();
+        }
+        Ok(())
+    }
+
+    fn source_error(&self, run: Run, source: SourceError) -> MemoryError {
+        MemoryError::Source {
+            block: self.block(run.block).name.clone(),
+            offset: run.offset(),
+            source,
+        }
+    }
+
+    /// Stands aside while faults are being answered. A fault takes some tens of
+    /// microseconds, so giving up the time slice is enough.
+    fn stand_aside(&self) {
+        while self.urgent.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// What a run of pages holds.
+#[derive(Clone, Copy)]
+enum Content<'a> {
+    Zero,
+    /// The bytes of the whole run.
+    Bytes(&'a [u8]),
+}

@@ -1,1 +1,111 @@
-//! To be written.
+//! QEMU's migration stream and its return path: bytes to values and back.
+//!
+//! No policy lives here: who reads a socket, when, and what to do about an error
+//! is decided elsewhere. The formats are described in QEMU's
+//! `docs/devel/migration/main.rst` and defined by `migration/savevm.c`,
+//! `migration/ram.c` and `migration/qemu-file.c`. All integers are big-endian.
+
+mod input;
+mod return_path;
+mod source;
+mod stream;
+
+#[cfg(test)]
+mod tests;
+
+pub use return_path::{ReturnPath, ReturnPathMessage};
+pub use source::{Frame, Opening, closing, package};
+pub use stream::{Item, StreamBlock, StreamReader, Tail};
+
+/// `QEMU_VM_FILE_MAGIC`: the letters "QEVM".
+const FILE_MAGIC: u32 = 0x5145_564d;
+/// `QEMU_VM_FILE_VERSION`.
+const FILE_VERSION: u32 = 3;
+
+/// `QEMU_VM_EOF` and the section types that follow one another in a stream.
+mod section {
+    pub const EOF: u8 = 0x00;
+    pub const START: u8 = 0x01;
+    pub const PART: u8 = 0x02;
+    pub const END: u8 = 0x03;
+    pub const FULL: u8 = 0x04;
+    pub const SUBSECTION: u8 = 0x05;
+    pub const VMDESCRIPTION: u8 = 0x06;
+    pub const CONFIGURATION: u8 = 0x07;
+    pub const COMMAND: u8 = 0x08;
+    pub const FOOTER: u8 = 0x7e;
+}
+
+/// `MIG_CMD_*` of `migration/savevm.c`.
+mod command {
+    pub const OPEN_RETURN_PATH: u16 = 1;
+    pub const PING: u16 = 2;
+    pub const POSTCOPY_ADVISE: u16 = 3;
+    pub const POSTCOPY_LISTEN: u16 = 4;
+    pub const POSTCOPY_RUN: u16 = 5;
+    pub const POSTCOPY_RAM_DISCARD: u16 = 6;
+    pub const PACKAGED: u16 = 7;
+}
+
+/// `RAM_SAVE_FLAG_*` of `migration/ram.c`. They share a word with the page's
+/// address, whose lowest twelve bits are free.
+mod ram_flag {
+    pub const ZERO: u64 = 0x02;
+    pub const MEM_SIZE: u64 = 0x04;
+    pub const PAGE: u64 = 0x08;
+    pub const EOS: u64 = 0x10;
+    pub const CONTINUE: u64 = 0x20;
+    pub const ALL: u64 = 0xfff;
+}
+
+/// The version of the `ram` section (`register_savevm_live("ram", 0, 4, …)`).
+const RAM_SECTION_VERSION: u32 = 4;
+
+/// A migration stream or a return path that can't be understood. `at` is the
+/// offset in bytes from the start of what was read.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The peer's bytes could not be read.
+    #[error("reading the migration stream at byte {at} failed: {source}")]
+    Io {
+        /// Where in the stream.
+        at: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The stream stopped short.
+    #[error(
+        "the migration stream ended at byte {at}, inside {inside}: QEMU died, was told to cancel, \
+         or the stream is truncated"
+    )]
+    Ended {
+        /// Where in the stream.
+        at: u64,
+        /// What was being read.
+        inside: &'static str,
+    },
+    /// The first bytes are not a migration stream's.
+    #[error("not a QEMU migration stream (magic {magic:#010x}, version {version})")]
+    NotAStream {
+        /// The first four bytes.
+        magic: u32,
+        /// The next four.
+        version: u32,
+    },
+    /// Bytes that the format does not allow.
+    #[error("the migration stream is malformed at byte {at}: {what}")]
+    Malformed {
+        /// Where in the stream.
+        at: u64,
+        /// What is wrong.
+        what: String,
+    },
+    /// Something a stream may hold, and that is not supported.
+    #[error("the migration stream holds at byte {at} what snapback does not support: {what}")]
+    Unsupported {
+        /// Where in the stream.
+        at: u64,
+        /// What it is, and what to do.
+        what: String,
+    },
+}

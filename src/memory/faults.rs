@@ -1,0 +1,122 @@
+//! Answers what the guest waits for, at once.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::window::Window;
+use super::{Memory, MemoryError};
+use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
+
+/// Answers requests for pages; one thread's share, with buffers of its own.
+///
+/// An answer allocates nothing and takes no lock but what the way of placing
+/// needs. A request for a page that somebody else has claimed needs no answer:
+/// whoever claimed it holds its bytes and installs it now.
+pub struct FaultServer {
+    memory: Arc<Memory>,
+    reader: Box<dyn ChunkReader>,
+    window: Window,
+}
+
+/// Tells prefetch to stand aside for as long as it lives.
+struct Urgent<'a>(&'a Memory);
+
+impl<'a> Urgent<'a> {
+    fn new(memory: &'a Memory) -> Urgent<'a> {
+        memory.urgent.fetch_add(1, Ordering::AcqRel);
+        Urgent(memory)
+    }
+}
+
+impl Drop for Urgent<'_> {
+    fn drop(&mut self) {
+        self.0.urgent.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl FaultServer {
+    /// A server for this memory.
+    ///
+    /// # Errors
+    /// When the source can't give a reader.
+    pub fn new(memory: Arc<Memory>) -> Result<FaultServer, MemoryError> {
+        let reader = memory.source.reader().map_err(MemoryError::Reader)?;
+        let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
+        let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
+        Ok(FaultServer { memory, reader, window: Window::new(pages) })
+    }
+
+    /// Installs the memory that was asked for, and whatever else its chunks hold
+    /// nearby. `offset` and `len` are in bytes, within the block.
+    ///
+    /// # Errors
+    /// When there is no such memory, when the source can't give it, or when it
+    /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
+    pub fn serve(&mut self, block: BlockId, offset: u64, len: u64) -> Result<(), MemoryError> {
+        let memory = Arc::clone(&self.memory);
+        memory.requests.fetch_add(1, Ordering::Relaxed);
+        let _urgent = Urgent::new(&memory);
+        let end = offset.checked_add(len).filter(|end| *end <= memory.block(block).len);
+        let Some(end) = end.filter(|_| len > 0) else {
+            let block = memory.block(block).name.clone();
+            return Err(MemoryError::NoSuchMemory { block, offset, len });
+        };
+        let unit = memory.block(block).pages_per_host_page();
+        let mut number = (offset >> PAGE_SHIFT) & !(unit - 1);
+        while number << PAGE_SHIFT < end {
+            self.serve_host_page(&memory, Page { block, number }, unit)?;
+            number += unit;
+        }
+        Ok(())
+    }
+
+    /// Installs one host page, which begins at target page `page`.
+    fn serve_host_page(
+        &mut self,
+        memory: &Memory,
+        page: Page,
+        unit: u64,
+    ) -> Result<(), MemoryError> {
+        let host_page = cut(memory, page, unit);
+        let mut mine = None;
+        memory.claims.claim(host_page, |claimed| {
+            mine = Some(claimed);
+            Ok::<(), MemoryError>(())
+        })?;
+        let Some(mine) = mine else { return Ok(()) };
+
+        let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
+        let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
+        let first = page.number / group * group;
+        let around = cut(memory, Page { block: page.block, number: first }, group);
+        self.window.load(memory, &mut *self.reader, around, |near, stored| {
+            (mine.first..mine.end()).contains(&near.number)
+                || (together(stored, location)
+                    && !memory.claims.is_claimed(near.block, near.number))
+        })?;
+
+        // The one that is waited for goes first; its neighbours follow.
+        memory.place_run(mine, mine, self.window.host_page(mine))?;
+        let mut installed = mine.count;
+        for (run, content) in self.window.pieces() {
+            installed += memory.install(run, content, || {})?;
+        }
+        memory.demanded.fetch_add(installed, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// `count` pages from `page` on, as far as the block reaches.
+fn cut(memory: &Memory, page: Page, count: u64) -> Run {
+    let pages = memory.block(page.block).pages();
+    Run { block: page.block, first: page.number, count: count.min(pages - page.number) }
+}
+
+/// Whether a page comes for free with another.
+fn together(a: Location, b: Location) -> bool {
+    match (a, b) {
+        (Location::Zero, Location::Zero) => true,
+        (Location::Stored { chunk: a, .. }, Location::Stored { chunk: b, .. }) => a == b,
+        _ => false,
+    }
+}

@@ -1,0 +1,45 @@
+//! How pages reach a guest's memory.
+
+use crate::page::{Block, Run};
+
+/// Why pages could not be installed.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// QEMU is gone, or has closed the way.
+    #[error("QEMU is gone ({0})")]
+    Gone(std::io::Error),
+    /// Something else.
+    #[error("{0}")]
+    Io(std::io::Error),
+}
+
+impl From<std::io::Error> for PlaceError {
+    fn from(error: std::io::Error) -> PlaceError {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+        match error.kind() {
+            BrokenPipe | ConnectionReset | NotConnected => PlaceError::Gone(error),
+            _ => PlaceError::Io(error),
+        }
+    }
+}
+
+/// A way for pages to reach a guest's memory. Whoever calls has claimed the pages;
+/// a page that is handed over is installed exactly once.
+pub trait Place: Send + Sync {
+    /// Installs the run's bytes; `bytes.len()` is `run.bytes()`. Returns once they
+    /// are on their way for good and the guest, if it waits for them, will wake.
+    ///
+    /// # Errors
+    /// When the way is broken.
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError>;
+
+    /// Installs zeros.
+    ///
+    /// # Errors
+    /// When the way is broken.
+    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError>;
+
+    /// The most target pages that one call should bring, so that an urgent page
+    /// does not wait long behind it.
+    fn step_pages(&self) -> u64;
+}

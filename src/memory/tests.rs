@@ -1,0 +1,198 @@
+//! The engine against a source and a way of placing that live in this process:
+//! every page arrives once, whole and right, whoever brings it.
+
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::page::{ChunkId, ChunkReader, Location, PAGE_SIZE, Page};
+
+/// Memory whose bytes follow from their place; every third group of pages is zero,
+/// and chunks hold the pages of a group in reverse order.
+struct Computed {
+    blocks: Vec<Block>,
+    chunk_pages: usize,
+    /// A chunk that can't be read.
+    broken: Option<ChunkId>,
+}
+
+impl Computed {
+    fn group(&self, page: Page) -> u64 {
+        page.number / self.chunk_pages as u64
+    }
+
+    fn chunk(&self, page: Page) -> ChunkId {
+        ChunkId((u64::from(page.block.0) << 32) | self.group(page))
+    }
+
+    fn expected(&self, page: Page) -> [u8; PAGE_SIZE] {
+        match self.group(page) % 3 {
+            2 => [0; PAGE_SIZE],
+            _ => pattern(page),
+        }
+    }
+}
+
+fn pattern(page: Page) -> [u8; PAGE_SIZE] {
+    let mut bytes = [0; PAGE_SIZE];
+    for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
+        let seed = (page.number << 20) ^ (u64::from(page.block.0) << 56) ^ i as u64 ^ 1 << 50;
+        word.copy_from_slice(&seed.to_le_bytes());
+    }
+    bytes
+}
+
+impl PageSource for Computed {
+    fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    fn chunk_pages(&self) -> usize {
+        self.chunk_pages
+    }
+
+    fn locate(&self, page: Page) -> Result<Location, SourceError> {
+        let in_group = (page.number % self.chunk_pages as u64) as usize;
+        Ok(match self.group(page) % 3 {
+            2 => Location::Zero,
+            _ => {
+                Location::Stored { chunk: self.chunk(page), slot: self.chunk_pages - 1 - in_group }
+            }
+        })
+    }
+
+    fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+        let (pages, broken) = (self.chunk_pages as u64, self.broken);
+        Ok(Box::new(ComputedReader { pages, broken, bytes: Vec::new() }))
+    }
+}
+
+struct ComputedReader {
+    pages: u64,
+    broken: Option<ChunkId>,
+    bytes: Vec<u8>,
+}
+
+impl ChunkReader for ComputedReader {
+    fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError> {
+        if self.broken == Some(chunk) {
+            return Err("this chunk is broken".into());
+        }
+        let block = BlockId((chunk.0 >> 32) as u16);
+        let first = (chunk.0 & 0xffff_ffff) * self.pages;
+        self.bytes.clear();
+        for number in (first..first + self.pages).rev() {
+            self.bytes.extend_from_slice(&pattern(Page { block, number }));
+        }
+        Ok(&self.bytes)
+    }
+}
+
+/// Memory of this process, which refuses a page that it already has.
+#[derive(Default)]
+struct Shelf {
+    pages: Mutex<std::collections::HashMap<(String, u64), Vec<u8>>>,
+}
+
+impl Place for Arc<Shelf> {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
+        assert_eq!(run.first % block.pages_per_host_page(), 0, "a host page was cut");
+        let mut pages = self.pages.lock().unwrap();
+        for (page, bytes) in run.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
+            let old = pages.insert((block.name.clone(), page.number), bytes.to_vec());
+            assert!(old.is_none(), "{run} was installed twice");
+        }
+        Ok(())
+    }
+
+    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+        self.copy(block, run, &vec![0; run.bytes() as usize])
+    }
+
+    fn step_pages(&self) -> u64 {
+        16
+    }
+}
+
+fn block(name: &str, pages: u64, page_size: u64) -> Block {
+    Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size }
+}
+
+fn check_all(source: &Computed, shelf: &Shelf) {
+    let pages = shelf.pages.lock().unwrap();
+    for (index, block) in source.blocks.iter().enumerate() {
+        for number in 0..block.pages() {
+            let page = Page { block: BlockId(index as u16), number };
+            let found = pages.get(&(block.name.clone(), number));
+            assert_eq!(found.map(Vec::as_slice), Some(&source.expected(page)[..]), "{page:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Faults from two threads and prefetch from two more, all at once.
+    #[test]
+    fn every_page_arrives_once_and_right(
+        sizes in prop::collection::vec((1u64..900, prop::sample::select(vec![4096u64, 65536, 2 << 20])), 1..4),
+        chunk_shift in 0u32..6,
+        asked in prop::collection::vec((any::<u16>(), any::<u64>()), 0..200),
+    ) {
+        let blocks: Vec<Block> = sizes
+            .iter()
+            .enumerate()
+            .map(|(i, (pages, size))| block(&format!("b{i}"), *pages, *size))
+            .collect();
+        let computed = |blocks| Computed { blocks, chunk_pages: 1 << chunk_shift, broken: None };
+        let shelf = Arc::new(Shelf::default());
+        let place = Box::new(Arc::clone(&shelf));
+        let memory = Arc::new(Memory::new(Arc::new(computed(blocks.clone())), place));
+        std::thread::scope(|scope| {
+            for half in asked.chunks(asked.len().div_ceil(2).max(1)) {
+                let mut server = FaultServer::new(Arc::clone(&memory)).unwrap();
+                let blocks = &blocks;
+                scope.spawn(move || for (b, n) in half {
+                    let id = usize::from(*b) % blocks.len();
+                    let unit = blocks[id].pages_per_host_page();
+                    let offset = (n % blocks[id].pages()) / unit * blocks[id].page_size;
+                    let len = blocks[id].page_size.min(blocks[id].len - offset);
+                    server.serve(BlockId(id as u16), offset, len).unwrap();
+                });
+            }
+            prefetch(&memory, 2, &AtomicBool::new(false)).unwrap();
+        });
+        prop_assert!(memory.wait_complete(Duration::from_secs(60)));
+        prop_assert_eq!(memory.counts().present, memory.counts().total);
+        check_all(&computed(blocks), &shelf);
+    }
+}
+
+#[test]
+fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
+    let broken = Some(ChunkId(7));
+    let source = Computed { blocks: vec![block("pc.ram", 256, 4096)], chunk_pages: 16, broken };
+    let shelf = Arc::new(Shelf::default());
+    let memory = Arc::new(Memory::new(Arc::new(source), Box::new(Arc::clone(&shelf))));
+    let error = prefetch(&memory, 2, &AtomicBool::new(false)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the memory at offset 0x70000 of block `pc.ram` can't be had: this chunk is broken"
+    );
+    assert!(!memory.wait_complete(Duration::ZERO));
+}
+
+#[test]
+fn a_request_outside_the_machine_is_refused() {
+    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 16, broken: None };
+    let shelf = Arc::new(Shelf::default());
+    let memory = Arc::new(Memory::new(Arc::new(source), Box::new(shelf)));
+    let mut server = FaultServer::new(Arc::clone(&memory)).unwrap();
+    for (offset, len) in [(4 * 4096, 4096), (0, 5 * 4096), (u64::MAX - 4095, 4096), (0, 0)] {
+        let error = server.serve(BlockId(0), offset, len).unwrap_err();
+        assert!(matches!(error, MemoryError::NoSuchMemory { .. }), "{error}");
+    }
+    assert_eq!(memory.counts().present, 0);
+}

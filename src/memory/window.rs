@@ -1,0 +1,146 @@
+//! A stretch of memory being made ready: looked up, read, and put in order.
+
+use super::{Content, Memory, MemoryError};
+use crate::page::{BlockId, ChunkReader, Location, PAGE_SIZE, Page, Run};
+
+/// Buffers for some neighbouring pages of one block, used again and again.
+pub(super) struct Window {
+    run: Run,
+    /// The pages' bytes, one after the other.
+    bytes: Box<[u8]>,
+    /// What is known of each page.
+    slots: Vec<Slot>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Slot {
+    /// Not wanted: somebody else brings it, or has brought it.
+    Skip,
+    /// All zeros.
+    Zero,
+    /// To be read from there.
+    Stored(Location),
+    /// Its bytes are in the buffer.
+    Ready,
+}
+
+impl Window {
+    /// A window of `pages` pages at most.
+    pub fn new(pages: usize) -> Window {
+        let run = Run { block: BlockId(0), first: 0, count: 0 };
+        let bytes = vec![0; pages * PAGE_SIZE].into_boxed_slice();
+        Window { run, bytes, slots: Vec::with_capacity(pages) }
+    }
+
+    /// The most pages it takes.
+    pub fn capacity(&self) -> u64 {
+        (self.bytes.len() / PAGE_SIZE) as u64
+    }
+
+    /// Reads those pages of `run` that are `wanted`, each chunk once.
+    pub fn load(
+        &mut self,
+        memory: &Memory,
+        reader: &mut dyn ChunkReader,
+        run: Run,
+        wanted: impl Fn(Page, Location) -> bool,
+    ) -> Result<(), MemoryError> {
+        self.run = run;
+        self.slots.clear();
+        for page in run.pages() {
+            let located = memory.source.locate(page);
+            let location = located.map_err(|e| memory.source_error(Run::single(page), e))?;
+            self.slots.push(match location {
+                location if !wanted(page, location) => Slot::Skip,
+                Location::Zero => Slot::Zero,
+                location => Slot::Stored(location),
+            });
+        }
+        for at in 0..self.slots.len() {
+            self.read_chunk_of(at, memory, reader)?;
+        }
+        self.make_host_pages_whole(memory.block(run.block).pages_per_host_page());
+        Ok(())
+    }
+
+    /// Reads the chunk of one page, and takes from it whatever else is near.
+    fn read_chunk_of(
+        &mut self,
+        at: usize,
+        memory: &Memory,
+        reader: &mut dyn ChunkReader,
+    ) -> Result<(), MemoryError> {
+        let Slot::Stored(Location::Stored { chunk, .. }) = self.slots[at] else { return Ok(()) };
+        let page = Page { block: self.run.block, number: self.run.first + at as u64 };
+        let read = reader.read(chunk).map_err(|e| memory.source_error(Run::single(page), e))?;
+        let near = (at + memory.source.chunk_pages()).min(self.slots.len());
+        for (slot, bytes) in self.slots[at..near]
+            .iter_mut()
+            .zip(self.bytes[at * PAGE_SIZE..].chunks_exact_mut(PAGE_SIZE))
+        {
+            if let Slot::Stored(Location::Stored { chunk: other, slot: place }) = *slot
+                && other == chunk
+            {
+                let from =
+                    read.get(place * PAGE_SIZE..(place + 1) * PAGE_SIZE).ok_or_else(|| {
+                        let what = format!("chunk {} has no page {place}", chunk.0);
+                        memory.source_error(Run::single(page), what.into())
+                    })?;
+                bytes.copy_from_slice(from);
+                *slot = Slot::Ready;
+            }
+        }
+        Ok(())
+    }
+
+    /// A host page is installed as a whole: where only some of its target pages
+    /// are zero, their zeros are written out.
+    fn make_host_pages_whole(&mut self, unit: u64) {
+        if unit == 1 {
+            return;
+        }
+        let unit = unit as usize;
+        let bytes = self.bytes.chunks_mut(unit * PAGE_SIZE);
+        for (slots, bytes) in self.slots.chunks_mut(unit).zip(bytes) {
+            if slots.iter().all(|slot| *slot != Slot::Ready) {
+                continue;
+            }
+            for (slot, bytes) in slots.iter_mut().zip(bytes.chunks_exact_mut(PAGE_SIZE)) {
+                if *slot == Slot::Zero {
+                    bytes.fill(0);
+                    *slot = Slot::Ready;
+                }
+            }
+        }
+    }
+
+    /// The stretches of pages that are ready, each with what it holds.
+    pub fn pieces(&self) -> impl Iterator<Item = (Run, Content<'_>)> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            at += self.slots[at..].iter().take_while(|slot| **slot == Slot::Skip).count();
+            let kind = *self.slots.get(at)?;
+            let count = self.slots[at..].iter().take_while(|slot| **slot == kind).count();
+            let first = self.run.first + at as u64;
+            let run = Run { block: self.run.block, first, count: count as u64 };
+            let content = self.content(run, kind);
+            at += count;
+            Some((run, content))
+        })
+    }
+
+    /// What one host page holds that was wanted and has been loaded.
+    pub fn host_page(&self, run: Run) -> Content<'_> {
+        self.content(run, self.slots[(run.first - self.run.first) as usize])
+    }
+
+    fn content(&self, run: Run, kind: Slot) -> Content<'_> {
+        match kind {
+            Slot::Zero => Content::Zero,
+            _ => {
+                let start = (run.offset() - self.run.offset()) as usize;
+                Content::Bytes(&self.bytes[start..start + run.bytes() as usize])
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! A buffered reader that counts, for formats without a length in front.
+
+use std::io::{ErrorKind, Read};
+
+use super::WireError;
+
+/// Bytes taken from the peer in one call, at most. Large enough that a page
+/// costs a small part of a system call.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Reads a stream piece by piece; a read never waits for more than is needed.
+pub(super) struct Input<R> {
+    inner: R,
+    buffer: Box<[u8]>,
+    /// What was read and not yet taken is `buffer[start..end]`.
+    start: usize,
+    end: usize,
+    /// Offset in the stream of `buffer[start]`.
+    at: u64,
+}
+
+impl<R: Read> Input<R> {
+    pub fn new(inner: R) -> Input<R> {
+        Input { inner, buffer: vec![0; BUFFER_BYTES].into(), start: 0, end: 0, at: 0 }
+    }
+
+    /// Bytes taken so far.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Reads once from the peer; false at its end.
+    fn refill(&mut self) -> Result<bool, WireError> {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        loop {
+            match self.inner.read(&mut self.buffer[self.end..]) {
+                Ok(n) => {
+                    self.end += n;
+                    return Ok(n > 0);
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(WireError::Io { at: self.at + self.end as u64, source });
+                }
+            }
+        }
+    }
+
+    /// Whether the peer has ended and everything is taken.
+    pub fn at_end(&mut self) -> Result<bool, WireError> {
+        Ok(self.start == self.end && !self.refill()?)
+    }
+
+    /// Takes the next `n` bytes, at most [`BUFFER_BYTES`].
+    pub fn take(&mut self, n: usize, inside: &'static str) -> Result<&[u8], WireError> {
+        debug_assert!(n <= BUFFER_BYTES);
+        while self.end - self.start < n {
+            if !self.refill()? {
+                let at = self.at + (self.end - self.start) as u64;
+                return Err(WireError::Ended { at, inside });
+            }
+        }
+        let taken = self.start..self.start + n;
+        self.start += n;
+        self.at += n as u64;
+        Ok(&self.buffer[taken])
+    }
+
+    /// Takes what is there, waiting only when there is nothing; empty at the end.
+    pub fn take_some(&mut self) -> Result<&[u8], WireError> {
+        if self.start == self.end {
+            self.refill()?;
+        }
+        let taken = self.start..self.end;
+        self.start = self.end;
+        self.at += taken.len() as u64;
+        Ok(&self.buffer[taken])
+    }
+
+    fn array<const N: usize>(&mut self, inside: &'static str) -> Result<[u8; N], WireError> {
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(self.take(N, inside)?);
+        Ok(bytes)
+    }
+
+    pub fn u8(&mut self, inside: &'static str) -> Result<u8, WireError> {
+        self.array::<1>(inside).map(|[b]| b)
+    }
+
+    pub fn u16(&mut self, inside: &'static str) -> Result<u16, WireError> {
+        self.array(inside).map(u16::from_be_bytes)
+    }
+
+    pub fn u32(&mut self, inside: &'static str) -> Result<u32, WireError> {
+        self.array(inside).map(u32::from_be_bytes)
+    }
+
+    pub fn u64(&mut self, inside: &'static str) -> Result<u64, WireError> {
+        self.array(inside).map(u64::from_be_bytes)
+    }
+
+    /// A counted string: one byte of length, then the bytes, which QEMU keeps to
+    /// printable ASCII.
+    pub fn counted_string(&mut self, inside: &'static str) -> Result<String, WireError> {
+        let len = usize::from(self.u8(inside)?);
+        let at = self.at;
+        let bytes = self.take(len, inside)?;
+        String::from_utf8(bytes.to_vec()).map_err(|_| WireError::Malformed {
+            at,
+            what: format!("{inside} holds a name that is not text"),
+        })
+    }
+}

@@ -1,0 +1,175 @@
+//! What a postcopy source sends: opening, package, pages, closing.
+//!
+//! The order is that of QEMU's own source (`migration/migration.c`,
+//! `postcopy_start`), with nothing in the precopy phase but the block list:
+//!
+//! 1. [`Opening`]: header, OPEN_RETURN_PATH, PING, POSTCOPY_ADVISE, the block
+//!    list, RAM_DISCARD of every block. Without a discard, LISTEN itself puts QEMU
+//!    back into the "discard" state, and pages are written in place instead of
+//!    being installed.
+//! 2. [`package`]: LISTEN and all device state in *one* package, since once LISTEN
+//!    has run another thread of QEMU's owns the stream; RUN ends it.
+//! 3. [`Frame`]s of pages, each page at most once.
+//! 4. [`closing`].
+
+use super::{RAM_SECTION_VERSION, command, ram_flag, section};
+use crate::page::{Block, PAGE_SIZE, PageBytes, Run};
+
+/// The section id under which RAM is announced. Any number serves; QEMU counts
+/// from 0 in the order of registration, and `ram` is usually the third.
+const RAM_SECTION: u32 = 2;
+
+/// `postcopy_ram_discard_version` in `migration/savevm.c`.
+const DISCARD_VERSION: u8 = 0;
+
+fn push_command(out: &mut Vec<u8>, command: u16, data: &[u8]) {
+    out.push(section::COMMAND);
+    out.extend_from_slice(&command.to_be_bytes());
+    out.extend_from_slice(&(data.len() as u16).to_be_bytes());
+    out.extend_from_slice(data);
+}
+
+fn push_name(out: &mut Vec<u8>, name: &str) {
+    debug_assert!(name.len() <= 255);
+    out.push(name.len() as u8);
+    out.extend_from_slice(name.as_bytes());
+}
+
+fn push_end_of_ram_section(out: &mut Vec<u8>) {
+    out.extend_from_slice(&ram_flag::EOS.to_be_bytes());
+    out.push(section::FOOTER);
+    out.extend_from_slice(&RAM_SECTION.to_be_bytes());
+}
+
+/// What comes before the package.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    /// The saved stream's header and configuration section.
+    pub config: &'a [u8],
+    /// The saved stream's block list.
+    pub blocks: &'a [Block],
+    /// The value of the PING, which comes back as a PONG.
+    pub ping: u32,
+    /// The host's page size in bytes: a block's page size is told only where it
+    /// differs from this (`ram_save_setup` in `migration/ram.c`).
+    pub host_page_size: u64,
+}
+
+impl Opening<'_> {
+    /// The bytes to send.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut out = self.config.to_vec();
+        push_command(&mut out, command::OPEN_RETURN_PATH, &[]);
+        push_command(&mut out, command::PING, &self.ping.to_be_bytes());
+        let page_sizes = self.blocks.iter().fold(0, |sizes, block| sizes | block.page_size);
+        let mut advise = page_sizes.to_be_bytes().to_vec();
+        advise.extend_from_slice(&(PAGE_SIZE as u64).to_be_bytes());
+        push_command(&mut out, command::POSTCOPY_ADVISE, &advise);
+        self.push_block_list(&mut out);
+        for block in self.blocks {
+            let mut discard = vec![DISCARD_VERSION];
+            push_name(&mut discard, &block.name);
+            discard.push(0);
+            discard.extend_from_slice(&0u64.to_be_bytes());
+            discard.extend_from_slice(&block.len.to_be_bytes());
+            push_command(&mut out, command::POSTCOPY_RAM_DISCARD, &discard);
+        }
+        out
+    }
+
+    fn push_block_list(&self, out: &mut Vec<u8>) {
+        out.push(section::START);
+        out.extend_from_slice(&RAM_SECTION.to_be_bytes());
+        push_name(out, "ram");
+        out.extend_from_slice(&0u32.to_be_bytes());
+        out.extend_from_slice(&RAM_SECTION_VERSION.to_be_bytes());
+        let total: u64 = self.blocks.iter().map(|block| block.len).sum();
+        out.extend_from_slice(&(total | ram_flag::MEM_SIZE).to_be_bytes());
+        for block in self.blocks {
+            push_name(out, &block.name);
+            out.extend_from_slice(&block.len.to_be_bytes());
+            if block.page_size != self.host_page_size {
+                out.extend_from_slice(&block.page_size.to_be_bytes());
+            }
+        }
+        push_end_of_ram_section(out);
+    }
+}
+
+/// The package that starts the guest: LISTEN, a PING with `listening` (answered
+/// once QEMU's userfaultfd is set up), the device state, a PING with `loaded`
+/// (answered once it is in), RUN. No end-of-file mark and no description inside.
+pub fn package(devices: &[u8], listening: u32, loaded: u32) -> Vec<u8> {
+    let mut inner = Vec::with_capacity(devices.len() + 64);
+    push_command(&mut inner, command::POSTCOPY_LISTEN, &[]);
+    push_command(&mut inner, command::PING, &listening.to_be_bytes());
+    inner.extend_from_slice(devices);
+    push_command(&mut inner, command::PING, &loaded.to_be_bytes());
+    push_command(&mut inner, command::POSTCOPY_RUN, &[]);
+
+    let mut out = Vec::with_capacity(inner.len() + 16);
+    push_command(&mut out, command::PACKAGED, &(inner.len() as u32).to_be_bytes());
+    out.append(&mut inner);
+    out
+}
+
+/// The end of everything: the `ram` END section and the end-of-file mark.
+pub fn closing() -> Vec<u8> {
+    let mut out = vec![section::END];
+    out.extend_from_slice(&RAM_SECTION.to_be_bytes());
+    push_end_of_ram_section(&mut out);
+    out.push(section::EOF);
+    out
+}
+
+/// A `ram` PART section in the making, in a buffer that is used again and again.
+#[derive(Debug, Default)]
+pub struct Frame {
+    bytes: Vec<u8>,
+}
+
+impl Frame {
+    /// Starts the section for the pages of one run.
+    fn start(&mut self) {
+        self.bytes.clear();
+        self.bytes.push(section::PART);
+        self.bytes.extend_from_slice(&RAM_SECTION.to_be_bytes());
+    }
+
+    fn record(&mut self, block: &Block, run: Run, number: u64, flag: u64) {
+        let address = number << crate::page::PAGE_SHIFT;
+        if number == run.first {
+            self.bytes.extend_from_slice(&(address | flag).to_be_bytes());
+            push_name(&mut self.bytes, &block.name);
+        } else {
+            self.bytes.extend_from_slice(&(address | flag | ram_flag::CONTINUE).to_be_bytes());
+        }
+    }
+
+    /// The section that carries the run's pages; `pages` holds one item a page.
+    pub fn pages<'a>(
+        &mut self,
+        block: &Block,
+        run: Run,
+        pages: impl Iterator<Item = &'a PageBytes>,
+    ) -> &[u8] {
+        self.start();
+        for (number, bytes) in (run.first..run.end()).zip(pages) {
+            self.record(block, run, number, ram_flag::PAGE);
+            self.bytes.extend_from_slice(bytes);
+        }
+        push_end_of_ram_section(&mut self.bytes);
+        &self.bytes
+    }
+
+    /// The section that says that the run's pages are zero.
+    pub fn zeros(&mut self, block: &Block, run: Run) -> &[u8] {
+        self.start();
+        for number in run.first..run.end() {
+            self.record(block, run, number, ram_flag::ZERO);
+            self.bytes.push(0);
+        }
+        push_end_of_ram_section(&mut self.bytes);
+        &self.bytes
+    }
+}

@@ -1,0 +1,399 @@
+//! The migration stream as `migrate` writes it: configuration, RAM, devices.
+//!
+//! Two kinds of stream are understood: the one of `background-snapshot` (RAM in
+//! any order, then all devices, no `ram` END section), and an ordinary precopy
+//! stream (the `ram` END section closes RAM). Device state carries no lengths, so
+//! it is taken as a whole: it runs from the first section that isn't `ram` to the
+//! end-of-file mark.
+
+use std::collections::HashMap;
+use std::io::Read;
+
+use super::input::Input;
+use super::{FILE_MAGIC, FILE_VERSION, RAM_SECTION_VERSION, WireError, ram_flag, section};
+use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Page, PageBytes};
+
+/// The longest machine name and the largest configuration section that are
+/// believed; real ones have some dozens of bytes.
+const CONFIG_MAX_BYTES: usize = 64 << 10;
+
+/// The most device state that is believed, in bytes. A machine's device state is
+/// a few hundred KiB; its bulk (video memory and the like) travels as RAM.
+const TAIL_MAX_BYTES: usize = 256 << 20;
+
+/// One block of the stream's block list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamBlock {
+    /// QEMU's name of the block.
+    pub name: String,
+    /// Used length in bytes.
+    pub len: u64,
+}
+
+/// What comes next in a stream.
+#[derive(Debug)]
+pub enum Item<'a> {
+    /// The list of blocks; [`BlockId`]s of the pages that follow index it. Comes
+    /// once, before any page.
+    Blocks(&'a [StreamBlock]),
+    /// One page with its bytes.
+    Page(Page, &'a PageBytes),
+    /// One page that is all zeros.
+    Zero(Page),
+    /// Everything else, to the end. Comes once, last.
+    Tail(Tail),
+}
+
+/// What follows the RAM in a stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tail {
+    /// The device sections, without the end-of-file mark behind them.
+    pub devices: Vec<u8>,
+    /// QEMU's JSON description of the device sections; empty where the machine
+    /// type suppresses it.
+    pub vmdesc: Vec<u8>,
+}
+
+/// Where in the stream the reader is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Before the configuration section.
+    Start,
+    /// Between two sections.
+    Between,
+    /// Inside a `ram` section, between two records.
+    InRam,
+    /// Behind the tail.
+    Done,
+}
+
+/// Parses a migration stream as it comes, in bounded memory.
+pub struct StreamReader<R> {
+    input: Input<R>,
+    place: Place,
+    config: Vec<u8>,
+    machine_type: String,
+    ram_section: Option<u32>,
+    blocks: Vec<StreamBlock>,
+    by_name: HashMap<String, BlockId>,
+    /// The block that a record with CONTINUE means.
+    current: Option<BlockId>,
+    /// A zero record with another fill byte than 0 becomes a page; its bytes.
+    filled: Box<PageBytes>,
+}
+
+impl<R: Read> StreamReader<R> {
+    /// A reader of the stream that `input` gives from its first byte on.
+    pub fn new(input: R) -> StreamReader<R> {
+        StreamReader {
+            input: Input::new(input),
+            place: Place::Start,
+            config: Vec::new(),
+            machine_type: String::new(),
+            ram_section: None,
+            blocks: Vec::new(),
+            by_name: HashMap::new(),
+            current: None,
+            filled: Box::new([0; PAGE_SIZE]),
+        }
+    }
+
+    /// Bytes read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.input.at()
+    }
+
+    /// The stream's header and configuration section, as they came; complete once
+    /// [`Item::Blocks`] has been seen.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// The versioned machine type that the configuration section names.
+    pub fn machine_type(&self) -> &str {
+        &self.machine_type
+    }
+
+    /// The next item, or `None` behind the tail.
+    ///
+    /// # Errors
+    /// When reading fails, when the stream ends too early, and when it is
+    /// malformed or holds what is not supported. No item follows an error.
+    pub fn next_item(&mut self) -> Result<Option<Item<'_>>, WireError> {
+        loop {
+            match self.place {
+                Place::Start => {
+                    self.read_config()?;
+                    self.place = Place::Between;
+                }
+                Place::Between => match self.input.u8("the start of a section")? {
+                    section::START if self.ram_section.is_none() => {
+                        self.read_ram_start()?;
+                        self.place = Place::InRam;
+                        return Ok(Some(Item::Blocks(&self.blocks)));
+                    }
+                    kind @ (section::PART | section::END) if self.ram_section.is_some() => {
+                        self.expect_ram_section(kind)?;
+                        self.place = Place::InRam;
+                    }
+                    kind if self.ram_section.is_some() => {
+                        self.place = Place::Done;
+                        return Ok(Some(Item::Tail(self.read_tail(kind)?)));
+                    }
+                    section::SUBSECTION => self.read_config_subsection()?,
+                    kind => return Err(self.early_section(kind)?),
+                },
+                Place::InRam => match self.read_record()? {
+                    Record::Page(page) => {
+                        let bytes = self.input.take(PAGE_SIZE, "a page")?;
+                        let bytes = bytes.try_into().expect("take gives what was asked for");
+                        return Ok(Some(Item::Page(page, bytes)));
+                    }
+                    Record::Filled(page) => return Ok(Some(Item::Page(page, &self.filled))),
+                    Record::Zero(page) => return Ok(Some(Item::Zero(page))),
+                    Record::End => {
+                        self.read_footer()?;
+                        self.place = Place::Between;
+                    }
+                },
+                Place::Done => return Ok(None),
+            }
+        }
+    }
+
+    fn malformed(&self, what: impl Into<String>) -> WireError {
+        WireError::Malformed { at: self.input.at(), what: what.into() }
+    }
+
+    fn unsupported(&self, what: impl Into<String>) -> WireError {
+        WireError::Unsupported { at: self.input.at(), what: what.into() }
+    }
+
+    /// The header and the configuration section, kept as they came.
+    fn read_config(&mut self) -> Result<(), WireError> {
+        let magic = self.input.u32("the header")?;
+        let version = self.input.u32("the header")?;
+        if (magic, version) != (FILE_MAGIC, FILE_VERSION) {
+            return Err(WireError::NotAStream { magic, version });
+        }
+        if self.input.u8("the configuration section")? != section::CONFIGURATION {
+            return Err(self.unsupported(
+                "a machine type without a configuration section (older than QEMU 2.4's)",
+            ));
+        }
+        let len = self.input.u32("the configuration section")? as usize;
+        if len > CONFIG_MAX_BYTES {
+            return Err(self.malformed(format!("a machine name of {len} bytes")));
+        }
+        let name = self.input.take(len, "the machine name")?.to_vec();
+        self.machine_type = String::from_utf8_lossy(&name).into_owned();
+        self.config.extend_from_slice(&FILE_MAGIC.to_be_bytes());
+        self.config.extend_from_slice(&FILE_VERSION.to_be_bytes());
+        self.config.push(section::CONFIGURATION);
+        self.config.extend_from_slice(&(len as u32).to_be_bytes());
+        self.config.extend_from_slice(&name);
+        Ok(())
+    }
+
+    /// A subsection of the configuration: they carry no length, so only the known
+    /// ones can be passed over (`vmstate_configuration` in `migration/savevm.c`).
+    fn read_config_subsection(&mut self) -> Result<(), WireError> {
+        let inside = "a subsection of the configuration";
+        let name = self.input.counted_string(inside)?;
+        let version = self.input.u32(inside)?;
+        self.config.push(section::SUBSECTION);
+        self.config.push(name.len() as u8);
+        self.config.extend_from_slice(name.as_bytes());
+        self.config.extend_from_slice(&version.to_be_bytes());
+        match name.as_str() {
+            "configuration/target-page-bits" => {
+                let bits = self.input.u32(inside)?;
+                if bits != PAGE_SHIFT {
+                    return Err(self.unsupported(format!("target pages of 2^{bits} bytes")));
+                }
+                self.config.extend_from_slice(&bits.to_be_bytes());
+            }
+            "configuration/uuid" => {
+                let uuid = self.input.take(16, inside)?.to_vec();
+                self.config.extend_from_slice(&uuid);
+            }
+            "configuration/capabilities" => {
+                let count = self.input.u32(inside)?;
+                self.config.extend_from_slice(&count.to_be_bytes());
+                for _ in 0..count {
+                    let capability = self.input.counted_string(inside)?;
+                    self.config.push(capability.len() as u8);
+                    self.config.extend_from_slice(capability.as_bytes());
+                    if self.config.len() > CONFIG_MAX_BYTES {
+                        return Err(self.malformed("a configuration section without end"));
+                    }
+                }
+            }
+            other => return Err(self.unsupported(format!("the subsection `{other}`"))),
+        }
+        if self.config.len() > CONFIG_MAX_BYTES {
+            return Err(self.malformed("a configuration section without end"));
+        }
+        Ok(())
+    }
+
+    /// The error for a section before `ram`: without lengths, what can't be read
+    /// can't be passed over.
+    fn early_section(&mut self, kind: u8) -> Result<WireError, WireError> {
+        let inside = "a section before `ram`";
+        Ok(match kind {
+            section::FULL => {
+                self.input.u32(inside)?;
+                let name = self.input.counted_string(inside)?;
+                self.unsupported(format!(
+                    "device `{name}` sends state before RAM (virtio-mem and some others do); \
+                     remove that device from the machine to snapshot it"
+                ))
+            }
+            kind => self.malformed(format!("a section of type {kind:#04x} before `ram`")),
+        })
+    }
+
+    /// Behind the byte START: the header of the `ram` section and its block list.
+    fn read_ram_start(&mut self) -> Result<(), WireError> {
+        let inside = "the `ram` section's start";
+        let id = self.input.u32(inside)?;
+        let name = self.input.counted_string(inside)?;
+        self.input.u32(inside)?;
+        let version = self.input.u32(inside)?;
+        if name != "ram" {
+            return Err(self.unsupported(format!(
+                "the iterable section `{name}` before `ram`: migrate without it"
+            )));
+        }
+        if version != RAM_SECTION_VERSION {
+            return Err(self.unsupported(format!("version {version} of the `ram` section")));
+        }
+        self.ram_section = Some(id);
+        let word = self.input.u64(inside)?;
+        if word & ram_flag::ALL != ram_flag::MEM_SIZE {
+            return Err(self.malformed(format!("{word:#x} where the block list was due")));
+        }
+        let mut left = word & !ram_flag::ALL;
+        while left > 0 {
+            let name = self.input.counted_string("the block list")?;
+            let len = self.input.u64("the block list")?;
+            if len > left || len == 0 || len % PAGE_SIZE as u64 != 0 {
+                return Err(self.malformed(format!("block `{name}` has a length of {len} bytes")));
+            }
+            let id = u16::try_from(self.blocks.len())
+                .map_err(|_| self.malformed("more than 65,535 blocks"))?;
+            if self.by_name.insert(name.clone(), BlockId(id)).is_some() {
+                return Err(self.malformed(format!("block `{name}` is listed twice")));
+            }
+            self.blocks.push(StreamBlock { name, len });
+            left -= len;
+        }
+        Ok(())
+    }
+
+    fn expect_ram_section(&mut self, kind: u8) -> Result<(), WireError> {
+        let id = self.input.u32("a section's header")?;
+        if Some(id) != self.ram_section {
+            return Err(self.unsupported(format!(
+                "section {id} of type {kind:#04x}, which is not `ram` (a device with bulk state \
+                 of its own, such as VFIO): migrate without that device"
+            )));
+        }
+        Ok(())
+    }
+
+    fn read_footer(&mut self) -> Result<(), WireError> {
+        let mark = self.input.u8("a section's footer")?;
+        let id = self.input.u32("a section's footer")?;
+        if mark != section::FOOTER || Some(id) != self.ram_section {
+            return Err(self.malformed("a `ram` section without its footer"));
+        }
+        Ok(())
+    }
+
+    fn read_record(&mut self) -> Result<Record, WireError> {
+        let word = self.input.u64("a RAM record")?;
+        let flags = word & ram_flag::ALL;
+        let number = word >> PAGE_SHIFT;
+        match flags & !ram_flag::CONTINUE {
+            ram_flag::EOS => Ok(Record::End),
+            ram_flag::PAGE => Ok(Record::Page(self.read_page_name(flags, number)?)),
+            ram_flag::ZERO => {
+                let page = self.read_page_name(flags, number)?;
+                match self.input.u8("a zero page")? {
+                    0 => Ok(Record::Zero(page)),
+                    fill => {
+                        self.filled.fill(fill);
+                        Ok(Record::Filled(page))
+                    }
+                }
+            }
+            _ => Err(self.unsupported(format!(
+                "RAM records with flags {flags:#x} (multifd, xbzrle, compression or RDMA): turn \
+                 those migration capabilities off"
+            ))),
+        }
+    }
+
+    fn read_page_name(&mut self, flags: u64, number: u64) -> Result<Page, WireError> {
+        if flags & ram_flag::CONTINUE == 0 {
+            let len = usize::from(self.input.u8("a RAM record")?);
+            let bytes = self.input.take(len, "a RAM record")?;
+            let known = std::str::from_utf8(bytes).ok().and_then(|name| self.by_name.get(name));
+            self.current = known.copied();
+        }
+        let Some(block) = self.current else {
+            return Err(self.malformed("a page of a block that is not in the block list"));
+        };
+        if number >= self.blocks[block.index()].len >> PAGE_SHIFT {
+            let name = &self.blocks[block.index()].name;
+            return Err(self.malformed(format!("page {number} is outside block `{name}`")));
+        }
+        Ok(Page { block, number })
+    }
+
+    /// Everything from the section whose type `kind` was just read to the end.
+    fn read_tail(&mut self, kind: u8) -> Result<Tail, WireError> {
+        let mut bytes = vec![kind];
+        while !self.input.at_end()? {
+            bytes.extend_from_slice(self.input.take_some()?);
+            if bytes.len() > TAIL_MAX_BYTES {
+                return Err(self.unsupported(format!(
+                    "more than {} MiB of device state",
+                    TAIL_MAX_BYTES >> 20
+                )));
+            }
+        }
+        Tail::split(bytes).ok_or(WireError::Ended { at: self.input.at(), inside: "device state" })
+    }
+}
+
+enum Record {
+    Page(Page),
+    Filled(Page),
+    Zero(Page),
+    End,
+}
+
+impl Tail {
+    /// Splits the end of a stream into device sections and description. The
+    /// description's text differs between versions, so it is found by its length:
+    /// a mark behind the end-of-file byte, and a length that reaches exactly the
+    /// end. JSON holds no bytes 00 or 06, so the last such place is the right one.
+    fn split(mut bytes: Vec<u8>) -> Option<Tail> {
+        const HEAD: usize = 6;
+        let starts_here = |at: usize| {
+            let head = &bytes[at..at + HEAD];
+            let len = u32::from_be_bytes([head[2], head[3], head[4], head[5]]) as usize;
+            head[..2] == [section::EOF, section::VMDESCRIPTION] && at + HEAD + len == bytes.len()
+        };
+        let last = bytes.len().checked_sub(HEAD);
+        if let Some(at) = last.and_then(|last| (0..=last).rev().find(|&at| starts_here(at))) {
+            let vmdesc = bytes.split_off(at + HEAD);
+            bytes.truncate(at);
+            return Some(Tail { devices: bytes, vmdesc });
+        }
+        (bytes.pop() == Some(section::EOF)).then(|| Tail { devices: bytes, vmdesc: Vec::new() })
+    }
+}
