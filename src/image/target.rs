@@ -68,6 +68,7 @@ impl Target {
     }
 
     /// Makes the file durable, then gives it its name, then makes that durable.
+    /// Should only the last step fail, the file is there and whole.
     pub fn commit(mut self) -> Result<(), ImageError> {
         self.file.sync_all().map_err(|e| ImageError::io("write out", &self.path, e))?;
         self.link().map_err(|errno| match errno {
