@@ -3,13 +3,14 @@
 
 mod support;
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
 use support::{
-    Fill, Guest, GuestOptions, Oracle, Qemu, Result, SOON, process_gone, qmp, query_status,
-    resident_kib, wait_for,
+    Attached, Fill, Guest, GuestOptions, Oracle, Qemu, Qmp, Result, SOON, process_gone, qmp,
+    query_status, resident_kib, spawn_bound, wait_for,
 };
 
 fn booted(qemu: Qemu) -> Result<Guest> {
@@ -73,6 +74,41 @@ fn answers_whoever_comes_after_a_peer_that_left_in_the_middle_of_a_question() ->
     let former = std::mem::replace(&mut guest.oracle, Oracle::connect(&socket)?);
     drop(former);
     assert_eq!(guest.oracle.nonce()?, nonce);
+    Ok(())
+}
+
+/// QEMU's own way to save and revert is right, so the oracle has to say so.
+#[test]
+fn finds_its_memory_whole_after_qemus_own_revert() -> Result<()> {
+    let mut guest = booted(Qemu::V7)?;
+    let nonce = guest.oracle.nonce()?;
+    let folder = tempfile::tempdir()?;
+    let stream = folder.path().join("stream");
+    let mut monitor = Qmp::connect(&guest.qmp_path)?;
+    monitor.execute("migrate", json!({"uri": format!("exec:cat > {}", stream.display())}))?;
+    wait_for(SOON, "the migration to complete", || {
+        let status = monitor.execute("query-migrate", json!({}))?;
+        assert_ne!(status["status"], "failed", "{status}");
+        Ok((status["status"] == "completed").then_some(()))
+    })?;
+
+    // The same command line, its files in another folder; the original lives on.
+    let command_line = fs::read_to_string(format!("/proc/{}/cmdline", guest.pid))?;
+    let (old, new) = (guest.dir.display().to_string(), folder.path().display().to_string());
+    let mut command = Command::new(Qemu::V7.binary());
+    command.args(
+        command_line.trim_end_matches('\0').split('\0').skip(1).map(|arg| arg.replace(&old, &new)),
+    );
+    command.args(["-incoming", &format!("exec:cat {}", stream.display())]);
+    let mut qemu = spawn_bound(command)?;
+
+    let mut reverted = Attached::to(qemu.id(), folder.path())?;
+    assert_eq!(reverted.oracle.nonce()?, nonce);
+    assert!(reverted.log.wait_beat(1, SOON)?.uptime_ms > 0);
+    let verdict = reverted.oracle.check()?;
+    assert!(verdict.ok(), "{verdict:?}");
+    drop(reverted);
+    qemu.wait()?;
     Ok(())
 }
 

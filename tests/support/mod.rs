@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
 pub use log::{Beat, SerialLog};
 pub use oracle::{Oracle, Verdict};
-pub use process::{process_gone, resident_kib};
-pub use qemu::{Qemu, deps};
+pub use process::{Pidfd, process_gone, resident_kib, spawn_bound};
+pub use qemu::{Qemu, artifact, deps};
 pub use qmp::{Qmp, cont, pmemsave, qmp, query_status, stop};
 
 /// What went wrong, in words for whoever reads a failed test.
