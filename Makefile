@@ -39,7 +39,9 @@ lint:
 
 clean:
 	cargo clean
-	rm -rf $(DEPS)
+	rm -rf $(addprefix $(DEPS)/,$(MADE))
 
 DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target
+# What set-up makes there, by name: the folder may be somebody's own.
+MADE := apt downloads guest-target initramfs.cpio kernel lock qemu-10.0 stamps vmlinuz
