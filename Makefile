@@ -1,0 +1,47 @@
+# Everything the tests need is set up and built from here; `cargo build` alone
+# needs none of it.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup guest test demo bench lint clean
+
+help:
+	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
+	@echo "             unpack QEMU 10.0 and a guest kernel into .deps (or SNAPBACK_DEPS)"
+	@echo "make guest   build the test guest"
+	@echo "make test    set up, then run all tests"
+	@echo "make demo    set up, then show an instant revert"
+	@echo "make bench   set up, then run the benchmarks"
+	@echo "make lint    check formatting and run clippy, warnings as errors"
+	@echo "make clean   remove what was built and set up here; installed packages stay"
+
+setup:
+	@scripts/setup.sh
+
+guest: setup
+	@scripts/guest.sh
+
+test: guest
+	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
+	cargo test --locked --lib --bins --examples --tests
+	cargo test --locked --doc
+
+demo: guest
+	cargo run --locked --release --example demo
+
+bench: guest
+	cargo bench --locked
+
+lint:
+	cargo fmt --check
+	cargo fmt --check --manifest-path tests/guest/Cargo.toml
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
+
+clean:
+	cargo clean
+	rm -rf $(addprefix $(DEPS)/,$(MADE))
+
+DEPS := $(or $(SNAPBACK_DEPS),.deps)
+GUEST_TARGET := $(DEPS)/guest-target
+# What set-up makes there, by name: the folder may be somebody's own.
+MADE := apt downloads guest-target initramfs.cpio kernel lock qemu-10.0 stamps vmlinuz

@@ -1,0 +1,165 @@
+#!/usr/bin/env bash
+# Sets up what the tests, the demo and the benchmarks need on a Debian 12:
+#
+#   by apt, as root       the packages of scripts/packages.txt
+#   into the deps folder  qemu-10.0/  QEMU 10.0 of bookworm-backports, unpacked
+#                         kernel/     Debian's cloud kernel, unpacked
+#                         vmlinuz     a link to that kernel's image
+#
+# The deps folder is .deps in the project, or $SNAPBACK_DEPS. Every step leaves a
+# stamp when it is done and is skipped from then on; removing the folder starts
+# over. The system's apt sources are never changed.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+deps=${SNAPBACK_DEPS:-$here/../.deps}
+release=bookworm
+
+say() { printf 'setup: %s\n' "$*"; }
+die() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+command -v apt-get >/dev/null && command -v dpkg-query >/dev/null ||
+    die "needs Debian's apt-get and dpkg; elsewhere, install QEMU 7.2 and 10.0 and set SNAPBACK_TEST_QEMU_7 and SNAPBACK_TEST_QEMU_10"
+[ "$(dpkg --print-architecture)" = amd64 ] || die "only amd64 is supported, as host and as guest"
+
+mkdir -p "$deps"
+deps=$(cd "$deps" && pwd)
+mkdir -p "$deps/stamps"
+
+# Two set-ups at once would unpack over each other.
+exec 9>"$deps/lock"
+flock 9
+
+# --- as root: packages ------------------------------------------------------
+
+missing_packages() {
+    local package
+    sed 's/#.*//' "$here/packages.txt" | while read -r package; do
+        [ -n "$package" ] || continue
+        # shellcheck disable=SC2016 # the format is dpkg-query's, not the shell's
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            echo "$package"
+    done
+}
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "must be root to run: $* (there is no sudo; run that as root, then make setup again)"
+    fi
+}
+
+install_packages() {
+    local missing
+    missing=$(missing_packages)
+    [ -n "$missing" ] || return 0
+    # shellcheck disable=SC2086 # one word a package
+    set -- $missing
+    say "installing: $*"
+    as_root apt-get update -q
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -q --no-install-recommends "$@" </dev/null
+}
+
+# --- as anybody: packages unpacked into the deps folder -----------------------
+
+# A private apt: sources, lists and caches of its own, the system's proxies and
+# keys. Without arguments it would read the system's sources.
+private_apt() {
+    local tool=$1
+    shift
+    "$tool" \
+        -o Dir::Etc::SourceList="$deps/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+        -o Dir::State::Lists="$deps/apt/lists" -o Dir::Cache="$deps/apt/cache" \
+        -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
+        -o APT::Sandbox::User=root "$@"
+}
+
+# The Debian mirror which the system uses for this release.
+mirror() {
+    local uri
+    # shellcheck disable=SC2016 # the format is apt's, not the shell's
+    uri=$(apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
+        sed -n "s/^$release main \(https\?:.*\)/\1/p" | head -n 1)
+    echo "${uri:-http://deb.debian.org/debian/}"
+}
+
+refresh_lists() {
+    [ -z "${lists_fresh:-}" ] || return 0
+    local keyring=/usr/share/keyrings/debian-archive-keyring.gpg uri options=
+    uri=$(mirror)
+    [ ! -e "$keyring" ] || options="[signed-by=$keyring] "
+    mkdir -p "$deps/apt/lists/partial" "$deps/apt/cache/archives/partial"
+    printf "deb $options%s %s main\n" "$uri" "$release" "$uri" "$release-backports" \
+        >"$deps/apt/sources.list"
+    say "reading package lists of $uri"
+    private_apt apt-get -q update || die "can't read the package lists of $uri"
+    lists_fresh=yes
+}
+
+# unpack FOLDER PACKAGE... : downloads the packages and unpacks them there. A
+# package may be given as NAME/SUITE.
+unpack() {
+    local folder=$1 archive
+    shift
+    rm -rf "$folder" "$deps/downloads"
+    mkdir -p "$folder" "$deps/downloads"
+    (cd "$deps/downloads" && private_apt apt-get -q download "$@") || die "can't download $*"
+    for archive in "$deps"/downloads/*.deb; do
+        dpkg -x "$archive" "$folder"
+    done
+    rm -rf "$deps/downloads"
+}
+
+unpack_qemu() {
+    local folder=$deps/qemu-10.0 suite=$release-backports absent
+    refresh_lists
+    say "unpacking QEMU 10.0 of $suite"
+    unpack "$folder" "qemu-system-x86/$suite" "qemu-system-common/$suite" \
+        "qemu-system-data/$suite" "seabios/$suite"
+    absent=$(ldd "$folder/usr/bin/qemu-system-x86_64" | grep 'not found' || true)
+    [ -z "$absent" ] || die "QEMU 10.0 lacks libraries; add their packages to scripts/packages.txt:
+$absent"
+}
+
+unpack_kernel() {
+    local image
+    refresh_lists
+    image=$(private_apt apt-cache depends --important linux-image-cloud-amd64 |
+        sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+    [ -n "$image" ] || die "linux-image-cloud-amd64 depends on no kernel package"
+    say "unpacking $image"
+    unpack "$deps/kernel" "$image"
+    ln -sfn "kernel/boot/vmlinuz-${image#linux-image-}" "$deps/vmlinuz"
+    [ -e "$deps/vmlinuz" ] || die "$image holds no kernel image at $(readlink "$deps/vmlinuz")"
+}
+
+# once NAME COMMAND... : runs the command unless it has succeeded before. The
+# stamp's name carries a version: change it when the step's result changes.
+once() {
+    local stamp=$deps/stamps/$1
+    shift
+    [ ! -e "$stamp" ] || return 0
+    "$@"
+    touch "$stamp"
+}
+
+install_packages
+once qemu-10.0-v1 unpack_qemu
+once kernel-v1 unpack_kernel
+
+case $(qemu-system-x86_64 --version | head -n 1) in
+*" 7.2."*) ;;
+*) [ -n "${SNAPBACK_TEST_QEMU_7:-}" ] ||
+    die "$(command -v qemu-system-x86_64) is not QEMU 7.2; set SNAPBACK_TEST_QEMU_7 to one that is" ;;
+esac
+case $("$deps/qemu-10.0/usr/bin/qemu-system-x86_64" --version | head -n 1) in
+*" 10.0."*) ;;
+*) die "$deps/qemu-10.0 does not run as QEMU 10.0; remove $deps and try again" ;;
+esac

@@ -1,0 +1,113 @@
+//! What can go wrong between us and a QEMU's control socket.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Why a QMP connection could not be made or a command not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The socket can't be connected to.
+    #[error("can't connect to the control socket {path}: {source}; is QEMU running, and was it \
+             started with -qmp unix:{path},server=on,wait=off?", path = path.display())]
+    Connect {
+        /// The socket's path.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+
+    /// The descriptor can't be used as a control socket.
+    #[error("can't use the control socket: {0}")]
+    Socket(std::io::Error),
+
+    /// Somebody listens, but said nothing in time.
+    #[error(
+        "the control socket did not greet within {after:?}: QEMU serves one client at a time \
+             on a control socket, so another client (libvirt, a script) may hold this one; end \
+             it, or give QEMU a second -qmp socket"
+    )]
+    NoGreeting {
+        /// How long we waited.
+        after: Duration,
+    },
+
+    /// The other side speaks, but not QMP.
+    #[error(
+        "the control socket answered, but not as QMP: it said {got:?}; a human monitor \
+             (-monitor) or a guest agent won't do, it has to be a -qmp socket"
+    )]
+    NotQmp {
+        /// The beginning of what it said.
+        got: String,
+    },
+
+    /// The connection ended before the greeting.
+    #[error("the control socket was closed before it greeted: {reason}")]
+    ClosedBeforeGreeting {
+        /// What is known of why.
+        reason: String,
+    },
+
+    /// QEMU refused or failed the command.
+    #[error("QEMU refused {command}: {desc}")]
+    Command {
+        /// The command's name.
+        command: String,
+        /// QEMU's error class, such as `GenericError` or `CommandNotFound`.
+        class: String,
+        /// QEMU's own words.
+        desc: String,
+    },
+
+    /// No answer in time. Whether the command was carried out is unknown.
+    #[error("QEMU did not answer {command} within {after:?}; it may be busy or stuck")]
+    Timeout {
+        /// The command's name.
+        command: String,
+        /// How long we waited.
+        after: Duration,
+    },
+
+    /// The connection is lost, most often because QEMU ended.
+    #[error("the connection to QEMU's control socket is lost: {reason}")]
+    Gone {
+        /// What ended it.
+        reason: String,
+    },
+
+    /// The arguments can't be written as JSON.
+    #[error("can't write the arguments of {command} as JSON: {source}")]
+    Arguments {
+        /// The command's name.
+        command: String,
+        /// What is wrong with them.
+        source: serde_json::Error,
+    },
+
+    /// The answer is not of the form that QEMU documents.
+    #[error("QEMU answered {command} in an unexpected form: {problem}")]
+    UnexpectedAnswer {
+        /// The command's name.
+        command: String,
+        /// What was not as expected.
+        problem: String,
+    },
+
+    /// The receiver was so slow that events fell out of its queue.
+    #[error("{0} QMP events were lost because they were not fetched in time")]
+    EventsLost(u64),
+
+    /// The awaited event did not come in time.
+    #[error("the awaited QMP event did not come within {after:?}")]
+    EventTimeout {
+        /// How long we waited.
+        after: Duration,
+    },
+}
+
+impl QmpError {
+    /// Whether QEMU does not know the command at all.
+    pub fn is_command_not_found(&self) -> bool {
+        matches!(self, QmpError::Command { class, .. } if class == "CommandNotFound")
+    }
+}

@@ -1,0 +1,62 @@
+//! Boots the oracle guest on a stock QEMU and talks to it: for tests, benchmarks
+//! and the demo. Blocking, and every wait has a timeout.
+//!
+//! Nothing here uses the crate under test, so what it says is a second opinion.
+//! `tests/guest/README.md` tells what the guest does; `make setup guest` builds it.
+
+// Each test program uses a part of this.
+#![allow(dead_code, unused_imports)]
+
+mod guest;
+mod log;
+mod oracle;
+mod process;
+mod qemu;
+mod qmp;
+
+use std::time::{Duration, Instant};
+
+pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
+pub use log::{Beat, SerialLog};
+pub use oracle::{Oracle, Verdict};
+pub use process::{Pidfd, process_gone, resident_kib, spawn_bound};
+pub use qemu::{Qemu, artifact, deps};
+pub use qmp::{Qmp, cont, pmemsave, qmp, query_status, stop};
+
+/// What went wrong, in words for whoever reads a failed test.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// The result of everything here that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Long enough for anything that should happen at once, on a loaded machine.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Asks a condition again and again until it holds.
+///
+/// # Errors
+/// When `timeout` has passed; `what` names the condition in the message.
+pub fn wait_until(timeout: Duration, what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
+    wait_for(timeout, what, || Ok(holds().then_some(())))
+}
+
+/// Like [`wait_until`], for something to come about that has a value or an error.
+///
+/// # Errors
+/// When `timeout` has passed, or the first error of `look`.
+pub fn wait_for<T>(
+    timeout: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if start.elapsed() > timeout {
+            return Err(format!("waited {timeout:?} in vain for {what}").into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

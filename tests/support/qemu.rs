@@ -1,0 +1,111 @@
+//! The QEMUs that tests run on, and where set-up put things.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::Result;
+
+/// A stock QEMU that tests run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Qemu {
+    /// Debian 12's QEMU 7.2, installed by apt. `SNAPBACK_TEST_QEMU_7` names another.
+    V7,
+    /// QEMU 10.0 of bookworm-backports, run in place from the deps folder.
+    /// `SNAPBACK_TEST_QEMU_10` names another.
+    V10,
+}
+
+/// Where set-up put what it made: `SNAPBACK_DEPS`, or `.deps` in the project.
+pub fn deps() -> PathBuf {
+    let folder = match std::env::var_os("SNAPBACK_DEPS") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".deps"),
+    };
+    folder.canonicalize().unwrap_or(folder)
+}
+
+/// A file which set-up makes.
+///
+/// # Errors
+/// When it isn't there, with what to do about it.
+pub fn artifact(path: PathBuf) -> Result<PathBuf> {
+    if path.exists() {
+        return Ok(path);
+    }
+    let path = path.display();
+    Err(format!("{path} is missing: run `make test`, or once `make setup guest`").into())
+}
+
+impl Qemu {
+    /// All of them, oldest first.
+    pub const ALL: [Qemu; 2] = [Qemu::V7, Qemu::V10];
+
+    /// What QMP `query-version` answers: major and minor.
+    pub fn version(self) -> (u64, u64) {
+        match self {
+            Qemu::V7 => (7, 2),
+            Qemu::V10 => (10, 0),
+        }
+    }
+
+    /// The binary.
+    pub fn binary(self) -> PathBuf {
+        match (self.named(), self) {
+            (Some(binary), _) => binary,
+            (None, Qemu::V7) => "/usr/bin/qemu-system-x86_64".into(),
+            (None, Qemu::V10) => deps().join("qemu-10.0/usr/bin/qemu-system-x86_64"),
+        }
+    }
+
+    /// The environment variables that it needs to find its parts.
+    pub fn env(self) -> Vec<(String, String)> {
+        match (self.named(), self) {
+            (None, Qemu::V10) => {
+                let modules = deps().join("qemu-10.0/usr/lib/x86_64-linux-gnu/qemu");
+                vec![("QEMU_MODULE_DIR".into(), modules.display().to_string())]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The arguments that it needs to find its parts (`-L`), ahead of any others.
+    pub fn args(self) -> Vec<String> {
+        match (self.named(), self) {
+            (None, Qemu::V10) => {
+                let own = deps().join("qemu-10.0/usr/share");
+                // ipxe, the network cards' ROMs, is the system's.
+                [own.join("qemu"), own.join("seabios"), "/usr/share/qemu".into()]
+                    .iter()
+                    .chain([&PathBuf::from("/usr/lib/ipxe/qemu")])
+                    .flat_map(|folder| ["-L".to_string(), folder.display().to_string()])
+                    .collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether it is there.
+    pub fn available(self) -> bool {
+        self.binary().exists()
+    }
+
+    /// A command that starts it, with nothing but what it needs to find its parts.
+    ///
+    /// # Errors
+    /// When it isn't there.
+    pub fn command(self) -> Result<Command> {
+        let mut command = Command::new(artifact(self.binary())?);
+        command.args(self.args()).envs(self.env());
+        Ok(command)
+    }
+
+    /// The binary which the environment names instead of the usual one; it must
+    /// find its parts by itself.
+    fn named(self) -> Option<PathBuf> {
+        let variable = match self {
+            Qemu::V7 => "SNAPBACK_TEST_QEMU_7",
+            Qemu::V10 => "SNAPBACK_TEST_QEMU_10",
+        };
+        std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+    }
+}
