@@ -10,9 +10,6 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use super::error::ImageError;
 use crate::page::PAGE_SIZE;
 
-// Counts of pages and chunks, which are below 2^37, are used as lengths in memory.
-const _: () = assert!(usize::BITS >= 64, "images need a 64-bit host");
-
 /// The first bytes of every image, of whatever version.
 pub const MAGIC: [u8; 8] = *b"SNAPBACK";
 /// The version of the format that is written and read here.

@@ -29,5 +29,6 @@ pub use layout::{
 };
 pub use manifest::{Details, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
 pub use reader::Image;
+pub use target::check_target;
 pub use verify::{Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify};
 pub use writer::{Compression, ImageWriter, Saved, WriterOptions, WriterStats};

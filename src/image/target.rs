@@ -14,6 +14,15 @@ use uuid::Uuid;
 
 use super::error::ImageError;
 
+/// Whether an image could be written to `path`: tries it, and leaves nothing.
+///
+/// # Errors
+/// When the folder can't be written to, or when there is something of that name
+/// already that `force` does not allow to replace.
+pub fn check_target(path: &Path, force: bool) -> Result<(), ImageError> {
+    Target::create(path, force).map(drop)
+}
+
 /// A file under construction, mode 0600, in the folder of its later name.
 ///
 /// Where the file system has `O_TMPFILE` (open(2)) the file has no name at all
@@ -68,7 +77,6 @@ impl Target {
     }
 
     /// Makes the file durable, then gives it its name, then makes that durable.
-    /// Should only the last step fail, the file is there and whole.
     pub fn commit(mut self) -> Result<(), ImageError> {
         self.file.sync_all().map_err(|e| ImageError::io("write out", &self.path, e))?;
         self.link().map_err(|errno| match errno {

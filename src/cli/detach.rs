@@ -1,0 +1,131 @@
+//! `revert --detach`: the work is done by a copy of this program in the background,
+//! whose events are passed on until the guest runs.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+use super::output::{Failure, Output};
+use crate::interrupt::Interrupts;
+use crate::revert::RevertEvent;
+
+/// Starts the server, and returns once the guest runs.
+pub(super) async fn revert(log: Option<PathBuf>, mut interrupts: Interrupts, output: &Output) -> Result<(), Failure> {
+    let log = log.map_or_else(default_log, Ok)?;
+    let file = create_log(&log)?;
+    let server = start_server(file).map_err(|e| Failure::new("starting the server failed", &e));
+    let outcome = match server {
+        Ok(server) => pass_on(server, &mut interrupts, output).await,
+        Err(failure) => Err(failure),
+    };
+    match outcome {
+        Ok(server) => {
+            output.detached(server, &log);
+            Ok(())
+        }
+        Err(failure) => {
+            // All it said has been passed on.
+            let _ = std::fs::remove_file(&log);
+            Err(failure)
+        }
+    }
+}
+
+/// Passes the server's events on until the guest runs; returns its process id.
+async fn pass_on(
+    mut server: tokio::process::Child,
+    interrupts: &mut Interrupts,
+    output: &Output,
+) -> Result<u32, Failure> {
+    let pid = server.id().unwrap_or_default();
+    let Some(stdout) = server.stdout.take() else {
+        return Err(Failure::said("the server has no output".into()));
+    };
+    let mut interrupted = false;
+    let mut lines = BufReader::new(stdout).lines();
+    loop {
+        let line = tokio::select! {
+            line = lines.next_line() => line?,
+            () = interrupts.at_least(1), if !interrupted => {
+                // It says what comes of it.
+                interrupted = true;
+                terminate(pid);
+                continue;
+            }
+        };
+        let Some(line) = line else { break };
+        let value: Value = serde_json::from_str(&line)?;
+        if value["event"] == "error" {
+            let message = value["message"].as_str().unwrap_or("the revert failed").to_owned();
+            let _ = server.wait().await;
+            return Err(Failure::said(message));
+        }
+        let event: RevertEvent = serde_json::from_value(value)?;
+        output.revert(&event);
+        if matches!(event, RevertEvent::Running { .. }) {
+            return Ok(pid);
+        }
+    }
+    let status = server.wait().await?;
+    Err(Failure::said(format!("the server ended before the guest ran ({status})")))
+}
+
+/// Interrupts the server, which is our child and has not been waited for: its
+/// process id can't have become another's.
+fn terminate(pid: u32) {
+    let pid = nix::unistd::Pid::from_raw(pid as i32);
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+}
+
+/// This program again, with the same arguments but `--detach`, in a session of its
+/// own so that the terminal's signals do not reach it.
+fn start_server(log: File) -> io::Result<tokio::process::Child> {
+    let mut before_extra = true;
+    let arguments = std::env::args_os().skip(1).filter(|argument| {
+        before_extra &= argument != "--";
+        !(before_extra && argument == "--detach")
+    });
+    let mut arguments: Vec<_> = arguments.collect();
+    let extra = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
+    arguments.insert(extra, "--serving-detached".into());
+    let mut command = tokio::process::Command::new(std::env::current_exe()?);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that
+    // runs between fork and exec.
+    unsafe {
+        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
+    }
+    command.spawn()
+}
+
+fn create_log(path: &Path) -> Result<File, Failure> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|e| Failure::new(&format!("the log `{}` can't be written", path.display()), &e))
+}
+
+/// A new file in the user's runtime folder, or in a private folder below /tmp.
+fn default_log() -> Result<PathBuf, Failure> {
+    let uid = nix::unistd::getuid().as_raw();
+    let folder = match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) if Path::new(&runtime).is_absolute() => Path::new(&runtime).join("snapback"),
+        _ => PathBuf::from(format!("/tmp/snapback-{uid}")),
+    };
+    let failed = |e: &dyn std::fmt::Display| {
+        Failure::new(&format!("the log folder `{}` can't be used", folder.display()), e)
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(|e| failed(&e))?;
+    let meta = std::fs::symlink_metadata(&folder).map_err(|e| failed(&e))?;
+    if !meta.is_dir() || meta.uid() != uid || meta.mode() & 0o077 != 0 {
+        return Err(failed(&"it must be a folder of yours that nobody else can enter (mode 0700)"));
+    }
+    Ok(folder.join(format!("revert-{}.log", std::process::id())))
+}

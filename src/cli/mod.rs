@@ -1,0 +1,268 @@
+//! The program's arguments, and what each command does with the library.
+
+mod detach;
+mod output;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use self::output::{Failure, Output};
+use crate::image::Compression;
+use crate::interrupt::Interrupts;
+use crate::revert::{RevertOptions, ServeOptions};
+use crate::save::SaveOptions;
+use crate::vm::RewriteOptions;
+
+/// Exit code of a command that failed.
+const FAILED: u8 = 1;
+
+/// Instant snapshot and instant revert for QEMU virtual machines.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Take a snapshot of a running guest's memory and devices
+    Save(SaveArgs),
+    /// Start a saved guest again, and let it run at once
+    Revert(RevertArgs),
+    /// Give a saved guest to a QEMU that waits for an incoming migration
+    Serve(ServeArgs),
+    /// Show what an image holds
+    Info(ImageArgs),
+    /// Check every checksum of an image
+    Verify(ImageArgs),
+}
+
+#[derive(Args)]
+struct SaveArgs {
+    /// The guest's QMP socket (a unix socket)
+    #[arg(long, value_name = "SOCKET")]
+    qmp: PathBuf,
+    /// The image to write
+    image: PathBuf,
+    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
+    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
+    compress: Compression,
+    /// Save memory although the guest has writable disks
+    #[arg(long)]
+    memory_only: bool,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RevertArgs {
+    /// The image
+    image: PathBuf,
+    /// The QEMU binary to use instead of the recorded one
+    #[arg(long, value_name = "BIN")]
+    qemu: Option<PathBuf>,
+    /// Make QEMU listen for QMP there (a unix socket)
+    #[arg(long, value_name = "PATH")]
+    qmp: Option<PathBuf>,
+    /// Use path NEW wherever the recorded command line names OLD, or something below it
+    #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
+    paths: Vec<(String, String)>,
+    /// Return as soon as the guest runs; memory is filled in the background
+    #[arg(long)]
+    detach: bool,
+    /// With --detach: the log file of the background server [default: a new file in a
+    /// private folder, which is named]
+    #[arg(long, value_name = "FILE", requires = "detach")]
+    log: Option<PathBuf>,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// Set by --detach for the server that it starts
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    serving_detached: bool,
+    /// More arguments for QEMU
+    #[arg(last = true, value_name = "QEMU ARGS")]
+    extra: Vec<String>,
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    /// The image
+    image: PathBuf,
+    /// Where QEMU waits: unix:PATH
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_unix_address)]
+    to: PathBuf,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ImageArgs {
+    /// The image
+    image: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_compression(text: &str) -> Result<Compression, String> {
+    const DEFAULT_LEVEL: i32 = 1;
+    let level = match text {
+        "none" => return Ok(Compression::None),
+        "zstd" => DEFAULT_LEVEL,
+        _ => match text.strip_prefix("zstd:").map(str::parse) {
+            Some(Ok(level @ -7..=19)) => level,
+            Some(_) => return Err("the level is a number from -7 to 19".into()),
+            None => return Err("it is none, zstd, or zstd:LEVEL".into()),
+        },
+    };
+    Ok(Compression::Zstd(level))
+}
+
+fn parse_path_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() => Ok((old.into(), new.into())),
+        _ => Err("it has the form OLD=NEW".into()),
+    }
+}
+
+fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("unix:") {
+        Some(path) if !path.is_empty() => Ok(path.into()),
+        _ => Err("it has the form unix:PATH".into()),
+    }
+}
+
+/// Runs the program with the arguments that it was given. Wrong usage ends it with
+/// exit code 2 and a message, here and now.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_log();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("snapback: starting up failed: {error}");
+            return ExitCode::from(FAILED);
+        }
+    };
+    let code = runtime.block_on(run(cli.command));
+    // A blocking call that is still under way (a read of a dead disk) must not keep
+    // the program from ending.
+    runtime.shutdown_background();
+    code
+}
+
+/// Diagnostics go to stderr; the variable SNAPBACK_LOG asks for more than warnings.
+fn init_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SNAPBACK_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(false).init();
+}
+
+async fn run(command: Command) -> ExitCode {
+    let (json, result) = match command {
+        Command::Save(args) => (args.json, save(args).await),
+        Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
+        Command::Serve(args) => (args.json, serve(args).await),
+        Command::Info(args) => (args.json, report::info(&args.image, args.json)),
+        Command::Verify(args) => (args.json, report::verify(&args.image, args.json)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::print_failure(&failure, json);
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+async fn save(args: SaveArgs) -> Result<(), Failure> {
+    let options = SaveOptions {
+        qmp: args.qmp,
+        image: args.image,
+        compression: args.compress,
+        memory_only: args.memory_only,
+        force: args.force,
+    };
+    let output = Output::new(args.json);
+    crate::save::save(&options, interrupts()?, |event| output.save(&event)).await?;
+    Ok(())
+}
+
+async fn revert(args: RevertArgs) -> Result<(), Failure> {
+    let output = match args.serving_detached {
+        true => Output::of_server(),
+        false => Output::new(args.json),
+    };
+    if args.detach {
+        return detach::revert(args.log, interrupts()?, &output).await;
+    }
+    let rewrite = RewriteOptions {
+        qemu: args.qemu,
+        qmp: args.qmp,
+        paths: args.paths,
+        extra: args.extra,
+        ..RewriteOptions::default()
+    };
+    let options = RevertOptions { image: args.image, rewrite };
+    crate::revert::revert(&options, interrupts()?, |event| output.revert(&event)).await?;
+    Ok(())
+}
+
+async fn serve(args: ServeArgs) -> Result<(), Failure> {
+    let output = Output::new(args.json);
+    let options = ServeOptions { image: args.image, to: args.to };
+    crate::revert::serve(&options, interrupts()?, |event| output.revert(&event)).await?;
+    Ok(())
+}
+
+/// Interrupts from the terminal (SIGINT) and from whoever ends us politely (SIGTERM).
+fn interrupts() -> Result<Interrupts, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let listen = |kind| signal(kind).map_err(|e| Failure::new("listening for signals failed", &e));
+    let (mut interrupt, mut terminate) =
+        (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let (sender, interrupts) = Interrupts::channel();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            sender.send_modify(|count| *count += 1);
+        }
+    });
+    Ok(interrupts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn compression_is_read_as_documented() {
+        assert_eq!(parse_compression("none"), Ok(Compression::None));
+        assert_eq!(parse_compression("zstd"), Ok(Compression::Zstd(1)));
+        assert_eq!(parse_compression("zstd:-5"), Ok(Compression::Zstd(-5)));
+        for wrong in ["", "lz4", "zstd:", "zstd:20", "zstd:x", "zstd1"] {
+            assert!(parse_compression(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! What the program prints: lines for people, or one JSON object a line.
+
+use std::fmt;
+use std::io::{IsTerminal, Write};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::page::PAGE_SIZE;
+use crate::revert::{Progress, RevertEvent};
+use crate::save::SaveEvent;
+
+/// A command that failed, in words.
+pub(super) struct Failure {
+    message: String,
+    /// It has been printed already, by whoever did the work.
+    pub printed: bool,
+}
+
+impl Failure {
+    /// Something that failed on our side.
+    pub fn new(doing: &str, error: &dyn fmt::Display) -> Failure {
+        Failure { message: format!("{doing}: {error}"), printed: false }
+    }
+
+    /// A failure in words that say all.
+    pub fn said(message: String) -> Failure {
+        Failure { message, printed: false }
+    }
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure { message: error.to_string(), printed: false }
+    }
+}
+
+/// Prints a failure where its reader looks for it.
+pub(super) fn print_failure(failure: &Failure, json: bool) {
+    if failure.printed {
+        return;
+    }
+    if json {
+        print_line(&json!({ "event": "error", "message": failure.message }).to_string());
+    }
+    let _ = writeln!(std::io::stderr(), "snapback: {}", failure.message);
+}
+
+/// Prints one line. A reader that has gone away is not our failure.
+pub(super) fn print_line(line: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+}
+
+/// Prints events as they come.
+pub(super) struct Output {
+    json: bool,
+    start: Instant,
+    bar: ProgressBar,
+    /// Whether events go to stderr too.
+    log: bool,
+}
+
+impl Output {
+    pub fn new(json: bool) -> Output {
+        let bar = match !json && std::io::stderr().is_terminal() {
+            true => ProgressBar::new(0).with_style(bar_style()),
+            false => ProgressBar::hidden(),
+        };
+        Output { json, start: Instant::now(), bar, log: false }
+    }
+
+    /// The output of a server in the background: JSON for whoever started it, for as
+    /// long as that reads, and the same to the log.
+    pub fn of_server() -> Output {
+        Output { json: true, start: Instant::now(), bar: ProgressBar::hidden(), log: true }
+    }
+
+    fn ms(&self) -> f64 {
+        (self.start.elapsed().as_secs_f64() * 1e6).round() / 1e3
+    }
+
+    /// One object: the event's name and time first, for whoever reads along.
+    fn print_json(&self, event: &impl Serialize) {
+        let Ok(Value::Object(mut fields)) = serde_json::to_value(event) else { return };
+        let name = fields.remove("event").unwrap_or_default();
+        let mut line = format!("{{\"event\":{name},\"ms\":{}", self.ms());
+        for (key, value) in fields {
+            line.push_str(&format!(",\"{key}\":{value}"));
+        }
+        line.push('}');
+        print_line(&line);
+        if self.log {
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
+    }
+
+    fn say(&self, what: &str, details: &str) {
+        let line = format!("{:>10.1} ms  {what:<11}{details}", self.ms());
+        self.bar.suspend(|| print_line(line.trim_end()));
+    }
+
+    fn advance(&self, done: u64, total: u64, message: String) {
+        self.bar.set_length(total * PAGE_SIZE as u64);
+        self.bar.set_position(done * PAGE_SIZE as u64);
+        self.bar.set_message(message);
+    }
+
+    pub fn save(&self, event: &SaveEvent) {
+        if self.json {
+            return self.print_json(event);
+        }
+        match event {
+            SaveEvent::Checked { qemu, ram_bytes, uncaptured_disks } => {
+                let disks = match uncaptured_disks.as_slice() {
+                    [] => String::new(),
+                    disks => format!("; NOT part of it: {}", disks.join(", ")),
+                };
+                self.say("checked", &format!("QEMU {qemu}, {} of RAM{disks}", size(*ram_bytes)));
+            }
+            SaveEvent::Moment { pause_ms: Some(pause), .. } => {
+                self.say("moment", &format!("the guest stood still for {pause:.1} ms"));
+            }
+            SaveEvent::Moment { pause_ms: None, .. } => self.say("moment", "the guest is paused"),
+            SaveEvent::Progress { pages, total, image_bytes } => {
+                self.advance(*pages, *total, format!("{} written", size(*image_bytes)));
+            }
+            SaveEvent::Saved { bytes, zero_pages, image_bytes, stalled_ms, .. } => {
+                self.bar.finish_and_clear();
+                let zero = size(zero_pages * PAGE_SIZE as u64);
+                let stalled = match *stalled_ms > 0.0 {
+                    true => format!("; QEMU waited {stalled_ms:.0} ms for the disk"),
+                    false => String::new(),
+                };
+                let image = size(*image_bytes);
+                self.say("saved", &format!("{} and {zero} of zeros in {image}{stalled}", size(*bytes)));
+            }
+        }
+    }
+
+    pub fn revert(&self, event: &RevertEvent) {
+        if self.json {
+            return self.print_json(event);
+        }
+        match event {
+            RevertEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
+            RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
+            RevertEvent::Running { .. } => self.say("running", "its memory follows"),
+            RevertEvent::Progress(Progress { pages, total, requests }) => {
+                self.advance(*pages, *total, format!("{requests} faults served"));
+            }
+            RevertEvent::StillNeeded => self.say(
+                "interrupt",
+                "the guest still depends on this program: filling its memory first \
+                 (interrupt again to stop the guest as well)",
+            ),
+            RevertEvent::Resident(Progress { pages, requests, .. }) => {
+                self.bar.finish_and_clear();
+                let memory = size(pages * PAGE_SIZE as u64);
+                self.say("resident", &format!("all {memory}; {requests} faults served"));
+            }
+        }
+    }
+
+    /// The server went into the background.
+    pub fn detached(&self, server: u32, log: &std::path::Path) {
+        if self.json {
+            let log = log.display().to_string();
+            return self.print_json(&json!({ "event": "detached", "server_pid": server, "log": log }));
+        }
+        self.say("detached", &format!("process {server} fills its memory; log: {}", log.display()));
+    }
+}
+
+fn bar_style() -> ProgressStyle {
+    ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// A size in the largest unit that leaves at least one digit before the point.
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{bytes} B"),
+        _ => format!("{value:.1} {}", UNITS[unit]),
+    }
+}

@@ -1,0 +1,129 @@
+//! `info` and `verify`.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use serde_json::json;
+
+use super::output::{Failure, print_line, size};
+use crate::image::{Damage, DamagedRange, Image, verify as verify_image};
+use crate::page::PAGE_SIZE;
+
+/// Shows what an image holds.
+pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
+    let image = Image::open(path)?;
+    let manifest = image.manifest();
+    let machine = &manifest.machine;
+    let data_bytes = manifest.data_pages * PAGE_SIZE as u64;
+    let zero_bytes = manifest.zero_pages * PAGE_SIZE as u64;
+    let ratio = (data_bytes + zero_bytes) as f64 / image.file_len() as f64;
+    if json {
+        let blocks: Vec<_> = manifest
+            .blocks
+            .iter()
+            .map(|b| json!({ "name": b.name, "bytes": b.len, "page_size": b.page_size }))
+            .collect();
+        let report = json!({
+            "identity": manifest.identity.to_string(),
+            "created_by": manifest.created_by,
+            "moment_unix_us": manifest.moment_unix_us,
+            "pause_ms": manifest.pause_us.map(|us| us as f64 / 1e3),
+            "qemu": machine.qemu.to_string(),
+            "qemu_package": machine.qemu.package,
+            "binary": machine.binary,
+            "machine_type": machine.machine_type,
+            "running": machine.running,
+            "command_line": machine.argv,
+            "working_folder": machine.cwd,
+            "uncaptured_disks": machine.uncaptured_disks,
+            "blocks": blocks,
+            "data_pages": manifest.data_pages,
+            "zero_pages": manifest.zero_pages,
+            "data_bytes": data_bytes,
+            "image_bytes": image.file_len(),
+            "ratio": ratio,
+        });
+        print_line(&report.to_string());
+        return Ok(());
+    }
+    let line = |what: &str, value: &str| print_line(&format!("{what:<13}{value}"));
+    line("image", &path.display().to_string());
+    line("identity", &manifest.identity.to_string());
+    let pause = match manifest.pause_us {
+        Some(us) => format!("the guest stood still for {:.1} ms", us as f64 / 1e3),
+        None => "the guest was paused".into(),
+    };
+    line("moment", &format!("{}; {pause}", utc(manifest.moment_unix_us)));
+    line("qemu", &format!("{}{} {}", machine.qemu, machine.qemu.package, machine.binary));
+    line("machine", &machine.machine_type);
+    for block in &manifest.blocks {
+        let page_size = match block.page_size {
+            4096 => String::new(),
+            other => format!(", in pages of {}", size(other)),
+        };
+        line("block", &format!("{} {}{page_size}", block.name, size(block.len)));
+    }
+    line("memory", &format!("{} of data, {} of zeros", size(data_bytes), size(zero_bytes)));
+    line("file", &format!("{}, 1/{ratio:.1} of memory", size(image.file_len())));
+    for disk in &machine.uncaptured_disks {
+        line("not included", &format!("writable disk {disk}"));
+    }
+    line("started in", &machine.cwd);
+    line("started as", &machine.argv.join(" "));
+    Ok(())
+}
+
+/// Checks every checksum of an image.
+pub(super) fn verify(path: &Path, json: bool) -> Result<(), Failure> {
+    let image = Image::open(path)?;
+    let report = verify_image(&image, |_, _| {})?;
+    if report.is_whole() {
+        match json {
+            true => print_line(
+                &json!({ "event": "verified", "pages": report.pages, "chunks": report.chunks })
+                    .to_string(),
+            ),
+            false => print_line(&format!(
+                "{} is whole: {} pages in {} chunks",
+                path.display(),
+                report.pages,
+                report.chunks
+            )),
+        }
+        return Ok(());
+    }
+    for damage in &report.damages {
+        match json {
+            true => print_line(&damage_json(damage).to_string()),
+            false => print_damage(damage),
+        }
+    }
+    let count = report.damages.len() as u64 + report.more_damages;
+    Err(Failure::said(format!(
+        "{} is damaged in {count} place(s): take another image; memory elsewhere in it is intact",
+        path.display()
+    )))
+}
+
+fn print_damage(damage: &Damage) {
+    print_line(&damage.error.to_string());
+    for DamagedRange { block, offset, len } in &damage.ranges {
+        print_line(&format!("    block {block}, offset {offset:#x}: {} lost", size(*len)));
+    }
+}
+
+fn damage_json(damage: &Damage) -> serde_json::Value {
+    let range = |range: &DamagedRange| json!({ "block": range.block, "offset": range.offset, "bytes": range.len });
+    json!({
+        "event": "damaged",
+        "what": damage.error.to_string(),
+        "ranges": damage.ranges.iter().map(range).collect::<Vec<_>>(),
+        "bytes": damage.bytes,
+    })
+}
+
+/// A time in microseconds since 1970 as people read it, in UTC.
+fn utc(unix_us: u64) -> String {
+    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_micros(unix_us));
+    time.map_or("unknown".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
+}

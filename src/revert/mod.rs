@@ -1,0 +1,316 @@
+//! Bringing a saved guest back: QEMU starts with device state only, the guest runs
+//! at once, and its memory follows.
+
+mod feed;
+mod serve;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+pub use feed::{Feed, FeedError, FeedEvent, Prepared};
+pub use serve::{ServeOptions, serve};
+
+use crate::image::{Image, ImageError};
+use crate::interrupt::Interrupts;
+use crate::qmp::{Events, Qmp, QmpError};
+use crate::vm::{Note, Process, RewriteOptions, VmError, rewrite};
+
+/// The name under which QEMU is given its end of the migration stream.
+const INCOMING: &str = "snapback-incoming";
+
+/// The migration capabilities that a revert turns on, and off again at its end.
+const CAPABILITIES: [&str; 2] = ["postcopy-ram", "events"];
+
+/// How long QEMU may take to confirm the end once all memory has been sent.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// Which guest to bring back, and how.
+#[derive(Debug, Clone, Default)]
+pub struct RevertOptions {
+    /// The image.
+    pub image: PathBuf,
+    /// How the recorded command line is changed.
+    pub rewrite: RewriteOptions,
+}
+
+/// What happens during a revert, in this order but for `Note` and `StillNeeded`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum RevertEvent {
+    /// Something of the recorded command line was changed.
+    Note {
+        /// What was changed.
+        what: String,
+        /// Why.
+        why: String,
+    },
+    /// QEMU's QMP answers.
+    QemuReady {
+        /// QEMU's process id.
+        pid: i32,
+    },
+    /// The guest runs (or, saved while paused, could run).
+    Running {
+        /// QEMU's process id; none for a QEMU that somebody else started.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pid: Option<i32>,
+    },
+    /// How far memory has come.
+    Progress(Progress),
+    /// An interrupt came while the guest still depends on the image being served.
+    StillNeeded,
+    /// All memory is in place; the guest depends on nothing any more.
+    Resident(Progress),
+}
+
+/// How far a revert has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Pages of 4096 bytes that are in place.
+    pub pages: u64,
+    /// Pages of the machine.
+    pub total: u64,
+    /// Requests from the guest so far.
+    pub requests: u64,
+}
+
+/// Why a revert failed. The QEMU that it started has been ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RevertError {
+    /// The image can't be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// QEMU can't be started as recorded.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// QEMU's control socket failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The guest's memory or device state could not be delivered.
+    #[error("{error}{qemu}")]
+    Feed {
+        /// What failed.
+        error: FeedError,
+        /// What QEMU itself had to say; empty when nothing.
+        qemu: String,
+    },
+    /// A socket between us and QEMU failed.
+    #[error("{what}: {source}")]
+    Socket {
+        /// What was being done.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Interrupted before the guest's memory was complete.
+    #[error("interrupted: {0}")]
+    Interrupted(&'static str),
+    /// QEMU never confirmed the end.
+    #[error("QEMU did not confirm the end of the migration within {} s (status `{status}`)", END_TIMEOUT.as_secs())]
+    NoEnd {
+        /// QEMU's migration status.
+        status: String,
+    },
+}
+
+/// A guest that has been brought back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reverted {
+    /// QEMU's process id.
+    pub pid: i32,
+    /// How the revert went.
+    pub progress: Progress,
+}
+
+/// Brings a guest back and returns once all its memory is in place. QEMU then runs
+/// on by itself. `on_event` is called as things happen.
+///
+/// The first interrupt ends a revert whose guest does not run yet, and is otherwise
+/// answered with [`RevertEvent::StillNeeded`]; the second ends it in any case.
+///
+/// # Errors
+/// When the image, QEMU or the way between them fails. QEMU has then been ended:
+/// a guest without its memory is of no use, and must not run on with a wrong one.
+pub async fn revert(
+    options: &RevertOptions,
+    mut interrupts: Interrupts,
+    mut on_event: impl FnMut(RevertEvent),
+) -> Result<Reverted, RevertError> {
+    let image = Image::open(&options.image)?;
+    let machine = &image.manifest().machine;
+    let paused = options.rewrite.paused || !machine.running;
+    let plan = rewrite(machine, &RewriteOptions { paused, ..options.rewrite.clone() })?;
+    for Note { what, why } in plan.notes.clone() {
+        on_event(RevertEvent::Note { what, why });
+    }
+    let runs = !plan.paused;
+
+    // QEMU's start takes tens of milliseconds: the device state is read meanwhile.
+    let prepared = tokio::task::spawn_blocking({
+        let image = Arc::clone(&image);
+        move || prepare(&image)
+    });
+    let (mut process, qmp) = tokio::select! {
+        started = Process::start(plan) => started?,
+        () = interrupts.at_least(1) => return Err(RevertError::Interrupted("QEMU was not up yet")),
+    };
+    let pid = process.pid();
+    on_event(RevertEvent::QemuReady { pid });
+    let prepared = prepared.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+
+    let bring = async {
+        let mut events = qmp.events();
+        let ours = connect(&qmp).await?;
+        let (feed, mut steps) = start_feed(prepared, &image, ours)?;
+        tokio::select! {
+            done = wait_running(&mut events, &mut steps, runs) => done?,
+            () = interrupts.at_least(1) => {
+                return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
+            }
+        }
+        on_event(RevertEvent::Running { pid: Some(pid) });
+        let progress = follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+        finish(&qmp).await?;
+        on_event(RevertEvent::Resident(progress));
+        Ok(progress)
+    };
+    match bring.await {
+        Ok(progress) => {
+            process.detach();
+            Ok(Reverted { pid, progress })
+        }
+        Err(error) => {
+            let error = with_qemus_words(error, &process);
+            process.kill().await;
+            Err(error)
+        }
+    }
+}
+
+/// Reads from the image what is sent before the guest runs.
+fn prepare(image: &Image) -> Result<Prepared, ImageError> {
+    let sections = image.sections()?;
+    Ok(Prepared::new(&sections.config, &sections.devices, &image.manifest().blocks))
+}
+
+/// Makes QEMU wait for the migration stream, and returns our end of it.
+async fn connect(qmp: &Qmp) -> Result<UnixStream, RevertError> {
+    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, true))).await?;
+    let (ours, theirs) = UnixStream::pair().map_err(|source| RevertError::Socket {
+        what: "making a socket for the migration stream failed".into(),
+        source,
+    })?;
+    qmp.getfd(INCOMING, theirs.as_fd()).await?;
+    qmp.migrate_incoming(&format!("fd:{INCOMING}")).await?;
+    Ok(ours)
+}
+
+fn start_feed(
+    prepared: Prepared,
+    image: &Arc<Image>,
+    socket: UnixStream,
+) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_PREFETCH);
+    Feed::start(prepared, Arc::new(Arc::clone(image)), socket, threads).map_err(feed_error)
+}
+
+/// Threads that prefetch, at most: more than this don't make the socket faster.
+const MAX_PREFETCH: usize = 4;
+
+/// Waits until the guest runs, or, if it is to stay paused, until it could.
+async fn wait_running(
+    events: &mut Events,
+    steps: &mut UnboundedReceiver<FeedEvent>,
+    runs: bool,
+) -> Result<(), RevertError> {
+    loop {
+        tokio::select! {
+            event = events.next() => if event?.name == "RESUME" {
+                return Ok(());
+            },
+            step = steps.recv() => match step {
+                Some(FeedEvent::Loaded) if !runs => return Ok(()),
+                Some(FeedEvent::Loaded) => {}
+                Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
+                Some(FeedEvent::Finished) | None => return Err(feed_error(FeedError::HungUp)),
+            },
+        }
+    }
+}
+
+/// Follows the feed to its end, telling its progress.
+async fn follow(
+    feed: &Feed,
+    steps: &mut UnboundedReceiver<FeedEvent>,
+    interrupts: &mut Interrupts,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<Progress, RevertError> {
+    let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let mut interrupted = false;
+    let mut again = interrupts.clone();
+    let progress = || {
+        let counts = feed.memory().counts();
+        Progress { pages: counts.present, total: counts.total, requests: counts.requests }
+    };
+    loop {
+        tokio::select! {
+            step = steps.recv() => match step {
+                Some(FeedEvent::Loaded) => {}
+                Some(FeedEvent::Finished) => return Ok(progress()),
+                Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
+                None => return Err(feed_error(FeedError::HungUp)),
+            },
+            () = interrupts.at_least(1), if !interrupted => {
+                interrupted = true;
+                on_event(RevertEvent::StillNeeded);
+            }
+            () = again.at_least(2) => {
+                return Err(RevertError::Interrupted(
+                    "the guest was stopped, since its memory was not complete",
+                ));
+            }
+            _ = tick.tick() => on_event(RevertEvent::Progress(progress())),
+        }
+    }
+}
+
+/// Waits until QEMU reports the migration completed, and leaves its capabilities as
+/// a QEMU that was never migrated has them.
+async fn finish(qmp: &Qmp) -> Result<(), RevertError> {
+    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+    loop {
+        let status = qmp.migration_info().await?.status.unwrap_or_default();
+        if status == "completed" {
+            break;
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return Err(RevertError::NoEnd { status });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, false))).await?;
+    Ok(())
+}
+
+fn feed_error(error: FeedError) -> RevertError {
+    RevertError::Feed { error, qemu: String::new() }
+}
+
+/// QEMU tells the reason of a failed migration only on its standard error.
+fn with_qemus_words(error: RevertError, process: &Process) -> RevertError {
+    match (error, process.log_tail()) {
+        (RevertError::Feed { error, .. }, words) if !words.is_empty() => {
+            RevertError::Feed { error, qemu: format!("; QEMU says: {words}") }
+        }
+        (error, _) => error,
+    }
+}

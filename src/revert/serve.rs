@@ -1,0 +1,64 @@
+//! The same for a QEMU that somebody else started and made wait for a migration.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use super::{Feed, FeedError, FeedEvent, Progress, RevertError, RevertEvent};
+use super::{feed_error, follow, prepare, start_feed};
+use crate::image::Image;
+use crate::interrupt::Interrupts;
+
+/// Which image to serve to whom.
+#[derive(Debug, Clone, Default)]
+pub struct ServeOptions {
+    /// The image.
+    pub image: PathBuf,
+    /// The unix socket on which QEMU waits (`-incoming unix:PATH`, or
+    /// `migrate-incoming`), with its `postcopy-ram` capability on.
+    pub to: PathBuf,
+}
+
+/// Brings a guest back in a QEMU that somebody else started with the same machine,
+/// `-incoming defer` and the capability `postcopy-ram`. Returns once all its memory
+/// is in place.
+///
+/// # Errors
+/// When the image or the way to QEMU fails. QEMU is then left to whoever started it:
+/// it pauses the migration, and its guest waits rather than run on wrong memory.
+pub async fn serve(
+    options: &ServeOptions,
+    mut interrupts: Interrupts,
+    mut on_event: impl FnMut(RevertEvent),
+) -> Result<Progress, RevertError> {
+    let image = Image::open(&options.image)?;
+    let prepared = prepare(&image)?;
+    let socket = UnixStream::connect(&options.to).map_err(|source| RevertError::Socket {
+        what: format!(
+            "connecting to `{}` failed (QEMU must wait there: `-incoming unix:…`)",
+            options.to.display()
+        ),
+        source,
+    })?;
+    let (feed, mut steps) = start_feed(prepared, &image, socket)?;
+    let loaded = tokio::select! {
+        step = steps.recv() => step,
+        () = interrupts.at_least(1) => {
+            return Err(RevertError::Interrupted("the guest did not run yet"));
+        }
+    };
+    match loaded {
+        Some(FeedEvent::Loaded) => on_event(RevertEvent::Running { pid: None }),
+        Some(FeedEvent::Failed(FeedError::HungUp | FeedError::Opening(_))) => {
+            let what = "QEMU refused the migration: it must be the machine that was saved, with \
+                        the capability `postcopy-ram` on; its standard error says more";
+            let source = std::io::ErrorKind::ConnectionAborted.into();
+            return Err(RevertError::Socket { what: what.into(), source });
+        }
+        Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
+        Some(FeedEvent::Finished) | None => return Err(feed_error(FeedError::HungUp)),
+    }
+    let progress = follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+    drop::<Feed>(feed);
+    on_event(RevertEvent::Resident(progress));
+    Ok(progress)
+}

@@ -1,0 +1,319 @@
+//! Taking a snapshot of a running guest: checks first, then a pause of milliseconds,
+//! then its memory is written out behind its back.
+
+mod checks;
+mod receive;
+mod settings;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use self::checks::{Checked, check};
+use self::receive::{Received, Receiving};
+use self::settings::Settings;
+use crate::image::{Compression, ImageError, Saved};
+use crate::interrupt::Interrupts;
+use crate::qmp::{Event, Qmp, QmpError};
+use crate::vm::VmError;
+use crate::wire::WireError;
+
+pub use checks::CheckError;
+
+/// The name under which QEMU is given its end of the migration stream.
+const OUTGOING: &str = "snapback-outgoing";
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// How long QEMU may take to end a migration that it has been told to end, or whose
+/// stream it has closed.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Which guest to save, where to, and how.
+#[derive(Debug, Clone)]
+pub struct SaveOptions {
+    /// The guest's QMP socket.
+    pub qmp: PathBuf,
+    /// The image to write.
+    pub image: PathBuf,
+    /// How memory is stored.
+    pub compression: Compression,
+    /// Save memory even though the guest has writable disks, whose content is then
+    /// not part of the snapshot.
+    pub memory_only: bool,
+    /// Replace an image of that name.
+    pub force: bool,
+}
+
+/// What happens during a save, in this order.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum SaveEvent {
+    /// The snapshot can be taken; the guest has not been touched.
+    Checked {
+        /// QEMU's version.
+        qemu: String,
+        /// The guest's RAM in bytes, all blocks together.
+        ram_bytes: u64,
+        /// Writable disks that are left out.
+        uncaptured_disks: Vec<String>,
+    },
+    /// The snapshot's moment has passed: nothing that the guest does from now on is in
+    /// it, although its memory is still being written.
+    Moment {
+        /// How long the guest stood still, in milliseconds; none for a guest that was
+        /// paused all the time.
+        pause_ms: Option<f64>,
+        /// The moment by the host's clock, in microseconds since 1970.
+        unix_us: u64,
+    },
+    /// How far memory has been written.
+    Progress {
+        /// Pages of 4096 bytes received.
+        pages: u64,
+        /// Pages of the machine.
+        total: u64,
+        /// Bytes written to the image.
+        image_bytes: u64,
+    },
+    /// The image is whole, on disk, under its name.
+    Saved {
+        /// Bytes of guest memory that are not zero.
+        bytes: u64,
+        /// Pages of 4096 bytes that are stored.
+        pages: u64,
+        /// Pages that are all zeros.
+        zero_pages: u64,
+        /// Size of the image in bytes.
+        image_bytes: u64,
+        /// How long QEMU had to wait for our disk, in milliseconds.
+        stalled_ms: f64,
+    },
+}
+
+/// Why a save failed. The guest runs on (or stays paused) as before, and no image is
+/// left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// It can't work, as was found before the guest was touched.
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    /// QEMU's control socket failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The machine could not be looked at.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The image could not be written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The migration stream could not be understood.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The socket for the stream failed.
+    #[error("making a socket for the migration stream failed: {0}")]
+    Socket(std::io::Error),
+    /// A thread could not be started.
+    #[error("starting a thread failed: {0}")]
+    Thread(std::io::Error),
+    /// QEMU ended the migration itself.
+    #[error("QEMU's migration ended with status `{status}`{}", .reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default())]
+    Migration {
+        /// QEMU's migration status.
+        status: String,
+        /// QEMU's reason.
+        reason: Option<String>,
+    },
+    /// Interrupted before the image was whole.
+    #[error("interrupted: the guest runs on, and no image was written")]
+    Interrupted,
+}
+
+/// Saves a guest while it runs, and returns once the image is whole.
+///
+/// An interrupt ends the save; the guest runs on and no image is left.
+///
+/// # Errors
+/// See [`SaveError`]. Whatever fails, the guest runs on as it ran before, its
+/// migration settings are what they were, and nothing is left behind.
+pub async fn save(
+    options: &SaveOptions,
+    mut interrupts: Interrupts,
+    mut on_event: impl FnMut(SaveEvent),
+) -> Result<Saved, SaveError> {
+    let qmp = Qmp::connect(&options.qmp, checks::ANSWER_TIMEOUT).await?;
+    let checked = check(&qmp, options).await?;
+    let settings = Settings::apply(&qmp, &checked).await?;
+    on_event(SaveEvent::Checked {
+        qemu: checked.machine.qemu.to_string(),
+        ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
+        uncaptured_disks: checked.machine.uncaptured_disks.clone(),
+    });
+
+    let outcome = take(&qmp, options, &checked, &mut interrupts, &mut on_event).await;
+    let restored = settings.restore(&qmp).await;
+
+    let (received, moment) = outcome?;
+    restored?;
+    let stalled = received.stalled();
+    let committed = tokio::task::spawn_blocking(move || received.commit(checked.machine, moment));
+    let saved = committed.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+    on_event(SaveEvent::Saved {
+        bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
+        pages: saved.data_pages,
+        zero_pages: saved.zero_pages,
+        image_bytes: saved.image_bytes,
+        stalled_ms: millis(stalled),
+    });
+    Ok(saved)
+}
+
+/// When the snapshot was taken, and what it cost the guest.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    unix_us: u64,
+    pause: Option<Duration>,
+}
+
+/// Starts the migration and receives all of it. If that fails, the migration has been
+/// ended and nothing of the image is left.
+async fn take(
+    qmp: &Qmp,
+    options: &SaveOptions,
+    checked: &Checked,
+    interrupts: &mut Interrupts,
+    on_event: &mut impl FnMut(SaveEvent),
+) -> Result<(Received, Moment), SaveError> {
+    let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
+    qmp.getfd(OUTGOING, theirs.as_fd()).await?;
+    // Only QEMU may hold the other end: its closing tells us that the stream is over.
+    drop(theirs);
+    let mut receiving = Receiving::start(ours, options, checked)?;
+    let running = checked.machine.running;
+    let outcome = tokio::select! {
+        outcome = follow(qmp, running, &mut receiving, on_event) => outcome,
+        () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+    };
+    if outcome.is_err() {
+        cancel(qmp).await;
+        // With the stream closed, the receiving thread ends and drops what it has.
+        if !receiving.done.is_terminated() {
+            let _ = receiving.done.await;
+        }
+    }
+    outcome
+}
+
+/// Starts the migration, and follows it to its end.
+async fn follow(
+    qmp: &Qmp,
+    running: bool,
+    receiving: &mut Receiving,
+    on_event: &mut impl FnMut(SaveEvent),
+) -> Result<(Received, Moment), SaveError> {
+    let mut events = qmp.events();
+    let asked = unix_us();
+    qmp.migrate(&format!("fd:{OUTGOING}")).await?;
+
+    let Receiving { first_page, done, counters } = receiving;
+    let mut clock = PauseClock::default();
+    let mut moment = None;
+    let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let received = loop {
+        tokio::select! {
+            received = &mut *done => break received,
+            first = &mut *first_page, if !first_page.is_terminated() => clock.passed = first.is_ok(),
+            event = events.next() => clock.hear(&event?),
+            _ = tick.tick(), if moment.is_some() => on_event(counters.progress()),
+        }
+        if moment.is_none() {
+            moment = clock.moment(running, asked);
+            if let Some(Moment { unix_us, pause }) = moment {
+                on_event(SaveEvent::Moment { pause_ms: pause.map(millis), unix_us });
+            }
+        }
+    };
+    let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
+    let received = received.unwrap_or_else(|_| Err(died()));
+    // QEMU's own reason, where it has one, says more than the end of its stream.
+    match (received, wait_end(qmp).await) {
+        (Ok(received), Ok(())) => {
+            Ok((received, moment.unwrap_or(Moment { unix_us: asked, pause: None })))
+        }
+        (Ok(_) | Err(SaveError::Wire(WireError::Ended { .. })), Err(reason)) => Err(reason),
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// Puts together the moment from what QEMU's events and its stream tell. The first
+/// page comes only after write protection is on, so it proves that the moment has
+/// passed; the events before and after it give its time.
+#[derive(Default)]
+struct PauseClock {
+    /// The first page has come.
+    passed: bool,
+    stopped: Option<u64>,
+    resumed: Option<u64>,
+}
+
+impl PauseClock {
+    fn hear(&mut self, event: &Event) {
+        match event.name.as_str() {
+            "STOP" => self.stopped = Some(event.timestamp),
+            "RESUME" => self.resumed = Some(event.timestamp),
+            _ => {}
+        }
+    }
+
+    fn moment(&self, running: bool, asked: u64) -> Option<Moment> {
+        match (self.passed, running, self.stopped, self.resumed) {
+            (true, false, ..) => Some(Moment { unix_us: asked, pause: None }),
+            (true, true, Some(stopped), Some(resumed)) => Some(Moment {
+                unix_us: stopped,
+                pause: Some(Duration::from_micros(resumed.saturating_sub(stopped))),
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// Waits until QEMU's migration is over, and says how it ended.
+async fn wait_end(qmp: &Qmp) -> Result<(), SaveError> {
+    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+    loop {
+        let info = qmp.migration_info().await?;
+        let status = info.status.unwrap_or_default();
+        match status.as_str() {
+            "completed" => return Ok(()),
+            "setup" | "active" | "device" | "cancelling"
+                if tokio::time::Instant::now() < deadline =>
+            {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            _ => {
+                return Err(SaveError::Migration { status, reason: info.error_desc });
+            }
+        }
+    }
+}
+
+/// Ends a migration under way and waits until it has ended, so that the guest's
+/// memory is no longer write-protected. An error means that QEMU is gone.
+async fn cancel(qmp: &Qmp) {
+    if qmp.migrate_cancel().await.is_ok() {
+        let _ = wait_end(qmp).await;
+    }
+}
+
+fn unix_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

@@ -1,0 +1,169 @@
+//! Receives the migration stream and writes the image, on a thread of its own.
+//!
+//! The thread does nothing but drain the socket: in `background-snapshot` one QEMU
+//! thread both sends pages and serves the guest's writes to pages not yet sent, so a
+//! reader that lingers makes the guest wait.
+
+use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::checks::Checked;
+use super::{Moment, SaveError, SaveEvent, SaveOptions};
+use crate::image::{Details, ImageWriter, Saved, Sections, WriterOptions};
+use crate::machine::Machine;
+use crate::page::{Block, PAGE_SIZE};
+use crate::wire::{Item, StreamBlock, StreamReader, Tail};
+
+/// A stream being received.
+pub(super) struct Receiving {
+    /// Told once, when the first page comes; an error when none will.
+    pub first_page: oneshot::Receiver<()>,
+    /// Told once, at the end.
+    pub done: oneshot::Receiver<Result<Received, SaveError>>,
+    pub counters: Arc<Counters>,
+}
+
+/// How far a stream has come.
+#[derive(Default)]
+pub(super) struct Counters {
+    pages: AtomicU64,
+    image_bytes: AtomicU64,
+    total: u64,
+}
+
+impl Counters {
+    pub fn progress(&self) -> SaveEvent {
+        SaveEvent::Progress {
+            pages: self.pages.load(Ordering::Relaxed),
+            total: self.total,
+            image_bytes: self.image_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Everything of a stream but its name: a commit makes it an image, dropping it
+/// leaves nothing.
+pub(super) struct Received {
+    writer: ImageWriter,
+    sections: Sections,
+    machine_type: String,
+}
+
+impl Receiving {
+    /// Starts to receive from `socket`.
+    ///
+    /// # Errors
+    /// When a thread can't be started.
+    pub fn start(socket: UnixStream, options: &SaveOptions, checked: &Checked) -> Result<Receiving, SaveError> {
+        let (first_page_sender, first_page) = oneshot::channel();
+        let (done_sender, done) = oneshot::channel();
+        let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();
+        let counters = Arc::new(Counters { total, ..Counters::default() });
+        let receiver = Receiver {
+            path: options.image.clone(),
+            options: WriterOptions {
+                compression: options.compression,
+                force: options.force,
+                ..WriterOptions::default()
+            },
+            page_sizes: checked
+                .blocks
+                .iter()
+                .map(|block| (block.name.clone(), block.page_size))
+                .collect(),
+            counters: Arc::clone(&counters),
+            first_page: Some(first_page_sender),
+        };
+        let receive = move || {
+            let _ = done_sender.send(receiver.receive(socket));
+        };
+        std::thread::Builder::new()
+            .name("receive".into())
+            .spawn(receive)
+            .map_err(SaveError::Thread)?;
+        Ok(Receiving { first_page, done, counters })
+    }
+}
+
+impl Received {
+    /// How long QEMU had to wait for us.
+    pub fn stalled(&self) -> Duration {
+        self.writer.stats().stalled
+    }
+
+    /// Makes it an image, whole and under its name.
+    pub fn commit(self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
+        let details = Details {
+            machine: Machine { machine_type: self.machine_type, ..machine },
+            moment_unix_us: moment.unix_us,
+            pause_us: moment.pause.map(|pause| pause.as_micros() as u64),
+        };
+        Ok(self.writer.finish(details, self.sections)?)
+    }
+}
+
+/// The receiving thread.
+struct Receiver {
+    path: PathBuf,
+    options: WriterOptions,
+    /// The stream names no page sizes; QEMU's monitor does.
+    page_sizes: HashMap<String, u64>,
+    counters: Arc<Counters>,
+    first_page: Option<oneshot::Sender<()>>,
+}
+
+impl Receiver {
+    fn receive(mut self, socket: UnixStream) -> Result<Received, SaveError> {
+        let mut stream = StreamReader::new(socket);
+        let mut writer = None;
+        let mut tail = None;
+        while let Some(item) = stream.next_item()? {
+            match (item, &mut writer) {
+                (Item::Blocks(blocks), None) => writer = Some(self.create(blocks)?),
+                (Item::Page(page, bytes), Some(writer)) => {
+                    writer.page(page, bytes)?;
+                    self.count(writer);
+                }
+                (Item::Zero(page), Some(writer)) => {
+                    writer.zero(page)?;
+                    self.count(writer);
+                }
+                (Item::Tail(found), _) => tail = Some(found),
+                // The reader gives the block list once, before any page.
+                (Item::Blocks(_), Some(_)) | (_, None) => unreachable!(),
+            }
+        }
+        let (Some(writer), Some(Tail { devices, vmdesc })) = (writer, tail) else { unreachable!() };
+        let config = stream.config().to_vec();
+        let machine_type = stream.machine_type().to_owned();
+        Ok(Received { writer, sections: Sections { config, devices, vmdesc }, machine_type })
+    }
+
+    fn create(&self, blocks: &[StreamBlock]) -> Result<ImageWriter, SaveError> {
+        let with_page_size = |block: &StreamBlock| Block {
+            name: block.name.clone(),
+            len: block.len,
+            page_size: self.page_sizes.get(&block.name).copied().unwrap_or(4096),
+        };
+        let blocks = blocks.iter().map(with_page_size).collect();
+        Ok(ImageWriter::create(&self.path, self.options.clone(), blocks)?)
+    }
+
+    fn count(&mut self, writer: &ImageWriter) {
+        if let Some(first_page) = self.first_page.take() {
+            let _ = first_page.send(());
+        }
+        let pages = self.counters.pages.fetch_add(1, Ordering::Relaxed);
+        // Asking the writer costs more than counting: now and then is enough.
+        if pages.is_multiple_of(1024) {
+            let written = writer.stats().written_bytes;
+            self.counters.image_bytes.store(written, Ordering::Relaxed);
+        }
+    }
+}
