@@ -1,0 +1,182 @@
+//! What can go wrong with a virtual machine's record or process.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+use crate::qmp::QmpError;
+
+/// Why a machine could not be captured, rewritten or started.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// Something about a process can't be read.
+    #[error("can't read {what} of process {pid}: {source}; it takes the same user or root")]
+    ReadProcess {
+        /// The process.
+        pid: i32,
+        /// What was to be read.
+        what: &'static str,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
+    /// The process that made the control socket is not a QEMU system emulator.
+    #[error(
+        "process {pid} ({exe}), which owns the control socket, is not a QEMU system \
+             emulator; connect to QEMU itself, not to a proxy or manager in front of it"
+    )]
+    NotQemu {
+        /// The process.
+        pid: i32,
+        /// Its executable.
+        exe: String,
+    },
+
+    /// A text that has to be recorded is not UTF-8.
+    #[error("{what} of process {pid} is not UTF-8: {text:?}; start QEMU with names that are")]
+    NotUtf8 {
+        /// The process.
+        pid: i32,
+        /// What is not UTF-8.
+        what: &'static str,
+        /// The text with what can't be shown replaced.
+        text: String,
+    },
+
+    /// A command over the control socket failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+
+    /// The record has no command line.
+    #[error("the recorded command line is empty")]
+    EmptyCommandLine,
+
+    /// A path that goes on a command line can't be written there.
+    #[error("the {what} {path:?} can't be put on a command line: {problem}")]
+    Path {
+        /// What the path is for.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// A rule for replacing paths that would replace nothing or everything.
+    #[error("--path {old}={new} replaces no path: both sides need a path other than /")]
+    PathRule {
+        /// What was to be replaced.
+        old: String,
+        /// What was to take its place.
+        new: String,
+    },
+
+    /// The recorded command line used descriptors that its starter passed on.
+    #[error(
+        "the recorded option {option} uses a file descriptor which whoever started QEMU \
+             passed on to it, and that can't be passed again from a record; start QEMU yourself \
+             with -incoming defer and use `snapback serve`"
+    )]
+    InheritedDescriptor {
+        /// The option.
+        option: String,
+    },
+
+    /// A recorded listening socket belongs to a living process.
+    #[error(
+        "the recorded option {option} listens at {path}, where a living process listens \
+             now; give it another place with --path {path}=NEW"
+    )]
+    SocketInUse {
+        /// The option.
+        option: String,
+        /// Where it listens.
+        path: String,
+    },
+
+    /// The control socket that was asked for can't be made.
+    #[error("--qmp {path}: {problem}; choose another path", path = path.display())]
+    ControlSocket {
+        /// The socket's path.
+        path: PathBuf,
+        /// What is there.
+        problem: String,
+    },
+
+    /// A recorded file is in use.
+    #[error("the recorded option {option} {purpose} {path}, which process {pid} ({process}) has \
+             open; give it another place with --path {path}=NEW", path = path.display())]
+    FileInUse {
+        /// The option.
+        option: String,
+        /// What the option does with the file.
+        purpose: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// A process that has it open.
+        pid: i32,
+        /// That process's name.
+        process: String,
+    },
+
+    /// The state of this host can't be looked up.
+    #[error("can't read {path}: {source}", path = path.display())]
+    ReadHost {
+        /// What was to be read.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
+    /// The folder that relative paths start from is not there.
+    #[error("can't start QEMU in its recorded working folder {path}: {source}; make it, or give \
+             another with --path {path}=NEW", path = path.display())]
+    WorkingFolder {
+        /// The folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
+    /// QEMU could not be started at all.
+    #[error("can't start {binary}: {source}; name another QEMU with --qemu",
+            binary = binary.display())]
+    Start {
+        /// The program.
+        binary: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
+    /// A part of starting or watching QEMU failed on our side.
+    #[error("can't {what}: {source}")]
+    Supervise {
+        /// What was being done.
+        what: &'static str,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
+    /// QEMU ended before it spoke.
+    #[error("{binary} ended at once ({status}); it said: {log}", binary = binary.display())]
+    Exited {
+        /// The program.
+        binary: PathBuf,
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of what it wrote.
+        log: String,
+    },
+
+    /// QEMU lives but did not speak over its control socket.
+    #[error("{binary} started but does not talk: {source}; it said: {log}",
+            binary = binary.display())]
+    NoControl {
+        /// The program.
+        binary: PathBuf,
+        /// What went wrong.
+        source: QmpError,
+        /// The end of what it wrote.
+        log: String,
+    },
+}
