@@ -10,6 +10,8 @@ mod host;
 mod params;
 mod process;
 mod rewrite;
+#[cfg(test)]
+mod tests;
 
 pub use capture::capture;
 pub use command_line::{Arg, CommandLine, CommandOption};
