@@ -7,12 +7,12 @@ mod report;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Failure, Output};
 use crate::image::Compression;
 use crate::interrupt::Interrupts;
-use crate::revert::{RevertOptions, ServeOptions};
+use crate::revert::{RevertOptions, ServeOptions, Way};
 use crate::save::SaveOptions;
 use crate::vm::RewriteOptions;
 
@@ -75,6 +75,9 @@ struct RevertArgs {
     /// Use path NEW wherever the recorded command line names OLD, or something below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    /// How memory reaches the guest
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    place: Place,
     /// Return as soon as the guest runs; memory is filled in the background
     #[arg(long)]
     detach: bool,
@@ -100,6 +103,9 @@ struct ServeArgs {
     /// Where QEMU waits: unix:PATH
     #[arg(long, value_name = "unix:PATH", value_parser = parse_unix_address)]
     to: PathBuf,
+    /// How memory reaches the guest
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    place: Place,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -112,6 +118,26 @@ struct ImageArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Place {
+    /// Straight into its memory where that can be had, else by QEMU's socket
+    Auto,
+    /// Straight into its memory, by QEMU's userfaultfd, or fail
+    Uffd,
+    /// By QEMU's postcopy socket
+    Socket,
+}
+
+impl From<Place> for Way {
+    fn from(place: Place) -> Way {
+        match place {
+            Place::Auto => Way::Auto,
+            Place::Uffd => Way::Uffd,
+            Place::Socket => Way::Socket,
+        }
+    }
 }
 
 fn parse_compression(text: &str) -> Result<Compression, String> {
@@ -147,7 +173,8 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -215,14 +242,14 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
-    let options = RevertOptions { image: args.image, rewrite };
+    let options = RevertOptions { image: args.image, rewrite, way: args.place.into() };
     crate::revert::revert(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
 }
 
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
-    let options = ServeOptions { image: args.image, to: args.to };
+    let options = ServeOptions { image: args.image, to: args.to, way: args.place.into() };
     crate::revert::serve(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
 }

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
 
 use super::window::Window;
 use super::{Memory, MemoryError};
@@ -13,10 +16,16 @@ use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
 /// needs. A request for a page that somebody else has claimed needs no answer:
 /// whoever claimed it holds its bytes and installs it now.
 pub struct FaultServer {
-    memory: Arc<Memory>,
-    reader: Box<dyn ChunkReader>,
-    window: Window,
+    pub(super) memory: Arc<Memory>,
+    pub(super) reader: Box<dyn ChunkReader>,
+    pub(super) window: Window,
+    /// How long answers took, in nanoseconds.
+    timings: Histogram<u64>,
 }
+
+/// The longest time that the histogram of answers tells from longer ones, in
+/// nanoseconds: a minute.
+const LONGEST_NS: u64 = 60_000_000_000;
 
 /// Tells prefetch to stand aside for as long as it lives.
 struct Urgent<'a>(&'a Memory);
@@ -43,7 +52,15 @@ impl FaultServer {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
         let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
-        Ok(FaultServer { memory, reader, window: Window::new(pages) })
+        let timings = Histogram::new_with_bounds(1, LONGEST_NS, 3);
+        let timings = timings.unwrap_or_else(|_| unreachable!("the bounds are in order"));
+        Ok(FaultServer { memory, reader, window: Window::new(pages), timings })
+    }
+
+    /// How long answers took, in nanoseconds from the request being heard to the page
+    /// being on its way. Requests that needed no page are not in it.
+    pub fn into_timings(self) -> Histogram<u64> {
+        self.timings
     }
 
     /// Installs the memory that was asked for, and whatever else its chunks hold
@@ -54,6 +71,7 @@ impl FaultServer {
     /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
     pub fn serve(&mut self, block: BlockId, offset: u64, len: u64) -> Result<(), MemoryError> {
         let memory = Arc::clone(&self.memory);
+        let heard = Instant::now();
         memory.requests.fetch_add(1, Ordering::Relaxed);
         let _urgent = Urgent::new(&memory);
         let end = offset.checked_add(len).filter(|end| *end <= memory.block(block).len);
@@ -64,7 +82,7 @@ impl FaultServer {
         let unit = memory.block(block).pages_per_host_page();
         let mut number = (offset >> PAGE_SHIFT) & !(unit - 1);
         while number << PAGE_SHIFT < end {
-            self.serve_host_page(&memory, Page { block, number }, unit)?;
+            self.serve_host_page(&memory, Page { block, number }, unit, heard)?;
             number += unit;
         }
         Ok(())
@@ -76,6 +94,7 @@ impl FaultServer {
         memory: &Memory,
         page: Page,
         unit: u64,
+        heard: Instant,
     ) -> Result<(), MemoryError> {
         let host_page = cut(memory, page, unit);
         let mut mine = None;
@@ -83,7 +102,14 @@ impl FaultServer {
             mine = Some(claimed);
             Ok::<(), MemoryError>(())
         })?;
-        let Some(mine) = mine else { return Ok(()) };
+        let Some(mine) = mine else {
+            // It was installed between the fault and now, or will be at once by whoever
+            // has claimed it, who then wakes the waiting thread.
+            return match memory.claims.is_present(page.block, page.number) {
+                true => memory.wake(host_page),
+                false => Ok(()),
+            };
+        };
 
         let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
         let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
@@ -97,6 +123,7 @@ impl FaultServer {
 
         // The one that is waited for goes first; its neighbours follow.
         memory.place_run(mine, mine, self.window.host_page(mine))?;
+        self.timings.saturating_record(heard.elapsed().as_nanos() as u64);
         let mut installed = mine.count;
         for (run, content) in self.window.pieces() {
             installed += memory.install(run, content, || {})?;

@@ -111,7 +111,7 @@ impl Place for Arc<Shelf> {
         self.copy(block, run, &vec![0; run.bytes() as usize])
     }
 
-    fn step_pages(&self) -> u64 {
+    fn step_pages(&self, _block: BlockId) -> u64 {
         16
     }
 }

@@ -1,6 +1,7 @@
 //! Bringing a saved guest back: QEMU starts with device state only, the guest runs
 //! at once, and its memory follows.
 
+mod adopt;
 mod feed;
 mod serve;
 
@@ -13,7 +14,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub use feed::{Feed, FeedError, FeedEvent, Prepared};
+pub use adopt::AdoptError;
+pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared, Way};
 pub use serve::{ServeOptions, serve};
 
 use crate::image::{Image, ImageError};
@@ -40,6 +42,8 @@ pub struct RevertOptions {
     pub image: PathBuf,
     /// How the recorded command line is changed.
     pub rewrite: RewriteOptions,
+    /// By which way memory goes.
+    pub way: Way,
 }
 
 /// What happens during a revert, in this order but for `Note` and `StillNeeded`.
@@ -57,6 +61,13 @@ pub enum RevertEvent {
     QemuReady {
         /// QEMU's process id.
         pid: i32,
+    },
+    /// The way that memory goes.
+    Placing {
+        /// The way.
+        way: Way,
+        /// Why this one.
+        reason: String,
     },
     /// The guest runs (or, saved while paused, could run).
     Running {
@@ -170,9 +181,9 @@ pub async fn revert(
     let bring = async {
         let mut events = qmp.events();
         let ours = connect(&qmp).await?;
-        let (feed, mut steps) = start_feed(prepared, &image, ours)?;
+        let (feed, mut steps) = start_feed(prepared, &image, ours, options.way, Some(pid))?;
         tokio::select! {
-            done = wait_running(&mut events, &mut steps, runs) => done?,
+            done = wait_running(&mut events, &mut steps, runs, &mut on_event) => done?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
@@ -218,9 +229,12 @@ fn start_feed(
     prepared: Prepared,
     image: &Arc<Image>,
     socket: UnixStream,
+    way: Way,
+    pid: Option<i32>,
 ) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_PREFETCH);
-    Feed::start(prepared, Arc::new(Arc::clone(image)), socket, threads).map_err(feed_error)
+    let options = FeedOptions { way, pid, prefetch_threads: threads };
+    Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
 }
 
 /// Threads that prefetch, at most: more than this don't make the socket faster.
@@ -231,6 +245,7 @@ async fn wait_running(
     events: &mut Events,
     steps: &mut UnboundedReceiver<FeedEvent>,
     runs: bool,
+    on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<(), RevertError> {
     loop {
         tokio::select! {
@@ -238,6 +253,9 @@ async fn wait_running(
                 return Ok(());
             },
             step = steps.recv() => match step {
+                Some(FeedEvent::Placing { way, reason }) => {
+                    on_event(RevertEvent::Placing { way, reason });
+                }
                 Some(FeedEvent::Loaded) if !runs => return Ok(()),
                 Some(FeedEvent::Loaded) => {}
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
@@ -264,6 +282,9 @@ async fn follow(
     loop {
         tokio::select! {
             step = steps.recv() => match step {
+                Some(FeedEvent::Placing { way, reason }) => {
+                    on_event(RevertEvent::Placing { way, reason });
+                }
                 Some(FeedEvent::Loaded) => {}
                 Some(FeedEvent::Finished) => return Ok(progress()),
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
