@@ -71,10 +71,12 @@ impl Damage {
             first = end;
             self.bytes += len;
             if let Some(last) = self.ranges.last_mut()
-                && last.block == block.name && last.offset + last.len == offset {
-                    last.len += len;
-                    continue;
-                }
+                && last.block == block.name
+                && last.offset + last.len == offset
+            {
+                last.len += len;
+                continue;
+            }
             if self.ranges.len() < MAX_RANGES {
                 self.ranges.push(DamagedRange { block: block.name.clone(), offset, len });
             }

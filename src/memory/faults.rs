@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
@@ -19,9 +19,41 @@ pub struct FaultServer {
     pub(super) memory: Arc<Memory>,
     pub(super) reader: Box<dyn ChunkReader>,
     pub(super) window: Window,
-    /// How long answers took, in nanoseconds.
-    timings: Histogram<u64>,
+    report: FaultReport,
+    /// Demands are recorded until then.
+    record_until: Option<Instant>,
 }
+
+/// What a server has seen.
+#[derive(Debug, Clone)]
+pub struct FaultReport {
+    /// How long answers took, in nanoseconds from the request being heard to the page
+    /// being on its way. Requests that needed no page are not in it.
+    pub timings: Histogram<u64>,
+    /// The pages that were asked for and had to be brought, with the time, in order.
+    pub demanded: Vec<(Instant, Page)>,
+}
+
+impl FaultReport {
+    fn new() -> FaultReport {
+        let timings = Histogram::new_with_bounds(1, LONGEST_NS, 3);
+        let timings = timings.unwrap_or_else(|_| unreachable!("the bounds are in order"));
+        FaultReport { timings, demanded: Vec::new() }
+    }
+
+    /// Both reports as one.
+    pub fn merged(mut self, other: FaultReport) -> FaultReport {
+        // Both histograms have the same bounds.
+        let _ = self.timings.add(other.timings);
+        self.demanded.extend(other.demanded);
+        self.demanded.sort_by_key(|(when, _)| *when);
+        self
+    }
+}
+
+/// Demands that one server records at most. Room for them is set aside ahead, so that
+/// recording allocates nothing; memory that is never written to costs nothing.
+const MAX_DEMANDS: usize = 1 << 18;
 
 /// The longest time that the histogram of answers tells from longer ones, in
 /// nanoseconds: a minute.
@@ -52,15 +84,20 @@ impl FaultServer {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
         let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
-        let timings = Histogram::new_with_bounds(1, LONGEST_NS, 3);
-        let timings = timings.unwrap_or_else(|_| unreachable!("the bounds are in order"));
-        Ok(FaultServer { memory, reader, window: Window::new(pages), timings })
+        let window = Window::new(pages);
+        Ok(FaultServer { memory, reader, window, report: FaultReport::new(), record_until: None })
     }
 
-    /// How long answers took, in nanoseconds from the request being heard to the page
-    /// being on its way. Requests that needed no page are not in it.
-    pub fn into_timings(self) -> Histogram<u64> {
-        self.timings
+    /// Records what is demanded, for so long from now on.
+    pub fn recording(mut self, window: Duration) -> FaultServer {
+        self.report.demanded.reserve_exact(MAX_DEMANDS);
+        self.record_until = Instant::now().checked_add(window);
+        self
+    }
+
+    /// What it has seen.
+    pub fn into_report(self) -> FaultReport {
+        self.report
     }
 
     /// Installs the memory that was asked for, and whatever else its chunks hold
@@ -123,7 +160,12 @@ impl FaultServer {
 
         // The one that is waited for goes first; its neighbours follow.
         memory.place_run(mine, mine, self.window.host_page(mine))?;
-        self.timings.saturating_record(heard.elapsed().as_nanos() as u64);
+        self.report.timings.saturating_record(heard.elapsed().as_nanos() as u64);
+        if self.record_until.is_some_and(|until| heard < until)
+            && self.report.demanded.len() < MAX_DEMANDS
+        {
+            self.report.demanded.push((heard, page));
+        }
         let mut installed = mine.count;
         for (run, content) in self.window.pieces() {
             installed += memory.install(run, content, || {})?;

@@ -10,14 +10,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::direct::DirectPlace;
 use super::place::PlaceError;
-use super::{FaultServer, Memory, MemoryError};
+use super::{FaultReport, FaultServer, Memory, MemoryError};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Run};
 use crate::uffd::{EventBuffer, Uffd, UffdEvent};
 
@@ -82,13 +81,18 @@ impl Intake {
         Ok((intake, StopIntake(stop)))
     }
 
+    /// Records what is demanded, for so long from now on.
+    pub fn recording(self, window: Duration) -> Intake {
+        Intake { server: self.server.recording(window), ..self }
+    }
+
     /// Takes and answers faults until it is stopped, or the process whose memory it
-    /// is has gone. Returns how long answers took, in nanoseconds from the event
-    /// being read to the page being in place.
+    /// is has gone. Returns what was seen; an answer's time runs from the event being
+    /// read to the page being in place.
     ///
     /// # Errors
     /// When a fault could not be answered; whoever waits for it waits forever.
-    pub fn run(mut self) -> Result<Histogram<u64>, MemoryError> {
+    pub fn run(mut self) -> Result<FaultReport, MemoryError> {
         let mut events = EventBuffer::default();
         let mut spin = SPIN_MAX;
         while self.wait(&mut events, &mut spin)? {
@@ -101,7 +105,7 @@ impl Intake {
                 }
             }
         }
-        Ok(self.server.into_timings())
+        Ok(self.server.into_report())
     }
 
     /// Waits for events; false when it is time to stop.

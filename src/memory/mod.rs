@@ -10,11 +10,13 @@ pub mod claim;
 mod direct;
 pub mod faults;
 mod intake;
+mod pace;
 pub mod place;
 pub mod prefetch;
 mod probe;
 mod socket;
 mod window;
+pub mod working_set;
 
 #[cfg(test)]
 mod tests;
@@ -25,11 +27,13 @@ use std::time::Duration;
 
 pub use claim::ClaimMap;
 pub use direct::{DirectPlace, Route};
-pub use faults::FaultServer;
+pub use faults::{FaultReport, FaultServer};
 pub use intake::{Intake, StopIntake};
+pub use pace::Pace;
 pub use place::{Place, PlaceError};
-pub use prefetch::prefetch;
+pub use prefetch::{FillOptions, prefetch, preload};
 pub use socket::SocketPlace;
+pub use working_set::{WorkingSet, WorkingSetError};
 
 use crate::page::{Block, BlockId, PageSource, Run, SourceError};
 
@@ -160,7 +164,10 @@ impl Memory {
         pause: impl Fn(),
     ) -> Result<u64, MemoryError> {
         let unit = self.block(run.block).pages_per_host_page();
-        let step = unit.max(self.place.step_pages(run.block));
+        let step = unit.max(match content {
+            Content::Zero => self.place.zero_step_pages(run.block),
+            Content::Bytes(_) => self.place.step_pages(run.block),
+        });
         let mut installed = 0;
         let mut first = run.first;
         while first < run.end() {
@@ -234,6 +241,11 @@ impl Memory {
             offset: run.offset(),
             source,
         }
+    }
+
+    /// Whether zeros of this block are best installed in large calls, ahead of the rest.
+    fn likes_large_zeros(&self, block: BlockId) -> bool {
+        self.place.zero_step_pages(block) > self.place.step_pages(block)
     }
 
     /// Stands aside while faults are being answered. A fault takes some tens of

@@ -52,4 +52,9 @@ pub trait Place: Send + Sync {
     /// The most target pages of this block that one call should bring, so that an
     /// urgent page does not wait long behind it.
     fn step_pages(&self, block: BlockId) -> u64;
+
+    /// The same for zeros.
+    fn zero_step_pages(&self, block: BlockId) -> u64 {
+        self.step_pages(block)
+    }
 }

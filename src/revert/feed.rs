@@ -8,7 +8,6 @@
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,8 +17,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::adopt::{AdoptError, Adopted, Probe};
 use crate::memory::{
-    DirectPlace, FaultServer, Intake, Memory, MemoryError, PlaceError, Route, SocketPlace,
-    StopIntake, prefetch,
+    DirectPlace, FaultReport, FaultServer, FillOptions, Intake, Memory, MemoryError, Pace,
+    PlaceError, Route, SocketPlace, StopIntake, prefetch, preload,
 };
 use crate::page::{Block, BlockId, PageSource};
 use crate::wire::{Opening, ReturnPath, ReturnPathMessage, WireError, closing, package, ping};
@@ -42,8 +41,13 @@ pub enum FeedEvent {
     },
     /// The device state is in; QEMU runs the guest next.
     Loaded,
-    /// QEMU has confirmed that it has everything. The last event.
-    Finished,
+    /// The working set is in place.
+    Preloaded,
+    /// What the intake of faults from userfaultfd has seen, if anything.
+    Faults(Option<FaultReport>),
+    /// QEMU has confirmed that it has everything. The last event, with what the
+    /// requests by return path have shown.
+    Finished(FaultReport),
     /// The feed has ended before that. The last event.
     Failed(FeedError),
 }
@@ -116,14 +120,19 @@ pub enum Way {
 }
 
 /// Who is fed, and how.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct FeedOptions {
     /// The way pages go.
     pub way: Way,
     /// QEMU's process id, if it is known.
     pub pid: Option<i32>,
-    /// Threads that prefetch.
-    pub prefetch_threads: usize,
+    /// How memory is filled.
+    pub fill: FillOptions,
+    /// Whether the working set goes ahead of the guest's first instruction; it is then
+    /// told when it is in place.
+    pub preload: bool,
+    /// How long demands are recorded, from the start on.
+    pub record: Duration,
 }
 
 /// The route of this feed's pages.
@@ -133,7 +142,7 @@ type FeedRoute = Route<SocketPlace<UnixStream>>;
 pub struct Feed {
     memory: Arc<Memory>,
     socket: UnixStream,
-    stop: Arc<AtomicBool>,
+    pace: Arc<Pace>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -152,12 +161,12 @@ impl Feed {
         let share = || socket.try_clone().map_err(FeedError::Thread);
         let route = Arc::new(Route::new(SocketPlace::new(share()?)));
         let memory = Arc::new(Memory::new(source, Box::new(Arc::clone(&route))));
-        let stop = Arc::new(AtomicBool::new(false));
+        let pace = Arc::new(Pace::new(options.fill.rate));
         let (events, receiver) = unbounded_channel();
         let (pongs, heard) = mpsc::channel();
 
         let answering = Answering {
-            server: FaultServer::new(Arc::clone(&memory))?,
+            server: FaultServer::new(Arc::clone(&memory))?.recording(options.record),
             path: ReturnPath::new(share()?),
             memory: Arc::clone(&memory),
             events: events.clone(),
@@ -168,14 +177,14 @@ impl Feed {
             options,
             route,
             memory: Arc::clone(&memory),
-            stop: Arc::clone(&stop),
+            pace: Arc::clone(&pace),
             pongs: heard,
             events: events.clone(),
         };
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(body).map_err(FeedError::Thread)
         };
-        let mut feed = Feed { memory, socket, stop, threads: Vec::new() };
+        let mut feed = Feed { memory, socket, pace, threads: Vec::new() };
         feed.threads.push(spawn("faults", Box::new(move || answering.run()))?);
         feed.threads.push(spawn(
             "fill",
@@ -192,11 +201,16 @@ impl Feed {
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
+
+    /// Fills at full speed from now on.
+    pub fn hurry(&self) {
+        self.pace.hurry();
+    }
 }
 
 impl Drop for Feed {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.pace.stop();
         // Wakes the threads out of their reads and writes. QEMU may be gone already.
         let _ = self.socket.shutdown(Shutdown::Both);
         for thread in self.threads.drain(..) {
@@ -211,7 +225,7 @@ struct Filling {
     options: FeedOptions,
     route: Arc<FeedRoute>,
     memory: Arc<Memory>,
-    stop: Arc<AtomicBool>,
+    pace: Arc<Pace>,
     pongs: mpsc::Receiver<u32>,
     events: UnboundedSender<FeedEvent>,
 }
@@ -224,10 +238,17 @@ impl Filling {
         // The other thread's end means an end of the feed, and is told by that thread.
         let Some(loaded) = self.open_the_way()? else { return Ok(()) };
         let intake = self.start_intake()?;
+        // The guest will want its working set at once; the rest waits until it runs.
+        if self.options.preload || self.route.direct().is_some() {
+            preload(&self.memory, &self.options.fill, &self.pace)?;
+            let _ = self.events.send(FeedEvent::Preloaded);
+        }
         if loaded || self.wait_pong(PING_LOADED) {
             self.fill()?;
         }
-        drop(intake);
+        if let Some(intake) = intake {
+            let _ = self.events.send(FeedEvent::Faults(intake.finish()));
+        }
         match self.memory.wait_complete(Duration::ZERO) {
             true => self.route.first().send(&closing()).map_err(|_| FeedError::HungUp),
             false => Ok(()),
@@ -237,11 +258,9 @@ impl Filling {
     /// Brings all memory. Until the guest runs, its requests have the way for
     /// themselves: this comes after.
     fn fill(&self) -> Result<(), FeedError> {
-        prefetch(&self.memory, self.options.prefetch_threads, &self.stop)?;
+        prefetch(&self.memory, &self.options.fill, &self.pace)?;
         // What faults have claimed is still on its way.
-        while !self.memory.wait_complete(Duration::from_millis(100))
-            && !self.stop.load(Ordering::Relaxed)
-        {}
+        while !self.memory.wait_complete(Duration::from_millis(100)) && !self.pace.is_stopped() {}
         Ok(())
     }
 
@@ -320,22 +339,33 @@ impl Filling {
             return Ok(None);
         };
         let (intake, stop) = Intake::new(Arc::clone(&self.memory), direct)?;
+        let intake = intake.recording(self.options.record);
         let events = self.events.clone();
-        let run = move || {
-            if let Err(error) = intake.run() {
+        let run = move || match intake.run() {
+            Ok(report) => Some(report),
+            Err(error) => {
                 let _ = events.send(FeedEvent::Failed(error.into()));
+                None
             }
         };
         let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
-        let thread = thread.map_err(FeedError::Thread)?;
-        Ok(Some(RunningIntake { stop, thread: Some(thread) }))
+        let thread = Some(thread.map_err(FeedError::Thread)?);
+        Ok(Some(RunningIntake { stop, thread }))
     }
 }
 
 /// An intake's thread, ended with this value.
 struct RunningIntake {
     stop: StopIntake,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<FaultReport>>>,
+}
+
+impl RunningIntake {
+    /// Ends it, and returns what it has seen.
+    fn finish(mut self) -> Option<FaultReport> {
+        self.stop.stop();
+        self.thread.take()?.join().ok().flatten()
+    }
 }
 
 impl Drop for RunningIntake {
@@ -364,7 +394,10 @@ struct Answering {
 
 impl Answering {
     fn run(mut self) {
-        let last = self.answer().map_or_else(FeedEvent::Failed, |()| FeedEvent::Finished);
+        let last = match self.answer() {
+            Ok(()) => FeedEvent::Finished(self.server.into_report()),
+            Err(error) => FeedEvent::Failed(error),
+        };
         let _ = self.events.send(last);
     }
 

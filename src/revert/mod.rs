@@ -2,6 +2,7 @@
 //! at once, and its memory follows.
 
 mod adopt;
+mod delivery;
 mod feed;
 mod serve;
 
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use adopt::AdoptError;
+pub use delivery::{Delivery, Outcome};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared, Way};
 pub use serve::{ServeOptions, serve};
 
@@ -32,9 +34,6 @@ const CAPABILITIES: [&str; 2] = ["postcopy-ram", "events"];
 /// How long QEMU may take to confirm the end once all memory has been sent.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often progress is told.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-
 /// Which guest to bring back, and how.
 #[derive(Debug, Clone, Default)]
 pub struct RevertOptions {
@@ -42,8 +41,10 @@ pub struct RevertOptions {
     pub image: PathBuf,
     /// How the recorded command line is changed.
     pub rewrite: RewriteOptions,
-    /// By which way memory goes.
-    pub way: Way,
+    /// How its memory is brought.
+    pub delivery: Delivery,
+    /// Let the guest run only once its working set is in place.
+    pub preload: bool,
 }
 
 /// What happens during a revert, in this order but for `Note` and `StillNeeded`.
@@ -134,12 +135,12 @@ pub enum RevertError {
 }
 
 /// A guest that has been brought back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Reverted {
     /// QEMU's process id.
     pub pid: i32,
-    /// How the revert went.
-    pub progress: Progress,
+    /// How its memory came.
+    pub outcome: Outcome,
 }
 
 /// Brings a guest back and returns once all its memory is in place. QEMU then runs
@@ -158,12 +159,17 @@ pub async fn revert(
 ) -> Result<Reverted, RevertError> {
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
-    let paused = options.rewrite.paused || !machine.running;
+    let stays_paused = options.rewrite.stays_paused() || !machine.running;
+    let paused = stays_paused || options.preload;
     let plan = rewrite(machine, &RewriteOptions { paused, ..options.rewrite.clone() })?;
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
     }
-    let runs = !plan.paused;
+    let start = match (plan.paused, stays_paused) {
+        (false, _) => Start::Runs,
+        (true, false) => Start::WhenPreloaded,
+        (true, true) => Start::StaysPaused,
+    };
 
     // QEMU's start takes tens of milliseconds: the device state is read meanwhile.
     let prepared = tokio::task::spawn_blocking({
@@ -181,23 +187,26 @@ pub async fn revert(
     let bring = async {
         let mut events = qmp.events();
         let ours = connect(&qmp).await?;
-        let (feed, mut steps) = start_feed(prepared, &image, ours, options.way, Some(pid))?;
+        let delivery = &options.delivery;
+        let (feed, mut steps) =
+            delivery.start(prepared, &image, ours, Some(pid), options.preload)?;
         tokio::select! {
-            done = wait_running(&mut events, &mut steps, runs, &mut on_event) => done?,
+            done = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event) => done?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         }
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let progress = follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+        let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
         finish(&qmp).await?;
-        on_event(RevertEvent::Resident(progress));
-        Ok(progress)
+        on_event(RevertEvent::Resident(outcome.progress));
+        Ok(outcome)
     };
     match bring.await {
-        Ok(progress) => {
+        Ok(outcome) => {
             process.detach();
-            Ok(Reverted { pid, progress })
+            options.delivery.remember(&image, &outcome);
+            Ok(Reverted { pid, outcome })
         }
         Err(error) => {
             let error = with_qemus_words(error, &process);
@@ -225,28 +234,26 @@ async fn connect(qmp: &Qmp) -> Result<UnixStream, RevertError> {
     Ok(ours)
 }
 
-fn start_feed(
-    prepared: Prepared,
-    image: &Arc<Image>,
-    socket: UnixStream,
-    way: Way,
-    pid: Option<i32>,
-) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_PREFETCH);
-    let options = FeedOptions { way, pid, prefetch_threads: threads };
-    Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
+/// When the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// As soon as its device state is in.
+    Runs,
+    /// Once its working set is in place as well.
+    WhenPreloaded,
+    /// When its user says so.
+    StaysPaused,
 }
-
-/// Threads that prefetch, at most: more than this don't make the socket faster.
-const MAX_PREFETCH: usize = 4;
 
 /// Waits until the guest runs, or, if it is to stay paused, until it could.
 async fn wait_running(
+    qmp: &Qmp,
     events: &mut Events,
     steps: &mut UnboundedReceiver<FeedEvent>,
-    runs: bool,
+    start: Start,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<(), RevertError> {
+    let (mut loaded, mut preloaded) = (false, false);
     loop {
         tokio::select! {
             event = events.next() => if event?.name == "RESUME" {
@@ -256,50 +263,18 @@ async fn wait_running(
                 Some(FeedEvent::Placing { way, reason }) => {
                     on_event(RevertEvent::Placing { way, reason });
                 }
-                Some(FeedEvent::Loaded) if !runs => return Ok(()),
-                Some(FeedEvent::Loaded) => {}
+                Some(FeedEvent::Loaded) => loaded = true,
+                Some(FeedEvent::Preloaded) => preloaded = true,
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
-                Some(FeedEvent::Finished) | None => return Err(feed_error(FeedError::HungUp)),
-            },
-        }
-    }
-}
-
-/// Follows the feed to its end, telling its progress.
-async fn follow(
-    feed: &Feed,
-    steps: &mut UnboundedReceiver<FeedEvent>,
-    interrupts: &mut Interrupts,
-    on_event: &mut impl FnMut(RevertEvent),
-) -> Result<Progress, RevertError> {
-    let mut tick = tokio::time::interval(PROGRESS_EVERY);
-    let mut interrupted = false;
-    let mut again = interrupts.clone();
-    let progress = || {
-        let counts = feed.memory().counts();
-        Progress { pages: counts.present, total: counts.total, requests: counts.requests }
-    };
-    loop {
-        tokio::select! {
-            step = steps.recv() => match step {
-                Some(FeedEvent::Placing { way, reason }) => {
-                    on_event(RevertEvent::Placing { way, reason });
-                }
-                Some(FeedEvent::Loaded) => {}
-                Some(FeedEvent::Finished) => return Ok(progress()),
-                Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
+                Some(FeedEvent::Faults(_) | FeedEvent::Finished(_)) => {}
                 None => return Err(feed_error(FeedError::HungUp)),
             },
-            () = interrupts.at_least(1), if !interrupted => {
-                interrupted = true;
-                on_event(RevertEvent::StillNeeded);
-            }
-            () = again.at_least(2) => {
-                return Err(RevertError::Interrupted(
-                    "the guest was stopped, since its memory was not complete",
-                ));
-            }
-            _ = tick.tick() => on_event(RevertEvent::Progress(progress())),
+        }
+        match start {
+            Start::StaysPaused if loaded => return Ok(()),
+            // QEMU answers once it has finished loading, RUN included.
+            Start::WhenPreloaded if loaded && preloaded => return Ok(qmp.cont().await?),
+            _ => {}
         }
     }
 }

@@ -34,6 +34,13 @@ pub struct RewriteOptions {
     pub paused: bool,
 }
 
+impl RewriteOptions {
+    /// Whether the guest shall not run until its user says so.
+    pub fn stays_paused(&self) -> bool {
+        self.paused || CommandLine::parse(&self.extra).has("S")
+    }
+}
+
 /// Something that differs from the record, for the caller to tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
@@ -98,7 +105,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
 
     let cwd = PathBuf::from(replace_path(&machine.cwd, &paths));
     let qmp = options.qmp.as_deref().map(|path| absolute("control socket", path)).transpose()?;
-    let paused = options.paused || CommandLine::parse(&options.extra).has("S");
+    let paused = options.stays_paused();
 
     drop_own_options(&mut line);
     drop_start_options(&mut line, &mut notes);
