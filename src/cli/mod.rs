@@ -36,6 +36,8 @@ enum Command {
     Revert(RevertArgs),
     /// Give a saved guest to a QEMU that waits for an incoming migration
     Serve(ServeArgs),
+    /// Show or make an image's working set: what a revert brings first
+    WorkingSet(WorkingSetArgs),
     /// Show what an image holds
     Info(ImageArgs),
     /// Check every checksum of an image
@@ -122,6 +124,7 @@ impl From<DeliveryArgs> for Delivery {
             fill_rate: args.fill_rate,
             fill_delay: args.fill_delay,
             working_set: !args.no_working_set,
+            hold: None,
         }
     }
 }
@@ -136,6 +139,24 @@ struct ServeArgs {
     #[command(flatten)]
     delivery: DeliveryArgs,
     /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct WorkingSetArgs {
+    /// The image
+    image: PathBuf,
+    /// Make one by a revert that is thrown away, without network and without disk writes
+    #[arg(long)]
+    harvest: bool,
+    /// With --harvest: how long the guest is watched
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    window: Duration,
+    /// With --harvest: the QEMU binary to use instead of the recorded one
+    #[arg(long, value_name = "BIN")]
+    qemu: Option<PathBuf>,
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -247,6 +268,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Save(args) => (args.json, save(args).await),
         Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
         Command::Serve(args) => (args.json, serve(args).await),
+        Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, args.json)),
         Command::Verify(args) => (args.json, report::verify(&args.image, args.json)),
     };
@@ -302,6 +324,17 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let options = ServeOptions { image: args.image, to: args.to, delivery: args.delivery.into() };
     crate::revert::serve(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
+}
+
+async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
+    if args.harvest {
+        let output = Output::new(args.json);
+        let rewrite = RewriteOptions { qemu: args.qemu, ..RewriteOptions::default() };
+        let options =
+            RevertOptions { image: args.image.clone(), rewrite, ..RevertOptions::default() };
+        crate::revert::harvest(&options, args.window, interrupts()?, |e| output.revert(&e)).await?;
+    }
+    report::working_set(&args.image, args.json)
 }
 
 /// Interrupts from the terminal (SIGINT) and from whoever ends us politely (SIGTERM).

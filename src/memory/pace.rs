@@ -61,6 +61,14 @@ impl Pace {
         }
     }
 
+    /// Waits for so long.
+    pub(super) fn wait(&self, hold: Duration) {
+        let start = Instant::now();
+        while self.waits() && start.elapsed() < hold {
+            std::thread::sleep(LOOK_EVERY.min(hold));
+        }
+    }
+
     /// Waits until nobody has asked for memory for `quiet`, or its last page has come.
     pub(super) fn wait_quiet(&self, memory: &Memory, quiet: Duration) {
         let mut requests = memory.counts().requests;

@@ -33,6 +33,8 @@ pub struct FillOptions {
     pub working_set: Vec<Page>,
     /// The most bytes a second; as fast as can be without.
     pub rate: Option<u64>,
+    /// Nothing is brought for so long, beside what is asked for.
+    pub hold: Option<Duration>,
     /// Anything beyond the working set waits until nobody has asked for memory for so
     /// long.
     pub delay: Option<Duration>,
@@ -49,6 +51,9 @@ pub fn prefetch(
     options: &FillOptions,
     pace: &Pace,
 ) -> Result<(), MemoryError> {
+    if let Some(hold) = options.hold {
+        pace.wait(hold);
+    }
     let pages = options.working_set.len();
     in_parallel(options.threads, |_| prefetch_working_set(memory, options, pace), pages)?;
     if let Some(quiet) = options.delay {

@@ -33,11 +33,19 @@ pub struct Delivery {
     pub fill_delay: Option<Duration>,
     /// Whether the recorded working set is brought first, and recorded anew.
     pub working_set: bool,
+    /// Nothing is filled for so long, while what the guest asks for is recorded.
+    pub hold: Option<Duration>,
 }
 
 impl Default for Delivery {
     fn default() -> Delivery {
-        Delivery { way: Way::Auto, fill_rate: None, fill_delay: None, working_set: true }
+        Delivery {
+            way: Way::Auto,
+            fill_rate: None,
+            fill_delay: None,
+            working_set: true,
+            hold: None,
+        }
     }
 }
 
@@ -67,9 +75,14 @@ impl Delivery {
             threads: threads.min(MAX_PREFETCH),
             working_set: self.recall(image).map(|set| set.pages).unwrap_or_default(),
             rate: self.fill_rate,
+            hold: self.hold,
             delay: self.fill_delay,
         };
-        let record = if self.working_set { working_set::RECORD_WINDOW } else { Duration::ZERO };
+        let record = match (self.hold, self.working_set) {
+            (Some(hold), _) => hold,
+            (None, true) => working_set::RECORD_WINDOW,
+            (None, false) => Duration::ZERO,
+        };
         let options = FeedOptions { way: self.way, pid, fill, preload, record };
         Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
     }

@@ -4,6 +4,7 @@
 mod adopt;
 mod delivery;
 mod feed;
+mod harvest;
 mod serve;
 
 use std::os::fd::AsFd;
@@ -18,10 +19,12 @@ use tokio::sync::mpsc::UnboundedReceiver;
 pub use adopt::AdoptError;
 pub use delivery::{Delivery, Outcome};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared, Way};
+pub use harvest::harvest;
 pub use serve::{ServeOptions, serve};
 
 use crate::image::{Image, ImageError};
 use crate::interrupt::Interrupts;
+use crate::memory::WorkingSetError;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::vm::{Note, Process, RewriteOptions, VmError, rewrite};
 
@@ -123,6 +126,12 @@ pub enum RevertError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The working set that was harvested can't be written.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetError),
+    /// A guest that was to show its working set asked for nothing.
+    #[error("the guest asked for no memory in that time: give it longer, or let it do something")]
+    NothingDemanded,
     /// Interrupted before the guest's memory was complete.
     #[error("interrupted: {0}")]
     Interrupted(&'static str),
@@ -154,9 +163,20 @@ pub struct Reverted {
 /// a guest without its memory is of no use, and must not run on with a wrong one.
 pub async fn revert(
     options: &RevertOptions,
+    interrupts: Interrupts,
+    on_event: impl FnMut(RevertEvent),
+) -> Result<Reverted, RevertError> {
+    let (mut process, outcome) = bring_back(options, interrupts, on_event).await?;
+    process.detach();
+    Ok(Reverted { pid: process.pid(), outcome })
+}
+
+/// The same, with QEMU still ours to end.
+async fn bring_back(
+    options: &RevertOptions,
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
-) -> Result<Reverted, RevertError> {
+) -> Result<(Process, Outcome), RevertError> {
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
     let stays_paused = options.rewrite.stays_paused() || !machine.running;
@@ -204,9 +224,8 @@ pub async fn revert(
     };
     match bring.await {
         Ok(outcome) => {
-            process.detach();
             options.delivery.remember(&image, &outcome);
-            Ok(Reverted { pid, outcome })
+            Ok((process, outcome))
         }
         Err(error) => {
             let error = with_qemus_words(error, &process);

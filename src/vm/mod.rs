@@ -7,6 +7,7 @@ mod collisions;
 mod command_line;
 mod error;
 mod host;
+mod isolate;
 mod params;
 mod process;
 mod rewrite;
