@@ -20,8 +20,9 @@ pub(super) fn isolate(line: &mut CommandLine, writable_disks: &[String]) -> Resu
         return Err(VmError::NotIsolated { disks: writable_disks.join(", ") });
     }
     line.retain_options(|option| {
-        !matches!(backend::usage(option), Some(Use::Monitor | Use::Debugger))
-            && !(option.name() == "net" && is_old_backend(option))
+        let watches = matches!(backend::usage(option), Some(Use::Monitor | Use::Debugger));
+        let leads_out = option.name() == "net" && is_old_backend(option);
+        !watches && !leads_out
     });
     let mut hub = FIRST_HUB;
     for option in line.options_mut() {
