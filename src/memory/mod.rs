@@ -35,7 +35,7 @@ pub use prefetch::{FillOptions, prefetch, preload};
 pub use socket::SocketPlace;
 pub use working_set::{WorkingSet, WorkingSetError};
 
-use crate::page::{Block, BlockId, PageSource, Run, SourceError};
+use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -245,7 +245,9 @@ impl Memory {
 
     /// Whether zeros of this block are best installed in large calls, ahead of the rest.
     fn likes_large_zeros(&self, block: BlockId) -> bool {
-        self.place.zero_step_pages(block) > self.place.step_pages(block)
+        // A huge page may be zero in parts, and is then not a matter of zeros.
+        let small = self.block(block).page_size == PAGE_SIZE as u64;
+        small && self.place.zero_step_pages(block) > self.place.step_pages(block)
     }
 
     /// Stands aside while faults are being answered. A fault takes some tens of
