@@ -380,6 +380,7 @@ impl Drop for RunningIntake {
 fn io_error(error: PlaceError) -> std::io::Error {
     match error {
         PlaceError::Gone(error) | PlaceError::Io(error) => error,
+        changing @ PlaceError::Changing => std::io::Error::other(changing),
     }
 }
 
