@@ -75,6 +75,16 @@ impl ClaimMap {
         claims.is_set(&claims.claimed, page)
     }
 
+    /// Whether somebody has taken every page of the block.
+    pub fn all_claimed(&self, block: BlockId) -> bool {
+        let claims = &self.blocks[block.index()];
+        let all = Run { block, first: 0, count: claims.pages };
+        let taken = |(word, mask): (usize, u64)| {
+            claims.claimed[word].load(Ordering::Acquire) & mask == mask
+        };
+        claims.words(all).all(taken)
+    }
+
     /// Whether the host page that holds this target page is in place.
     pub fn is_present(&self, block: BlockId, page: u64) -> bool {
         let claims = &self.blocks[block.index()];

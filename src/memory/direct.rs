@@ -46,11 +46,6 @@ impl DirectPlace {
         self.addresses.get(block.index()).copied().flatten()
     }
 
-    /// Whether every block is installed this way.
-    pub fn has_all_blocks(&self) -> bool {
-        self.addresses.iter().all(Option::is_some)
-    }
-
     fn at(&self, run: Run) -> Result<u64, PlaceError> {
         let unknown = || PlaceError::Io(std::io::Error::other("the block's address is not known"));
         Ok(self.address(run.block).ok_or_else(unknown)? + run.offset())

@@ -147,6 +147,11 @@ impl Memory {
         }
     }
 
+    /// Whether nothing of this block is left to be brought by anybody.
+    pub fn is_settled(&self, block: BlockId) -> bool {
+        self.claims.all_claimed(block)
+    }
+
     /// Waits until every page is in place, for `timeout` at most; says whether it is so.
     pub fn wait_complete(&self, timeout: Duration) -> bool {
         let (done, signal) = &self.complete;

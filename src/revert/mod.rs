@@ -6,6 +6,7 @@ mod delivery;
 mod feed;
 mod harvest;
 mod serve;
+mod way;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,9 +19,10 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use adopt::AdoptError;
 pub use delivery::{Delivery, Outcome};
-pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared, Way};
+pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared};
 pub use harvest::harvest;
 pub use serve::{ServeOptions, serve};
+pub use way::Way;
 
 use crate::image::{Image, ImageError};
 use crate::interrupt::Interrupts;
