@@ -32,6 +32,7 @@ async fn run(options: &RevertOptions) -> Result<(), RevertError> {
     let reverted = revert(options, Interrupts::never(), |event| match event {
         RevertEvent::Note { what, why } => println!("note: {what}: {why}"),
         RevertEvent::QemuReady { pid } => println!("QEMU is up, process {pid}"),
+        RevertEvent::Placing { reason, .. } => println!("{reason}"),
         RevertEvent::Running { .. } => println!("the guest runs; its memory follows"),
         RevertEvent::Progress(progress) => {
             println!("{} of {} pages", progress.pages, progress.total);
