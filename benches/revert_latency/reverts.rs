@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use snapback::image::Image;
 use snapback::interrupt::Interrupts;
-use snapback::revert::{Progress, RevertEvent, RevertOptions, Way, revert};
+use snapback::revert::{Delivery, Progress, RevertEvent, RevertOptions, Way, revert};
 use snapback::vm::{Process, RewriteOptions, rewrite};
 use tempfile::TempDir;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -102,7 +102,13 @@ impl Drop for Ended {
 /// Reverts by the library. The guest is ended when its memory is complete.
 pub async fn ours(image: &Path, recorded: &Path, way: Way) -> Result<Reverted> {
     let place = Place::new(recorded)?;
-    let options = RevertOptions { image: image.into(), rewrite: place.rewrite.clone(), way };
+    let options = RevertOptions {
+        image: image.into(),
+        rewrite: place.rewrite.clone(),
+        // Each revert as the first one: a working set from earlier ones would help.
+        delivery: Delivery { way, working_set: false, ..Delivery::default() },
+        preload: false,
+    };
     let (mut told, mut rss) = (Reverted::default(), Ok(0));
     let start = Instant::now();
     let beat = FirstBeat::watch(place.log(), start);
