@@ -218,10 +218,15 @@ async fn bring_back(
 
     let bring = async {
         let mut events = qmp.events();
-        let ours = connect(&qmp).await?;
-        let delivery = &options.delivery;
-        let (feed, mut steps) =
-            delivery.start(prepared, &image, ours, Some(pid), options.preload)?;
+        let (ours, theirs) = socket_pair()?;
+        // Meanwhile QEMU gets ready: what it reads first lies there when it begins to.
+        let (connected, started) = tokio::join!(
+            biased;
+            connect(&qmp, theirs),
+            async { options.delivery.start(prepared, &image, ours, Some(pid), options.preload) }
+        );
+        connected?;
+        let (feed, mut steps) = started?;
         tokio::select! {
             done = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event) => done?,
             () = interrupts.at_least(1) => {
@@ -253,16 +258,27 @@ fn prepare(image: &Image) -> Result<Prepared, ImageError> {
     Ok(Prepared::new(&sections.config, &sections.devices, &image.manifest().blocks))
 }
 
-/// Makes QEMU wait for the migration stream, and returns our end of it.
-async fn connect(qmp: &Qmp) -> Result<UnixStream, RevertError> {
-    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, true))).await?;
-    let (ours, theirs) = UnixStream::pair().map_err(|source| RevertError::Socket {
+/// The two ends of the migration stream.
+fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
+    UnixStream::pair().map_err(|source| RevertError::Socket {
         what: "making a socket for the migration stream failed".into(),
         source,
-    })?;
-    qmp.getfd(INCOMING, theirs.as_fd()).await?;
-    qmp.migrate_incoming(&format!("fd:{INCOMING}")).await?;
-    Ok(ours)
+    })
+}
+
+/// Has QEMU read the migration stream from its end. The commands are sent one behind
+/// the other without waiting for answers: QEMU executes them in that order, and each
+/// way there and back costs a guest that waits to run a good part of a millisecond.
+async fn connect(qmp: &Qmp, theirs: UnixStream) -> Result<(), QmpError> {
+    let capabilities = CAPABILITIES.map(|name| (name, true));
+    let incoming = format!("fd:{INCOMING}");
+    let (capable, given, listening) = tokio::join!(
+        biased;
+        qmp.set_migration_capabilities(&capabilities),
+        qmp.getfd(INCOMING, theirs.as_fd()),
+        qmp.migrate_incoming(&incoming),
+    );
+    capable.and(given).and(listening)
 }
 
 /// When the guest runs.
