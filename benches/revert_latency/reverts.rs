@@ -119,7 +119,7 @@ pub async fn ours(image: &Path, recorded: &Path, way: Way) -> Result<Reverted> {
             told.running = start.elapsed();
             rss = resident_kib(pid as u32);
         }
-        RevertEvent::Resident(Progress { requests, .. }) => {
+        RevertEvent::Resident { progress: Progress { requests, .. }, .. } => {
             told.complete = start.elapsed();
             told.requests = requests;
         }
