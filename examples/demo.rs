@@ -215,7 +215,7 @@ async fn bring_back(image: &Path, log: SerialLog) -> Result<(Back, Ended)> {
     let reverted = revert(&options, Interrupts::never(), |event| match event {
         RevertEvent::QemuReady { .. } => back.ready = start.elapsed(),
         RevertEvent::Running { .. } => back.running = start.elapsed(),
-        RevertEvent::Resident(Progress { total, requests, .. }) => {
+        RevertEvent::Resident { progress: Progress { total, requests, .. }, .. } => {
             back.resident = start.elapsed();
             (back.total, back.requests) = (total, requests);
         }

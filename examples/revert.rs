@@ -38,7 +38,7 @@ async fn run(options: &RevertOptions) -> Result<(), RevertError> {
             println!("{} of {} pages", progress.pages, progress.total);
         }
         RevertEvent::StillNeeded => println!("the guest still needs us"),
-        RevertEvent::Resident(progress) => {
+        RevertEvent::Resident { progress, .. } => {
             println!("all memory is there; the guest asked for {} of it", progress.requests);
         }
     })
