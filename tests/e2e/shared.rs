@@ -29,9 +29,16 @@ static KEPT: [Mutex<Option<Kept>>; 2] = [const { Mutex::new(None) }; 2];
 /// RAM of the guests, in MiB.
 pub const MIB: u64 = 160;
 
-/// A guest as tests like it: small, and writing.
+/// A guest as tests like it: small, writing, and 48 MiB of it incompressible.
 pub fn options(qemu: Qemu) -> GuestOptions {
-    GuestOptions { qemu, mib: MIB, fill: Fill::Mib(48), writers: 2, ..GuestOptions::default() }
+    GuestOptions {
+        qemu,
+        mib: MIB,
+        fill: Fill::Mib(64),
+        random_percent: 75,
+        writers: 2,
+        ..GuestOptions::default()
+    }
 }
 
 /// An image that is there for everybody to read.
