@@ -144,7 +144,7 @@ pub trait PageSource: Send + Sync {
     /// are likely to be stored together.
     fn chunk_pages(&self) -> usize;
 
-    /// Where the page is stored. Does no I/O beyond touching a mapped index.
+    /// Where the page is stored. Reads no more than the index where it speaks of it, once.
     ///
     /// # Errors
     /// When the page does not exist, or the index is damaged where it speaks of it.
@@ -167,4 +167,14 @@ pub trait ChunkReader: Send {
     /// When the chunk can't be read or its checksum does not match. What is
     /// returned without error has been verified.
     fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError>;
+
+    /// Does the same straight into `out`, saving a copy, if the chunk has exactly its
+    /// length; false, with nothing read, if it has another.
+    ///
+    /// # Errors
+    /// As for [`ChunkReader::read`]; `out` then holds anything.
+    fn read_to(&mut self, chunk: ChunkId, out: &mut [u8]) -> Result<bool, SourceError> {
+        let _ = (chunk, out);
+        Ok(false)
+    }
 }

@@ -1,12 +1,14 @@
-//! The userfaultfd calls that snapback makes (userfaultfd(2), ioctl_userfaultfd(2)).
+//! The userfaultfd calls that snapback makes (userfaultfd(2), ioctl_userfaultfd(2)),
+//! with all their partial results.
 //!
 //! The kernel's own definitions come from `linux-raw-sys`, so that building needs
 //! neither kernel headers nor libclang.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use linux_raw_sys::general as sys;
+use nix::errno::Errno;
 
 /// What the host's userfaultfd can't do.
 #[derive(Debug, thiserror::Error)]
@@ -17,44 +19,348 @@ pub enum UffdError {
          `sysctl vm.unprivileged_userfaultfd=1`"
     )]
     Unavailable(io::Error),
-    /// The kernel can't protect memory against writing by userfaultfd.
+    /// The kernel lacks a feature that was asked for.
     #[error(
-        "this host's kernel can't write-protect memory by userfaultfd ({0}): Linux 5.7 or later \
-         is needed"
+        "this host's kernel lacks a feature of userfaultfd ({0}): write-protecting memory needs \
+         Linux 5.7 or later"
     )]
-    NoWriteProtect(io::Error),
+    NoFeature(io::Error),
+    /// Memory could not be registered.
+    #[error("memory at {start:#x}, {len} bytes, can't be registered with userfaultfd: {source}")]
+    Register {
+        /// Its address.
+        start: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The process whose memory it is, or the mapping, is gone.
+    #[error("the memory at {address:#x} is gone with its process ({source})")]
+    Gone {
+        /// The address that was to be filled.
+        address: u64,
+        /// ENOENT or ESRCH.
+        source: io::Error,
+    },
+    /// Something else.
+    #[error("userfaultfd can't {what} at {address:#x}: {source}")]
+    Call {
+        /// What was being done.
+        what: &'static str,
+        /// Where.
+        address: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Features of userfaultfd (`UFFD_FEATURE_*`).
+pub mod feature {
+    use linux_raw_sys::general as sys;
+
+    /// Write faults on protected memory are told.
+    pub const WRITE_PROTECT: u64 = sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP as u64;
+    /// `madvise(MADV_DONTNEED)` and its like are told.
+    pub const EVENT_REMOVE: u64 = sys::UFFD_FEATURE_EVENT_REMOVE as u64;
+    /// `munmap` is told.
+    pub const EVENT_UNMAP: u64 = sys::UFFD_FEATURE_EVENT_UNMAP as u64;
 }
 
 mod ioctl {
     use linux_raw_sys::general as sys;
-    use linux_raw_sys::ioctl::UFFDIO_API;
+    use linux_raw_sys::ioctl as numbers;
 
     nix::ioctl_readwrite!(api, sys::UFFDIO, sys::_UFFDIO_API, sys::uffdio_api);
-    const _: () = assert!(
-        nix::request_code_readwrite!(
-            sys::UFFDIO,
-            sys::_UFFDIO_API,
-            std::mem::size_of::<sys::uffdio_api>()
-        ) == UFFDIO_API as nix::libc::Ioctl
+    nix::ioctl_readwrite!(register, sys::UFFDIO, sys::_UFFDIO_REGISTER, sys::uffdio_register);
+    nix::ioctl_readwrite!(copy, sys::UFFDIO, sys::_UFFDIO_COPY, sys::uffdio_copy);
+    nix::ioctl_readwrite!(zeropage, sys::UFFDIO, sys::_UFFDIO_ZEROPAGE, sys::uffdio_zeropage);
+    // UFFDIO_WAKE is declared with _IOR although the kernel reads its argument.
+    nix::ioctl_read!(wake, sys::UFFDIO, sys::_UFFDIO_WAKE, sys::uffdio_range);
+
+    /// The number that the macros above make, held against the kernel headers' own.
+    macro_rules! proven {
+        ($make:ident, $number:expr, $argument:ty, $expected:expr) => {
+            const _: () = assert!(
+                nix::$make!(sys::UFFDIO, $number, std::mem::size_of::<$argument>())
+                    == $expected as nix::libc::Ioctl
+            );
+        };
+    }
+    proven!(request_code_readwrite, sys::_UFFDIO_API, sys::uffdio_api, numbers::UFFDIO_API);
+    proven!(
+        request_code_readwrite,
+        sys::_UFFDIO_REGISTER,
+        sys::uffdio_register,
+        numbers::UFFDIO_REGISTER
     );
+    proven!(request_code_readwrite, sys::_UFFDIO_COPY, sys::uffdio_copy, numbers::UFFDIO_COPY);
+    proven!(
+        request_code_readwrite,
+        sys::_UFFDIO_ZEROPAGE,
+        sys::uffdio_zeropage,
+        numbers::UFFDIO_ZEROPAGE
+    );
+    proven!(request_code_read, sys::_UFFDIO_WAKE, sys::uffdio_range, numbers::UFFDIO_WAKE);
 }
 
-/// Opens a userfaultfd and agrees with the kernel on `features`.
-fn open(features: u64) -> Result<OwnedFd, UffdError> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: userfaultfd(2) takes flags only and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    if fd < 0 {
-        return Err(UffdError::Unavailable(io::Error::last_os_error()));
+/// What userfaultfd has to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UffdEvent {
+    /// A thread waits for the memory at this address.
+    Fault {
+        /// The address, rounded down to a page or not.
+        address: u64,
+    },
+    /// Memory was given back (`madvise`): it reads as zeros from now on.
+    Removed {
+        /// First address.
+        start: u64,
+        /// Address behind the last.
+        end: u64,
+    },
+    /// Memory was unmapped.
+    Unmapped {
+        /// First address.
+        start: u64,
+        /// Address behind the last.
+        end: u64,
+    },
+    /// Something that needs no answer.
+    Other,
+}
+
+/// Events that one read takes, at most.
+pub const EVENTS_AT_ONCE: usize = 16;
+
+/// Room for the events of one read.
+pub struct EventBuffer {
+    messages: [sys::uffd_msg; EVENTS_AT_ONCE],
+    count: usize,
+}
+
+impl Default for EventBuffer {
+    fn default() -> EventBuffer {
+        // SAFETY: `uffd_msg` is a C struct of integers and unions of integers, for
+        // which all zeros is a value.
+        EventBuffer { messages: unsafe { std::mem::zeroed() }, count: 0 }
     }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    let mut api = sys::uffdio_api { api: u64::from(sys::UFFD_API), features, ioctls: 0 };
-    // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which lives until the
-    // call returns; the descriptor is a userfaultfd.
-    unsafe { ioctl::api(fd.as_raw_fd(), &raw mut api) }
-        .map_err(|e| UffdError::NoWriteProtect(e.into()))?;
-    Ok(fd)
+}
+
+impl EventBuffer {
+    /// The events of the last read.
+    pub fn events(&self) -> impl Iterator<Item = UffdEvent> + '_ {
+        self.messages[..self.count].iter().map(|message| {
+            let arg = message.arg;
+            match u32::from(message.event) {
+                sys::UFFD_EVENT_PAGEFAULT => {
+                    // SAFETY: the kernel fills this member for this event; all
+                    // members are integers, for which any bytes are a value.
+                    let address = unsafe { arg.pagefault.address };
+                    UffdEvent::Fault { address }
+                }
+                kind @ (sys::UFFD_EVENT_REMOVE | sys::UFFD_EVENT_UNMAP) => {
+                    // SAFETY: as above.
+                    let (start, end) = unsafe { (arg.remove.start, arg.remove.end) };
+                    match kind {
+                        sys::UFFD_EVENT_REMOVE => UffdEvent::Removed { start, end },
+                        _ => UffdEvent::Unmapped { start, end },
+                    }
+                }
+                _ => UffdEvent::Other,
+            }
+        })
+    }
+}
+
+/// A userfaultfd, ours or one that another process made for its own memory.
+#[derive(Debug)]
+pub struct Uffd {
+    fd: OwnedFd,
+}
+
+impl Uffd {
+    /// Makes a userfaultfd for this process's own memory and agrees with the kernel on
+    /// `features` ([`feature`]).
+    ///
+    /// # Errors
+    /// [`UffdError::Unavailable`] and [`UffdError::NoFeature`].
+    pub fn create(features: u64) -> Result<Uffd, UffdError> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: userfaultfd(2) takes flags only and touches no memory of ours.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        if fd < 0 {
+            return Err(UffdError::Unavailable(io::Error::last_os_error()));
+        }
+        // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let mut api = sys::uffdio_api { api: u64::from(sys::UFFD_API), features, ioctls: 0 };
+        // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which lives until the
+        // call returns; the descriptor is a userfaultfd.
+        unsafe { ioctl::api(fd.as_raw_fd(), &raw mut api) }
+            .map_err(|e| UffdError::NoFeature(e.into()))?;
+        Ok(Uffd { fd })
+    }
+
+    /// A userfaultfd that somebody has made ready and given us a copy of.
+    pub fn from_fd(fd: OwnedFd) -> Uffd {
+        Uffd { fd }
+    }
+
+    /// Registers memory of this process: touching what is missing there waits until
+    /// it is installed.
+    ///
+    /// # Safety
+    /// The range must be a mapping of this process's that the caller owns, and stay one
+    /// for as long as it is registered; nothing may read it in the meantime that must
+    /// not wait for whoever installs it.
+    ///
+    /// # Errors
+    /// [`UffdError::Register`].
+    pub unsafe fn register(&self, start: u64, len: u64) -> Result<(), UffdError> {
+        let mut register = sys::uffdio_register {
+            range: sys::uffdio_range { start, len },
+            mode: u64::from(sys::UFFDIO_REGISTER_MODE_MISSING),
+            ioctls: 0,
+        };
+        // SAFETY: reads and writes one `uffdio_register`; what registering means for the
+        // range is the caller's promise.
+        unsafe { ioctl::register(self.fd.as_raw_fd(), &raw mut register) }
+            .map_err(|e| UffdError::Register { start, len, source: e.into() })?;
+        Ok(())
+    }
+
+    /// Installs `bytes` at `address` and wakes whoever waits there. Pages that are
+    /// there already are left as they are, and their waiters woken; `page_size` is the
+    /// size in bytes of the pages that back the memory.
+    ///
+    /// # Safety
+    /// `address` must be where the memory lies that shall hold `bytes`: nothing is
+    /// overwritten, but what is missing there becomes these bytes.
+    ///
+    /// # Errors
+    /// [`UffdError::Gone`] and [`UffdError::Call`].
+    pub unsafe fn copy(&self, address: u64, bytes: &[u8], page_size: u64) -> Result<(), UffdError> {
+        self.fill("copy pages", address, bytes.len() as u64, page_size, |done| {
+            let mut copy = sys::uffdio_copy {
+                dst: address + done,
+                src: bytes[done as usize..].as_ptr() as u64,
+                len: bytes.len() as u64 - done,
+                mode: 0,
+                copy: 0,
+            };
+            // SAFETY: reads and writes one `uffdio_copy`; `src` and `len` describe the
+            // rest of `bytes`; the destination is the caller's promise.
+            let result = unsafe { ioctl::copy(self.fd.as_raw_fd(), &raw mut copy) };
+            (result, copy.copy)
+        })
+    }
+
+    /// Installs `len` bytes of zeros at `address`, as [`Uffd::copy`] does. Anonymous
+    /// memory takes the shared zero page; pages of hugetlbfs can't be had this way.
+    ///
+    /// # Safety
+    /// As for [`Uffd::copy`].
+    ///
+    /// # Errors
+    /// As for [`Uffd::copy`].
+    pub unsafe fn zero(&self, address: u64, len: u64, page_size: u64) -> Result<(), UffdError> {
+        self.fill("install zeros", address, len, page_size, |done| {
+            let mut zero = sys::uffdio_zeropage {
+                range: sys::uffdio_range { start: address + done, len: len - done },
+                mode: 0,
+                zeropage: 0,
+            };
+            // SAFETY: reads and writes one `uffdio_zeropage`; the destination is the
+            // caller's promise.
+            let result = unsafe { ioctl::zeropage(self.fd.as_raw_fd(), &raw mut zero) };
+            (result, zero.zeropage)
+        })
+    }
+
+    /// Repeats a call until all of `len` bytes are there. `call` is given the bytes done
+    /// and returns the call's result and what it left in its last field: the bytes that
+    /// it has done, which may be positive although it failed.
+    fn fill(
+        &self,
+        what: &'static str,
+        address: u64,
+        len: u64,
+        page_size: u64,
+        mut call: impl FnMut(u64) -> (nix::Result<i32>, i64),
+    ) -> Result<(), UffdError> {
+        let mut done = 0;
+        while done < len {
+            let (result, filled) = call(done);
+            done += u64::try_from(filled).unwrap_or(0);
+            let at = address + done;
+            match result {
+                Ok(_) | Err(Errno::EINTR) => {}
+                // Short, because the next page is there or the mapping is changing.
+                Err(Errno::EAGAIN) if filled > 0 => {}
+                Err(Errno::EAGAIN) => std::thread::yield_now(),
+                Err(Errno::EEXIST) => {
+                    self.wake(at, page_size)?;
+                    done += page_size;
+                }
+                Err(errno @ (Errno::ENOENT | Errno::ESRCH)) => {
+                    return Err(UffdError::Gone { address: at, source: errno.into() });
+                }
+                Err(errno) => {
+                    return Err(UffdError::Call { what, address: at, source: errno.into() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Wakes whoever waits for memory in the range, to look again.
+    ///
+    /// # Errors
+    /// [`UffdError::Call`].
+    pub fn wake(&self, start: u64, len: u64) -> Result<(), UffdError> {
+        let mut range = sys::uffdio_range { start, len };
+        // SAFETY: reads one `uffdio_range`; waking changes no memory.
+        unsafe { ioctl::wake(self.fd.as_raw_fd(), &raw mut range) }.map_err(|e| {
+            UffdError::Call { what: "wake a waiting thread", address: start, source: e.into() }
+        })?;
+        Ok(())
+    }
+
+    /// Takes the events that are there; false when there are none. Never waits where
+    /// the descriptor is non-blocking, as ours and QEMU's are.
+    ///
+    /// # Errors
+    /// [`UffdError::Call`].
+    pub fn read(&self, buffer: &mut EventBuffer) -> Result<bool, UffdError> {
+        const MESSAGE_BYTES: usize = std::mem::size_of::<sys::uffd_msg>();
+        buffer.count = 0;
+        // SAFETY: the buffer is writable and as long as is said; any bytes are a value of
+        // its integers and unions of integers.
+        let read = unsafe {
+            libc::read(
+                self.fd.as_raw_fd(),
+                buffer.messages.as_mut_ptr().cast(),
+                MESSAGE_BYTES * EVENTS_AT_ONCE,
+            )
+        };
+        match Errno::result(read) {
+            Ok(bytes) => {
+                buffer.count = bytes as usize / MESSAGE_BYTES;
+                Ok(buffer.count > 0)
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(false),
+            Err(errno) => {
+                Err(UffdError::Call { what: "read events", address: 0, source: errno.into() })
+            }
+        }
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 /// Asks whether this host lets us write-protect memory by userfaultfd, as QEMU's
@@ -63,7 +369,7 @@ fn open(features: u64) -> Result<OwnedFd, UffdError> {
 /// # Errors
 /// What is missing, and what to do about it.
 pub fn write_protect_supported() -> Result<(), UffdError> {
-    open(u64::from(sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP)).map(drop)
+    Uffd::create(feature::WRITE_PROTECT).map(drop)
 }
 
 #[cfg(test)]

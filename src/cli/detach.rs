@@ -15,7 +15,11 @@ use crate::interrupt::Interrupts;
 use crate::revert::RevertEvent;
 
 /// Starts the server, and returns once the guest runs.
-pub(super) async fn revert(log: Option<PathBuf>, mut interrupts: Interrupts, output: &Output) -> Result<(), Failure> {
+pub(super) async fn revert(
+    log: Option<PathBuf>,
+    mut interrupts: Interrupts,
+    output: &Output,
+) -> Result<(), Failure> {
     let log = log.map_or_else(default_log, Ok)?;
     let file = create_log(&log)?;
     let server = start_server(file).map_err(|e| Failure::new("starting the server failed", &e));

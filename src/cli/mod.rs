@@ -6,13 +6,14 @@ mod report;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Failure, Output};
 use crate::image::Compression;
 use crate::interrupt::Interrupts;
-use crate::revert::{RevertOptions, ServeOptions};
+use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
 use crate::save::SaveOptions;
 use crate::vm::RewriteOptions;
 
@@ -35,6 +36,8 @@ enum Command {
     Revert(RevertArgs),
     /// Give a saved guest to a QEMU that waits for an incoming migration
     Serve(ServeArgs),
+    /// Show or make an image's working set: what a revert brings first
+    WorkingSet(WorkingSetArgs),
     /// Show what an image holds
     Info(ImageArgs),
     /// Check every checksum of an image
@@ -75,6 +78,11 @@ struct RevertArgs {
     /// Use path NEW wherever the recorded command line names OLD, or something below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    delivery: DeliveryArgs,
+    /// Let the guest run only once its working set is in place
+    #[arg(long, conflicts_with = "no_working_set")]
+    preload: bool,
     /// Return as soon as the guest runs; memory is filled in the background
     #[arg(long)]
     detach: bool,
@@ -94,13 +102,61 @@ struct RevertArgs {
 }
 
 #[derive(Args)]
+struct DeliveryArgs {
+    /// How memory reaches the guest
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    place: Place,
+    /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    fill_rate: Option<u64>,
+    /// Fill memory only once the guest has not asked for any for so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    fill_delay: Option<Duration>,
+    /// Neither use nor record the image's working set
+    #[arg(long)]
+    no_working_set: bool,
+}
+
+impl From<DeliveryArgs> for Delivery {
+    fn from(args: DeliveryArgs) -> Delivery {
+        Delivery {
+            way: args.place.into(),
+            fill_rate: args.fill_rate,
+            fill_delay: args.fill_delay,
+            working_set: !args.no_working_set,
+            hold: None,
+        }
+    }
+}
+
+#[derive(Args)]
 struct ServeArgs {
     /// The image
     image: PathBuf,
     /// Where QEMU waits: unix:PATH
     #[arg(long, value_name = "unix:PATH", value_parser = parse_unix_address)]
     to: PathBuf,
+    #[command(flatten)]
+    delivery: DeliveryArgs,
     /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct WorkingSetArgs {
+    /// The image
+    image: PathBuf,
+    /// Make one by a revert that is thrown away, without network and without disk writes
+    #[arg(long)]
+    harvest: bool,
+    /// With --harvest: how long the guest is watched
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    window: Duration,
+    /// With --harvest: the QEMU binary to use instead of the recorded one
+    #[arg(long, value_name = "BIN")]
+    qemu: Option<PathBuf>,
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -112,6 +168,26 @@ struct ImageArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Place {
+    /// Straight into its memory where that can be had, else by QEMU's socket
+    Auto,
+    /// Straight into its memory, by QEMU's userfaultfd, or fail
+    Uffd,
+    /// By QEMU's postcopy socket
+    Socket,
+}
+
+impl From<Place> for Way {
+    fn from(place: Place) -> Way {
+        match place {
+            Place::Auto => Way::Auto,
+            Place::Uffd => Way::Uffd,
+            Place::Socket => Way::Socket,
+        }
+    }
 }
 
 fn parse_compression(text: &str) -> Result<Compression, String> {
@@ -126,6 +202,22 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
         },
     };
     Ok(Compression::Zstd(level))
+}
+
+fn parse_rate(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let rate = digits.parse().ok().and_then(|n: u64| n.checked_mul(1 << shift));
+    rate.filter(|rate| *rate > 0).ok_or("it is a number of bytes a second, such as 200M".into())
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|s| Duration::try_from_secs_f64(s).ok());
+    seconds.ok_or("it is a number of seconds, such as 0.5".into())
 }
 
 fn parse_path_pair(text: &str) -> Result<(String, String), String> {
@@ -147,7 +239,8 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -175,6 +268,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Save(args) => (args.json, save(args).await),
         Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
         Command::Serve(args) => (args.json, serve(args).await),
+        Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, args.json)),
         Command::Verify(args) => (args.json, report::verify(&args.image, args.json)),
     };
@@ -215,16 +309,32 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
-    let options = RevertOptions { image: args.image, rewrite };
+    let options = RevertOptions {
+        image: args.image,
+        rewrite,
+        delivery: args.delivery.into(),
+        preload: args.preload,
+    };
     crate::revert::revert(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
 }
 
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
-    let options = ServeOptions { image: args.image, to: args.to };
+    let options = ServeOptions { image: args.image, to: args.to, delivery: args.delivery.into() };
     crate::revert::serve(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
+}
+
+async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
+    if args.harvest {
+        let output = Output::new(args.json);
+        let rewrite = RewriteOptions { qemu: args.qemu, ..RewriteOptions::default() };
+        let options =
+            RevertOptions { image: args.image.clone(), rewrite, ..RevertOptions::default() };
+        crate::revert::harvest(&options, args.window, interrupts()?, |e| output.revert(&e)).await?;
+    }
+    report::working_set(&args.image, args.json)
 }
 
 /// Interrupts from the terminal (SIGINT) and from whoever ends us politely (SIGTERM).
@@ -254,6 +364,19 @@ mod tests {
     fn the_arguments_are_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn rates_and_times_are_read_as_documented() {
+        assert_eq!(parse_rate("4096"), Ok(4096));
+        assert_eq!(parse_rate("200M"), Ok(200 << 20));
+        assert_eq!(parse_seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["", "0", "M", "-1", "1T", "99999999999999999999", "18446744073709551615G"] {
+            assert!(parse_rate(wrong).is_err(), "{wrong}");
+        }
+        for wrong in ["", "-1", "inf", "x"] {
+            assert!(parse_seconds(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

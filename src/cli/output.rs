@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::page::PAGE_SIZE;
-use crate::revert::{Progress, RevertEvent};
+use crate::revert::{Progress, RevertEvent, Way};
 use crate::save::SaveEvent;
 
 /// A command that failed, in words.
@@ -135,7 +135,10 @@ impl Output {
                     false => String::new(),
                 };
                 let image = size(*image_bytes);
-                self.say("saved", &format!("{} and {zero} of zeros in {image}{stalled}", size(*bytes)));
+                self.say(
+                    "saved",
+                    &format!("{} and {zero} of zeros in {image}{stalled}", size(*bytes)),
+                );
             }
         }
     }
@@ -147,6 +150,13 @@ impl Output {
         match event {
             RevertEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
+            RevertEvent::Placing { way, reason } => {
+                let way = match way {
+                    Way::Socket => "by QEMU's socket",
+                    _ => "straight into memory, by userfaultfd",
+                };
+                self.say("placing", &format!("{way}: {reason}"));
+            }
             RevertEvent::Running { .. } => self.say("running", "its memory follows"),
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
@@ -168,7 +178,8 @@ impl Output {
     pub fn detached(&self, server: u32, log: &std::path::Path) {
         if self.json {
             let log = log.display().to_string();
-            return self.print_json(&json!({ "event": "detached", "server_pid": server, "log": log }));
+            return self
+                .print_json(&json!({ "event": "detached", "server_pid": server, "log": log }));
         }
         self.say("detached", &format!("process {server} fills its memory; log: {}", log.display()));
     }

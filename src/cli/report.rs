@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::output::{Failure, print_line, size};
 use crate::image::{Damage, DamagedRange, Image, verify as verify_image};
+use crate::memory::{WorkingSet, working_set};
 use crate::page::PAGE_SIZE;
 
 /// Shows what an image holds.
@@ -70,6 +71,33 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
     }
     line("started in", &machine.cwd);
     line("started as", &machine.argv.join(" "));
+    Ok(())
+}
+
+/// Shows an image's working set.
+pub(super) fn working_set(path: &Path, json: bool) -> Result<(), Failure> {
+    let image = Image::open(path)?;
+    let manifest = image.manifest();
+    let file = working_set::path_for(path);
+    let set = WorkingSet::load(&file, image.identity(), &manifest.blocks)?;
+    let pages = set.pages.len() as u64;
+    let share = pages as f64 / (manifest.data_pages + manifest.zero_pages).max(1) as f64;
+    if json {
+        let report = json!({
+            "event": "working_set",
+            "path": file.display().to_string(),
+            "identity": set.identity.to_string(),
+            "recorded_unix": set.recorded_unix,
+            "pages": pages,
+            "share": share,
+        });
+        print_line(&report.to_string());
+        return Ok(());
+    }
+    let bytes = size(pages * PAGE_SIZE as u64);
+    print_line(&format!("working set  {}", file.display()));
+    print_line(&format!("recorded     {}", utc(set.recorded_unix.saturating_mul(1_000_000))));
+    print_line(&format!("size         {pages} pages, {bytes}, {:.2} % of memory", share * 100.0));
     Ok(())
 }
 

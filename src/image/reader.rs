@@ -239,12 +239,26 @@ impl ChunkReader for Reader {
         let entry = self.image.chunk(chunk.0)?;
         Ok(self.buffers.read(&self.image, chunk.0, &entry)?)
     }
+
+    fn read_to(&mut self, chunk: ChunkId, out: &mut [u8]) -> Result<bool, SourceError> {
+        let entry = self.image.chunk(chunk.0)?;
+        if entry.plain_len() != out.len() {
+            return Ok(false);
+        }
+        self.buffers.opener.read(&self.image, chunk.0, &entry, out)?;
+        Ok(true)
+    }
 }
 
-/// Room for one chunk, stored and plain, and a decompressor.
+/// Room for one chunk, and what reads it.
 pub(super) struct Buffers {
-    stored: Box<[u8]>,
     plain: Box<[u8]>,
+    opener: Opener,
+}
+
+/// Room for one chunk as it is stored, and a decompressor.
+struct Opener {
+    stored: Box<[u8]>,
     zstd: zstd::bulk::Decompressor<'static>,
 }
 
@@ -254,7 +268,8 @@ impl Buffers {
         let len = image.superblock.chunk_pages as usize * PAGE_SIZE;
         let zstd = zstd::bulk::Decompressor::new()
             .map_err(|e| ImageError::io("make a decompressor for", &image.path, e))?;
-        Ok(Buffers { stored: vec![0; len].into(), plain: vec![0; len].into(), zstd })
+        let opener = Opener { stored: vec![0; len].into(), zstd };
+        Ok(Buffers { plain: vec![0; len].into(), opener })
     }
 
     /// Reads, decompresses and verifies a chunk.
@@ -264,14 +279,28 @@ impl Buffers {
         chunk: u64,
         entry: &ChunkEntry,
     ) -> Result<&[u8], ImageError> {
+        // ChunkEntry::decode has seen that neither length exceeds the buffers'.
+        let plain = &mut self.plain[..entry.plain_len()];
+        self.opener.read(image, chunk, entry, plain)?;
+        Ok(plain)
+    }
+}
+
+impl Opener {
+    /// Reads, decompresses and verifies a chunk into `plain`, which has its length.
+    fn read(
+        &mut self,
+        image: &Image,
+        chunk: u64,
+        entry: &ChunkEntry,
+        plain: &mut [u8],
+    ) -> Result<(), ImageError> {
         let failed = |problem: String| ImageError::Chunk {
             path: image.path.clone(),
             chunk,
             offset: entry.offset,
             problem,
         };
-        // ChunkEntry::decode has seen that neither length exceeds the buffers'.
-        let plain = &mut self.plain[..entry.plain_len()];
         let stored = match entry.codec {
             Codec::Plain => &mut *plain,
             Codec::Zstd => &mut self.stored[..entry.stored_len as usize],
@@ -287,16 +316,14 @@ impl Buffers {
                 .decompress_to_buffer(stored, plain)
                 .map_err(|e| failed(format!("can't decompress {} bytes: {e}", entry.stored_len)))?;
             if len != entry.plain_len() {
-                return Err(failed(format!(
-                    "decompressed to {len} bytes, not to {}",
-                    entry.plain_len()
-                )));
+                let due = entry.plain_len();
+                return Err(failed(format!("decompressed to {len} bytes, not to {due}")));
             }
         }
         if xxh3_64(plain) != entry.checksum {
             return Err(failed("its checksum does not match".into()));
         }
-        Ok(plain)
+        Ok(())
     }
 }
 

@@ -27,7 +27,7 @@ fn page(block: u16, number: u64) -> Page {
 /// A page that only `seed` makes: 0 zeros, odd ones random, even ones repetitive.
 fn contents(seed: u32) -> PageBytes {
     let mut bytes = [0; PAGE_SIZE];
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&seed.to_le_bytes()));
         return bytes;
     }

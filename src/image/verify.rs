@@ -70,11 +70,12 @@ impl Damage {
             let len = (end - first) * PAGE_SIZE as u64;
             first = end;
             self.bytes += len;
-            if let Some(last) = self.ranges.last_mut() {
-                if last.block == block.name && last.offset + last.len == offset {
-                    last.len += len;
-                    continue;
-                }
+            if let Some(last) = self.ranges.last_mut()
+                && last.block == block.name
+                && last.offset + last.len == offset
+            {
+                last.len += len;
+                continue;
             }
             if self.ranges.len() < MAX_RANGES {
                 self.ranges.push(DamagedRange { block: block.name.clone(), offset, len });

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
 
 use super::window::Window;
 use super::{Memory, MemoryError};
@@ -13,10 +16,48 @@ use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
 /// needs. A request for a page that somebody else has claimed needs no answer:
 /// whoever claimed it holds its bytes and installs it now.
 pub struct FaultServer {
-    memory: Arc<Memory>,
-    reader: Box<dyn ChunkReader>,
-    window: Window,
+    pub(super) memory: Arc<Memory>,
+    pub(super) reader: Box<dyn ChunkReader>,
+    pub(super) window: Window,
+    report: FaultReport,
+    /// Demands are recorded until then.
+    record_until: Option<Instant>,
 }
+
+/// What a server has seen.
+#[derive(Debug, Clone)]
+pub struct FaultReport {
+    /// How long answers took, in nanoseconds from the request being heard to the page
+    /// being on its way. Requests that needed no page are not in it.
+    pub timings: Histogram<u64>,
+    /// The pages that were asked for and had to be brought, with the time, in order.
+    pub demanded: Vec<(Instant, Page)>,
+}
+
+impl FaultReport {
+    fn new() -> FaultReport {
+        let timings = Histogram::new_with_bounds(1, LONGEST_NS, 3);
+        let timings = timings.unwrap_or_else(|_| unreachable!("the bounds are in order"));
+        FaultReport { timings, demanded: Vec::new() }
+    }
+
+    /// Both reports as one.
+    pub fn merged(mut self, other: FaultReport) -> FaultReport {
+        // Both histograms have the same bounds.
+        let _ = self.timings.add(other.timings);
+        self.demanded.extend(other.demanded);
+        self.demanded.sort_by_key(|(when, _)| *when);
+        self
+    }
+}
+
+/// Demands that one server records at most. Room for them is set aside ahead, so that
+/// recording allocates nothing; memory that is never written to costs nothing.
+const MAX_DEMANDS: usize = 1 << 18;
+
+/// The longest time that the histogram of answers tells from longer ones, in
+/// nanoseconds: a minute.
+const LONGEST_NS: u64 = 60_000_000_000;
 
 /// Tells prefetch to stand aside for as long as it lives.
 struct Urgent<'a>(&'a Memory);
@@ -43,7 +84,20 @@ impl FaultServer {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
         let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
-        Ok(FaultServer { memory, reader, window: Window::new(pages) })
+        let window = Window::new(pages);
+        Ok(FaultServer { memory, reader, window, report: FaultReport::new(), record_until: None })
+    }
+
+    /// Records what is demanded, for so long from now on.
+    pub fn recording(mut self, window: Duration) -> FaultServer {
+        self.report.demanded.reserve_exact(MAX_DEMANDS);
+        self.record_until = Instant::now().checked_add(window);
+        self
+    }
+
+    /// What it has seen.
+    pub fn into_report(self) -> FaultReport {
+        self.report
     }
 
     /// Installs the memory that was asked for, and whatever else its chunks hold
@@ -54,6 +108,7 @@ impl FaultServer {
     /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
     pub fn serve(&mut self, block: BlockId, offset: u64, len: u64) -> Result<(), MemoryError> {
         let memory = Arc::clone(&self.memory);
+        let heard = Instant::now();
         memory.requests.fetch_add(1, Ordering::Relaxed);
         let _urgent = Urgent::new(&memory);
         let end = offset.checked_add(len).filter(|end| *end <= memory.block(block).len);
@@ -64,7 +119,7 @@ impl FaultServer {
         let unit = memory.block(block).pages_per_host_page();
         let mut number = (offset >> PAGE_SHIFT) & !(unit - 1);
         while number << PAGE_SHIFT < end {
-            self.serve_host_page(&memory, Page { block, number }, unit)?;
+            self.serve_host_page(&memory, Page { block, number }, unit, heard)?;
             number += unit;
         }
         Ok(())
@@ -76,6 +131,7 @@ impl FaultServer {
         memory: &Memory,
         page: Page,
         unit: u64,
+        heard: Instant,
     ) -> Result<(), MemoryError> {
         let host_page = cut(memory, page, unit);
         let mut mine = None;
@@ -83,7 +139,14 @@ impl FaultServer {
             mine = Some(claimed);
             Ok::<(), MemoryError>(())
         })?;
-        let Some(mine) = mine else { return Ok(()) };
+        let Some(mine) = mine else {
+            // It was installed between the fault and now, or will be at once by whoever
+            // has claimed it, who then wakes the waiting thread.
+            return match memory.claims.is_present(page.block, page.number) {
+                true => memory.wake(host_page),
+                false => Ok(()),
+            };
+        };
 
         let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
         let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
@@ -97,6 +160,12 @@ impl FaultServer {
 
         // The one that is waited for goes first; its neighbours follow.
         memory.place_run(mine, mine, self.window.host_page(mine))?;
+        self.report.timings.saturating_record(heard.elapsed().as_nanos() as u64);
+        if self.record_until.is_some_and(|until| heard < until)
+            && self.report.demanded.len() < MAX_DEMANDS
+        {
+            self.report.demanded.push((heard, page));
+        }
         let mut installed = mine.count;
         for (run, content) in self.window.pieces() {
             installed += memory.install(run, content, || {})?;

@@ -7,11 +7,16 @@
 //! nothing here knows of images or of how QEMU was started.
 
 pub mod claim;
+mod direct;
 pub mod faults;
+mod intake;
+mod pace;
 pub mod place;
 pub mod prefetch;
+mod probe;
 mod socket;
 mod window;
+pub mod working_set;
 
 #[cfg(test)]
 mod tests;
@@ -21,10 +26,14 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 pub use claim::ClaimMap;
-pub use faults::FaultServer;
+pub use direct::{DirectPlace, Route};
+pub use faults::{FaultReport, FaultServer};
+pub use intake::{Intake, StopIntake};
+pub use pace::Pace;
 pub use place::{Place, PlaceError};
-pub use prefetch::prefetch;
+pub use prefetch::{FillOptions, prefetch, preload};
 pub use socket::SocketPlace;
+pub use working_set::{WorkingSet, WorkingSetError};
 
 use crate::page::{Block, BlockId, PageSource, Run, SourceError};
 
@@ -54,6 +63,9 @@ pub enum MemoryError {
     /// The source can't be read at all.
     #[error("no reader for the guest's memory: {0}")]
     Reader(SourceError),
+    /// Faults can't be taken from userfaultfd.
+    #[error("taking the guest's faults failed: {0}")]
+    Intake(PlaceError),
     /// QEMU asked for memory that its machine does not have.
     #[error(
         "QEMU asked for {len} bytes at offset {offset:#x} of block `{block}`, which the image \
@@ -152,7 +164,10 @@ impl Memory {
         pause: impl Fn(),
     ) -> Result<u64, MemoryError> {
         let unit = self.block(run.block).pages_per_host_page();
-        let step = unit.max(self.place.step_pages());
+        let step = unit.max(match content {
+            Content::Zero => self.place.zero_step_pages(run.block),
+            Content::Bytes(_) => self.place.step_pages(run.block),
+        });
         let mut installed = 0;
         let mut first = run.first;
         while first < run.end() {
@@ -180,17 +195,44 @@ impl Memory {
                 self.place.copy(block, run, &bytes[start..start + run.bytes() as usize])
             }
         };
-        placed.map_err(|source| MemoryError::Place {
-            block: block.name.clone(),
-            offset: run.offset(),
-            source,
-        })?;
+        placed.map_err(|source| self.place_error(run, source))?;
+        self.arrived(run);
+        Ok(())
+    }
+
+    /// Notes that claimed pages are in place, and tells whoever waits for the last.
+    fn arrived(&self, run: Run) {
         if self.claims.mark_present(run) {
             let (done, signal) = &self.complete;
             *done.lock().unwrap_or_else(PoisonError::into_inner) = true;
             signal.notify_all();
         }
-        Ok(())
+    }
+
+    /// Wakes whoever waits for a page that is in place.
+    fn wake(&self, run: Run) -> Result<(), MemoryError> {
+        let block = self.block(run.block);
+        self.place.wake(block, run).map_err(|source| self.place_error(run, source))
+    }
+
+    /// Takes pages as done that their owner has given back or unmapped.
+    fn give_up(&self, run: Run) {
+        let done = self.claims.claim(run, |absent| {
+            self.arrived(absent);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        let Ok(()) = done;
+    }
+
+    /// Installs zeros in memory that its owner has given back and asks for again.
+    fn refill_removed(&self, run: Run) -> Result<(), MemoryError> {
+        let block = self.block(run.block);
+        self.place.zero(block, run).map_err(|source| self.place_error(run, source))
+    }
+
+    fn place_error(&self, run: Run, source: PlaceError) -> MemoryError {
+        let block = self.block(run.block).name.clone();
+        MemoryError::Place { block, offset: run.offset(), source }
     }
 
     fn source_error(&self, run: Run, source: SourceError) -> MemoryError {
@@ -199,6 +241,11 @@ impl Memory {
             offset: run.offset(),
             source,
         }
+    }
+
+    /// Whether zeros of this block are best installed in large calls, ahead of the rest.
+    fn likes_large_zeros(&self, block: BlockId) -> bool {
+        self.place.zero_step_pages(block) > self.place.step_pages(block)
     }
 
     /// Stands aside while faults are being answered. A fault takes some tens of

@@ -1,6 +1,6 @@
 //! How pages reach a guest's memory.
 
-use crate::page::{Block, Run};
+use crate::page::{Block, BlockId, Run};
 
 /// Why pages could not be installed.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +39,22 @@ pub trait Place: Send + Sync {
     /// When the way is broken.
     fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError>;
 
-    /// The most target pages that one call should bring, so that an urgent page
-    /// does not wait long behind it.
-    fn step_pages(&self) -> u64;
+    /// Wakes whoever waits for pages that are in place already. Where waiters look
+    /// again by themselves there is nothing to do.
+    ///
+    /// # Errors
+    /// When the way is broken.
+    fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+        let _ = (block, run);
+        Ok(())
+    }
+
+    /// The most target pages of this block that one call should bring, so that an
+    /// urgent page does not wait long behind it.
+    fn step_pages(&self, block: BlockId) -> u64;
+
+    /// The same for zeros.
+    fn zero_step_pages(&self, block: BlockId) -> u64 {
+        self.step_pages(block)
+    }
 }

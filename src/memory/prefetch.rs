@@ -1,65 +1,177 @@
-//! Brings everything that nobody has asked for yet.
+//! Brings everything that nobody has asked for yet, in the order in which the guest is
+//! likely to want it.
 //!
-//! Threads take the next stretch of memory from a shared list, read and decompress
-//! it while holding nothing, and install what is still absent piece by piece,
-//! standing aside for any fault between two pieces. A stretch that can't be read is
-//! passed over: it only slows things down. What is absent at the end is asked for as
-//! if the guest had, so that memory becomes whole or the failure is loud.
+//! 1. The working set, as it was first touched in an earlier revert.
+//! 2. Zero ranges, in large calls, where the way of placing can do that.
+//! 3. The rest, in windows of 2 MiB.
+//!
+//! Threads take the next stretch from a shared list, read and decompress it while
+//! holding nothing, and install what is still absent piece by piece, standing aside for
+//! any fault between two pieces. A stretch that can't be read is passed over: it only
+//! slows things down. What is absent at the end is asked for as if the guest had, so
+//! that memory becomes whole or the failure is loud.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use super::pace::Pace;
 use super::window::Window;
-use super::{FaultServer, Memory, MemoryError};
-use crate::page::{BlockId, ChunkReader, PAGE_SHIFT, Run};
+use super::{Content, FaultServer, Memory, MemoryError};
+use crate::page::{Block, BlockId, ChunkReader, Location, PAGE_SHIFT, PAGE_SIZE, Page, Run};
 
 /// Bytes that are read and made ready in one go. Userfaultfd installs 2 MiB a call
 /// at the speed of memory (measured), and a huge page of the usual size fits.
 const WINDOW_BYTES: u64 = 2 << 20;
 
-/// Brings all memory, with up to `threads` threads, and returns when all pages are
-/// claimed by somebody. `stop` ends it early, between two pieces.
+/// What is brought, and how fast.
+#[derive(Debug, Clone, Default)]
+pub struct FillOptions {
+    /// Threads that fill; 0 means 1.
+    pub threads: usize,
+    /// Pages to bring first, in this order.
+    pub working_set: Vec<Page>,
+    /// The most bytes a second; as fast as can be without.
+    pub rate: Option<u64>,
+    /// Nothing is brought for so long, beside what is asked for.
+    pub hold: Option<Duration>,
+    /// Anything beyond the working set waits until nobody has asked for memory for so
+    /// long.
+    pub delay: Option<Duration>,
+}
+
+/// Brings all memory, and returns when all pages are claimed by somebody. `pace` holds
+/// it back, and ends it early.
 ///
 /// # Errors
 /// When memory can't be brought for good: a way that is broken, or pages that can't
 /// be read even at the second try. The guest can then never be whole.
 pub fn prefetch(
     memory: &Arc<Memory>,
-    threads: usize,
-    stop: &AtomicBool,
+    options: &FillOptions,
+    pace: &Pace,
 ) -> Result<(), MemoryError> {
-    let windows = Windows::new(memory);
-    let fill = || -> Result<(), MemoryError> {
-        let mut filler = Filler::new(memory, stop)?;
-        while let Some(window) = windows.next().filter(|_| !stop.load(Ordering::Relaxed)) {
-            match filler.fill(window) {
-                Err(MemoryError::Source { block, offset, source }) => tracing::warn!(
-                    "prefetch passes over {window}: offset {offset:#x} of `{block}`: {source}"
-                ),
-                done => done?,
-            }
-        }
-        Ok(())
-    };
+    if let Some(hold) = options.hold {
+        pace.wait(hold);
+    }
+    let pages = options.working_set.len();
+    in_parallel(options.threads, |_| prefetch_working_set(memory, options, pace), pages)?;
+    if let Some(quiet) = options.delay {
+        pace.wait_quiet(memory, quiet);
+    }
+    let zeros = Windows::new(memory, |block| memory.likes_large_zeros(block));
+    in_parallel(options.threads, |_| fill_zeros(memory, &zeros, pace), zeros.count())?;
+    let rest = Windows::new(memory, |_| true);
+    in_parallel(options.threads, |_| fill_rest(memory, &rest, pace), rest.count())?;
+    if pace.is_stopped() { Ok(()) } else { demand_the_rest(memory) }
+}
+
+/// Brings the working set only, and returns when it is in place or on its way.
+///
+/// # Errors
+/// As for [`prefetch`].
+pub fn preload(
+    memory: &Arc<Memory>,
+    options: &FillOptions,
+    pace: &Pace,
+) -> Result<(), MemoryError> {
+    prefetch_working_set(memory, options, pace)
+}
+
+/// Does the same work on several threads, this one among them, unless there is none.
+fn in_parallel(
+    threads: usize,
+    work: impl Fn(usize) -> Result<(), MemoryError> + Sync,
+    pieces: usize,
+) -> Result<(), MemoryError> {
+    if pieces == 0 {
+        return Ok(());
+    }
     std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads.max(1))
-            .map(|_| std::thread::Builder::new().name("prefetch".into()).spawn_scoped(scope, fill))
-            .collect();
-        let mut result = fill();
-        // A helper that could not be spawned leaves its share to the others.
-        for helper in helpers.into_iter().flatten() {
+        let work = &work;
+        let start = |n| {
+            let name = "prefetch".to_owned();
+            std::thread::Builder::new().name(name).spawn_scoped(scope, move || work(n))
+        };
+        // A helper that can't be started leaves its share to the others.
+        let helpers: Vec<_> = (1..threads.max(1).min(pieces)).flat_map(start).collect();
+        let mut result = work(0);
+        for helper in helpers {
             let helped = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             result = result.and(helped);
         }
         result
-    })?;
-    if stop.load(Ordering::Relaxed) { Ok(()) } else { demand_the_rest(memory) }
+    })
+}
+
+/// What can't be read is passed over here.
+fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
+    match result {
+        Err(MemoryError::Source { block, offset, source }) => {
+            tracing::warn!("prefetch passes over offset {offset:#x} of `{block}`: {source}");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// The order of the working set is worth more than a second thread: one does it.
+fn prefetch_working_set(
+    memory: &Arc<Memory>,
+    options: &FillOptions,
+    pace: &Pace,
+) -> Result<(), MemoryError> {
+    let mut filler = Filler::new(memory, pace)?;
+    let group = memory.source.chunk_pages() as u64;
+    for page in &options.working_set {
+        if pace.is_stopped() {
+            break;
+        }
+        let Some(block) = memory.blocks().get(page.block.index()) else { continue };
+        if page.number >= block.pages() || memory.claims.is_claimed(page.block, page.number) {
+            continue;
+        }
+        // What is stored with it comes for free.
+        let group = group.max(block.pages_per_host_page());
+        let first = page.number / group * group;
+        let count = group.min(block.pages() - first);
+        pass_over(filler.fill(Run { block: page.block, first, count }))?;
+    }
+    Ok(())
+}
+
+/// Installs stretches of zeros, each as far as it reaches within its window.
+fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
+    while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
+        let is_zero = |page: Page| matches!(memory.source.locate(page), Ok(Location::Zero));
+        let mut pages = window.pages().peekable();
+        while let Some(page) = pages.next() {
+            if !is_zero(page) {
+                continue;
+            }
+            let mut count = 1;
+            while pages.next_if(|next| is_zero(*next)).is_some() {
+                count += 1;
+            }
+            let run = Run { count, ..Run::single(page) };
+            memory.install(run, Content::Zero, || memory.stand_aside())?;
+        }
+    }
+    Ok(())
+}
+
+fn fill_rest(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
+    let mut filler = Filler::new(memory, pace)?;
+    while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
+        pass_over(filler.fill(window))?;
+    }
+    Ok(())
 }
 
 /// Asks for every page that is still absent.
 fn demand_the_rest(memory: &Arc<Memory>) -> Result<(), MemoryError> {
     let mut server = None;
-    let windows = Windows::new(memory);
+    let windows = Windows::new(memory, |_| true);
     while let Some(window) = windows.next() {
         for page in window.pages() {
             if memory.claims.is_claimed(page.block, page.number) {
@@ -69,40 +181,51 @@ fn demand_the_rest(memory: &Arc<Memory>) -> Result<(), MemoryError> {
                 Some(server) => server,
                 none => none.insert(FaultServer::new(Arc::clone(memory))?),
             };
-            server.serve(page.block, page.offset(), 1 << PAGE_SHIFT)?;
+            server.serve(page.block, page.offset(), PAGE_SIZE as u64)?;
         }
     }
     Ok(())
 }
 
-/// The machine's memory, cut into windows that are handed out once each.
+/// Some of the machine's memory, cut into windows that are handed out once each.
 struct Windows {
-    /// For each block, the windows before it and its pages.
-    starts: Vec<(u64, u64)>,
+    /// Each block with the number of windows before it, and its pages.
+    blocks: Vec<(usize, BlockId, u64)>,
     window_pages: u64,
-    next: AtomicU64,
+    count: usize,
+    next: AtomicUsize,
 }
 
 impl Windows {
-    fn new(memory: &Memory) -> Windows {
+    fn new(memory: &Memory, wanted: impl Fn(BlockId) -> bool) -> Windows {
         let window_pages = window_pages(memory);
-        let mut before = 0;
-        let start = |block: &crate::page::Block| {
-            let start = (before, block.pages());
-            before += block.pages().div_ceil(window_pages);
-            start
+        let mut count = 0;
+        let with_start = |(index, block): (usize, &Block)| {
+            let id = BlockId(index as u16);
+            let before = count;
+            count += match wanted(id) {
+                true => block.pages().div_ceil(window_pages) as usize,
+                false => 0,
+            };
+            (count > before).then_some((before, id, block.pages()))
         };
-        let starts = memory.blocks().iter().map(start).collect();
-        Windows { starts, window_pages, next: AtomicU64::new(0) }
+        let blocks = memory.blocks().iter().enumerate().filter_map(with_start).collect();
+        Windows { blocks, window_pages, count, next: AtomicUsize::new(0) }
+    }
+
+    fn count(&self) -> usize {
+        self.count
     }
 
     fn next(&self) -> Option<Run> {
         let index = self.next.fetch_add(1, Ordering::Relaxed);
-        let block = self.starts.partition_point(|(before, _)| *before <= index).checked_sub(1)?;
-        let (before, pages) = self.starts[block];
-        let first = (index - before) * self.window_pages;
-        let count = pages.checked_sub(first).filter(|left| *left > 0)?.min(self.window_pages);
-        Some(Run { block: BlockId(block as u16), first, count })
+        if index >= self.count {
+            return None;
+        }
+        let at = self.blocks.partition_point(|(before, ..)| *before <= index).checked_sub(1)?;
+        let (before, block, pages) = self.blocks[at];
+        let first = (index - before) as u64 * self.window_pages;
+        Some(Run { block, first, count: self.window_pages.min(pages - first) })
     }
 }
 
@@ -114,16 +237,16 @@ fn window_pages(memory: &Memory) -> u64 {
 /// One thread's share.
 struct Filler<'a> {
     memory: &'a Memory,
-    stop: &'a AtomicBool,
+    pace: &'a Pace,
     reader: Box<dyn ChunkReader>,
     window: Window,
 }
 
 impl<'a> Filler<'a> {
-    fn new(memory: &'a Memory, stop: &'a AtomicBool) -> Result<Filler<'a>, MemoryError> {
+    fn new(memory: &'a Memory, pace: &'a Pace) -> Result<Filler<'a>, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let window = Window::new(window_pages(memory) as usize);
-        Ok(Filler { memory, stop, reader, window })
+        Ok(Filler { memory, pace, reader, window })
     }
 
     fn fill(&mut self, run: Run) -> Result<(), MemoryError> {
@@ -132,10 +255,11 @@ impl<'a> Filler<'a> {
             !memory.claims.is_claimed(page.block, page.number)
         })?;
         for (run, content) in self.window.pieces() {
-            if self.stop.load(Ordering::Relaxed) {
+            if self.pace.is_stopped() {
                 return Ok(());
             }
-            memory.install(run, content, || memory.stand_aside())?;
+            let installed = memory.install(run, content, || memory.stand_aside())?;
+            self.pace.account(installed * PAGE_SIZE as u64);
         }
         Ok(())
     }

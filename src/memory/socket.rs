@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::place::{Place, PlaceError};
-use crate::page::{Block, PAGE_SIZE, Run};
+use crate::page::{Block, BlockId, PAGE_SIZE, Run};
 use crate::wire::Frame;
 
 /// Pages in one section at most. An urgent page waits behind at most this much
@@ -31,6 +31,14 @@ impl<W: Write + Send> SocketPlace<W> {
         SocketPlace { stream: Mutex::new(Stream { socket, frame: Frame::default() }) }
     }
 
+    /// Sends something else than pages, between two sections.
+    ///
+    /// # Errors
+    /// When the socket is broken.
+    pub fn send(&self, bytes: &[u8]) -> Result<(), PlaceError> {
+        Ok(self.lock().socket.write_all(bytes)?)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Stream<W>> {
         // A poisoned lock means a thread died inside a section; the write of the
         // next one will fail at QEMU's end, which is the error to report.
@@ -52,7 +60,7 @@ impl<W: Write + Send> Place for SocketPlace<W> {
         Ok(stream.socket.write_all(section)?)
     }
 
-    fn step_pages(&self) -> u64 {
+    fn step_pages(&self, _block: BlockId) -> u64 {
         STEP_PAGES
     }
 }

@@ -2,7 +2,6 @@
 //! every page arrives once, whole and right, whoever brings it.
 
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
 
@@ -111,13 +110,17 @@ impl Place for Arc<Shelf> {
         self.copy(block, run, &vec![0; run.bytes() as usize])
     }
 
-    fn step_pages(&self) -> u64 {
+    fn step_pages(&self, _block: BlockId) -> u64 {
         16
     }
 }
 
 fn block(name: &str, pages: u64, page_size: u64) -> Block {
     Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size }
+}
+
+fn two_threads() -> FillOptions {
+    FillOptions { threads: 2, ..FillOptions::default() }
 }
 
 fn check_all(source: &Computed, shelf: &Shelf) {
@@ -162,7 +165,7 @@ proptest! {
                     server.serve(BlockId(id as u16), offset, len).unwrap();
                 });
             }
-            prefetch(&memory, 2, &AtomicBool::new(false)).unwrap();
+            prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap();
         });
         prop_assert!(memory.wait_complete(Duration::from_secs(60)));
         prop_assert_eq!(memory.counts().present, memory.counts().total);
@@ -176,7 +179,7 @@ fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
     let source = Computed { blocks: vec![block("pc.ram", 256, 4096)], chunk_pages: 16, broken };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(Arc::clone(&shelf))));
-    let error = prefetch(&memory, 2, &AtomicBool::new(false)).unwrap_err();
+    let error = prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the memory at offset 0x70000 of block `pc.ram` can't be had: this chunk is broken"

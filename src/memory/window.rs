@@ -72,7 +72,20 @@ impl Window {
     ) -> Result<(), MemoryError> {
         let Slot::Stored(Location::Stored { chunk, .. }) = self.slots[at] else { return Ok(()) };
         let page = Page { block: self.run.block, number: self.run.first + at as u64 };
-        let read = reader.read(chunk).map_err(|e| memory.source_error(Run::single(page), e))?;
+        let failed = |e| memory.source_error(Run::single(page), e);
+        // Mostly the pages from here on are the whole chunk, in its order.
+        let is_next = |(n, slot): &(usize, &Slot)| {
+            **slot == Slot::Stored(Location::Stored { chunk, slot: *n })
+        };
+        let whole = self.slots[at..].iter().enumerate().take_while(is_next).count();
+        if whole > 0 {
+            let bytes = &mut self.bytes[at * PAGE_SIZE..(at + whole) * PAGE_SIZE];
+            if reader.read_to(chunk, bytes).map_err(failed)? {
+                self.slots[at..at + whole].fill(Slot::Ready);
+                return Ok(());
+            }
+        }
+        let read = reader.read(chunk).map_err(failed)?;
         let near = (at + memory.source.chunk_pages()).min(self.slots.len());
         for (slot, bytes) in self.slots[at..near]
             .iter_mut()

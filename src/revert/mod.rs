@@ -1,7 +1,10 @@
 //! Bringing a saved guest back: QEMU starts with device state only, the guest runs
 //! at once, and its memory follows.
 
+mod adopt;
+mod delivery;
 mod feed;
+mod harvest;
 mod serve;
 
 use std::os::fd::AsFd;
@@ -13,11 +16,15 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub use feed::{Feed, FeedError, FeedEvent, Prepared};
+pub use adopt::AdoptError;
+pub use delivery::{Delivery, Outcome};
+pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared, Way};
+pub use harvest::harvest;
 pub use serve::{ServeOptions, serve};
 
 use crate::image::{Image, ImageError};
 use crate::interrupt::Interrupts;
+use crate::memory::WorkingSetError;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::vm::{Note, Process, RewriteOptions, VmError, rewrite};
 
@@ -30,9 +37,6 @@ const CAPABILITIES: [&str; 2] = ["postcopy-ram", "events"];
 /// How long QEMU may take to confirm the end once all memory has been sent.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often progress is told.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-
 /// Which guest to bring back, and how.
 #[derive(Debug, Clone, Default)]
 pub struct RevertOptions {
@@ -40,6 +44,10 @@ pub struct RevertOptions {
     pub image: PathBuf,
     /// How the recorded command line is changed.
     pub rewrite: RewriteOptions,
+    /// How its memory is brought.
+    pub delivery: Delivery,
+    /// Let the guest run only once its working set is in place.
+    pub preload: bool,
 }
 
 /// What happens during a revert, in this order but for `Note` and `StillNeeded`.
@@ -57,6 +65,13 @@ pub enum RevertEvent {
     QemuReady {
         /// QEMU's process id.
         pid: i32,
+    },
+    /// The way that memory goes.
+    Placing {
+        /// The way.
+        way: Way,
+        /// Why this one.
+        reason: String,
     },
     /// The guest runs (or, saved while paused, could run).
     Running {
@@ -111,6 +126,12 @@ pub enum RevertError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The working set that was harvested can't be written.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetError),
+    /// A guest that was to show its working set asked for nothing.
+    #[error("the guest asked for no memory in that time: give it longer, or let it do something")]
+    NothingDemanded,
     /// Interrupted before the guest's memory was complete.
     #[error("interrupted: {0}")]
     Interrupted(&'static str),
@@ -123,12 +144,12 @@ pub enum RevertError {
 }
 
 /// A guest that has been brought back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Reverted {
     /// QEMU's process id.
     pub pid: i32,
-    /// How the revert went.
-    pub progress: Progress,
+    /// How its memory came.
+    pub outcome: Outcome,
 }
 
 /// Brings a guest back and returns once all its memory is in place. QEMU then runs
@@ -142,17 +163,33 @@ pub struct Reverted {
 /// a guest without its memory is of no use, and must not run on with a wrong one.
 pub async fn revert(
     options: &RevertOptions,
+    interrupts: Interrupts,
+    on_event: impl FnMut(RevertEvent),
+) -> Result<Reverted, RevertError> {
+    let (mut process, outcome) = bring_back(options, interrupts, on_event).await?;
+    process.detach();
+    Ok(Reverted { pid: process.pid(), outcome })
+}
+
+/// The same, with QEMU still ours to end.
+async fn bring_back(
+    options: &RevertOptions,
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
-) -> Result<Reverted, RevertError> {
+) -> Result<(Process, Outcome), RevertError> {
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
-    let paused = options.rewrite.paused || !machine.running;
+    let stays_paused = options.rewrite.stays_paused() || !machine.running;
+    let paused = stays_paused || options.preload;
     let plan = rewrite(machine, &RewriteOptions { paused, ..options.rewrite.clone() })?;
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
     }
-    let runs = !plan.paused;
+    let start = match (plan.paused, stays_paused) {
+        (false, _) => Start::Runs,
+        (true, false) => Start::WhenPreloaded,
+        (true, true) => Start::StaysPaused,
+    };
 
     // QEMU's start takes tens of milliseconds: the device state is read meanwhile.
     let prepared = tokio::task::spawn_blocking({
@@ -170,23 +207,25 @@ pub async fn revert(
     let bring = async {
         let mut events = qmp.events();
         let ours = connect(&qmp).await?;
-        let (feed, mut steps) = start_feed(prepared, &image, ours)?;
+        let delivery = &options.delivery;
+        let (feed, mut steps) =
+            delivery.start(prepared, &image, ours, Some(pid), options.preload)?;
         tokio::select! {
-            done = wait_running(&mut events, &mut steps, runs) => done?,
+            done = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event) => done?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         }
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let progress = follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+        let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
         finish(&qmp).await?;
-        on_event(RevertEvent::Resident(progress));
-        Ok(progress)
+        on_event(RevertEvent::Resident(outcome.progress));
+        Ok(outcome)
     };
     match bring.await {
-        Ok(progress) => {
-            process.detach();
-            Ok(Reverted { pid, progress })
+        Ok(outcome) => {
+            options.delivery.remember(&image, &outcome);
+            Ok((process, outcome))
         }
         Err(error) => {
             let error = with_qemus_words(error, &process);
@@ -214,71 +253,47 @@ async fn connect(qmp: &Qmp) -> Result<UnixStream, RevertError> {
     Ok(ours)
 }
 
-fn start_feed(
-    prepared: Prepared,
-    image: &Arc<Image>,
-    socket: UnixStream,
-) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_PREFETCH);
-    Feed::start(prepared, Arc::new(Arc::clone(image)), socket, threads).map_err(feed_error)
+/// When the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// As soon as its device state is in.
+    Runs,
+    /// Once its working set is in place as well.
+    WhenPreloaded,
+    /// When its user says so.
+    StaysPaused,
 }
-
-/// Threads that prefetch, at most: more than this don't make the socket faster.
-const MAX_PREFETCH: usize = 4;
 
 /// Waits until the guest runs, or, if it is to stay paused, until it could.
 async fn wait_running(
+    qmp: &Qmp,
     events: &mut Events,
     steps: &mut UnboundedReceiver<FeedEvent>,
-    runs: bool,
+    start: Start,
+    on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<(), RevertError> {
+    let (mut loaded, mut preloaded) = (false, false);
     loop {
         tokio::select! {
             event = events.next() => if event?.name == "RESUME" {
                 return Ok(());
             },
             step = steps.recv() => match step {
-                Some(FeedEvent::Loaded) if !runs => return Ok(()),
-                Some(FeedEvent::Loaded) => {}
+                Some(FeedEvent::Placing { way, reason }) => {
+                    on_event(RevertEvent::Placing { way, reason });
+                }
+                Some(FeedEvent::Loaded) => loaded = true,
+                Some(FeedEvent::Preloaded) => preloaded = true,
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
-                Some(FeedEvent::Finished) | None => return Err(feed_error(FeedError::HungUp)),
-            },
-        }
-    }
-}
-
-/// Follows the feed to its end, telling its progress.
-async fn follow(
-    feed: &Feed,
-    steps: &mut UnboundedReceiver<FeedEvent>,
-    interrupts: &mut Interrupts,
-    on_event: &mut impl FnMut(RevertEvent),
-) -> Result<Progress, RevertError> {
-    let mut tick = tokio::time::interval(PROGRESS_EVERY);
-    let mut interrupted = false;
-    let mut again = interrupts.clone();
-    let progress = || {
-        let counts = feed.memory().counts();
-        Progress { pages: counts.present, total: counts.total, requests: counts.requests }
-    };
-    loop {
-        tokio::select! {
-            step = steps.recv() => match step {
-                Some(FeedEvent::Loaded) => {}
-                Some(FeedEvent::Finished) => return Ok(progress()),
-                Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
+                Some(FeedEvent::Faults(_) | FeedEvent::Finished(_)) => {}
                 None => return Err(feed_error(FeedError::HungUp)),
             },
-            () = interrupts.at_least(1), if !interrupted => {
-                interrupted = true;
-                on_event(RevertEvent::StillNeeded);
-            }
-            () = again.at_least(2) => {
-                return Err(RevertError::Interrupted(
-                    "the guest was stopped, since its memory was not complete",
-                ));
-            }
-            _ = tick.tick() => on_event(RevertEvent::Progress(progress())),
+        }
+        match start {
+            Start::StaysPaused if loaded => return Ok(()),
+            // QEMU answers once it has finished loading, RUN included.
+            Start::WhenPreloaded if loaded && preloaded => return Ok(qmp.cont().await?),
+            _ => {}
         }
     }
 }

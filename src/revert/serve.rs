@@ -3,8 +3,10 @@
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use super::{Feed, FeedError, FeedEvent, Progress, RevertError, RevertEvent};
-use super::{feed_error, follow, prepare, start_feed};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::{Delivery, FeedError, FeedEvent, Outcome, RevertError, RevertEvent};
+use super::{delivery, feed_error, prepare};
 use crate::image::Image;
 use crate::interrupt::Interrupts;
 
@@ -16,6 +18,8 @@ pub struct ServeOptions {
     /// The unix socket on which QEMU waits (`-incoming unix:PATH`, or
     /// `migrate-incoming`), with its `postcopy-ram` capability on.
     pub to: PathBuf,
+    /// How its memory is brought.
+    pub delivery: Delivery,
 }
 
 /// Brings a guest back in a QEMU that somebody else started with the same machine,
@@ -29,7 +33,7 @@ pub async fn serve(
     options: &ServeOptions,
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
-) -> Result<Progress, RevertError> {
+) -> Result<Outcome, RevertError> {
     let image = Image::open(&options.image)?;
     let prepared = prepare(&image)?;
     let socket = UnixStream::connect(&options.to).map_err(|source| RevertError::Socket {
@@ -39,11 +43,20 @@ pub async fn serve(
         ),
         source,
     })?;
-    let (feed, mut steps) = start_feed(prepared, &image, socket)?;
-    let loaded = tokio::select! {
-        step = steps.recv() => step,
-        () = interrupts.at_least(1) => {
-            return Err(RevertError::Interrupted("the guest did not run yet"));
+    let pid = peer_pid(&socket);
+    let (feed, mut steps) = options.delivery.start(prepared, &image, socket, pid, false)?;
+    let loaded = loop {
+        tokio::select! {
+            step = steps.recv() => match step {
+                Some(FeedEvent::Placing { way, reason }) => {
+                    on_event(RevertEvent::Placing { way, reason });
+                }
+                Some(FeedEvent::Preloaded) => {}
+                step => break step,
+            },
+            () = interrupts.at_least(1) => {
+                return Err(RevertError::Interrupted("the guest did not run yet"));
+            }
         }
     };
     match loaded {
@@ -55,10 +68,18 @@ pub async fn serve(
             return Err(RevertError::Socket { what: what.into(), source });
         }
         Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
-        Some(FeedEvent::Finished) | None => return Err(feed_error(FeedError::HungUp)),
+        Some(_) | None => {
+            return Err(feed_error(FeedError::HungUp));
+        }
     }
-    let progress = follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
-    drop::<Feed>(feed);
-    on_event(RevertEvent::Resident(progress));
-    Ok(progress)
+    let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+    options.delivery.remember(&image, &outcome);
+    on_event(RevertEvent::Resident(outcome.progress));
+    Ok(outcome)
+}
+
+/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
+fn peer_pid(socket: &UnixStream) -> Option<i32> {
+    let credentials = getsockopt(socket, PeerCredentials).ok()?;
+    Some(credentials.pid()).filter(|pid| *pid > 0)
 }

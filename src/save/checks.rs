@@ -181,10 +181,8 @@ fn check_room(
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
-    let stat = nix::sys::statvfs::statvfs(folder).map_err(|errno| CheckError::Folder {
-        folder: folder.to_owned(),
-        source: errno.into(),
-    })?;
+    let stat = nix::sys::statvfs::statvfs(folder)
+        .map_err(|errno| CheckError::Folder { folder: folder.to_owned(), source: errno.into() })?;
     let free = stat.blocks_available() * stat.fragment_size();
     let share = if compression == Compression::None { 1 } else { COMPRESSED_SHARE };
     let needed = ram_bytes.min(used_bytes) / share;

@@ -60,7 +60,11 @@ impl Receiving {
     ///
     /// # Errors
     /// When a thread can't be started.
-    pub fn start(socket: UnixStream, options: &SaveOptions, checked: &Checked) -> Result<Receiving, SaveError> {
+    pub fn start(
+        socket: UnixStream,
+        options: &SaveOptions,
+        checked: &Checked,
+    ) -> Result<Receiving, SaveError> {
         let (first_page_sender, first_page) = oneshot::channel();
         let (done_sender, done) = oneshot::channel();
         let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::checks::{Checked, refused};
 use super::SaveError;
+use super::checks::{Checked, refused};
 use crate::qmp::{Qmp, QmpError};
 
 /// Capabilities that don't change what is migrated or how, and may stay on.

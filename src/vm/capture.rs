@@ -83,7 +83,7 @@ impl ProcessInfo {
     fn environ(&self) -> Result<Vec<(String, String)>, VmError> {
         let bytes = fs::read(self.path("environ")).map_err(self.failed("the environment"))?;
         let variable = |entry: &[u8]| {
-            let (name, value) = str::from_utf8(entry).ok()?.split_once('=')?;
+            let (name, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
             Some((name.to_owned(), value.to_owned()))
         };
         Ok(bytes.split(|&byte| byte == 0).filter_map(variable).collect())

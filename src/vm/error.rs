@@ -119,6 +119,16 @@ pub enum VmError {
         process: String,
     },
 
+    /// A guest that is thrown away would write to its disks.
+    #[error(
+        "the guest can't be kept from writing to its disks ({disks}), which were given by \
+             -blockdev: harvest from an image of a guest without writable disks"
+    )]
+    NotIsolated {
+        /// The disks.
+        disks: String,
+    },
+
     /// The state of this host can't be looked up.
     #[error("can't read {path}: {source}", path = path.display())]
     ReadHost {

@@ -154,9 +154,7 @@ fn working_folder_of_socket(inode: u64) -> Option<PathBuf> {
 pub(super) fn holders(files: &[PathBuf]) -> HashMap<PathBuf, Vec<Holder>> {
     let mut wanted: HashMap<FileId, Vec<&PathBuf>> = HashMap::new();
     for file in files {
-        if let Ok(meta) = fs::metadata(file)
-            && meta.is_file()
-        {
+        if let Some(meta) = fs::metadata(file).ok().filter(fs::Metadata::is_file) {
             wanted.entry((meta.dev(), meta.ino())).or_default().push(file);
         }
     }

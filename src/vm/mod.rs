@@ -7,9 +7,12 @@ mod collisions;
 mod command_line;
 mod error;
 mod host;
+mod isolate;
 mod params;
 mod process;
 mod rewrite;
+#[cfg(test)]
+mod tests;
 
 pub use capture::capture;
 pub use command_line::{Arg, CommandLine, CommandOption};

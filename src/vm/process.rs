@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::VmError;
+use super::backend::Address;
+use super::host;
 use super::rewrite::{CONTROL_ID, StartPlan};
 use crate::qmp::{Qmp, QmpError};
 
@@ -242,10 +244,12 @@ fn before_exec(inherited: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// A killed QEMU leaves the file of its control socket behind.
+/// A killed QEMU leaves the file of its control socket behind. It goes, unless
+/// somebody else listens there by now.
 fn remove_stale_socket(path: &Path) {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if is_socket {
+    let address = Address::Unix(path.to_string_lossy().into_owned());
+    if is_socket && host::is_listening(&address, Path::new("/")).is_ok_and(|lives| !lives) {
         // Best effort: what stays is a file that nobody listens on.
         let _ = fs::remove_file(path);
     }

@@ -11,6 +11,7 @@ use super::VmError;
 use super::backend::{self, Use};
 use super::collisions;
 use super::command_line::{Arg, CommandLine, CommandOption};
+use super::isolate::isolate;
 use super::params::{Params, Spec};
 use crate::machine::Machine;
 
@@ -32,6 +33,15 @@ pub struct RewriteOptions {
     pub extra: Vec<String>,
     /// Whether the guest shall not run until it is told to.
     pub paused: bool,
+    /// Whether the guest is cut off from networks, disks, files and sockets.
+    pub isolated: bool,
+}
+
+impl RewriteOptions {
+    /// Whether the guest shall not run until its user says so.
+    pub fn stays_paused(&self) -> bool {
+        self.paused || CommandLine::parse(&self.extra).has("S")
+    }
 }
 
 /// Something that differs from the record, for the caller to tell.
@@ -98,7 +108,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
 
     let cwd = PathBuf::from(replace_path(&machine.cwd, &paths));
     let qmp = options.qmp.as_deref().map(|path| absolute("control socket", path)).transpose()?;
-    let paused = options.paused || CommandLine::parse(&options.extra).has("S");
+    let paused = options.stays_paused();
 
     drop_own_options(&mut line);
     drop_start_options(&mut line, &mut notes);
@@ -106,6 +116,9 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     take_no_memory_ahead(&mut line, &mut notes);
     leave_the_terminal(&mut line, &mut notes);
     wait_for_nobody(&mut line);
+    if options.isolated {
+        isolate(&mut line, &machine.uncaptured_disks)?;
+    }
     collisions::resolve(&mut line, &cwd, qmp.as_deref(), &mut notes)?;
 
     if let Some(path) = &qmp {

@@ -14,7 +14,7 @@ mod stream;
 mod tests;
 
 pub use return_path::{ReturnPath, ReturnPathMessage};
-pub use source::{Frame, Opening, closing, package};
+pub use source::{Frame, Opening, closing, package, ping};
 pub use stream::{Item, StreamBlock, StreamReader, Tail};
 
 /// `QEMU_VM_FILE_MAGIC`: the letters "QEVM".

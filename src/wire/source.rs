@@ -113,6 +113,14 @@ pub fn package(devices: &[u8], listening: u32, loaded: u32) -> Vec<u8> {
     out
 }
 
+/// A PING, which comes back as a PONG once all that was sent before it has been
+/// taken in.
+pub fn ping(value: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    push_command(&mut out, command::PING, &value.to_be_bytes());
+    out
+}
+
 /// The end of everything: the `ram` END section and the end-of-file mark.
 pub fn closing() -> Vec<u8> {
     let mut out = vec![section::END];

@@ -1,0 +1,64 @@
+//! Sends one page of a block ahead of all others, so that the block can be found.
+
+use std::sync::Arc;
+
+use super::{Content, FaultServer, Memory, MemoryError};
+use crate::page::{BlockId, Location, PAGE_SIZE, Page, PageBytes, Run};
+
+/// Host pages of a block that are looked at for one worth sending.
+const TRIES: u64 = 64;
+
+impl FaultServer {
+    /// Installs one host page of the block that nobody has asked for yet, preferably one
+    /// that is not zero. Before that, `before` is told its offset in the block in bytes
+    /// and its first [`PAGE_SIZE`] bytes. False when every page that was looked at is
+    /// taken.
+    ///
+    /// # Errors
+    /// When the page can't be had or installed.
+    pub fn probe(
+        &mut self,
+        block: BlockId,
+        before: impl FnOnce(u64, &PageBytes),
+    ) -> Result<bool, MemoryError> {
+        let memory = Arc::clone(&self.memory);
+        let Some(run) = claim_one(&memory, block)? else { return Ok(false) };
+        self.window.load(&memory, &mut *self.reader, run, |_, _| true)?;
+        let content = self.window.host_page(run);
+        match content {
+            Content::Zero => before(run.offset(), &[0; PAGE_SIZE]),
+            Content::Bytes(bytes) => {
+                before(run.offset(), bytes.first_chunk().unwrap_or(&[0; PAGE_SIZE]));
+            }
+        }
+        memory.place_run(run, run, content)?;
+        Ok(true)
+    }
+}
+
+/// Claims a host page of the block, if one can be had.
+fn claim_one(memory: &Memory, block: BlockId) -> Result<Option<Run>, MemoryError> {
+    let unit = memory.block(block).pages_per_host_page();
+    let pages = memory.block(block).pages();
+    let units = pages / unit;
+    let stride = (units / TRIES).max(1);
+    let host_page = |number: u64| Run { block, first: number * unit, count: unit };
+    // From the end: the guest asks for the beginning of its memory first.
+    let some = || (0..units).rev().step_by(stride as usize).map(host_page);
+    let is_data = |run: &Run| {
+        let page = Page { block, number: run.first };
+        matches!(memory.source.locate(page), Ok(Location::Stored { .. }))
+    };
+    let in_order = some().filter(is_data).chain(some().filter(|run| !is_data(run)));
+    for run in in_order {
+        let mut got = None;
+        memory.claims.claim(run, |claimed| {
+            got = Some(claimed);
+            Ok::<(), MemoryError>(())
+        })?;
+        if got.is_some() {
+            return Ok(got);
+        }
+    }
+    Ok(None)
+}

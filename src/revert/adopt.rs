@@ -1,0 +1,235 @@
+//! Shares the userfaultfd of a QEMU in postcopy, and finds out where its RAMBlocks lie.
+//!
+//! QEMU keeps one userfaultfd while it listens for a postcopy migration. A copy of it
+//! (pidfd_getfd(2)) installs pages as well as QEMU itself does, without the socket's
+//! copies and round trip. Which of QEMU's mappings holds which block is nowhere told,
+//! so an address is a guess until it has been *proven*: a page that is nowhere present
+//! is sent by the socket, and the mapping in which it then appears, at the right
+//! offset and with the right content, is the block's.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+
+use crate::page::{Block, PAGE_SIZE};
+use crate::uffd::Uffd;
+
+/// How /proc/PID/fd names a userfaultfd. `/dev/userfaultfd`, from which newer QEMUs
+/// make theirs, is named by its path.
+const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
+
+/// Why pages can't be installed directly. They go by the socket then.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// QEMU's process is not known.
+    #[error("QEMU's process can't be seen from here")]
+    Unseen,
+    /// Something of QEMU's process can't be used.
+    #[error(
+        "{what} of process {pid} can't be used ({source}): it takes root, or the same user \
+             and the right to trace it (ptrace(2))"
+    )]
+    Process {
+        /// QEMU's process id.
+        pid: i32,
+        /// What of it.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// QEMU has another number of userfaultfds than one.
+    #[error("process {pid} has {count} userfaultfds where one was expected")]
+    Count {
+        /// QEMU's process id.
+        pid: i32,
+        /// How many it has.
+        count: usize,
+    },
+}
+
+/// A mapping that is registered with userfaultfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    /// Size of its pages in bytes.
+    page_size: u64,
+}
+
+/// A QEMU whose memory we may touch.
+pub(super) struct Adopted {
+    pid: i32,
+    pub uffd: Uffd,
+    mappings: Vec<Mapping>,
+    pagemap: File,
+}
+
+/// A page of a block that is going to be sent by the socket, and where it may appear.
+pub(super) struct Probe {
+    /// The page's offset in its block, in bytes.
+    offset: u64,
+    content: Box<[u8; PAGE_SIZE]>,
+    /// First addresses that the block may have: nothing is present there at `offset`.
+    candidates: Vec<u64>,
+}
+
+impl Adopted {
+    /// Copies QEMU's userfaultfd and lists what is registered with it. QEMU must have
+    /// answered the PING behind LISTEN.
+    pub fn adopt(pid: i32) -> Result<Adopted, AdoptError> {
+        let failed = |what| move |source| AdoptError::Process { pid, what, source };
+        let fds = find_userfaultfds(pid).map_err(failed("the descriptors"))?;
+        let &[fd] = fds.as_slice() else {
+            return Err(AdoptError::Count { pid, count: fds.len() });
+        };
+        let uffd = Uffd::from_fd(copy_fd(pid, fd).map_err(failed("the userfaultfd"))?);
+        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
+            .map_err(failed("the list of mappings"))?;
+        let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(failed("the page map"))?;
+        Ok(Adopted { pid, uffd, mappings: registered(&smaps), pagemap })
+    }
+
+    /// Prepares to prove a block's address by the page at `offset`, which nobody has
+    /// installed yet. Nothing when no mapping can be the block's.
+    pub fn probe(&self, block: &Block, offset: u64, content: &[u8; PAGE_SIZE]) -> Option<Probe> {
+        let mut candidates = Vec::new();
+        for mapping in &self.mappings {
+            let Some(spare) = (mapping.end - mapping.start).checked_sub(block.len) else {
+                continue;
+            };
+            // Mappings of neighbouring blocks may have merged into one.
+            for start in [mapping.start, mapping.start + spare] {
+                let fits = mapping.page_size == block.page_size && start % block.page_size == 0;
+                if fits && !candidates.contains(&start) && !self.is_present(start + offset) {
+                    candidates.push(start);
+                }
+            }
+        }
+        (!candidates.is_empty()).then(|| Probe { offset, content: Box::new(*content), candidates })
+    }
+
+    /// The block's address, proven by its probe having arrived; nothing when the proof
+    /// fails. QEMU must have taken in the probe.
+    pub fn prove(&self, probe: &Probe) -> Option<u64> {
+        let arrived = |start: &&u64| {
+            let address = **start + probe.offset;
+            self.is_present(address) && self.reads(address, &probe.content)
+        };
+        let mut found = probe.candidates.iter().filter(arrived);
+        match (found.next(), found.next()) {
+            (Some(start), None) => Some(*start),
+            _ => None,
+        }
+    }
+
+    /// Whether QEMU has memory at this address. Asking touches nothing, unlike reading,
+    /// which would wait for a page that is missing (proc_pid_pagemap(5)).
+    fn is_present(&self, address: u64) -> bool {
+        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+        let mut entry = [0; 8];
+        let at = address / PAGE_SIZE as u64 * 8;
+        self.pagemap.read_exact_at(&mut entry, at).is_ok()
+            && u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0
+    }
+
+    fn reads(&self, address: u64, expected: &[u8; PAGE_SIZE]) -> bool {
+        let mut found = [0; PAGE_SIZE];
+        let remote = [RemoteIoVec { base: address as usize, len: PAGE_SIZE }];
+        let local = &mut [io::IoSliceMut::new(&mut found)];
+        process_vm_readv(Pid::from_raw(self.pid), local, &remote) == Ok(PAGE_SIZE)
+            && found == *expected
+    }
+}
+
+/// The numbers of the userfaultfds that a process has.
+fn find_userfaultfds(pid: i32) -> io::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        // A descriptor may be closed between the listing and the look.
+        if fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == USERFAULTFD_LINK) {
+            found.extend(entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+        }
+    }
+    Ok(found)
+}
+
+/// A copy of another process's descriptor (pidfd_getfd(2)).
+fn copy_fd(pid: i32, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes numbers only.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if pidfd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
+    // SAFETY: pidfd_getfd(2) takes numbers only.
+    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
+}
+
+/// The mappings in the text of /proc/PID/smaps whose VmFlags say `um`: registered with
+/// userfaultfd for missing pages (proc_pid_smaps(5)).
+fn registered(smaps: &str) -> Vec<Mapping> {
+    let mut found = Vec::new();
+    let mut current: Option<Mapping> = None;
+    for line in smaps.lines() {
+        if let Some((start, end)) = address_range(line) {
+            current = Some(Mapping { start, end, page_size: PAGE_SIZE as u64 });
+        } else if let Some(mapping) = &mut current {
+            if let Some(size) = line.strip_prefix("KernelPageSize:") {
+                let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok());
+                mapping.page_size = kib.unwrap_or(4) << 10;
+            } else if let Some(flags) = line.strip_prefix("VmFlags:")
+                && flags.split_whitespace().any(|flag| flag == "um")
+            {
+                found.push(*mapping);
+            }
+        }
+    }
+    found
+}
+
+/// The range at the beginning of a mapping's first line, `START-END perms …`.
+fn address_range(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registered_mappings_are_found_in_smaps() {
+        let smaps = "\
+7f0000000000-7f0020000000 rw-p 00000000 00:00 0 \n\
+Size:             524288 kB\nKernelPageSize:        4 kB\n\
+VmFlags: rd wr mr mw me ac um \n\
+7f0030000000-7f0030200000 rw-s 00000000 00:0f 77 /anon_hugepage (deleted)\n\
+KernelPageSize:     2048 kB\nVmFlags: rd wr sh um ht\n\
+7f0040000000-7f0040001000 r--p 00000000 08:01 5 /lib/vmlinum\n\
+KernelPageSize:        4 kB\nVmFlags: rd mr mw me sd\n";
+        let expected = [
+            Mapping { start: 0x7f00_0000_0000, end: 0x7f00_2000_0000, page_size: 4096 },
+            Mapping { start: 0x7f00_3000_0000, end: 0x7f00_3020_0000, page_size: 2 << 20 },
+        ];
+        assert_eq!(registered(smaps), expected);
+        assert_eq!(registered("nonsense\nVmFlags: um"), []);
+    }
+
+    #[test]
+    fn a_process_without_userfaultfd_is_named() {
+        let pid = std::process::id() as i32;
+        let error = Adopted::adopt(pid).err().map(|e| e.to_string());
+        assert_eq!(error, Some(format!("process {pid} has 0 userfaultfds where one was expected")));
+    }
+}

@@ -1,0 +1,172 @@
+//! How a guest's memory is brought: what `revert` and `serve` have in common.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::{
+    Feed, FeedError, FeedEvent, FeedOptions, Prepared, Progress, RevertError, RevertEvent,
+};
+use super::{Way, feed_error};
+use crate::image::Image;
+use crate::interrupt::Interrupts;
+use crate::memory::{FaultReport, FillOptions, WorkingSet, WorkingSetError, working_set};
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// Threads that prefetch, at most: more than this don't make any way of placing faster.
+const MAX_PREFETCH: usize = 4;
+
+/// How a guest's memory is brought.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// By which way it goes.
+    pub way: Way,
+    /// The most bytes a second that filling brings, beside what the guest asks for; as
+    /// fast as can be without.
+    pub fill_rate: Option<u64>,
+    /// Filling, beyond the working set, waits until the guest has not asked for memory
+    /// for so long.
+    pub fill_delay: Option<Duration>,
+    /// Whether the recorded working set is brought first, and recorded anew.
+    pub working_set: bool,
+    /// Nothing is filled for so long, while what the guest asks for is recorded.
+    pub hold: Option<Duration>,
+}
+
+impl Default for Delivery {
+    fn default() -> Delivery {
+        Delivery {
+            way: Way::Auto,
+            fill_rate: None,
+            fill_delay: None,
+            working_set: true,
+            hold: None,
+        }
+    }
+}
+
+/// How a delivery went.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// The final counts.
+    pub progress: Progress,
+    /// What was asked for, and how fast it was answered.
+    pub faults: FaultReport,
+    /// The way it went.
+    pub way: Way,
+}
+
+impl Delivery {
+    /// Begins to feed the QEMU at the other end of `socket`.
+    pub(super) fn start(
+        &self,
+        prepared: Prepared,
+        image: &Arc<Image>,
+        socket: UnixStream,
+        pid: Option<i32>,
+        preload: bool,
+    ) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let fill = FillOptions {
+            threads: threads.min(MAX_PREFETCH),
+            working_set: self.recall(image).map(|set| set.pages).unwrap_or_default(),
+            rate: self.fill_rate,
+            hold: self.hold,
+            delay: self.fill_delay,
+        };
+        let record = match (self.hold, self.working_set) {
+            (Some(hold), _) => hold,
+            (None, true) => working_set::RECORD_WINDOW,
+            (None, false) => Duration::ZERO,
+        };
+        let options = FeedOptions { way: self.way, pid, fill, preload, record };
+        Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
+    }
+
+    /// The image's working set, if it is wanted and can be used.
+    fn recall(&self, image: &Image) -> Option<WorkingSet> {
+        if !self.working_set {
+            return None;
+        }
+        let path = working_set::path_for(image.path());
+        match WorkingSet::load(&path, image.identity(), &image.manifest().blocks) {
+            Ok(set) => Some(set),
+            Err(WorkingSetError::None(_)) => None,
+            Err(error) => {
+                tracing::warn!("reverting without a working set: {error}");
+                None
+            }
+        }
+    }
+
+    /// Records the working set that a delivery has shown. It is a hint: that it can't be
+    /// written harms nothing.
+    pub(super) fn remember(&self, image: &Image, outcome: &Outcome) {
+        if !self.working_set {
+            return;
+        }
+        let demanded = outcome.faults.demanded.iter().map(|(_, page)| *page);
+        let before = self.recall(image);
+        let (identity, blocks) = (image.identity(), &image.manifest().blocks);
+        let next = WorkingSet::following(before.as_ref(), identity, demanded, blocks);
+        if let Some(next) = next
+            && let Err(error) = next.store(&working_set::path_for(image.path()))
+        {
+            tracing::info!("the working set is not recorded: {error}");
+        }
+    }
+}
+
+/// Follows the feed to its end, telling its progress.
+pub(super) async fn follow(
+    feed: &Feed,
+    steps: &mut UnboundedReceiver<FeedEvent>,
+    interrupts: &mut Interrupts,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<Outcome, RevertError> {
+    let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let mut interrupted = false;
+    let mut again = interrupts.clone();
+    let mut way = Way::Socket;
+    let mut direct_faults = None;
+    let progress = || {
+        let counts = feed.memory().counts();
+        Progress { pages: counts.present, total: counts.total, requests: counts.requests }
+    };
+    loop {
+        tokio::select! {
+            step = steps.recv() => match step {
+                Some(FeedEvent::Placing { way: taken, reason }) => {
+                    way = taken;
+                    on_event(RevertEvent::Placing { way, reason });
+                }
+                Some(FeedEvent::Loaded | FeedEvent::Preloaded) => {}
+                Some(FeedEvent::Faults(report)) => direct_faults = report,
+                Some(FeedEvent::Finished(faults)) => {
+                    let faults = match direct_faults {
+                        Some(direct) => faults.merged(direct),
+                        None => faults,
+                    };
+                    return Ok(Outcome { progress: progress(), faults, way });
+                }
+                Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
+                None => return Err(feed_error(FeedError::HungUp)),
+            },
+            () = interrupts.at_least(1), if !interrupted => {
+                interrupted = true;
+                feed.hurry();
+                on_event(RevertEvent::StillNeeded);
+            }
+            () = again.at_least(2) => {
+                return Err(RevertError::Interrupted(
+                    "the guest was stopped, since its memory was not complete",
+                ));
+            }
+            _ = tick.tick() => on_event(RevertEvent::Progress(progress())),
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! A working set from a revert that is thrown away.
+
+use std::time::Duration;
+
+use super::{Delivery, RevertError, RevertEvent, RevertOptions, bring_back};
+use crate::image::Image;
+use crate::interrupt::Interrupts;
+use crate::memory::{WorkingSet, working_set};
+
+/// Reverts an image for the sake of what its guest asks for in the first `window`, and
+/// records that as the image's working set in place of an older one. The guest is cut
+/// off: no network, no disk is written, its serial ports lead nowhere. It is ended when
+/// its memory is complete.
+///
+/// # Errors
+/// As for [`revert`](super::revert()); also when the working set can't be written.
+pub async fn harvest(
+    options: &RevertOptions,
+    window: Duration,
+    interrupts: Interrupts,
+    on_event: impl FnMut(RevertEvent),
+) -> Result<WorkingSet, RevertError> {
+    let mut options = options.clone();
+    options.rewrite.isolated = true;
+    options.preload = false;
+    options.delivery = Delivery { hold: Some(window), working_set: false, ..options.delivery };
+    let (mut process, outcome) = bring_back(&options, interrupts, on_event).await?;
+    process.kill().await;
+
+    let image = Image::open(&options.image)?;
+    let demanded = outcome.faults.demanded.iter().map(|(_, page)| *page);
+    let identity = image.identity();
+    let set = WorkingSet::following(None, identity, demanded, &image.manifest().blocks);
+    let set = set.ok_or(RevertError::NothingDemanded)?;
+    set.store(&working_set::path_for(&options.image))?;
+    Ok(set)
+}
