@@ -93,7 +93,7 @@ fn migration_settings_are_put_back(dir: &Dir, qemu: Qemu) -> Result<()> {
     let image = dir.path("vm.snap");
     dir.snapback(&["save", "--qmp", text(socket), text(&image)]).succeed()?;
     assert_eq!(settings()?, before);
-    // The same where the save comes to nothing: the guest can't be told what it is.
+    // The same for a paused guest, which old QEMUs save by an ordinary migration.
     qmp(socket, "stop", json!({}))?;
     dir.snapback(&["save", "--qmp", text(socket), text(&image), "--force"]).succeed()?;
     assert_eq!(settings()?, before);
@@ -109,7 +109,10 @@ fn an_image_is_replaced_only_by_force(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert!(refusal.contains("exists already") && refusal.contains("vm.snap"), "{refusal}");
     assert_eq!(fs::read(&image)?, b"something dear");
     assert!(original.query("query-migrate")?.get("status").is_none());
-    save().with(&["--force", "--compress", "none"]).succeed()?;
+    let ended = save().with(&["--force", "--compress", "none"]).succeed()?;
+    // However fast it went, nothing was left untold.
+    assert_eq!(ended.steps(), ["checked", "moment", "saved"]);
+    assert!(ended.event("moment")?["pause_ms"].is_number());
     assert_eq!(fs::metadata(&image)?.mode() & 0o777, 0o600);
     dir.snapback(&["verify", text(&image)]).succeed()?;
     Ok(())

@@ -14,6 +14,7 @@ use crate::tests_on_both;
 tests_on_both! {
     a_guest_in_full_swing_is_saved_and_comes_back
     a_paused_guest_is_saved_byte_for_byte
+    a_guest_that_ran_is_reverted_paused
     one_image_is_reverted_twice_at_once
     a_reverted_guest_is_saved_and_reverted_again
     a_guest_is_saved_three_times_in_a_row
@@ -85,7 +86,7 @@ fn stands_by_itself(dir: &Dir, guest: &Reverted, folder: &str) -> Result<()> {
     let processes: Vec<_> = dir.processes().into_iter().map(|(pid, _)| pid).collect();
     assert_eq!(processes, [guest.pid]);
     assert_eq!(dir.names(folder)?, ["qmp.sock", "serial0.log", "serial1.sock"]);
-    assert_eq!(dir.names(".")?.len(), 2, "{:?}", dir.names(".")?);
+    assert_eq!(dir.names(".")?, [folder, "vm.snap", "vm.snap.ws"]);
     for entry in fs::read_dir(format!("/proc/{}/fd", guest.pid))? {
         // Descriptors come and go.
         let Ok(target) = fs::read_link(entry?.path()) else { continue };
@@ -133,14 +134,29 @@ fn a_paused_guest_is_saved_byte_for_byte(dir: &Dir, qemu: Qemu) -> Result<()> {
     reverted.check(&nonce)
 }
 
+fn a_guest_that_ran_is_reverted_paused(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let revert = dir.revert(&shared.image, &shared.from, &to).with(&["--", "-S"]);
+    let mut reverted = Reverted::of(revert, &to)?;
+    reverted.resident()?;
+    assert_ne!(query_status(&reverted.qmp_path)?, "running");
+    assert_eq!(reverted.log.text(), "");
+    cont(&reverted.qmp_path)?;
+    reverted.check(&shared.nonce)
+}
+
 fn one_image_is_reverted_twice_at_once(dir: &Dir, qemu: Qemu) -> Result<()> {
     let shared = shared(qemu)?;
     let mut first = dir.reverted(&shared.image, &shared.from, "first")?;
-    let mut second = dir.reverted(&shared.image, &shared.from, "second")?;
+    let to = dir.make("second")?;
+    let by_socket = dir.revert(&shared.image, &shared.from, &to).with(&["--place", "socket"]);
+    let mut second = Reverted::of(by_socket, &to)?;
     first.check(&shared.nonce)?;
     second.check(&shared.nonce)?;
-    first.resident()?;
-    second.resident()?;
+    // Straight into memory is what is chosen where it can be had, as here.
+    assert_eq!(first.resident()?.event("placing")?["way"], "uffd");
+    assert_eq!(second.resident()?.event("placing")?["way"], "socket");
     first.check(&shared.nonce)?;
     second.check(&shared.nonce)
 }
