@@ -1,5 +1,6 @@
 //! The program's arguments, and what each command does with the library.
 
+mod bench;
 mod detach;
 mod output;
 mod report;
@@ -40,6 +41,8 @@ enum Command {
     Info(ImageArgs),
     /// Check every checksum of an image
     Verify(ImageArgs),
+    /// Measure ways of reverting an image on this machine
+    Bench(bench::BenchArgs),
 }
 
 #[derive(Args)]
@@ -122,6 +125,7 @@ impl From<DeliveryArgs> for Delivery {
             fill_rate: args.fill_rate,
             fill_delay: args.fill_delay,
             working_set: !args.no_working_set,
+            working_set_file: None,
         }
     }
 }
@@ -248,6 +252,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
         Command::Serve(args) => (args.json, serve(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, args.json)),
+        Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(args) => (args.json, report::verify(&args.image, args.json)),
     };
     match result {

@@ -1,6 +1,7 @@
 //! How a guest's memory is brought: what `revert` and `serve` have in common.
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,11 +34,19 @@ pub struct Delivery {
     pub fill_delay: Option<Duration>,
     /// Whether the recorded working set is brought first, and recorded anew.
     pub working_set: bool,
+    /// The file of the working set; beside the image without.
+    pub working_set_file: Option<PathBuf>,
 }
 
 impl Default for Delivery {
     fn default() -> Delivery {
-        Delivery { way: Way::Auto, fill_rate: None, fill_delay: None, working_set: true }
+        Delivery {
+            way: Way::Auto,
+            fill_rate: None,
+            fill_delay: None,
+            working_set: true,
+            working_set_file: None,
+        }
     }
 }
 
@@ -74,13 +83,22 @@ impl Delivery {
         Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
     }
 
+    /// Where the image's working set is.
+    fn working_set_path(&self, image: &Image) -> PathBuf {
+        let named = self.working_set_file.clone();
+        named.unwrap_or_else(|| working_set::path_for(image.path()))
+    }
+
     /// The image's working set, if it is wanted and can be used.
     fn recall(&self, image: &Image) -> Option<WorkingSet> {
         if !self.working_set {
             return None;
         }
-        let path = working_set::path_for(image.path());
-        match WorkingSet::load(&path, image.identity(), &image.manifest().blocks) {
+        match WorkingSet::load(
+            &self.working_set_path(image),
+            image.identity(),
+            &image.manifest().blocks,
+        ) {
             Ok(set) => Some(set),
             Err(WorkingSetError::None(_)) => None,
             Err(error) => {
@@ -101,7 +119,7 @@ impl Delivery {
         let (identity, blocks) = (image.identity(), &image.manifest().blocks);
         let next = WorkingSet::following(before.as_ref(), identity, demanded, blocks);
         if let Some(next) = next
-            && let Err(error) = next.store(&working_set::path_for(image.path()))
+            && let Err(error) = next.store(&self.working_set_path(image))
         {
             tracing::info!("the working set is not recorded: {error}");
         }

@@ -143,6 +143,18 @@ pub struct Reverted {
     pub outcome: Outcome,
 }
 
+/// A guest that has been brought back and is still its owner's: QEMU ends when
+/// `process` is dropped.
+#[derive(Debug)]
+pub struct Held {
+    /// QEMU's process.
+    pub process: Process,
+    /// QEMU's control socket.
+    pub qmp: Qmp,
+    /// How its memory came.
+    pub outcome: Outcome,
+}
+
 /// Brings a guest back and returns once all its memory is in place. QEMU then runs
 /// on by itself. `on_event` is called as things happen.
 ///
@@ -154,9 +166,23 @@ pub struct Reverted {
 /// a guest without its memory is of no use, and must not run on with a wrong one.
 pub async fn revert(
     options: &RevertOptions,
+    interrupts: Interrupts,
+    on_event: impl FnMut(RevertEvent),
+) -> Result<Reverted, RevertError> {
+    let Held { mut process, outcome, .. } = revert_held(options, interrupts, on_event).await?;
+    process.detach();
+    Ok(Reverted { pid: process.pid(), outcome })
+}
+
+/// As [`revert`], but QEMU does not outlive what is returned.
+///
+/// # Errors
+/// As [`revert`].
+pub async fn revert_held(
+    options: &RevertOptions,
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
-) -> Result<Reverted, RevertError> {
+) -> Result<Held, RevertError> {
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
     let stays_paused = options.rewrite.stays_paused() || !machine.running;
@@ -204,9 +230,8 @@ pub async fn revert(
     };
     match bring.await {
         Ok(outcome) => {
-            process.detach();
             options.delivery.remember(&image, &outcome);
-            Ok(Reverted { pid, outcome })
+            Ok(Held { process, qmp, outcome })
         }
         Err(error) => {
             let error = with_qemus_words(error, &process);
