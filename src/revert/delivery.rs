@@ -126,23 +126,41 @@ impl Delivery {
     }
 }
 
+/// What a feed has said before it was followed and its outcome needs.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    pub way: Option<Way>,
+    pub direct_faults: Option<FaultReport>,
+    /// The feed's last word: it may come before QEMU is heard to run the guest.
+    pub finished: Option<FaultReport>,
+}
+
 /// Follows the feed to its end, telling its progress.
 pub(super) async fn follow(
     feed: &Feed,
     steps: &mut UnboundedReceiver<FeedEvent>,
+    heard: Heard,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let mut interrupted = false;
     let mut again = interrupts.clone();
-    let mut way = Way::Socket;
-    let mut direct_faults = None;
+    let mut way = heard.way.unwrap_or(Way::Socket);
+    let mut direct_faults = heard.direct_faults;
     let progress = || {
         let counts = feed.memory().counts();
         Progress { pages: counts.present, total: counts.total, requests: counts.requests }
     };
+    let mut finished = heard.finished;
     loop {
+        if let Some(faults) = finished.take() {
+            let faults = match direct_faults {
+                Some(direct) => faults.merged(direct),
+                None => faults,
+            };
+            return Ok(Outcome { progress: progress(), faults, way });
+        }
         tokio::select! {
             step = steps.recv() => match step {
                 Some(FeedEvent::Placing { way: taken, reason }) => {
@@ -151,13 +169,7 @@ pub(super) async fn follow(
                 }
                 Some(FeedEvent::Loaded | FeedEvent::Preloaded) => {}
                 Some(FeedEvent::Faults(report)) => direct_faults = report,
-                Some(FeedEvent::Finished(faults)) => {
-                    let faults = match direct_faults {
-                        Some(direct) => faults.merged(direct),
-                        None => faults,
-                    };
-                    return Ok(Outcome { progress: progress(), faults, way });
-                }
+                Some(FeedEvent::Finished(faults)) => finished = Some(faults),
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
                 None => return Err(feed_error(FeedError::HungUp)),
             },

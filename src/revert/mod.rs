@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use adopt::AdoptError;
+use delivery::Heard;
 pub use delivery::{Delivery, Outcome};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared, Way};
 pub use serve::{ServeOptions, serve};
@@ -216,14 +217,15 @@ pub async fn revert_held(
         let delivery = &options.delivery;
         let (feed, mut steps) =
             delivery.start(prepared, &image, ours, Some(pid), options.preload)?;
-        tokio::select! {
+        let heard = tokio::select! {
             done = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event) => done?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
-        }
+        };
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+        let outcome =
+            delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
         finish(&qmp).await?;
         on_event(RevertEvent::Resident(outcome.progress));
         Ok(outcome)
@@ -277,28 +279,34 @@ async fn wait_running(
     steps: &mut UnboundedReceiver<FeedEvent>,
     start: Start,
     on_event: &mut impl FnMut(RevertEvent),
-) -> Result<(), RevertError> {
+) -> Result<Heard, RevertError> {
     let (mut loaded, mut preloaded) = (false, false);
+    let mut heard = Heard::default();
     loop {
         tokio::select! {
             event = events.next() => if event?.name == "RESUME" {
-                return Ok(());
+                return Ok(heard);
             },
-            step = steps.recv() => match step {
+            step = steps.recv(), if heard.finished.is_none() => match step {
                 Some(FeedEvent::Placing { way, reason }) => {
+                    heard.way = Some(way);
                     on_event(RevertEvent::Placing { way, reason });
                 }
                 Some(FeedEvent::Loaded) => loaded = true,
                 Some(FeedEvent::Preloaded) => preloaded = true,
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
-                Some(FeedEvent::Faults(_) | FeedEvent::Finished(_)) => {}
+                Some(FeedEvent::Faults(report)) => heard.direct_faults = report,
+                Some(FeedEvent::Finished(faults)) => heard.finished = Some(faults),
                 None => return Err(feed_error(FeedError::HungUp)),
             },
         }
         match start {
-            Start::StaysPaused if loaded => return Ok(()),
+            Start::StaysPaused if loaded => return Ok(heard),
             // QEMU answers once it has finished loading, RUN included.
-            Start::WhenPreloaded if loaded && preloaded => return Ok(qmp.cont().await?),
+            Start::WhenPreloaded if loaded && preloaded => {
+                qmp.cont().await?;
+                return Ok(heard);
+            }
             _ => {}
         }
     }
