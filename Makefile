@@ -23,6 +23,7 @@ guest: setup
 test: guest
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
 	cargo test --locked --lib --bins --examples --tests
+	SNAPBACK_TEST_PLACE=socket cargo test --locked --test e2e
 	cargo test --locked --doc
 
 demo: guest
