@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use linux_raw_sys::general as sys;
 use nix::errno::Errno;
@@ -43,6 +44,13 @@ pub enum UffdError {
         /// ENOENT or ESRCH.
         source: io::Error,
     },
+    /// The memory's layout is changing: nothing is installed until the event that tells
+    /// of it has been read.
+    #[error("the memory at {address:#x} can't be filled while its layout is changing")]
+    Changing {
+        /// The address that was to be filled.
+        address: u64,
+    },
     /// Something else.
     #[error("userfaultfd can't {what} at {address:#x}: {source}")]
     Call {
@@ -65,6 +73,8 @@ pub mod feature {
     pub const EVENT_REMOVE: u64 = sys::UFFD_FEATURE_EVENT_REMOVE as u64;
     /// `munmap` is told.
     pub const EVENT_UNMAP: u64 = sys::UFFD_FEATURE_EVENT_UNMAP as u64;
+    /// The features by which a change of the memory's layout is told.
+    pub(super) const LAYOUT: u64 = EVENT_REMOVE | EVENT_UNMAP;
 }
 
 mod ioctl {
@@ -177,6 +187,11 @@ impl EventBuffer {
 #[derive(Debug)]
 pub struct Uffd {
     fd: OwnedFd,
+    /// There if changes of the memory's layout are told. The kernel lets a change go on
+    /// as soon as its event has been read; so who installs holds this shared, and who
+    /// reads holds it alone until it has noted what changed. Otherwise old content could
+    /// be installed in memory that has just been given back.
+    layout: Option<RwLock<()>>,
 }
 
 impl Uffd {
@@ -199,12 +214,37 @@ impl Uffd {
         // call returns; the descriptor is a userfaultfd.
         unsafe { ioctl::api(fd.as_raw_fd(), &raw mut api) }
             .map_err(|e| UffdError::NoFeature(e.into()))?;
-        Ok(Uffd { fd })
+        let layout = (features & feature::LAYOUT != 0).then(RwLock::default);
+        Ok(Uffd { fd, layout })
     }
 
-    /// A userfaultfd that somebody has made ready and given us a copy of.
+    /// A userfaultfd that somebody has made ready and given us a copy of. It must be one
+    /// that tells of faults only, as QEMU's is (`ufd_check_and_apply` in QEMU's
+    /// `migration/postcopy-ram.c` asks for no events; giving memory back is inhibited
+    /// there while a postcopy comes in).
     pub fn from_fd(fd: OwnedFd) -> Uffd {
-        Uffd { fd }
+        Uffd { fd, layout: None }
+    }
+
+    /// Whether changes of the memory's layout are told.
+    pub fn tells_of_layout(&self) -> bool {
+        self.layout.is_some()
+    }
+
+    /// Holds off [`Uffd::alone`]. Who installs memory decides what, and does it, under
+    /// this guard. Nothing where changes of the layout aren't told.
+    pub fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let layout = self.layout.as_ref()?;
+        // The lock guards no data that a panic could leave half done.
+        Some(layout.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until nobody installs memory, and keeps it so. Who reads events does so, and
+    /// notes which memory was given back, under this guard. Nothing where changes of the
+    /// layout aren't told.
+    pub fn alone(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        let layout = self.layout.as_ref()?;
+        Some(layout.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Registers memory of this process: touching what is missing there waits until
@@ -239,7 +279,8 @@ impl Uffd {
     /// overwritten, but what is missing there becomes these bytes.
     ///
     /// # Errors
-    /// [`UffdError::Gone`] and [`UffdError::Call`].
+    /// [`UffdError::Gone`], [`UffdError::Changing`] and [`UffdError::Call`]. Some of the
+    /// pages may be in place then.
     pub unsafe fn copy(&self, address: u64, bytes: &[u8], page_size: u64) -> Result<(), UffdError> {
         self.fill("copy pages", address, bytes.len() as u64, page_size, |done| {
             let mut copy = sys::uffdio_copy {
@@ -290,6 +331,7 @@ impl Uffd {
         mut call: impl FnMut(u64) -> (nix::Result<i32>, i64),
     ) -> Result<(), UffdError> {
         let mut done = 0;
+        let mut looked_again = false;
         while done < len {
             let (result, filled) = call(done);
             done += u64::try_from(filled).unwrap_or(0);
@@ -298,7 +340,15 @@ impl Uffd {
                 Ok(_) | Err(Errno::EINTR) => {}
                 // Short, because the next page is there or the mapping is changing.
                 Err(Errno::EAGAIN) if filled > 0 => {}
+                Err(Errno::EAGAIN) if self.layout.is_some() => {
+                    return Err(UffdError::Changing { address: at });
+                }
                 Err(Errno::EAGAIN) => std::thread::yield_now(),
+                // Unmapped after the kernel's check for a change, perhaps: it then says
+                // EAGAIN now.
+                Err(Errno::ENOENT) if self.layout.is_some() && !looked_again => {
+                    looked_again = true;
+                }
                 Err(Errno::EEXIST) => {
                     self.wake(at, page_size)?;
                     done += page_size;
@@ -328,7 +378,8 @@ impl Uffd {
     }
 
     /// Takes the events that are there; false when there are none. Never waits where
-    /// the descriptor is non-blocking, as ours and QEMU's are.
+    /// the descriptor is non-blocking, as ours and QEMU's are. Where changes of the layout
+    /// are told, see [`Uffd::alone`].
     ///
     /// # Errors
     /// [`UffdError::Call`].

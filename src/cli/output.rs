@@ -171,10 +171,16 @@ impl Output {
                 "the guest still depends on this program: filling its memory first \
                  (interrupt again to stop the guest as well)",
             ),
-            RevertEvent::Resident(Progress { pages, requests, .. }) => {
+            RevertEvent::Resident { progress, demands, answer_p50_us, answer_p99_us } => {
                 self.bar.finish_and_clear();
-                let memory = size(pages * PAGE_SIZE as u64);
-                self.say("resident", &format!("all {memory}; {requests} faults served"));
+                let memory = size(progress.pages * PAGE_SIZE as u64);
+                self.say(
+                    "resident",
+                    &format!(
+                        "all {memory}; {demands} faults answered in {answer_p50_us:.0} µs (median), \
+                         {answer_p99_us:.0} µs (99 %)"
+                    ),
+                );
             }
         }
     }

@@ -6,9 +6,16 @@
 //! it. Two bits a host page (the unit that userfaultfd installs), in words that are
 //! changed atomically; nobody ever waits.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
+use self::sync::{AtomicU64, Ordering};
 use crate::page::{Block, BlockId, Run};
+
+/// The atomics: those of loom where it tries every interleaving (`make loom`).
+mod sync {
+    #[cfg(loom)]
+    pub use loom::sync::atomic::{AtomicU64, Ordering};
+    #[cfg(not(loom))]
+    pub use std::sync::atomic::{AtomicU64, Ordering};
+}
 
 /// The state of every page of a machine.
 pub struct ClaimMap {
@@ -68,6 +75,16 @@ impl ClaimMap {
         claims.is_set(&claims.claimed, page)
     }
 
+    /// Whether somebody has taken every page of the block.
+    pub fn all_claimed(&self, block: BlockId) -> bool {
+        let claims = &self.blocks[block.index()];
+        let all = Run { block, first: 0, count: claims.pages };
+        let taken = |(word, mask): (usize, u64)| {
+            claims.claimed[word].load(Ordering::Acquire) & mask == mask
+        };
+        claims.words(all).all(taken)
+    }
+
     /// Whether the host page that holds this target page is in place.
     pub fn is_present(&self, block: BlockId, page: u64) -> bool {
         let claims = &self.blocks[block.index()];
@@ -76,13 +93,16 @@ impl ClaimMap {
 
     /// Claims what is absent in `run` and hands each piece that was got to `got`, in
     /// order. The caller must install a piece that it got, then call
-    /// [`mark_present`](ClaimMap::mark_present). `run` must consist of whole host pages.
+    /// [`mark_present`](ClaimMap::mark_present); or else
+    /// [`release`](ClaimMap::release) it. `run` must consist of whole host pages.
     ///
     /// # Errors
-    /// The first error of `got`; what it was called for stays claimed.
+    /// The first error of `got`; what it was called for, and all behind it, is absent
+    /// again.
     pub fn claim<E>(&self, run: Run, mut got: impl FnMut(Run) -> Result<(), E>) -> Result<(), E> {
         let claims = &self.blocks[run.block.index()];
         let mut pending: Option<Run> = None;
+        let mut give = |run| got(run).inspect_err(|_| self.release(run));
         for (word, mask) in claims.words(run) {
             // Acquire/release: what the claim's owner does comes after the claim.
             let old = claims.claimed[word].fetch_or(mask, Ordering::AcqRel);
@@ -97,14 +117,27 @@ impl ClaimMap {
                         Some(Run { count: last.count + piece.count, ..last })
                     }
                     Some(last) => {
-                        got(last)?;
+                        if let Err(error) = give(last) {
+                            let ungiven = mask_of(first, count) | new;
+                            claims.claimed[word].fetch_and(!ungiven, Ordering::AcqRel);
+                            return Err(error);
+                        }
                         Some(piece)
                     }
                     None => Some(piece),
                 };
             }
         }
-        pending.map_or(Ok(()), got)
+        pending.map_or(Ok(()), give)
+    }
+
+    /// Makes pages absent again that the caller has claimed and could not install.
+    pub fn release(&self, run: Run) {
+        let claims = &self.blocks[run.block.index()];
+        for (word, mask) in claims.words(run) {
+            let old = claims.claimed[word].fetch_and(!mask, Ordering::AcqRel);
+            debug_assert_eq!(old & mask, mask, "pages were released that nobody had: {run}");
+        }
     }
 
     /// Notes that pages which the caller had claimed are in place. True for the one
@@ -128,6 +161,7 @@ impl BlockClaims {
     /// The words that hold the run's units, each with the mask of the units in it.
     fn words(&self, run: Run) -> impl Iterator<Item = (usize, u64)> + use<> {
         debug_assert!(run.end() <= self.pages, "{run} is outside its block");
+        debug_assert!(self.is_whole(run), "{run} cuts a host page");
         let first = run.first >> self.unit_shift;
         let end = run.end().div_ceil(1 << self.unit_shift);
         (first / BITS..end.div_ceil(BITS)).map(move |word| {
@@ -135,6 +169,12 @@ impl BlockClaims {
             let high = end.min((word + 1) * BITS) - word * BITS;
             (word as usize, mask_of(low, high - low))
         })
+    }
+
+    /// Whether the run consists of whole host pages.
+    fn is_whole(&self, run: Run) -> bool {
+        let in_unit = (1 << self.unit_shift) - 1;
+        run.first & in_unit == 0 && (run.end() & in_unit == 0 || run.end() == self.pages)
     }
 
     /// The target pages of some units; the block's last unit may be cut short.

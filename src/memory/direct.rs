@@ -1,6 +1,6 @@
 //! Pages straight into memory, by a userfaultfd that this memory is registered with.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, RwLockReadGuard};
 
 use super::place::{Place, PlaceError};
 use crate::page::{Block, BlockId, PAGE_SIZE, Run};
@@ -46,11 +46,6 @@ impl DirectPlace {
         self.addresses.get(block.index()).copied().flatten()
     }
 
-    /// Whether every block is installed this way.
-    pub fn has_all_blocks(&self) -> bool {
-        self.addresses.iter().all(Option::is_some)
-    }
-
     fn at(&self, run: Run) -> Result<u64, PlaceError> {
         let unknown = || PlaceError::Io(std::io::Error::other("the block's address is not known"));
         Ok(self.address(run.block).ok_or_else(unknown)? + run.offset())
@@ -79,8 +74,17 @@ impl Place for DirectPlace {
         Ok(unsafe { self.uffd.zero(at, run.bytes(), block.page_size) }?)
     }
 
-    fn wake(&self, _block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+        if self.uffd.tells_of_layout() {
+            // Where a page is in place, this only wakes. Where one was given back, zeros
+            // are what it holds.
+            return self.zero(block, run);
+        }
         Ok(self.uffd.wake(self.at(run)?, run.bytes())?)
+    }
+
+    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.uffd.steady()
     }
 
     fn step_pages(&self, _block: BlockId) -> u64 {
@@ -96,6 +100,7 @@ impl From<UffdError> for PlaceError {
     fn from(error: UffdError) -> PlaceError {
         match error {
             UffdError::Gone { source, .. } => PlaceError::Gone(source),
+            UffdError::Changing { .. } => PlaceError::Changing,
             other => PlaceError::Io(std::io::Error::other(other)),
         }
     }
@@ -150,6 +155,10 @@ impl<P: Place> Place for Arc<Route<P>> {
 
     fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
         self.way(run.block).wake(block, run)
+    }
+
+    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.direct()?.steady()
     }
 
     fn step_pages(&self, block: BlockId) -> u64 {

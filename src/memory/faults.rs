@@ -134,6 +134,7 @@ impl FaultServer {
         heard: Instant,
     ) -> Result<(), MemoryError> {
         let host_page = cut(memory, page, unit);
+        let steady = memory.steady();
         let mut mine = None;
         memory.claims.claim(host_page, |claimed| {
             mine = Some(claimed);
@@ -148,6 +149,38 @@ impl FaultServer {
             };
         };
 
+        // Who comes later must not rely on a claim that nobody fulfils.
+        let content = self.bring(memory, page, mine);
+        content.inspect_err(|_| memory.claims.release(mine))?;
+        drop(steady);
+        self.record(page, heard);
+        let mut installed = mine.count;
+        for (run, content) in self.window.pieces() {
+            match memory.install(run, content, || {}) {
+                // Neighbours can wait.
+                Err(error) if error.is_passing() => break,
+                done => installed += done?,
+            }
+        }
+        memory.demanded.fetch_add(installed, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Notes that a page is in place which was asked for then.
+    fn record(&mut self, page: Page, heard: Instant) {
+        let report = &mut self.report;
+        report.timings.saturating_record(heard.elapsed().as_nanos() as u64);
+        if self.record_until.is_some_and(|until| heard < until)
+            && report.demanded.len() < MAX_DEMANDS
+        {
+            report.demanded.push((heard, page));
+        }
+    }
+
+    /// Installs the host page `mine`, which is claimed and begins with `page`, and makes
+    /// its neighbours ready.
+    fn bring(&mut self, memory: &Memory, page: Page, mine: Run) -> Result<(), MemoryError> {
+        let unit = memory.block(page.block).pages_per_host_page();
         let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
         let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
         let first = page.number / group * group;
@@ -159,19 +192,7 @@ impl FaultServer {
         })?;
 
         // The one that is waited for goes first; its neighbours follow.
-        memory.place_run(mine, mine, self.window.host_page(mine))?;
-        self.report.timings.saturating_record(heard.elapsed().as_nanos() as u64);
-        if self.record_until.is_some_and(|until| heard < until)
-            && self.report.demanded.len() < MAX_DEMANDS
-        {
-            self.report.demanded.push((heard, page));
-        }
-        let mut installed = mine.count;
-        for (run, content) in self.window.pieces() {
-            installed += memory.install(run, content, || {})?;
-        }
-        memory.demanded.fetch_add(installed, Ordering::Relaxed);
-        Ok(())
+        memory.place_run(mine, mine, self.window.host_page(mine))
     }
 }
 

@@ -6,8 +6,10 @@
 //! as spinning pays, up to [`SPIN_MAX`]; every time it didn't, half as long. An idle
 //! guest costs nothing.
 
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -32,22 +34,28 @@ pub struct Intake {
     memory: Arc<Memory>,
     server: FaultServer,
     uffd: Arc<Uffd>,
-    stop: Arc<EventFd>,
+    stop: StopIntake,
     /// The blocks by address: first address, address behind the last, block.
     ranges: Vec<(u64, u64, BlockId)>,
-    /// Memory that its owner has given back: zeros, if it is asked for again.
-    removed: Vec<(u64, u64)>,
+    /// Addresses that somebody waits for and nobody has answered.
+    waiting: VecDeque<u64>,
 }
 
 /// Ends an [`Intake`].
 #[derive(Clone)]
-pub struct StopIntake(Arc<EventFd>);
+pub struct StopIntake {
+    /// Wakes it where it sleeps.
+    wake: Arc<EventFd>,
+    /// Tells it where it is busy.
+    stopped: Arc<AtomicBool>,
+}
 
 impl StopIntake {
-    /// Makes the intake's `run` return.
+    /// Makes the intake's `run` return once what it is answering is answered.
     pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
         // It fails only when the counter is full, and then it is readable as well.
-        let _ = self.0.write(1);
+        let _ = self.wake.write(1);
     }
 }
 
@@ -61,9 +69,9 @@ impl Intake {
         memory: Arc<Memory>,
         direct: &DirectPlace,
     ) -> Result<(Intake, StopIntake), MemoryError> {
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| MemoryError::Intake(PlaceError::Io(errno.into())))?;
-        let stop = Arc::new(stop);
+        let stop = StopIntake { wake: Arc::new(wake), stopped: Arc::default() };
         let range = |(index, block): (usize, &crate::page::Block)| {
             let id = BlockId(index as u16);
             direct.address(id).map(|start| (start, start + block.len, id))
@@ -74,11 +82,11 @@ impl Intake {
             server: FaultServer::new(Arc::clone(&memory))?,
             memory,
             uffd: Arc::clone(direct.uffd()),
-            stop: Arc::clone(&stop),
+            stop: stop.clone(),
             ranges,
-            removed: Vec::new(),
+            waiting: VecDeque::new(),
         };
-        Ok((intake, StopIntake(stop)))
+        Ok((intake, stop))
     }
 
     /// Records what is demanded, for so long from now on.
@@ -86,9 +94,9 @@ impl Intake {
         Intake { server: self.server.recording(window), ..self }
     }
 
-    /// Takes and answers faults until it is stopped, or the process whose memory it
-    /// is has gone. Returns what was seen; an answer's time runs from the event being
-    /// read to the page being in place.
+    /// Takes and answers faults until it is stopped; that the process has gone whose
+    /// memory it is shows only when a page is installed. Returns what was seen; an
+    /// answer's time runs from the event being read to the page being in place.
     ///
     /// # Errors
     /// When a fault could not be answered; whoever waits for it waits forever.
@@ -96,25 +104,30 @@ impl Intake {
         let mut events = EventBuffer::default();
         let mut spin = SPIN_MAX;
         while self.wait(&mut events, &mut spin)? {
-            for event in events.events() {
-                match event {
-                    UffdEvent::Fault { address } => self.answer(address)?,
-                    UffdEvent::Removed { start, end } => self.give_up(start, end, true)?,
-                    UffdEvent::Unmapped { start, end } => self.give_up(start, end, false)?,
-                    UffdEvent::Other => {}
+            for _ in 0..self.waiting.len() {
+                let Some(address) = self.waiting.pop_front() else { break };
+                match self.answer(address) {
+                    // The event that ends this may be ours to read.
+                    Err(error) if error.is_passing() => self.waiting.push_back(address),
+                    done => done?,
                 }
             }
         }
         Ok(self.server.into_report())
     }
 
-    /// Waits for events; false when it is time to stop.
-    fn wait(&self, events: &mut EventBuffer, spin: &mut Duration) -> Result<bool, MemoryError> {
-        let failed = |e: crate::uffd::UffdError| MemoryError::Intake(e.into());
-        if *spin >= SPIN_MIN {
+    /// Waits until somebody waits for memory; false when it is time to stop.
+    fn wait(&mut self, events: &mut EventBuffer, spin: &mut Duration) -> Result<bool, MemoryError> {
+        if !self.waiting.is_empty() {
+            std::thread::yield_now();
+            self.take(events)?;
+            return Ok(!self.is_stopped());
+        }
+        // Where the layout changes, each look keeps others from installing.
+        if *spin >= SPIN_MIN && !self.uffd.tells_of_layout() {
             let start = Instant::now();
-            while start.elapsed() < *spin {
-                if self.uffd.read(events).map_err(failed)? {
+            while start.elapsed() < *spin && !self.is_stopped() {
+                if self.take(events)? {
                     *spin = SPIN_MAX;
                     return Ok(true);
                 }
@@ -122,27 +135,48 @@ impl Intake {
             }
             *spin /= 2;
         }
-        loop {
+        while !self.is_stopped() {
             let mut fds = [
                 PollFd::new(self.uffd.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.stop.wake.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(MemoryError::Intake(PlaceError::Io(errno.into()))),
             }
-            if fds[1].any().unwrap_or(true) {
+            let broken = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+            if fds[0].revents().is_some_and(|seen| seen.intersects(broken)) {
                 return Ok(false);
             }
-            let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
-            if fds[0].revents().is_some_and(|seen| seen.intersects(gone)) {
-                return Ok(false);
-            }
-            if self.uffd.read(events).map_err(failed)? {
+            if self.take(events)? {
                 *spin = (*spin * 2).clamp(SPIN_MIN, SPIN_MAX);
                 return Ok(true);
             }
         }
+        Ok(false)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.stopped.load(Ordering::Acquire)
+    }
+
+    /// Takes the events that are there, and notes what has become of memory before
+    /// anybody can install more. Says whether somebody waits for memory.
+    fn take(&mut self, events: &mut EventBuffer) -> Result<bool, MemoryError> {
+        let _alone = self.uffd.alone();
+        if !self.uffd.read(events).map_err(|e| MemoryError::Intake(e.into()))? {
+            return Ok(false);
+        }
+        for event in events.events() {
+            match event {
+                UffdEvent::Fault { address } => self.waiting.push_back(address),
+                UffdEvent::Removed { start, end } | UffdEvent::Unmapped { start, end } => {
+                    self.give_up(start, end);
+                }
+                UffdEvent::Other => {}
+            }
+        }
+        Ok(!self.waiting.is_empty())
     }
 
     fn find(&self, address: u64) -> Option<(u64, BlockId)> {
@@ -163,28 +197,26 @@ impl Intake {
         };
         let page_size = self.memory.block(block).page_size;
         let offset = (address - start) & !(page_size - 1);
-        if self.removed.iter().any(|(from, to)| (*from..*to).contains(&address)) {
-            let run = Run { block, first: offset >> PAGE_SHIFT, count: page_size >> PAGE_SHIFT };
-            return self.memory.refill_removed(run);
-        }
         let len = page_size.min(self.memory.block(block).len - offset);
         self.server.serve(block, offset, len)
     }
 
     /// Notes that memory was given back or unmapped: what is absent of it needn't be
-    /// brought any more.
-    fn give_up(&mut self, start: u64, end: u64, reads_as_zeros: bool) -> Result<(), MemoryError> {
+    /// brought any more. Whoever asks for it nevertheless gets zeros ([`Place::wake`]).
+    ///
+    /// [`Place::wake`]: super::Place::wake
+    fn give_up(&self, start: u64, end: u64) {
         for (from, to, block) in &self.ranges {
-            let (first, last) = (start.max(*from), end.min(*to));
+            let page_size = self.memory.block(*block).page_size;
+            let first = (start.clamp(*from, *to) - from).next_multiple_of(page_size);
+            let last = match end >= *to {
+                true => to - from,
+                false => (end.max(*from) - from) & !(page_size - 1),
+            };
             if first < last {
                 let count = (last - first) >> PAGE_SHIFT;
-                let run = Run { block: *block, first: (first - from) >> PAGE_SHIFT, count };
-                self.memory.give_up(run);
+                self.memory.give_up(Run { block: *block, first: first >> PAGE_SHIFT, count });
             }
         }
-        if reads_as_zeros {
-            self.removed.push((start, end));
-        }
-        Ok(())
     }
 }

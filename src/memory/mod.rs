@@ -22,7 +22,7 @@ pub mod working_set;
 mod tests;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard};
 use std::time::Duration;
 
 pub use claim::ClaimMap;
@@ -35,7 +35,7 @@ pub use prefetch::{FillOptions, prefetch, preload};
 pub use socket::SocketPlace;
 pub use working_set::{WorkingSet, WorkingSetError};
 
-use crate::page::{Block, BlockId, PageSource, Run, SourceError};
+use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,14 @@ pub enum MemoryError {
         /// Length in bytes.
         len: u64,
     },
+}
+
+impl MemoryError {
+    /// Whether the same thing may go well in a moment, once somebody has read the event
+    /// that tells how the memory's layout is changing.
+    fn is_passing(&self) -> bool {
+        matches!(self, MemoryError::Place { source: PlaceError::Changing, .. })
+    }
 }
 
 /// How far a guest's memory has come.
@@ -139,6 +147,11 @@ impl Memory {
         }
     }
 
+    /// Whether nothing of this block is left to be brought by anybody.
+    pub fn is_settled(&self, block: BlockId) -> bool {
+        self.claims.all_claimed(block)
+    }
+
     /// Waits until every page is in place, for `timeout` at most; says whether it is so.
     pub fn wait_complete(&self, timeout: Duration) -> bool {
         let (done, signal) = &self.complete;
@@ -151,6 +164,11 @@ impl Memory {
 
     fn block(&self, id: BlockId) -> &Block {
         &self.source.blocks()[id.index()]
+    }
+
+    /// [`Place::steady`].
+    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.place.steady()
     }
 
     /// Claims the pages of `run` that nobody has, and installs those, in pieces as
@@ -175,6 +193,7 @@ impl Memory {
             let end = run.end().min((first / step + 1) * step);
             pause();
             let piece = Run { block: run.block, first, count: end - first };
+            let _steady = self.steady();
             self.claims.claim(piece, |claimed| {
                 self.place_run(run, claimed, content)?;
                 installed += claimed.count;
@@ -215,19 +234,14 @@ impl Memory {
         self.place.wake(block, run).map_err(|source| self.place_error(run, source))
     }
 
-    /// Takes pages as done that their owner has given back or unmapped.
+    /// Takes pages as done that their owner has given back or unmapped. Nobody installs
+    /// anything meanwhile, or old content could arrive after this.
     fn give_up(&self, run: Run) {
         let done = self.claims.claim(run, |absent| {
             self.arrived(absent);
             Ok::<(), std::convert::Infallible>(())
         });
         let Ok(()) = done;
-    }
-
-    /// Installs zeros in memory that its owner has given back and asks for again.
-    fn refill_removed(&self, run: Run) -> Result<(), MemoryError> {
-        let block = self.block(run.block);
-        self.place.zero(block, run).map_err(|source| self.place_error(run, source))
     }
 
     fn place_error(&self, run: Run, source: PlaceError) -> MemoryError {
@@ -245,7 +259,9 @@ impl Memory {
 
     /// Whether zeros of this block are best installed in large calls, ahead of the rest.
     fn likes_large_zeros(&self, block: BlockId) -> bool {
-        self.place.zero_step_pages(block) > self.place.step_pages(block)
+        // A huge page may be zero in parts, and is then not a matter of zeros.
+        let small = self.block(block).page_size == PAGE_SIZE as u64;
+        small && self.place.zero_step_pages(block) > self.place.step_pages(block)
     }
 
     /// Stands aside while faults are being answered. A fault takes some tens of

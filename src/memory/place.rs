@@ -1,5 +1,7 @@
 //! How pages reach a guest's memory.
 
+use std::sync::RwLockReadGuard;
+
 use crate::page::{Block, BlockId, Run};
 
 /// Why pages could not be installed.
@@ -8,6 +10,9 @@ pub enum PlaceError {
     /// QEMU is gone, or has closed the way.
     #[error("QEMU is gone ({0})")]
     Gone(std::io::Error),
+    /// Nothing can be installed just now; try again.
+    #[error("the memory's layout is changing")]
+    Changing,
     /// Something else.
     #[error("{0}")]
     Io(std::io::Error),
@@ -40,13 +45,21 @@ pub trait Place: Send + Sync {
     fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError>;
 
     /// Wakes whoever waits for pages that are in place already. Where waiters look
-    /// again by themselves there is nothing to do.
+    /// again by themselves there is nothing to do. Where owners can give memory back,
+    /// what they have given back becomes zeros.
     ///
     /// # Errors
     /// When the way is broken.
     fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
         let _ = (block, run);
         Ok(())
+    }
+
+    /// As long as this guard lives, no memory is given back or unmapped. Whoever claims
+    /// pages takes it before, and lets go when they are installed or released; and
+    /// never takes it twice. Nothing where that can't happen.
+    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        None
     }
 
     /// The most target pages of this block that one call should bring, so that an

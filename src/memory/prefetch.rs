@@ -63,7 +63,7 @@ pub fn prefetch(
     in_parallel(options.threads, |_| fill_zeros(memory, &zeros, pace), zeros.count())?;
     let rest = Windows::new(memory, |_| true);
     in_parallel(options.threads, |_| fill_rest(memory, &rest, pace), rest.count())?;
-    if pace.is_stopped() { Ok(()) } else { demand_the_rest(memory) }
+    demand_the_rest(memory, pace)
 }
 
 /// Brings the working set only, and returns when it is in place or on its way.
@@ -104,13 +104,14 @@ fn in_parallel(
     })
 }
 
-/// What can't be read is passed over here.
+/// What can't be read, or not be installed just now, is passed over here.
 fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
     match result {
         Err(MemoryError::Source { block, offset, source }) => {
             tracing::warn!("prefetch passes over offset {offset:#x} of `{block}`: {source}");
             Ok(())
         }
+        Err(error) if error.is_passing() => Ok(()),
         other => other,
     }
 }
@@ -154,7 +155,8 @@ fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Mem
                 count += 1;
             }
             let run = Run { count, ..Run::single(page) };
-            memory.install(run, Content::Zero, || memory.stand_aside())?;
+            let installed = memory.install(run, Content::Zero, || memory.stand_aside());
+            pass_over(installed.map(drop))?;
         }
     }
     Ok(())
@@ -169,7 +171,7 @@ fn fill_rest(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Memo
 }
 
 /// Asks for every page that is still absent.
-fn demand_the_rest(memory: &Arc<Memory>) -> Result<(), MemoryError> {
+fn demand_the_rest(memory: &Arc<Memory>, pace: &Pace) -> Result<(), MemoryError> {
     let mut server = None;
     let windows = Windows::new(memory, |_| true);
     while let Some(window) = windows.next() {
@@ -177,11 +179,19 @@ fn demand_the_rest(memory: &Arc<Memory>) -> Result<(), MemoryError> {
             if memory.claims.is_claimed(page.block, page.number) {
                 continue;
             }
+            if pace.is_stopped() {
+                return Ok(());
+            }
             let server = match &mut server {
                 Some(server) => server,
                 none => none.insert(FaultServer::new(Arc::clone(memory))?),
             };
-            server.serve(page.block, page.offset(), PAGE_SIZE as u64)?;
+            while let Err(error) = server.serve(page.block, page.offset(), PAGE_SIZE as u64) {
+                if !error.is_passing() || pace.is_stopped() {
+                    return Err(error);
+                }
+                std::thread::yield_now();
+            }
         }
     }
     Ok(())

@@ -107,7 +107,7 @@ impl Window {
     }
 
     /// A host page is installed as a whole: where only some of its target pages
-    /// are zero, their zeros are written out.
+    /// are zero, their zeros are written out; where only some are wanted, none is.
     fn make_host_pages_whole(&mut self, unit: u64) {
         if unit == 1 {
             return;
@@ -115,6 +115,10 @@ impl Window {
         let unit = unit as usize;
         let bytes = self.bytes.chunks_mut(unit * PAGE_SIZE);
         for (slots, bytes) in self.slots.chunks_mut(unit).zip(bytes) {
+            if slots.contains(&Slot::Skip) {
+                slots.fill(Slot::Skip);
+                continue;
+            }
             if slots.iter().all(|slot| *slot != Slot::Ready) {
                 continue;
             }

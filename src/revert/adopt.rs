@@ -112,9 +112,20 @@ impl Adopted {
         (!candidates.is_empty()).then(|| Probe { offset, content: Box::new(*content), candidates })
     }
 
+    /// The addresses of all blocks, as far as their probes prove them. Two blocks that
+    /// seem to lie in one place are a proof gone wrong: neither is believed.
+    pub fn prove_all(&self, blocks: &[Block], probes: &[Option<Probe>]) -> Vec<Option<u64>> {
+        let prove = |probe: &Option<Probe>| probe.as_ref().and_then(|probe| self.prove(probe));
+        let mut addresses: Vec<_> = probes.iter().map(prove).collect();
+        for doubtful in overlapping(blocks, &addresses) {
+            addresses[doubtful] = None;
+        }
+        addresses
+    }
+
     /// The block's address, proven by its probe having arrived; nothing when the proof
     /// fails. QEMU must have taken in the probe.
-    pub fn prove(&self, probe: &Probe) -> Option<u64> {
+    fn prove(&self, probe: &Probe) -> Option<u64> {
         let arrived = |start: &&u64| {
             let address = **start + probe.offset;
             self.is_present(address) && self.reads(address, &probe.content)
@@ -143,6 +154,17 @@ impl Adopted {
         process_vm_readv(Pid::from_raw(self.pid), local, &remote) == Ok(PAGE_SIZE)
             && found == *expected
     }
+}
+
+/// The blocks whose ranges overlap another's.
+fn overlapping(blocks: &[Block], addresses: &[Option<u64>]) -> Vec<usize> {
+    let range = |index: usize| addresses[index].map(|start| start..start + blocks[index].len);
+    let overlaps = |one: usize, other: usize| match (range(one), range(other)) {
+        (Some(a), Some(b)) => one != other && a.start < b.end && b.start < a.end,
+        _ => false,
+    };
+    let all = 0..blocks.len();
+    all.clone().filter(|one| all.clone().any(|other| overlaps(*one, other))).collect()
 }
 
 /// The numbers of the userfaultfds that a process has.
@@ -224,6 +246,14 @@ KernelPageSize:        4 kB\nVmFlags: rd mr mw me sd\n";
         ];
         assert_eq!(registered(smaps), expected);
         assert_eq!(registered("nonsense\nVmFlags: um"), []);
+    }
+
+    #[test]
+    fn two_blocks_in_one_place_are_not_believed() {
+        let block = |len| Block { name: "b".into(), len, page_size: 4096 };
+        let blocks = [block(0x4000), block(0x4000), block(0x1000)];
+        assert_eq!(overlapping(&blocks, &[Some(0x1000), Some(0x5000), None]), [0usize; 0]);
+        assert_eq!(overlapping(&blocks, &[Some(0x1000), Some(0x9000), Some(0x4000)]), [0, 2]);
     }
 
     #[test]

@@ -60,6 +60,20 @@ pub struct Outcome {
     pub way: Way,
 }
 
+impl Outcome {
+    /// The event that tells it.
+    pub(super) fn resident(&self) -> RevertEvent {
+        let answers = &self.faults.timings;
+        let us = |quantile| answers.value_at_quantile(quantile) as f64 / 1e3;
+        RevertEvent::Resident {
+            progress: self.progress,
+            demands: answers.len(),
+            answer_p50_us: us(0.5),
+            answer_p99_us: us(0.99),
+        }
+    }
+}
+
 impl Delivery {
     /// Begins to feed the QEMU at the other end of `socket`.
     pub(super) fn start(

@@ -12,22 +12,22 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::adopt::{AdoptError, Adopted, Probe};
+use super::adopt::AdoptError;
+use super::way::Way;
 use crate::memory::{
-    DirectPlace, FaultReport, FaultServer, FillOptions, Intake, Memory, MemoryError, Pace,
-    PlaceError, Route, SocketPlace, StopIntake, prefetch, preload,
+    FaultReport, FaultServer, FillOptions, Memory, MemoryError, Pace, PlaceError, Route,
+    SocketPlace, prefetch, preload,
 };
 use crate::page::{Block, BlockId, PageSource};
-use crate::wire::{Opening, ReturnPath, ReturnPathMessage, WireError, closing, package, ping};
+use crate::wire::{Opening, ReturnPath, ReturnPathMessage, WireError, closing, package};
 
 /// PINGs, told apart by their values.
 const PING_OPENED: u32 = 1;
-const PING_LISTENING: u32 = 2;
-const PING_LOADED: u32 = 3;
-const PING_PROBED: u32 = 4;
+pub(super) const PING_LISTENING: u32 = 2;
+pub(super) const PING_LOADED: u32 = 3;
+pub(super) const PING_PROBED: u32 = 4;
 
 /// What a feed has to say.
 #[derive(Debug)]
@@ -105,20 +105,6 @@ impl Prepared {
     }
 }
 
-/// By which way pages reach the guest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Way {
-    /// Straight into memory by QEMU's userfaultfd where that can be had, else by the
-    /// socket.
-    #[default]
-    Auto,
-    /// By userfaultfd for every block, or not at all.
-    Uffd,
-    /// By QEMU's postcopy socket.
-    Socket,
-}
-
 /// Who is fed, and how.
 #[derive(Debug, Clone, Default)]
 pub struct FeedOptions {
@@ -136,7 +122,7 @@ pub struct FeedOptions {
 }
 
 /// The route of this feed's pages.
-type FeedRoute = Route<SocketPlace<UnixStream>>;
+pub(super) type FeedRoute = Route<SocketPlace<UnixStream>>;
 
 /// A feed under way. Dropping it ends it and waits for its threads.
 pub struct Feed {
@@ -179,6 +165,7 @@ impl Feed {
             memory: Arc::clone(&memory),
             pace: Arc::clone(&pace),
             pongs: heard,
+            takes_faults: false,
             events: events.clone(),
         };
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
@@ -220,14 +207,17 @@ impl Drop for Feed {
 }
 
 /// The thread that sends: opening, package, memory, closing.
-struct Filling {
+pub(super) struct Filling {
     prepared: Prepared,
-    options: FeedOptions,
-    route: Arc<FeedRoute>,
-    memory: Arc<Memory>,
+    pub options: FeedOptions,
+    pub route: Arc<FeedRoute>,
+    pub memory: Arc<Memory>,
     pace: Arc<Pace>,
-    pongs: mpsc::Receiver<u32>,
-    events: UnboundedSender<FeedEvent>,
+    pub pongs: mpsc::Receiver<u32>,
+    pub events: UnboundedSender<FeedEvent>,
+    /// Whether faults may be taken from userfaultfd: an event that we take reaches nobody
+    /// else, so only when every block's address is known.
+    pub takes_faults: bool,
 }
 
 impl Filling {
@@ -265,121 +255,15 @@ impl Filling {
     }
 
     /// Waits for an answer; false when there will be none.
-    fn wait_pong(&self, value: u32) -> bool {
+    pub fn wait_pong(&self, value: u32) -> bool {
         self.pongs.iter().any(|pong| pong == value)
-    }
-
-    /// Opens the direct way where it is wanted and can be had, and says which way is
-    /// taken. Returns whether the device state is in by then; nothing when the feed has
-    /// ended.
-    fn open_the_way(&mut self) -> Result<Option<bool>, FeedError> {
-        if self.options.way == Way::Socket {
-            self.tell(Way::Socket, "as was asked for");
-            return Ok(Some(false));
-        }
-        if !self.wait_pong(PING_LISTENING) {
-            return Ok(None);
-        }
-        let adopted = self.options.pid.ok_or(AdoptError::Unseen).and_then(Adopted::adopt);
-        let adopted = match adopted {
-            Ok(adopted) => adopted,
-            Err(reason) if self.options.way == Way::Uffd => return Err(reason.into()),
-            Err(reason) => {
-                self.tell(Way::Socket, &reason.to_string());
-                return Ok(Some(false));
-            }
-        };
-        let mut server = FaultServer::new(Arc::clone(&self.memory))?;
-        let mut probes = Vec::new();
-        for (index, block) in self.memory.blocks().iter().enumerate() {
-            let mut probe = None;
-            server.probe(BlockId(index as u16), |offset, content| {
-                probe = adopted.probe(block, offset, content);
-            })?;
-            probes.push(probe);
-        }
-        self.route.first().send(&ping(PING_PROBED)).map_err(|_| FeedError::HungUp)?;
-        let mut loaded = false;
-        loop {
-            match self.pongs.recv() {
-                Ok(PING_PROBED) => break,
-                Ok(PING_LOADED) => loaded = true,
-                Ok(_) => {}
-                Err(_) => return Ok(None),
-            }
-        }
-        let prove = |probe: &Option<Probe>| probe.as_ref().and_then(|p| adopted.prove(p));
-        let addresses: Vec<_> = probes.iter().map(prove).collect();
-        let blocks = self.memory.blocks().iter().zip(&addresses);
-        let unproven: Vec<_> =
-            blocks.filter(|(_, at)| at.is_none()).map(|(block, _)| block.name.as_str()).collect();
-        match (unproven.is_empty(), self.options.way) {
-            (true, _) => self.tell(Way::Uffd, "every block's address is proven"),
-            (false, Way::Uffd) => return Err(FeedError::Unproven(unproven.join(", "))),
-            (false, _) => {
-                let reason = format!("by socket, as not found: {}", unproven.join(", "));
-                self.tell(Way::Uffd, &reason);
-            }
-        }
-        // SAFETY: each address has been proven to be the block's, in the process whose
-        // userfaultfd this is, in a mapping that is registered with it.
-        let direct = unsafe { DirectPlace::new(Arc::new(adopted.uffd), addresses) };
-        self.route.open_direct(direct);
-        Ok(Some(loaded))
-    }
-
-    fn tell(&self, way: Way, reason: &str) {
-        let _ = self.events.send(FeedEvent::Placing { way, reason: reason.to_owned() });
-    }
-
-    /// Starts to take faults from userfaultfd, beside QEMU's own thread. Only when every
-    /// block's address is known: an event that we take reaches nobody else.
-    fn start_intake(&self) -> Result<Option<RunningIntake>, FeedError> {
-        let Some(direct) = self.route.direct().filter(|direct| direct.has_all_blocks()) else {
-            return Ok(None);
-        };
-        let (intake, stop) = Intake::new(Arc::clone(&self.memory), direct)?;
-        let intake = intake.recording(self.options.record);
-        let events = self.events.clone();
-        let run = move || match intake.run() {
-            Ok(report) => Some(report),
-            Err(error) => {
-                let _ = events.send(FeedEvent::Failed(error.into()));
-                None
-            }
-        };
-        let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
-        let thread = Some(thread.map_err(FeedError::Thread)?);
-        Ok(Some(RunningIntake { stop, thread }))
-    }
-}
-
-/// An intake's thread, ended with this value.
-struct RunningIntake {
-    stop: StopIntake,
-    thread: Option<JoinHandle<Option<FaultReport>>>,
-}
-
-impl RunningIntake {
-    /// Ends it, and returns what it has seen.
-    fn finish(mut self) -> Option<FaultReport> {
-        self.stop.stop();
-        self.thread.take()?.join().ok().flatten()
-    }
-}
-
-impl Drop for RunningIntake {
-    fn drop(&mut self) {
-        self.stop.stop();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }
 
 fn io_error(error: PlaceError) -> std::io::Error {
     match error {
         PlaceError::Gone(error) | PlaceError::Io(error) => error,
+        changing @ PlaceError::Changing => std::io::Error::other(changing),
     }
 }
 

@@ -74,7 +74,7 @@ pub async fn serve(
     }
     let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
     options.delivery.remember(&image, &outcome);
-    on_event(RevertEvent::Resident(outcome.progress));
+    on_event(outcome.resident());
     Ok(outcome)
 }
 

@@ -1,0 +1,48 @@
+//! Brings a saved guest back:
+//!
+//!     cargo run --example revert -- IMAGE
+//!
+//! The guest runs long before its memory is complete. This returns when it is; QEMU
+//! then lives on by itself.
+
+use std::process::ExitCode;
+
+use snapback::interrupt::Interrupts;
+use snapback::revert::{RevertError, RevertEvent, RevertOptions, revert};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let (Some(image), None) = (args.next(), args.next()) else {
+        eprintln!("usage: revert IMAGE");
+        return ExitCode::from(2);
+    };
+    let options = RevertOptions { image: image.into(), ..RevertOptions::default() };
+    match run(&options).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: &RevertOptions) -> Result<(), RevertError> {
+    // Whoever wants Ctrl-C to end QEMU as well takes `Interrupts::channel`.
+    let reverted = revert(options, Interrupts::never(), |event| match event {
+        RevertEvent::Note { what, why } => println!("note: {what}: {why}"),
+        RevertEvent::QemuReady { pid } => println!("QEMU is up, process {pid}"),
+        RevertEvent::Placing { reason, .. } => println!("{reason}"),
+        RevertEvent::Running { .. } => println!("the guest runs; its memory follows"),
+        RevertEvent::Progress(progress) => {
+            println!("{} of {} pages", progress.pages, progress.total);
+        }
+        RevertEvent::StillNeeded => println!("the guest still needs us"),
+        RevertEvent::Resident { progress, .. } => {
+            println!("all memory is there; the guest asked for {} of it", progress.requests);
+        }
+    })
+    .await?;
+    println!("QEMU lives on as process {}", reverted.pid);
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! By which way pages go, and how the direct one is opened.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use serde::{Deserialize, Serialize};
+
+use super::adopt::{AdoptError, Adopted};
+use super::feed::{FeedError, FeedEvent, Filling, PING_LISTENING, PING_LOADED, PING_PROBED};
+use crate::memory::{DirectPlace, FaultReport, FaultServer, Intake, StopIntake};
+use crate::page::BlockId;
+use crate::wire::ping;
+
+/// By which way pages reach the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// Straight into memory by QEMU's userfaultfd where that can be had, else by the
+    /// socket.
+    #[default]
+    Auto,
+    /// By userfaultfd for every block, or not at all.
+    Uffd,
+    /// By QEMU's postcopy socket.
+    Socket,
+}
+
+impl Filling {
+    /// Opens the direct way where it is wanted and can be had, and says which way is
+    /// taken. Returns whether the device state is in by then; nothing when the feed has
+    /// ended.
+    pub fn open_the_way(&mut self) -> Result<Option<bool>, FeedError> {
+        if self.options.way == Way::Socket {
+            self.tell(Way::Socket, "as was asked for");
+            return Ok(Some(false));
+        }
+        if !self.wait_pong(PING_LISTENING) {
+            return Ok(None);
+        }
+        let adopted = self.options.pid.ok_or(AdoptError::Unseen).and_then(Adopted::adopt);
+        let adopted = match adopted {
+            Ok(adopted) => adopted,
+            Err(reason) if self.options.way == Way::Uffd => return Err(reason.into()),
+            Err(reason) => {
+                self.tell(Way::Socket, &reason.to_string());
+                return Ok(Some(false));
+            }
+        };
+        let mut server = FaultServer::new(Arc::clone(&self.memory))?;
+        let mut probes = Vec::new();
+        for (index, block) in self.memory.blocks().iter().enumerate() {
+            let mut probe = None;
+            server.probe(BlockId(index as u16), |offset, content| {
+                probe = adopted.probe(block, offset, content);
+            })?;
+            probes.push(probe);
+        }
+        self.route.first().send(&ping(PING_PROBED)).map_err(|_| FeedError::HungUp)?;
+        let mut loaded = false;
+        loop {
+            match self.pongs.recv() {
+                Ok(PING_PROBED) => break,
+                Ok(PING_LOADED) => loaded = true,
+                Ok(_) => {}
+                Err(_) => return Ok(None),
+            }
+        }
+        let addresses = adopted.prove_all(self.memory.blocks(), &probes);
+        // A block that is in place as a whole needs no address any more.
+        let needs_one = |index: usize| !self.memory.is_settled(BlockId(index as u16));
+        let blocks = self.memory.blocks().iter().zip(&addresses).enumerate();
+        let unproven: Vec<_> = blocks
+            .filter(|(index, (_, address))| address.is_none() && needs_one(*index))
+            .map(|(_, (block, _))| block.name.as_str())
+            .collect();
+        self.takes_faults = unproven.is_empty();
+        match (unproven.is_empty(), self.options.way) {
+            (true, _) => self.tell(Way::Uffd, "every block's address is proven"),
+            (false, Way::Uffd) => return Err(FeedError::Unproven(unproven.join(", "))),
+            (false, _) => {
+                let reason = format!("by socket, as not found: {}", unproven.join(", "));
+                self.tell(Way::Uffd, &reason);
+            }
+        }
+        // SAFETY: each address has been proven to be the block's, in the process whose
+        // userfaultfd this is, in a mapping that is registered with it.
+        let direct = unsafe { DirectPlace::new(Arc::new(adopted.uffd), addresses) };
+        self.route.open_direct(direct);
+        Ok(Some(loaded))
+    }
+
+    fn tell(&self, way: Way, reason: &str) {
+        let _ = self.events.send(FeedEvent::Placing { way, reason: reason.to_owned() });
+    }
+
+    /// Starts to take faults from userfaultfd, beside QEMU's own thread. Only when every
+    /// block's address is known: an event that we take reaches nobody else.
+    pub fn start_intake(&self) -> Result<Option<RunningIntake>, FeedError> {
+        let Some(direct) = self.route.direct().filter(|_| self.takes_faults) else {
+            return Ok(None);
+        };
+        let (intake, stop) = Intake::new(Arc::clone(&self.memory), direct)?;
+        let intake = intake.recording(self.options.record);
+        let events = self.events.clone();
+        let run = move || match intake.run() {
+            Ok(report) => Some(report),
+            Err(error) => {
+                let _ = events.send(FeedEvent::Failed(error.into()));
+                None
+            }
+        };
+        let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
+        let thread = Some(thread.map_err(FeedError::Thread)?);
+        Ok(Some(RunningIntake { stop, thread }))
+    }
+}
+
+/// An intake's thread, ended with this value.
+pub(super) struct RunningIntake {
+    stop: StopIntake,
+    thread: Option<JoinHandle<Option<FaultReport>>>,
+}
+
+impl RunningIntake {
+    /// Ends it, and returns what it has seen.
+    pub fn finish(mut self) -> Option<FaultReport> {
+        self.stop.stop();
+        self.thread.take()?.join().ok().flatten()
+    }
+}
+
+impl Drop for RunningIntake {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
