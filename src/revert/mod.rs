@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use adopt::AdoptError;
+use delivery::Heard;
 pub use delivery::{Delivery, Outcome};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared};
 pub use harvest::harvest;
@@ -164,6 +165,18 @@ pub struct Reverted {
     pub outcome: Outcome,
 }
 
+/// A guest that has been brought back and is still its owner's: QEMU ends when
+/// `process` is dropped.
+#[derive(Debug)]
+pub struct Held {
+    /// QEMU's process.
+    pub process: Process,
+    /// QEMU's control socket.
+    pub qmp: Qmp,
+    /// How its memory came.
+    pub outcome: Outcome,
+}
+
 /// Brings a guest back and returns once all its memory is in place. QEMU then runs
 /// on by itself. `on_event` is called as things happen.
 ///
@@ -178,17 +191,20 @@ pub async fn revert(
     interrupts: Interrupts,
     on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let (mut process, outcome) = bring_back(options, interrupts, on_event).await?;
+    let Held { mut process, outcome, .. } = revert_held(options, interrupts, on_event).await?;
     process.detach();
     Ok(Reverted { pid: process.pid(), outcome })
 }
 
-/// The same, with QEMU still ours to end.
-async fn bring_back(
+/// As [`revert`], but QEMU does not outlive what is returned.
+///
+/// # Errors
+/// As [`revert`].
+pub async fn revert_held(
     options: &RevertOptions,
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
-) -> Result<(Process, Outcome), RevertError> {
+) -> Result<Held, RevertError> {
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
     let stays_paused = options.rewrite.stays_paused() || !machine.running;
@@ -228,17 +244,18 @@ async fn bring_back(
             );
             connected?;
             let (feed, mut steps) = started?;
-            wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
-            Ok::<_, RevertError>((feed, steps))
+            let heard = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
+            Ok::<_, RevertError>((feed, steps, heard))
         };
-        let (feed, mut steps) = tokio::select! {
+        let (feed, mut steps, heard) = tokio::select! {
             running = until_it_runs => running?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         };
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+        let outcome =
+            delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
         finish(&qmp).await?;
         on_event(outcome.resident());
         Ok(outcome)
@@ -246,7 +263,7 @@ async fn bring_back(
     match bring.await {
         Ok(outcome) => {
             options.delivery.remember(&image, &outcome);
-            Ok((process, outcome))
+            Ok(Held { process, qmp, outcome })
         }
         Err(error) => {
             let error = with_qemus_words(error, &process);
@@ -303,28 +320,34 @@ async fn wait_running(
     steps: &mut UnboundedReceiver<FeedEvent>,
     start: Start,
     on_event: &mut impl FnMut(RevertEvent),
-) -> Result<(), RevertError> {
+) -> Result<Heard, RevertError> {
     let (mut loaded, mut preloaded) = (false, false);
+    let mut heard = Heard::default();
     loop {
         tokio::select! {
             event = events.next() => if event?.name == "RESUME" {
-                return Ok(());
+                return Ok(heard);
             },
-            step = steps.recv() => match step {
+            step = steps.recv(), if heard.finished.is_none() => match step {
                 Some(FeedEvent::Placing { way, reason }) => {
+                    heard.way = Some(way);
                     on_event(RevertEvent::Placing { way, reason });
                 }
                 Some(FeedEvent::Loaded) => loaded = true,
                 Some(FeedEvent::Preloaded) => preloaded = true,
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
-                Some(FeedEvent::Faults(_) | FeedEvent::Finished(_)) => {}
+                Some(FeedEvent::Faults(report)) => heard.direct_faults = report,
+                Some(FeedEvent::Finished(faults)) => heard.finished = Some(faults),
                 None => return Err(feed_error(FeedError::HungUp)),
             },
         }
         match start {
-            Start::StaysPaused if loaded => return Ok(()),
+            Start::StaysPaused if loaded => return Ok(heard),
             // QEMU answers once it has finished loading, RUN included.
-            Start::WhenPreloaded if loaded && preloaded => return Ok(qmp.cont().await?),
+            Start::WhenPreloaded if loaded && preloaded => {
+                qmp.cont().await?;
+                return Ok(heard);
+            }
             _ => {}
         }
     }

@@ -10,6 +10,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 use serde::Serialize;
 
 use self::checks::{Checked, check};
@@ -25,6 +27,11 @@ pub use checks::CheckError;
 
 /// The name under which QEMU is given its end of the migration stream.
 const OUTGOING: &str = "snapback-outgoing";
+
+/// Room that is asked for in the socket between QEMU and us, in bytes: some
+/// milliseconds' worth of pages, so that QEMU never waits for a thread of ours that
+/// does not run at this moment.
+const SOCKET_BYTES: usize = 1 << 20;
 
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -211,6 +218,7 @@ async fn take(
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(Received, Moment), SaveError> {
     let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
+    widen(&theirs);
     qmp.getfd(OUTGOING, theirs.as_fd()).await?;
     // Only QEMU may hold the other end: its closing tells us that the stream is over.
     drop(theirs);
@@ -230,6 +238,13 @@ async fn take(
         Ok(taken) => Ok(taken),
         Err(error) => Err(end(qmp, error, checked, receiving, interrupts, on_event).await),
     }
+}
+
+/// Makes room in a socket, as much as we may: more than the system's limit only as root
+/// (socket(7)). With less, a save works all the same.
+fn widen(socket: &UnixStream) {
+    let _ = setsockopt(socket, SndBuf, &SOCKET_BYTES);
+    let _ = setsockopt(socket, SndBufForce, &SOCKET_BYTES);
 }
 
 /// Ends a migration and its stream, so that QEMU holds nothing of the guest any more.
