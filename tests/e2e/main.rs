@@ -12,8 +12,10 @@ mod bare;
 mod harness;
 mod shared;
 
+mod backends;
 mod checks;
 mod damage;
+mod filling;
 mod interrupts;
 mod journeys;
 mod serving;
