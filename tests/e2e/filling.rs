@@ -48,7 +48,10 @@ fn a_working_set_is_recorded_and_brought_first(dir: &Dir, qemu: Qemu) -> Result<
     second.check(&shared.nonce)
 }
 
-fn a_working_set_is_harvested_from_a_guest_that_is_thrown_away(dir: &Dir, qemu: Qemu) -> Result<()> {
+fn a_working_set_is_harvested_from_a_guest_that_is_thrown_away(
+    dir: &Dir,
+    qemu: Qemu,
+) -> Result<()> {
     let image = dir.path("vm.snap");
     let shared = copy(qemu, &image)?;
     let log = fs::metadata(shared.from.join("serial0.log"))?.len();
