@@ -131,6 +131,22 @@ pub enum RevertError {
         /// What QEMU itself had to say; empty when nothing.
         qemu: String,
     },
+    /// QEMU took the guest and does not run it, mostly because it can't use its disks.
+    #[error("QEMU took the guest but leaves it `{status}`{qemu}")]
+    NotRun {
+        /// QEMU's run state.
+        status: String,
+        /// What QEMU itself had to say; empty when nothing.
+        qemu: String,
+    },
+    /// QEMU ended while it was given the guest.
+    #[error("{error}{qemu}")]
+    Died {
+        /// How that was noticed.
+        error: QmpError,
+        /// What QEMU itself had to say.
+        qemu: String,
+    },
     /// A socket between us and QEMU failed.
     #[error("{what}: {source}")]
     Socket {
@@ -343,6 +359,14 @@ async fn wait_running(
         }
         match start {
             Start::StaysPaused if loaded => return Ok(heard),
+            // All is over, and QEMU has not said that the guest runs: does it?
+            Start::Runs if heard.finished.is_some() => {
+                let status = qmp.status().await?;
+                return match status.as_str() {
+                    "running" => Ok(heard),
+                    _ => Err(RevertError::NotRun { status, qemu: String::new() }),
+                };
+            }
             // QEMU answers once it has finished loading, RUN included.
             Start::WhenPreloaded if loaded && preloaded => {
                 qmp.cont().await?;
@@ -379,12 +403,17 @@ fn feed_error(error: FeedError) -> RevertError {
 /// what it says there is not the reason.
 fn with_qemus_words(error: RevertError, process: &Process) -> RevertError {
     use FeedError::{HungUp, Opening, Refused};
-    match (error, process.log_tail()) {
-        (RevertError::Feed { error: error @ (HungUp | Opening(_) | Refused(_)), .. }, words)
-            if !words.is_empty() =>
-        {
-            RevertError::Feed { error, qemu: format!("; QEMU says: {words}") }
+    let words = process.log_tail();
+    if words.is_empty() {
+        return error;
+    }
+    let qemu = format!("; QEMU says: {words}");
+    match error {
+        RevertError::Feed { error: error @ (HungUp | Opening(_) | Refused(_)), .. } => {
+            RevertError::Feed { error, qemu }
         }
-        (error, _) => error,
+        RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
+        RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
+        error => error,
     }
 }
