@@ -1,7 +1,7 @@
 //! The memory engine at work on memory of this process: real userfaultfds, real pages
 //! that are missing, real threads that wait for them. Only the guest is not one.
 
-#![allow(dead_code)] // each test and benchmark uses a part
+#![allow(dead_code, unused_imports)] // each test and benchmark uses a part
 
 mod ram;
 mod source;
@@ -56,7 +56,8 @@ impl Engine {
     pub fn start_intake(&mut self) {
         let place = Engine::place(&self.ram, &self.uffd);
         let (intake, stop) = Intake::new(Arc::clone(&self.memory), &place).unwrap();
-        let thread = thread::spawn(move || intake.run());
+        let named = thread::Builder::new().name("intake".into());
+        let thread = named.spawn(move || intake.run()).unwrap();
         self.intakes.push(RunningIntake { stop, thread });
     }
 
