@@ -124,6 +124,11 @@ impl Output {
                 self.say("moment", &format!("the guest stood still for {pause:.1} ms"));
             }
             SaveEvent::Moment { pause_ms: None, .. } => self.say("moment", "the guest is paused"),
+            SaveEvent::Draining => self.say(
+                "giving up",
+                "this QEMU lets go of the guest only once it has sent all memory: receiving it \
+                 first (interrupt twice to leave the guest hanging)",
+            ),
             SaveEvent::Progress { pages, total, image_bytes } => {
                 self.advance(*pages, *total, format!("{} written", size(*image_bytes)));
             }

@@ -217,22 +217,26 @@ async fn bring_back(
     let prepared = prepared.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
 
     let bring = async {
-        let mut events = qmp.events();
-        let (ours, theirs) = socket_pair()?;
-        // Meanwhile QEMU gets ready: what it reads first lies there when it begins to.
-        let (connected, started) = tokio::join!(
-            biased;
-            connect(&qmp, theirs),
-            async { options.delivery.start(prepared, &image, ours, Some(pid), options.preload) }
-        );
-        connected?;
-        let (feed, mut steps) = started?;
-        tokio::select! {
-            done = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event) => done?,
+        let until_it_runs = async {
+            let mut events = qmp.events();
+            let (ours, theirs) = socket_pair()?;
+            // Meanwhile QEMU gets ready: what it reads first lies there when it begins to.
+            let (connected, started) = tokio::join!(
+                biased;
+                connect(&qmp, theirs),
+                async { options.delivery.start(prepared, &image, ours, Some(pid), options.preload) }
+            );
+            connected?;
+            let (feed, mut steps) = started?;
+            wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
+            Ok::<_, RevertError>((feed, steps))
+        };
+        let (feed, mut steps) = tokio::select! {
+            running = until_it_runs => running?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
-        }
+        };
         on_event(RevertEvent::Running { pid: Some(pid) });
         let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
         finish(&qmp).await?;
@@ -348,10 +352,14 @@ fn feed_error(error: FeedError) -> RevertError {
     RevertError::Feed { error, qemu: String::new() }
 }
 
-/// QEMU tells the reason of a failed migration only on its standard error.
+/// QEMU tells why it ended a migration only on its standard error. Where we ended it,
+/// what it says there is not the reason.
 fn with_qemus_words(error: RevertError, process: &Process) -> RevertError {
+    use FeedError::{HungUp, Opening, Refused};
     match (error, process.log_tail()) {
-        (RevertError::Feed { error, .. }, words) if !words.is_empty() => {
+        (RevertError::Feed { error: error @ (HungUp | Opening(_) | Refused(_)), .. }, words)
+            if !words.is_empty() =>
+        {
             RevertError::Feed { error, qemu: format!("; QEMU says: {words}") }
         }
         (error, _) => error,

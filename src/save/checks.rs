@@ -20,6 +20,12 @@ const OLDEST_QEMU: (u32, u32) = (7, 2);
 /// it starts it (seen on 7.2).
 const KEEPS_PAUSED: (u32, u32) = (9, 0);
 
+/// From this version on a background snapshot that comes to nothing takes its write
+/// protection off memory. Before, the guest hangs at its next write to a page that has
+/// not been sent (fixed in QEMU by "migration: stop tracking ram writes when cancelling
+/// background migration"; seen on 7.2.22).
+const LETS_GO: (u32, u32) = (8, 1);
+
 /// How much smaller than memory a compressed image is expected to be, at the least,
 /// when the room for it is checked. A guess: a disk that fills up later is an error
 /// that leaves the guest as it was.
@@ -101,6 +107,9 @@ pub(super) struct Checked {
     /// Whether the guest is saved in the background. A paused guest on an old QEMU is
     /// not: its memory stands still anyway.
     pub background: bool,
+    /// Whether a save that fails or is interrupted has to receive all memory none the
+    /// less, because this QEMU lets go of the guest only then.
+    pub must_drain: bool,
 }
 
 /// Runs all checks but QEMU's own on `background-snapshot`, which setting the
@@ -123,7 +132,9 @@ pub(super) async fn check(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, S
     crate::image::check_target(&options.image, options.force)?;
     let ram = blocks.iter().map(|block| block.used_len).sum();
     check_room(&options.image, options.compression, ram, memory_in_use(pid))?;
-    Ok(Checked { machine, blocks, background: running || paused_is_kept })
+    let background = running || paused_is_kept;
+    let must_drain = background && (version.major, version.minor) < LETS_GO;
+    Ok(Checked { machine, blocks, background, must_drain })
 }
 
 /// Whether the guest runs; an error in states that can't be saved.

@@ -19,7 +19,7 @@ use self::receive::{Received, Receiving};
 use self::settings::Settings;
 use crate::image::{Compression, ImageError, Saved};
 use crate::interrupt::Interrupts;
-use crate::qmp::{Event, Qmp, QmpError};
+use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::vm::VmError;
 use crate::wire::WireError;
 
@@ -56,7 +56,7 @@ pub struct SaveOptions {
     pub force: bool,
 }
 
-/// What happens during a save, in this order.
+/// What happens during a save, in this order but for `Draining`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
@@ -78,6 +78,9 @@ pub enum SaveEvent {
         /// The moment by the host's clock, in microseconds since 1970.
         unix_us: u64,
     },
+    /// The save has failed or was interrupted, but QEMU lets go of the guest only once
+    /// it has sent all memory: that is received and thrown away. QEMU before 8.1.
+    Draining,
     /// How far memory has been written.
     Progress {
         /// Pages of 4096 bytes received.
@@ -138,11 +141,19 @@ pub enum SaveError {
     /// Interrupted before the image was whole.
     #[error("interrupted: the guest runs on, and no image was written")]
     Interrupted,
+    /// Interrupted a second time, before QEMU had let go of the guest's memory.
+    #[error(
+        "interrupted twice: no image was written, and the guest may hang, since QEMU had not let \
+         go of its memory yet"
+    )]
+    InterruptedTwice,
 }
 
 /// Saves a guest while it runs, and returns once the image is whole.
 ///
-/// An interrupt ends the save; the guest runs on and no image is left.
+/// An interrupt ends the save; the guest runs on and no image is left. QEMU before 8.1
+/// has to send all memory before it lets go of the guest (see [`SaveEvent::Draining`]);
+/// who does not wait for that, by a second interrupt, may leave the guest hanging.
 ///
 /// # Errors
 /// See [`SaveError`]. Whatever fails, the guest runs on as it ran before, its
@@ -152,8 +163,15 @@ pub async fn save(
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Saved, SaveError> {
-    let qmp = Qmp::connect(&options.qmp, checks::ANSWER_TIMEOUT).await?;
-    let checked = check(&qmp, options).await?;
+    let connect_and_check = async {
+        let qmp = Qmp::connect(&options.qmp, checks::ANSWER_TIMEOUT).await?;
+        let checked = check(&qmp, options).await?;
+        Ok::<_, SaveError>((qmp, checked))
+    };
+    let (qmp, checked) = tokio::select! {
+        ready = connect_and_check => ready?,
+        () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
+    };
     let settings = Settings::apply(&qmp, &checked).await?;
     on_event(SaveEvent::Checked {
         qemu: checked.machine.qemu.to_string(),
@@ -162,6 +180,10 @@ pub async fn save(
     });
 
     let outcome = take(&qmp, options, &checked, &mut interrupts, &mut on_event).await;
+    if let Err(error @ SaveError::InterruptedTwice) = outcome {
+        // QEMU takes no other settings while a migration is under way.
+        return Err(error);
+    }
     let restored = settings.restore(&qmp).await;
 
     let (received, moment) = outcome?;
@@ -201,19 +223,21 @@ async fn take(
     // Only QEMU may hold the other end: its closing tells us that the stream is over.
     drop(theirs);
     let mut receiving = Receiving::start(ours, options, checked)?;
-    let running = checked.machine.running;
-    let outcome = tokio::select! {
-        outcome = follow(qmp, running, &mut receiving, on_event) => outcome,
-        () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+    let mut events = qmp.events();
+    let asked = unix_us();
+    // Not to be interrupted: whether it has begun must be known.
+    let begun = qmp.migrate(&format!("fd:{OUTGOING}")).await;
+    let outcome = match begun {
+        Ok(()) => tokio::select! {
+            outcome = follow(qmp, &mut events, asked, checked, &mut receiving, on_event) => outcome,
+            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+        },
+        Err(error) => Err(error.into()),
     };
-    if outcome.is_err() {
-        cancel(qmp).await;
-        // With the stream closed, the receiving thread ends and drops what it has.
-        if !receiving.done.is_terminated() {
-            let _ = receiving.done.await;
-        }
+    match outcome {
+        Ok(taken) => Ok(taken),
+        Err(error) => Err(end(qmp, error, checked, receiving, interrupts, on_event).await),
     }
-    outcome
 }
 
 /// Makes room in a socket, as much as we may: more than the system's limit only as root
@@ -223,59 +247,99 @@ fn widen(socket: &UnixStream) {
     let _ = setsockopt(socket, SndBufForce, &SOCKET_BYTES);
 }
 
-/// Starts the migration, and follows it to its end.
+/// Ends a migration and its stream, so that QEMU holds nothing of the guest any more.
+/// Returns the error that led here, or a worse one.
+async fn end(
+    qmp: &Qmp,
+    error: SaveError,
+    checked: &Checked,
+    receiving: Receiving,
+    interrupts: &mut Interrupts,
+    on_event: &mut impl FnMut(SaveEvent),
+) -> SaveError {
+    receiving.give_up();
+    if checked.must_drain {
+        on_event(SaveEvent::Draining);
+    }
+    let end = async {
+        // A migration that was never begun has left QEMU its end under its name. In all
+        // other cases there is no such name.
+        let _ = qmp.closefd(OUTGOING).await;
+        if !checked.must_drain {
+            cancel(qmp).await;
+        }
+        // It fails when the stream has ended, as it is to.
+        let _ = receiving.ended.await;
+        let _ = wait_end(qmp).await;
+    };
+    tokio::select! {
+        () = end => error,
+        () = interrupts.at_least(2) => SaveError::InterruptedTwice,
+    }
+}
+
+/// Follows a migration, begun at `asked` by the host's clock, to its end.
 async fn follow(
     qmp: &Qmp,
-    running: bool,
+    events: &mut Events,
+    asked: u64,
+    checked: &Checked,
     receiving: &mut Receiving,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(Received, Moment), SaveError> {
-    let mut events = qmp.events();
-    let asked = unix_us();
-    qmp.migrate(&format!("fd:{OUTGOING}")).await?;
-
-    let Receiving { first_page, done, counters } = receiving;
-    let mut clock = PauseClock::default();
-    let mut moment = None;
+    let Receiving { first_page, done, counters, .. } = receiving;
+    let mut clock = PauseClock::new(checked.machine.running, asked);
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let received = loop {
         tokio::select! {
             received = &mut *done => break received,
             first = &mut *first_page, if !first_page.is_terminated() => clock.passed = first.is_ok(),
             event = events.next() => clock.hear(&event?),
-            _ = tick.tick(), if moment.is_some() => on_event(counters.progress()),
+            _ = tick.tick(), if clock.moment.is_some() => on_event(counters.progress()),
         }
-        if moment.is_none() {
-            moment = clock.moment(running, asked);
-            if let Some(Moment { unix_us, pause }) = moment {
-                on_event(SaveEvent::Moment { pause_ms: pause.map(millis), unix_us });
-            }
-        }
+        clock.tell(on_event);
     };
     let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
-    let received = received.unwrap_or_else(|_| Err(died()));
-    // QEMU's own reason, where it has one, says more than the end of its stream.
-    match (received, wait_end(qmp).await) {
-        (Ok(received), Ok(())) => {
-            Ok((received, moment.unwrap_or(Moment { unix_us: asked, pause: None })))
+    match received.unwrap_or_else(|_| Err(died())) {
+        Ok(received) => {
+            wait_end(qmp).await?;
+            // A small guest may be there before its events; QEMU's answer comes after.
+            while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
+                clock.hear(&event?);
+            }
+            clock.passed = true;
+            clock.tell(on_event);
+            Ok((received, clock.moment.unwrap_or(Moment { unix_us: asked, pause: None })))
         }
-        (Ok(_) | Err(SaveError::Wire(WireError::Ended { .. })), Err(reason)) => Err(reason),
-        (Err(error), _) => Err(error),
+        // QEMU's own reason, where it has one, says more than the end of its stream.
+        Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
+            wait_end(qmp).await?;
+            Err(error)
+        }
+        Err(error) => Err(error),
     }
 }
 
 /// Puts together the moment from what QEMU's events and its stream tell. The first
 /// page comes only after write protection is on, so it proves that the moment has
 /// passed; the events before and after it give its time.
-#[derive(Default)]
 struct PauseClock {
+    /// Whether the guest ran before.
+    running: bool,
+    /// When the migration was asked for, in microseconds since 1970.
+    asked: u64,
     /// The first page has come.
     passed: bool,
     stopped: Option<u64>,
     resumed: Option<u64>,
+    moment: Option<Moment>,
 }
 
 impl PauseClock {
+    fn new(running: bool, asked: u64) -> PauseClock {
+        PauseClock { running, asked, passed: false, stopped: None, resumed: None, moment: None }
+    }
+
     fn hear(&mut self, event: &Event) {
         match event.name.as_str() {
             "STOP" => self.stopped = Some(event.timestamp),
@@ -284,14 +348,21 @@ impl PauseClock {
         }
     }
 
-    fn moment(&self, running: bool, asked: u64) -> Option<Moment> {
-        match (self.passed, running, self.stopped, self.resumed) {
-            (true, false, ..) => Some(Moment { unix_us: asked, pause: None }),
+    /// Tells the moment, once, as soon as it is known.
+    fn tell(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
+        if self.moment.is_some() {
+            return;
+        }
+        self.moment = match (self.passed, self.running, self.stopped, self.resumed) {
+            (true, false, ..) => Some(Moment { unix_us: self.asked, pause: None }),
             (true, true, Some(stopped), Some(resumed)) => Some(Moment {
                 unix_us: stopped,
                 pause: Some(Duration::from_micros(resumed.saturating_sub(stopped))),
             }),
             _ => None,
+        };
+        if let Some(Moment { unix_us, pause }) = self.moment {
+            on_event(SaveEvent::Moment { pause_ms: pause.map(millis), unix_us });
         }
     }
 }

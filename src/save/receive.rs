@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -25,9 +25,12 @@ use crate::wire::{Item, StreamBlock, StreamReader, Tail};
 pub(super) struct Receiving {
     /// Told once, when the first page comes; an error when none will.
     pub first_page: oneshot::Receiver<()>,
-    /// Told once, at the end.
+    /// Told once, when all has been received or when that has failed.
     pub done: oneshot::Receiver<Result<Received, SaveError>>,
+    /// Closed when the stream has ended.
+    pub ended: oneshot::Receiver<()>,
     pub counters: Arc<Counters>,
+    given_up: Arc<AtomicBool>,
 }
 
 /// How far a stream has come.
@@ -68,8 +71,10 @@ impl Receiving {
     ) -> Result<Receiving, SaveError> {
         let (first_page_sender, first_page) = oneshot::channel();
         let (done_sender, done) = oneshot::channel();
+        let (ended_sender, ended) = oneshot::channel();
         let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();
         let counters = Arc::new(Counters { total, ..Counters::default() });
+        let given_up = Arc::new(AtomicBool::new(false));
         let receiver = Receiver {
             path: options.image.clone(),
             options: WriterOptions {
@@ -84,16 +89,35 @@ impl Receiving {
                 .collect(),
             counters: Arc::clone(&counters),
             first_page: Some(first_page_sender),
+            given_up: Arc::clone(&given_up),
         };
         let receive = move || {
-            let _ = done_sender.send(receiver.receive(socket));
+            let received = receiver.receive(&socket);
+            let failed = received.is_err();
+            let _ = done_sender.send(received);
+            if failed {
+                drain(&socket);
+            }
+            drop(ended_sender);
         };
         std::thread::Builder::new()
             .name("receive".into())
             .spawn(receive)
             .map_err(SaveError::Thread)?;
-        Ok(Receiving { first_page, done, counters })
+        Ok(Receiving { first_page, done, ended, counters, given_up })
     }
+
+    /// Writes nothing more. The thread ends with the stream.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Takes what comes until the stream ends, and forgets it. A guest waits for QEMU where
+/// it wants to write, and QEMU for us, whatever has become of the image.
+fn drain(mut socket: &UnixStream) {
+    let mut buffer = vec![0; 1 << 20];
+    while socket.read(&mut buffer).is_ok_and(|count| count > 0) {}
 }
 
 impl Received {
@@ -121,14 +145,18 @@ struct Receiver {
     page_sizes: HashMap<String, u64>,
     counters: Arc<Counters>,
     first_page: Option<oneshot::Sender<()>>,
+    given_up: Arc<AtomicBool>,
 }
 
 impl Receiver {
-    fn receive(mut self, socket: UnixStream) -> Result<Received, SaveError> {
+    fn receive(mut self, socket: &UnixStream) -> Result<Received, SaveError> {
         let mut stream = StreamReader::new(Gathering { socket, brought_few: false });
         let mut writer = None;
         let mut tail = None;
         while let Some(item) = stream.next_item()? {
+            if self.given_up.load(Ordering::Relaxed) {
+                return Err(SaveError::Interrupted);
+            }
             match (item, &mut writer) {
                 (Item::Blocks(blocks), None) => writer = Some(self.create(blocks)?),
                 (Item::Page(page, bytes), Some(writer)) => {
@@ -183,12 +211,12 @@ const GATHER: Duration = Duration::from_micros(100);
 /// A socket that is read in larger pieces than QEMU writes. QEMU sends every page by
 /// itself; a reader that takes each as it comes is put to sleep and woken for each, at a
 /// higher price for both sides than that of copying the page.
-struct Gathering {
-    socket: UnixStream,
+struct Gathering<'a> {
+    socket: &'a UnixStream,
     brought_few: bool,
 }
 
-impl Read for Gathering {
+impl Read for Gathering<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.brought_few {
             std::thread::sleep(GATHER);

@@ -109,6 +109,16 @@ fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> 
     Ok(())
 }
 
+/// The Unix sockets in the file system on which a QEMU with this command line listens.
+pub(super) fn sockets(line: &CommandLine, cwd: &Path) -> Vec<PathBuf> {
+    let address = |option| backend::listens_at(option).or_else(|| other_socket(option));
+    let path = |address| match address {
+        Address::Unix(path) => Some(cwd.join(path)),
+        Address::Abstract(_) | Address::Tcp(_) => None,
+    };
+    line.options().filter_map(address).filter_map(path).collect()
+}
+
 /// Unix sockets which options that are no character backends listen on.
 fn other_socket(option: &CommandOption) -> Option<Address> {
     let spec = Spec::parse(option.value());

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -35,7 +36,8 @@ const LOG_CAPACITY: u64 = 1 << 20;
 /// The most bytes of the log shown at once.
 const LOG_TAIL: u64 = 4096;
 
-/// A QEMU process. Dropping it kills QEMU, unless it has been [detached].
+/// A QEMU process. Dropping it kills QEMU and waits until it is gone, unless it has
+/// been [detached].
 ///
 /// [detached]: Process::detach
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub struct Process {
     log: Log,
     /// How it ended; `None` while it lives.
     ended: watch::Receiver<Option<ExitStatus>>,
+    /// The thread that reaps it and cleans up behind it.
+    reaper: Option<JoinHandle<()>>,
     detached: bool,
 }
 
@@ -66,8 +70,8 @@ impl Process {
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
         let child = spawn(&plan, theirs, &log)?;
         // Their end of everything inherited has to close with QEMU, not with us.
-        let StartPlan { binary, qmp: socket, .. } = plan;
-        let process = Process::watch(child, log, socket.clone())?;
+        let StartPlan { binary, sockets, .. } = plan;
+        let process = Process::watch(child, log, sockets)?;
 
         match Qmp::over(ours, START_TIMEOUT).await {
             Ok(qmp) => Ok((process, qmp)),
@@ -76,7 +80,7 @@ impl Process {
     }
 
     /// Watches over a child from now on.
-    fn watch(mut child: Child, log: Log, socket: Option<PathBuf>) -> Result<Process, VmError> {
+    fn watch(mut child: Child, log: Log, sockets: Vec<PathBuf>) -> Result<Process, VmError> {
         // A pid is at most 2^22 (proc(5), pid_max).
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -89,19 +93,20 @@ impl Process {
             }
         };
         let (tell, ended) = watch::channel(None);
-        let process = Process { pid, pidfd, log, ended, detached: false };
+        let mut process = Process { pid, pidfd, log, ended, reaper: None, detached: false };
         // A thread and not a task: it reaps QEMU even when the runtime has ended.
         let reaper = move || {
             let status = child.wait();
-            if let Some(socket) = socket {
-                remove_stale_socket(&socket);
-            }
+            sockets.iter().for_each(|socket| remove_stale_socket(socket));
             // `wait` fails only for a child that was reaped by others; there is
             // no status left to tell, but it has ended.
             tell.send_replace(Some(status.unwrap_or_default()));
         };
         match std::thread::Builder::new().name("qemu-reaper".to_owned()).spawn(reaper) {
-            Ok(_) => Ok(process),
+            Ok(reaper) => {
+                process.reaper = Some(reaper);
+                Ok(process)
+            }
             // Dropping the process kills it; it stays unreaped until we end.
             Err(source) => Err(failed_to("start a thread that reaps QEMU")(source)),
         }
@@ -172,8 +177,15 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if !self.detached && self.has_exited().is_none() {
+        if self.detached {
+            return;
+        }
+        if self.has_exited().is_none() {
             self.send_sigkill();
+        }
+        // So that nothing is left of it even when the program ends now.
+        if let Some(reaper) = self.reaper.take() {
+            let _ = reaper.join();
         }
     }
 }
@@ -244,7 +256,7 @@ fn before_exec(inherited: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// A killed QEMU leaves the file of its control socket behind. It goes, unless
+/// A killed QEMU leaves the files of its listening sockets behind. They go, unless
 /// somebody else listens there by now.
 fn remove_stale_socket(path: &Path) {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());

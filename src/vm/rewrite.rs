@@ -72,6 +72,8 @@ pub struct StartPlan {
     pub env: Vec<(String, String)>,
     /// The control socket that the caller asked for, absolute.
     pub qmp: Option<PathBuf>,
+    /// All Unix sockets on which QEMU will listen, absolute.
+    pub sockets: Vec<PathBuf>,
     /// Whether the guest waits to be told to run.
     pub paused: bool,
     /// What differs from the record.
@@ -129,11 +131,12 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     }
     line.push(CommandOption::new("incoming", "defer"));
 
+    let sockets = collisions::sockets(&line, &cwd);
     let (binary, env) = program_and_environment(machine, options, &paths)?;
     let program = options.qemu.as_ref().map_or(program.clone(), |_| binary.display().to_string());
     let mut argv = vec![program];
     argv.extend(line.into_args());
-    Ok(StartPlan { binary, argv, cwd, env, qmp, paused, notes, inherit: Vec::new() })
+    Ok(StartPlan { binary, argv, cwd, env, qmp, sockets, paused, notes, inherit: Vec::new() })
 }
 
 /// The recorded environment tells the recorded binary where its modules are:

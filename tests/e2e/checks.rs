@@ -1,0 +1,223 @@
+//! What is asked before a guest is touched, and what the program tells of itself.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::json;
+
+use crate::bare::{Bare, query};
+use crate::harness::{Dir, Reverted, text};
+use crate::shared::{MIB, borrow, options, shared};
+use crate::support::{Qemu, Result, qmp, query_status};
+use crate::{tests, tests_on_both};
+
+tests! {
+    a_recorded_control_socket_in_use_gives_way
+    sockets_in_use_are_refused_by_name
+    an_image_tells_what_it_holds
+    wrong_usage_ends_with_code_2
+}
+
+tests_on_both! {
+    writable_disks_are_refused_unless_only_memory_is_wanted
+    what_blocks_a_migration_is_told_in_qemus_words
+    migration_settings_are_put_back
+    an_image_is_replaced_only_by_force
+}
+
+fn writable_disks_are_refused_unless_only_memory_is_wanted(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = dir.path("disk.raw");
+    File::create(&disk)?.set_len(1 << 20)?;
+    let drive = format!("if=none,id=system,format=raw,file={}", text(&disk));
+    let args = ["-drive", &drive, "-device", "virtio-blk-pci,drive=system"];
+    let original = Bare::start(dir, qemu, &args)?;
+    let capabilities = original.query("query-migrate-capabilities")?;
+    let image = dir.path("vm.snap");
+    let save = || dir.snapback(&["save", "--qmp", text(&original.socket), text(&image)]);
+
+    let refusal = save().fail()?;
+    assert!(refusal.contains("writable disks") && refusal.contains("--memory-only"), "{refusal}");
+    assert!(refusal.contains("system") && refusal.contains(text(&disk)), "{refusal}");
+    assert!(!image.exists());
+    // It was not touched: no migration was ever begun, nor anything set for one.
+    assert!(original.query("query-migrate")?.get("status").is_none());
+    assert_eq!(original.query("query-migrate-capabilities")?, capabilities);
+    assert_eq!(query_status(&original.socket)?, "running");
+
+    let ended = save().with(&["--memory-only"]).succeed()?;
+    let left_out = ended.event("checked")?["uncaptured_disks"].to_string();
+    assert!(left_out.contains("system"), "{left_out}");
+    let info = dir.snapback(&["info", text(&image)]).succeed()?.events.remove(0);
+    assert!(info["uncaptured_disks"].to_string().contains(text(&disk)), "{info}");
+
+    // QEMU locks its disks: it says itself that the original has this one.
+    let new = dir.path("new.sock");
+    let revert = || dir.snapback(&["revert", text(&image), "--qmp", text(&new)]);
+    let refusal = revert().fail()?;
+    assert!(refusal.contains("lock") && refusal.contains(text(&disk)), "{refusal}");
+    drop(original);
+    let mut server = revert().start()?;
+    let pid = server.wait("running")?["pid"].as_u64().ok_or("no pid")?;
+    server.succeed()?;
+    assert_eq!(query_status(&new)?, "running");
+    qmp(&new, "quit", json!({}))?;
+    crate::harness::wait_gone(pid as u32)
+}
+
+fn what_blocks_a_migration_is_told_in_qemus_words(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let backend = "memory-backend-ram,id=peers,size=1M,share=on";
+    let args = ["-object", backend, "-device", "ivshmem-plain,memdev=peers"];
+    let original = Bare::start(dir, qemu, &args)?;
+    let image = dir.path("vm.snap");
+    let save = dir.snapback(&["save", "--qmp", text(&original.socket), text(&image)]);
+    let refusal = save.fail()?;
+    assert!(refusal.contains("Migration is disabled when using feature 'peer mode'"), "{refusal}");
+    assert!(!image.exists());
+    assert!(original.query("query-migrate")?.get("status").is_none());
+    assert_eq!(query_status(&original.socket)?, "running");
+    Ok(())
+}
+
+fn migration_settings_are_put_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let original = Bare::start(dir, qemu, &[])?;
+    let names = ["postcopy-ram", "auto-converge", "return-path", "events"];
+    let on: Vec<_> = names.map(|name| json!({"capability": name, "state": true})).into();
+    let socket = &original.socket;
+    qmp(socket, "migrate-set-capabilities", json!({"capabilities": on}))?;
+    qmp(socket, "migrate-set-parameters", json!({"max-bandwidth": 1 << 20}))?;
+    let settings = || {
+        let parameters = original.query("query-migrate-parameters")?;
+        Ok::<_, crate::support::Error>((original.query("query-migrate-capabilities")?, parameters))
+    };
+    let before = settings()?;
+    let image = dir.path("vm.snap");
+    dir.snapback(&["save", "--qmp", text(socket), text(&image)]).succeed()?;
+    assert_eq!(settings()?, before);
+    // The same for a paused guest, which old QEMUs save by an ordinary migration.
+    qmp(socket, "stop", json!({}))?;
+    dir.snapback(&["save", "--qmp", text(socket), text(&image), "--force"]).succeed()?;
+    assert_eq!(settings()?, before);
+    Ok(())
+}
+
+fn an_image_is_replaced_only_by_force(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let original = Bare::start(dir, qemu, &[])?;
+    let image = dir.path("vm.snap");
+    fs::write(&image, "something dear")?;
+    let save = || dir.snapback(&["save", "--qmp", text(&original.socket), text(&image)]);
+    let refusal = save().fail()?;
+    assert!(refusal.contains("exists already") && refusal.contains("vm.snap"), "{refusal}");
+    assert_eq!(fs::read(&image)?, b"something dear");
+    assert!(original.query("query-migrate")?.get("status").is_none());
+    let ended = save().with(&["--force", "--compress", "none"]).succeed()?;
+    // However fast it went, nothing was left untold.
+    assert_eq!(ended.steps(), ["checked", "moment", "saved"]);
+    assert!(ended.event("moment")?["pause_ms"].is_number());
+    assert_eq!(fs::metadata(&image)?.mode() & 0o777, 0o600);
+    dir.snapback(&["verify", text(&image)]).succeed()?;
+    Ok(())
+}
+
+fn a_recorded_control_socket_in_use_gives_way(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let original = borrow(Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    // Everything is elsewhere but the control socket.
+    let moved = |name: &str| format!("{}={}", text(&shared.from.join(name)), text(&to.join(name)));
+    let (console, questions) = (moved("serial0.log"), moved("serial1.sock"));
+    let revert = dir.snapback(&["revert", text(&shared.image), "--path", &console]).with(&[
+        "--path",
+        &questions,
+        "--qmp",
+        text(&to.join("qmp.sock")),
+    ]);
+    let mut reverted = Reverted::of(revert, &to)?;
+    let ended = reverted.resident()?;
+    let note = ended.event("note")?["what"].to_string();
+    assert!(note.contains(text(&original.qmp_path)), "{note}");
+    reverted.check(&shared.nonce)?;
+    // Two guests, each with a control socket of its own.
+    let threads =
+        |socket| query(socket, "query-cpus-fast").map(|cpus| cpus[0]["thread-id"].clone());
+    assert_ne!(threads(&original.qmp_path)?, threads(&reverted.qmp_path)?);
+    Ok(())
+}
+
+fn sockets_in_use_are_refused_by_name(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let mut original = borrow(Qemu::V7)?;
+    let refusal = dir.snapback(&["revert", text(&shared.image)]).fail()?;
+    assert!(refusal.contains(text(&shared.from.join("serial1.sock"))), "{refusal}");
+    assert!(refusal.contains("living process") && refusal.contains("--path"), "{refusal}");
+
+    let to = dir.make("reverted")?;
+    let asked = ["--qmp", text(&original.qmp_path)];
+    let refusal = dir.revert(&shared.image, &shared.from, &to).with(&asked).fail()?;
+    assert!(refusal.contains(text(&original.qmp_path)), "{refusal}");
+    assert!(refusal.contains("--qmp") && refusal.contains("living process"), "{refusal}");
+    // Not even a file that is no socket is taken away.
+    let file = dir.path("file");
+    fs::write(&file, "something dear")?;
+    let asked = ["--qmp", text(&file)];
+    dir.revert(&shared.image, &shared.from, &to).with(&asked).fail()?;
+    assert_eq!(fs::read(&file)?, b"something dear");
+    assert!(dir.names("reverted")?.is_empty());
+    crate::harness::check(&mut original)
+}
+
+fn an_image_tells_what_it_holds(dir: &Dir) -> Result<()> {
+    for qemu in Qemu::ALL {
+        let shared = shared(qemu)?;
+        let info = dir.snapback(&["info", text(&shared.image)]).succeed()?.events.remove(0);
+        let (major, minor) = qemu.version();
+        assert!(info["qemu"].as_str().unwrap().starts_with(&format!("{major}.{minor}.")), "{info}");
+        assert_eq!(info["binary"], text(&qemu.binary().canonicalize()?));
+        assert_eq!(info["machine_type"], format!("pc-i440fx-{major}.{minor}"));
+        assert_eq!((&info["running"], &info["uncaptured_disks"]), (&json!(true), &json!([])));
+        assert_eq!(info["working_folder"], text(&shared.from));
+        let line = info["command_line"].as_array().ok_or("no command line")?;
+        assert!(
+            line.contains(&json!("-kernel"))
+                && line.contains(&json!(options(qemu).mib.to_string()))
+        );
+        let ram = json!({"name": "pc.ram", "bytes": MIB << 20, "page_size": 4096});
+        assert!(info["blocks"].as_array().ok_or("no blocks")?.contains(&ram), "{info}");
+        assert_eq!(info["image_bytes"], fs::metadata(&shared.image)?.len());
+        assert!(info["pause_ms"].as_f64().is_some_and(|ms| ms > 0.0));
+        assert!(info["ratio"].as_f64().is_some_and(|ratio| ratio > 1.0));
+        let number = |name: &str| info[name].as_u64().unwrap_or_default();
+        assert_eq!(number("data_bytes"), number("data_pages") * 4096);
+        let blocks = info["blocks"].as_array().unwrap().iter();
+        let pages: u64 = blocks.map(|block| block["bytes"].as_u64().unwrap() / 4096).sum();
+        assert_eq!(number("data_pages") + number("zero_pages"), pages);
+
+        let verified = dir.snapback(&["verify", text(&shared.image)]).succeed()?;
+        assert_eq!(verified.event("verified")?["pages"], pages);
+        assert_eq!(fs::metadata(&shared.image)?.mode() & 0o777, 0o600);
+        // For people, the same in lines.
+        let shown = dir.snapback(&["info", text(&shared.image)]).plain().succeed()?.said.join("\n");
+        assert!(shown.contains(info["identity"].as_str().unwrap()), "{shown}");
+        let shown = dir.snapback(&["verify", text(&shared.image)]).plain().succeed()?.said;
+        assert!(shown[0].contains(&format!("whole: {pages} pages")), "{shown:?}");
+    }
+    Ok(())
+}
+
+fn wrong_usage_ends_with_code_2(dir: &Dir) -> Result<()> {
+    let lines: [&[&str]; 7] = [
+        &["save", "vm.snap"],
+        &["save", "--qmp", "q", "vm.snap", "--compress", "lz4"],
+        &["revert"],
+        &["revert", "vm.snap", "--path", "nowhere"],
+        &["revert", "vm.snap", "--log", "file"],
+        &["serve", "vm.snap", "--to", "tcp:1:2"],
+        &["restore", "vm.snap"],
+    ];
+    for line in lines {
+        let ended = dir.snapback(line).plain().end()?;
+        assert_eq!(ended.code, Some(2), "{line:?}: {ended:?}");
+        assert!(ended.stderr.contains("--help"), "{line:?}: {ended:?}");
+    }
+    assert!(dir.names(".")?.is_empty());
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! Ctrl-C, or a polite end, at every phase of a save and of a revert.
+//!
+//! A phase can't be held up from outside. But with QEMU stopped (SIGSTOP) nothing
+//! goes beyond the phase at hand; a test that was too late for it tries again.
+
+use std::fs;
+
+use crate::bare::{Bare, query};
+use crate::harness::{Dir, Ended, Reverted, Running, check, send_signal, text, wait_gone};
+use crate::shared::{Borrowed, borrow, shared};
+use crate::support::{Qemu, Result, SOON, query_status, wait_until};
+use crate::trouble::write_script;
+use crate::{tests, tests_on_both};
+
+tests_on_both! {
+    a_save_is_interrupted_before_the_moment
+    a_save_is_interrupted_after_the_moment
+    a_revert_is_interrupted_before_the_guest_runs
+    a_revert_is_interrupted_while_the_guest_needs_it
+}
+
+tests! {
+    a_save_is_interrupted_while_qemu_does_not_answer
+    a_second_interrupt_gives_a_guest_up
+    a_revert_is_interrupted_before_qemu_is_up
+    a_detached_revert_is_interrupted_before_qemu_is_up
+}
+
+/// How often a test tries to be in time for a phase.
+const TRIES: usize = 20;
+
+/// Has a revert fill nothing by itself: the guest needs it until it is told to hurry.
+pub const UNFILLED: [&str; 3] = ["--fill-delay", "1000000", "--no-working-set"];
+
+/// A process that stands still. Dropping it lets it go on.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(pid: u32) -> Stopped {
+        send_signal(pid, libc::SIGSTOP);
+        Stopped(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        send_signal(self.0, libc::SIGCONT);
+    }
+}
+
+/// Waits until the program listens for signals.
+fn wait_listening(program: &Running) -> Result<()> {
+    let caught = |bit: u64| {
+        let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).ok()?;
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
+        Some(u64::from_str_radix(mask.trim(), 16).ok()? >> (bit - 1) & 1 == 1)
+    };
+    wait_until(SOON, "the program to listen for signals", || {
+        [libc::SIGINT, libc::SIGTERM].into_iter().all(|signal| caught(signal as u64) == Some(true))
+    })
+}
+
+/// Interrupts saves until one comes to nothing by that.
+fn interrupt_saves(
+    dir: &Dir,
+    qemu: Qemu,
+    interrupt: impl Fn(&Borrowed, &mut Running) -> Result<()>,
+) -> Result<()> {
+    let original = &mut borrow(qemu)?;
+    let capabilities = query(&original.qmp_path, "query-migrate-capabilities")?;
+    for _ in 0..TRIES {
+        let mut save = dir.save(original, "vm.snap").start()?;
+        interrupt(original, &mut save)?;
+        let ended = save.end()?;
+        if ended.code == Some(0) {
+            fs::remove_file(dir.path("vm.snap"))?;
+            continue;
+        }
+        let told = ended.failure()?;
+        assert!(told.contains("interrupted: the guest runs on"), "{told}");
+        // QEMU 7.2 lets go of a guest only once it has sent all memory.
+        assert_eq!(ended.event("draining").is_ok(), qemu == Qemu::V7);
+        assert!(dir.names(".")?.is_empty());
+        assert_eq!(query_status(&original.qmp_path)?, "running");
+        assert_eq!(query(&original.qmp_path, "query-migrate-capabilities")?, capabilities);
+        check(original)?;
+        // Nothing stands in the way of another.
+        dir.save(original, "vm.snap").succeed()?;
+        return check(original);
+    }
+    Err("the save was always faster".into())
+}
+
+fn a_save_is_interrupted_before_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
+    interrupt_saves(dir, qemu, |original, save| {
+        save.wait("checked")?;
+        let stopped = Stopped::new(original.pid);
+        save.signal(libc::SIGINT);
+        drop(stopped);
+        Ok(())
+    })
+}
+
+fn a_save_is_interrupted_after_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
+    interrupt_saves(dir, qemu, |_, save| {
+        save.wait("moment")?;
+        save.signal(libc::SIGTERM);
+        Ok(())
+    })
+}
+
+fn a_save_is_interrupted_while_qemu_does_not_answer(dir: &Dir) -> Result<()> {
+    let mut original = borrow(Qemu::V7)?;
+    let stopped = Stopped::new(original.pid);
+    let save = dir.save(&original, "vm.snap").start()?;
+    wait_listening(&save)?;
+    save.signal(libc::SIGINT);
+    let told = save.end()?.failure()?;
+    assert!(told.contains("interrupted"), "{told}");
+    drop(stopped);
+    check(&mut original)
+}
+
+fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
+    for _ in 0..TRIES {
+        let original = Bare::start(dir, Qemu::V7, &["-m", "1G"])?;
+        let args = ["save", "--qmp", text(&original.socket), "vm.snap"];
+        let mut save = dir.snapback(&args).start()?;
+        save.wait("moment")?;
+        let _stopped = Stopped::new(original.pid());
+        save.signal(libc::SIGINT);
+        // QEMU may have sent everything by now, and stand still with its answers.
+        if save.wait_any(&["draining", "saved"])?["event"] == "draining" {
+            save.signal(libc::SIGTERM);
+            let told = save.end()?.failure()?;
+            assert!(told.contains("interrupted twice") && told.contains("may hang"), "{told}");
+            assert!(!dir.path("vm.snap").exists());
+            return Ok(());
+        }
+        fs::remove_file(dir.path("vm.snap"))?;
+    }
+    Err("the save was always faster".into())
+}
+
+/// What an interrupted revert has to leave: nothing.
+fn is_gone(dir: &Dir, folder: &str, ended: &Ended) -> Result<()> {
+    let told = ended.failure()?;
+    assert!(told.contains("interrupted"), "{told}");
+    if let Ok(ready) = ended.event("qemu_ready") {
+        wait_gone(ready["pid"].as_u64().ok_or("no pid")? as u32)?;
+    }
+    assert_eq!(dir.sockets(folder)?, Vec::<String>::new());
+    Ok(())
+}
+
+fn a_revert_is_interrupted_before_qemu_is_up(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let (script, to) = (dir.path("qemu"), dir.make("reverted")?);
+    write_script(&script, Qemu::V7, "touch started; while :; do sleep 0.1; done")?;
+    let args = ["--qemu", text(&script)];
+    let revert = dir.revert(&shared.image, &shared.from, &to).with(&args).start()?;
+    wait_until(SOON, "QEMU to be started", || to.join("started").exists())?;
+    revert.signal(libc::SIGTERM);
+    is_gone(dir, "reverted", &revert.end()?)
+}
+
+fn a_detached_revert_is_interrupted_before_qemu_is_up(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let (script, to) = (dir.path("qemu"), dir.make("reverted")?);
+    write_script(&script, Qemu::V7, "touch started; while :; do sleep 0.1; done")?;
+    let args = ["--qemu", text(&script), "--detach"];
+    let revert = dir.revert(&shared.image, &shared.from, &to).with(&args).start()?;
+    wait_until(SOON, "QEMU to be started", || to.join("started").exists())?;
+    revert.signal(libc::SIGINT);
+    is_gone(dir, "reverted", &revert.end()?)?;
+    assert!(dir.names("snapback")?.is_empty());
+    Ok(())
+}
+
+fn a_revert_is_interrupted_before_the_guest_runs(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    for number in 0..TRIES {
+        let name = format!("reverted-{number}");
+        let to = dir.make(&name)?;
+        let mut revert = dir.revert(&shared.image, &shared.from, &to).start()?;
+        let pid = revert.wait("qemu_ready")?["pid"].as_u64().ok_or("no pid")? as u32;
+        let stopped = Stopped::new(pid);
+        revert.signal(if qemu == Qemu::V7 { libc::SIGINT } else { libc::SIGTERM });
+        let event = revert.wait_any(&["error", "running"])?;
+        if event["event"] == "error" {
+            let ended = revert.end()?;
+            // It was killed as it stood.
+            std::mem::forget(stopped);
+            return is_gone(dir, &name, &ended);
+        }
+        // Too late. It goes on, and must not be left to itself.
+        drop(stopped);
+        let _ = revert.end()?;
+        send_signal(pid, libc::SIGKILL);
+        wait_gone(pid)?;
+    }
+    Err("the revert was always faster".into())
+}
+
+fn a_revert_is_interrupted_while_the_guest_needs_it(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    // Once: it finishes.
+    let to = dir.make("once")?;
+    let revert = dir.revert(&shared.image, &shared.from, &to).with(&UNFILLED);
+    let mut guest = Reverted::of(revert, &to)?;
+    let server = guest.server.as_mut().ok_or("no server")?;
+    server.signal(if qemu == Qemu::V7 { libc::SIGINT } else { libc::SIGTERM });
+    server.wait("still_needed")?;
+    guest.resident()?;
+    guest.check(&shared.nonce)?;
+
+    // Twice: the guest ends with it. The first interrupt has it fill memory at full
+    // speed, but it can't end before QEMU says so.
+    let to = dir.make("twice")?;
+    let mut revert = dir.revert(&shared.image, &shared.from, &to).with(&UNFILLED).start()?;
+    let pid = revert.wait("running")?["pid"].as_u64().ok_or("no pid")? as u32;
+    let stopped = Stopped::new(pid);
+    revert.signal(libc::SIGINT);
+    revert.wait("still_needed")?;
+    revert.signal(libc::SIGINT);
+    let ended = revert.end()?;
+    // It was killed as it stood.
+    std::mem::forget(stopped);
+    is_gone(dir, "twice", &ended)
+}

@@ -1,0 +1,53 @@
+//! The program itself, run on real guests by stock QEMUs: what it promises on its
+//! good days, and how it fails on the others.
+//!
+//! Each test is a function of a folder of its own, in which it runs commands. At
+//! its end nothing may be left: no process that mentions the folder, no socket.
+//! The oracle guest (`tests/guest/README.md`) says whether memory is right.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod bare;
+mod harness;
+mod shared;
+
+mod checks;
+mod damage;
+mod interrupts;
+mod journeys;
+mod serving;
+mod trouble;
+
+/// Makes tests of functions of a folder.
+macro_rules! tests {
+    ($($name:ident)*) => {$(
+        mod $name {
+            #[test]
+            fn works() -> crate::support::Result<()> {
+                crate::harness::in_a_folder(super::$name)
+            }
+        }
+    )*};
+}
+
+/// Makes two tests of each function of a folder and a QEMU: one on every QEMU.
+macro_rules! tests_on_both {
+    ($($name:ident)*) => {$(
+        mod $name {
+            use crate::support::{Qemu, Result};
+
+            #[test]
+            fn on_qemu_7() -> Result<()> {
+                crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V7))
+            }
+
+            #[test]
+            fn on_qemu_10() -> Result<()> {
+                crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V10))
+            }
+        }
+    )*};
+}
+
+pub(crate) use {tests, tests_on_both};
