@@ -28,8 +28,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: &RevertOptions) -> Result<(), RevertError> {
-    // Whoever wants Ctrl-C to end QEMU as well takes `Interrupts::channel`.
-    let reverted = revert(options, Interrupts::never(), |event| match event {
+    let reverted = revert(options, interrupts(), |event| match event {
         RevertEvent::Note { what, why } => println!("note: {what}: {why}"),
         RevertEvent::QemuReady { pid } => println!("QEMU is up, process {pid}"),
         RevertEvent::Placing { reason, .. } => println!("{reason}"),
@@ -45,4 +44,16 @@ async fn run(options: &RevertOptions) -> Result<(), RevertError> {
     .await?;
     println!("QEMU lives on as process {}", reverted.pid);
     Ok(())
+}
+
+/// Ctrl-C as the library wants it. Whoever leaves it out lets Ctrl-C kill the program in
+/// the middle, and the guest waits for ever for what it has not got.
+fn interrupts() -> Interrupts {
+    let (sender, interrupts) = Interrupts::channel();
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            sender.send_modify(|count| *count += 1);
+        }
+    });
+    interrupts
 }

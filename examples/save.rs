@@ -36,7 +36,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: &SaveOptions) -> Result<(), SaveError> {
-    let saved = save(options, Interrupts::never(), |event| match event {
+    let saved = save(options, interrupts(), |event| match event {
         SaveEvent::Checked { qemu, ram_bytes, .. } => {
             println!("QEMU {qemu}, {} MiB of RAM: can be saved", ram_bytes >> 20);
         }
@@ -46,6 +46,7 @@ async fn run(options: &SaveOptions) -> Result<(), SaveError> {
         SaveEvent::Moment { pause_ms: None, .. } => println!("the guest was paused, and stays so"),
         SaveEvent::Draining => println!("giving up, once QEMU has sent all memory"),
         SaveEvent::Progress { pages, total, .. } => println!("{pages} of {total} pages"),
+        SaveEvent::Draining => println!("given up; the guest needs us for a moment more"),
         SaveEvent::Saved { image_bytes, stalled_ms, .. } => {
             println!("{} MiB on disk; QEMU waited {stalled_ms:.0} ms for us", image_bytes >> 20);
         }
@@ -53,4 +54,16 @@ async fn run(options: &SaveOptions) -> Result<(), SaveError> {
     .await?;
     println!("image {}", saved.identity);
     Ok(())
+}
+
+/// Ctrl-C as the library wants it. Whoever leaves it out lets Ctrl-C kill the program in
+/// the middle, and the guest may wait for its memory to be taken for ever.
+fn interrupts() -> Interrupts {
+    let (sender, interrupts) = Interrupts::channel();
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            sender.send_modify(|count| *count += 1);
+        }
+    });
+    interrupts
 }
