@@ -4,9 +4,12 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
+use memmap2::MmapMut;
 use nix::time::ClockId;
 use nix::unistd::Pid;
 use serde::Serialize;
+
+use crate::page::PAGE_SIZE;
 
 /// The machine on which runs were measured.
 #[derive(Debug, Clone, Serialize)]
@@ -51,6 +54,24 @@ impl Host {
             snapback: format!("{}{build}", env!("CARGO_PKG_VERSION")),
         }
     }
+}
+
+/// Takes so many bytes of memory and gives them back, as far as free memory reaches.
+///
+/// On a virtual machine whose hypervisor takes free memory away, a run would otherwise
+/// wait for it to come back, or not, depending on what was freed just before.
+pub(super) fn touch_memory(bytes: u64) -> io::Result<()> {
+    const LEAVE: u64 = 256 << 20;
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    let free = kib.unwrap_or(0) << 10;
+    let bytes = bytes.min(free.saturating_sub(LEAVE));
+    if bytes > 0 {
+        let mut memory = MmapMut::map_anon(bytes as usize)?;
+        memory.iter_mut().step_by(PAGE_SIZE).for_each(|byte| *byte = 1);
+    }
+    Ok(())
 }
 
 /// The CPU time that all threads of a process have used

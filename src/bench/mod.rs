@@ -16,6 +16,7 @@ mod setup;
 mod sign;
 mod stats;
 mod summary;
+pub mod tables;
 
 use std::path::PathBuf;
 
@@ -26,7 +27,7 @@ pub use host::Host;
 pub use sample::{METRICS, Method, Metric, Sample, Unit};
 pub use sign::{Sign, SignError};
 pub use stats::Spread;
-pub use summary::{Ratio, Subject, Summary, Table, WaySummary};
+pub use summary::{Ratio, Subject, Summary, WaySummary};
 
 use self::peers::Peer;
 use self::runs::{How, bring_back};
@@ -270,7 +271,7 @@ async fn record(setup: &Setup<'_>, interrupts: &Interrupts) -> Result<Recorded, 
         held.process.kill().await;
         signs?;
         let version = held.qmp.version();
-        qemu = format!("{version}{}", version.package);
+        qemu = format!("{version} {}", version.package).trim_end().to_owned();
         placing = recorder.placing;
     }
     let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload];

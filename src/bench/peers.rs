@@ -248,16 +248,14 @@ pub(super) async fn measure(
     round: u32,
     interrupts: &Interrupts,
 ) -> Result<Sample, BenchError> {
-    let run = match &peer.from {
-        From::File(file) => {
-            cache.prepare(file)?;
-            setup.run()?
-        }
+    let (run, files) = match &peer.from {
+        From::File(file) => (setup.run()?, vec![file.as_path()]),
         From::Disks(disks) => {
-            disks.iter().try_for_each(|(_, file)| cache.prepare(file))?;
-            setup.run_with(&as_rules(disks))?
+            let files = disks.iter().map(|(_, file)| file.as_path()).collect();
+            (setup.run_with(&as_rules(disks))?, files)
         }
     };
+    setup.settle(cache, &files)?;
     let mut recorder = Recorder::new(setup, &run);
     let mut stop = interrupts.clone();
     let started = tokio::select! {

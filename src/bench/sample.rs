@@ -128,6 +128,8 @@ pub enum Unit {
     Bytes,
     /// Bytes a second, shown as MiB/s.
     Rate,
+    /// One thing divided by another.
+    Ratio,
 }
 
 impl Unit {
@@ -137,7 +139,7 @@ impl Unit {
             Unit::Ms => "ms",
             Unit::Us => "µs",
             Unit::Seconds => "s",
-            Unit::Count => "",
+            Unit::Count | Unit::Ratio => "",
             Unit::Bytes => "MiB",
             Unit::Rate => "MiB/s",
         }
@@ -152,6 +154,7 @@ impl Unit {
         match self {
             Unit::Count => format!("{value:.0}"),
             Unit::Seconds => format!("{value:.2}"),
+            Unit::Ratio if value < 9.995 => format!("{value:.2}"),
             _ if value.abs() < 99.95 => format!("{value:.1}"),
             _ => format!("{value:.0}"),
         }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::folder::Folder;
-use super::{BenchError, BenchOptions};
+use super::{BenchError, BenchOptions, Cache, host};
 use crate::image::Image;
 use crate::machine::Machine;
 use crate::page::PAGE_SIZE;
@@ -110,6 +110,15 @@ impl<'a> Setup<'a> {
         let mut rules: Vec<_> = self.rules.iter().map(in_here).collect();
         rules.extend_from_slice(disks);
         Ok(Run { folder, rules, cwd: self.machine.cwd.clone().into() })
+    }
+
+    /// Makes the machine ready for a run that reads these files.
+    pub fn settle(&self, cache: Cache, files: &[&Path]) -> Result<(), BenchError> {
+        files.iter().try_for_each(|file| cache.prepare(file))?;
+        if let Err(error) = host::touch_memory(self.memory_bytes) {
+            tracing::info!("memory was not touched ahead of a run: {error}");
+        }
+        Ok(())
     }
 
     /// Where the working set for the runs is recorded.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::sample::COMPARED;
 use super::stats::Spread;
-use super::{Cache, Host, METRICS, Method, Metric, Sample, Skipped};
+use super::{Cache, Host, METRICS, Method, Sample, Skipped};
 
 /// What was measured.
 #[derive(Debug, Clone, Serialize)]
@@ -81,14 +81,6 @@ pub struct Summary {
     pub skipped: Vec<Skipped>,
 }
 
-/// Quantities that are shown together: one row a way, one column each.
-pub struct Table {
-    /// What they have in common.
-    pub title: &'static str,
-    /// The columns.
-    pub columns: Vec<(&'static Metric, Cache)>,
-}
-
 impl Summary {
     pub(super) fn new(
         subject: Subject,
@@ -131,46 +123,6 @@ impl Summary {
             }
         }
         methods
-    }
-
-    /// The quantities that were measured, in groups, each with its columns.
-    pub fn tables(&self) -> Vec<Table> {
-        let mut tables: Vec<Table> = Vec::new();
-        for metric in METRICS {
-            for cache in self.caches() {
-                let known =
-                    |way: &WaySummary| way.cache == cache && way.metrics.contains_key(metric.key);
-                if !self.ways.iter().any(known) {
-                    continue;
-                }
-                match tables.last_mut().filter(|table| table.title == metric.group) {
-                    Some(table) => table.columns.push((metric, cache)),
-                    None => {
-                        tables.push(Table { title: metric.group, columns: vec![(metric, cache)] })
-                    }
-                }
-            }
-        }
-        tables
-    }
-
-    /// A quantity's title with its unit, in which `Nth` is a number.
-    pub fn title(&self, metric: &Metric) -> String {
-        let title = match self.subject.nth {
-            Some(nth) => metric.title.replace("Nth sign", &format!("sign {nth}")),
-            None => metric.title.into(),
-        };
-        match metric.unit.sign() {
-            "" => title,
-            unit => format!("{title}, {unit}"),
-        }
-    }
-
-    /// The points to which ways are compared, with their titles.
-    pub fn compared(&self) -> Vec<(&'static str, String)> {
-        let measured = |metric: &&Metric| self.ratios.iter().any(|ratio| ratio.to == metric.key);
-        let compared = COMPARED.iter().filter(measured);
-        compared.map(|metric| (metric.key, self.title(metric).replace(", ms", ""))).collect()
     }
 
     /// The spread of a quantity, if it was measured.

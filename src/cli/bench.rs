@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use super::output::{Failure, Output, print_line, size};
 use super::{interrupts, parse_path_pair};
-use crate::bench::{BenchEvent, BenchOptions, Ratio, Sample, Sign, Spread, Summary, Unit, report};
+use crate::bench::tables::{self, Table};
+use crate::bench::{BenchEvent, BenchOptions, Cache, Sample, Sign, Summary, report};
 
 /// The most memory that a pattern may take, in bytes.
 const MAX_PATTERN: usize = 1 << 20;
@@ -154,77 +155,56 @@ fn print_summary(summary: &Summary) {
         host.kernel,
         host.snapback
     ));
-    print_line(&format!("{} runs of each way; cells: median [min q1 · q3 max]", subject.runs));
-    for table in summary.tables() {
-        let mut rows = vec![vec![table.title.to_owned()], vec![String::new()]];
-        for (metric, cache) in &table.columns {
-            let title = summary.title(metric);
-            let again = rows[0].contains(&title);
-            rows[0].push(if again { String::new() } else { title });
-            rows[1].push(cache.name().into());
-        }
-        for way in summary.methods() {
-            let cell = |(metric, cache): &(&crate::bench::Metric, _)| {
-                summary
-                    .spread(way, *cache, metric.key)
-                    .map_or("–".into(), |s| show(s, metric.unit))
-            };
-            let cells = table.columns.iter().map(cell);
-            rows.push(std::iter::once(way.name().to_owned()).chain(cells).collect());
-        }
-        print_table(&rows);
-    }
-    for (to, title) in summary.compared() {
-        print_ratios(summary, to, &title);
+    print_line(&format!(
+        "{} runs of each way: the median, and below it the smallest, the quartiles, the largest",
+        subject.runs
+    ));
+    tables::quantities(summary).iter().for_each(|table| print_table(table, &table.title));
+    for table in tables::ratios(summary) {
+        print_table(&table, &format!("times as long, {}", table.title));
     }
     for skipped in &summary.skipped {
         print_line(&format!("\nnot measured: {}: {}", skipped.way.name(), skipped.reason));
     }
 }
 
-fn print_ratios(summary: &Summary, to: &str, title: &str) {
-    let ratios: Vec<&Ratio> = summary.ratios.iter().filter(|ratio| ratio.to == to).collect();
-    let mut columns: Vec<_> = Vec::new();
-    for ratio in &ratios {
-        if !columns.contains(&(ratio.peer, ratio.cache)) {
-            columns.push((ratio.peer, ratio.cache));
+/// Two lines a row, so that the columns are narrow.
+fn print_table(table: &Table, title: &str) {
+    let first = |titles: &[(String, Cache)], column: usize| match column.checked_sub(1) {
+        // A title that goes on for the other state of the page cache is not repeated.
+        Some(before) if titles[before].0 == titles[column].0 => String::new(),
+        _ => titles[column].0.clone(),
+    };
+    let titles = (0..table.columns.len()).map(|column| first(&table.columns, column));
+    let caches = table.columns.iter().map(|(_, cache)| cache.name().to_owned());
+    let mut lines: Vec<Vec<String>> = vec![
+        std::iter::once(title.to_owned()).chain(titles).collect(),
+        std::iter::once(String::new()).chain(caches).collect(),
+    ];
+    for (way, cells) in &table.rows {
+        let (mut medians, mut spreads) = (vec![way.name().to_owned()], vec![String::new()]);
+        for cell in cells {
+            let Some(cell) = cell else {
+                medians.push("–".into());
+                spreads.push(String::new());
+                continue;
+            };
+            let [min, q1, median, q3, max] = cell.show();
+            medians.push(median);
+            spreads.push(format!("{min} [{q1} {q3}] {max}"));
         }
+        lines.extend([medians, spreads]);
     }
-    let mut rows = vec![vec![format!("How many times as long: {title}")], vec![String::new()]];
-    for (peer, cache) in &columns {
-        rows[0].push(peer.name().into());
-        rows[1].push(cache.name().into());
-    }
-    for way in summary.methods().into_iter().filter(|way| !way.is_peer()) {
-        let cell = |(peer, cache): &(_, _)| {
-            let found =
-                ratios.iter().find(|r| r.way == way && r.peer == *peer && r.cache == *cache);
-            found.map_or("–".into(), |found| show(&found.ratio, Unit::Ms))
-        };
-        let cells = columns.iter().map(cell);
-        rows.push(std::iter::once(way.name().to_owned()).chain(cells).collect());
-    }
-    print_table(&rows);
-}
-
-fn show(spread: &Spread, unit: Unit) -> String {
-    let Spread { min, q1, median, q3, max, .. } = *spread;
-    let [min, q1, median, q3, max] = [min, q1, median, q3, max].map(|value| unit.show(value));
-    format!("{median} [{min} {q1} · {q3} {max}]")
-}
-
-fn print_table(rows: &[Vec<String>]) {
     let width = |text: &String| text.chars().count();
-    let columns = rows.first().map_or(0, Vec::len);
-    let widths: Vec<usize> = (0..columns)
-        .map(|column| rows.iter().filter_map(|row| row.get(column)).map(width).max().unwrap_or(0))
+    let widths: Vec<usize> = (0..=table.columns.len())
+        .map(|column| lines.iter().map(|line| width(&line[column])).max().unwrap_or(0))
         .collect();
     print_line("");
-    for row in rows {
-        let mut line = String::new();
-        for (text, width) in row.iter().zip(&widths) {
-            line.push_str(&format!("{text:<width$}  "));
+    for line in lines {
+        let mut text = String::new();
+        for (cell, width) in line.iter().zip(&widths) {
+            text.push_str(&format!("{cell:<width$}  "));
         }
-        print_line(line.trim_end());
+        print_line(text.trim_end());
     }
 }

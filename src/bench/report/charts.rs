@@ -9,7 +9,7 @@ use crate::bench::{Summary, WaySummary};
 /// Width of a chart, in its own units.
 const WIDTH: f64 = 1000.0;
 /// Where the plot begins and ends; names stand left of it, numbers right.
-const LEFT: f64 = 180.0;
+const LEFT: f64 = 190.0;
 const RIGHT: f64 = 790.0;
 
 /// The median run of each way, from the start until complete or the last sign.
@@ -86,7 +86,9 @@ pub(super) fn timeline(summary: &Summary) -> String {
 }
 
 fn legend(svg: &mut String, nth: Option<usize>) {
-    let mut x = LEFT;
+    // About the width of a letter; the text is not measured.
+    const LETTER: f64 = 5.7;
+    let mut x = 4.0;
     for (class, text) in [
         ("start", "QEMU starts"),
         ("load", "device state, or all memory, is loaded"),
@@ -98,7 +100,7 @@ fn legend(svg: &mut String, nth: Option<usize>) {
              <text class=\"faint\" x=\"{:.1}\" y=\"18\">{text}</text>",
             x + 18.0
         );
-        x += 40.0 + 6.2 * text.len() as f64;
+        x += 40.0 + LETTER * text.len() as f64;
     }
     let Some(nth) = nth else { return };
     for (class, text) in
@@ -111,7 +113,7 @@ fn legend(svg: &mut String, nth: Option<usize>) {
             x + 6.0,
             x + 18.0
         );
-        x += 40.0 + 6.2 * text.len() as f64;
+        x += 40.0 + LETTER * text.len() as f64;
     }
 }
 

@@ -5,7 +5,8 @@ mod charts;
 
 use std::fmt::Write;
 
-use super::{Cache, Method, Metric, Ratio, Spread, Summary, Unit};
+use super::tables::{self, Table};
+use super::{Summary, Unit};
 
 const STYLE: &str = include_str!("style.css");
 
@@ -16,7 +17,9 @@ drift of the machine hits all alike. <em>Ready</em> is when QEMU answers on its 
 <em>running</em> is QEMU's event RESUME; <em>complete</em> is when no memory is missing any more \
 (for QEMU's own ways that is before the guest runs). A sign of life is a line that the guest \
 writes to its serial port. The working set is the one that two reverts before the first run have \
-recorded; every run begins with the same. Warm: the files were read through just before. Cold: \
+recorded; every run begins with the same. Just before a run, memory of \
+the guest’s size is taken and given back, so that no run waits for a hypervisor below to find \
+some. Warm: the files were read through just before. Cold: \
 their pages were dropped from the page cache just before. CPU time counts all threads of this \
 program, and of QEMU with the guest's own work, from the start until complete; a way that takes \
 longer to complete contains more of the guest's work. Resident memory is QEMU's, without \
@@ -93,79 +96,47 @@ fn facts(summary: &Summary) -> String {
 
 /// All tables of quantities.
 fn numbers(summary: &Summary) -> String {
-    let mut out = String::from(
-        "<p>Medians; below them the quartiles, and in brackets the smallest and the largest.</p>",
-    );
-    for table in summary.tables() {
-        let title = |(metric, cache): &(&Metric, Cache)| (summary.title(metric), *cache);
-        let columns: Vec<(String, Cache)> = table.columns.iter().map(title).collect();
-        let rows = summary.methods().into_iter().map(|way| {
-            let cell = |(metric, cache): &(&Metric, Cache)| {
-                Some((*summary.spread(way, *cache, metric.key)?, metric.unit, ""))
-            };
-            (way, table.columns.iter().map(cell).collect())
-        });
-        out.push_str(&html_table(table.title, &columns, rows));
-    }
-    out
+    const LEGEND: &str =
+        "<p>Medians; below them the quartiles, and in brackets the smallest and the largest.</p>";
+    let all = tables::quantities(summary);
+    all.iter().fold(LEGEND.to_owned(), |out, table| out + &html_table(table, ""))
 }
 
 fn ratios(summary: &Summary) -> String {
-    let mut out = String::from(
-        "<p>How many times as long QEMU’s own way takes, round by round: more than 1 means that \
-         snapback is faster.</p>",
-    );
-    for (to, title) in summary.compared() {
-        let ratios: Vec<&Ratio> = summary.ratios.iter().filter(|ratio| ratio.to == to).collect();
-        let mut kinds: Vec<(Method, Cache)> = Vec::new();
-        for ratio in &ratios {
-            if !kinds.contains(&(ratio.peer, ratio.cache)) {
-                kinds.push((ratio.peer, ratio.cache));
-            }
-        }
-        let columns: Vec<_> =
-            kinds.iter().map(|(peer, cache)| (peer.name().into(), *cache)).collect();
-        let ours = summary.methods().into_iter().filter(|way| !way.is_peer());
-        let rows = ours.map(|way| {
-            let cell = |(peer, cache): &(Method, Cache)| {
-                let same = |r: &&&Ratio| r.way == way && r.peer == *peer && r.cache == *cache;
-                Some((ratios.iter().find(same)?.ratio, Unit::Ms, "×"))
-            };
-            (way, kinds.iter().map(cell).collect())
-        });
-        out.push_str(&html_table(&title, &columns, rows));
-    }
-    out
+    const LEGEND: &str = "<p>How many times as long QEMU’s own way takes, round by round: more \
+                          than 1 means that snapback is faster.</p>";
+    let all = tables::ratios(summary);
+    all.iter().fold(LEGEND.to_owned(), |out, table| out + &html_table(table, "×"))
 }
 
-/// A spread, its unit, and a sign behind its median.
-type Cell = Option<(Spread, Unit, &'static str)>;
-
-fn html_table(
-    title: &str,
-    columns: &[(String, Cache)],
-    rows: impl Iterator<Item = (Method, Vec<Cell>)>,
-) -> String {
+/// A table as HTML, with a sign behind each median.
+fn html_table(table: &Table, sign: &str) -> String {
     let mut out = format!(
         "<div class=\"scroll\"><table><caption>{}</caption><thead><tr><th></th>",
-        escape(title)
+        escape(&table.title)
     );
-    for (title, cache) in columns {
-        let _ = write!(out, "<th>{}<small>{}</small></th>", escape(title), cache.name());
+    // One title over both states of the page cache.
+    for same in table.columns.chunk_by(|a, b| a.0 == b.0 && a.1 != b.1) {
+        let _ = write!(out, "<th colspan=\"{}\">{}</th>", same.len(), escape(&same[0].0));
+    }
+    out.push_str("</tr><tr><th></th>");
+    for (_, cache) in &table.columns {
+        let _ = write!(out, "<th>{}</th>", cache.name());
     }
     out.push_str("</tr></thead><tbody>");
-    for (way, cells) in rows {
+    for (way, cells) in &table.rows {
         let class = if way.is_peer() { " class=\"peer\"" } else { "" };
         let _ = write!(out, "<tr{class}><th>{}</th>", way.name());
         for cell in cells {
-            let Some((spread, unit, sign)) = cell else {
+            let Some(cell) = cell else {
                 out.push_str("<td>–</td>");
                 continue;
             };
-            let Spread { min, q1, median, q3, max, .. } = spread;
-            let [min, q1, median, q3, max] = [min, q1, median, q3, max].map(|v| unit.show(v));
-            let _ =
-                write!(out, "<td>{median}{sign}<small>{q1} – {q3} [{min} – {max}]</small></td>");
+            let [min, q1, median, q3, max] = cell.show();
+            let _ = write!(
+                out,
+                "<td>{median}{sign}<small>{q1} – {q3}</small><small>[{min} – {max}]</small></td>"
+            );
         }
         out.push_str("</tr>");
     }
