@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use support::{Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until};
+use support::{Fill, Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until};
 
 /// A guest that lives on, its image, and a folder for what a bench makes elsewhere.
 struct Bench {
@@ -23,7 +23,8 @@ struct Bench {
 
 impl Bench {
     fn new(qemu: Qemu) -> Result<Bench> {
-        let options = GuestOptions { qemu, mib: 160, ..GuestOptions::default() };
+        let options =
+            GuestOptions { qemu, mib: 128, fill: Fill::Percent(50), ..GuestOptions::default() };
         let guest = Guest::boot(&options)?;
         let (images, temporary) = (tempfile::tempdir()?, tempfile::tempdir()?);
         let bench = Bench { guest, images, temporary };
@@ -89,9 +90,12 @@ fn measures_all_ways(qemu: Qemu, peers: &[&str], skipped: &[&str]) -> Result<Ben
     assert_eq!(order, [ways.clone(), ways.clone()].concat(), "the ways take turns");
     for run in &runs {
         assert_eq!(run["cache"], "warm");
-        for time in ["start_ms", "running_ms", "first_sign_ms", "nth_sign_ms"] {
+        for time in ["start_ms", "running_ms"] {
             assert!(run[time].as_f64().is_some_and(|ms| ms > 0.0), "{time} in {run}");
         }
+        // On a loaded machine the guest may be heard before QEMU's word that it runs.
+        let [first, nth] = ["first_sign_ms", "nth_sign_ms"].map(|time| run[time].as_f64());
+        assert!(first.is_some_and(|ms| ms >= 0.0) && nth >= first, "{run}");
         for number in ["server_cpu_s", "qemu_cpu_s", "running_rss_bytes", "complete_rss_bytes"] {
             assert!(run[number].as_f64().is_some_and(|n| n > 0.0), "{number} in {run}");
         }

@@ -142,15 +142,22 @@ impl Run {
         }
     }
 
-    /// Where a recorded path, or one in the run's folder, is in this run.
+    /// Where a recorded path, or one in the run's folder, is in this run. It may be given
+    /// as the command line has it, or as seen from our own working folder.
     pub fn place(&self, path: &str) -> PathBuf {
         let path = path.replace(RUN, &self.path().display().to_string());
-        let moved = self.rules.iter().find_map(|(old, new)| {
+        let seen = std::path::absolute(&path).unwrap_or_else(|_| path.clone().into());
+        let moved = self.moved(&path).or_else(|| self.moved(seen.to_str()?));
+        moved.map_or(seen, |moved| self.cwd.join(moved))
+    }
+
+    /// The path by the first rule that fits.
+    fn moved(&self, path: &str) -> Option<String> {
+        self.rules.iter().find_map(|(old, new)| {
             let below = path.strip_prefix(old.trim_end_matches('/'))?;
             (below.is_empty() || below.starts_with('/'))
                 .then(|| format!("{}{below}", new.trim_end_matches('/')))
-        });
-        self.cwd.join(moved.unwrap_or(path))
+        })
     }
 }
 
@@ -218,15 +225,23 @@ mod tests {
     fn a_recorded_path_is_found_in_the_run() {
         let folder = Folder::new(&std::env::temp_dir()).unwrap();
         let here = folder.path().to_owned();
+        let seen = std::path::absolute("seen").unwrap();
         let in_here = |name: &str| here.join(name).display().to_string();
-        let rules =
-            vec![("/vm/".into(), in_here("vm")), ("serial.log".into(), in_here("serial.log"))];
+        let rules = vec![
+            ("/vm/".into(), in_here("vm")),
+            ("serial.log".into(), in_here("serial.log")),
+            ("relative".into(), "other".into()),
+            (seen.display().to_string(), in_here("seen")),
+        ];
         let run = Run { folder, rules, cwd: "/somewhere".into() };
         assert_eq!(run.place("/vm/port"), here.join("vm/port"));
         assert_eq!(run.place("serial.log"), here.join("serial.log"));
         assert_eq!(run.place("{run}/port"), here.join("port"));
+        assert_eq!(run.place("relative"), Path::new("/somewhere/other"));
+        assert_eq!(run.place("seen"), here.join("seen"));
         assert_eq!(run.place("/vmx/port"), Path::new("/vmx/port"));
-        assert_eq!(run.place("port"), Path::new("/somewhere/port"));
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(run.place("port"), here.join("port"));
     }
 
     #[test]

@@ -100,7 +100,7 @@ fn legend(svg: &mut String, nth: Option<usize>) {
              <text class=\"faint\" x=\"{:.1}\" y=\"18\">{text}</text>",
             x + 18.0
         );
-        x += 40.0 + LETTER * text.len() as f64;
+        x += 44.0 + LETTER * text.len() as f64;
     }
     let Some(nth) = nth else { return };
     for (class, text) in
@@ -113,7 +113,7 @@ fn legend(svg: &mut String, nth: Option<usize>) {
             x + 6.0,
             x + 18.0
         );
-        x += 40.0 + LETTER * text.len() as f64;
+        x += 44.0 + LETTER * text.len() as f64;
     }
 }
 
