@@ -44,7 +44,6 @@ async fn run(options: &SaveOptions) -> Result<(), SaveError> {
             println!("the guest stood still for {ms:.1} ms and runs on");
         }
         SaveEvent::Moment { pause_ms: None, .. } => println!("the guest was paused, and stays so"),
-        SaveEvent::Draining => println!("giving up, once QEMU has sent all memory"),
         SaveEvent::Progress { pages, total, .. } => println!("{pages} of {total} pages"),
         SaveEvent::Saved { image_bytes, stalled_ms, .. } => {
             println!("{} MiB on disk; QEMU waited {stalled_ms:.0} ms for us", image_bytes >> 20);
