@@ -35,7 +35,7 @@ fn written(page: Page) -> u64 {
 /// page's owner has written.
 fn run_guest(ram: &Ram, pattern: &Pattern, thread: u64, threads: u64, seed: u64) {
     let pages = ram.pages();
-    let owns = |at: u64| at % 4 == 0 && at / 4 % threads == thread;
+    let owns = |at: u64| at.is_multiple_of(4) && at / 4 % threads == thread;
     for at in Random::new(seed ^ thread << 32).order(pages.len() as u64) {
         let page = pages[at as usize];
         if owns(at) {
