@@ -2,13 +2,14 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest test demo bench lint clean
+.PHONY: help setup guest test loom demo bench lint clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
 	@echo "             unpack QEMU 10.0 and a guest kernel into .deps (or SNAPBACK_DEPS)"
 	@echo "make guest   build the test guest"
 	@echo "make test    set up, then run all tests"
+	@echo "make loom    try every interleaving of the page claims"
 	@echo "make demo    set up, then show an instant revert"
 	@echo "make bench   set up, then run the benchmarks"
 	@echo "make lint    check formatting and run clippy, warnings as errors"
@@ -20,10 +21,14 @@ setup:
 guest: setup
 	@scripts/guest.sh
 
-test: guest
+test: guest loom
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
 	cargo test --locked --lib --bins --examples --tests
+	SNAPBACK_TEST_PLACE=socket cargo test --locked --test e2e
 	cargo test --locked --doc
+
+loom:
+	RUSTFLAGS="--cfg loom" cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir $(LOOM_TARGET) --locked
 
 demo: guest
 	cargo run --locked --release --example demo
@@ -34,6 +39,7 @@ bench: guest
 lint:
 	cargo fmt --check
 	cargo fmt --check --manifest-path tests/guest/Cargo.toml
+	cargo fmt --check --manifest-path tests/loom/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
 
@@ -43,5 +49,6 @@ clean:
 
 DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target
+LOOM_TARGET := $(DEPS)/loom-target
 # What set-up makes there, by name: the folder may be somebody's own.
-MADE := apt downloads guest-target initramfs.cpio kernel lock qemu-10.0 stamps vmlinuz
+MADE := apt downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz

@@ -1,5 +1,6 @@
 //! Instant snapshot and instant revert for QEMU virtual machines.
 
+pub mod bench;
 pub mod cli;
 pub mod image;
 pub mod interrupt;

@@ -1,5 +1,6 @@
 //! The program's arguments, and what each command does with the library.
 
+mod bench;
 mod detach;
 mod output;
 mod report;
@@ -42,6 +43,8 @@ enum Command {
     Info(ImageArgs),
     /// Check every checksum of an image
     Verify(ImageArgs),
+    /// Measure ways of reverting an image on this machine
+    Bench(bench::BenchArgs),
 }
 
 #[derive(Args)]
@@ -125,6 +128,7 @@ impl From<DeliveryArgs> for Delivery {
             fill_delay: args.fill_delay,
             working_set: !args.no_working_set,
             hold: None,
+            working_set_file: None,
         }
     }
 }
@@ -270,6 +274,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, args.json)),
+        Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(args) => (args.json, report::verify(&args.image, args.json)),
     };
     match result {

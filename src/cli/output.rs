@@ -83,7 +83,7 @@ impl Output {
     }
 
     /// One object: the event's name and time first, for whoever reads along.
-    fn print_json(&self, event: &impl Serialize) {
+    pub fn print_json(&self, event: &impl Serialize) {
         let Ok(Value::Object(mut fields)) = serde_json::to_value(event) else { return };
         let name = fields.remove("event").unwrap_or_default();
         let mut line = format!("{{\"event\":{name},\"ms\":{}", self.ms());
@@ -97,7 +97,7 @@ impl Output {
         }
     }
 
-    fn say(&self, what: &str, details: &str) {
+    pub fn say(&self, what: &str, details: &str) {
         let line = format!("{:>10.1} ms  {what:<11}{details}", self.ms());
         self.bar.suspend(|| print_line(line.trim_end()));
     }

@@ -55,7 +55,10 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
         None => "the guest was paused".into(),
     };
     line("moment", &format!("{}; {pause}", utc(manifest.moment_unix_us)));
-    line("qemu", &format!("{}{} {}", machine.qemu, machine.qemu.package, machine.binary));
+    line(
+        "qemu",
+        &format!("{} ({}), {}", machine.qemu, machine.qemu.package.trim(), machine.binary),
+    );
     line("machine", &machine.machine_type);
     for block in &manifest.blocks {
         let page_size = match block.page_size {

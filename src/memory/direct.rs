@@ -77,8 +77,13 @@ impl Place for DirectPlace {
     fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
         if self.uffd.tells_of_layout() {
             // Where a page is in place, this only wakes. Where one was given back, zeros
-            // are what it holds.
-            return self.zero(block, run);
+            // are what it holds. Where it was unmapped, nobody waits.
+            return match self.zero(block, run) {
+                Err(PlaceError::Gone(error)) if error.raw_os_error() == Some(libc::ENOENT) => {
+                    Ok(())
+                }
+                done => done,
+            };
         }
         Ok(self.uffd.wake(self.at(run)?, run.bytes())?)
     }

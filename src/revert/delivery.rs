@@ -1,6 +1,7 @@
 //! How a guest's memory is brought: what `revert` and `serve` have in common.
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub struct Delivery {
     pub working_set: bool,
     /// Nothing is filled for so long, while what the guest asks for is recorded.
     pub hold: Option<Duration>,
+    /// The file of the working set; beside the image without.
+    pub working_set_file: Option<PathBuf>,
 }
 
 impl Default for Delivery {
@@ -45,6 +48,7 @@ impl Default for Delivery {
             fill_delay: None,
             working_set: true,
             hold: None,
+            working_set_file: None,
         }
     }
 }
@@ -101,13 +105,22 @@ impl Delivery {
         Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
     }
 
+    /// Where the image's working set is.
+    fn working_set_path(&self, image: &Image) -> PathBuf {
+        let named = self.working_set_file.clone();
+        named.unwrap_or_else(|| working_set::path_for(image.path()))
+    }
+
     /// The image's working set, if it is wanted and can be used.
     fn recall(&self, image: &Image) -> Option<WorkingSet> {
         if !self.working_set {
             return None;
         }
-        let path = working_set::path_for(image.path());
-        match WorkingSet::load(&path, image.identity(), &image.manifest().blocks) {
+        match WorkingSet::load(
+            &self.working_set_path(image),
+            image.identity(),
+            &image.manifest().blocks,
+        ) {
             Ok(set) => Some(set),
             Err(WorkingSetError::None(_)) => None,
             Err(error) => {
@@ -128,30 +141,48 @@ impl Delivery {
         let (identity, blocks) = (image.identity(), &image.manifest().blocks);
         let next = WorkingSet::following(before.as_ref(), identity, demanded, blocks);
         if let Some(next) = next
-            && let Err(error) = next.store(&working_set::path_for(image.path()))
+            && let Err(error) = next.store(&self.working_set_path(image))
         {
             tracing::info!("the working set is not recorded: {error}");
         }
     }
 }
 
+/// What a feed has said before it was followed and its outcome needs.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    pub way: Option<Way>,
+    pub direct_faults: Option<FaultReport>,
+    /// The feed's last word: it may come before QEMU is heard to run the guest.
+    pub finished: Option<FaultReport>,
+}
+
 /// Follows the feed to its end, telling its progress.
 pub(super) async fn follow(
     feed: &Feed,
     steps: &mut UnboundedReceiver<FeedEvent>,
+    heard: Heard,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
     let mut interrupted = false;
     let mut again = interrupts.clone();
-    let mut way = Way::Socket;
-    let mut direct_faults = None;
+    let mut way = heard.way.unwrap_or(Way::Socket);
+    let mut direct_faults = heard.direct_faults;
     let progress = || {
         let counts = feed.memory().counts();
         Progress { pages: counts.present, total: counts.total, requests: counts.requests }
     };
+    let mut finished = heard.finished;
     loop {
+        if let Some(faults) = finished.take() {
+            let faults = match direct_faults {
+                Some(direct) => faults.merged(direct),
+                None => faults,
+            };
+            return Ok(Outcome { progress: progress(), faults, way });
+        }
         tokio::select! {
             step = steps.recv() => match step {
                 Some(FeedEvent::Placing { way: taken, reason }) => {
@@ -160,13 +191,7 @@ pub(super) async fn follow(
                 }
                 Some(FeedEvent::Loaded | FeedEvent::Preloaded) => {}
                 Some(FeedEvent::Faults(report)) => direct_faults = report,
-                Some(FeedEvent::Finished(faults)) => {
-                    let faults = match direct_faults {
-                        Some(direct) => faults.merged(direct),
-                        None => faults,
-                    };
-                    return Ok(Outcome { progress: progress(), faults, way });
-                }
+                Some(FeedEvent::Finished(faults)) => finished = Some(faults),
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
                 None => return Err(feed_error(FeedError::HungUp)),
             },

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Delivery, RevertError, RevertEvent, RevertOptions, bring_back};
+use super::{Delivery, RevertError, RevertEvent, RevertOptions, revert_held};
 use crate::image::Image;
 use crate::interrupt::Interrupts;
 use crate::memory::{WorkingSet, working_set};
@@ -24,11 +24,11 @@ pub async fn harvest(
     options.rewrite.isolated = true;
     options.preload = false;
     options.delivery = Delivery { hold: Some(window), working_set: false, ..options.delivery };
-    let (mut process, outcome) = bring_back(&options, interrupts, on_event).await?;
-    process.kill().await;
+    let mut held = revert_held(&options, interrupts, on_event).await?;
+    held.process.kill().await;
 
     let image = Image::open(&options.image)?;
-    let demanded = outcome.faults.demanded.iter().map(|(_, page)| *page);
+    let demanded = held.outcome.faults.demanded.iter().map(|(_, page)| *page);
     let identity = image.identity();
     let set = WorkingSet::following(None, identity, demanded, &image.manifest().blocks);
     let set = set.ok_or(RevertError::NothingDemanded)?;

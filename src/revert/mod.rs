@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use adopt::AdoptError;
+use delivery::Heard;
 pub use delivery::{Delivery, Outcome};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared};
 pub use harvest::harvest;
@@ -130,6 +131,22 @@ pub enum RevertError {
         /// What QEMU itself had to say; empty when nothing.
         qemu: String,
     },
+    /// QEMU took the guest and does not run it, mostly because it can't use its disks.
+    #[error("QEMU took the guest but leaves it `{status}`{qemu}")]
+    NotRun {
+        /// QEMU's run state.
+        status: String,
+        /// What QEMU itself had to say; empty when nothing.
+        qemu: String,
+    },
+    /// QEMU ended while it was given the guest.
+    #[error("{error}{qemu}")]
+    Died {
+        /// How that was noticed.
+        error: QmpError,
+        /// What QEMU itself had to say.
+        qemu: String,
+    },
     /// A socket between us and QEMU failed.
     #[error("{what}: {source}")]
     Socket {
@@ -164,6 +181,18 @@ pub struct Reverted {
     pub outcome: Outcome,
 }
 
+/// A guest that has been brought back and is still its owner's: QEMU ends when
+/// `process` is dropped.
+#[derive(Debug)]
+pub struct Held {
+    /// QEMU's process.
+    pub process: Process,
+    /// QEMU's control socket.
+    pub qmp: Qmp,
+    /// How its memory came.
+    pub outcome: Outcome,
+}
+
 /// Brings a guest back and returns once all its memory is in place. QEMU then runs
 /// on by itself. `on_event` is called as things happen.
 ///
@@ -178,17 +207,20 @@ pub async fn revert(
     interrupts: Interrupts,
     on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let (mut process, outcome) = bring_back(options, interrupts, on_event).await?;
+    let Held { mut process, outcome, .. } = revert_held(options, interrupts, on_event).await?;
     process.detach();
     Ok(Reverted { pid: process.pid(), outcome })
 }
 
-/// The same, with QEMU still ours to end.
-async fn bring_back(
+/// As [`revert`], but QEMU does not outlive what is returned.
+///
+/// # Errors
+/// As [`revert`].
+pub async fn revert_held(
     options: &RevertOptions,
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
-) -> Result<(Process, Outcome), RevertError> {
+) -> Result<Held, RevertError> {
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
     let stays_paused = options.rewrite.stays_paused() || !machine.running;
@@ -228,17 +260,18 @@ async fn bring_back(
             );
             connected?;
             let (feed, mut steps) = started?;
-            wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
-            Ok::<_, RevertError>((feed, steps))
+            let heard = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
+            Ok::<_, RevertError>((feed, steps, heard))
         };
-        let (feed, mut steps) = tokio::select! {
+        let (feed, mut steps, heard) = tokio::select! {
             running = until_it_runs => running?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         };
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+        let outcome =
+            delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
         finish(&qmp).await?;
         on_event(outcome.resident());
         Ok(outcome)
@@ -246,7 +279,7 @@ async fn bring_back(
     match bring.await {
         Ok(outcome) => {
             options.delivery.remember(&image, &outcome);
-            Ok((process, outcome))
+            Ok(Held { process, qmp, outcome })
         }
         Err(error) => {
             let error = with_qemus_words(error, &process);
@@ -303,28 +336,42 @@ async fn wait_running(
     steps: &mut UnboundedReceiver<FeedEvent>,
     start: Start,
     on_event: &mut impl FnMut(RevertEvent),
-) -> Result<(), RevertError> {
+) -> Result<Heard, RevertError> {
     let (mut loaded, mut preloaded) = (false, false);
+    let mut heard = Heard::default();
     loop {
         tokio::select! {
             event = events.next() => if event?.name == "RESUME" {
-                return Ok(());
+                return Ok(heard);
             },
-            step = steps.recv() => match step {
+            step = steps.recv(), if heard.finished.is_none() => match step {
                 Some(FeedEvent::Placing { way, reason }) => {
+                    heard.way = Some(way);
                     on_event(RevertEvent::Placing { way, reason });
                 }
                 Some(FeedEvent::Loaded) => loaded = true,
                 Some(FeedEvent::Preloaded) => preloaded = true,
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
-                Some(FeedEvent::Faults(_) | FeedEvent::Finished(_)) => {}
+                Some(FeedEvent::Faults(report)) => heard.direct_faults = report,
+                Some(FeedEvent::Finished(faults)) => heard.finished = Some(faults),
                 None => return Err(feed_error(FeedError::HungUp)),
             },
         }
         match start {
-            Start::StaysPaused if loaded => return Ok(()),
+            Start::StaysPaused if loaded => return Ok(heard),
+            // All is over, and QEMU has not said that the guest runs: does it?
+            Start::Runs if heard.finished.is_some() => {
+                let status = qmp.status().await?;
+                return match status.as_str() {
+                    "running" => Ok(heard),
+                    _ => Err(RevertError::NotRun { status, qemu: String::new() }),
+                };
+            }
             // QEMU answers once it has finished loading, RUN included.
-            Start::WhenPreloaded if loaded && preloaded => return Ok(qmp.cont().await?),
+            Start::WhenPreloaded if loaded && preloaded => {
+                qmp.cont().await?;
+                return Ok(heard);
+            }
             _ => {}
         }
     }
@@ -356,12 +403,17 @@ fn feed_error(error: FeedError) -> RevertError {
 /// what it says there is not the reason.
 fn with_qemus_words(error: RevertError, process: &Process) -> RevertError {
     use FeedError::{HungUp, Opening, Refused};
-    match (error, process.log_tail()) {
-        (RevertError::Feed { error: error @ (HungUp | Opening(_) | Refused(_)), .. }, words)
-            if !words.is_empty() =>
-        {
-            RevertError::Feed { error, qemu: format!("; QEMU says: {words}") }
+    let words = process.log_tail();
+    if words.is_empty() {
+        return error;
+    }
+    let qemu = format!("; QEMU says: {words}");
+    match error {
+        RevertError::Feed { error: error @ (HungUp | Opening(_) | Refused(_)), .. } => {
+            RevertError::Feed { error, qemu }
         }
-        (error, _) => error,
+        RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
+        RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
+        error => error,
     }
 }

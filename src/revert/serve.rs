@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use super::{Delivery, FeedError, FeedEvent, Outcome, RevertError, RevertEvent};
+use super::{Delivery, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent};
 use super::{delivery, feed_error, prepare};
 use crate::image::Image;
 use crate::interrupt::Interrupts;
@@ -45,10 +45,12 @@ pub async fn serve(
     })?;
     let pid = peer_pid(&socket);
     let (feed, mut steps) = options.delivery.start(prepared, &image, socket, pid, false)?;
+    let mut heard = Heard::default();
     let loaded = loop {
         tokio::select! {
             step = steps.recv() => match step {
                 Some(FeedEvent::Placing { way, reason }) => {
+                    heard.way = Some(way);
                     on_event(RevertEvent::Placing { way, reason });
                 }
                 Some(FeedEvent::Preloaded) => {}
@@ -72,7 +74,8 @@ pub async fn serve(
             return Err(feed_error(FeedError::HungUp));
         }
     }
-    let outcome = delivery::follow(&feed, &mut steps, &mut interrupts, &mut on_event).await?;
+    let outcome =
+        delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
     options.delivery.remember(&image, &outcome);
     on_event(outcome.resident());
     Ok(outcome)

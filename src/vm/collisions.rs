@@ -9,6 +9,7 @@ use super::command_line::{CommandLine, CommandOption};
 use super::host::{self, Holder};
 use super::params::{Params, Spec};
 use super::{Note, VmError};
+use crate::machine::Machine;
 
 /// Applies the rules of this module. `asked` is the control socket that the
 /// caller wants, absolute.
@@ -136,6 +137,24 @@ fn other_socket(option: &CommandOption) -> Option<Address> {
     }
 }
 
+/// The paths in a record's command line, as written there, that each QEMU needs for
+/// itself: Unix sockets that it listens on, and files that it writes. Devices below
+/// /dev are not among them.
+pub fn exclusive_paths(machine: &Machine) -> Vec<String> {
+    let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
+    let mut paths = Vec::new();
+    for option in line.options() {
+        if let Some(Address::Unix(path)) = backend::listens_at(option).or(other_socket(option)) {
+            paths.push(path);
+        }
+        paths.extend(outputs(option));
+    }
+    paths.retain(|path| !path.is_empty() && !path.starts_with("/dev/"));
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
 /// What an option does with a file that nobody else may have open.
 struct FileUse {
     option: String,
@@ -164,13 +183,18 @@ fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
     Ok(())
 }
 
-fn file_uses(option: &CommandOption, cwd: &Path) -> Vec<FileUse> {
+/// The files that an option writes.
+fn outputs(option: &CommandOption) -> Vec<String> {
     let mut outputs = backend::writes_to(option);
     match option.name() {
         "D" => outputs.extend(option.value.clone()),
         "trace" => outputs.extend(Params::parse(option.value()).get("file").map(str::to_owned)),
         _ => {}
     }
+    outputs
+}
+
+fn file_uses(option: &CommandOption, cwd: &Path) -> Vec<FileUse> {
     let file = |path: String, purpose, readers_too| FileUse {
         option: option.to_string(),
         path: cwd.join(path),
@@ -178,7 +202,7 @@ fn file_uses(option: &CommandOption, cwd: &Path) -> Vec<FileUse> {
         readers_too,
     };
     let mut uses: Vec<FileUse> =
-        outputs.into_iter().map(|path| file(path, "writes to", false)).collect();
+        outputs(option).into_iter().map(|path| file(path, "writes to", false)).collect();
     if let Some(path) = shared_memory_file(option) {
         uses.push(file(path, "keeps the guest's memory, shared, in", true));
     }

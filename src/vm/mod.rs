@@ -15,6 +15,7 @@ mod rewrite;
 mod tests;
 
 pub use capture::capture;
+pub use collisions::exclusive_paths;
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use error::VmError;
 pub use params::{Params, Spec};

@@ -524,3 +524,30 @@ async fn nographic_keeps_its_serial_port() {
     let names = devices(&["-machine", "pc", "-m", "32", "-nographic", "-nodefaults"]).await;
     assert!(names.is_empty(), "{names:?}");
 }
+
+#[test]
+fn paths_that_each_qemu_needs_for_itself() {
+    let argv = [
+        "qemu",
+        "-chardev",
+        "socket,id=a,path=/vm/port,server=on",
+        "-chardev",
+        "socket,id=b,path=/elsewhere,server=off",
+        "-serial",
+        "file:/vm/serial.log",
+        "-serial",
+        "file:/dev/null",
+        "-qmp",
+        "unix:qmp.sock,server=on,wait=off",
+        "-vnc",
+        "unix:/vm/vnc",
+        "-drive",
+        "file=/vm/disk",
+        "-D",
+        "/vm/qemu.log",
+    ];
+    let machine = Machine { argv: argv.map(String::from).into(), ..Machine::default() };
+    let paths = exclusive_paths(&machine);
+    assert_eq!(paths, ["/vm/port", "/vm/qemu.log", "/vm/serial.log", "/vm/vnc", "qmp.sock"]);
+    assert!(exclusive_paths(&Machine::default()).is_empty());
+}

@@ -50,8 +50,7 @@ fn comes_back(dir: &Dir, options: &GuestOptions) -> Result<()> {
     for way in ["uffd", "socket"] {
         let folder = dir.make(way)?;
         let command = dir.revert(&dir.path("vm.snap"), &guest.dir, &folder);
-        let mut reverted =
-            crate::harness::Reverted::of(command.with(&["--place", way]), &folder)?;
+        let mut reverted = crate::harness::Reverted::of(command.with(&["--place", way]), &folder)?;
         reverted.check(&nonce)?;
         let ended = reverted.resident()?;
         assert_eq!(ended.event("placing")?["way"], way);

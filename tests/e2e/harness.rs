@@ -148,6 +148,14 @@ impl Snapback {
     }
 
     pub fn start(mut self) -> Result<Running> {
+        if let Ok(way) = std::env::var("SNAPBACK_TEST_PLACE")
+            && ["revert", "serve"].contains(&self.words[0].as_str())
+            && !self.words.iter().any(|word| word == "--place")
+        {
+            // Behind the image, ahead of what is QEMU's.
+            let at = self.words.iter().position(|word| word == "--").unwrap_or(self.words.len());
+            self.words.splice(at..at, ["--place".into(), way]);
+        }
         self.command.args(&self.words);
         let mut child = spawn_bound(self.command)?;
         let (stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());

@@ -4,6 +4,9 @@
 //! Each test is a function of a folder of its own, in which it runs commands. At
 //! its end nothing may be left: no process that mentions the folder, no socket.
 //! The oracle guest (`tests/guest/README.md`) says whether memory is right.
+//!
+//! SNAPBACK_TEST_PLACE=socket (or uffd) makes every revert that does not say otherwise
+//! go that way.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -12,8 +15,10 @@ mod bare;
 mod harness;
 mod shared;
 
+mod backends;
 mod checks;
 mod damage;
+mod filling;
 mod interrupts;
 mod journeys;
 mod serving;

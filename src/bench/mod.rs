@@ -1,0 +1,295 @@
+//! Measures ways of bringing a guest back, on the machine where it matters.
+//!
+//! An image is reverted again and again, by each of snapback's ways and, if wanted, by
+//! QEMU's own, from files made of the same guest. The ways take turns, so that drift of
+//! the machine hits all alike. Each run has a QEMU and a folder of its own, and both are
+//! gone when it ends. `docs/bench.md` says what the numbers mean.
+
+mod cache;
+mod folder;
+mod host;
+mod peers;
+pub mod report;
+mod runs;
+mod sample;
+mod setup;
+mod sign;
+mod stats;
+mod summary;
+pub mod tables;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+pub use cache::Cache;
+pub use host::Host;
+pub use sample::{METRICS, Method, Metric, Sample, Unit};
+pub use sign::{Sign, SignError};
+pub use stats::Spread;
+pub use summary::{Ratio, Subject, Summary, WaySummary};
+
+use self::peers::Peer;
+use self::runs::{How, bring_back};
+use self::setup::Setup;
+use crate::image::{Image, ImageError};
+use crate::interrupt::Interrupts;
+use crate::memory::WorkingSet;
+use crate::qmp::QmpError;
+use crate::revert::{RevertError, Way};
+use crate::vm::VmError;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct BenchOptions {
+    /// The image.
+    pub image: PathBuf,
+    /// Runs of each way, at least 1.
+    pub runs: u32,
+    /// Whether QEMU's own ways are measured too.
+    pub peers: bool,
+    /// Whether each way is also measured with the page cache cold.
+    pub cold: bool,
+    /// Another QEMU binary than the recorded one.
+    pub qemu: Option<PathBuf>,
+    /// `(OLD, NEW)`: as [`RewriteOptions::paths`]; `{run}` in NEW stands for each run's
+    /// folder. Sockets and output files that no rule maps go to that folder under their
+    /// own names.
+    ///
+    /// [`RewriteOptions::paths`]: crate::vm::RewriteOptions::paths
+    pub paths: Vec<(String, String)>,
+    /// The signs of life to wait for.
+    pub sign: Option<Sign>,
+    /// More arguments for QEMU.
+    pub extra: Vec<String>,
+}
+
+/// A way that is not measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Skipped {
+    /// The way.
+    pub way: Method,
+    /// Why.
+    pub reason: String,
+}
+
+/// What happens during a bench.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum BenchEvent {
+    /// The guest is brought back once or more, to find out and to record.
+    Preparing {
+        /// What for.
+        what: String,
+    },
+    /// A way is not measured.
+    Skipped(Skipped),
+    /// One run has been measured.
+    Run(Box<Sample>),
+}
+
+/// Why a bench ended early. All QEMUs that it started have been ended.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The image can't be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The guest does not run when it is reverted.
+    #[error(
+        "the guest was paused when it was saved, or -S was given: it would not run, and there is nothing to measure"
+    )]
+    Paused,
+    /// A run failed.
+    #[error(
+        "{0}\n(each run starts a QEMU beside those that live; what they must not share can be \
+         given to each by --path OLD={{run}}/NEW, or replaced by arguments after --)"
+    )]
+    Revert(#[from] RevertError),
+    /// QEMU can't be started as recorded.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// QEMU's control socket failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The guest's signs of life.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// One of QEMU's own ways failed.
+    #[error("QEMU failed to {doing} in a way of its own (measure without --peers): {said}")]
+    Peer {
+        /// What it was to do.
+        doing: &'static str,
+        /// What it said.
+        said: String,
+    },
+    /// A run went by another way than those before it.
+    #[error("in a run of `{}` memory went by socket: {reason}", way.name())]
+    WayLost {
+        /// The way that was to be measured.
+        way: Method,
+        /// Why it was not taken.
+        reason: String,
+    },
+    /// QEMU ended during a run.
+    #[error("QEMU ended while signs of life of its guest were awaited; it says: {log}")]
+    Ended {
+        /// The end of its log.
+        log: String,
+    },
+    /// A file of ours can't be used.
+    #[error("`{path}` can't be {doing}: {source}", path = path.display())]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file can't be made cold.
+    #[error(
+        "{percent} % of `{path}` stay in the page cache, so there are no cold runs: its file \
+         system lives in memory, or another process uses it", path = path.display()
+    )]
+    NotCold {
+        /// The file.
+        path: PathBuf,
+        /// How much of it stays.
+        percent: u64,
+    },
+    /// The guest writes to a disk that runs would change.
+    #[error(
+        "the guest writes to the disk {disk}, which each run would change and which can't be \
+         copied: give each run its own with --path OLD={{run}}/NEW, or one that may be changed"
+    )]
+    Disk {
+        /// The disk as the image names it.
+        disk: String,
+    },
+    /// Interrupted.
+    #[error("interrupted: all QEMUs that were started have been ended")]
+    Interrupted,
+}
+
+/// Measures an image. `on_event` is called as things happen.
+///
+/// # Errors
+/// When a run fails, or at the first interrupt. QEMUs and files are gone by then.
+pub async fn bench(
+    options: &BenchOptions,
+    interrupts: Interrupts,
+    mut on_event: impl FnMut(BenchEvent),
+) -> Result<Summary, BenchError> {
+    let setup = Setup::new(options)?;
+    let mut caches = vec![Cache::Warm];
+    if options.cold {
+        // A file that stays in the cache is told before hours of runs.
+        Cache::Cold.prepare(&options.image)?;
+        caches.push(Cache::Cold);
+    }
+    on_event(BenchEvent::Preparing { what: "recording a working set".into() });
+    let recorded = record(&setup, &interrupts).await?;
+    let mut skipped = recorded.skipped;
+    let mut peers = Vec::new();
+    if options.peers {
+        let making = |way: Method| {
+            on_event(BenchEvent::Preparing { what: format!("making what {} loads", way.name()) });
+        };
+        let (made, more) = peers::make(&setup, &interrupts, making).await?;
+        peers = made;
+        skipped.extend(more);
+    }
+    for skipped in &skipped {
+        on_event(BenchEvent::Skipped(skipped.clone()));
+    }
+
+    let ours = recorded.methods.into_iter().map(Entrant::Snapback);
+    let entrants: Vec<Entrant> = ours.chain(peers.into_iter().map(Entrant::Qemu)).collect();
+    let mut samples = Vec::new();
+    for round in 1..=options.runs {
+        for &cache in &caches {
+            for entrant in &entrants {
+                let sample = match entrant {
+                    Entrant::Snapback(method) => {
+                        runs::measure(&setup, *method, cache, round, &interrupts).await?
+                    }
+                    Entrant::Qemu(peer) => {
+                        peers::measure(&setup, peer, cache, round, &interrupts).await?
+                    }
+                };
+                on_event(BenchEvent::Run(Box::new(sample.clone())));
+                samples.push(sample);
+            }
+        }
+    }
+    let subject = Subject {
+        image: options.image.display().to_string(),
+        identity: setup.identity.clone(),
+        image_bytes: setup.image_bytes,
+        memory_bytes: setup.memory_bytes,
+        data_bytes: setup.data_bytes,
+        qemu: recorded.qemu,
+        machine_type: setup.machine.machine_type.clone(),
+        runs: options.runs,
+        sign: options.sign.as_ref().map(|sign| sign.pattern.to_string()),
+        nth: options.sign.as_ref().map(|sign| sign.nth),
+        working_set_pages: recorded.working_set_pages,
+    };
+    Ok(Summary::new(subject, Host::here(), &samples, skipped))
+}
+
+/// One of those that take turns.
+enum Entrant {
+    Snapback(Method),
+    Qemu(Peer),
+}
+
+/// What the first reverts have shown.
+struct Recorded {
+    /// The ways of snapback that work here.
+    methods: Vec<Method>,
+    skipped: Vec<Skipped>,
+    /// QEMU's version and package.
+    qemu: String,
+    working_set_pages: Option<u64>,
+}
+
+/// Reverts whose demands are the working set of the runs that count: the second adds
+/// what the first has missed.
+const RECORDINGS: u32 = 2;
+
+/// Records a working set as a user's first reverts would, and finds out which ways
+/// there are and whether the guest gives signs of life.
+async fn record(setup: &Setup<'_>, interrupts: &Interrupts) -> Result<Recorded, BenchError> {
+    let working_set = setup.working_set();
+    let how = How { working_set: Some(working_set.clone()), ..How::default() };
+    let (mut placing, mut qemu) = (None, String::new());
+    for _ in 0..RECORDINGS {
+        let run = setup.run()?;
+        let (mut recorder, mut held) = bring_back(setup, &run, &how, interrupts).await?;
+        let signs = recorder.signs(&mut held.process, interrupts).await;
+        held.process.kill().await;
+        signs?;
+        let version = held.qmp.version();
+        qemu = format!("{version} {}", version.package).trim_end().to_owned();
+        placing = recorder.placing;
+    }
+    let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload];
+    let (mut methods, mut skipped) = (Vec::new(), Vec::new());
+    match placing {
+        Some((Way::Uffd, _)) => methods.extend(by_uffd),
+        placing => {
+            let reason = placing.map_or_else(String::new, |(_, reason)| reason);
+            skipped.extend(by_uffd.map(|way| Skipped { way, reason: reason.clone() }));
+        }
+    }
+    methods.push(Method::Socket);
+    Ok(Recorded { methods, skipped, qemu, working_set_pages: pages_in(setup, &working_set)? })
+}
+
+/// How many pages the recorded working set has; nothing where the guest asked for none.
+fn pages_in(setup: &Setup<'_>, path: &std::path::Path) -> Result<Option<u64>, BenchError> {
+    let image = Image::open(&setup.options.image)?;
+    let set = WorkingSet::load(path, image.identity(), &image.manifest().blocks);
+    Ok(set.ok().map(|set| set.pages.len() as u64))
+}

@@ -1,0 +1,210 @@
+//! `bench`: its arguments, and its result as tables.
+
+use std::path::PathBuf;
+
+use clap::{Args, builder::RangedU64ValueParser};
+use regex::bytes::{Regex, RegexBuilder};
+use serde_json::Value;
+
+use super::output::{Failure, Output, print_line, size};
+use super::{interrupts, parse_path_pair};
+use crate::bench::tables::{self, Table};
+use crate::bench::{BenchEvent, BenchOptions, Cache, Sample, Sign, Summary, report};
+
+/// The most memory that a pattern may take, in bytes.
+const MAX_PATTERN: usize = 1 << 20;
+
+#[derive(Args)]
+pub(super) struct BenchArgs {
+    /// The image
+    image: PathBuf,
+    /// Runs of each way
+    #[arg(long, value_name = "N", default_value_t = 10,
+          value_parser = RangedU64ValueParser::<u32>::new().range(1..=100_000))]
+    runs: u32,
+    /// Measure QEMU's own ways too, from files made of the same guest: a stream, mapped-ram,
+    /// loadvm
+    #[arg(long)]
+    peers: bool,
+    /// Measure each way with a cold page cache too
+    #[arg(long)]
+    cold: bool,
+    /// Write a report there, a page for a browser
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+    /// The QEMU binary to use instead of the recorded one
+    #[arg(long, value_name = "BIN")]
+    qemu: Option<PathBuf>,
+    /// Use path NEW wherever the recorded command line names OLD, or something below it; in
+    /// NEW, {run} stands for a folder that each run has for itself
+    #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
+    paths: Vec<(String, String)>,
+    /// A line that matches this regular expression is a sign of life of the guest
+    #[arg(long, value_name = "PATTERN", value_parser = parse_pattern, requires = "sign_in")]
+    sign: Option<Regex>,
+    /// Where signs of life appear: the file or Unix socket of a serial port, as recorded or
+    /// below {run}
+    #[arg(long, value_name = "PATH", requires = "sign")]
+    sign_in: Option<String>,
+    /// Wait for so many signs of life
+    #[arg(long, value_name = "N", default_value_t = 20, requires = "sign",
+          value_parser = RangedU64ValueParser::<u32>::new().range(1..))]
+    nth: u32,
+    /// More arguments for QEMU
+    #[arg(last = true, value_name = "QEMU ARGS")]
+    extra: Vec<String>,
+}
+
+fn parse_pattern(text: &str) -> Result<Regex, String> {
+    let pattern =
+        RegexBuilder::new(text).size_limit(MAX_PATTERN).dfa_size_limit(MAX_PATTERN).build();
+    pattern.map_err(|error| error.to_string())
+}
+
+pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
+    let output = Output::new(args.json);
+    if let Some(report) = &args.report {
+        check_report(report)?;
+    }
+    let sign = args.sign.zip(args.sign_in);
+    let options = BenchOptions {
+        image: args.image,
+        runs: args.runs,
+        peers: args.peers,
+        cold: args.cold,
+        qemu: args.qemu,
+        paths: args.paths,
+        sign: sign.map(|(pattern, path)| Sign { pattern, path, nth: args.nth as usize }),
+        extra: args.extra,
+    };
+    let tell = |event: BenchEvent| match args.json {
+        true => output.print_json(&event),
+        false => say(&output, &event, options.runs),
+    };
+    let summary = crate::bench::bench(&options, interrupts()?, tell).await?;
+    match args.json {
+        true => output.print_json(&with_name(&summary)),
+        false => print_summary(&summary),
+    }
+    if let Some(path) = &args.report {
+        std::fs::write(path, report::html(&summary)).map_err(|e| {
+            Failure::new(&format!("the report `{}` can't be written", path.display()), &e)
+        })?;
+    }
+    Ok(())
+}
+
+/// A report that can't be written is told before the runs, not after.
+fn check_report(path: &std::path::Path) -> Result<(), Failure> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let is_folder = folder.is_none_or(|folder| folder.is_dir());
+    match is_folder && !path.is_dir() {
+        true => Ok(()),
+        false => {
+            Err(Failure::said(format!("the report `{}` can't be a file there", path.display())))
+        }
+    }
+}
+
+/// The summary as an event.
+fn with_name(summary: &Summary) -> Value {
+    let mut value = serde_json::to_value(summary).unwrap_or_default();
+    value["event"] = "summary".into();
+    value
+}
+
+fn say(output: &Output, event: &BenchEvent, runs: u32) {
+    match event {
+        BenchEvent::Preparing { what } => output.say("preparing", what),
+        BenchEvent::Skipped(skipped) => {
+            output.say("skipped", &format!("{}: {}", skipped.way.name(), skipped.reason));
+        }
+        BenchEvent::Run(sample) => {
+            let Sample { way, cache, round, running_ms, complete_ms, .. } = **sample;
+            let (way, cache) = (way.name(), cache.name());
+            let complete = running_ms + complete_ms;
+            output.say(
+                "run",
+                &format!(
+                    "{round}/{runs} {way}, {cache}: runs {running_ms:.1} ms after QEMU was ready, \
+                     complete after {complete:.0} ms"
+                ),
+            );
+        }
+    }
+}
+
+fn print_summary(summary: &Summary) {
+    let (subject, host) = (&summary.subject, &summary.host);
+    let (memory, data) = (size(subject.memory_bytes), size(subject.data_bytes));
+    print_line("");
+    print_line(&format!(
+        "{}: {memory} of memory, {data} of it data, {} on disk",
+        subject.image,
+        size(subject.image_bytes)
+    ));
+    print_line(&format!("QEMU {}, {}", subject.qemu, subject.machine_type));
+    print_line(&format!(
+        "{}, {} CPUs, {} of RAM, {}, snapback {}",
+        host.cpu,
+        host.cpus,
+        size(host.ram_bytes),
+        host.kernel,
+        host.snapback
+    ));
+    print_line(&format!(
+        "{} runs of each way: the median, and below it the smallest, the quartiles, the largest",
+        subject.runs
+    ));
+    tables::quantities(summary).iter().for_each(|table| print_table(table, &table.title));
+    for table in tables::ratios(summary) {
+        print_table(&table, &format!("times as long, {}", table.title));
+    }
+    for skipped in &summary.skipped {
+        print_line(&format!("\nnot measured: {}: {}", skipped.way.name(), skipped.reason));
+    }
+}
+
+/// Two lines a row, so that the columns are narrow.
+fn print_table(table: &Table, title: &str) {
+    let first = |titles: &[(String, Cache)], column: usize| match column.checked_sub(1) {
+        // A title that goes on for the other state of the page cache is not repeated.
+        Some(before) if titles[before].0 == titles[column].0 => String::new(),
+        _ => titles[column].0.clone(),
+    };
+    let titles = (0..table.columns.len()).map(|column| first(&table.columns, column));
+    let caches = table.columns.iter().map(|(_, cache)| cache.name().to_owned());
+    let mut lines: Vec<Vec<String>> = vec![
+        std::iter::once(title.to_owned()).chain(titles).collect(),
+        std::iter::once(String::new()).chain(caches).collect(),
+    ];
+    for (way, cells) in &table.rows {
+        let (mut medians, mut spreads) = (vec![way.name().to_owned()], vec![String::new()]);
+        for cell in cells {
+            let Some(cell) = cell else {
+                medians.push("–".into());
+                spreads.push(String::new());
+                continue;
+            };
+            let [min, q1, median, q3, max] = cell.show();
+            medians.push(median);
+            spreads.push(format!("{min} [{q1} {q3}] {max}"));
+        }
+        lines.extend([medians, spreads]);
+    }
+    let width = |text: &String| text.chars().count();
+    let widths: Vec<usize> = (0..=table.columns.len())
+        .map(|column| lines.iter().map(|line| width(&line[column])).max().unwrap_or(0))
+        .collect();
+    print_line("");
+    for line in lines {
+        let mut text = String::new();
+        for (cell, width) in line.iter().zip(&widths) {
+            text.push_str(&format!("{cell:<width$}  "));
+        }
+        print_line(text.trim_end());
+    }
+}

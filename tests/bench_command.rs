@@ -1,0 +1,154 @@
+//! `snapback bench` on a real guest: are the numbers there, and is nothing left behind?
+
+mod support;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use support::{Fill, Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until};
+
+/// A guest that lives on, its image, and a folder for what a bench makes elsewhere.
+struct Bench {
+    guest: Guest,
+    images: TempDir,
+    temporary: TempDir,
+}
+
+impl Bench {
+    fn new(qemu: Qemu) -> Result<Bench> {
+        let options =
+            GuestOptions { qemu, mib: 128, fill: Fill::Percent(50), ..GuestOptions::default() };
+        let guest = Guest::boot(&options)?;
+        let (images, temporary) = (tempfile::tempdir()?, tempfile::tempdir()?);
+        let bench = Bench { guest, images, temporary };
+        let mut save = bench.command("save");
+        let saved = save.arg("--qmp").arg(&bench.guest.qmp_path).output()?;
+        assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
+        Ok(bench)
+    }
+
+    /// The program, its command and the image.
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+        command.arg(name).arg(self.images.path().join("vm.snap"));
+        command.env("TMPDIR", self.temporary.path());
+        command
+    }
+
+    /// Arguments of a bench that watches the living guest's console, as recorded: each
+    /// run's own is found by that name.
+    fn bench(&self) -> Command {
+        let mut command = self.command("bench");
+        let console = self.guest.dir.join("serial0.log");
+        command.args(["--json", "--sign", "^BEAT [0-9]+ ", "--nth", "3", "--sign-in"]).arg(console);
+        command
+    }
+
+    /// Nothing but the image is there, and no process that was started for a run.
+    fn assert_nothing_left(&self) -> Result<()> {
+        assert_eq!(names_in(self.images.path())?, ["vm.snap"]);
+        assert_eq!(names_in(self.temporary.path())?, [""; 0]);
+        let folder = self.temporary.path().display().to_string();
+        wait_until(SOON, "QEMUs to be gone", || {
+            fs::read_dir("/proc").is_ok_and(|processes| {
+                let command_line = |p: fs::DirEntry| fs::read(p.path().join("cmdline")).ok();
+                let mut lines = processes.flatten().filter_map(command_line);
+                !lines.any(|line| String::from_utf8_lossy(&line).contains(&folder))
+            })
+        })
+    }
+}
+
+fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let names = fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().display().to_string()));
+    names.collect()
+}
+
+/// Two runs of each way, with peers: every number is there.
+fn measures_all_ways(qemu: Qemu, peers: &[&str], skipped: &[&str]) -> Result<Bench> {
+    let bench = Bench::new(qemu)?;
+    let report = bench.temporary.path().join("report.html");
+    let mut command = bench.bench();
+    let done = command.args(["--runs", "2", "--peers", "--report"]).arg(&report).output()?;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let text = String::from_utf8(done.stdout)?;
+    let events: Vec<Value> =
+        text.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?;
+    let named = |name: &str| events.iter().filter(|e| e["event"] == name).collect::<Vec<_>>();
+
+    let ours = ["uffd", "uffd+ws", "uffd+preload", "socket"];
+    let ways: Vec<&str> = ours.iter().chain(peers).copied().collect();
+    let runs = named("run");
+    let order: Vec<&str> = runs.iter().filter_map(|run| run["way"].as_str()).collect();
+    assert_eq!(order, [ways.clone(), ways.clone()].concat(), "the ways take turns");
+    for run in &runs {
+        assert_eq!(run["cache"], "warm");
+        for time in ["start_ms", "running_ms"] {
+            assert!(run[time].as_f64().is_some_and(|ms| ms > 0.0), "{time} in {run}");
+        }
+        // On a loaded machine the guest may be heard before QEMU's word that it runs.
+        let [first, nth] = ["first_sign_ms", "nth_sign_ms"].map(|time| run[time].as_f64());
+        assert!(first.is_some_and(|ms| ms >= 0.0) && nth >= first, "{run}");
+        for number in ["server_cpu_s", "qemu_cpu_s", "running_rss_bytes", "complete_rss_bytes"] {
+            assert!(run[number].as_f64().is_some_and(|n| n > 0.0), "{number} in {run}");
+        }
+        let is_ours = ours.contains(&run["way"].as_str().unwrap_or_default());
+        for number in ["faults", "fill_bytes_per_s", "data_bytes_per_s"] {
+            assert_eq!(run[number].is_number(), is_ours, "{number} in {run}");
+        }
+        assert_eq!(run["complete_ms"].as_f64().is_some_and(|ms| ms > 0.0), is_ours, "{run}");
+    }
+    let found: Vec<&str> = named("skipped").iter().filter_map(|s| s["way"].as_str()).collect();
+    assert_eq!(found, skipped);
+
+    let [summary] = named("summary")[..] else { panic!("one summary in {text}") };
+    assert_eq!(summary["ways"].as_array().map(Vec::len), Some(ways.len()));
+    for way in summary["ways"].as_array().into_iter().flatten() {
+        assert_eq!(way["metrics"]["running_ms"]["n"], 2, "{way}");
+    }
+    // To running, to the first sign, to the third and to complete.
+    let ratios = ours.len() * peers.len() * 4;
+    assert_eq!(summary["ratios"].as_array().map(Vec::len), Some(ratios));
+    assert!(summary["subject"]["working_set_pages"].as_u64() > Some(0), "{summary}");
+
+    let page = fs::read_to_string(&report)?;
+    assert!(page.contains("<svg") && page.contains("mapped-ram"), "{page}");
+    assert!(!page.contains("http"), "it refers to nothing elsewhere");
+    fs::remove_file(report)?;
+    bench.assert_nothing_left()?;
+    Ok(bench)
+}
+
+#[test]
+fn measures_all_ways_on_qemu_7() -> Result<()> {
+    let skipped = ["mapped-ram", "mapped-ram+multifd", "loadvm"];
+    let bench = measures_all_ways(Qemu::V7, &["stream"], &skipped)?;
+
+    // And an interrupt in the midst of runs ends it, leaving nothing.
+    let mut command = bench.bench();
+    command.args(["--runs", "1000"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut program = spawn_bound(command)?;
+    let stdout = program.stdout.take().ok_or("there is no stdout")?;
+    let mut lines = BufReader::new(stdout).lines();
+    while !lines.next().ok_or("no run was told")??.contains("\"event\":\"run\"") {}
+    kill(Pid::from_raw(program.id() as i32), Signal::SIGINT)?;
+    let rest: Vec<String> = lines.collect::<std::result::Result<_, _>>()?;
+    assert_eq!(program.wait()?.code(), Some(1));
+    let mut said = String::new();
+    program.stderr.take().ok_or("there is no stderr")?.read_to_string(&mut said)?;
+    assert!(said.contains("interrupted"), "{said}{rest:?}");
+    bench.assert_nothing_left()
+}
+
+#[test]
+fn measures_all_ways_on_qemu_10() -> Result<()> {
+    let peers = ["stream", "mapped-ram", "mapped-ram+multifd"];
+    measures_all_ways(Qemu::V10, &peers, &["loadvm"]).map(drop)
+}

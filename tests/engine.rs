@@ -1,0 +1,406 @@
+//! The failures that this tells of: a page that is wrong, missing, or overwritten; a
+//! thread that waits forever; an error that nobody hears. Each on real memory, under a
+//! real userfaultfd.
+
+#[path = "harness/mod.rs"]
+mod harness;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
+use snapback::image::Compression;
+use snapback::memory::{MemoryError, Pace};
+use snapback::page::{BlockId, PAGE_SIZE, Page, PageSource};
+use snapback::uffd::feature;
+
+/// Longer than anything here takes; a test that waits so long has failed.
+const FOREVER: Duration = Duration::from_secs(60);
+
+const WORDS: usize = PAGE_SIZE / 8;
+
+fn page(block: u16, number: u64) -> Page {
+    Page { block: BlockId(block), number }
+}
+
+/// What a guest writes to a page: nothing that a pattern holds.
+fn written(page: Page) -> u64 {
+    0xaaaa_0000_0000_0000 | u64::from(page.block.0) << 32 | page.number << 1
+}
+
+/// A guest's thread: touches every page in an order of its own. Some pages are its own to
+/// write to, in the first word; whatever else it sees must be the pattern, or what the
+/// page's owner has written.
+fn run_guest(ram: &Ram, pattern: &Pattern, thread: u64, threads: u64, seed: u64) {
+    let pages = ram.pages();
+    let owns = |at: u64| at % 4 == 0 && at / 4 % threads == thread;
+    for at in Random::new(seed ^ thread << 32).order(pages.len() as u64) {
+        let page = pages[at as usize];
+        if owns(at) {
+            ram.word(page, 0).store(written(page), Ordering::Relaxed);
+        }
+        let first = ram.word(page, 0).load(Ordering::Relaxed);
+        let fits = match owns(at) {
+            true => first == written(page),
+            false => first == pattern.word(page, 0) || first == written(page),
+        };
+        assert!(fits, "{page:?} begins with {first:#x}");
+        for index in [1, WORDS / 2, WORDS - 1] {
+            let word = ram.word(page, index).load(Ordering::Relaxed);
+            assert_eq!(word, pattern.word(page, index), "{page:?} word {index}");
+        }
+    }
+}
+
+/// Every page is what it should be after some guests' threads have run.
+fn check_all(ram: &Ram, pattern: &Pattern, written_to: bool) {
+    for (at, page) in ram.pages().into_iter().enumerate() {
+        let mut expected = pattern.page(page);
+        if written_to && at % 4 == 0 {
+            expected[..8].copy_from_slice(&written(page).to_le_bytes());
+        }
+        assert!(ram.read(page) == expected, "{page:?} is wrong");
+    }
+}
+
+/// Guests, prefetch and intakes all at once, until all memory is there.
+fn bring_back(
+    ram: &Arc<Ram>,
+    pattern: &Pattern,
+    source: Arc<dyn PageSource>,
+    guests: u64,
+    fillers: usize,
+    intakes: usize,
+    seed: u64,
+) {
+    thread::scope(|scope| {
+        // Dropped before the scope ends, whatever happens: that frees who waits.
+        let mut engine = Engine::new(ram, source, 0);
+        (0..intakes).for_each(|_| engine.start_intake());
+        let guests: Vec<_> = (0..guests)
+            .map(|n| scope.spawn(move || run_guest(ram, pattern, n, guests, seed)))
+            .collect();
+        if fillers > 0 {
+            engine.fill(fillers, &Pace::new(None)).unwrap();
+        }
+        for guest in guests {
+            guest.join().unwrap();
+        }
+        assert!(engine.memory.wait_complete(FOREVER), "{:?}", engine.memory.counts());
+        assert_eq!(engine.memory.counts().present, engine.memory.counts().total);
+        for report in engine.stop_intakes() {
+            report.unwrap();
+        }
+        check_all(ram, pattern, !guests_are_none(seed));
+    });
+}
+
+/// Seed 0 is for runs without guests.
+fn guests_are_none(seed: u64) -> bool {
+    seed == 0
+}
+
+/// Blocks of both usual kinds, two of them alike, one shorter than a chunk.
+const BLOCKS: [(Backing, u64); 5] = [
+    (Backing::Anonymous, 700),
+    (Backing::Memfd, 512),
+    (Backing::Anonymous, 3),
+    (Backing::Anonymous, 700),
+    (Backing::Memfd, 130),
+];
+
+#[test]
+fn every_page_is_right_whoever_brings_it() {
+    for seed in 1..=12 {
+        let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
+        let pattern = Pattern::new(ram.blocks(), 1 << (seed % 7));
+        let (guests, fillers, intakes) = (1 + seed % 4, 1 + seed as usize / 2 % 4, 1 + seed % 2);
+        let source = Arc::new(pattern.clone());
+        bring_back(&ram, &pattern, source, guests, fillers, intakes as usize, seed);
+    }
+}
+
+#[test]
+fn every_page_is_right_from_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    for (seed, compression) in [(1, Compression::None), (2, Compression::Zstd(1))] {
+        for chunk_pages in [1, 16, 64] {
+            let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
+            let pattern = Pattern::new(ram.blocks(), chunk_pages);
+            let path = folder.path().join(format!("{seed}-{chunk_pages}.snap"));
+            let image = write_image(&pattern, &path, compression);
+            bring_back(&ram, &pattern, Arc::new(image), 3, 2, 2, seed);
+        }
+    }
+}
+
+#[test]
+fn prefetch_alone_brings_everything_and_so_do_faults_alone() {
+    let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16);
+    bring_back(&ram, &pattern, Arc::new(pattern.clone()), 0, 3, 1, 0);
+    // Guests touch every page, so that nothing is left to bring.
+    let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
+    bring_back(&ram, &pattern, Arc::new(pattern.clone()), 4, 0, 2, 5);
+}
+
+#[test]
+fn huge_pages_are_whole_beside_small_ones() {
+    let _huge = match HugePages::new(6) {
+        Ok(pages) => pages,
+        Err(reason) => {
+            eprintln!("skipped: no huge pages ({reason})");
+            return;
+        }
+    };
+    let blocks = [
+        (Backing::Huge, 1024),
+        (Backing::Anonymous, 300),
+        (Backing::Huge, 1024),
+        (Backing::Memfd, 1024),
+    ];
+    for seed in 1..=6 {
+        let ram = Arc::new(Ram::new(&blocks).unwrap());
+        let pattern = Pattern::new(ram.blocks(), 16);
+        bring_back(&ram, &pattern, Arc::new(pattern.clone()), 3, seed as usize % 3, 2, seed);
+    }
+}
+
+#[test]
+fn a_teardown_at_any_point_frees_everybody_and_leaves_no_wrong_page() {
+    for seed in 1..=12 {
+        let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
+        let pattern = Pattern::new(ram.blocks(), 16);
+        let total = ram.pages().len() as u64;
+        let stop_at = Random::new(seed).below(total);
+        let torn_down = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
+            engine.start_intake();
+            engine.start_intake();
+            let pace = Pace::new(None);
+            for guest in 0..3 {
+                let (ram, pattern, torn_down) = (&ram, &pattern, &torn_down);
+                scope.spawn(move || {
+                    let pages = ram.pages();
+                    for at in Random::new(seed << 8 | guest).order(total) {
+                        let page = pages[at as usize];
+                        let word = ram.word(page, 0).load(Ordering::Acquire);
+                        // What was missing when the userfaultfd was closed is zeros.
+                        let freed = word == 0 && torn_down.load(Ordering::Acquire);
+                        assert!(freed || word == pattern.word(page, 0), "{page:?}: {word:#x}");
+                    }
+                });
+            }
+            thread::scope(|fillers| {
+                let filler = fillers.spawn(|| engine.fill(2, &pace));
+                while engine.memory.counts().present < stop_at {
+                    thread::yield_now();
+                }
+                pace.stop();
+                filler.join().unwrap().unwrap();
+            });
+            for report in engine.stop_intakes() {
+                report.unwrap();
+            }
+            torn_down.store(true, Ordering::Release);
+        });
+    }
+}
+
+#[test]
+fn an_intake_hears_that_it_shall_stop_while_faults_keep_coming() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 64)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16).dense();
+    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
+    engine.fill(1, &Pace::new(None)).unwrap();
+    // Nobody told the engine: it wakes whoever asks for this page, who asks again.
+    ram.give_back(page(0, 7), 1);
+    engine.start_intake();
+    let guest = thread::spawn({
+        let ram = Arc::clone(&ram);
+        move || ram.word(page(0, 7), 0).load(Ordering::Relaxed)
+    });
+    while engine.memory.counts().requests < 1000 {
+        thread::yield_now();
+    }
+    for report in engine.stop_intakes() {
+        report.unwrap();
+    }
+    drop(engine);
+    assert_eq!(guest.join().unwrap(), 0);
+}
+
+#[test]
+fn a_chunk_that_is_broken_is_a_loud_failure_of_whoever_needs_it() {
+    let broken = page(0, 700);
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 2048), (Backing::Memfd, 512)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16).dense();
+    let source = Arc::new(pattern.clone().broken_at(broken));
+    let mut engine = Engine::new(&ram, source, 0);
+
+    // Prefetch brings the windows of 2 MiB in which nothing is broken, and fails then.
+    let error = engine.fill(2, &Pace::new(None)).unwrap_err();
+    let offset = 700 / 16 * 16 * PAGE_SIZE;
+    let expected = format!(
+        "the memory at offset {offset:#x} of block `Anonymous 0` can't be had: this chunk is broken"
+    );
+    assert_eq!(error.to_string(), expected);
+    assert!(engine.memory.counts().present >= 2048);
+    assert!(!engine.memory.wait_complete(Duration::ZERO));
+
+    // A fault on it ends the intake, and the page stays missing rather than wrong.
+    for _ in 0..2 {
+        engine.start_intake();
+        let guest = thread::spawn({
+            let ram = Arc::clone(&ram);
+            move || ram.word(broken, 0).load(Ordering::Relaxed)
+        });
+        let reports = engine.join_intakes();
+        let error = reports.into_iter().next().unwrap().unwrap_err();
+        assert!(matches!(&error, MemoryError::Source { block, .. } if block == "Anonymous 0"));
+        assert!(!guest.is_finished());
+        // Who asked is not forgotten because somebody has failed: it's loud every time.
+        assert_eq!(engine.fill(2, &Pace::new(None)).unwrap_err().to_string(), expected);
+        // The guest's event is gone with the intake that took it; the next one gets its own.
+        engine.uffd.wake(ram.address(broken.block) + broken.offset(), PAGE_SIZE as u64).unwrap();
+        drop(guest);
+    }
+    for page in ram.pages().into_iter().filter(|p| p.block.0 == 1 || p.number < 512) {
+        assert!(ram.read(page) == pattern.page(page), "{page:?} is wrong");
+    }
+    // Dropping the engine frees the guests.
+}
+
+/// Gives memory back while it is being filled and touched.
+fn give_back_while_filling(seed: u64, intakes: usize, fillers: usize) {
+    const PAGES: u64 = 4096;
+    /// Pages from here on are given back; those before belong to other threads.
+    const FROM: u64 = 1024;
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, PAGES)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16).dense();
+    let features = feature::EVENT_REMOVE | feature::EVENT_UNMAP;
+    let given_back = thread::scope(|scope| {
+        let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), features);
+        (0..intakes).for_each(|_| engine.start_intake());
+        let guest = scope.spawn(|| {
+            for number in Random::new(seed).order(FROM) {
+                let word = ram.word(page(0, number), 0).load(Ordering::Relaxed);
+                assert_eq!(word, pattern.word(page(0, number), 0), "page {number}");
+            }
+        });
+        let owner = scope.spawn(|| {
+            let mut random = Random::new(seed);
+            let mut given_back = vec![false; PAGES as usize];
+            for _ in 0..40 {
+                let first = FROM + random.below(PAGES - FROM - 64);
+                let count = 1 + random.below(64);
+                // Some of it is in place before, some never was.
+                if random.below(2) == 0 {
+                    let number = first + random.below(count);
+                    let word = ram.word(page(0, number), 0).load(Ordering::Relaxed);
+                    let zeros = given_back[number as usize] && word == 0;
+                    assert!(zeros || word == pattern.word(page(0, number), 0), "page {number}");
+                }
+                ram.give_back(page(0, first), count);
+                given_back[first as usize..(first + count) as usize].fill(true);
+                for number in first..first + count {
+                    assert_eq!(ram.word(page(0, number), 0).load(Ordering::Relaxed), 0);
+                }
+            }
+            given_back
+        });
+        engine.fill(fillers, &Pace::new(None)).unwrap();
+        guest.join().unwrap();
+        let given_back = owner.join().unwrap();
+        assert!(engine.memory.wait_complete(FOREVER), "{:?}", engine.memory.counts());
+        for (number, given_back) in given_back.iter().enumerate() {
+            let found = ram.read(page(0, number as u64));
+            match given_back {
+                true => assert!(found == [0; PAGE_SIZE], "page {number} was filled again"),
+                false => assert!(found == pattern.page(page(0, number as u64)), "page {number}"),
+            }
+        }
+        for report in engine.stop_intakes() {
+            report.unwrap();
+        }
+        given_back
+    });
+    assert!(given_back.contains(&true));
+}
+
+#[test]
+fn memory_that_was_given_back_stays_zeros() {
+    for seed in 1..=8 {
+        give_back_while_filling(seed, 1 + seed as usize % 2, 1 + seed as usize % 3);
+    }
+}
+
+#[test]
+fn memory_that_was_unmapped_is_not_waited_for() {
+    for seed in 1..=8 {
+        let ram =
+            Arc::new(Ram::new(&[(Backing::Anonymous, 2048), (Backing::Anonymous, 512)]).unwrap());
+        let pattern = Pattern::new(ram.blocks(), 16).dense();
+        let kept = Random::new(seed).below(2048);
+        let mut engine = Engine::new(
+            &ram,
+            Arc::new(pattern.clone()),
+            feature::EVENT_REMOVE | feature::EVENT_UNMAP,
+        );
+        engine.start_intake();
+        thread::scope(|scope| {
+            let filler = scope.spawn(|| engine.fill(2, &Pace::new(None)));
+            while engine.memory.counts().present < seed * 100 {
+                thread::yield_now();
+            }
+            ram.unmap_from(page(0, kept));
+            filler.join().unwrap().unwrap();
+        });
+        assert!(engine.memory.wait_complete(FOREVER));
+        for page in ram.pages().into_iter().filter(|p| p.block.0 == 1 || p.number < kept) {
+            assert!(ram.read(page) == pattern.page(page), "{page:?} is wrong");
+        }
+        for report in engine.stop_intakes() {
+            report.unwrap();
+        }
+    }
+}
+
+/// Threads that read memory at their leisure see no page change, whoever else asks for it.
+#[test]
+fn pages_never_change_once_they_are_there() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 2048)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16);
+    let reads = AtomicU64::new(0);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
+        engine.start_intake();
+        engine.start_intake();
+        for guest in 0..2 {
+            let (ram, pattern, reads, done) = (&ram, &pattern, &reads, &done);
+            scope.spawn(move || {
+                let mut random = Random::new(guest);
+                while !done.load(Ordering::Relaxed) {
+                    // Few pages, so that both ask for the same ones at once.
+                    let page = page(0, random.below(64) * 32);
+                    let word = ram.word(page, WORDS - 1).load(Ordering::Relaxed);
+                    if word != pattern.word(page, WORDS - 1) {
+                        done.store(true, Ordering::Relaxed);
+                        panic!("{page:?} ends with {word:#x}");
+                    }
+                    reads.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        engine.fill(2, &Pace::new(None)).unwrap();
+        let enough = reads.load(Ordering::Relaxed) + 10_000;
+        while reads.load(Ordering::Relaxed) < enough && !done.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
