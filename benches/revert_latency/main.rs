@@ -119,7 +119,9 @@ async fn measure_all(options: &Options, disk: &Path, memory: &Path) -> Result<()
     let (start, load) = (Instant::now(), load());
     let mut all = Vec::new();
     let mut version = String::new();
-    for &mib in &options.sizes {
+    for (number, &mib) in options.sizes.iter().enumerate() {
+        // What a save costs without a disk is the same a page at every size.
+        let memory = (number == 0).then_some(memory);
         let figures;
         (figures, version) = measure(mib, options, disk, memory).await?;
         all.push(figures);
@@ -142,9 +144,11 @@ async fn measure(
     mib: u64,
     options: &Options,
     disk: &Path,
-    memory: &Path,
+    memory: Option<&Path>,
 ) -> Result<(Figures, String)> {
-    eprintln!("{mib} MiB: booting");
+    let start = Instant::now();
+    let tell = |stage| eprintln!("{mib} MiB: {stage} ({:.0} s)", start.elapsed().as_secs_f64());
+    tell("booting");
     let guest_options = GuestOptions {
         qemu: options.qemu,
         mib,
@@ -160,18 +164,20 @@ async fn measure(
     let guest = spawn_blocking(move || Guest::boot(&guest_options)).await??;
     let mut figures = Figures { mib, ..Figures::default() };
 
-    eprintln!("{mib} MiB: saving to memory");
-    save_pairs(&guest, memory, options.pairs, &mut figures, |figures| &mut figures.memory).await?;
-    for name in ["vm.snap", "stream"] {
-        remove(&memory.join(name))?;
+    if let Some(memory) = memory {
+        tell("saving to memory");
+        save_pairs(&guest, memory, options.pairs, &mut figures, |all| &mut all.memory).await?;
+        for name in ["vm.snap", "stream"] {
+            remove(&memory.join(name))?;
+        }
     }
-    eprintln!("{mib} MiB: saving to disk");
+    tell("saving to disk");
     save_pairs(&guest, disk, options.pairs, &mut figures, |figures| &mut figures.disk).await?;
     let recorded = guest.dir.clone();
     // Its memory is wanted for the page cache. Its folder is not wanted any more.
     drop(guest);
 
-    eprintln!("{mib} MiB: reverting");
+    tell("reverting");
     let (image, stream) = (disk.join("vm.snap"), disk.join("stream"));
     reverts::warm(&stream)?;
     reverts::warm(&image)?;
