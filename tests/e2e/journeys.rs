@@ -148,10 +148,12 @@ fn a_guest_that_ran_is_reverted_paused(dir: &Dir, qemu: Qemu) -> Result<()> {
 
 fn one_image_is_reverted_twice_at_once(dir: &Dir, qemu: Qemu) -> Result<()> {
     let shared = shared(qemu)?;
-    let mut first = dir.reverted(&shared.image, &shared.from, "first")?;
-    let to = dir.make("second")?;
-    let by_socket = dir.revert(&shared.image, &shared.from, &to).with(&["--place", "socket"]);
-    let mut second = Reverted::of(by_socket, &to)?;
+    let by = |way: &str, name: &str| {
+        let to = dir.make(name)?;
+        Reverted::of(dir.revert(&shared.image, &shared.from, &to).with(&["--place", way]), &to)
+    };
+    let mut first = by("auto", "first")?;
+    let mut second = by("socket", "second")?;
     first.check(&shared.nonce)?;
     second.check(&shared.nonce)?;
     // Straight into memory is what is chosen where it can be had, as here.
