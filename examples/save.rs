@@ -45,6 +45,7 @@ async fn run(options: &SaveOptions) -> Result<(), SaveError> {
         }
         SaveEvent::Moment { pause_ms: None, .. } => println!("the guest was paused, and stays so"),
         SaveEvent::Progress { pages, total, .. } => println!("{pages} of {total} pages"),
+        SaveEvent::Draining => println!("giving up, once QEMU has sent all memory"),
         SaveEvent::Saved { image_bytes, stalled_ms, .. } => {
             println!("{} MiB on disk; QEMU waited {stalled_ms:.0} ms for us", image_bytes >> 20);
         }

@@ -35,7 +35,7 @@ fn written(page: Page) -> u64 {
 /// page's owner has written.
 fn run_guest(ram: &Ram, pattern: &Pattern, thread: u64, threads: u64, seed: u64) {
     let pages = ram.pages();
-    let owns = |at: u64| at % 4 == 0 && at / 4 % threads == thread;
+    let owns = |at: u64| at.is_multiple_of(4) && at / 4 % threads == thread;
     for at in Random::new(seed ^ thread << 32).order(pages.len() as u64) {
         let page = pages[at as usize];
         if owns(at) {
@@ -58,7 +58,7 @@ fn run_guest(ram: &Ram, pattern: &Pattern, thread: u64, threads: u64, seed: u64)
 fn check_all(ram: &Ram, pattern: &Pattern, written_to: bool) {
     for (at, page) in ram.pages().into_iter().enumerate() {
         let mut expected = pattern.page(page);
-        if written_to && at % 4 == 0 {
+        if written_to && at.is_multiple_of(4) {
             expected[..8].copy_from_slice(&written(page).to_le_bytes());
         }
         assert!(ram.read(page) == expected, "{page:?} is wrong");
@@ -291,6 +291,14 @@ fn give_back_while_filling(seed: u64, intakes: usize, fillers: usize) {
                 assert_eq!(word, pattern.word(page(0, number), 0), "page {number}");
             }
         });
+        // Others look at what is being given back, and see it before or after.
+        let onlooker = scope.spawn(|| {
+            for number in Random::new(seed + 1).order(PAGES) {
+                let word = ram.word(page(0, number), 0).load(Ordering::Relaxed);
+                let given_back = word == 0 && number >= FROM;
+                assert!(given_back || word == pattern.word(page(0, number), 0), "page {number}");
+            }
+        });
         let owner = scope.spawn(|| {
             let mut random = Random::new(seed);
             let mut given_back = vec![false; PAGES as usize];
@@ -314,6 +322,7 @@ fn give_back_while_filling(seed: u64, intakes: usize, fillers: usize) {
         });
         engine.fill(fillers, &Pace::new(None)).unwrap();
         guest.join().unwrap();
+        onlooker.join().unwrap();
         let given_back = owner.join().unwrap();
         assert!(engine.memory.wait_complete(FOREVER), "{:?}", engine.memory.counts());
         for (number, given_back) in given_back.iter().enumerate() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use super::window::Window;
-use super::{Memory, MemoryError};
+use super::{Memory, MemoryError, PlaceError};
 use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
 
 /// Answers requests for pages; one thread's share, with buffers of its own.
@@ -142,9 +142,13 @@ impl FaultServer {
         })?;
         let Some(mine) = mine else {
             // It was installed between the fault and now, or will be at once by whoever
-            // has claimed it, who then wakes the waiting thread.
+            // has claimed it, who then wakes the waiting thread; except that a change of
+            // layout may make them release it.
             return match memory.claims.is_present(page.block, page.number) {
                 true => memory.wake(host_page),
+                false if steady.is_some() => {
+                    Err(memory.place_error(host_page, PlaceError::Changing))
+                }
                 false => Ok(()),
             };
         };
@@ -152,14 +156,13 @@ impl FaultServer {
         // Who comes later must not rely on a claim that nobody fulfils.
         let content = self.bring(memory, page, mine);
         content.inspect_err(|_| memory.claims.release(mine))?;
-        drop(steady);
         self.record(page, heard);
         let mut installed = mine.count;
-        for (run, content) in self.window.pieces() {
-            match memory.install(run, content, || {}) {
-                // Neighbours can wait.
-                Err(error) if error.is_passing() => break,
-                done => installed += done?,
+        // Where the layout changes, neighbours may have to be released, and nobody would
+        // come back for them.
+        if steady.is_none() {
+            for (run, content) in self.window.pieces() {
+                installed += memory.install(run, content, || {})?;
             }
         }
         memory.demanded.fetch_add(installed, Ordering::Relaxed);

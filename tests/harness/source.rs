@@ -39,7 +39,7 @@ impl Pattern {
     }
 
     pub fn is_zero(&self, page: Page) -> bool {
-        !self.dense && (page.number / 96 % 4 == 3 || mix(page, 0) % 5 == 0)
+        !self.dense && (page.number / 96 % 4 == 3 || mix(page, 0).is_multiple_of(5))
     }
 
     /// One word of a page.
@@ -47,7 +47,7 @@ impl Pattern {
         match self.is_zero(page) {
             true => 0,
             // Never zero, so that a page that was not brought can't pass for one.
-            false if index % 2 == 0 => mix(page, index as u64) | 1,
+            false if index.is_multiple_of(2) => mix(page, index as u64) | 1,
             false => 0x5555_5555_5555_5555,
         }
     }
