@@ -99,7 +99,11 @@ impl Output {
 
     pub fn say(&self, what: &str, details: &str) {
         let line = format!("{:>10.1} ms  {what:<11}{details}", self.ms());
-        self.bar.suspend(|| print_line(line.trim_end()));
+        // A bar that has not begun is not drawn yet, and suspending it would do that.
+        match self.bar.length() {
+            None | Some(0) => print_line(line.trim_end()),
+            Some(_) => self.bar.suspend(|| print_line(line.trim_end())),
+        }
     }
 
     fn advance(&self, done: u64, total: u64, message: String) {
