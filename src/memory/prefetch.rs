@@ -54,19 +54,19 @@ pub fn prefetch(
     if let Some(hold) = options.hold {
         pace.wait(hold);
     }
-    let pages = options.working_set.len();
-    in_parallel(options.threads, |_| prefetch_working_set(memory, options, pace), pages)?;
+    preload(memory, options, pace)?;
     if let Some(quiet) = options.delay {
         pace.wait_quiet(memory, quiet);
     }
     let zeros = Windows::new(memory, |block| memory.likes_large_zeros(block));
-    in_parallel(options.threads, |_| fill_zeros(memory, &zeros, pace), zeros.count())?;
+    in_parallel(options.threads, zeros.count(), || fill_zeros(memory, &zeros, pace))?;
     let rest = Windows::new(memory, |_| true);
-    in_parallel(options.threads, |_| fill_rest(memory, &rest, pace), rest.count())?;
+    in_parallel(options.threads, rest.count(), || fill_rest(memory, &rest, pace))?;
     demand_the_rest(memory, pace)
 }
 
-/// Brings the working set only, and returns when it is in place or on its way.
+/// Brings the working set only, and returns when it is in place or on its way. Its order
+/// is worth more than a second thread: this one does it alone.
 ///
 /// # Errors
 /// As for [`prefetch`].
@@ -75,27 +75,46 @@ pub fn preload(
     options: &FillOptions,
     pace: &Pace,
 ) -> Result<(), MemoryError> {
-    prefetch_working_set(memory, options, pace)
+    if options.working_set.is_empty() {
+        return Ok(());
+    }
+    let mut filler = Filler::new(memory, pace)?;
+    let group = memory.source.chunk_pages() as u64;
+    for page in &options.working_set {
+        if pace.is_stopped() {
+            break;
+        }
+        let Some(block) = memory.blocks().get(page.block.index()) else { continue };
+        if page.number >= block.pages() || memory.claims.is_claimed(page.block, page.number) {
+            continue;
+        }
+        // What is stored with it comes for free.
+        let group = group.max(block.pages_per_host_page());
+        let first = page.number / group * group;
+        let count = group.min(block.pages() - first);
+        pass_over(filler.fill(Run { block: page.block, first, count }))?;
+    }
+    Ok(())
 }
 
 /// Does the same work on several threads, this one among them, unless there is none.
 fn in_parallel(
     threads: usize,
-    work: impl Fn(usize) -> Result<(), MemoryError> + Sync,
     pieces: usize,
+    work: impl Fn() -> Result<(), MemoryError> + Sync,
 ) -> Result<(), MemoryError> {
     if pieces == 0 {
         return Ok(());
     }
     std::thread::scope(|scope| {
         let work = &work;
-        let start = |n| {
+        let start = |_| {
             let name = "prefetch".to_owned();
-            std::thread::Builder::new().name(name).spawn_scoped(scope, move || work(n))
+            std::thread::Builder::new().name(name).spawn_scoped(scope, work)
         };
         // A helper that can't be started leaves its share to the others.
         let helpers: Vec<_> = (1..threads.max(1).min(pieces)).flat_map(start).collect();
-        let mut result = work(0);
+        let mut result = work();
         for helper in helpers {
             let helped = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             result = result.and(helped);
@@ -114,31 +133,6 @@ fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
         Err(error) if error.is_passing() => Ok(()),
         other => other,
     }
-}
-
-/// The order of the working set is worth more than a second thread: one does it.
-fn prefetch_working_set(
-    memory: &Arc<Memory>,
-    options: &FillOptions,
-    pace: &Pace,
-) -> Result<(), MemoryError> {
-    let mut filler = Filler::new(memory, pace)?;
-    let group = memory.source.chunk_pages() as u64;
-    for page in &options.working_set {
-        if pace.is_stopped() {
-            break;
-        }
-        let Some(block) = memory.blocks().get(page.block.index()) else { continue };
-        if page.number >= block.pages() || memory.claims.is_claimed(page.block, page.number) {
-            continue;
-        }
-        // What is stored with it comes for free.
-        let group = group.max(block.pages_per_host_page());
-        let first = page.number / group * group;
-        let count = group.min(block.pages() - first);
-        pass_over(filler.fill(Run { block: page.block, first, count }))?;
-    }
-    Ok(())
 }
 
 /// Installs stretches of zeros, each as far as it reaches within its window.
