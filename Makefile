@@ -24,7 +24,7 @@ guest: setup
 test: guest loom
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
 	cargo test --locked --lib --bins --examples --tests
-	SNAPBACK_TEST_PLACE=socket cargo test --locked --test e2e
+	SNAPBACK_TEST_PLACE=socket cargo test --locked --test e2e -- $(BOTH_WAYS)
 	cargo test --locked --doc
 
 loom:
@@ -46,6 +46,9 @@ lint:
 clean:
 	cargo clean
 	rm -rf $(addprefix $(DEPS)/,$(MADE))
+
+# Tests in which it matters by which way memory reaches the guest.
+BOTH_WAYS := backends:: bare:: chains:: damage:: filling:: interrupts:: journeys:: serving:: trouble::
 
 DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target

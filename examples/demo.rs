@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use snapback::image::Compression;
 use snapback::interrupt::Interrupts;
 use snapback::revert::{Progress, RevertEvent, RevertOptions, revert};
 use snapback::save::{SaveEvent, SaveOptions, save};
@@ -137,13 +136,7 @@ struct Taken {
 }
 
 async fn take(guest: &Guest, image: &Path) -> Result<Taken> {
-    let options = SaveOptions {
-        qmp: guest.qmp_path.clone(),
-        image: image.into(),
-        compression: Compression::Zstd(1),
-        memory_only: false,
-        force: false,
-    };
+    let options = SaveOptions::new(&guest.qmp_path, image);
     let mut taken = Taken::default();
     let start = Instant::now();
     save(&options, Interrupts::never(), |event| match event {

@@ -30,6 +30,12 @@ async fn main() -> ExitCode {
 async fn run(options: &RevertOptions) -> Result<(), RevertError> {
     let reverted = revert(options, interrupts(), |event| match event {
         RevertEvent::Note { what, why } => println!("note: {what}: {why}"),
+        RevertEvent::Disk { disk, overlay: Some(overlay), .. } => {
+            println!("what the guest writes to its disk {disk} goes to {}", overlay.display());
+        }
+        RevertEvent::Disk { disk, .. } => {
+            println!("what the guest writes to its disk {disk} goes with QEMU");
+        }
         RevertEvent::QemuReady { pid } => println!("QEMU is up, process {pid}"),
         RevertEvent::Placing { reason, .. } => println!("{reason}"),
         RevertEvent::Running { .. } => println!("the guest runs; its memory follows"),

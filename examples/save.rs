@@ -7,7 +7,6 @@
 
 use std::process::ExitCode;
 
-use snapback::image::Compression;
 use snapback::interrupt::Interrupts;
 use snapback::save::{SaveError, SaveEvent, SaveOptions, save};
 
@@ -18,14 +17,7 @@ async fn main() -> ExitCode {
         eprintln!("usage: save QMP-SOCKET IMAGE");
         return ExitCode::from(2);
     };
-    let options = SaveOptions {
-        qmp: qmp.into(),
-        image: image.into(),
-        compression: Compression::Zstd(1),
-        // A guest with writable disks is refused: their content would be missing.
-        memory_only: false,
-        force: false,
-    };
+    let options = SaveOptions::new(qmp, image);
     match run(&options).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -46,9 +38,11 @@ async fn run(options: &SaveOptions) -> Result<(), SaveError> {
         SaveEvent::Moment { pause_ms: None, .. } => println!("the guest was paused, and stays so"),
         SaveEvent::Progress { pages, total, .. } => println!("{pages} of {total} pages"),
         SaveEvent::Draining => println!("giving up, once QEMU has sent all memory"),
+        SaveEvent::Ready { overlays } => println!("its disks go on in {}", overlays.join(", ")),
         SaveEvent::Saved { image_bytes, stalled_ms, .. } => {
             println!("{} MiB on disk; QEMU waited {stalled_ms:.0} ms for us", image_bytes >> 20);
         }
+        _ => {}
     })
     .await?;
     println!("image {}", saved.identity);

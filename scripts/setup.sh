@@ -13,13 +13,8 @@ set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 deps=${SNAPBACK_DEPS:-$here/../.deps}
-release=bookworm
-
-say() { printf 'setup: %s\n' "$*"; }
-die() {
-    printf 'setup: %s\n' "$*" >&2
-    exit 1
-}
+me=setup
+. "$here/common.sh"
 
 command -v apt-get >/dev/null && command -v dpkg-query >/dev/null ||
     die "needs Debian's apt-get and dpkg; elsewhere, install QEMU 7.2 and 10.0 and set SNAPBACK_TEST_QEMU_7 and SNAPBACK_TEST_QEMU_10"
@@ -43,16 +38,6 @@ missing_packages() {
         [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
             echo "$package"
     done
-}
-
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    elif command -v sudo >/dev/null; then
-        sudo "$@"
-    else
-        die "must be root to run: $* (there is no sudo; run that as root, then make setup again)"
-    fi
 }
 
 install_packages() {
@@ -79,15 +64,6 @@ private_apt() {
         -o Dir::State::Lists="$deps/apt/lists" -o Dir::Cache="$deps/apt/cache" \
         -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
         -o APT::Sandbox::User=root "$@"
-}
-
-# The Debian mirror which the system uses for this release.
-mirror() {
-    local uri
-    # shellcheck disable=SC2016 # the format is apt's, not the shell's
-    uri=$(apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
-        sed -n "s/^$release main \(https\?:.*\)/\1/p" | head -n 1)
-    echo "${uri:-http://deb.debian.org/debian/}"
 }
 
 refresh_lists() {

@@ -25,8 +25,107 @@ pub struct Machine {
     pub env: Vec<(String, String)>,
     /// Whether the guest ran (as opposed to being paused) when it was saved.
     pub running: bool,
-    /// Writable disks that were attached and are not part of the image.
+    /// Writable disks that were attached and are not part of the image, as people
+    /// would name them. In images with [`disks`](Machine::disks): those whose role is
+    /// [`Excluded`](DiskRole::Excluded).
     pub uncaptured_disks: Vec<String>,
+    /// All disks and drives, in the order of QEMU's `query-block`. Empty as well in
+    /// images made before disks were recorded.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// The machine as libvirt describes it (domain XML, at most 16 MiB), where the
+    /// image was made of a guest that libvirt saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub libvirt_xml: Option<String>,
+}
+
+/// A disk or drive at the moment of the snapshot.
+///
+/// To find its option in [`Machine::argv`]: [`node`](Disk::node) is the `node-name` of a
+/// `-blockdev` (or of a `-drive` that has one); without, [`device`](Disk::device) is
+/// the name of a `-drive`. A disk that was plugged in later is in neither.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disk {
+    /// QEMU's name of the block backend (`device` of `query-block`): the `id` of a
+    /// `-drive`, or the one that QEMU made up for it, such as `virtio0` or `ide1-cd0`.
+    /// Empty for a disk of `-blockdev`.
+    pub device: String,
+    /// The guest device's id or QOM path (`qdev` of `query-block`), if one uses it.
+    pub qdev: Option<String>,
+    /// The name of the uppermost node of this disk that the command line names. Above
+    /// it there may be overlays that were put there since QEMU started, by earlier
+    /// snapshots for example: they are part of [`chain`](Disk::chain).
+    pub node: Option<String>,
+    /// Whether the medium can be removed, as of a CD drive.
+    pub removable: bool,
+    /// What the snapshot has to do with it.
+    pub role: DiskRole,
+    /// Size that the guest sees, in bytes.
+    pub size: u64,
+    /// Its files, the one on top first, each on top of the next. Of a captured disk
+    /// this is what the guest saw at the moment, and nobody writes to it any more.
+    /// Empty when there is no medium, or when it does not consist of files that we
+    /// know (never for a captured disk).
+    pub chain: Vec<DiskFile>,
+    /// Of a captured disk: the overlay that the guest it was taken from writes to
+    /// since, an absolute path. Not part of the snapshot.
+    pub overlay: Option<String>,
+}
+
+/// What a snapshot has to do with a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskRole {
+    /// Frozen at the moment and part of the snapshot.
+    Captured,
+    /// The guest can't write to it: recorded, untouched, used as it is.
+    ReadOnly,
+    /// Writable, and left out by the wish of whoever made the snapshot: its content is
+    /// whatever it is when it is used again.
+    #[default]
+    Excluded,
+    /// A drive without a medium.
+    Empty,
+}
+
+/// A file of a disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFile {
+    /// QEMU's name of the format node over it; starts with `#` when QEMU made it up.
+    pub node: String,
+    /// Absolute path of the file or block device.
+    pub path: String,
+    /// Its format: `raw` or `qcow2` in a captured disk, any in others.
+    pub format: String,
+    /// How to recognise it: there for captured and read-only disks, unless such a file
+    /// of a read-only one could not be read.
+    pub stamp: Option<FileStamp>,
+}
+
+/// What an unchanged file is recognised by. How it is made is told at
+/// [`vm::stamp`](crate::vm::stamp).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStamp {
+    /// Length in bytes.
+    pub len: u64,
+    /// When it was last written to, in nanoseconds since 1970 (`st_mtim`, stat(2)); 0
+    /// of a block device. A copy has another one.
+    pub mtime_ns: i64,
+    /// A checksum over its length and samples of its content: the same for a copy,
+    /// very likely another for a file of other content. No proof.
+    pub fingerprint: u64,
+}
+
+impl Disk {
+    /// The disk as people know it: the name that they gave it, or the nearest to one,
+    /// and its file.
+    pub fn describe(&self) -> String {
+        let names = [Some(&self.device), self.node.as_ref(), self.qdev.as_ref()];
+        let name = names.into_iter().flatten().find(|name| !name.is_empty());
+        let file = self.chain.first().map(|file| format!(" ({})", file.path));
+        format!("{}{}", name.map_or("unnamed", String::as_str), file.unwrap_or_default())
+    }
 }
 
 /// A QEMU version.

@@ -4,6 +4,7 @@
 //! The kernel's own definitions come from `linux-raw-sys`, so that building needs
 //! neither kernel headers nor libclang.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -85,8 +86,9 @@ mod ioctl {
     nix::ioctl_readwrite!(register, sys::UFFDIO, sys::_UFFDIO_REGISTER, sys::uffdio_register);
     nix::ioctl_readwrite!(copy, sys::UFFDIO, sys::_UFFDIO_COPY, sys::uffdio_copy);
     nix::ioctl_readwrite!(zeropage, sys::UFFDIO, sys::_UFFDIO_ZEROPAGE, sys::uffdio_zeropage);
-    // UFFDIO_WAKE is declared with _IOR although the kernel reads its argument.
+    // These are declared with _IOR although the kernel reads their argument.
     nix::ioctl_read!(wake, sys::UFFDIO, sys::_UFFDIO_WAKE, sys::uffdio_range);
+    nix::ioctl_read!(unregister, sys::UFFDIO, sys::_UFFDIO_UNREGISTER, sys::uffdio_range);
 
     /// The number that the macros above make, held against the kernel headers' own.
     macro_rules! proven {
@@ -112,7 +114,17 @@ mod ioctl {
         numbers::UFFDIO_ZEROPAGE
     );
     proven!(request_code_read, sys::_UFFDIO_WAKE, sys::uffdio_range, numbers::UFFDIO_WAKE);
+    proven!(
+        request_code_read,
+        sys::_UFFDIO_UNREGISTER,
+        sys::uffdio_range,
+        numbers::UFFDIO_UNREGISTER
+    );
 }
+
+/// How /proc/PID/fd names a userfaultfd. `/dev/userfaultfd`, from which newer QEMUs
+/// make theirs, is named by its path.
+const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
 
 /// What userfaultfd has to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,6 +238,16 @@ impl Uffd {
         Uffd { fd, layout: None }
     }
 
+    /// Copies of all userfaultfds that another process has (pidfd_getfd(2)). What
+    /// [`Uffd::from_fd`] says of them holds for these.
+    ///
+    /// # Errors
+    /// When the process is gone or may not be traced (ptrace(2)).
+    pub fn all_of(pid: i32) -> io::Result<Vec<Uffd>> {
+        let copy = |fd| copy_fd(pid, fd).map(Uffd::from_fd);
+        find_userfaultfds(pid)?.into_iter().map(copy).collect()
+    }
+
     /// Whether changes of the memory's layout are told.
     pub fn tells_of_layout(&self) -> bool {
         self.layout.is_some()
@@ -267,6 +289,21 @@ impl Uffd {
         // range is the caller's promise.
         unsafe { ioctl::register(self.fd.as_raw_fd(), &raw mut register) }
             .map_err(|e| UffdError::Register { start, len, source: e.into() })?;
+        Ok(())
+    }
+
+    /// Ends the registration of a range: nothing waits there any more, and nothing is
+    /// write-protected. Whoever waits is woken.
+    ///
+    /// # Errors
+    /// When the range is not one of memory that can be registered.
+    pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut range = sys::uffdio_range { start, len };
+        // SAFETY: reads one `uffdio_range`. Memory keeps what it holds.
+        unsafe { ioctl::unregister(self.fd.as_raw_fd(), &raw mut range) }?;
+        // The kernel does that by itself only where missing pages were waited for.
+        // SAFETY: as above.
+        unsafe { ioctl::wake(self.fd.as_raw_fd(), &raw mut range) }?;
         Ok(())
     }
 
@@ -421,6 +458,37 @@ impl AsFd for Uffd {
 /// What is missing, and what to do about it.
 pub fn write_protect_supported() -> Result<(), UffdError> {
     Uffd::create(feature::WRITE_PROTECT).map(drop)
+}
+
+/// The numbers of the userfaultfds that a process has.
+fn find_userfaultfds(pid: i32) -> io::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        // A descriptor may be closed between the listing and the look.
+        if fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == USERFAULTFD_LINK) {
+            found.extend(entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+        }
+    }
+    Ok(found)
+}
+
+/// A copy of another process's descriptor (pidfd_getfd(2)).
+fn copy_fd(pid: i32, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes numbers only.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if pidfd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
+    // SAFETY: pidfd_getfd(2) takes numbers only.
+    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
 }
 
 #[cfg(test)]

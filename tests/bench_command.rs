@@ -12,22 +12,30 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use support::{Fill, Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until};
+use support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until};
 
 /// A guest that lives on, its image, and a folder for what a bench makes elsewhere.
 struct Bench {
     guest: Guest,
     images: TempDir,
     temporary: TempDir,
+    disks: TempDir,
 }
 
 impl Bench {
     fn new(qemu: Qemu) -> Result<Bench> {
-        let options =
-            GuestOptions { qemu, mib: 128, fill: Fill::Percent(50), ..GuestOptions::default() };
-        let guest = Guest::boot(&options)?;
+        let disks = tempfile::tempdir()?;
+        let disk = Disk::new("disk", &disks.path().join("disk.raw"));
+        disk.make(4)?;
+        let guest = Guest::boot(&GuestOptions {
+            qemu,
+            mib: 128,
+            fill: Fill::Percent(50),
+            disks: vec![disk],
+            ..GuestOptions::default()
+        })?;
         let (images, temporary) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let bench = Bench { guest, images, temporary };
+        let bench = Bench { guest, images, temporary, disks };
         let mut save = bench.command("save");
         let saved = save.arg("--qmp").arg(&bench.guest.qmp_path).output()?;
         assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
@@ -55,6 +63,8 @@ impl Bench {
     fn assert_nothing_left(&self) -> Result<()> {
         assert_eq!(names_in(self.images.path())?, ["vm.snap"]);
         assert_eq!(names_in(self.temporary.path())?, [""; 0]);
+        // The frozen disk, and the overlay in which the living guest goes on.
+        assert_eq!(names_in(self.disks.path())?.len(), 2);
         let folder = self.temporary.path().display().to_string();
         wait_until(SOON, "QEMUs to be gone", || {
             fs::read_dir("/proc").is_ok_and(|processes| {

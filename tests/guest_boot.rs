@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use support::{
-    Attached, Fill, Guest, GuestOptions, Oracle, Qemu, Qmp, Result, SOON, process_gone, qmp,
-    query_status, resident_kib, spawn_bound, wait_for,
+    Attached, Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Oracle, Qemu, Qmp, Result, SOON,
+    convert, process_gone, qmp, query_status, resident_kib, run, spawn_bound, wait_for,
 };
 
 fn booted(qemu: Qemu) -> Result<Guest> {
@@ -151,4 +151,40 @@ fn a_guest_that_can_not_be_says_why() {
     let options = GuestOptions { args: vec!["-no-such-option".into()], ..options };
     let error = Guest::boot(&options).err().map(|e| e.to_string()).unwrap_or_default();
     assert!(error.contains("no-such-option: invalid option"), "{error}");
+}
+
+#[test]
+fn disks_of_every_kind_are_there_and_hold_a_file_system() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let disk = |id: &str, bus, given, format| {
+        let file = folder.path().join(id);
+        Disk { id: id.into(), bus, given, file, format }
+    };
+    let disks = vec![
+        disk("blk", Bus::VirtioBlk, Given::Blockdev, Format::Raw),
+        disk("auto", Bus::VirtioBlk, Given::DriveIf, Format::Qcow2),
+        disk("scsi", Bus::VirtioScsi, Given::Drive, Format::Qcow2),
+        disk("ide", Bus::Ide, Given::BlockdevJson, Format::Raw),
+        disk("nvme", Bus::Nvme, Given::Blockdev, Format::Qcow2),
+    ];
+    disks.iter().try_for_each(|disk| disk.make_ext4(16))?;
+    let mut guest = Guest::boot(&GuestOptions { disks, ..GuestOptions::default() })?;
+    for device in ["vda", "vdb", "sda", "sdb", "nvme0n1"] {
+        let started = guest.oracle.ask(&format!("records start /dev/{device} 0"))?;
+        assert!(started.starts_with("ok ledger="), "{started}");
+        wait_for(SOON, "ten records", || {
+            let checked = guest.oracle.ask("records check")?;
+            assert!(checked.starts_with("ok "), "{checked}");
+            Ok((!checked.ends_with("acknowledged=0")).then_some(()))
+        })?;
+        guest.oracle.ask("records stop")?;
+    }
+    for (id, format) in [("blk", Format::Raw), ("nvme", Format::Qcow2)] {
+        let copy = folder.path().join("copy");
+        convert(&folder.path().join(id), format, &copy, Format::Raw)?;
+        run(Command::new("/sbin/e2fsck").args(["-fn"]).arg(&copy))?;
+    }
+    let time = guest.oracle.ask("time")?;
+    assert!(time.starts_with("wall_ms=") && time.contains(" rtc_s="), "{time}");
+    Ok(())
 }

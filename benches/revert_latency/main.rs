@@ -31,8 +31,8 @@ use tokio::task::spawn_blocking;
 /// A file system in memory, which shows what a save costs without a disk.
 const TMPFS: &str = "/dev/shm";
 
-const USAGE: &str =
-    "options: --sizes MIB,MIB…  --runs N  --pairs N  --qemu 7|10  --place auto|uffd|socket";
+const USAGE: &str = "options: --sizes MIB,MIB…  --runs N  --pairs N  --qemu 7|10  --place auto|uffd|socket  \
+     --compress none|zstd[:LEVEL]";
 
 struct Options {
     /// Sizes of guests, in MiB of RAM.
@@ -44,6 +44,8 @@ struct Options {
     qemu: Qemu,
     /// The way that memory goes in our reverts.
     way: Way,
+    /// How our images are compressed.
+    compress: String,
 }
 
 impl Options {
@@ -54,6 +56,7 @@ impl Options {
             pairs: 5,
             qemu: Qemu::V7,
             way: Way::Auto,
+            compress: "none".into(),
         };
         while let Some(name) = args.next() {
             // Cargo adds it.
@@ -73,6 +76,7 @@ impl Options {
                 ("--place", "auto") => options.way = Way::Auto,
                 ("--place", "uffd") => options.way = Way::Uffd,
                 ("--place", "socket") => options.way = Way::Socket,
+                ("--compress", how) => options.compress = how.into(),
                 _ => return Err(USAGE.into()),
             }
         }
@@ -166,13 +170,13 @@ async fn measure(
 
     if let Some(memory) = memory {
         tell("saving to memory");
-        save_pairs(&guest, memory, options.pairs, &mut figures, |all| &mut all.memory).await?;
+        save_pairs(&guest, memory, options, &mut figures, |all| &mut all.memory).await?;
         for name in ["vm.snap", "stream"] {
             remove(&memory.join(name))?;
         }
     }
     tell("saving to disk");
-    save_pairs(&guest, disk, options.pairs, &mut figures, |figures| &mut figures.disk).await?;
+    save_pairs(&guest, disk, options, &mut figures, |figures| &mut figures.disk).await?;
     let recorded = guest.dir.clone();
     // Its memory is wanted for the page cache. Its folder is not wanted any more.
     drop(guest);
@@ -200,16 +204,17 @@ async fn measure(
 async fn save_pairs(
     guest: &Guest,
     folder: &Path,
-    pairs: usize,
+    options: &Options,
     figures: &mut Figures,
     place: impl Fn(&mut Figures) -> &mut Saves,
 ) -> Result<()> {
     let (image, stream) = (folder.join("vm.snap"), folder.join("stream"));
-    for _ in 0..pairs {
+    for _ in 0..options.pairs {
         remove(&image)?;
         settle().await?;
         let (qmp, target) = (guest.qmp_path.clone(), image.clone());
-        let ours = spawn_blocking(move || saves::ours(&qmp, &target)).await??;
+        let how = options.compress.clone();
+        let ours = spawn_blocking(move || saves::ours(&qmp, &target, &how)).await??;
         wait_over(guest).await?;
         remove(&stream)?;
         settle().await?;

@@ -107,7 +107,7 @@ pub async fn ours(image: &Path, recorded: &Path, way: Way) -> Result<Reverted> {
         rewrite: place.rewrite.clone(),
         // Each revert as the first one: a working set from earlier ones would help.
         delivery: Delivery { way, working_set: false, ..Delivery::default() },
-        preload: false,
+        ..RevertOptions::default()
     };
     let (mut told, mut rss) = (Reverted::default(), Ok(0));
     let start = Instant::now();

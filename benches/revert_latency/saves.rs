@@ -30,11 +30,11 @@ pub struct OurSave {
     pub peak_kib: u64,
 }
 
-/// Saves by the program, without compression. It syncs the image itself.
-pub fn ours(qmp: &Path, image: &Path) -> Result<OurSave> {
+/// Saves by the program, compressed so. It syncs the image itself.
+pub fn ours(qmp: &Path, image: &Path, compress: &str) -> Result<OurSave> {
     let start = Instant::now();
     let mut child = Command::new(env!("CARGO_BIN_EXE_snapback"))
-        .args(["save", "--compress", "none", "--json", "--qmp"])
+        .args(["save", "--compress", compress, "--json", "--qmp"])
         .args([qmp, image])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -18,7 +18,7 @@ use super::runs::{How, Recorder, bring_back};
 use super::setup::{Run, Setup};
 use super::{BenchError, Cache, Method, Sample, Skipped};
 use crate::interrupt::Interrupts;
-use crate::machine::QemuVersion;
+use crate::machine::{DiskRole, QemuVersion};
 use crate::qmp::{Events, Qmp};
 use crate::revert::Held;
 use crate::vm::{Process, rewrite};
@@ -198,6 +198,9 @@ async fn make_snapshot(
     setup: &Setup<'_>,
     interrupts: &Interrupts,
 ) -> Result<Result<Vec<(String, PathBuf)>, String>, BenchError> {
+    if setup.machine.disks.iter().any(|disk| disk.role == DiskRole::Captured) {
+        return Ok(Err("the guest's disks are frozen, and a snapshot is kept in a disk".into()));
+    }
     if setup.disks.is_empty() {
         return Ok(Err("the guest has no writable disk to keep a snapshot in".into()));
     }

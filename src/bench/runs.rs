@@ -9,7 +9,7 @@ use super::sign::{SignError, Watch};
 use super::{BenchError, Cache, Method, Sample, host};
 use crate::interrupt::Interrupts;
 use crate::revert::{
-    Delivery, Held, Outcome, RevertError, RevertEvent, RevertOptions, Way, revert_held,
+    Delivery, Held, Outcome, RevertError, RevertEvent, RevertOptions, Rtc, Way, revert_held,
 };
 use crate::vm::Process;
 
@@ -73,6 +73,7 @@ pub(super) async fn bring_back(
     interrupts: &Interrupts,
 ) -> Result<(Recorder, Held), BenchError> {
     let options = RevertOptions {
+        check: false,
         image: setup.options.image.clone(),
         rewrite: run.rewrite(setup.options),
         delivery: Delivery {
@@ -82,6 +83,7 @@ pub(super) async fn bring_back(
             ..Delivery::default()
         },
         preload: how.preload,
+        rtc: Rtc::Now,
     };
     let mut recorder = Recorder::new(setup, run);
     let (ask, asked) = Interrupts::channel();

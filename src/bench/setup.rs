@@ -9,7 +9,7 @@ use super::{BenchError, BenchOptions, Cache, host};
 use crate::image::Image;
 use crate::machine::Machine;
 use crate::page::PAGE_SIZE;
-use crate::vm::{CommandLine, RewriteOptions, exclusive_paths};
+use crate::vm::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths};
 
 /// What stands for a run's folder in paths.
 const RUN: &str = "{run}";
@@ -46,6 +46,8 @@ pub(super) struct Run {
     folder: Folder,
     rules: Vec<(String, String)>,
     cwd: PathBuf,
+    /// Where its guest's disks take room for what it writes.
+    overlays: PathBuf,
 }
 
 impl<'a> Setup<'a> {
@@ -109,7 +111,8 @@ impl<'a> Setup<'a> {
         let in_here = |(old, new): &(String, String)| (old.clone(), new.replace(RUN, &here));
         let mut rules: Vec<_> = self.rules.iter().map(in_here).collect();
         rules.extend_from_slice(disks);
-        Ok(Run { folder, rules, cwd: self.machine.cwd.clone().into() })
+        let overlays = self.beside.path().to_owned();
+        Ok(Run { folder, rules, cwd: self.machine.cwd.clone().into(), overlays })
     }
 
     /// Makes the machine ready for a run that reads these files.
@@ -138,6 +141,12 @@ impl Run {
             qemu: options.qemu.clone(),
             paths: self.rules.clone(),
             extra: options.extra.clone(),
+            // The disks that the image holds are only read.
+            overlays: OverlayOptions {
+                folder: Some(self.overlays.clone()),
+                prefix: None,
+                ephemeral: true,
+            },
             ..RewriteOptions::default()
         }
     }
@@ -233,7 +242,7 @@ mod tests {
             ("relative".into(), "other".into()),
             (seen.display().to_string(), in_here("seen")),
         ];
-        let run = Run { folder, rules, cwd: "/somewhere".into() };
+        let run = Run { folder, rules, cwd: "/somewhere".into(), overlays: here.clone() };
         assert_eq!(run.place("/vm/port"), here.join("vm/port"));
         assert_eq!(run.place("serial.log"), here.join("serial.log"));
         assert_eq!(run.place("{run}/port"), here.join("port"));

@@ -1,9 +1,14 @@
 //! The program's arguments, and what each command does with the library.
 
 mod bench;
+mod check;
 mod detach;
+mod disks;
+mod flatten;
 mod output;
 mod report;
+mod rtc;
+mod save;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +20,6 @@ use self::output::{Failure, Output};
 use crate::image::Compression;
 use crate::interrupt::Interrupts;
 use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
-use crate::save::SaveOptions;
 use crate::vm::RewriteOptions;
 
 /// Exit code of a command that failed.
@@ -31,8 +35,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Take a snapshot of a running guest's memory and devices
-    Save(SaveArgs),
+    /// Take a snapshot of a running guest: memory, devices and disks
+    Save(save::SaveArgs),
+    /// Ask whether a save would work, without touching the guest
+    Check(check::CheckArgs),
     /// Start a saved guest again, and let it run at once
     Revert(RevertArgs),
     /// Give a saved guest to a QEMU that waits for an incoming migration
@@ -42,30 +48,11 @@ enum Command {
     /// Show what an image holds
     Info(ImageArgs),
     /// Check every checksum of an image
-    Verify(ImageArgs),
+    Verify(VerifyArgs),
+    /// Make one image of an image and of all that it refers to
+    Flatten(flatten::FlattenArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
-}
-
-#[derive(Args)]
-struct SaveArgs {
-    /// The guest's QMP socket (a unix socket)
-    #[arg(long, value_name = "SOCKET")]
-    qmp: PathBuf,
-    /// The image to write
-    image: PathBuf,
-    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
-    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
-    compress: Compression,
-    /// Save memory although the guest has writable disks
-    #[arg(long)]
-    memory_only: bool,
-    /// Replace an existing image
-    #[arg(long)]
-    force: bool,
-    /// Print one JSON object a line
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Args)]
@@ -82,10 +69,17 @@ struct RevertArgs {
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
     #[command(flatten)]
+    disks: disks::RevertDisksArgs,
+    #[command(flatten)]
+    rtc: rtc::RtcArgs,
+    #[command(flatten)]
     delivery: DeliveryArgs,
     /// Let the guest run only once its working set is in place
     #[arg(long, conflicts_with = "no_working_set")]
     preload: bool,
+    /// Check the whole image first; memory that is mapped is checked in no other way
+    #[arg(long)]
+    check: bool,
     /// Return as soon as the guest runs; memory is filled in the background
     #[arg(long)]
     detach: bool,
@@ -141,6 +135,8 @@ struct ServeArgs {
     #[arg(long, value_name = "unix:PATH", value_parser = parse_unix_address)]
     to: PathBuf,
     #[command(flatten)]
+    rtc: rtc::RtcArgs,
+    #[command(flatten)]
     delivery: DeliveryArgs,
     /// Print one JSON object a line
     #[arg(long)]
@@ -174,6 +170,15 @@ struct ImageArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct VerifyArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// Check the images that it refers to as well
+    #[arg(long)]
+    chain: bool,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Place {
     /// Straight into its memory where that can be had, else by QEMU's socket
@@ -182,6 +187,8 @@ enum Place {
     Uffd,
     /// By QEMU's postcopy socket
     Socket,
+    /// By a private mapping of a flat image, or fail
+    Map,
 }
 
 impl From<Place> for Way {
@@ -190,6 +197,7 @@ impl From<Place> for Way {
             Place::Auto => Way::Auto,
             Place::Uffd => Way::Uffd,
             Place::Socket => Way::Socket,
+            Place::Map => Way::Map,
         }
     }
 }
@@ -269,13 +277,17 @@ fn init_log() {
 
 async fn run(command: Command) -> ExitCode {
     let (json, result) = match command {
-        Command::Save(args) => (args.json, save(args).await),
+        Command::Save(args) => (args.json, save::run(args).await),
+        Command::Check(args) => (args.json, check::run(args).await),
         Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, args.json)),
         Command::Bench(args) => (args.json, bench::bench(args).await),
-        Command::Verify(args) => (args.json, report::verify(&args.image, args.json)),
+        Command::Verify(VerifyArgs { image: args, chain }) => {
+            (args.json, report::verify(&args.image, chain, args.json))
+        }
+        Command::Flatten(args) => (args.json, flatten::flatten(args).await),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -284,19 +296,6 @@ async fn run(command: Command) -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
-}
-
-async fn save(args: SaveArgs) -> Result<(), Failure> {
-    let options = SaveOptions {
-        qmp: args.qmp,
-        image: args.image,
-        compression: args.compress,
-        memory_only: args.memory_only,
-        force: args.force,
-    };
-    let output = Output::new(args.json);
-    crate::save::save(&options, interrupts()?, |event| output.save(&event)).await?;
-    Ok(())
 }
 
 async fn revert(args: RevertArgs) -> Result<(), Failure> {
@@ -316,9 +315,11 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
     };
     let options = RevertOptions {
         image: args.image,
-        rewrite,
+        rewrite: args.disks.apply(rewrite),
         delivery: args.delivery.into(),
         preload: args.preload,
+        rtc: args.rtc.into(),
+        check: args.check,
     };
     crate::revert::revert(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
@@ -326,7 +327,12 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
 
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
-    let options = ServeOptions { image: args.image, to: args.to, delivery: args.delivery.into() };
+    let options = ServeOptions {
+        image: args.image,
+        to: args.to,
+        delivery: args.delivery.into(),
+        rtc: args.rtc.into(),
+    };
     crate::revert::serve(&options, interrupts()?, |event| output.revert(&event)).await?;
     Ok(())
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::page::PAGE_SIZE;
 use crate::revert::{Progress, RevertEvent, Way};
-use crate::save::SaveEvent;
+use crate::save::{PauseParts, SaveEvent};
 
 /// A command that failed, in words.
 pub(super) struct Failure {
@@ -106,7 +106,25 @@ impl Output {
         }
     }
 
-    fn advance(&self, done: u64, total: u64, message: String) {
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Takes the bar away, for what is said last.
+    pub fn finish_bar(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    /// The end of a command: an event for programs, words for people.
+    pub fn done(&self, event: &Value, what: &str, details: &str) {
+        self.bar.finish_and_clear();
+        match self.json {
+            true => self.print_json(event),
+            false => self.say(what, details),
+        }
+    }
+
+    pub fn advance(&self, done: u64, total: u64, message: String) {
         self.bar.set_length(total * PAGE_SIZE as u64);
         self.bar.set_position(done * PAGE_SIZE as u64);
         self.bar.set_message(message);
@@ -117,15 +135,37 @@ impl Output {
             return self.print_json(event);
         }
         match event {
-            SaveEvent::Checked { qemu, ram_bytes, uncaptured_disks } => {
-                let disks = match uncaptured_disks.as_slice() {
+            SaveEvent::Waiting => self.say("waiting", "for the reverted guest's memory"),
+            SaveEvent::Checked { qemu, ram_bytes, captured_disks, uncaptured_disks } => {
+                let list = |what, disks: &[String]| match disks {
                     [] => String::new(),
-                    disks => format!("; NOT part of it: {}", disks.join(", ")),
+                    disks => format!("; {what}: {}", disks.join(", ")),
                 };
-                self.say("checked", &format!("QEMU {qemu}, {} of RAM{disks}", size(*ram_bytes)));
+                let with = list("disks", captured_disks);
+                let without = list("NOT part of it", uncaptured_disks);
+                let ram = size(*ram_bytes);
+                self.say("checked", &format!("QEMU {qemu}, {ram} of RAM{with}{without}"));
             }
-            SaveEvent::Moment { pause_ms: Some(pause), .. } => {
-                self.say("moment", &format!("the guest stood still for {pause:.1} ms"));
+            SaveEvent::Ready { overlays } => {
+                self.say("ready", &format!("the guest will go on in {}", overlays.join(", ")));
+            }
+            SaveEvent::Frozen { filesystems } => {
+                self.say("frozen", &format!("{filesystems} of the guest's file systems"));
+            }
+            SaveEvent::Thawed => self.say("thawed", ""),
+            SaveEvent::Folded { disk } => {
+                self.say("folded", &format!("the overlay back into disk {disk}"));
+            }
+            SaveEvent::Moment { pause_ms: Some(pause), pause_parts, .. } => {
+                let parts = pause_parts.map(|parts| {
+                    let PauseParts { stop_ms, disks_ms, walk_ms, resume_ms } = parts;
+                    format!(
+                        " (stop {stop_ms:.1}, disks {disks_ms:.1}, QEMU's walk {walk_ms:.1}, \
+                         resume {resume_ms:.1})"
+                    )
+                });
+                let parts = parts.unwrap_or_default();
+                self.say("moment", &format!("the guest stood still for {pause:.1} ms{parts}"));
             }
             SaveEvent::Moment { pause_ms: None, .. } => self.say("moment", "the guest is paused"),
             SaveEvent::Draining => self.say(
@@ -136,19 +176,36 @@ impl Output {
             SaveEvent::Progress { pages, total, image_bytes } => {
                 self.advance(*pages, *total, format!("{} written", size(*image_bytes)));
             }
-            SaveEvent::Saved { bytes, zero_pages, image_bytes, stalled_ms, .. } => {
+            SaveEvent::Saved {
+                bytes, zero_pages, parent_pages, image_bytes, stalled_ms, ..
+            } => {
                 self.bar.finish_and_clear();
                 let zero = size(zero_pages * PAGE_SIZE as u64);
                 let stalled = match *stalled_ms > 0.0 {
                     true => format!("; QEMU waited {stalled_ms:.0} ms for the disk"),
                     false => String::new(),
                 };
-                let image = size(*image_bytes);
+                let parent = match parent_pages {
+                    0 => String::new(),
+                    pages => format!(" ({} lie in its parents)", size(pages * PAGE_SIZE as u64)),
+                };
+                let (data, image) = (size(*bytes), size(*image_bytes));
                 self.say(
                     "saved",
-                    &format!("{} and {zero} of zeros in {image}{stalled}", size(*bytes)),
+                    &format!("{data}{parent} and {zero} of zeros in {image}{stalled}"),
                 );
             }
+        }
+    }
+
+    /// What became of a save that was killed.
+    pub fn recovered(&self, what: &str) {
+        match self.json {
+            true => {
+                let outcome = what.split(':').next();
+                self.print_json(&json!({ "event": "recovered", "outcome": outcome }));
+            }
+            false => self.say("recovered", what),
         }
     }
 
@@ -158,15 +215,23 @@ impl Output {
         }
         match event {
             RevertEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
+            RevertEvent::Disk { disk, overlay, .. } => {
+                let changes = match overlay {
+                    Some(path) => format!("its changes go to {}", path.display()),
+                    None => "its changes go with QEMU".to_owned(),
+                };
+                self.say("disk", &format!("{disk}: {changes}"));
+            }
             RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
             RevertEvent::Placing { way, reason } => {
                 let way = match way {
                     Way::Socket => "by QEMU's socket",
+                    Way::Map => "by mapping the image",
                     _ => "straight into memory, by userfaultfd",
                 };
                 self.say("placing", &format!("{way}: {reason}"));
             }
-            RevertEvent::Running { .. } => self.say("running", "its memory follows"),
+            RevertEvent::Running { .. } => self.say("running", "the guest runs"),
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
             }

@@ -1,28 +1,38 @@
 //! `info` and `verify`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
 use super::output::{Failure, print_line, size};
-use crate::image::{Damage, DamagedRange, Image, verify as verify_image};
+use crate::image::{
+    Damage, DamagedRange, Image, ImageError, LayerRef, Overview, look, verify as verify_image,
+    verify_chain, verify_flat,
+};
+use crate::machine::DiskRole;
 use crate::memory::{WorkingSet, working_set};
 use crate::page::PAGE_SIZE;
 
 /// Shows what an image holds.
 pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
-    let image = Image::open(path)?;
-    let manifest = image.manifest();
+    let Overview { manifest, file_len, layers } = look(path)?;
     let machine = &manifest.machine;
     let data_bytes = manifest.data_pages * PAGE_SIZE as u64;
     let zero_bytes = manifest.zero_pages * PAGE_SIZE as u64;
-    let ratio = (data_bytes + zero_bytes) as f64 / image.file_len() as f64;
+    let parent_pages: u64 = manifest.layers.iter().map(|layer| layer.pages).sum();
+    let ratio = (data_bytes + zero_bytes) as f64 / file_len as f64;
     if json {
         let blocks: Vec<_> = manifest
             .blocks
             .iter()
             .map(|b| json!({ "name": b.name, "bytes": b.len, "page_size": b.page_size }))
+            .collect();
+        let chain: Vec<_> = manifest
+            .layers
+            .iter()
+            .zip(&layers)
+            .map(|(layer, found)| layer_json(layer, found))
             .collect();
         let report = json!({
             "identity": manifest.identity.to_string(),
@@ -37,11 +47,15 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
             "command_line": machine.argv,
             "working_folder": machine.cwd,
             "uncaptured_disks": machine.uncaptured_disks,
+            "disks": machine.disks,
+            "libvirt_xml": machine.libvirt_xml,
             "blocks": blocks,
+            "layers": chain,
             "data_pages": manifest.data_pages,
+            "parent_pages": parent_pages,
             "zero_pages": manifest.zero_pages,
             "data_bytes": data_bytes,
-            "image_bytes": image.file_len(),
+            "image_bytes": file_len,
             "ratio": ratio,
         });
         print_line(&report.to_string());
@@ -68,13 +82,49 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
         line("block", &format!("{} {}{page_size}", block.name, size(block.len)));
     }
     line("memory", &format!("{} of data, {} of zeros", size(data_bytes), size(zero_bytes)));
-    line("file", &format!("{}, 1/{ratio:.1} of memory", size(image.file_len())));
+    line("file", &format!("{}, 1/{ratio:.1} of memory", size(file_len)));
+    for (layer, found) in manifest.layers.iter().zip(&layers) {
+        let bytes = size(layer.pages * PAGE_SIZE as u64);
+        match found {
+            Ok(path) => {
+                let (path, identity) = (path.display(), layer.identity);
+                line("parent", &format!("{bytes} of the data lie in {path} ({identity})"));
+            }
+            Err(error) => line("parent", &format!("MISSING, with {bytes} of the data: {error}")),
+        }
+    }
+    for disk in &machine.disks {
+        let role = match disk.role {
+            DiskRole::Captured => "captured",
+            DiskRole::ReadOnly => "read-only",
+            // Below.
+            DiskRole::Excluded => continue,
+            DiskRole::Empty => "without a medium",
+        };
+        let below = match disk.chain.len() {
+            0 | 1 => String::new(),
+            files => format!(", over {} more", files - 1),
+        };
+        line("disk", &format!("{}, {}, {role}{below}", disk.describe(), size(disk.size)));
+    }
     for disk in &machine.uncaptured_disks {
         line("not included", &format!("writable disk {disk}"));
     }
     line("started in", &machine.cwd);
     line("started as", &machine.argv.join(" "));
     Ok(())
+}
+
+fn layer_json(layer: &LayerRef, found: &Result<PathBuf, ImageError>) -> serde_json::Value {
+    json!({
+        "identity": layer.identity.to_string(),
+        "path": found.as_ref().ok().map(|path| path.display().to_string()),
+        "problem": found.as_ref().err().map(|error| error.to_string()),
+        "relative": layer.relative,
+        "absolute": layer.absolute,
+        "file_bytes": layer.file_len,
+        "pages": layer.pages,
+    })
 }
 
 /// Shows an image's working set.
@@ -104,23 +154,39 @@ pub(super) fn working_set(path: &Path, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Checks every checksum of an image.
-pub(super) fn verify(path: &Path, json: bool) -> Result<(), Failure> {
+/// Checks every checksum of an image, and with `chain` of those that it refers to.
+pub(super) fn verify(path: &Path, chain: bool, json: bool) -> Result<(), Failure> {
     let image = Image::open(path)?;
-    let report = verify_image(&image, |_, _| {})?;
+    let others = image.manifest().layers.len();
+    let report = match chain {
+        true => verify_chain(&image, |_, _| {})?,
+        false => verify_image(&image, |_, _| {})?,
+    };
+    verify_flat(&image)?;
     if report.is_whole() {
-        match json {
-            true => print_line(
-                &json!({ "event": "verified", "pages": report.pages, "chunks": report.chunks })
-                    .to_string(),
-            ),
-            false => print_line(&format!(
-                "{} is whole: {} pages in {} chunks",
-                path.display(),
-                report.pages,
-                report.chunks
-            )),
+        let checked = if chain { others } else { 0 };
+        if json {
+            let report = json!({
+                "event": "verified",
+                "pages": report.pages,
+                "chunks": report.chunks,
+                "parents": others,
+                "parents_checked": checked,
+            });
+            print_line(&report.to_string());
+            return Ok(());
         }
+        let parents = match (others, chain) {
+            (0, _) => String::new(),
+            (count, true) => format!(", {count} parent(s) included"),
+            (count, false) => format!("; its {count} parent(s) were not checked (--chain)"),
+        };
+        print_line(&format!(
+            "{} is whole: {} pages in {} chunks{parents}",
+            path.display(),
+            report.pages,
+            report.chunks
+        ));
         return Ok(());
     }
     for damage in &report.damages {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 /// Why an image could not be written, opened or read.
 ///
 /// Every message is one complete line: it contains the operating system's error
@@ -129,6 +131,27 @@ pub enum ImageError {
         /// The unknown ones of the incompatible feature bits.
         bits: u64,
     },
+    /// Another image, in which pages of this one lie, is not there or not the same.
+    #[error("{} needs image {identity}: {problem}", path.display())]
+    Layer {
+        /// The path of the image that refers to it.
+        path: PathBuf,
+        /// The other image's identity.
+        identity: Uuid,
+        /// Where it was looked for, what was found there, and what to do.
+        problem: String,
+    },
+    /// An image can't be written on top of another.
+    #[error("cannot save on top of {}: {problem}", path.display())]
+    Parent {
+        /// The other image's path.
+        path: PathBuf,
+        /// Why not, and what to do.
+        problem: String,
+    },
+    /// Whoever had it written changed his mind.
+    #[error("interrupted: {} was not written", .0.display())]
+    Interrupted(PathBuf),
     /// A part of the image is not what was written, or can't be read.
     #[error("{} is damaged: {place}: {problem}", path.display())]
     Damaged {
@@ -155,7 +178,7 @@ pub enum ImageError {
 
 impl ImageError {
     /// An operating system's error; a full disk gets a variant of its own.
-    pub(super) fn io(doing: &'static str, path: &Path, error: io::Error) -> ImageError {
+    pub(crate) fn io(doing: &'static str, path: &Path, error: io::Error) -> ImageError {
         let path = path.to_owned();
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {

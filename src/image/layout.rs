@@ -14,8 +14,10 @@ use crate::page::PAGE_SIZE;
 pub const MAGIC: [u8; 8] = *b"SNAPBACK";
 /// The version of the format that is written and read here.
 pub const VERSION: u32 = 1;
-/// Feature bits known here that a reader must know to read the image: none yet.
-pub const KNOWN_INCOMPATIBLE: u64 = 0;
+/// Incompatible feature: pages may lie in other images, which the manifest lists.
+pub const LAYERS: u64 = 1;
+/// Feature bits known here that a reader must know to read the image.
+pub const KNOWN_INCOMPATIBLE: u64 = LAYERS;
 
 /// Length of the superblock in bytes; the data region starts behind it.
 pub const SUPERBLOCK_BYTES: usize = 4096;
@@ -78,7 +80,7 @@ pub const PAGE_ENTRY_BYTES: usize = 8;
 pub const PAGE_KIND_OFFSET: usize = 0;
 /// u8: the page's place in its chunk, in pages.
 pub const PAGE_SLOT_OFFSET: usize = 1;
-/// u8: whose chunk it is; 0 is this image, others are reserved for its parents.
+/// u8: whose chunk it is: 0 is this image, n the manifest's nth layer.
 pub const PAGE_LAYER_OFFSET: usize = 2;
 /// 40 bits: the chunk's number.
 pub const PAGE_CHUNK_OFFSET: usize = 3;
@@ -90,6 +92,8 @@ pub const MAX_CHUNK_PAGES: usize = 64;
 pub const MAX_PAGES: u64 = 1 << 36;
 /// Most chunks an image may have.
 pub const MAX_CHUNKS: u64 = 1 << 36;
+/// Most other images that an image may refer to.
+pub const MAX_LAYERS: usize = 255;
 /// Longest manifest, in bytes.
 pub const MAX_MANIFEST_BYTES: u64 = 16 << 20;
 /// Longest section, in bytes.
@@ -191,6 +195,8 @@ impl Extent {
 pub struct Superblock {
     /// The most pages a chunk holds.
     pub chunk_pages: u32,
+    /// Feature bits that a reader must know.
+    pub incompatible: u64,
     /// Length of the whole file in bytes.
     pub file_len: u64,
     /// The image's identity.
@@ -215,9 +221,9 @@ impl Superblock {
         put(&mut out, MAGIC_OFFSET, &MAGIC);
         put(&mut out, VERSION_OFFSET, &VERSION.to_le_bytes());
         put(&mut out, CHUNK_PAGES_OFFSET, &self.chunk_pages.to_le_bytes());
-        // No features of either kind yet.
+        // No features of this kind yet.
         put(&mut out, COMPATIBLE_OFFSET, &0u64.to_le_bytes());
-        put(&mut out, INCOMPATIBLE_OFFSET, &0u64.to_le_bytes());
+        put(&mut out, INCOMPATIBLE_OFFSET, &self.incompatible.to_le_bytes());
         put(&mut out, FILE_LEN_OFFSET, &self.file_len.to_le_bytes());
         put(&mut out, IDENTITY_OFFSET, self.identity.as_bytes());
         put(&mut out, CHUNK_COUNT_OFFSET, &self.chunk_count.to_le_bytes());
@@ -259,7 +265,8 @@ impl Superblock {
         if version == 0 {
             return Err(damaged("version 0 does not exist".into()));
         }
-        let unknown = get_u64(bytes, INCOMPATIBLE_OFFSET) & !KNOWN_INCOMPATIBLE;
+        let incompatible = get_u64(bytes, INCOMPATIBLE_OFFSET);
+        let unknown = incompatible & !KNOWN_INCOMPATIBLE;
         if unknown != 0 {
             return Err(ImageError::UnknownFeatures { path: path.to_owned(), bits: unknown });
         }
@@ -275,6 +282,7 @@ impl Superblock {
         });
         let superblock = Superblock {
             chunk_pages: get_u32(bytes, CHUNK_PAGES_OFFSET),
+            incompatible,
             file_len: get_u64(bytes, FILE_LEN_OFFSET),
             identity: Uuid::from_bytes(identity),
             chunk_count: get_u64(bytes, CHUNK_COUNT_OFFSET),
@@ -433,9 +441,11 @@ pub enum PageEntry {
     Missing,
     /// All zeros.
     Zero,
-    /// A page of a chunk of this image.
+    /// A page of a chunk.
     Stored {
-        /// The chunk's number, less than 2^40.
+        /// Whose chunk: 0 is this image, n the manifest's nth layer.
+        layer: u8,
+        /// The chunk's number there, less than 2^40.
         chunk: u64,
         /// The place in the chunk, in pages.
         slot: u8,
@@ -453,8 +463,10 @@ impl PageEntry {
         match self {
             PageEntry::Missing => PageEntry::MISSING,
             PageEntry::Zero => PageEntry::ZERO,
-            PageEntry::Stored { chunk, slot } => {
-                2 | u64::from(slot) << (8 * PAGE_SLOT_OFFSET) | chunk << (8 * PAGE_CHUNK_OFFSET)
+            PageEntry::Stored { layer, chunk, slot } => {
+                2 | u64::from(slot) << (8 * PAGE_SLOT_OFFSET)
+                    | u64::from(layer) << (8 * PAGE_LAYER_OFFSET)
+                    | chunk << (8 * PAGE_CHUNK_OFFSET)
             }
         }
     }
@@ -465,13 +477,13 @@ impl PageEntry {
     /// Says what is wrong with the entry.
     pub fn decode(raw: u64) -> Result<PageEntry, String> {
         let bytes = raw.to_le_bytes();
-        let (kind, layer) = (bytes[PAGE_KIND_OFFSET], bytes[PAGE_LAYER_OFFSET]);
+        let kind = bytes[PAGE_KIND_OFFSET];
         match kind {
             0 | 1 if raw != u64::from(kind) => Err(format!("entry {raw:#x} has stray bits")),
             0 => Ok(PageEntry::Missing),
             1 => Ok(PageEntry::Zero),
-            2 if layer != 0 => Err(format!("it lies in layer {layer}, which is not known")),
             2 => Ok(PageEntry::Stored {
+                layer: bytes[PAGE_LAYER_OFFSET],
                 chunk: raw >> (8 * PAGE_CHUNK_OFFSET),
                 slot: bytes[PAGE_SLOT_OFFSET],
             }),

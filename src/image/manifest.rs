@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::layout::MAX_PAGES;
+use super::layout::{MAX_LAYERS, MAX_PAGES};
 use crate::machine::Machine;
 use crate::page::{Block, PAGE_SIZE};
 
@@ -38,6 +38,30 @@ pub struct Manifest {
     pub data_pages: u64,
     /// Number of target pages that are all zeros.
     pub zero_pages: u64,
+    /// The other images in which pages of this one lie; the page index refers to them
+    /// by their place here, from 1 up. At most 255.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerRef>,
+    /// In an image of the flat layout: where each block begins in the file, in bytes. All
+    /// its pages lie there as they lie in memory.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub flat: Vec<u64>,
+}
+
+/// Another image, in which pages of this one lie.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRef {
+    /// Its identity.
+    #[serde(with = "uuid_as_text")]
+    pub identity: Uuid,
+    /// Length of its file in bytes.
+    pub file_len: u64,
+    /// Its path as seen from this image's folder: where it is looked for first.
+    pub relative: String,
+    /// Its absolute path when this image was written.
+    pub absolute: String,
+    /// How many pages of this image lie there.
+    pub pages: u64,
 }
 
 /// What the writer must be told for the manifest; the rest it knows.
@@ -105,6 +129,25 @@ pub(super) fn check_blocks(blocks: &[Block]) -> Result<u64, String> {
         }
     }
     Ok(pages)
+}
+
+/// Checks the list of other images against the rules of the format.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub(super) fn check_layers(manifest: &Manifest, allowed: bool) -> Result<(), String> {
+    let layers = &manifest.layers;
+    if !layers.is_empty() && !allowed {
+        return Err("it refers to other images, the superblock to none".into());
+    }
+    if layers.len() > MAX_LAYERS {
+        return Err(format!("it refers to {} images, more than {MAX_LAYERS}", layers.len()));
+    }
+    let mut seen = HashSet::from([manifest.identity]);
+    match layers.iter().find(|layer| !seen.insert(layer.identity)) {
+        Some(twice) => Err(format!("it refers to itself, or twice to image {}", twice.identity)),
+        None => Ok(()),
+    }
 }
 
 /// A UUID as JSON text; `uuid`'s own serde support is not needed elsewhere.

@@ -2,10 +2,12 @@
 //! come out.
 //!
 //! ```text
-//! caller ─▶ packing threads (checksum, compress) ─▶ writing thread ─▶ file
-//!    ▲                                                    │
-//!    └───────────────────── buffers ◀─────────────────────┘
+//! caller ─▶ packing threads (find again, checksum, compress) ─▶ writing thread ─▶ file
+//!    ▲                                                               │
+//!    └─────────────────────────── buffers ◀──────────────────────────┘
 //! ```
+//!
+//! A buffer comes back with what became of the pages in it.
 //!
 //! A fixed number of buffers goes round: that is the memory bound, and the only
 //! thing that the caller ever waits for. A thread that ends for whatever reason
@@ -20,14 +22,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use nix::errno::Errno;
-use nix::sys::uio::pwritev;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::error::ImageError;
-use super::layout::{ChunkEntry, Codec, SUPERBLOCK_BYTES};
-use super::writer::Compression;
-use crate::page::PAGE_SIZE;
+use super::layout::{ChunkEntry, SUPERBLOCK_BYTES};
+use super::pack::{Job, NewChunk, Packed, Packer, Packing, Stored};
+use super::sink::Sink;
+use super::writer::CacheUse;
 
 /// Bytes that one write gathers, if that many are waiting.
 const WRITE_BYTES: usize = 1 << 20;
@@ -37,28 +37,17 @@ const WRITE_CHUNKS: usize = 512;
 /// Room for one chunk.
 pub(super) type Buffer = Box<[u8]>;
 
-/// A chunk to be stored.
-pub(super) struct Job {
-    /// Its number.
-    pub chunk: u64,
-    /// Which pages of the buffer belong to it; they are packed in order.
-    pub mask: u64,
-    /// One aligned group's pages, each in its place.
+/// A buffer that comes back, and what became of the pages in it.
+pub(super) struct Returned {
     pub buffer: Buffer,
-}
-
-/// A chunk ready to be written: the entry lacks only its offset.
-struct Packed {
-    chunk: u64,
-    entry: ChunkEntry,
-    buffer: Buffer,
+    pub stored: Stored,
 }
 
 /// What the caller and the threads share.
 #[derive(Default)]
 struct Shared {
     /// The threads have failed, or shall stop.
-    stop: AtomicBool,
+    stop: Arc<AtomicBool>,
     /// Why they have failed.
     failure: Mutex<Option<io::Error>>,
     /// Bytes written to the data region.
@@ -72,10 +61,10 @@ pub(super) struct Pipeline {
     /// Gone once no more chunks come.
     jobs: Option<Sender<Job>>,
     packers: Vec<JoinHandle<()>>,
-    /// Gives the chunk table and the end of the data region.
-    writer: Option<JoinHandle<(Vec<ChunkEntry>, u64)>>,
+    /// Gives the chunk table, and the sink behind the data region.
+    writer: Option<JoinHandle<(Vec<ChunkEntry>, Sink)>>,
     /// Buffers come back here.
-    returned: Receiver<Buffer>,
+    returned: Receiver<Returned>,
     /// Buffers that came back without having been used.
     spare: Vec<Buffer>,
     chunk_bytes: usize,
@@ -86,19 +75,20 @@ pub(super) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Starts the threads. `limit` is the number of buffers.
+    /// Starts the threads, `workers` that pack and one that writes, at `bandwidth` bytes
+    /// a second at most. `limit` is the number of buffers.
     pub fn start(
         file: &File,
         path: &Path,
-        compression: Compression,
+        packing: Packing,
         workers: usize,
-        chunk_bytes: usize,
         limit: usize,
+        (bandwidth, cache): (Option<u64>, CacheUse),
     ) -> Result<Pipeline, ImageError> {
         // No channel is ever full: each has room for all the buffers there are.
         let (jobs, job_queue) = bounded::<Job>(limit);
         let (packed, packed_queue) = bounded::<Packed>(limit + workers);
-        let (give_back, returned) = bounded::<Buffer>(limit + workers);
+        let (give_back, returned) = bounded::<Returned>(limit + workers);
         let mut pipeline = Pipeline {
             path: path.to_owned(),
             shared: Arc::default(),
@@ -107,15 +97,22 @@ impl Pipeline {
             writer: None,
             returned,
             spare: Vec::new(),
-            chunk_bytes,
+            chunk_bytes: packing.chunk_bytes,
             made: 0,
             limit,
             stalled: Duration::ZERO,
         };
-        let packers = (0..workers).map(|_| Packer::new(compression, chunk_bytes));
-        pipeline
-            .spawn(file, packers, job_queue, packed, packed_queue, give_back)
-            .map_err(|error| ImageError::io("start the threads to write", path, error))?;
+        let packing = Arc::new(packing);
+        let packers: Vec<_> =
+            (0..workers).map(|_| Packer::new(&packing, path)).collect::<Result<_, _>>()?;
+        let sink = |file: File, stop: &Arc<AtomicBool>| {
+            Sink::new(file, SUPERBLOCK_BYTES as u64, bandwidth, cache, Arc::clone(stop))
+        };
+        let sink = file.try_clone().map(|file| sink(file, &pipeline.shared.stop));
+        sink.and_then(|sink| {
+            pipeline.spawn(sink, packers, job_queue, packed, packed_queue, give_back)
+        })
+        .map_err(|error| ImageError::io("start the threads to write", path, error))?;
         Ok(pipeline)
     }
 
@@ -123,19 +120,19 @@ impl Pipeline {
     /// closes them before the threads that did start are waited for.
     fn spawn(
         &mut self,
-        file: &File,
-        packers: impl Iterator<Item = io::Result<Packer>>,
+        sink: Sink,
+        packers: Vec<Packer>,
         job_queue: Receiver<Job>,
         packed: Sender<Packed>,
         packed_queue: Receiver<Packed>,
-        give_back: Sender<Buffer>,
+        give_back: Sender<Returned>,
     ) -> io::Result<()> {
-        let (file, shared) = (file.try_clone()?, Arc::clone(&self.shared));
+        let shared = Arc::clone(&self.shared);
         let thread = thread::Builder::new().name("image-write".into());
         self.writer =
-            Some(thread.spawn(move || write_chunks(&file, &packed_queue, &give_back, &shared))?);
-        for packer in packers {
-            let (mut packer, job_queue, packed) = (packer?, job_queue.clone(), packed.clone());
+            Some(thread.spawn(move || write_chunks(sink, &packed_queue, &give_back, &shared))?);
+        for mut packer in packers {
+            let (job_queue, packed) = (job_queue.clone(), packed.clone());
             let thread = thread::Builder::new().name("image-pack".into());
             self.packers.push(thread.spawn(move || {
                 for job in job_queue {
@@ -153,23 +150,27 @@ impl Pipeline {
         if self.shared.stop.load(Ordering::Relaxed) { Err(self.failure()) } else { Ok(()) }
     }
 
-    /// A buffer for a chunk. Waits while all of them are on their way to disk;
-    /// so the caller must hold fewer than there are.
-    pub fn buffer(&mut self) -> Result<Buffer, ImageError> {
+    /// A buffer for a chunk, and what became of the pages that were in it. Waits while
+    /// all of them are on their way to disk; so the caller must hold fewer than there
+    /// are.
+    pub fn buffer(&mut self) -> Result<(Buffer, Option<Stored>), ImageError> {
         if let Some(buffer) = self.spare.pop() {
-            return Ok(buffer);
+            return Ok((buffer, None));
         }
-        if let Ok(buffer) = self.returned.try_recv() {
-            return Ok(buffer);
-        }
-        if self.made < self.limit {
-            self.made += 1;
-            return Ok(vec![0; self.chunk_bytes].into());
-        }
-        let start = Instant::now();
-        let buffer = self.returned.recv();
-        self.stalled += start.elapsed();
-        buffer.map_err(|_| self.failure())
+        let returned = match self.returned.try_recv() {
+            Ok(returned) => returned,
+            Err(_) if self.made < self.limit => {
+                self.made += 1;
+                return Ok((vec![0; self.chunk_bytes].into(), None));
+            }
+            Err(_) => {
+                let start = Instant::now();
+                let returned = self.returned.recv();
+                self.stalled += start.elapsed();
+                returned.map_err(|_| self.failure())?
+            }
+        };
+        Ok((returned.buffer, Some(returned.stored)))
     }
 
     /// Takes back a buffer that was not used.
@@ -193,21 +194,30 @@ impl Pipeline {
         self.shared.written.load(Ordering::Relaxed)
     }
 
+    /// Ends all writing, from whatever thread.
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.shared.stop)
+    }
+
     /// Time that was spent waiting for buffers.
     pub fn stalled(&self) -> Duration {
         self.stalled
     }
 
-    /// Waits until all is written. Gives the chunk table and the file offset
-    /// behind the last chunk.
-    pub fn finish(mut self) -> Result<(Vec<ChunkEntry>, u64), ImageError> {
+    /// Waits until all is written. Gives the chunk table and the sink, which is behind the
+    /// last chunk, and tells what became of the pages that were still on their way.
+    pub fn finish(
+        mut self,
+        on_stored: impl FnMut(Stored),
+    ) -> Result<(Vec<ChunkEntry>, Sink), ImageError> {
         let written = self.join();
         self.check()?;
+        self.returned.try_iter().map(|returned| returned.stored).for_each(on_stored);
         written.ok_or_else(|| self.failure())
     }
 
     /// Ends the threads. `None` if one of them panicked.
-    fn join(&mut self) -> Option<(Vec<ChunkEntry>, u64)> {
+    fn join(&mut self) -> Option<(Vec<ChunkEntry>, Sink)> {
         self.jobs = None;
         let mut whole = true;
         for packer in self.packers.drain(..) {
@@ -221,6 +231,9 @@ impl Pipeline {
     fn failure(&self) -> ImageError {
         match &*self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(error) => ImageError::io("write", &self.path, same_error(error)),
+            None if self.shared.stop.load(Ordering::Relaxed) => {
+                ImageError::Interrupted(self.path.clone())
+            }
             None => ImageError::ThreadLost(self.path.clone()),
         }
     }
@@ -228,8 +241,11 @@ impl Pipeline {
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        self.join();
+        // One that has finished leaves its sink to whoever goes on with it.
+        if self.writer.is_some() {
+            self.shared.stop.store(true, Ordering::Relaxed);
+            self.join();
+        }
     }
 }
 
@@ -241,116 +257,60 @@ fn same_error(error: &io::Error) -> io::Error {
     }
 }
 
-/// Packs, checksums and compresses chunks: one thread's share.
-struct Packer {
-    zstd: Option<zstd::bulk::Compressor<'static>>,
-    /// Room for the compressed bytes, exchanged for the chunk's own buffer.
-    scratch: Buffer,
-}
-
-impl Packer {
-    fn new(compression: Compression, chunk_bytes: usize) -> io::Result<Packer> {
-        Ok(match compression {
-            Compression::None => Packer { zstd: None, scratch: Box::default() },
-            Compression::Zstd(level) => Packer {
-                zstd: Some(zstd::bulk::Compressor::new(level)?),
-                scratch: vec![0; chunk_bytes].into(),
-            },
-        })
-    }
-
-    fn pack(&mut self, job: Job) -> Packed {
-        let Job { chunk, mask, mut buffer } = job;
-        let mut pages = 0;
-        let mut rest = mask;
-        while rest != 0 {
-            let at = rest.trailing_zeros() as usize;
-            if at != pages {
-                buffer.copy_within(at * PAGE_SIZE..(at + 1) * PAGE_SIZE, pages * PAGE_SIZE);
-            }
-            pages += 1;
-            rest &= rest - 1;
-        }
-        let len = pages * PAGE_SIZE;
-        let mut entry = ChunkEntry {
-            offset: 0,
-            stored_len: len as u32,
-            codec: Codec::Plain,
-            pages: pages as u8,
-            checksum: xxh3_64(&buffer[..len]),
-        };
-        if let Some(zstd) = &mut self.zstd {
-            // Room for one byte less than there are: what does not get smaller
-            // fails, and is stored as it is.
-            let room = &mut self.scratch[..len - 1];
-            if let Ok(packed_len) = zstd.compress_to_buffer(&buffer[..len], room) {
-                entry.stored_len = packed_len as u32;
-                entry.codec = Codec::Zstd;
-                std::mem::swap(&mut buffer, &mut self.scratch);
-            }
-        }
-        Packed { chunk, entry, buffer }
-    }
-}
-
 /// The writing thread: appends chunks in the order in which they become ready.
 fn write_chunks(
-    file: &File,
+    mut sink: Sink,
     queue: &Receiver<Packed>,
-    give_back: &Sender<Buffer>,
+    give_back: &Sender<Returned>,
     shared: &Shared,
-) -> (Vec<ChunkEntry>, u64) {
+) -> (Vec<ChunkEntry>, Sink) {
     let mut table = Vec::new();
-    let mut end = SUPERBLOCK_BYTES as u64;
-    let mut batch: Vec<Packed> = Vec::with_capacity(WRITE_CHUNKS);
+    let enough = sink.piece(WRITE_BYTES);
+    let mut batch: Vec<NewChunk> = Vec::with_capacity(WRITE_CHUNKS);
     while let Ok(first) = queue.recv() {
-        let mut bytes = first.entry.stored_len as usize;
-        batch.push(first);
-        while bytes < WRITE_BYTES && batch.len() < WRITE_CHUNKS {
-            let Ok(next) = queue.try_recv() else { break };
-            bytes += next.entry.stored_len as usize;
-            batch.push(next);
+        let mut bytes = 0;
+        let mut next = Some(first);
+        while let Some(packed) = next {
+            match packed {
+                Packed::New(chunk) => {
+                    bytes += chunk.entry.stored_len as usize;
+                    batch.push(chunk);
+                }
+                // It fails only when the caller is gone, who then needs no buffer.
+                Packed::Known(returned) => drop(give_back.send(returned)),
+            }
+            let more = bytes < enough && batch.len() < WRITE_CHUNKS;
+            next = if more { queue.try_recv().ok() } else { None };
         }
         if shared.stop.load(Ordering::Relaxed) {
             break;
         }
         let mut slices: Vec<IoSlice<'_>> = batch
             .iter()
-            .map(|packed| IoSlice::new(&packed.buffer[..packed.entry.stored_len as usize]))
+            .map(|chunk| IoSlice::new(&chunk.buffer[..chunk.entry.stored_len as usize]))
             .collect();
-        if let Err(error) = write_all_at(file, &mut slices, end) {
+        let mut offset = sink.at();
+        if let Err(error) = sink.write_slices(&mut slices) {
+            // Stopped meanwhile by the caller, who needs no reason.
+            if shared.stop.load(Ordering::Relaxed) {
+                break;
+            }
             *shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             shared.stop.store(true, Ordering::Relaxed);
             break;
         }
-        for Packed { chunk, mut entry, buffer } in batch.drain(..) {
-            entry.offset = end;
-            end += u64::from(entry.stored_len);
-            let number = chunk as usize;
+        for NewChunk { mut entry, buffer, stored } in batch.drain(..) {
+            entry.offset = offset;
+            offset += u64::from(entry.stored_len);
+            let number = stored.chunk as usize;
             if table.len() <= number {
                 table.resize(number + 1, ChunkEntry::default());
             }
             table[number] = entry;
-            // It fails only when the caller is gone, who then needs no buffer.
-            let _ = give_back.send(buffer);
+            // As above.
+            drop(give_back.send(Returned { buffer, stored }));
         }
-        shared.written.store(end - SUPERBLOCK_BYTES as u64, Ordering::Relaxed);
+        shared.written.store(sink.at() - SUPERBLOCK_BYTES as u64, Ordering::Relaxed);
     }
-    (table, end)
-}
-
-/// Writes all the slices, one behind the other.
-fn write_all_at(file: &File, mut slices: &mut [IoSlice<'_>], mut at: u64) -> io::Result<()> {
-    while !slices.is_empty() {
-        match pwritev(file, slices, at as i64) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => {
-                at += written as u64;
-                IoSlice::advance_slices(&mut slices, written);
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
+    (table, sink)
 }

@@ -1,74 +1,49 @@
 //! Opening an image, and reading what lies in it.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use uuid::Uuid;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::error::ImageError;
-use super::layout::{ChunkEntry, Codec, PageEntry, Region, SUPERBLOCK_BYTES, Superblock};
-use super::manifest::{Manifest, Sections, check_blocks};
+use super::flat::check_places;
+use super::layer::{Buffers, Layer, chunk_id, layer_and_number};
+use super::layout::{ChunkEntry, LAYERS, PageEntry, Region};
+use super::lineage;
+use super::manifest::{Manifest, Sections, check_blocks, check_layers};
 use super::pieces::Table;
 use super::writer::no_such_page;
-use crate::page::{
-    Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
-};
+use crate::page::{Block, ChunkId, ChunkReader, Location, Page, PageSource, SourceError};
 
 /// An open image.
 ///
-/// It keeps what has been touched of the page index and the chunk table: 8 bytes
-/// per target page and 24 bytes per chunk at most. `Arc<Image>` is a
-/// [`PageSource`].
+/// It keeps what has been touched of the page index and the chunk tables: 8 bytes
+/// per target page and 24 bytes per chunk at most. It holds its own file open, and one
+/// for each image that it refers to, at most 255. `Arc<Image>` is a [`PageSource`].
 pub struct Image {
-    pub(super) path: PathBuf,
-    pub(super) file: File,
-    pub(super) superblock: Superblock,
+    /// Its own file, then the others in the order of the manifest: never empty.
+    layers: Vec<Layer>,
     manifest: Manifest,
     /// Each block's first entry in the page index.
     starts: Vec<u64>,
-    pub(super) chunks: Table,
     pub(super) pages: Table,
+    /// The most pages that a chunk of any layer holds.
+    chunk_pages: usize,
 }
 
 impl Image {
-    /// Opens an image. Reads the superblock and the manifest, nothing else: it
-    /// takes as long for 512 GiB as for 512 MiB.
+    /// Opens an image. Reads the superblock and the manifest, and the superblock of
+    /// each image that it refers to, nothing else: it takes as long for 512 GiB as for
+    /// 512 MiB.
     ///
     /// # Errors
     /// A file that can't be read, is no image, is truncated, damaged, or of a
-    /// later version. The message says which and what to do.
+    /// later version; an image that it refers to and that is not there, or is another
+    /// one. The message says which and what to do.
     pub fn open(path: impl AsRef<Path>) -> Result<Arc<Image>, ImageError> {
-        let path = path.as_ref();
-        let io = |e| ImageError::io("open", path, e);
-        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(nix::libc::O_NONBLOCK)
-            .open(path)
-            .map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(ImageError::NotRegular(path.to_owned()));
-        }
-        let found = metadata.len();
-        let truncated = |expected| ImageError::Truncated { path: path.to_owned(), found, expected };
-        if found < SUPERBLOCK_BYTES as u64 {
-            return Err(truncated(SUPERBLOCK_BYTES as u64));
-        }
-        let mut bytes = [0; SUPERBLOCK_BYTES];
-        file.read_exact_at(&mut bytes, 0).map_err(|e| ImageError::io("read", path, e))?;
-        let superblock = Superblock::decode(&bytes, path)?;
-        if found < superblock.file_len {
-            return Err(truncated(superblock.file_len));
-        }
-        if found > superblock.file_len {
-            let problem = format!("{found} bytes where {} belong to it", superblock.file_len);
-            return Err(ImageError::damaged(path, "file length", problem));
-        }
-        let manifest = read_manifest(&file, path, &superblock)?;
+        let own = Layer::open(path.as_ref())?;
+        let manifest = read_manifest(&own)?;
+        let others = lineage::open_layers(&own.path, &manifest.layers)?;
         let starts = manifest
             .blocks
             .iter()
@@ -78,15 +53,11 @@ impl Image {
                 Some(start)
             })
             .collect();
-        Ok(Arc::new(Image {
-            path: path.to_owned(),
-            chunks: Table::new(Region::ChunkTable, &superblock),
-            pages: Table::new(Region::PageIndex, &superblock),
-            file,
-            superblock,
-            manifest,
-            starts,
-        }))
+        let pages = Table::new(Region::PageIndex, &own.superblock);
+        let layers: Vec<Layer> = [own].into_iter().chain(others).collect();
+        let chunk_pages = layers.iter().map(|layer| layer.superblock.chunk_pages).max();
+        let chunk_pages = chunk_pages.unwrap_or(1) as usize;
+        Ok(Arc::new(Image { layers, manifest, starts, pages, chunk_pages }))
     }
 
     /// What the image says of itself and of the machine.
@@ -96,22 +67,22 @@ impl Image {
 
     /// The path by which it was opened.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.own().path
     }
 
     /// Its identity, different for every image written.
     pub fn identity(&self) -> Uuid {
-        self.superblock.identity
+        self.own().superblock.identity
     }
 
     /// Length of the file in bytes.
     pub fn file_len(&self) -> u64 {
-        self.superblock.file_len
+        self.own().superblock.file_len
     }
 
     /// Number of chunks.
     pub fn chunk_count(&self) -> u64 {
-        self.superblock.chunk_count
+        self.own().superblock.chunk_count
     }
 
     /// Reads and verifies the parts of the migration stream that are not RAM.
@@ -119,7 +90,7 @@ impl Image {
     /// # Errors
     /// When one can't be read or its checksum does not match.
     pub fn sections(&self) -> Result<Sections, ImageError> {
-        let read = |region| read_whole(&self.file, &self.path, &self.superblock, region);
+        let read = |region| self.own().read_whole(region);
         Ok(Sections {
             config: read(Region::Config)?,
             devices: read(Region::Devices)?,
@@ -139,14 +110,15 @@ impl Image {
             (Some(block), Some(start)) if page.number < block.pages() => start,
             _ => return Err(no_such_page(blocks, page)),
         };
-        let raw = self.pages.entry(start + page.number, &self.file, &self.path)?;
-        self.check_entry(raw, |chunk| self.chunk(chunk)).map_err(|problem| {
+        let own = self.own();
+        let raw = self.pages.entry(start + page.number, &own.file, &own.path)?;
+        self.check_entry(raw, |_, layer, chunk| layer.chunk(chunk)).map_err(|problem| {
             let place = format!(
                 "page index of block {:?}, offset {:#x}",
                 blocks[number].name,
                 page.offset()
             );
-            ImageError::damaged(&self.path, place, problem)
+            ImageError::damaged(self.path(), place, problem)
         })
     }
 
@@ -159,53 +131,60 @@ impl Image {
         self.manifest.blocks.get(number).zip(self.starts.get(number).copied())
     }
 
-    /// Makes a page's entry in the index its location. `chunk` looks up a chunk's
-    /// entry.
-    pub(super) fn check_entry(
-        &self,
+    /// Makes a page's entry in the index its location. `entry_of` is given a layer's
+    /// number, the layer, and the number of a chunk that it has.
+    pub(super) fn check_entry<'a>(
+        &'a self,
         raw: [u8; 8],
-        chunk: impl FnOnce(u64) -> Result<ChunkEntry, ImageError>,
+        entry_of: impl FnOnce(usize, &'a Layer, u64) -> Result<ChunkEntry, ImageError>,
     ) -> Result<Location, String> {
-        match PageEntry::decode(u64::from_le_bytes(raw))? {
-            PageEntry::Zero => Ok(Location::Zero),
-            PageEntry::Missing => Err("the page was never written".into()),
-            PageEntry::Stored { chunk: number, .. } if number >= self.chunks.entries() => {
-                Err(format!("chunk {number} does not exist, there are {}", self.chunks.entries()))
-            }
-            PageEntry::Stored { chunk: number, slot } => {
-                let pages = chunk(number).map_err(|e| e.to_string())?.pages;
-                if slot >= pages {
-                    return Err(format!("chunk {number} has {pages} pages, not a page {slot}"));
-                }
-                Ok(Location::Stored { chunk: ChunkId(number), slot: usize::from(slot) })
-            }
+        let (layer, number, slot) = match PageEntry::decode(u64::from_le_bytes(raw))? {
+            PageEntry::Zero => return Ok(Location::Zero),
+            PageEntry::Missing => return Err("the page was never written".into()),
+            PageEntry::Stored { layer, chunk, slot } => (layer, chunk, slot),
+        };
+        let Some(holder) = self.layers.get(usize::from(layer)) else {
+            return Err(format!("it lies in layer {layer}, of {}", self.layers.len() - 1));
+        };
+        let chunks = holder.chunks.entries();
+        if number >= chunks {
+            return Err(format!("chunk {number} does not exist, there are {chunks}"));
         }
+        let pages = entry_of(usize::from(layer), holder, number).map_err(|e| e.to_string())?.pages;
+        if slot >= pages {
+            return Err(format!("chunk {number} has {pages} pages, not a page {slot}"));
+        }
+        Ok(Location::Stored { chunk: chunk_id(layer, number), slot: usize::from(slot) })
     }
 
-    /// A chunk's entry in the table.
-    fn chunk(&self, number: u64) -> Result<ChunkEntry, ImageError> {
-        if number >= self.chunks.entries() {
-            let problem = format!("it does not exist, there are {}", self.chunks.entries());
-            return Err(ImageError::damaged(&self.path, format!("chunk {number}"), problem));
-        }
-        let raw = self.chunks.entry(number, &self.file, &self.path)?;
-        self.decode_chunk(number, &raw)
+    /// A chunk's layer and its entry in the table there.
+    pub(super) fn chunk(&self, chunk: ChunkId) -> Result<(&Layer, u64, ChunkEntry), ImageError> {
+        let (layer, number) = layer_and_number(chunk);
+        let layer = self.layers.get(usize::from(layer)).ok_or_else(|| {
+            let problem = format!("there is no layer {layer}");
+            ImageError::damaged(self.path(), format!("chunk {number}"), problem)
+        })?;
+        Ok((layer, number, layer.chunk(number)?))
     }
 
-    /// Reads a chunk's entry from the table's bytes.
-    pub(super) fn decode_chunk(
-        &self,
-        number: u64,
-        raw: &[u8; 24],
-    ) -> Result<ChunkEntry, ImageError> {
-        ChunkEntry::decode(raw, &self.superblock).map_err(|problem| {
-            ImageError::damaged(&self.path, format!("chunk table entry {number}"), problem)
-        })
+    /// Its own file.
+    pub(super) fn own(&self) -> &Layer {
+        &self.layers[0]
+    }
+
+    /// Its own file, and behind it those that it refers to.
+    pub(super) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Room for one of its chunks.
+    pub(super) fn buffers(&self) -> Result<Buffers, ImageError> {
+        Buffers::new(self.chunk_pages, self.path())
     }
 
     /// Reads, verifies and drops a section or the manifest.
     pub(super) fn check_whole(&self, region: Region) -> Result<(), ImageError> {
-        read_whole(&self.file, &self.path, &self.superblock, region).map(drop)
+        self.own().read_whole(region).map(drop)
     }
 }
 
@@ -215,7 +194,7 @@ impl PageSource for Arc<Image> {
     }
 
     fn chunk_pages(&self) -> usize {
-        self.superblock.chunk_pages as usize
+        self.chunk_pages
     }
 
     fn locate(&self, page: Page) -> Result<Location, SourceError> {
@@ -223,7 +202,7 @@ impl PageSource for Arc<Image> {
     }
 
     fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
-        let buffers = Buffers::new(self)?;
+        let buffers = self.buffers()?;
         Ok(Box::new(Reader { image: Arc::clone(self), buffers }))
     }
 }
@@ -236,105 +215,25 @@ struct Reader {
 
 impl ChunkReader for Reader {
     fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError> {
-        let entry = self.image.chunk(chunk.0)?;
-        Ok(self.buffers.read(&self.image, chunk.0, &entry)?)
+        let (layer, number, entry) = self.image.chunk(chunk)?;
+        Ok(self.buffers.read(layer, number, &entry)?)
     }
 
     fn read_to(&mut self, chunk: ChunkId, out: &mut [u8]) -> Result<bool, SourceError> {
-        let entry = self.image.chunk(chunk.0)?;
+        let (layer, number, entry) = self.image.chunk(chunk)?;
         if entry.plain_len() != out.len() {
             return Ok(false);
         }
-        self.buffers.opener.read(&self.image, chunk.0, &entry, out)?;
+        self.buffers.read_to(layer, number, &entry, out)?;
         Ok(true)
     }
 }
 
-/// Room for one chunk, and what reads it.
-pub(super) struct Buffers {
-    plain: Box<[u8]>,
-    opener: Opener,
-}
-
-/// Room for one chunk as it is stored, and a decompressor.
-struct Opener {
-    stored: Box<[u8]>,
-    zstd: zstd::bulk::Decompressor<'static>,
-}
-
-impl Buffers {
-    /// Buffers for the largest chunk of an image.
-    pub fn new(image: &Image) -> Result<Buffers, ImageError> {
-        let len = image.superblock.chunk_pages as usize * PAGE_SIZE;
-        let zstd = zstd::bulk::Decompressor::new()
-            .map_err(|e| ImageError::io("make a decompressor for", &image.path, e))?;
-        let opener = Opener { stored: vec![0; len].into(), zstd };
-        Ok(Buffers { plain: vec![0; len].into(), opener })
-    }
-
-    /// Reads, decompresses and verifies a chunk.
-    pub fn read(
-        &mut self,
-        image: &Image,
-        chunk: u64,
-        entry: &ChunkEntry,
-    ) -> Result<&[u8], ImageError> {
-        // ChunkEntry::decode has seen that neither length exceeds the buffers'.
-        let plain = &mut self.plain[..entry.plain_len()];
-        self.opener.read(image, chunk, entry, plain)?;
-        Ok(plain)
-    }
-}
-
-impl Opener {
-    /// Reads, decompresses and verifies a chunk into `plain`, which has its length.
-    fn read(
-        &mut self,
-        image: &Image,
-        chunk: u64,
-        entry: &ChunkEntry,
-        plain: &mut [u8],
-    ) -> Result<(), ImageError> {
-        let failed = |problem: String| ImageError::Chunk {
-            path: image.path.clone(),
-            chunk,
-            offset: entry.offset,
-            problem,
-        };
-        let stored = match entry.codec {
-            Codec::Plain => &mut *plain,
-            Codec::Zstd => &mut self.stored[..entry.stored_len as usize],
-        };
-        image
-            .file
-            .read_exact_at(stored, entry.offset)
-            .map_err(|e| failed(format!("can't read {} bytes: {e}", entry.stored_len)))?;
-        if entry.codec == Codec::Zstd {
-            let stored = &self.stored[..entry.stored_len as usize];
-            let len = self
-                .zstd
-                .decompress_to_buffer(stored, plain)
-                .map_err(|e| failed(format!("can't decompress {} bytes: {e}", entry.stored_len)))?;
-            if len != entry.plain_len() {
-                let due = entry.plain_len();
-                return Err(failed(format!("decompressed to {len} bytes, not to {due}")));
-            }
-        }
-        if xxh3_64(plain) != entry.checksum {
-            return Err(failed("its checksum does not match".into()));
-        }
-        Ok(())
-    }
-}
-
 /// Reads and verifies the manifest, and holds it against the superblock.
-fn read_manifest(
-    file: &File,
-    path: &Path,
-    superblock: &Superblock,
-) -> Result<Manifest, ImageError> {
-    let bytes = read_whole(file, path, superblock, Region::Manifest)?;
-    let damaged = |problem: String| ImageError::damaged(path, "manifest", problem);
+pub(super) fn read_manifest(layer: &Layer) -> Result<Manifest, ImageError> {
+    let superblock = &layer.superblock;
+    let bytes = layer.read_whole(Region::Manifest)?;
+    let damaged = |problem: String| ImageError::damaged(&layer.path, "manifest", problem);
     let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
     let pages = check_blocks(&manifest.blocks).map_err(damaged)?;
     if pages != superblock.page_count {
@@ -346,27 +245,7 @@ fn read_manifest(
     if manifest.identity != superblock.identity {
         return Err(damaged("it belongs to another image".into()));
     }
+    check_places(&manifest, superblock).map_err(damaged)?;
+    check_layers(&manifest, superblock.incompatible & LAYERS != 0).map_err(damaged)?;
     Ok(manifest)
-}
-
-/// Reads and verifies a region that has one checksum for the whole. Its length,
-/// which [`Superblock::decode`] has bounded, is what this allocates.
-fn read_whole(
-    file: &File,
-    path: &Path,
-    superblock: &Superblock,
-    region: Region,
-) -> Result<Vec<u8>, ImageError> {
-    let extent = superblock.region(region);
-    let damaged = |problem: String| {
-        let place = format!("{} at file offset {:#x}", region.name(), extent.offset);
-        ImageError::damaged(path, place, problem)
-    };
-    let mut bytes = vec![0; extent.len as usize];
-    file.read_exact_at(&mut bytes, extent.offset)
-        .map_err(|e| damaged(format!("can't read: {e}")))?;
-    if region.checksum(superblock.identity, &bytes) != extent.checksum {
-        return Err(damaged("its checksum does not match".into()));
-    }
-    Ok(bytes)
 }

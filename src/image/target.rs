@@ -28,7 +28,7 @@ pub fn check_target(path: &Path, force: bool) -> Result<(), ImageError> {
 /// Where the file system has `O_TMPFILE` (open(2)) the file has no name at all
 /// until [`Target::commit`]; elsewhere it has a hidden one that is removed on
 /// drop. The folder is held open: renaming it does not lead the file astray.
-pub(super) struct Target {
+pub(crate) struct Target {
     path: PathBuf,
     folder: File,
     name: OsString,

@@ -1,7 +1,7 @@
 //! What must hold of an image, whatever is written to it and whatever becomes of
 //! the file afterwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
@@ -16,16 +16,16 @@ use super::*;
 use crate::machine::{Machine, QemuVersion};
 use crate::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, SourceError};
 
-fn block(name: &str, pages: u64) -> Block {
+pub(super) fn block(name: &str, pages: u64) -> Block {
     Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size: PAGE_SIZE as u64 }
 }
 
-fn page(block: u16, number: u64) -> Page {
+pub(super) fn page(block: u16, number: u64) -> Page {
     Page { block: BlockId(block), number }
 }
 
 /// A page that only `seed` makes: 0 zeros, odd ones random, even ones repetitive.
-fn contents(seed: u32) -> PageBytes {
+pub(super) fn contents(seed: u32) -> PageBytes {
     let mut bytes = [0; PAGE_SIZE];
     if seed.is_multiple_of(2) {
         bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&seed.to_le_bytes()));
@@ -41,11 +41,11 @@ fn contents(seed: u32) -> PageBytes {
     bytes
 }
 
-fn options(chunk_pages: usize, compression: Compression) -> WriterOptions {
+pub(super) fn options(chunk_pages: usize, compression: Compression) -> WriterOptions {
     WriterOptions { chunk_pages, compression, workers: 2, ..WriterOptions::default() }
 }
 
-fn details() -> Details {
+pub(super) fn details() -> Details {
     Details {
         machine: Machine {
             binary: "/usr/bin/qemu-system-x86_64".into(),
@@ -56,21 +56,23 @@ fn details() -> Details {
             env: vec![],
             running: true,
             uncaptured_disks: vec![],
+            disks: vec![],
+            libvirt_xml: None,
         },
         moment_unix_us: 1_700_000_000_000_000,
         pause_us: Some(1500),
     }
 }
 
-fn sections() -> Sections {
+pub(super) fn sections() -> Sections {
     Sections { config: b"config".into(), devices: vec![7; 300], vmdesc: b"{}".into() }
 }
 
 /// A machine's memory: the seed of each page's contents.
-type Memory = BTreeMap<Page, u32>;
+pub(super) type Memory = BTreeMap<Page, u32>;
 
 /// Reads every page through the public face.
-fn read_all(image: &Arc<Image>) -> Result<BTreeMap<Page, PageBytes>, SourceError> {
+pub(super) fn read_all(image: &Arc<Image>) -> Result<BTreeMap<Page, PageBytes>, SourceError> {
     let mut reader = image.reader()?;
     let mut pages = BTreeMap::new();
     for (number, block) in image.blocks().iter().enumerate() {
@@ -88,7 +90,7 @@ fn read_all(image: &Arc<Image>) -> Result<BTreeMap<Page, PageBytes>, SourceError
     Ok(pages)
 }
 
-fn expected(memory: &Memory) -> BTreeMap<Page, PageBytes> {
+pub(super) fn expected(memory: &Memory) -> BTreeMap<Page, PageBytes> {
     memory.iter().map(|(page, seed)| (*page, contents(*seed))).collect()
 }
 
@@ -130,7 +132,7 @@ impl Small {
 
     /// Changes a table's first piece and makes its checksum right again.
     fn edit_table(&self, region: Region, change: impl FnOnce(&mut [u8; PIECE_BYTES])) {
-        let superblock = self.open().unwrap().superblock.clone();
+        let superblock = self.open().unwrap().own().superblock.clone();
         let at = superblock.region(region).offset as usize;
         self.edit(|bytes| {
             let piece: &mut [u8; PIECE_BYTES] =
@@ -147,7 +149,7 @@ impl Small {
     }
 }
 
-fn names(folder: &Path) -> Vec<String> {
+pub(super) fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
@@ -273,6 +275,7 @@ proptest! {
             force: false,
             memory: plan.memory,
             workers: plan.workers,
+            ..WriterOptions::default()
         };
         let chunk_bytes = plan.chunk_pages * PAGE_SIZE;
         let bound = plan.memory.max((4 + 2 * plan.workers) * chunk_bytes);
@@ -306,6 +309,37 @@ proptest! {
         let report = verify(&image, |_, _| {}).unwrap();
         prop_assert!(report.is_whole(), "{:?}", report.damages);
         prop_assert_eq!(report.chunks, image.chunk_count());
+        if plan.chunk_pages == 1 {
+            let given: BTreeSet<u32> = plan.steps().iter().map(|(_, seed)| *seed).collect();
+            prop_assert!(image.chunk_count() <= given.len() as u64);
+        }
+    }
+}
+
+/// Whatever threads find it, and whether it has been written when it is met again.
+#[test]
+fn equal_chunks_are_stored_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.snap");
+    for compression in [Compression::None, Compression::Zstd(1)] {
+        let options =
+            WriterOptions { workers: 4, force: true, memory: 1 << 20, ..options(4, compression) };
+        let blocks = vec![block("ram", 4000), block("rom", 2)];
+        let mut writer = ImageWriter::create(&path, options, blocks).unwrap();
+        // Ten different groups, again and again, and half of one of them.
+        let mut memory: Memory = (0..4000).map(|at| (page(0, at), at as u32 % 40 + 1)).collect();
+        memory.extend([(page(1, 0), 1), (page(1, 1), 2)]);
+        for (page, seed) in &memory {
+            writer.page(*page, &contents(*seed)).unwrap();
+        }
+        let saved = writer.finish(details(), sections()).unwrap();
+        assert_eq!((saved.data_pages, saved.repeated_pages), (4002, 3960));
+        let image = Image::open(&path).unwrap();
+        assert_eq!(image.chunk_count(), 11);
+        assert_eq!(image.find(page(0, 5)).unwrap(), image.find(page(0, 3965)).unwrap());
+        assert!(image.own().superblock.region(Region::Data).len <= 42 * PAGE_SIZE as u64);
+        assert!(read_all(&image).unwrap() == expected(&memory));
+        assert!(verify(&image, |_, _| {}).unwrap().is_whole());
     }
 }
 
@@ -484,7 +518,8 @@ fn a_full_disk_is_an_error_and_nothing_is_left() {
         ImageWriter::create(&path, WriterOptions { memory, ..WriterOptions::default() }, blocks)
             .unwrap();
     // 16 MiB through 1 MiB of buffers: a page must be refused, and then again.
-    let first = (0..4096).find_map(|at| writer.page(page(0, at), &contents(1)).err());
+    let first =
+        (0..4096).find_map(|at| writer.page(page(0, at), &contents(2 * at as u32 + 1)).err());
     for error in [first, writer.zero(page(0, 0)).err()] {
         assert!(matches!(error, Some(ImageError::NoSpace { .. })), "{error:?}");
     }
@@ -502,15 +537,86 @@ fn a_full_disk_is_an_error_and_nothing_is_left() {
     assert!(names(disk.0.path()).is_empty());
 }
 
+/// Incompressible pages, each different, through 1 MiB of buffers.
+fn slow(path: &Path, bandwidth: u64) -> ImageWriter {
+    let options = WriterOptions {
+        bandwidth: Some(bandwidth),
+        memory: 1 << 20,
+        ..options(4, Compression::None)
+    };
+    ImageWriter::create(path, options, vec![block("ram", 512)]).unwrap()
+}
+
+#[test]
+fn the_rate_is_kept_and_the_wait_for_it_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.snap");
+    let start = std::time::Instant::now();
+    let mut writer = slow(&path, 8 << 20);
+    for at in 0..512 {
+        writer.page(page(0, at), &contents(2 * at as u32 + 1)).unwrap();
+        assert!(writer.stats().buffered_bytes <= 1 << 20);
+    }
+    assert!(!writer.stats().stalled.is_zero());
+    writer.finish(details(), sections()).unwrap();
+    // 2 MiB at 8 MiB a second, of which a first piece of 1/16 s goes at once.
+    assert!(start.elapsed().as_millis() >= 250 - 63 - 50);
+    assert!(verify(&Image::open(&path).unwrap(), |_, _| {}).unwrap().is_whole());
+}
+
+#[test]
+fn a_writer_is_stopped_wherever_it_waits() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.snap");
+    // At this rate it would take six hours.
+    for pages in [512, 100] {
+        let mut writer = slow(&path, 100);
+        let stop = writer.stopper();
+        let stopped = std::thread::scope(|scope| {
+            let writing = scope.spawn(move || {
+                for at in 0..512 {
+                    match at < pages {
+                        true => writer.page(page(0, at), &contents(2 * at as u32 + 1))?,
+                        false => writer.zero(page(0, at))?,
+                    }
+                }
+                writer.finish(details(), sections())
+            });
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            writing.join().unwrap()
+        });
+        assert!(matches!(stopped, Err(ImageError::Interrupted(_))), "{stopped:?}");
+        assert!(names(folder.path()).is_empty());
+    }
+}
+
+#[test]
+fn an_image_need_not_stay_in_the_page_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.snap");
+    for cache in [CacheUse::Drop, CacheUse::Keep, CacheUse::WhatIsFree] {
+        let options = WriterOptions { cache, force: true, ..options(16, Compression::None) };
+        let blocks = vec![block("ram", 10_000)];
+        let mut writer = ImageWriter::create(&path, options, blocks).unwrap();
+        let memory: Memory = (0..10_000).map(|at| (page(0, at), 2 * at as u32 + 1)).collect();
+        for (page, seed) in &memory {
+            writer.page(*page, &contents(*seed)).unwrap();
+        }
+        writer.finish(details(), sections()).unwrap();
+        let image = Image::open(&path).unwrap();
+        assert!(verify(&image, |_, _| {}).unwrap().is_whole());
+    }
+}
+
 // Files that are not what was written.
 
 #[test]
 fn a_file_cut_anywhere_is_refused() {
     let small = small();
     let whole = fs::read(&small.path).unwrap();
-    for len in 0..whole.len() {
-        fs::OpenOptions::new().write(true).open(&small.path).unwrap().set_len(0).unwrap();
-        fs::write(&small.path, &whole[..len]).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&small.path).unwrap();
+    for len in (0..whole.len()).rev() {
+        file.set_len(len as u64).unwrap();
         match small.open().err().expect("a cut image must not open") {
             ImageError::Truncated { found, .. } => assert_eq!(found, len as u64),
             other => panic!("{other}"),
@@ -546,7 +652,7 @@ fn a_changed_byte_is_found_wherever_it_is() {
     let small = small();
     let expected = expected(&small.memory);
     let file = fs::OpenOptions::new().read(true).write(true).open(&small.path).unwrap();
-    let tables = small.open().unwrap().superblock.region(Region::ChunkTable).offset;
+    let tables = small.open().unwrap().own().superblock.region(Region::ChunkTable).offset;
     let len = file.metadata().unwrap().len();
     for at in (0..len).filter(|at| at % 4096 < 300 || at % 7 == 0) {
         let mut byte = [0];
@@ -643,12 +749,12 @@ proptest! {
 
 #[test]
 fn each_kind_of_bad_entry_is_named() {
-    let stored = |chunk, slot| PageEntry::Stored { chunk, slot }.encode();
+    let stored = |chunk, slot| PageEntry::Stored { layer: 0, chunk, slot }.encode();
     for (raw, problem) in [
         (0, "never written"),
         (7, "kind 7 is not known"),
         (1 | 1 << 8, "stray bits"),
-        (stored(0, 0) | 1 << 16, "layer 1"),
+        (stored(0, 0) | 1 << 16, "layer 1, of 0"),
         (stored(1 << 39, 0), "does not exist"),
         (stored(0, 63), "not a page 63"),
     ] {
@@ -685,7 +791,7 @@ fn each_kind_of_bad_entry_is_named() {
 #[test]
 fn verify_names_the_guest_memory_that_a_bad_chunk_costs() {
     let small = Small::write(options(4, Compression::None));
-    let superblock = small.open().unwrap().superblock.clone();
+    let superblock = small.open().unwrap().own().superblock.clone();
     small.edit(|bytes| {
         for at in (superblock.region(Region::Data).offset as usize..).step_by(PAGE_SIZE).take(2) {
             bytes[at] ^= 1;
@@ -727,12 +833,12 @@ fn a_wholly_damaged_image_makes_a_short_report() {
     let blocks = vec![block("a", 700), block("b", 700)];
     let mut writer = ImageWriter::create(&path, options(1, Compression::None), blocks).unwrap();
     for at in 0..700 {
-        writer.page(page(1, at), &contents(1)).unwrap();
-        writer.page(page(0, at), &contents(3)).unwrap();
+        writer.page(page(1, at), &contents(4 * at as u32 + 1)).unwrap();
+        writer.page(page(0, at), &contents(4 * at as u32 + 3)).unwrap();
     }
     writer.finish(details(), sections()).unwrap();
     let image = Image::open(&path).unwrap();
-    let data = image.superblock.region(Region::Data);
+    let data = image.own().superblock.region(Region::Data);
     let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(&vec![1; data.len as usize], data.offset).unwrap();
     let report = verify(&image, |_, _| {}).unwrap();
@@ -740,7 +846,7 @@ fn a_wholly_damaged_image_makes_a_short_report() {
     assert_eq!(report.damages.len() as u64 + report.more_damages, 1400);
 
     // A piece of the page index costs the pages it speaks of, in both blocks.
-    let at = image.superblock.region(Region::PageIndex).offset + PIECE_BYTES as u64;
+    let at = image.own().superblock.region(Region::PageIndex).offset + PIECE_BYTES as u64;
     file.write_all_at(&[0xff], at).unwrap();
     file.write_all_at(&[0; 1], data.offset).unwrap();
     let image = Image::open(&path).unwrap();
@@ -762,7 +868,7 @@ fn a_table_piece_of_another_place_does_not_pass() {
         writer.zero(page(0, at)).unwrap();
     }
     writer.finish(details(), sections()).unwrap();
-    let at = Image::open(&path).unwrap().superblock.region(Region::PageIndex).offset;
+    let at = Image::open(&path).unwrap().own().superblock.region(Region::PageIndex).offset;
     let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     // The first two pieces hold the same entries.
     let mut piece = [0; PIECE_BYTES];
@@ -789,7 +895,7 @@ fn a_hostile_manifest_is_refused() {
     ];
     for (change, problem) in changes {
         let small = small();
-        let superblock = small.open().unwrap().superblock.clone();
+        let superblock = small.open().unwrap().own().superblock.clone();
         let extent = superblock.region(Region::Manifest);
         let bytes = fs::read(&small.path).unwrap();
         let old = &bytes[extent.offset as usize..extent.end().unwrap() as usize];
@@ -817,7 +923,7 @@ fn a_hostile_manifest_is_refused() {
 #[test]
 fn a_huge_image_opens_at_once() {
     let small = small();
-    let mut superblock = small.open().unwrap().superblock.clone();
+    let mut superblock = small.open().unwrap().own().superblock.clone();
     let pages = 1u64 << 30; // 4 TiB of guest memory
     let manifest = {
         let mut manifest = small.open().unwrap().manifest().clone();

@@ -8,9 +8,10 @@ use std::thread;
 use crossbeam_channel::bounded;
 
 use super::error::ImageError;
-use super::layout::{CHUNK_ENTRY_BYTES, PAGE_ENTRY_BYTES, PageEntry, Region};
+use super::layer::{Buffers, Layer, chunk_id};
+use super::layout::{CHUNK_ENTRY_BYTES, ChunkEntry, PAGE_ENTRY_BYTES, PageEntry, Region};
 use super::pieces::Piece;
-use super::reader::{Buffers, Image};
+use super::reader::Image;
 use crate::page::{Location, PAGE_SIZE};
 
 /// Damages that are listed; more are only counted.
@@ -99,36 +100,67 @@ pub struct DamagedRange {
 /// reads of the tables is not kept. `progress` is told the bytes checked so far
 /// and the bytes in all, now and then.
 ///
+/// Of other images that it refers to, only the entries of the chunks that it needs are
+/// looked at: [`verify_chain`] checks them too.
+///
 /// # Errors
 /// Only when checking itself is not possible; damage is in the report.
-pub fn verify(
+pub fn verify(image: &Image, progress: impl FnMut(u64, u64)) -> Result<VerifyReport, ImageError> {
+    verify_layers(image, &image.layers()[..1], progress)
+}
+
+/// Does the same, and checks all chunks of the images that it refers to as well. What
+/// damage is found there is told by the pages of this image that it costs.
+///
+/// # Errors
+/// As for [`verify`].
+pub fn verify_chain(
     image: &Image,
+    progress: impl FnMut(u64, u64),
+) -> Result<VerifyReport, ImageError> {
+    verify_layers(image, image.layers(), progress)
+}
+
+/// Checks an image, and all chunks of some of its layers, from the first on.
+fn verify_layers(
+    image: &Image,
+    layers: &[Layer],
     mut progress: impl FnMut(u64, u64),
 ) -> Result<VerifyReport, ImageError> {
-    let total = image.superblock.regions.iter().map(|extent| extent.len).sum();
+    let own = &image.own().superblock;
+    let chunks_of = |layer: &Layer| {
+        let superblock = &layer.superblock;
+        superblock.region(Region::Data).len + superblock.region(Region::ChunkTable).len
+    };
+    let total = own.regions.iter().map(|extent| extent.len).sum::<u64>()
+        + layers[1..].iter().map(chunks_of).sum::<u64>();
     let mut done = 0;
     let mut report = VerifyReport::default();
     for region in [Region::Manifest, Region::Config, Region::Devices, Region::Vmdesc] {
         if let Err(error) = image.check_whole(region) {
             report.add(error);
         }
-        done += image.superblock.region(region).len;
+        done += own.region(region).len;
     }
     progress(done, total);
 
-    let bad = verify_chunks(image, &mut report, |bytes| {
-        done += bytes;
-        progress(done, total);
-    })?;
+    let mut bad = BadChunks::new();
+    for (number, layer) in (0..=u8::MAX).zip(layers) {
+        verify_chunks(image, number, layer, &mut report, &mut bad, |bytes| {
+            // Chunks that share bytes are read once each.
+            done = (done + bytes).min(total);
+            progress(done, total);
+        })?;
+    }
     verify_index(image, &mut report, &bad, |bytes| {
-        done += bytes;
+        done = (done + bytes).min(total);
         progress(done, total);
     });
     Ok(report)
 }
 
-/// Chunks that can't be read: the first one's number → the number behind the
-/// last, and the damage it is listed as. Bounded by [`MAX_DAMAGES`].
+/// Chunks that can't be read: the first one's id → the id behind the last, and the
+/// damage it is listed as. Bounded by [`MAX_DAMAGES`].
 type BadChunks = BTreeMap<u64, (u64, usize)>;
 
 /// What a thread has found in one piece of the chunk table.
@@ -140,18 +172,19 @@ struct Found {
     bad: Vec<(u64, u64, ImageError)>,
 }
 
-/// Reads all chunks, a piece of the chunk table at a time.
+/// Reads all chunks of a layer, a piece of its chunk table at a time.
 fn verify_chunks(
     image: &Image,
+    number: u8,
+    layer: &Layer,
     report: &mut VerifyReport,
+    bad: &mut BadChunks,
     mut progress: impl FnMut(u64),
-) -> Result<BadChunks, ImageError> {
+) -> Result<(), ImageError> {
     let processors = thread::available_parallelism().map_or(1, |n| n.get());
-    let threads = image.chunks.pieces().clamp(1, processors as u64) as usize;
-    let buffers: Vec<Buffers> =
-        (0..threads).map(|_| Buffers::new(image)).collect::<Result<_, _>>()?;
+    let threads = layer.chunks.pieces().clamp(1, processors as u64) as usize;
+    let buffers: Vec<Buffers> = (0..threads).map(|_| image.buffers()).collect::<Result<_, _>>()?;
     let next = AtomicU64::new(0);
-    let mut bad = BadChunks::new();
     thread::scope(|scope| {
         let (sender, results) = bounded(threads);
         for mut buffers in buffers {
@@ -159,8 +192,8 @@ fn verify_chunks(
             scope.spawn(move || {
                 loop {
                     let piece = next.fetch_add(1, Ordering::Relaxed);
-                    if piece >= image.chunks.pieces()
-                        || sender.send(verify_piece(image, piece, &mut buffers)).is_err()
+                    if piece >= layer.chunks.pieces()
+                        || sender.send(verify_piece(layer, piece, &mut buffers)).is_err()
                     {
                         break;
                     }
@@ -171,22 +204,23 @@ fn verify_chunks(
         for Found { bytes, chunks, bad: found } in results {
             report.chunks += chunks;
             for (first, end, error) in found {
-                if let Some(number) = report.add(error) {
-                    bad.insert(first, (end, number));
+                if let Some(damage) = report.add(error) {
+                    let id = |chunk| chunk_id(number, chunk).0;
+                    bad.insert(id(first), (id(end), damage));
                 }
             }
             progress(bytes);
         }
     });
-    Ok(bad)
+    Ok(())
 }
 
-/// Reads the chunks of one piece of the chunk table.
-fn verify_piece(image: &Image, number: u64, buffers: &mut Buffers) -> Found {
+/// Reads the chunks of one piece of a chunk table.
+fn verify_piece(layer: &Layer, number: u64, buffers: &mut Buffers) -> Found {
     let mut found = Found::default();
-    let entries = image.chunks.entries_of(number);
+    let entries = layer.chunks.entries_of(number);
     found.bytes += size_of::<Piece>() as u64;
-    let piece = match image.chunks.load(number, &image.file, &image.path) {
+    let piece = match layer.chunks.load(number, &layer.file, &layer.path) {
         Ok(piece) => piece,
         Err(error) => {
             found.bad.push((entries.start, entries.end, error));
@@ -194,10 +228,10 @@ fn verify_piece(image: &Image, number: u64, buffers: &mut Buffers) -> Found {
         }
     };
     for chunk in entries {
-        let raw = image.chunks.entry_in::<CHUNK_ENTRY_BYTES>(&piece, chunk);
-        let read = image.decode_chunk(chunk, &raw).and_then(|entry| {
+        let raw = layer.chunks.entry_in::<CHUNK_ENTRY_BYTES>(&piece, chunk);
+        let read = layer.decode_chunk(chunk, &raw).and_then(|entry| {
             found.bytes += u64::from(entry.stored_len);
-            buffers.read(image, chunk, &entry).map(drop)
+            buffers.read(layer, chunk, &entry).map(drop)
         });
         found.chunks += 1;
         if let Err(error) = read {
@@ -207,6 +241,23 @@ fn verify_piece(image: &Image, number: u64, buffers: &mut Buffers) -> Found {
     found
 }
 
+/// The piece of each layer's chunk table that was needed last.
+struct Recent(Vec<Option<(u64, Box<Piece>)>>);
+
+impl Recent {
+    /// A chunk's entry. Chunks of a layer come mostly in order.
+    fn entry(&mut self, place: usize, layer: &Layer, chunk: u64) -> Result<ChunkEntry, ImageError> {
+        let wanted = chunk / Region::ChunkTable.entries_per_piece();
+        let piece = match self.0[place].take() {
+            Some((number, piece)) if number == wanted => piece,
+            _ => layer.chunks.load(wanted, &layer.file, &layer.path)?,
+        };
+        let raw = layer.chunks.entry_in(&piece, chunk);
+        self.0[place] = Some((wanted, piece));
+        layer.decode_chunk(chunk, &raw)
+    }
+}
+
 /// Reads the page index: checks every entry, and finds the pages of bad chunks.
 fn verify_index(
     image: &Image,
@@ -214,14 +265,13 @@ fn verify_index(
     bad: &BadChunks,
     mut progress: impl FnMut(u64),
 ) {
-    // The last piece of the chunk table that was needed. Chunks come mostly in
-    // order; a damaged piece is in the report already.
-    let mut table: Option<(u64, Box<Piece>)> = None;
+    let own = image.own();
+    let mut recent = Recent(image.layers().iter().map(|_| None).collect());
     let (mut data_pages, mut zero_pages) = (0, 0);
     for number in 0..image.pages.pieces() {
         let entries = image.pages.entries_of(number);
         progress(size_of::<Piece>() as u64);
-        let piece = match image.pages.load(number, &image.file, &image.path) {
+        let piece = match image.pages.load(number, &own.file, &own.path) {
             Ok(piece) => piece,
             Err(error) => {
                 if let Some(damage) = report.add(error) {
@@ -238,22 +288,14 @@ fn verify_index(
                 report.damages[damage].affects(image, entry..entry + 1);
                 continue;
             }
-            let location = image.check_entry(raw, |chunk| {
-                let wanted = chunk / Region::ChunkTable.entries_per_piece();
-                let loaded = match table.take() {
-                    Some((number, piece)) if number == wanted => piece,
-                    _ => image.chunks.load(wanted, &image.file, &image.path)?,
-                };
-                let raw = image.chunks.entry_in(&loaded, chunk);
-                table = Some((wanted, loaded));
-                image.decode_chunk(chunk, &raw)
-            });
+            let location =
+                image.check_entry(raw, |place, layer, chunk| recent.entry(place, layer, chunk));
             match location {
                 Ok(Location::Zero) => zero_pages += 1,
                 Ok(Location::Stored { .. }) => data_pages += 1,
                 Err(problem) => {
                     let place = format!("page index entry {entry}");
-                    let error = ImageError::damaged(&image.path, place, problem);
+                    let error = ImageError::damaged(&own.path, place, problem);
                     if let Some(damage) = report.add(error) {
                         report.damages[damage].affects(image, entry..entry + 1);
                     }
@@ -267,15 +309,17 @@ fn verify_index(
             "it counts {} data and {} zero pages, the page index {data_pages} and {zero_pages}",
             manifest.data_pages, manifest.zero_pages
         );
-        report.add(ImageError::damaged(&image.path, "manifest", problem));
+        report.add(ImageError::damaged(&own.path, "manifest", problem));
     }
 }
 
 /// The damage that an entry's chunk is listed under, if it is.
 fn bad_chunk_of(raw: [u8; PAGE_ENTRY_BYTES], bad: &BadChunks) -> Option<usize> {
-    let Ok(PageEntry::Stored { chunk, .. }) = PageEntry::decode(u64::from_le_bytes(raw)) else {
+    let Ok(PageEntry::Stored { layer, chunk, .. }) = PageEntry::decode(u64::from_le_bytes(raw))
+    else {
         return None;
     };
+    let chunk = chunk_id(layer, chunk).0;
     let (_, (end, damage)) = bad.range(..=chunk).next_back()?;
     (chunk < *end).then_some(*damage)
 }

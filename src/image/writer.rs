@@ -1,20 +1,21 @@
 //! Writing an image in one pass, pages in any order.
 
 use std::collections::{BTreeMap, HashMap};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::delta::Base;
 use super::error::ImageError;
-use super::layout::{
-    MAX_CHUNK_PAGES, MAX_CHUNKS, MAX_MANIFEST_BYTES, MAX_SECTION_BYTES, PageEntry, Region,
-    Superblock,
-};
-use super::manifest::{Details, Manifest, Sections, check_blocks};
-use super::pipeline::{Buffer, Job, Pipeline};
-use super::tail::Tail;
+use super::layout::{MAX_CHUNK_PAGES, MAX_CHUNKS, PageEntry};
+use super::manifest::{Details, LayerRef, Manifest, Sections, check_blocks};
+use super::pack::{Job, Packing, Stored};
+use super::pipeline::{Buffer, Pipeline};
+use super::reader::Image;
+use super::tail;
 use super::target::Target;
 use crate::page::{Block, PAGE_SIZE, Page, PageBytes};
 
@@ -26,6 +27,18 @@ pub enum Compression {
     /// zstd at a level of -7 (fastest) to 22 (smallest). A chunk that does not
     /// get smaller is stored plain.
     Zstd(i32),
+}
+
+/// What becomes of the host's page cache while an image is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheUse {
+    /// The image stays in it as long as there is memory that nobody uses; beyond that, it
+    /// takes 256 MiB at most, and no other file has to give way.
+    WhatIsFree,
+    /// The image does not stay in it.
+    Drop,
+    /// The kernel decides, as for any file.
+    Keep,
 }
 
 /// How an image is to be written.
@@ -43,18 +56,24 @@ pub struct WriterOptions {
     pub memory: usize,
     /// Threads that checksum and compress, 1 to 64; one more thread writes.
     pub workers: usize,
+    /// The most bytes a second that are written to the file; as many as can be without.
+    pub bandwidth: Option<u64>,
+    /// What becomes of the host's page cache.
+    pub cache: CacheUse,
 }
 
 impl Default for WriterOptions {
-    /// Plain chunks of 64 KiB, 64 MiB of buffers, a worker for each processor up
-    /// to 4, no overwriting.
+    /// Plain chunks of 16 KiB, 64 MiB of buffers, a worker for each processor up
+    /// to 4, no overwriting, no limit to the rate, the page cache's free room.
     fn default() -> WriterOptions {
         WriterOptions {
             compression: Compression::None,
-            chunk_pages: 16,
+            chunk_pages: 4,
             force: false,
             memory: 64 << 20,
             workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
+            bandwidth: None,
+            cache: CacheUse::WhatIsFree,
         }
     }
 }
@@ -84,6 +103,11 @@ pub struct Saved {
     pub data_pages: u64,
     /// Number of pages that are all zeros.
     pub zero_pages: u64,
+    /// Number of pages, among those stored, that were given when their chunk was there
+    /// already. A page that was given twice may count twice.
+    pub repeated_pages: u64,
+    /// Number of pages, among those stored, that lie in other images.
+    pub parent_pages: u64,
     /// Length of the file in bytes.
     pub image_bytes: u64,
 }
@@ -93,8 +117,11 @@ pub struct Saved {
 /// Pages are collected in aligned groups of as many pages as a chunk holds. A
 /// group whose pages are all known is sent to the threads as one chunk; when too
 /// many are open, the oldest is sent as it is, and what comes later for it makes
-/// another chunk. Memory beside the buffers: 8 bytes per target page, 24 bytes
-/// per chunk, and per worker a chunk and zstd's own (1 to 3 MiB).
+/// another chunk. A chunk that is there already is not stored again.
+///
+/// Memory beside the buffers: 8 bytes per target page, 24 bytes per chunk, up to 48
+/// more per chunk to find it again (168 MiB at most, all together: see `dedupe`), and
+/// per worker a chunk and zstd's own (1 to 3 MiB).
 ///
 /// Dropped before [`ImageWriter::finish`], it leaves nothing behind.
 pub struct ImageWriter {
@@ -103,10 +130,12 @@ pub struct ImageWriter {
     target: Target,
     identity: Uuid,
     blocks: Vec<Block>,
+    base: Option<Arc<Base>>,
     /// For each block: its first entry in `index`, and the key of its first group.
     starts: Vec<(u64, u64)>,
     chunk_pages: usize,
-    /// The page index. Pages of open groups stand in it when the group is sent.
+    /// The page index. Pages of open groups stand in it, as [`pending`], when the group
+    /// is sent, and in their chunks when its buffer has come back.
     index: Vec<u64>,
     /// Open groups by key, without the current one.
     open: HashMap<u64, Group>,
@@ -116,9 +145,17 @@ pub struct ImageWriter {
     ages: BTreeMap<u64, u64>,
     next_age: u64,
     max_open: usize,
-    next_chunk: u64,
+    next_job: u64,
     data_pages: u64,
     zero_pages: u64,
+    repeated_pages: u64,
+}
+
+/// The raw entry of a page that is on its way to a chunk, in that job's buffer. No
+/// finished index holds one.
+fn pending(job: u64) -> u64 {
+    const KIND: u64 = 3;
+    KIND | job << 8
 }
 
 /// An aligned group of pages that is being collected.
@@ -126,7 +163,8 @@ struct Group {
     key: u64,
     /// Its key in `ages`.
     age: u64,
-    /// Its first page's entry in the index.
+    /// Its first page, and that page's entry in the index.
+    page: Page,
     first: usize,
     /// Pages of it that are not known yet.
     missing: u32,
@@ -139,7 +177,8 @@ struct Group {
 struct Place {
     /// Its group's key.
     key: u64,
-    /// Its group's first entry in the index, and how many there are.
+    /// Its group's first page, that page's entry in the index, and how many there are.
+    page: Page,
     first: usize,
     count: usize,
     /// Its place in the group.
@@ -158,15 +197,49 @@ impl ImageWriter {
         options: WriterOptions,
         blocks: Vec<Block>,
     ) -> Result<ImageWriter, ImageError> {
-        let WriterOptions { compression, chunk_pages, force, memory, workers } = options;
+        ImageWriter::start(path, options, blocks, None)
+    }
+
+    /// Starts an image on top of another: pages that `parent` holds at the same place
+    /// of a block of the same name, be it in its own file or in another, are referred
+    /// to and not stored again. Takes as much memory more as `parent` does when it is
+    /// read as a whole.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::create`]; and where the new image would replace one that it
+    /// refers to, or where these are too many.
+    pub fn create_on(
+        path: &Path,
+        options: WriterOptions,
+        blocks: Vec<Block>,
+        parent: &Arc<Image>,
+    ) -> Result<ImageWriter, ImageError> {
+        let base = Base::new(parent, path, &blocks)?;
+        ImageWriter::start(path, options, blocks, Some(Arc::new(base)))
+    }
+
+    fn start(
+        path: &Path,
+        options: WriterOptions,
+        blocks: Vec<Block>,
+        base: Option<Arc<Base>>,
+    ) -> Result<ImageWriter, ImageError> {
+        let WriterOptions { compression, chunk_pages, force, memory, workers, .. } = options;
         check_options(&options)?;
         let pages = check_blocks(&blocks).map_err(ImageError::Blocks)?;
         let index = zeroed(pages)?;
         let target = Target::create(path, force)?;
         let chunk_bytes = chunk_pages * PAGE_SIZE;
         let buffers = (memory / chunk_bytes).max(4 + 2 * workers);
-        let pipeline =
-            Pipeline::start(target.file(), path, compression, workers, chunk_bytes, buffers)?;
+        let packing = Packing::new(compression, chunk_bytes, base.as_ref());
+        let pipeline = Pipeline::start(
+            target.file(),
+            path,
+            packing,
+            workers,
+            buffers,
+            (options.bandwidth, options.cache),
+        )?;
         let mut starts = Vec::with_capacity(blocks.len());
         let (mut first_entry, mut first_group) = (0, 0);
         for block in &blocks {
@@ -179,6 +252,7 @@ impl ImageWriter {
             target,
             identity: Uuid::new_v4(),
             blocks,
+            base,
             starts,
             chunk_pages,
             index,
@@ -188,9 +262,10 @@ impl ImageWriter {
             next_age: 0,
             // The other half keeps the threads busy, so a wait for a buffer ends.
             max_open: buffers / 2,
-            next_chunk: 0,
+            next_job: 0,
             data_pages: 0,
             zero_pages: 0,
+            repeated_pages: 0,
         })
     }
 
@@ -252,6 +327,13 @@ impl ImageWriter {
         }
     }
 
+    /// What ends it from another thread when it is set to true, be it in the middle of
+    /// [`ImageWriter::finish`]: what it was doing then fails with
+    /// [`ImageError::Interrupted`].
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        self.pipeline.stopper()
+    }
+
     /// Writes what is left, makes the file durable (fsync(2)) and gives it its
     /// name.
     ///
@@ -270,8 +352,14 @@ impl ImageWriter {
         if missing != 0 {
             return Err(self.pages_missing(missing));
         }
-        let ImageWriter { pipeline, target, identity, index, data_pages, zero_pages, .. } = self;
-        let (table, data_end) = pipeline.finish()?;
+        let ImageWriter { pipeline, target, identity, mut index, .. } = self;
+        let ImageWriter { data_pages, zero_pages, mut repeated_pages, .. } = self;
+        let stop = pipeline.stopper();
+        let (table, sink) =
+            pipeline.finish(|stored| repeated_pages += resolve(&mut index, &stored))?;
+        let layers = self.base.map(|base| base.layers.clone()).unwrap_or_default();
+        let layers = renumber_layers(layers, &mut index);
+        let parent_pages = layers.iter().map(|layer| layer.pages).sum();
         let manifest = Manifest {
             identity,
             created_by: concat!("snapback ", env!("CARGO_PKG_VERSION")).into(),
@@ -281,37 +369,17 @@ impl ImageWriter {
             blocks: self.blocks,
             data_pages,
             zero_pages,
+            layers,
+            flat: Vec::new(),
         };
-        let io = |e| ImageError::io("write", target.path(), e);
-        let manifest = serde_json::to_vec(&manifest).map_err(|e| io(e.into()))?;
-
-        let mut tail = Tail::new(target.file(), identity, data_end).map_err(io)?;
-        tail.table(Region::ChunkTable, table.iter().map(|entry| entry.encode())).map_err(io)?;
-        tail.table(Region::PageIndex, index.iter().map(|raw| raw.to_le_bytes())).map_err(io)?;
-        for (region, bytes, limit) in [
-            (Region::Manifest, &manifest, MAX_MANIFEST_BYTES),
-            (Region::Config, &sections.config, MAX_SECTION_BYTES),
-            (Region::Devices, &sections.devices, MAX_SECTION_BYTES),
-            (Region::Vmdesc, &sections.vmdesc, MAX_SECTION_BYTES),
-        ] {
-            let len = bytes.len() as u64;
-            if len > limit {
-                return Err(ImageError::TooLarge { what: region.name(), len, limit });
-            }
-            tail.whole(region, bytes).map_err(io)?;
-        }
-        let (regions, image_bytes) = tail.finish().map_err(io)?;
-        let superblock = Superblock {
-            chunk_pages: self.chunk_pages as u32,
-            file_len: image_bytes,
-            identity,
-            chunk_count: table.len() as u64,
-            page_count: index.len() as u64,
-            regions,
-        };
-        target.file().write_all_at(&superblock.encode(), 0).map_err(io)?;
-        target.commit()?;
-        Ok(Saved { identity, data_pages, zero_pages, image_bytes })
+        let chunk_pages = self.chunk_pages as u32;
+        let path = target.path().to_owned();
+        let written = tail::finish(target, sink, &manifest, &sections, &table, &index, chunk_pages);
+        let image_bytes = written.map_err(|error| match stop.load(Ordering::Relaxed) {
+            true => ImageError::Interrupted(path),
+            false => error,
+        })?;
+        Ok(Saved { identity, data_pages, zero_pages, repeated_pages, parent_pages, image_bytes })
     }
 
     /// Where a page belongs.
@@ -327,6 +395,7 @@ impl ImageWriter {
         let group = page.number / per_chunk;
         Ok(Place {
             key: first_group + group,
+            page: Page { number: group * per_chunk, ..page },
             first: (first_entry + group * per_chunk) as usize,
             count: per_chunk.min(block.pages() - group * per_chunk) as usize,
             slot: (page.number % per_chunk) as usize,
@@ -347,13 +416,17 @@ impl ImageWriter {
         while self.ages.len() >= self.max_open {
             self.send_oldest()?;
         }
-        let buffer = self.pipeline.buffer()?;
+        let (buffer, stored) = self.pipeline.buffer()?;
+        if let Some(stored) = stored {
+            self.repeated_pages += resolve(&mut self.index, &stored);
+        }
         let age = self.next_age;
         self.next_age += 1;
         self.ages.insert(age, place.key);
         let entries = &self.index[place.first..place.first + place.count];
         let missing = entries.iter().filter(|raw| **raw == PageEntry::MISSING).count() as u32;
-        Ok(Group { key: place.key, age, first: place.first, missing, mask: 0, buffer })
+        let Place { key, page, first, .. } = *place;
+        Ok(Group { key, age, page, first, missing, mask: 0, buffer })
     }
 
     /// Counts a page of a group that now has data or is all zeros.
@@ -388,23 +461,23 @@ impl ImageWriter {
         Ok(true)
     }
 
-    /// Makes a group's pages the next chunk.
+    /// Sends a group's pages on their way to a chunk.
     fn send(&mut self, group: Group) -> Result<(), ImageError> {
         self.ages.remove(&group.age);
         if group.mask == 0 {
             self.pipeline.give_back(group.buffer);
             return Ok(());
         }
-        let chunk = self.next_chunk;
-        if chunk >= MAX_CHUNKS {
+        let job = self.next_job;
+        if job >= MAX_CHUNKS {
             return Err(ImageError::Options(format!("more than {MAX_CHUNKS} chunks")));
         }
-        self.next_chunk += 1;
-        let pages = (0..self.chunk_pages).filter(|place| group.mask & 1 << place != 0);
-        for (slot, place) in (0..).zip(pages) {
-            self.index[group.first + place] = PageEntry::Stored { chunk, slot }.encode();
+        self.next_job += 1;
+        let Group { page, first, mask, buffer, .. } = group;
+        for place in (0..self.chunk_pages).filter(|place| mask & 1 << place != 0) {
+            self.index[first + place] = pending(job);
         }
-        self.pipeline.submit(Job { chunk, mask: group.mask, buffer: group.buffer })
+        self.pipeline.submit(Job { number: job, page, first, mask, buffer })
     }
 
     fn pages_missing(&self, missing: u64) -> ImageError {
@@ -420,6 +493,46 @@ impl ImageWriter {
             missing,
         }
     }
+}
+
+/// Enters pages into the index where they are stored, unless they have been given again
+/// meanwhile. Returns how many of them did not have to be stored.
+fn resolve(index: &mut [u64], stored: &Stored) -> u64 {
+    for (at, entry) in stored.entries() {
+        if index[at] == pending(stored.job) {
+            index[at] = entry.encode();
+        }
+    }
+    if stored.again { u64::from(stored.mask.count_ones()) } else { 0 }
+}
+
+/// Counts the pages that lie in each layer, and drops the layers in which none does,
+/// which the image then does not need.
+fn renumber_layers(layers: Vec<LayerRef>, index: &mut [u64]) -> Vec<LayerRef> {
+    if layers.is_empty() {
+        return layers;
+    }
+    let layer_of = |raw: u64| match PageEntry::decode(raw) {
+        Ok(PageEntry::Stored { layer, .. }) => usize::from(layer),
+        _ => 0,
+    };
+    let mut pages = vec![0u64; layers.len() + 1];
+    index.iter().for_each(|raw| pages[layer_of(*raw)] += 1);
+    let mut numbers = vec![0u8; layers.len() + 1];
+    let mut kept = Vec::new();
+    for (layer, old) in layers.into_iter().zip(1..) {
+        if pages[old] > 0 {
+            kept.push(LayerRef { pages: pages[old], ..layer });
+            numbers[old] = kept.len() as u8;
+        }
+    }
+    for raw in index {
+        if let Ok(PageEntry::Stored { layer, chunk, slot }) = PageEntry::decode(*raw) {
+            let layer = numbers[usize::from(layer)];
+            *raw = PageEntry::Stored { layer, chunk, slot }.encode();
+        }
+    }
+    kept
 }
 
 /// The error for a page outside the blocks.

@@ -35,6 +35,11 @@ pub struct FaultReport {
 }
 
 impl FaultReport {
+    /// A report of nothing.
+    pub fn none() -> FaultReport {
+        FaultReport::new()
+    }
+
     fn new() -> FaultReport {
         let timings = Histogram::new_with_bounds(1, LONGEST_NS, 3);
         let timings = timings.unwrap_or_else(|_| unreachable!("the bounds are in order"));
@@ -188,11 +193,15 @@ impl FaultServer {
         let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
         let first = page.number / group * group;
         let around = cut(memory, Page { block: page.block, number: first }, group);
-        self.window.load(memory, &mut *self.reader, around, |near, stored| {
-            (mine.first..mine.end()).contains(&near.number)
-                || (together(stored, location)
-                    && !memory.claims.is_claimed(near.block, near.number))
-        })?;
+        let is_mine = |near: Page| (mine.first..mine.end()).contains(&near.number);
+        self.window.load(
+            memory,
+            &mut *self.reader,
+            around,
+            |near| is_mine(near) || !memory.claims.is_claimed(near.block, near.number),
+            |near, stored| is_mine(near) || together(stored, location),
+            || {},
+        )?;
 
         // The one that is waited for goes first; its neighbours follow.
         memory.place_run(mine, mine, self.window.host_page(mine))

@@ -25,6 +25,11 @@ use crate::uffd::{EventBuffer, Uffd, UffdEvent};
 /// The longest time to spin without an event.
 const SPIN_MAX: Duration = Duration::from_micros(200);
 
+/// The same while memory is being filled: the processors are busy then, and whoever has
+/// just been given a page may be waiting for the one that spins (on two processors, one
+/// fault in a hundred waited out all of [`SPIN_MAX`]).
+const SPIN_MAX_FILLING: Duration = Duration::from_micros(60);
+
 /// Spinning that has failed so often that less than this is left isn't tried again
 /// until a fault has come.
 const SPIN_MIN: Duration = Duration::from_micros(5);
@@ -126,7 +131,8 @@ impl Intake {
         // Where the layout changes, each look keeps others from installing.
         if *spin >= SPIN_MIN && !self.uffd.tells_of_layout() {
             let start = Instant::now();
-            while start.elapsed() < *spin && !self.is_stopped() {
+            let most = if self.memory.is_filling() { SPIN_MAX_FILLING } else { SPIN_MAX };
+            while start.elapsed() < most.min(*spin) && !self.is_stopped() {
                 if self.take(events)? {
                     *spin = SPIN_MAX;
                     return Ok(true);

@@ -110,6 +110,8 @@ pub struct Memory {
     claims: ClaimMap,
     /// Faults that are being answered now; prefetch stands aside while there are any.
     urgent: AtomicUsize,
+    /// Those who fill memory now.
+    filling: AtomicUsize,
     requests: AtomicU64,
     demanded: AtomicU64,
     /// Signalled once, when the last page is in place.
@@ -126,6 +128,7 @@ impl Memory {
             place,
             claims,
             urgent: AtomicUsize::new(0),
+            filling: AtomicUsize::new(0),
             requests: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
             complete,
@@ -135,6 +138,11 @@ impl Memory {
     /// The machine's blocks.
     pub fn blocks(&self) -> &[Block] {
         self.source.blocks()
+    }
+
+    /// The most pages that are stored together.
+    pub fn chunk_pages(&self) -> usize {
+        self.source.chunk_pages()
     }
 
     /// How far it has come.
@@ -262,6 +270,11 @@ impl Memory {
         // A huge page may be zero in parts, and is then not a matter of zeros.
         let small = self.block(block).page_size == PAGE_SIZE as u64;
         small && self.place.zero_step_pages(block) > self.place.step_pages(block)
+    }
+
+    /// Whether somebody brings what nobody has asked for yet.
+    fn is_filling(&self) -> bool {
+        self.filling.load(Ordering::Relaxed) > 0
     }
 
     /// Stands aside while faults are being answered. A fault takes some tens of

@@ -5,9 +5,9 @@
 //! 2. Zero ranges, in large calls, where the way of placing can do that.
 //! 3. The rest, in windows of 2 MiB.
 //!
-//! Threads take the next stretch from a shared list, read and decompress it while
-//! holding nothing, and install what is still absent piece by piece, standing aside for
-//! any fault between two pieces. A stretch that can't be read is passed over: it only
+//! Threads take the next window from a shared list, read and decompress a part of it at
+//! a time while holding nothing, and install what is still absent, standing aside for
+//! any fault between two chunks and between two calls. A stretch that can't be read is passed over: it only
 //! slows things down. What is absent at the end is asked for as if the guest had, so
 //! that memory becomes whole or the failure is loud.
 
@@ -20,9 +20,13 @@ use super::window::Window;
 use super::{Content, FaultServer, Memory, MemoryError};
 use crate::page::{Block, BlockId, ChunkReader, Location, PAGE_SHIFT, PAGE_SIZE, Page, Run};
 
-/// Bytes that are read and made ready in one go. Userfaultfd installs 2 MiB a call
-/// at the speed of memory (measured), and a huge page of the usual size fits.
+/// Bytes that a thread takes on at once: memory that one table of pages maps, so that
+/// two threads don't meet at its lock, and a huge page of the usual size.
 const WINDOW_BYTES: u64 = 2 << 20;
+
+/// Bytes that are read and made ready in one go, and then installed while they lie in
+/// the processor's cache still.
+const PART_BYTES: u64 = 256 << 10;
 
 /// What is brought, and how fast.
 #[derive(Debug, Clone, Default)]
@@ -54,10 +58,11 @@ pub fn prefetch(
     if let Some(hold) = options.hold {
         pace.wait(hold);
     }
-    preload(memory, options, pace)?;
+    preload(memory, &options.working_set, pace)?;
     if let Some(quiet) = options.delay {
         pace.wait_quiet(memory, quiet);
     }
+    let _filling = Filling::new(memory);
     let zeros = Windows::new(memory, |block| memory.likes_large_zeros(block));
     in_parallel(options.threads, zeros.count(), || fill_zeros(memory, &zeros, pace))?;
     let rest = Windows::new(memory, |_| true);
@@ -65,22 +70,19 @@ pub fn prefetch(
     demand_the_rest(memory, pace)
 }
 
-/// Brings the working set only, and returns when it is in place or on its way. Its order
+/// Brings a working set only, and returns when it is in place or on its way. Its order
 /// is worth more than a second thread: this one does it alone.
 ///
 /// # Errors
 /// As for [`prefetch`].
-pub fn preload(
-    memory: &Arc<Memory>,
-    options: &FillOptions,
-    pace: &Pace,
-) -> Result<(), MemoryError> {
-    if options.working_set.is_empty() {
+pub fn preload(memory: &Arc<Memory>, working_set: &[Page], pace: &Pace) -> Result<(), MemoryError> {
+    if working_set.is_empty() {
         return Ok(());
     }
+    let _filling = Filling::new(memory);
     let mut filler = Filler::new(memory, pace)?;
     let group = memory.source.chunk_pages() as u64;
-    for page in &options.working_set {
+    for page in working_set {
         if pace.is_stopped() {
             break;
         }
@@ -95,6 +97,22 @@ pub fn preload(
         pass_over(filler.fill(Run { block: page.block, first, count }))?;
     }
     Ok(())
+}
+
+/// Tells that memory is being filled, for as long as it lives.
+struct Filling<'a>(&'a Memory);
+
+impl<'a> Filling<'a> {
+    fn new(memory: &'a Memory) -> Filling<'a> {
+        memory.filling.fetch_add(1, Ordering::Relaxed);
+        Filling(memory)
+    }
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        self.0.filling.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Does the same work on several threads, this one among them, unless there is none.
@@ -234,8 +252,16 @@ impl Windows {
 }
 
 fn window_pages(memory: &Memory) -> u64 {
-    let largest = memory.blocks().iter().map(|block| block.page_size).max();
-    WINDOW_BYTES.max(largest.unwrap_or(0)) >> PAGE_SHIFT
+    WINDOW_BYTES.max(largest_page(memory)) >> PAGE_SHIFT
+}
+
+fn part_pages(memory: &Memory) -> u64 {
+    PART_BYTES.max(largest_page(memory)) >> PAGE_SHIFT
+}
+
+/// Bytes of the largest host page that backs a block.
+fn largest_page(memory: &Memory) -> u64 {
+    memory.blocks().iter().map(|block| block.page_size).max().unwrap_or(0)
 }
 
 /// One thread's share.
@@ -249,15 +275,30 @@ struct Filler<'a> {
 impl<'a> Filler<'a> {
     fn new(memory: &'a Memory, pace: &'a Pace) -> Result<Filler<'a>, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
-        let window = Window::new(window_pages(memory) as usize);
+        let window = Window::new(part_pages(memory) as usize);
         Ok(Filler { memory, pace, reader, window })
     }
 
     fn fill(&mut self, run: Run) -> Result<(), MemoryError> {
+        let mut first = run.first;
+        while first < run.end() {
+            let count = self.window.capacity().min(run.end() - first);
+            self.fill_part(Run { first, count, ..run })?;
+            first += count;
+        }
+        Ok(())
+    }
+
+    fn fill_part(&mut self, run: Run) -> Result<(), MemoryError> {
         let memory = self.memory;
-        self.window.load(memory, &mut *self.reader, run, |page, _| {
-            !memory.claims.is_claimed(page.block, page.number)
-        })?;
+        self.window.load(
+            memory,
+            &mut *self.reader,
+            run,
+            |page| !memory.claims.is_claimed(page.block, page.number),
+            |_, _| true,
+            || memory.stand_aside(),
+        )?;
         for (run, content) in self.window.pieces() {
             if self.pace.is_stopped() {
                 return Ok(());

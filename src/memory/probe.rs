@@ -23,7 +23,7 @@ impl FaultServer {
     ) -> Result<bool, MemoryError> {
         let memory = Arc::clone(&self.memory);
         let Some(run) = claim_one(&memory, block)? else { return Ok(false) };
-        self.window.load(&memory, &mut *self.reader, run, |_, _| true)?;
+        self.window.load(&memory, &mut *self.reader, run, |_| true, |_, _| true, || {})?;
         let content = self.window.host_page(run);
         match content {
             Content::Zero => before(run.offset(), &[0; PAGE_SIZE]),

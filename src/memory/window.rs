@@ -37,27 +37,38 @@ impl Window {
         (self.bytes.len() / PAGE_SIZE) as u64
     }
 
-    /// Reads those pages of `run` that are `wanted`, each chunk once.
+    /// Reads those pages of `run` that are `absent` and lie where it suits, each chunk
+    /// once. `pause` is called before each chunk, so that whoever isn't urgent can stand
+    /// aside.
     pub fn load(
         &mut self,
         memory: &Memory,
         reader: &mut dyn ChunkReader,
         run: Run,
-        wanted: impl Fn(Page, Location) -> bool,
+        absent: impl Fn(Page) -> bool,
+        suits: impl Fn(Page, Location) -> bool,
+        pause: impl Fn(),
     ) -> Result<(), MemoryError> {
         self.run = run;
         self.slots.clear();
         for page in run.pages() {
+            if !absent(page) {
+                self.slots.push(Slot::Skip);
+                continue;
+            }
             let located = memory.source.locate(page);
             let location = located.map_err(|e| memory.source_error(Run::single(page), e))?;
             self.slots.push(match location {
-                location if !wanted(page, location) => Slot::Skip,
+                location if !suits(page, location) => Slot::Skip,
                 Location::Zero => Slot::Zero,
                 location => Slot::Stored(location),
             });
         }
         for at in 0..self.slots.len() {
-            self.read_chunk_of(at, memory, reader)?;
+            if matches!(self.slots[at], Slot::Stored(_)) {
+                pause();
+                self.read_chunk_of(at, memory, reader)?;
+            }
         }
         self.make_host_pages_whole(memory.block(run.block).pages_per_host_page());
         Ok(())

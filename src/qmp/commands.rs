@@ -198,7 +198,10 @@ impl Qmp {
     }
 
     /// Carries out a command whose answer has the form of `T`.
-    async fn query<T: DeserializeOwned>(
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`], and [`QmpError::UnexpectedAnswer`].
+    pub async fn query<T: DeserializeOwned>(
         &self,
         command: &str,
         arguments: impl serde::Serialize,

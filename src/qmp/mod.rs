@@ -5,6 +5,7 @@
 //! behind an answer that nobody waits for, and an answer that comes after its
 //! timeout does no harm.
 
+mod block;
 mod commands;
 mod error;
 mod event;
@@ -29,6 +30,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+pub use block::{BlockEdge, BlockNode, Job};
 pub use commands::{BlockDevice, MigrationInfo, RamBlock, RamInfo};
 pub use error::QmpError;
 pub use event::{EVENT_QUEUE, Event, Events};

@@ -9,7 +9,6 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -17,10 +16,6 @@ use nix::unistd::Pid;
 
 use crate::page::{Block, PAGE_SIZE};
 use crate::uffd::Uffd;
-
-/// How /proc/PID/fd names a userfaultfd. `/dev/userfaultfd`, from which newer QEMUs
-/// make theirs, is named by its path.
-const USERFAULTFD_LINK: &str = "anon_inode:[userfaultfd]";
 
 /// Why pages can't be installed directly. They go by the socket then.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +46,7 @@ pub enum AdoptError {
     },
 }
 
-/// A mapping that is registered with userfaultfd.
+/// A mapping that may hold guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Mapping {
     start: u64,
@@ -78,19 +73,27 @@ pub(super) struct Probe {
 }
 
 impl Adopted {
-    /// Copies QEMU's userfaultfd and lists what is registered with it. QEMU must have
-    /// answered the PING behind LISTEN.
-    pub fn adopt(pid: i32) -> Result<Adopted, AdoptError> {
+    /// Copies QEMU's userfaultfd and lists the mappings in which these blocks may lie.
+    /// QEMU must have answered the PING behind LISTEN.
+    pub fn adopt(pid: i32, blocks: &[Block]) -> Result<Adopted, AdoptError> {
         let failed = |what| move |source| AdoptError::Process { pid, what, source };
-        let fds = find_userfaultfds(pid).map_err(failed("the descriptors"))?;
-        let &[fd] = fds.as_slice() else {
-            return Err(AdoptError::Count { pid, count: fds.len() });
+        let mut uffds = Uffd::all_of(pid).map_err(failed("the userfaultfd"))?;
+        let (count, last) = (uffds.len(), uffds.pop());
+        let Some(uffd) = last.filter(|_| count == 1) else {
+            return Err(AdoptError::Count { pid, count });
         };
-        let uffd = Uffd::from_fd(copy_fd(pid, fd).map_err(failed("the userfaultfd"))?);
-        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
-            .map_err(failed("the list of mappings"))?;
+        let list = |name: &str| {
+            let list = fs::read_to_string(format!("/proc/{pid}/{name}"));
+            list.map_err(failed("the list of mappings"))
+        };
+        // Only smaps tells the sizes of pages, but it takes the kernel several times as long
+        // to write: milliseconds, in which the guest runs already.
+        let mappings = match blocks.iter().all(|block| block.page_size == PAGE_SIZE as u64) {
+            true => writable(&list("maps")?),
+            false => registered_mappings(&list("smaps")?),
+        };
         let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(failed("the page map"))?;
-        Ok(Adopted { pid, uffd, mappings: registered(&smaps), pagemap })
+        Ok(Adopted { pid, uffd, mappings, pagemap })
     }
 
     /// Prepares to prove a block's address by the page at `offset`, which nobody has
@@ -115,26 +118,37 @@ impl Adopted {
     /// The addresses of all blocks, as far as their probes prove them. Two blocks that
     /// seem to lie in one place are a proof gone wrong: neither is believed.
     pub fn prove_all(&self, blocks: &[Block], probes: &[Option<Probe>]) -> Vec<Option<u64>> {
-        let prove = |probe: &Option<Probe>| probe.as_ref().and_then(|probe| self.prove(probe));
-        let mut addresses: Vec<_> = probes.iter().map(prove).collect();
+        // Zeros may appear in the heap at the same moment. What is no RAMBlock is not
+        // registered, which costs too much time to ask of every block.
+        let mut registered = None;
+        let mut is_registered = |start: &u64| {
+            let mappings = registered.get_or_insert_with(|| {
+                let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.pid));
+                registered_mappings(&smaps.unwrap_or_default())
+            });
+            mappings.iter().any(|mapping| (mapping.start..mapping.end).contains(start))
+        };
+        let mut prove = |probe: &Option<Probe>| {
+            let mut found = self.arrivals(probe.as_ref()?);
+            if found.len() > 1 {
+                found.retain(&mut is_registered);
+            }
+            found.pop().filter(|_| found.is_empty())
+        };
+        let mut addresses: Vec<_> = probes.iter().map(&mut prove).collect();
         for doubtful in overlapping(blocks, &addresses) {
             addresses[doubtful] = None;
         }
         addresses
     }
 
-    /// The block's address, proven by its probe having arrived; nothing when the proof
-    /// fails. QEMU must have taken in the probe.
-    fn prove(&self, probe: &Probe) -> Option<u64> {
-        let arrived = |start: &&u64| {
-            let address = **start + probe.offset;
+    /// The candidates where a block's probe has arrived. QEMU must have taken it in.
+    fn arrivals(&self, probe: &Probe) -> Vec<u64> {
+        let arrived = |start: &u64| {
+            let address = start + probe.offset;
             self.is_present(address) && self.reads(address, &probe.content)
         };
-        let mut found = probe.candidates.iter().filter(arrived);
-        match (found.next(), found.next()) {
-            (Some(start), None) => Some(*start),
-            _ => None,
-        }
+        probe.candidates.iter().copied().filter(arrived).collect()
     }
 
     /// Whether QEMU has memory at this address. Asking touches nothing, unlike reading,
@@ -167,40 +181,20 @@ fn overlapping(blocks: &[Block], addresses: &[Option<u64>]) -> Vec<usize> {
     all.clone().filter(|one| all.clone().any(|other| overlaps(*one, other))).collect()
 }
 
-/// The numbers of the userfaultfds that a process has.
-fn find_userfaultfds(pid: i32) -> io::Result<Vec<i32>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let entry = entry?;
-        // A descriptor may be closed between the listing and the look.
-        if fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == USERFAULTFD_LINK) {
-            found.extend(entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
-        }
-    }
-    Ok(found)
-}
-
-/// A copy of another process's descriptor (pidfd_getfd(2)).
-fn copy_fd(pid: i32, fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open(2) takes numbers only.
-    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if pidfd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
-    // SAFETY: pidfd_getfd(2) takes numbers only.
-    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
-    if copy < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: as above.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
+/// The mappings in the text of /proc/PID/maps that can be written to but not executed
+/// (proc_pid_maps(5)), as if all had pages of the usual size.
+fn writable(maps: &str) -> Vec<Mapping> {
+    let mapping = |line: &str| {
+        let (start, end) = address_range(line)?;
+        let perms = line.split_whitespace().nth(1)?;
+        perms.starts_with("rw-").then_some(Mapping { start, end, page_size: PAGE_SIZE as u64 })
+    };
+    maps.lines().filter_map(mapping).collect()
 }
 
 /// The mappings in the text of /proc/PID/smaps whose VmFlags say `um`: registered with
 /// userfaultfd for missing pages (proc_pid_smaps(5)).
-fn registered(smaps: &str) -> Vec<Mapping> {
+fn registered_mappings(smaps: &str) -> Vec<Mapping> {
     let mut found = Vec::new();
     let mut current: Option<Mapping> = None;
     for line in smaps.lines() {
@@ -244,8 +238,20 @@ KernelPageSize:        4 kB\nVmFlags: rd mr mw me sd\n";
             Mapping { start: 0x7f00_0000_0000, end: 0x7f00_2000_0000, page_size: 4096 },
             Mapping { start: 0x7f00_3000_0000, end: 0x7f00_3020_0000, page_size: 2 << 20 },
         ];
-        assert_eq!(registered(smaps), expected);
-        assert_eq!(registered("nonsense\nVmFlags: um"), []);
+        assert_eq!(registered_mappings(smaps), expected);
+        assert_eq!(registered_mappings("nonsense\nVmFlags: um"), []);
+    }
+
+    #[test]
+    fn writable_mappings_are_found_in_maps() {
+        let maps = "\
+55d0c0000000-55d0c0a00000 r-xp 00001000 08:01 5    /usr/bin/qemu-system-x86_64\n\
+7f0000000000-7f0020000000 rw-p 00000000 00:00 0 \n\
+7f0030000000-7f0040000000 rwxp 00000000 00:00 0 \n\
+7f0050000000-7f0050200000 rw-s 00000000 00:01 77   /memfd:ram (deleted)\n\
+nonsense rw-p\n";
+        let starts: Vec<_> = writable(maps).iter().map(|mapping| mapping.start).collect();
+        assert_eq!(starts, [0x7f00_0000_0000, 0x7f00_5000_0000]);
     }
 
     #[test]
@@ -259,7 +265,7 @@ KernelPageSize:        4 kB\nVmFlags: rd mr mw me sd\n";
     #[test]
     fn a_process_without_userfaultfd_is_named() {
         let pid = std::process::id() as i32;
-        let error = Adopted::adopt(pid).err().map(|e| e.to_string());
+        let error = Adopted::adopt(pid, &[]).err().map(|e| e.to_string());
         assert_eq!(error, Some(format!("process {pid} has 0 userfaultfds where one was expected")));
     }
 }

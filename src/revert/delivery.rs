@@ -78,16 +78,17 @@ impl Outcome {
     }
 }
 
+/// What a delivery needs before it can start, made ready while QEMU starts.
+pub(super) struct Ready {
+    /// What is sent before the guest runs.
+    prepared: Prepared,
+    fill: FillOptions,
+}
+
 impl Delivery {
-    /// Begins to feed the QEMU at the other end of `socket`.
-    pub(super) fn start(
-        &self,
-        prepared: Prepared,
-        image: &Arc<Image>,
-        socket: UnixStream,
-        pid: Option<i32>,
-        preload: bool,
-    ) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
+    /// Makes ready what is needed ahead of the guest's memory. A working set that can't
+    /// be read is only told.
+    pub(super) fn prepare(&self, image: &Image, prepared: Prepared) -> Ready {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let fill = FillOptions {
             threads: threads.min(MAX_PREFETCH),
@@ -96,6 +97,19 @@ impl Delivery {
             hold: self.hold,
             delay: self.fill_delay,
         };
+        Ready { prepared, fill }
+    }
+
+    /// Begins to feed the QEMU at the other end of `socket`.
+    pub(super) fn start(
+        &self,
+        ready: Ready,
+        image: &Arc<Image>,
+        socket: UnixStream,
+        pid: Option<i32>,
+        preload: bool,
+    ) -> Result<(Feed, UnboundedReceiver<FeedEvent>), RevertError> {
+        let Ready { prepared, fill } = ready;
         let record = match (self.hold, self.working_set) {
             (Some(hold), _) => hold,
             (None, true) => working_set::RECORD_WINDOW,

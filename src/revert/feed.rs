@@ -6,6 +6,7 @@
 //! takes faults from its userfaultfd. Whoever follows the feed hears of its steps
 //! through a channel.
 
+use std::io::ErrorKind;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
@@ -20,14 +21,19 @@ use crate::memory::{
     FaultReport, FaultServer, FillOptions, Memory, MemoryError, Pace, PlaceError, Route,
     SocketPlace, prefetch, preload,
 };
-use crate::page::{Block, BlockId, PageSource};
+use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource};
 use crate::wire::{Opening, ReturnPath, ReturnPathMessage, WireError, closing, package};
 
 /// PINGs, told apart by their values.
 const PING_OPENED: u32 = 1;
-pub(super) const PING_LISTENING: u32 = 2;
+const PING_LISTENING: u32 = 2;
 pub(super) const PING_LOADED: u32 = 3;
 pub(super) const PING_PROBED: u32 = 4;
+
+/// Memory of the working set that is sent ahead, by the socket, in bytes: what QEMU takes
+/// in while it loads the device state. Requests that come meanwhile wait behind what
+/// the socket holds of it.
+const HEAD_BYTES: usize = 1 << 20;
 
 /// What a feed has to say.
 #[derive(Debug)]
@@ -225,12 +231,19 @@ impl Filling {
         let opening = |e| FeedError::Opening(io_error(e));
         self.route.first().send(&self.prepared.opening).map_err(opening)?;
         self.route.first().send(&self.prepared.package).map_err(opening)?;
+        // What the guest asks for first leaves at once, behind the device state: the direct
+        // way takes longer to open than the guest to run.
+        match preload(&self.memory, self.head(), &self.pace) {
+            // QEMU has refused the device state; the other thread hears of it as well.
+            Err(MemoryError::Place { source: PlaceError::Gone(_), .. }) => return Ok(()),
+            sent => sent?,
+        }
         // The other thread's end means an end of the feed, and is told by that thread.
         let Some(loaded) = self.open_the_way()? else { return Ok(()) };
         let intake = self.start_intake()?;
         // The guest will want its working set at once; the rest waits until it runs.
         if self.options.preload || self.route.direct().is_some() {
-            preload(&self.memory, &self.options.fill, &self.pace)?;
+            preload(&self.memory, &self.options.fill.working_set, &self.pace)?;
             let _ = self.events.send(FeedEvent::Preloaded);
         }
         if loaded || self.wait_pong(PING_LOADED) {
@@ -243,6 +256,14 @@ impl Filling {
             true => self.route.first().send(&closing()).map_err(|_| FeedError::HungUp),
             false => Ok(()),
         }
+    }
+
+    /// The working set's first pages, as many as make up [`HEAD_BYTES`] with what is
+    /// stored beside them.
+    fn head(&self) -> &[Page] {
+        let set = &self.options.fill.working_set;
+        let chunk_bytes = self.memory.chunk_pages() * PAGE_SIZE;
+        &set[..set.len().min(HEAD_BYTES / chunk_bytes)]
     }
 
     /// Brings all memory. Until the guest runs, its requests have the way for
@@ -287,7 +308,7 @@ impl Answering {
 
     fn answer(&mut self) -> Result<(), FeedError> {
         let mut block = None;
-        while let Some(message) = self.path.next_message()? {
+        while let Some(message) = self.path.next_message().map_err(hung_up)? {
             match message {
                 ReturnPathMessage::RequestPages { block: name, offset, len } => {
                     if let Some(name) = name {
@@ -317,6 +338,16 @@ impl Answering {
             offset,
             len: u64::from(len),
         })
+    }
+}
+
+/// QEMU that ends without having read all that we sent resets the connection.
+fn hung_up(error: WireError) -> FeedError {
+    match error {
+        WireError::Io { source, .. } if source.kind() == ErrorKind::ConnectionReset => {
+            FeedError::HungUp
+        }
+        other => other.into(),
     }
 }
 

@@ -22,6 +22,7 @@ pub async fn harvest(
 ) -> Result<WorkingSet, RevertError> {
     let mut options = options.clone();
     options.rewrite.isolated = true;
+    options.rewrite.overlays.ephemeral = true;
     options.preload = false;
     options.delivery = Delivery { hold: Some(window), working_set: false, ..options.delivery };
     let mut held = revert_held(&options, interrupts, on_event).await?;

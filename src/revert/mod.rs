@@ -5,14 +5,16 @@ mod adopt;
 mod delivery;
 mod feed;
 mod harvest;
+mod map;
+mod rtc;
 mod serve;
 mod way;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -22,14 +24,16 @@ use delivery::Heard;
 pub use delivery::{Delivery, Outcome};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared};
 pub use harvest::harvest;
+use map::Mapped;
+pub use rtc::Rtc;
 pub use serve::{ServeOptions, serve};
 pub use way::Way;
 
-use crate::image::{Image, ImageError};
+use crate::image::{Image, ImageError, Sections, verify_chain, verify_flat};
 use crate::interrupt::Interrupts;
 use crate::memory::WorkingSetError;
 use crate::qmp::{Events, Qmp, QmpError};
-use crate::vm::{Note, Process, RewriteOptions, VmError, rewrite};
+use crate::vm::{Note, OverlayOptions, Process, RewriteOptions, VmError};
 
 /// The name under which QEMU is given its end of the migration stream.
 const INCOMING: &str = "snapback-incoming";
@@ -51,9 +55,14 @@ pub struct RevertOptions {
     pub delivery: Delivery,
     /// Let the guest run only once its working set is in place.
     pub preload: bool,
+    /// What the machine's battery-backed clock shows.
+    pub rtc: Rtc,
+    /// Check the whole image before anything of it is used. Memory that is mapped is
+    /// checked in no other way.
+    pub check: bool,
 }
 
-/// What happens during a revert, in this order but for `Note` and `StillNeeded`.
+/// What happens during a revert, in this order but for `StillNeeded`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum RevertEvent {
@@ -63,6 +72,15 @@ pub enum RevertEvent {
         what: String,
         /// Why.
         why: String,
+    },
+    /// A disk that is part of the snapshot: where the guest's changes to it go.
+    Disk {
+        /// The disk.
+        disk: String,
+        /// The frozen file, which is only read.
+        frozen: PathBuf,
+        /// The new file on top of it; none for one without a name, which goes with QEMU.
+        overlay: Option<PathBuf>,
     },
     /// QEMU's QMP answers.
     QemuReady {
@@ -111,7 +129,8 @@ pub struct Progress {
     pub requests: u64,
 }
 
-/// Why a revert failed. The QEMU that it started has been ended.
+/// Why a revert failed. The QEMU that it started has been ended. Overlays of disks stay if
+/// the guest has run; [`RevertEvent::Disk`] has told where they are.
 #[derive(Debug, thiserror::Error)]
 pub enum RevertError {
     /// The image can't be used.
@@ -155,6 +174,12 @@ pub enum RevertError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The machine's clock can't be kept at the moment's time.
+    #[error("the machine's clock can't go on from the moment: {0}; leave out --rtc keep")]
+    Rtc(&'static str),
+    /// The image was to be checked, and is damaged.
+    #[error("{0}; `snapback verify` says all that is wrong")]
+    Damaged(String),
     /// The working set that was harvested can't be written.
     #[error(transparent)]
     WorkingSet(#[from] WorkingSetError),
@@ -212,7 +237,8 @@ pub async fn revert(
     Ok(Reverted { pid: process.pid(), outcome })
 }
 
-/// As [`revert`], but QEMU does not outlive what is returned.
+/// As [`revert`], but QEMU does not outlive what is returned. Overlays of its disks stay,
+/// unless they are ephemeral.
 ///
 /// # Errors
 /// As [`revert`].
@@ -225,9 +251,24 @@ pub async fn revert_held(
     let machine = &image.manifest().machine;
     let stays_paused = options.rewrite.stays_paused() || !machine.running;
     let paused = stays_paused || options.preload;
-    let plan = rewrite(machine, &RewriteOptions { paused, ..options.rewrite.clone() })?;
+    let overlays = overlays_beside(&options.image, &options.rewrite.overlays);
+    let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
+    let (plan, not_mapped) = map::plan(&image, options, rewriting)?;
+    if options.check {
+        check(&image).await?;
+    }
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
+    }
+    if let Some(why) = not_mapped {
+        on_event(RevertEvent::Note { what: "served memory instead of mapping it".into(), why });
+    }
+    for disk in &plan.overlays {
+        on_event(RevertEvent::Disk {
+            disk: disk.disk.clone(),
+            frozen: disk.frozen().to_owned(),
+            overlay: disk.path.clone(),
+        });
     }
     let start = match (plan.paused, stays_paused) {
         (false, _) => Start::Runs,
@@ -235,10 +276,17 @@ pub async fn revert_held(
         (true, true) => Start::StaysPaused,
     };
 
-    // QEMU's start takes tens of milliseconds: the device state is read meanwhile.
-    let prepared = tokio::task::spawn_blocking({
-        let image = Arc::clone(&image);
-        move || prepare(&image)
+    // QEMU's start takes tens of milliseconds: what it is given is read meanwhile.
+    let ready = tokio::task::spawn_blocking({
+        let (image, delivery, rtc) = (Arc::clone(&image), options.delivery.clone(), options.rtc);
+        let mapped = plan.mapped.clone();
+        move || {
+            let sections = sections(&image, rtc)?;
+            Ok::<_, RevertError>(match mapped.as_slice() {
+                [] => Bring::Serve(delivery.prepare(&image, prepared(&image, &sections))),
+                mapped => Bring::Map(Mapped::new(&image, &sections, mapped)?),
+            })
+        }
     });
     let (mut process, qmp) = tokio::select! {
         started = Process::start(plan) => started?,
@@ -246,9 +294,24 @@ pub async fn revert_held(
     };
     let pid = process.pid();
     on_event(RevertEvent::QemuReady { pid });
-    let prepared = prepared.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+    let ready = ready.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
 
     let bring = async {
+        let ready = match ready {
+            Bring::Serve(ready) => ready,
+            Bring::Map(mapped) => {
+                let outcome = tokio::select! {
+                    brought = mapped.bring(&image, &qmp, start, &mut on_event) => brought?,
+                    () = interrupts.at_least(1) => {
+                        return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
+                    }
+                };
+                process.keep_overlays();
+                on_event(RevertEvent::Running { pid: Some(pid) });
+                on_event(outcome.resident());
+                return Ok(outcome);
+            }
+        };
         let until_it_runs = async {
             let mut events = qmp.events();
             let (ours, theirs) = socket_pair()?;
@@ -256,7 +319,7 @@ pub async fn revert_held(
             let (connected, started) = tokio::join!(
                 biased;
                 connect(&qmp, theirs),
-                async { options.delivery.start(prepared, &image, ours, Some(pid), options.preload) }
+                async { options.delivery.start(ready, &image, ours, Some(pid), options.preload) }
             );
             connected?;
             let (feed, mut steps) = started?;
@@ -269,6 +332,8 @@ pub async fn revert_held(
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         };
+        // What a guest that has run may have promised to others is not thrown away.
+        process.keep_overlays();
         on_event(RevertEvent::Running { pid: Some(pid) });
         let outcome =
             delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
@@ -278,7 +343,9 @@ pub async fn revert_held(
     };
     match bring.await {
         Ok(outcome) => {
-            options.delivery.remember(&image, &outcome);
+            if outcome.way != Way::Map {
+                options.delivery.remember(&image, &outcome);
+            }
             Ok(Held { process, qmp, outcome })
         }
         Err(error) => {
@@ -289,10 +356,61 @@ pub async fn revert_held(
     }
 }
 
+/// Where overlays go and how they are called: beside the image and after it, where
+/// nothing else was said.
+fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
+    let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let folder = options.folder.clone();
+    let folder = folder.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
+    let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
+    OverlayOptions {
+        folder: Some(folder),
+        prefix: options.prefix.clone().or_else(name),
+        ephemeral: options.ephemeral,
+    }
+}
+
+/// How a guest gets its memory, made ready.
+enum Bring {
+    /// It is served.
+    Serve(delivery::Ready),
+    /// QEMU maps it.
+    Map(Mapped),
+}
+
+/// Checks the whole image.
+async fn check(image: &Arc<Image>) -> Result<(), RevertError> {
+    let image = Arc::clone(image);
+    let checked = tokio::task::spawn_blocking(move || {
+        let report = verify_chain(&image, |_, _| {})?;
+        verify_flat(&image)?;
+        match report.damages.first() {
+            Some(damage) => Err(RevertError::Damaged(damage.error.to_string())),
+            None => Ok(()),
+        }
+    });
+    checked.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+}
+
 /// Reads from the image what is sent before the guest runs.
-fn prepare(image: &Image) -> Result<Prepared, ImageError> {
-    let sections = image.sections()?;
-    Ok(Prepared::new(&sections.config, &sections.devices, &image.manifest().blocks))
+fn prepare(image: &Image, rtc: Rtc) -> Result<Prepared, RevertError> {
+    Ok(prepared(image, &sections(image, rtc)?))
+}
+
+fn prepared(image: &Image, sections: &Sections) -> Prepared {
+    Prepared::new(&sections.config, &sections.devices, &image.manifest().blocks)
+}
+
+/// The parts of the stream that are not RAM, with the clock as it shall be.
+fn sections(image: &Image, rtc: Rtc) -> Result<Sections, RevertError> {
+    let (mut sections, manifest) = (image.sections()?, image.manifest());
+    if rtc == Rtc::Keep {
+        let moment = UNIX_EPOCH + Duration::from_micros(manifest.moment_unix_us);
+        let since = moment.elapsed().unwrap_or_default().as_nanos();
+        let since = u64::try_from(since).unwrap_or(u64::MAX);
+        rtc::keep(&mut sections.devices, since).map_err(RevertError::Rtc)?;
+    }
+    Ok(sections)
 }
 
 /// The two ends of the migration stream.

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use super::{Delivery, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent};
+use super::{Delivery, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent, Rtc, Way};
 use super::{delivery, feed_error, prepare};
 use crate::image::Image;
 use crate::interrupt::Interrupts;
+use crate::vm::VmError;
 
 /// Which image to serve to whom.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +21,8 @@ pub struct ServeOptions {
     pub to: PathBuf,
     /// How its memory is brought.
     pub delivery: Delivery,
+    /// What the machine's battery-backed clock shows.
+    pub rtc: Rtc,
 }
 
 /// Brings a guest back in a QEMU that somebody else started with the same machine,
@@ -34,8 +37,12 @@ pub async fn serve(
     mut interrupts: Interrupts,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
+    if options.delivery.way == Way::Map {
+        let problem = "a QEMU that was started already has its memory".to_owned();
+        return Err(VmError::NotMapped { problem }.into());
+    }
     let image = Image::open(&options.image)?;
-    let prepared = prepare(&image)?;
+    let ready = options.delivery.prepare(&image, prepare(&image, options.rtc)?);
     let socket = UnixStream::connect(&options.to).map_err(|source| RevertError::Socket {
         what: format!(
             "connecting to `{}` failed (QEMU must wait there: `-incoming unix:…`)",
@@ -44,7 +51,7 @@ pub async fn serve(
         source,
     })?;
     let pid = peer_pid(&socket);
-    let (feed, mut steps) = options.delivery.start(prepared, &image, socket, pid, false)?;
+    let (feed, mut steps) = options.delivery.start(ready, &image, socket, pid, false)?;
     let mut heard = Heard::default();
     let loaded = loop {
         tokio::select! {

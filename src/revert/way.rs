@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::adopt::{AdoptError, Adopted};
-use super::feed::{FeedError, FeedEvent, Filling, PING_LISTENING, PING_LOADED, PING_PROBED};
+use super::feed::{FeedError, FeedEvent, Filling, PING_LOADED, PING_PROBED};
 use crate::memory::{DirectPlace, FaultReport, FaultServer, Intake, StopIntake};
 use crate::page::BlockId;
 use crate::wire::ping;
@@ -23,6 +23,8 @@ pub enum Way {
     Uffd,
     /// By QEMU's postcopy socket.
     Socket,
+    /// By a private mapping of a flat image, which QEMU makes itself.
+    Map,
 }
 
 impl Filling {
@@ -34,10 +36,16 @@ impl Filling {
             self.tell(Way::Socket, "as was asked for");
             return Ok(Some(false));
         }
-        if !self.wait_pong(PING_LISTENING) {
+        // Not while QEMU loads the device state: the guest is to run as soon as it can, and
+        // has what it asks for first on its way by the socket.
+        if !self.wait_pong(PING_LOADED) {
             return Ok(None);
         }
-        let adopted = self.options.pid.ok_or(AdoptError::Unseen).and_then(Adopted::adopt);
+        let adopted = self
+            .options
+            .pid
+            .ok_or(AdoptError::Unseen)
+            .and_then(|pid| Adopted::adopt(pid, self.memory.blocks()));
         let adopted = match adopted {
             Ok(adopted) => adopted,
             Err(reason) if self.options.way == Way::Uffd => return Err(reason.into()),
@@ -56,14 +64,8 @@ impl Filling {
             probes.push(probe);
         }
         self.route.first().send(&ping(PING_PROBED)).map_err(|_| FeedError::HungUp)?;
-        let mut loaded = false;
-        loop {
-            match self.pongs.recv() {
-                Ok(PING_PROBED) => break,
-                Ok(PING_LOADED) => loaded = true,
-                Ok(_) => {}
-                Err(_) => return Ok(None),
-            }
+        if !self.wait_pong(PING_PROBED) {
+            return Ok(None);
         }
         let addresses = adopted.prove_all(self.memory.blocks(), &probes);
         // A block that is in place as a whole needs no address any more.
@@ -83,10 +85,12 @@ impl Filling {
             }
         }
         // SAFETY: each address has been proven to be the block's, in the process whose
-        // userfaultfd this is, in a mapping that is registered with it.
+        // userfaultfd this is. QEMU has registered all its RAMBlocks with it when it
+        // answered the PING behind LISTEN, and the kernel refuses to install anything
+        // elsewhere (ENOENT, UFFDIO_COPY(2const)).
         let direct = unsafe { DirectPlace::new(Arc::new(adopted.uffd), addresses) };
         self.route.open_direct(direct);
-        Ok(Some(loaded))
+        Ok(Some(true))
     }
 
     fn tell(&self, way: Way, reason: &str) {

@@ -1,29 +1,56 @@
-//! Taking a snapshot of a running guest: checks first, then a pause of milliseconds,
-//! then its memory is written out behind its back.
+//! Taking a snapshot of a running guest: checks first, then a pause of milliseconds in
+//! which its disks are frozen, then its memory is written out behind its back.
 
+mod agent;
 mod checks;
+mod collapse;
+mod ending;
+mod error;
+mod event;
+mod journal;
+mod moment;
+mod obstacles;
+mod overlays;
 mod receive;
+mod recover;
+mod release;
 mod settings;
+mod touch;
+mod undo;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
-use serde::Serialize;
 
+use self::agent::Freeze;
 use self::checks::{Checked, check};
+use self::ending::wait_end;
+use self::moment::{Moment, PauseClock, millis};
 use self::receive::{Received, Receiving};
 use self::settings::Settings;
+use self::undo::Undo;
 use crate::image::{Compression, ImageError, Saved};
 use crate::interrupt::Interrupts;
-use crate::qmp::{Event, Events, Qmp, QmpError};
-use crate::vm::VmError;
+use crate::machine::Disk;
+use crate::qmp::{Events, Qmp};
+use crate::vm;
 use crate::wire::WireError;
 
-pub use checks::CheckError;
+pub use agent::AgentError;
+pub use checks::{CheckError, CheckItem, survey};
+pub use error::SaveError;
+pub use event::SaveEvent;
+pub use journal::JournalError;
+pub use moment::PauseParts;
+pub use obstacles::Obstacle;
+pub use overlays::{LeftOver, OverlayError};
+pub use recover::{Recovered, recover};
 
 /// The name under which QEMU is given its end of the migration stream.
 const OUTGOING: &str = "snapback-outgoing";
@@ -36,9 +63,9 @@ const SOCKET_BYTES: usize = 1 << 20;
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// How long QEMU may take to end a migration that it has been told to end, or whose
-/// stream it has closed.
-const END_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a guest that we stopped may wait for QEMU's walk over its memory: three
+/// milliseconds a GiB are usual.
+const HOLD_LIMIT: Duration = Duration::from_secs(30);
 
 /// Which guest to save, where to, and how.
 #[derive(Debug, Clone)]
@@ -49,115 +76,70 @@ pub struct SaveOptions {
     pub image: PathBuf,
     /// How memory is stored.
     pub compression: Compression,
-    /// Save memory even though the guest has writable disks, whose content is then
-    /// not part of the snapshot.
-    pub memory_only: bool,
+    /// What becomes of writable disks.
+    pub disks: DiskChoice,
+    /// Where overlays are made; without, each beside its disk's file.
+    pub overlay_dir: Option<PathBuf>,
+    /// Writable disks that are not captured: by the name of a node, drive or device.
+    pub exclude_disks: Vec<String>,
+    /// The socket of qemu-guest-agent, to freeze the guest's file systems around the
+    /// moment.
+    pub quiesce: Option<PathBuf>,
+    /// Fail rather than wait when the guest was reverted and its memory is not complete.
+    pub no_wait: bool,
     /// Replace an image of that name.
     pub force: bool,
+    /// The image on top of which to save: what the guest's memory has in common with it
+    /// is not stored again.
+    pub parent: Option<PathBuf>,
+    /// The most bytes a second that are written to the image. Where QEMU sends more, the
+    /// guest may have to wait, which [`SaveEvent::Saved`] tells.
+    pub bandwidth: Option<u64>,
 }
 
-/// What happens during a save, in this order but for `Draining`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum SaveEvent {
-    /// The snapshot can be taken; the guest has not been touched.
-    Checked {
-        /// QEMU's version.
-        qemu: String,
-        /// The guest's RAM in bytes, all blocks together.
-        ram_bytes: u64,
-        /// Writable disks that are left out.
-        uncaptured_disks: Vec<String>,
-    },
-    /// The snapshot's moment has passed: nothing that the guest does from now on is in
-    /// it, although its memory is still being written.
-    Moment {
-        /// How long the guest stood still, in milliseconds; none for a guest that was
-        /// paused all the time.
-        pause_ms: Option<f64>,
-        /// The moment by the host's clock, in microseconds since 1970.
-        unix_us: u64,
-    },
-    /// The save has failed or was interrupted, but QEMU lets go of the guest only once
-    /// it has sent all memory: that is received and thrown away. QEMU before 8.1.
-    Draining,
-    /// How far memory has been written.
-    Progress {
-        /// Pages of 4096 bytes received.
-        pages: u64,
-        /// Pages of the machine.
-        total: u64,
-        /// Bytes written to the image.
-        image_bytes: u64,
-    },
-    /// The image is whole, on disk, under its name.
-    Saved {
-        /// Bytes of guest memory that are not zero.
-        bytes: u64,
-        /// Pages of 4096 bytes that are stored.
-        pages: u64,
-        /// Pages that are all zeros.
-        zero_pages: u64,
-        /// Size of the image in bytes.
-        image_bytes: u64,
-        /// How long QEMU had to wait for our disk, in milliseconds.
-        stalled_ms: f64,
-    },
+impl SaveOptions {
+    /// Saves the guest behind a QMP socket with all its disks, and everything else as
+    /// the program does by default.
+    pub fn new(qmp: impl Into<PathBuf>, image: impl Into<PathBuf>) -> SaveOptions {
+        SaveOptions {
+            qmp: qmp.into(),
+            image: image.into(),
+            compression: Compression::Zstd(1),
+            disks: DiskChoice::Overlay,
+            overlay_dir: None,
+            exclude_disks: Vec::new(),
+            quiesce: None,
+            no_wait: false,
+            force: false,
+            parent: None,
+            bandwidth: None,
+        }
+    }
 }
 
-/// Why a save failed. The guest runs on (or stays paused) as before, and no image is
-/// left behind.
-#[derive(Debug, thiserror::Error)]
-pub enum SaveError {
-    /// It can't work, as was found before the guest was touched.
-    #[error(transparent)]
-    Check(#[from] CheckError),
-    /// QEMU's control socket failed.
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
-    /// The machine could not be looked at.
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    /// The image could not be written.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// The migration stream could not be understood.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// The socket for the stream failed.
-    #[error("making a socket for the migration stream failed: {0}")]
-    Socket(std::io::Error),
-    /// A thread could not be started.
-    #[error("starting a thread failed: {0}")]
-    Thread(std::io::Error),
-    /// QEMU ended the migration itself.
-    #[error("QEMU's migration ended with status `{status}`{}", .reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default())]
-    Migration {
-        /// QEMU's migration status.
-        status: String,
-        /// QEMU's reason.
-        reason: Option<String>,
-    },
-    /// Interrupted before the image was whole.
-    #[error("interrupted: the guest runs on, and no image was written")]
-    Interrupted,
-    /// Interrupted a second time, before QEMU had let go of the guest's memory.
-    #[error(
-        "interrupted twice: no image was written, and the guest may hang, since QEMU had not let \
-         go of its memory yet"
-    )]
-    InterruptedTwice,
+/// What becomes of a guest's writable disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskChoice {
+    /// They are frozen and captured; the guest goes on in overlays over them.
+    Overlay,
+    /// They are left as they are, and are no part of the snapshot.
+    None,
 }
 
 /// Saves a guest while it runs, and returns once the image is whole.
+///
+/// A guest with disks to capture is stopped; its disks are switched to overlays, QEMU
+/// begins a background snapshot, and the guest goes on, all within one pause. What can
+/// be done ahead of the pause is. Any other guest is never stopped by us.
 ///
 /// An interrupt ends the save; the guest runs on and no image is left. QEMU before 8.1
 /// has to send all memory before it lets go of the guest (see [`SaveEvent::Draining`]);
 /// who does not wait for that, by a second interrupt, may leave the guest hanging.
 ///
 /// # Errors
-/// See [`SaveError`]. Whatever fails, the guest runs on as it ran before, its
-/// migration settings are what they were, and nothing is left behind.
+/// See [`SaveError`]. Whatever fails, the guest runs on as it ran before, its disks and
+/// migration settings are what they were, and nothing is left behind; after a SIGKILL,
+/// [`recover`] does all that.
 pub async fn save(
     options: &SaveOptions,
     mut interrupts: Interrupts,
@@ -165,6 +147,9 @@ pub async fn save(
 ) -> Result<Saved, SaveError> {
     let connect_and_check = async {
         let qmp = Qmp::connect(&options.qmp, checks::ANSWER_TIMEOUT).await?;
+        if !options.no_wait {
+            checks::wait_complete(&qmp, || on_event(SaveEvent::Waiting)).await?;
+        }
         let checked = check(&qmp, options).await?;
         Ok::<_, SaveError>((qmp, checked))
     };
@@ -172,48 +157,102 @@ pub async fn save(
         ready = connect_and_check => ready?,
         () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
     };
-    let settings = Settings::apply(&qmp, &checked).await?;
+    let settings = Settings::apply(&qmp, checked.background).await?;
     on_event(SaveEvent::Checked {
         qemu: checked.machine.qemu.to_string(),
         ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
+        captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
         uncaptured_disks: checked.machine.uncaptured_disks.clone(),
     });
 
-    let outcome = take(&qmp, options, &checked, &mut interrupts, &mut on_event).await;
-    if let Err(error @ SaveError::InterruptedTwice) = outcome {
-        // QEMU takes no other settings while a migration is under way.
-        return Err(error);
+    let mut undo = Undo::new(settings);
+    let outcome = async {
+        make_ready(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
+        let (received, moment) =
+            take(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
+        undo.restore_settings(&qmp).await?;
+        commit(received, moment, &checked, &undo, &mut interrupts).await
+    };
+    match outcome.await {
+        Ok((saved, stalled)) => {
+            undo.nothing_left()?;
+            on_event(SaveEvent::Saved {
+                bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
+                pages: saved.data_pages,
+                zero_pages: saved.zero_pages,
+                repeated_pages: saved.repeated_pages,
+                parent_pages: saved.parent_pages,
+                image_bytes: saved.image_bytes,
+                stalled_ms: millis(stalled),
+            });
+            Ok(saved)
+        }
+        // QEMU takes no other settings while a migration is under way, nor commits.
+        Err(error @ SaveError::InterruptedTwice) => Err(error),
+        Err(error) => Err(undo.all(&qmp, error, &mut on_event).await),
     }
-    let restored = settings.restore(&qmp).await;
-
-    let (received, moment) = outcome?;
-    restored?;
-    let stalled = received.stalled();
-    let committed = tokio::task::spawn_blocking(move || received.commit(checked.machine, moment));
-    let saved = committed.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
-    on_event(SaveEvent::Saved {
-        bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
-        pages: saved.data_pages,
-        zero_pages: saved.zero_pages,
-        image_bytes: saved.image_bytes,
-        stalled_ms: millis(stalled),
-    });
-    Ok(saved)
 }
 
-/// When the snapshot was taken, and what it cost the guest.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Moment {
-    unix_us: u64,
-    pause: Option<Duration>,
+/// Does ahead of the pause what can be done: makes the overlays, touches memory that was
+/// never used and puts small pages together, and flushes disks.
+async fn make_ready(
+    qmp: &Qmp,
+    options: &SaveOptions,
+    checked: &Checked,
+    undo: &mut Undo,
+    interrupts: &mut Interrupts,
+    on_event: &mut impl FnMut(SaveEvent),
+) -> Result<(), SaveError> {
+    let mut overlays = Vec::new();
+    if checked.captured().next().is_some() {
+        let planned = undo.plan(options, checked)?;
+        overlays::prepare(qmp, checked, planned).await?;
+        overlays = planned.iter().map(|overlay| overlay.path.clone()).collect();
+    }
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let touch = {
+        let (pid, blocks, stop) = (checked.pid, checked.blocks.clone(), Arc::clone(&stop));
+        let files: Vec<String> =
+            checked.captured().map(|found| found.disk.chain[0].path.clone()).collect();
+        let background = checked.background;
+        // Where we don't stop the guest, QEMU touches its memory before it does.
+        let touched = background && !overlays.is_empty();
+        tokio::task::spawn_blocking(move || {
+            if touched {
+                touch::read_memory(pid, &blocks, &stop);
+            }
+            if background {
+                collapse::collapse_memory(pid, &blocks, &stop);
+            }
+            for file in files {
+                if let Err(error) = touch::flush(Path::new(&file)) {
+                    tracing::debug!("flushing {file} ahead failed: {error}");
+                }
+            }
+        })
+    };
+    tokio::select! {
+        // A help only: whatever has become of it, the save goes on.
+        _ = touch => {}
+        () = interrupts.at_least(1) => {
+            stop.store(true, Ordering::Relaxed);
+            return Err(SaveError::Interrupted);
+        }
+    }
+    if !overlays.is_empty() {
+        on_event(SaveEvent::Ready { overlays });
+    }
+    Ok(())
 }
 
-/// Starts the migration and receives all of it. If that fails, the migration has been
-/// ended and nothing of the image is left.
+/// Takes the snapshot and receives all of it. If that fails, the guest goes on, the
+/// migration has been ended and nothing of the image is left.
 async fn take(
     qmp: &Qmp,
     options: &SaveOptions,
     checked: &Checked,
+    undo: &mut Undo,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(Received, Moment), SaveError> {
@@ -224,20 +263,39 @@ async fn take(
     drop(theirs);
     let mut receiving = Receiving::start(ours, options, checked)?;
     let mut events = qmp.events();
-    let asked = unix_us();
-    // Not to be interrupted: whether it has begun must be known.
-    let begun = qmp.migrate(&format!("fd:{OUTGOING}")).await;
-    let outcome = match begun {
-        Ok(()) => tokio::select! {
-            outcome = follow(qmp, &mut events, asked, checked, &mut receiving, on_event) => outcome,
-            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
-        },
-        Err(error) => Err(error.into()),
+    let freeze = match &options.quiesce {
+        Some(agent) => Some(undo.freeze(agent, interrupts, on_event).await),
+        None => None,
     };
-    match outcome {
-        Ok(taken) => Ok(taken),
-        Err(error) => Err(end(qmp, error, checked, receiving, interrupts, on_event).await),
+    let mut freeze = match freeze.transpose() {
+        Ok(freeze) => freeze,
+        Err(error) => {
+            return Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await);
+        }
+    };
+    let mut clock = PauseClock::new(checked.machine.running);
+    // Not to be interrupted: what has been done to the guest must be known.
+    let begun = begin(qmp, undo, &mut clock).await;
+    let outcome = match begun {
+        Ok(()) => {
+            let follow =
+                follow(qmp, &mut events, &mut clock, &mut freeze, undo, &mut receiving, on_event);
+            tokio::select! {
+                outcome = follow => outcome,
+                () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+            }
+        }
+        Err(error) => Err(error),
+    };
+    let Err(error) = outcome else { return outcome };
+    // The guest comes first.
+    if clock.held() {
+        let _ = qmp.cont().await;
     }
+    if let Some(freeze) = freeze {
+        let _ = freeze.thaw(on_event).await;
+    }
+    Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await)
 }
 
 /// Makes room in a socket, as much as we may: more than the system's limit only as root
@@ -247,69 +305,67 @@ fn widen(socket: &UnixStream) {
     let _ = setsockopt(socket, SndBufForce, &SOCKET_BYTES);
 }
 
-/// Ends a migration and its stream, so that QEMU holds nothing of the guest any more.
-/// Returns the error that led here, or a worse one.
-async fn end(
-    qmp: &Qmp,
-    error: SaveError,
-    checked: &Checked,
-    receiving: Receiving,
-    interrupts: &mut Interrupts,
-    on_event: &mut impl FnMut(SaveEvent),
-) -> SaveError {
-    receiving.give_up();
-    if checked.must_drain {
-        on_event(SaveEvent::Draining);
-    }
-    let end = async {
-        // A migration that was never begun has left QEMU its end under its name. In all
-        // other cases there is no such name.
-        let _ = qmp.closefd(OUTGOING).await;
-        if !checked.must_drain {
-            cancel(qmp).await;
+/// Begins the snapshot. A guest with disks to capture stands still when this returns,
+/// its disks switched to their overlays, and is to be let go with the first page.
+async fn begin(qmp: &Qmp, undo: &Undo, clock: &mut PauseClock) -> Result<(), SaveError> {
+    if !undo.overlays().is_empty() {
+        if clock.running() {
+            clock.hold();
+            qmp.stop().await?;
+            clock.step();
         }
-        // It fails when the stream has ended, as it is to.
-        let _ = receiving.ended.await;
-        let _ = wait_end(qmp).await;
-    };
-    tokio::select! {
-        () = end => error,
-        () = interrupts.at_least(2) => SaveError::InterruptedTwice,
+        overlays::switch(qmp, undo.overlays()).await?;
+        clock.step();
     }
+    Ok(qmp.migrate(&format!("fd:{OUTGOING}")).await?)
 }
 
-/// Follows a migration, begun at `asked` by the host's clock, to its end.
+/// Follows a migration that has begun to its end.
 async fn follow(
     qmp: &Qmp,
     events: &mut Events,
-    asked: u64,
-    checked: &Checked,
+    clock: &mut PauseClock,
+    freeze: &mut Option<Freeze>,
+    undo: &mut Undo,
     receiving: &mut Receiving,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(Received, Moment), SaveError> {
     let Receiving { first_page, done, counters, .. } = receiving;
-    let mut clock = PauseClock::new(checked.machine.running, asked);
     let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let limit = tokio::time::Instant::now() + HOLD_LIMIT;
     let received = loop {
         tokio::select! {
-            received = &mut *done => break received,
-            first = &mut *first_page, if !first_page.is_terminated() => clock.passed = first.is_ok(),
+            // What lets the guest go comes before all else.
+            biased;
+            first = &mut *first_page, if !first_page.is_terminated() => if first.is_ok() {
+                clock.pass();
+                release(qmp, clock).await?;
+            },
             event = events.next() => clock.hear(&event?),
-            _ = tick.tick(), if clock.moment.is_some() => on_event(counters.progress()),
+            received = &mut *done => break received,
+            () = tokio::time::sleep_until(limit), if clock.held() => {
+                return Err(SaveError::Held(HOLD_LIMIT));
+            }
+            _ = tick.tick(), if clock.moment().is_some() => on_event(counters.progress()),
         }
-        clock.tell(on_event);
+        if clock.tell(on_event) {
+            after_moment(freeze, undo, on_event).await;
+        }
     };
     let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
     match received.unwrap_or_else(|_| Err(died())) {
         Ok(received) => {
+            // A tiny machine's stream may end before we have looked for its first page.
+            clock.pass();
+            release(qmp, clock).await?;
             wait_end(qmp).await?;
             // A small guest may be there before its events; QEMU's answer comes after.
             while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
                 clock.hear(&event?);
             }
-            clock.passed = true;
             clock.tell(on_event);
-            Ok((received, clock.moment.unwrap_or(Moment { unix_us: asked, pause: None })))
+            after_moment(freeze, undo, on_event).await;
+            Ok((received, clock.moment_or_asked()))
         }
         // QEMU's own reason, where it has one, says more than the end of its stream.
         Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
@@ -320,86 +376,63 @@ async fn follow(
     }
 }
 
-/// Puts together the moment from what QEMU's events and its stream tell. The first
-/// page comes only after write protection is on, so it proves that the moment has
-/// passed; the events before and after it give its time.
-struct PauseClock {
-    /// Whether the guest ran before.
-    running: bool,
-    /// When the migration was asked for, in microseconds since 1970.
-    asked: u64,
-    /// The first page has come.
-    passed: bool,
-    stopped: Option<u64>,
-    resumed: Option<u64>,
-    moment: Option<Moment>,
+/// Lets a guest go that we hold: its memory is write-protected. QEMU before 9.0 has let
+/// it go by itself; then this changes nothing.
+async fn release(qmp: &Qmp, clock: &mut PauseClock) -> Result<(), SaveError> {
+    if clock.held() {
+        clock.step();
+        qmp.cont().await?;
+        clock.released();
+    }
+    Ok(())
 }
 
-impl PauseClock {
-    fn new(running: bool, asked: u64) -> PauseClock {
-        PauseClock { running, asked, passed: false, stopped: None, resumed: None, moment: None }
+/// What is due once the guest goes on: nothing of this may end the save.
+async fn after_moment(
+    freeze: &mut Option<Freeze>,
+    undo: &mut Undo,
+    on_event: &mut impl FnMut(SaveEvent),
+) {
+    if let Some(freeze) = freeze.take() {
+        let _ = freeze.thaw(on_event).await;
     }
+    undo.guest_goes_on();
+}
 
-    fn hear(&mut self, event: &Event) {
-        match event.name.as_str() {
-            "STOP" => self.stopped = Some(event.timestamp),
-            "RESUME" => self.resumed = Some(event.timestamp),
-            _ => {}
+/// Makes the image whole, which takes as long as the disk or the bandwidth asks for, and
+/// gives it its name, with the disks as they were at the moment. An interrupt ends it.
+async fn commit(
+    received: Received,
+    moment: Moment,
+    checked: &Checked,
+    undo: &Undo,
+    interrupts: &mut Interrupts,
+) -> Result<(Saved, Duration), SaveError> {
+    let (stalled, stop) = (received.stalled(), received.stopper());
+    let mut overlays = undo.overlays().iter();
+    let disks = checked.disks.iter().map(|found| {
+        let captured = found.disk.role == crate::machine::DiskRole::Captured;
+        let overlay = if captured { overlays.next().map(|o| o.path.clone()) } else { None };
+        Disk { overlay, ..found.disk.clone() }
+    });
+    let mut machine = checked.machine.clone();
+    machine.disks = disks.collect();
+    let work = move || {
+        for disk in &mut machine.disks {
+            vm::stamp_files(disk)?;
         }
-    }
-
-    /// Tells the moment, once, as soon as it is known.
-    fn tell(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
-        if self.moment.is_some() {
-            return;
+        received.commit(machine, moment)
+    };
+    let mut work = tokio::task::spawn_blocking(work);
+    let done = tokio::select! {
+        done = &mut work => done,
+        () = interrupts.at_least(1) => {
+            stop.store(true, Ordering::Relaxed);
+            work.await
         }
-        self.moment = match (self.passed, self.running, self.stopped, self.resumed) {
-            (true, false, ..) => Some(Moment { unix_us: self.asked, pause: None }),
-            (true, true, Some(stopped), Some(resumed)) => Some(Moment {
-                unix_us: stopped,
-                pause: Some(Duration::from_micros(resumed.saturating_sub(stopped))),
-            }),
-            _ => None,
-        };
-        if let Some(Moment { unix_us, pause }) = self.moment {
-            on_event(SaveEvent::Moment { pause_ms: pause.map(millis), unix_us });
-        }
+    };
+    match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
+        Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
+        saved => Ok((saved?, stalled)),
     }
-}
-
-/// Waits until QEMU's migration is over, and says how it ended.
-async fn wait_end(qmp: &Qmp) -> Result<(), SaveError> {
-    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
-    loop {
-        let info = qmp.migration_info().await?;
-        let status = info.status.unwrap_or_default();
-        match status.as_str() {
-            "completed" => return Ok(()),
-            "setup" | "active" | "device" | "cancelling"
-                if tokio::time::Instant::now() < deadline =>
-            {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            _ => {
-                return Err(SaveError::Migration { status, reason: info.error_desc });
-            }
-        }
-    }
-}
-
-/// Ends a migration under way and waits until it has ended, so that the guest's
-/// memory is no longer write-protected. An error means that QEMU is gone.
-async fn cancel(qmp: &Qmp) {
-    if qmp.migrate_cancel().await.is_ok() {
-        let _ = wait_end(qmp).await;
-    }
-}
-
-fn unix_us() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn millis(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

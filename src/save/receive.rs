@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::checks::Checked;
 use super::{Moment, SaveError, SaveEvent, SaveOptions};
-use crate::image::{Details, ImageWriter, Saved, Sections, WriterOptions};
+use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::machine::Machine;
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{Item, StreamBlock, StreamReader, Tail};
@@ -80,8 +80,10 @@ impl Receiving {
             options: WriterOptions {
                 compression: options.compression,
                 force: options.force,
+                bandwidth: options.bandwidth,
                 ..WriterOptions::default()
             },
+            parent: checked.parent.clone(),
             page_sizes: checked
                 .blocks
                 .iter()
@@ -126,6 +128,11 @@ impl Received {
         self.writer.stats().stalled
     }
 
+    /// Ends writing when it is set to true, even while it is being committed.
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        self.writer.stopper()
+    }
+
     /// Makes it an image, whole and under its name.
     pub fn commit(self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
         let details = Details {
@@ -141,6 +148,7 @@ impl Received {
 struct Receiver {
     path: PathBuf,
     options: WriterOptions,
+    parent: Option<Arc<Image>>,
     /// The stream names no page sizes; QEMU's monitor does.
     page_sizes: HashMap<String, u64>,
     counters: Arc<Counters>,
@@ -173,7 +181,7 @@ impl Receiver {
             }
         }
         let (Some(writer), Some(Tail { devices, vmdesc })) = (writer, tail) else { unreachable!() };
-        let config = stream.config().to_vec();
+        let config = stream.config();
         let machine_type = stream.machine_type().to_owned();
         Ok(Received { writer, sections: Sections { config, devices, vmdesc }, machine_type })
     }
@@ -185,7 +193,11 @@ impl Receiver {
             page_size: self.page_sizes.get(&block.name).copied().unwrap_or(4096),
         };
         let blocks = blocks.iter().map(with_page_size).collect();
-        Ok(ImageWriter::create(&self.path, self.options.clone(), blocks)?)
+        let (path, options) = (&self.path, self.options.clone());
+        Ok(match &self.parent {
+            Some(parent) => ImageWriter::create_on(path, options, blocks, parent)?,
+            None => ImageWriter::create(path, options, blocks)?,
+        })
     }
 
     fn count(&mut self, writer: &ImageWriter) {

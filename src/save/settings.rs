@@ -1,9 +1,10 @@
 //! QEMU's migration settings: changed for a save, and put back.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::SaveError;
-use super::checks::{Checked, refused};
+use super::checks::refused;
 use crate::qmp::{Qmp, QmpError};
 
 /// Capabilities that don't change what is migrated or how, and may stay on.
@@ -14,22 +15,23 @@ const HARMLESS: [&str; 1] = ["events"];
 const UNLIMITED: u64 = i64::MAX as u64;
 
 /// The settings that a save has changed, as they were before.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Value,
 }
 
 impl Settings {
-    /// Sets QEMU up for a save. QEMU checks here whether it can take a background
+    /// Sets QEMU up for a save, in the `background` or not. QEMU checks here whether it can take a background
     /// snapshot of this guest; the guest is not touched.
     ///
     /// # Errors
     /// When QEMU refuses. Its settings are then as they were.
-    pub async fn apply(qmp: &Qmp, checked: &Checked) -> Result<Settings, SaveError> {
+    pub async fn apply(qmp: &Qmp, background: bool) -> Result<Settings, SaveError> {
         const BACKGROUND: &str = "background-snapshot";
         // Nearly every other capability is refused together with a background
         // snapshot, or changes the form of the stream.
-        let wanted = |name: &str| name == BACKGROUND && checked.background;
+        let wanted = |name: &str| name == BACKGROUND && background;
         let mut capabilities = qmp.migration_capabilities().await?;
         capabilities.retain(|(name, on)| *on != wanted(name) && !HARMLESS.contains(&name.as_str()));
         let changed: Vec<_> = capabilities.iter().map(|(name, on)| (name.as_str(), !on)).collect();

@@ -10,8 +10,8 @@ use super::command_line::CommandLine;
 use crate::machine::Machine;
 use crate::qmp::Qmp;
 
-/// Records the machine that process `pid` runs and `qmp` talks to. Which of its
-/// disks are not captured is for the caller to add.
+/// Records the machine that process `pid` runs and `qmp` talks to. Its disks are
+/// for the caller to add.
 ///
 /// # Errors
 /// [`VmError::NotQemu`] when `pid` is a proxy or manager in front of QEMU,
@@ -32,11 +32,13 @@ pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, VmError> {
         env: environ.into_iter().filter(|(name, _)| is_recorded(name)).collect(),
         running: qmp.status().await? == "running",
         uncaptured_disks: Vec::new(),
+        disks: Vec::new(),
+        libvirt_xml: None,
     })
 }
 
 /// Variables that change how QEMU finds its parts.
-fn is_recorded(name: &str) -> bool {
+pub(super) fn is_recorded(name: &str) -> bool {
     name.starts_with("QEMU_") || name == "LD_LIBRARY_PATH"
 }
 

@@ -51,6 +51,22 @@ pub enum VmError {
     #[error("the recorded command line is empty")]
     EmptyCommandLine,
 
+    /// A command line that was given can't be a machine's record.
+    #[error("the command line that was given can't be used: {problem}")]
+    Described {
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// Memory can't be mapped from the image.
+    #[error(
+        "the guest's memory can't be mapped from the image: {problem}; revert with --place auto"
+    )]
+    NotMapped {
+        /// What stands in the way.
+        problem: String,
+    },
+
     /// A path that goes on a command line can't be written there.
     #[error("the {what} {path:?} can't be put on a command line: {problem}")]
     Path {
@@ -117,6 +133,89 @@ pub enum VmError {
         pid: i32,
         /// That process's name.
         process: String,
+    },
+
+    /// A file of a captured disk is gone.
+    #[error(
+        "the disk {disk} is part of the snapshot, and its file {path} is not there; put it back, \
+             or say where it is with {advice}", path = path.display()
+    )]
+    DiskMissing {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+        /// The option that points elsewhere.
+        advice: String,
+    },
+
+    /// A file of a captured disk is not what it was.
+    #[error(
+        "the disk {disk} is part of the snapshot, and its file {path} was changed since: {how}; \
+             the guest would destroy what is on it. Put back an unchanged copy, or say where one \
+             is with {advice}", path = path.display()
+    )]
+    DiskChanged {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+        /// What is different.
+        how: String,
+        /// The option that points elsewhere.
+        advice: String,
+    },
+
+    /// A file of a captured disk can't be looked at.
+    #[error("the file {path} of the disk {disk} can't be read: {source}", path = path.display())]
+    DiskUnreadable {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
+    /// A disk that the caller points to is none of the image's.
+    #[error("--disk {name}=…: the image has no captured disk of that name; it has: {known}")]
+    NoSuchDisk {
+        /// What the caller called it.
+        name: String,
+        /// The captured disks.
+        known: String,
+    },
+
+    /// A captured disk is recorded without its files.
+    #[error("the image does not say what the disk {disk} consists of: take another image")]
+    DiskNotRecorded {
+        /// The disk.
+        disk: String,
+    },
+
+    /// No option of the recorded command line gives a captured disk.
+    #[error(
+        "the disk {disk} is not on the recorded command line, so it was plugged in later, and a \
+             revert can't do that: start QEMU yourself with such a disk, -incoming defer, and use \
+             `snapback serve`"
+    )]
+    DiskNotGiven {
+        /// The disk.
+        disk: String,
+    },
+
+    /// The file for a disk's changes can't be made.
+    #[error(
+        "the overlay of the disk {disk} can't be made in {folder}: {source}; choose another \
+             folder with --overlay-dir", folder = folder.display()
+    )]
+    Overlay {
+        /// The disk.
+        disk: String,
+        /// The folder.
+        folder: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
     },
 
     /// A guest that is thrown away would write to its disks.

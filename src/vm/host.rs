@@ -14,7 +14,7 @@ use super::VmError;
 use super::backend::Address;
 
 /// A file's identity: device and inode number.
-type FileId = (u64, u64);
+pub(super) type FileId = (u64, u64);
 
 /// A process that has a file open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,6 +172,11 @@ pub(super) fn holders(files: &[PathBuf]) -> HashMap<PathBuf, Vec<Holder>> {
         }
     }
     found
+}
+
+/// Whether a process has a file open.
+pub(super) fn has_open(pid: i32, file: FileId) -> bool {
+    open_files(pid).any(|(id, _)| id == file)
 }
 
 /// The files that a process has open, and whether for writing.

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use super::VmError;
 use super::backend::Address;
 use super::host;
+use super::overlay::Overlays;
 use super::rewrite::{CONTROL_ID, StartPlan};
 use crate::qmp::{Qmp, QmpError};
 
@@ -37,7 +38,7 @@ const LOG_CAPACITY: u64 = 1 << 20;
 const LOG_TAIL: u64 = 4096;
 
 /// A QEMU process. Dropping it kills QEMU and waits until it is gone, unless it has
-/// been [detached].
+/// been [detached]; the overlays that were made for it go too, unless they are kept.
 ///
 /// [detached]: Process::detach
 #[derive(Debug)]
@@ -50,6 +51,8 @@ pub struct Process {
     /// The thread that reaps it and cleans up behind it.
     reaper: Option<JoinHandle<()>>,
     detached: bool,
+    /// What it writes its disks' changes to.
+    overlays: Overlays,
 }
 
 impl Process {
@@ -62,16 +65,17 @@ impl Process {
     /// # Errors
     /// [`VmError::Exited`] with QEMU's own words when it ends at once,
     /// [`VmError::Start`] and [`VmError::WorkingFolder`] when it can't be started.
-    pub async fn start(plan: StartPlan) -> Result<(Process, Qmp), VmError> {
+    pub async fn start(mut plan: StartPlan) -> Result<(Process, Qmp), VmError> {
         if let Err(source) = fs::read_dir(&plan.cwd) {
             return Err(VmError::WorkingFolder { path: plan.cwd, source });
         }
         let log = Log::new().map_err(failed_to("keep QEMU's output"))?;
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
+        let overlays = plan.make_overlays()?;
         let child = spawn(&plan, theirs, &log)?;
         // Their end of everything inherited has to close with QEMU, not with us.
         let StartPlan { binary, sockets, .. } = plan;
-        let process = Process::watch(child, log, sockets)?;
+        let process = Process::watch(child, log, sockets, overlays)?;
 
         match Qmp::over(ours, START_TIMEOUT).await {
             Ok(qmp) => Ok((process, qmp)),
@@ -80,7 +84,12 @@ impl Process {
     }
 
     /// Watches over a child from now on.
-    fn watch(mut child: Child, log: Log, sockets: Vec<PathBuf>) -> Result<Process, VmError> {
+    fn watch(
+        mut child: Child,
+        log: Log,
+        sockets: Vec<PathBuf>,
+        overlays: Overlays,
+    ) -> Result<Process, VmError> {
         // A pid is at most 2^22 (proc(5), pid_max).
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -93,7 +102,8 @@ impl Process {
             }
         };
         let (tell, ended) = watch::channel(None);
-        let mut process = Process { pid, pidfd, log, ended, reaper: None, detached: false };
+        let mut process =
+            Process { pid, pidfd, log, ended, reaper: None, detached: false, overlays };
         // A thread and not a task: it reaps QEMU even when the runtime has ended.
         let reaper = move || {
             let status = child.wait();
@@ -164,9 +174,15 @@ impl Process {
         self.log.tail()
     }
 
+    /// Keeps the overlays of its disks when QEMU ends: a guest has written to them.
+    pub fn keep_overlays(&mut self) {
+        self.overlays.keep();
+    }
+
     /// Lets QEMU live on after us. It is still reaped while we live.
     pub fn detach(&mut self) {
         self.detached = true;
+        self.overlays.keep();
     }
 
     fn send_sigkill(&self) {

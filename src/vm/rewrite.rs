@@ -7,13 +7,14 @@
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use super::VmError;
 use super::backend::{self, Use};
-use super::collisions;
 use super::command_line::{Arg, CommandLine, CommandOption};
 use super::isolate::isolate;
+use super::mapping::MappedMemory;
+use super::overlay::{Overlay, OverlayOptions, Overlays};
 use super::params::{Params, Spec};
-use crate::machine::Machine;
+use super::{VmError, collisions, drives, frozen};
+use crate::machine::{DiskRole, Machine};
 
 /// The id of the character backend that our own control socket hangs on.
 pub(super) const CONTROL_ID: &str = "snapback-control";
@@ -35,6 +36,12 @@ pub struct RewriteOptions {
     pub paused: bool,
     /// Whether the guest is cut off from networks, disks, files and sockets.
     pub isolated: bool,
+    /// Where the changes go that the guest makes to its captured disks.
+    pub overlays: OverlayOptions,
+    /// `(NAME, FILE)`: the frozen file of the disk that is called so is this copy.
+    pub disks: Vec<(String, PathBuf)>,
+    /// Blocks of memory that QEMU is to map from a file.
+    pub mapped: Option<MappedMemory>,
 }
 
 impl RewriteOptions {
@@ -78,11 +85,24 @@ pub struct StartPlan {
     pub paused: bool,
     /// What differs from the record.
     pub notes: Vec<Note>,
+    /// Names of the blocks that it maps from a file.
+    pub mapped: Vec<String>,
+    /// The overlays that starting it makes, one for each captured disk.
+    pub overlays: Vec<Overlay>,
     /// Descriptors to pass on, under the numbers they have here.
     pub(super) inherit: Vec<OwnedFd>,
 }
 
 impl StartPlan {
+    /// Makes the overlays that the plan speaks of.
+    pub(super) fn make_overlays(&mut self) -> Result<Overlays, VmError> {
+        let StartPlan { overlays, inherit, argv, .. } = self;
+        Overlays::make(overlays, |fd, set| {
+            argv.extend(["-add-fd".into(), format!("fd={},set={set}", fd.as_raw_fd())]);
+            inherit.push(fd);
+        })
+    }
+
     /// Has QEMU inherit a descriptor. Gives its number there, as in
     /// `migrate-incoming fd:NUMBER`.
     pub fn inherit(&mut self, fd: OwnedFd) -> RawFd {
@@ -104,6 +124,8 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     let mut notes = Vec::new();
 
     let mut line = CommandLine::parse(recorded);
+    drop_own_options(&mut line);
+    let disks = captured_disks(machine, options, &line, &paths)?;
     replace_paths(&mut line, &paths);
     pin_machine_type(&mut line, &machine.machine_type);
     line.args.extend(CommandLine::parse(&options.extra).args);
@@ -113,14 +135,19 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     let paused = options.stays_paused();
 
     drop_own_options(&mut line);
-    drop_start_options(&mut line, &mut notes);
     refuse_inherited_descriptors(&line)?;
+    drives::put(&mut line, &disks)?;
+    drop_start_options(&mut line, &mut notes);
     take_no_memory_ahead(&mut line, &mut notes);
     leave_the_terminal(&mut line, &mut notes);
     wait_for_nobody(&mut line);
     if options.isolated {
         isolate(&mut line, &machine.uncaptured_disks)?;
     }
+    let mapped = match &options.mapped {
+        Some(memory) => memory.put(&mut line)?,
+        None => Vec::new(),
+    };
     collisions::resolve(&mut line, &cwd, qmp.as_deref(), &mut notes)?;
 
     if let Some(path) = &qmp {
@@ -136,7 +163,46 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     let program = options.qemu.as_ref().map_or(program.clone(), |_| binary.display().to_string());
     let mut argv = vec![program];
     argv.extend(line.into_args());
-    Ok(StartPlan { binary, argv, cwd, env, qmp, sockets, paused, notes, inherit: Vec::new() })
+    Ok(StartPlan {
+        binary,
+        argv,
+        cwd,
+        env,
+        qmp,
+        sockets,
+        paused,
+        notes,
+        mapped,
+        overlays: disks.into_iter().map(|(_, overlay)| overlay).collect(),
+        inherit: Vec::new(),
+    })
+}
+
+/// The captured disks' overlays, each with the disk's place on the recorded command line.
+/// The frozen files are looked up and checked.
+fn captured_disks(
+    machine: &Machine,
+    options: &RewriteOptions,
+    line: &CommandLine,
+    paths: &[(&str, &str)],
+) -> Result<Vec<(usize, Overlay)>, VmError> {
+    let moved = |path: &str| replace_path(path, paths);
+    frozen::check_names(&machine.disks, &options.disks)?;
+    let mut found = Vec::new();
+    for (at, disk) in machine.disks.iter().enumerate() {
+        match disk.role {
+            DiskRole::Captured => {
+                let given = options.disks.iter().find(|(name, _)| frozen::is_called(disk, name));
+                let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
+                let chain = frozen::chain(disk, given.as_deref(), moved)?;
+                let place = drives::find(line, disk, Path::new(&machine.cwd))?;
+                found.push((place, Overlay::new(disk, at, chain, &options.overlays)?));
+            }
+            DiskRole::ReadOnly => frozen::check_read_only(disk, moved)?,
+            DiskRole::Excluded | DiskRole::Empty => {}
+        }
+    }
+    Ok(found)
 }
 
 /// The recorded environment tells the recorded binary where its modules are:

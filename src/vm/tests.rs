@@ -343,12 +343,24 @@ fn files_in_use_are_refused_by_name() {
         refused(&[option, value], &path);
     }
     drop(writer);
+    wait_taken(&outputs[0]);
     // Reading an output file harms nobody, sharing memory does.
     let reader = fs::File::open(&path).unwrap();
     outputs.iter().for_each(|(option, value)| check(&[option, value], &[option, value]));
     memories.iter().for_each(|(option, value)| refused(&[option, value], &path));
     drop(reader);
+    wait_taken(&memories[0]);
     memories.iter().for_each(|(option, value)| check(&[option, value], &[option, value]));
+}
+
+/// Waits until an option is taken. Another test that is just starting a process holds all
+/// our files for a moment, between its fork(2) and its execve(2).
+fn wait_taken((option, value): &(&str, String)) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    let taken = || rewrite(&machine(&[option, value]), &RewriteOptions::default()).is_ok();
+    while !taken() && std::time::Instant::now() < deadline {
+        std::thread::yield_now();
+    }
 }
 
 // From here on: with a real QEMU.

@@ -8,9 +8,13 @@ use super::WireError;
 /// costs a small part of a system call.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// Passes over so many bytes of what is read.
+pub(super) type Skip<R> = fn(&mut R, i64) -> std::io::Result<()>;
+
 /// Reads a stream piece by piece; a read never waits for more than is needed.
 pub(super) struct Input<R> {
     inner: R,
+    skip: Skip<R>,
     buffer: Box<[u8]>,
     /// What was read and not yet taken is `buffer[start..end]`.
     start: usize,
@@ -21,7 +25,38 @@ pub(super) struct Input<R> {
 
 impl<R: Read> Input<R> {
     pub fn new(inner: R) -> Input<R> {
-        Input { inner, buffer: vec![0; BUFFER_BYTES].into(), start: 0, end: 0, at: 0 }
+        let skip: Skip<R> = |_, _| {
+            let what = "a mapped-ram file can't be read from a pipe: name the file";
+            Err(std::io::Error::other(what))
+        };
+        Input::skipping(inner, skip)
+    }
+
+    /// The same for what can be passed over.
+    pub fn skipping(inner: R, skip: Skip<R>) -> Input<R> {
+        Input { inner, skip, buffer: vec![0; BUFFER_BYTES].into(), start: 0, end: 0, at: 0 }
+    }
+
+    /// Goes on at `offset` of the stream, which does not lie before here.
+    pub fn skip_to(&mut self, offset: u64, inside: &'static str) -> Result<(), WireError> {
+        let at = self.at;
+        let Some(count) = offset.checked_sub(at) else {
+            let what = format!("{inside} goes on at byte {offset}, which lies before it");
+            return Err(WireError::Malformed { at, what });
+        };
+        let buffered = (self.end - self.start) as u64;
+        if count <= buffered {
+            self.start += count as usize;
+        } else {
+            let ahead = i64::try_from(count - buffered).map_err(|_| WireError::Malformed {
+                at,
+                what: format!("{inside} goes on at byte {offset}, where no file reaches"),
+            })?;
+            (self.skip)(&mut self.inner, ahead).map_err(|source| WireError::Io { at, source })?;
+            (self.start, self.end) = (0, 0);
+        }
+        self.at = offset;
+        Ok(())
     }
 
     /// Bytes taken so far.

@@ -5,7 +5,9 @@
 //! `docs/devel/migration/main.rst` and defined by `migration/savevm.c`,
 //! `migration/ram.c` and `migration/qemu-file.c`. All integers are big-endian.
 
+mod config;
 mod input;
+mod mapped_ram;
 mod return_path;
 mod source;
 mod stream;
@@ -13,8 +15,9 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use mapped_ram::{MappedBlock, MappedLayout};
 pub use return_path::{ReturnPath, ReturnPathMessage};
-pub use source::{Frame, Opening, closing, package, ping};
+pub use source::{Frame, Opening, closing, end_of_ram, package, ping, precopy_opening, tail};
 pub use stream::{Item, StreamBlock, StreamReader, Tail};
 
 /// `QEMU_VM_FILE_MAGIC`: the letters "QEVM".
@@ -45,6 +48,7 @@ mod command {
     pub const POSTCOPY_RUN: u16 = 5;
     pub const POSTCOPY_RAM_DISCARD: u16 = 6;
     pub const PACKAGED: u16 = 7;
+    pub const SWITCHOVER_START: u16 = 11;
 }
 
 /// `RAM_SAVE_FLAG_*` of `migration/ram.c`. They share a word with the page's
@@ -55,6 +59,9 @@ mod ram_flag {
     pub const PAGE: u64 = 0x08;
     pub const EOS: u64 = 0x10;
     pub const CONTINUE: u64 = 0x20;
+    pub const XBZRLE: u64 = 0x40;
+    pub const COMPRESS_PAGE: u64 = 0x100;
+    pub const MULTIFD_FLUSH: u64 = 0x200;
     pub const ALL: u64 = 0xfff;
 }
 

@@ -29,13 +29,13 @@ fn push_command(out: &mut Vec<u8>, command: u16, data: &[u8]) {
     out.extend_from_slice(data);
 }
 
-fn push_name(out: &mut Vec<u8>, name: &str) {
+pub(super) fn push_name(out: &mut Vec<u8>, name: &str) {
     debug_assert!(name.len() <= 255);
     out.push(name.len() as u8);
     out.extend_from_slice(name.as_bytes());
 }
 
-fn push_end_of_ram_section(out: &mut Vec<u8>) {
+pub(super) fn push_end_of_ram_section(out: &mut Vec<u8>) {
     out.extend_from_slice(&ram_flag::EOS.to_be_bytes());
     out.push(section::FOOTER);
     out.extend_from_slice(&RAM_SECTION.to_be_bytes());
@@ -65,7 +65,15 @@ impl Opening<'_> {
         let mut advise = page_sizes.to_be_bytes().to_vec();
         advise.extend_from_slice(&(PAGE_SIZE as u64).to_be_bytes());
         push_command(&mut out, command::POSTCOPY_ADVISE, &advise);
-        self.push_block_list(&mut out);
+        push_ram_start(&mut out, self.blocks);
+        for block in self.blocks {
+            push_name(&mut out, &block.name);
+            out.extend_from_slice(&block.len.to_be_bytes());
+            if block.page_size != self.host_page_size {
+                out.extend_from_slice(&block.page_size.to_be_bytes());
+            }
+        }
+        push_end_of_ram_section(&mut out);
         for block in self.blocks {
             let mut discard = vec![DISCARD_VERSION];
             push_name(&mut discard, &block.name);
@@ -76,24 +84,50 @@ impl Opening<'_> {
         }
         out
     }
+}
 
-    fn push_block_list(&self, out: &mut Vec<u8>) {
-        out.push(section::START);
-        out.extend_from_slice(&RAM_SECTION.to_be_bytes());
-        push_name(out, "ram");
-        out.extend_from_slice(&0u32.to_be_bytes());
-        out.extend_from_slice(&RAM_SECTION_VERSION.to_be_bytes());
-        let total: u64 = self.blocks.iter().map(|block| block.len).sum();
-        out.extend_from_slice(&(total | ram_flag::MEM_SIZE).to_be_bytes());
-        for block in self.blocks {
-            push_name(out, &block.name);
-            out.extend_from_slice(&block.len.to_be_bytes());
-            if block.page_size != self.host_page_size {
-                out.extend_from_slice(&block.page_size.to_be_bytes());
-            }
-        }
-        push_end_of_ram_section(out);
+/// The `ram` START section up to its list of blocks.
+pub(super) fn push_ram_start(out: &mut Vec<u8>, blocks: &[Block]) {
+    out.push(section::START);
+    out.extend_from_slice(&RAM_SECTION.to_be_bytes());
+    push_name(out, "ram");
+    out.extend_from_slice(&0u32.to_be_bytes());
+    out.extend_from_slice(&RAM_SECTION_VERSION.to_be_bytes());
+    let total: u64 = blocks.iter().map(|block| block.len).sum();
+    out.extend_from_slice(&(total | ram_flag::MEM_SIZE).to_be_bytes());
+}
+
+/// What an ordinary (precopy) stream has before its pages. It tells no page sizes.
+pub fn precopy_opening(config: &[u8], blocks: &[Block]) -> Vec<u8> {
+    let mut out = config.to_vec();
+    push_ram_start(&mut out, blocks);
+    for block in blocks {
+        push_name(&mut out, &block.name);
+        out.extend_from_slice(&block.len.to_be_bytes());
     }
+    push_end_of_ram_section(&mut out);
+    out
+}
+
+/// The `ram` END section, behind which a precopy stream has its devices.
+pub fn end_of_ram() -> Vec<u8> {
+    let mut out = vec![section::END];
+    out.extend_from_slice(&RAM_SECTION.to_be_bytes());
+    push_end_of_ram_section(&mut out);
+    out
+}
+
+/// What an ordinary stream has behind its RAM: devices, the end-of-file mark, and the
+/// description where there is one.
+pub fn tail(devices: &[u8], vmdesc: &[u8]) -> Vec<u8> {
+    let mut out = devices.to_vec();
+    out.push(section::EOF);
+    if !vmdesc.is_empty() {
+        out.push(section::VMDESCRIPTION);
+        out.extend_from_slice(&(vmdesc.len() as u32).to_be_bytes());
+        out.extend_from_slice(vmdesc);
+    }
+    out
 }
 
 /// The package that starts the guest: LISTEN, a PING with `listening` (answered
@@ -123,9 +157,7 @@ pub fn ping(value: u32) -> Vec<u8> {
 
 /// The end of everything: the `ram` END section and the end-of-file mark.
 pub fn closing() -> Vec<u8> {
-    let mut out = vec![section::END];
-    out.extend_from_slice(&RAM_SECTION.to_be_bytes());
-    push_end_of_ram_section(&mut out);
+    let mut out = end_of_ram();
     out.push(section::EOF);
     out
 }

@@ -7,15 +7,13 @@
 //! end-of-file mark.
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{Read, Seek};
 
-use super::input::Input;
-use super::{FILE_MAGIC, FILE_VERSION, RAM_SECTION_VERSION, WireError, ram_flag, section};
+use super::config::Config;
+use super::input::{Input, Skip};
+use super::mapped_ram::MappedBlock;
+use super::{RAM_SECTION_VERSION, WireError, command, ram_flag, section};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Page, PageBytes};
-
-/// The longest machine name and the largest configuration section that are
-/// believed; real ones have some dozens of bytes.
-const CONFIG_MAX_BYTES: usize = 64 << 10;
 
 /// The most device state that is believed, in bytes. A machine's device state is
 /// a few hundred KiB; its bulk (video memory and the like) travels as RAM.
@@ -28,6 +26,9 @@ pub struct StreamBlock {
     pub name: String,
     /// Used length in bytes.
     pub len: u64,
+    /// Where its pages lie, if they have fixed places in a mapped-ram file; the
+    /// stream then carries none of them.
+    pub mapped: Option<MappedBlock>,
 }
 
 /// What comes next in a stream.
@@ -71,8 +72,7 @@ enum Place {
 pub struct StreamReader<R> {
     input: Input<R>,
     place: Place,
-    config: Vec<u8>,
-    machine_type: String,
+    config: Config,
     ram_section: Option<u32>,
     blocks: Vec<StreamBlock>,
     by_name: HashMap<String, BlockId>,
@@ -85,11 +85,24 @@ pub struct StreamReader<R> {
 impl<R: Read> StreamReader<R> {
     /// A reader of the stream that `input` gives from its first byte on.
     pub fn new(input: R) -> StreamReader<R> {
+        StreamReader::over(Input::new(input))
+    }
+
+    /// The same for a file: only in one can the stream of a mapped-ram file be
+    /// followed, which passes over the places of pages.
+    pub fn of_file(file: R) -> StreamReader<R>
+    where
+        R: Seek,
+    {
+        let skip: Skip<R> = |file, count| file.seek_relative(count);
+        StreamReader::over(Input::skipping(file, skip))
+    }
+
+    fn over(input: Input<R>) -> StreamReader<R> {
         StreamReader {
-            input: Input::new(input),
+            input,
             place: Place::Start,
-            config: Vec::new(),
-            machine_type: String::new(),
+            config: Config::default(),
             ram_section: None,
             blocks: Vec::new(),
             by_name: HashMap::new(),
@@ -103,15 +116,15 @@ impl<R: Read> StreamReader<R> {
         self.input.at()
     }
 
-    /// The stream's header and configuration section, as they came; complete once
-    /// [`Item::Blocks`] has been seen.
-    pub fn config(&self) -> &[u8] {
-        &self.config
+    /// The stream's header and configuration section, as they came but for the mark
+    /// of a mapped-ram file; complete once [`Item::Blocks`] has been seen.
+    pub fn config(&self) -> Vec<u8> {
+        self.config.bytes()
     }
 
     /// The versioned machine type that the configuration section names.
     pub fn machine_type(&self) -> &str {
-        &self.machine_type
+        &self.config.machine_type
     }
 
     /// The next item, or `None` behind the tail.
@@ -123,7 +136,7 @@ impl<R: Read> StreamReader<R> {
         loop {
             match self.place {
                 Place::Start => {
-                    self.read_config()?;
+                    self.config.read(&mut self.input)?;
                     self.place = Place::Between;
                 }
                 Place::Between => match self.input.u8("the start of a section")? {
@@ -136,11 +149,15 @@ impl<R: Read> StreamReader<R> {
                         self.expect_ram_section(kind)?;
                         self.place = Place::InRam;
                     }
-                    kind if self.ram_section.is_some() => {
+                    section::COMMAND => self.pass_command()?,
+                    kind @ (section::FULL | section::EOF) if self.ram_section.is_some() => {
                         self.place = Place::Done;
                         return Ok(Some(Item::Tail(self.read_tail(kind)?)));
                     }
-                    section::SUBSECTION => self.read_config_subsection()?,
+                    kind if self.ram_section.is_some() => {
+                        return Err(self.unsupported(format!("a section of type {kind:#04x}")));
+                    }
+                    section::SUBSECTION => self.config.read_subsection(&mut self.input)?,
                     kind => return Err(self.early_section(kind)?),
                 },
                 Place::InRam => match self.read_record()? {
@@ -169,74 +186,6 @@ impl<R: Read> StreamReader<R> {
         WireError::Unsupported { at: self.input.at(), what: what.into() }
     }
 
-    /// The header and the configuration section, kept as they came.
-    fn read_config(&mut self) -> Result<(), WireError> {
-        let magic = self.input.u32("the header")?;
-        let version = self.input.u32("the header")?;
-        if (magic, version) != (FILE_MAGIC, FILE_VERSION) {
-            return Err(WireError::NotAStream { magic, version });
-        }
-        if self.input.u8("the configuration section")? != section::CONFIGURATION {
-            return Err(self.unsupported(
-                "a machine type without a configuration section (older than QEMU 2.4's)",
-            ));
-        }
-        let len = self.input.u32("the configuration section")? as usize;
-        if len > CONFIG_MAX_BYTES {
-            return Err(self.malformed(format!("a machine name of {len} bytes")));
-        }
-        let name = self.input.take(len, "the machine name")?.to_vec();
-        self.machine_type = String::from_utf8_lossy(&name).into_owned();
-        self.config.extend_from_slice(&FILE_MAGIC.to_be_bytes());
-        self.config.extend_from_slice(&FILE_VERSION.to_be_bytes());
-        self.config.push(section::CONFIGURATION);
-        self.config.extend_from_slice(&(len as u32).to_be_bytes());
-        self.config.extend_from_slice(&name);
-        Ok(())
-    }
-
-    /// A subsection of the configuration: they carry no length, so only the known
-    /// ones can be passed over (`vmstate_configuration` in `migration/savevm.c`).
-    fn read_config_subsection(&mut self) -> Result<(), WireError> {
-        let inside = "a subsection of the configuration";
-        let name = self.input.counted_string(inside)?;
-        let version = self.input.u32(inside)?;
-        self.config.push(section::SUBSECTION);
-        self.config.push(name.len() as u8);
-        self.config.extend_from_slice(name.as_bytes());
-        self.config.extend_from_slice(&version.to_be_bytes());
-        match name.as_str() {
-            "configuration/target-page-bits" => {
-                let bits = self.input.u32(inside)?;
-                if bits != PAGE_SHIFT {
-                    return Err(self.unsupported(format!("target pages of 2^{bits} bytes")));
-                }
-                self.config.extend_from_slice(&bits.to_be_bytes());
-            }
-            "configuration/uuid" => {
-                let uuid = self.input.take(16, inside)?.to_vec();
-                self.config.extend_from_slice(&uuid);
-            }
-            "configuration/capabilities" => {
-                let count = self.input.u32(inside)?;
-                self.config.extend_from_slice(&count.to_be_bytes());
-                for _ in 0..count {
-                    let capability = self.input.counted_string(inside)?;
-                    self.config.push(capability.len() as u8);
-                    self.config.extend_from_slice(capability.as_bytes());
-                    if self.config.len() > CONFIG_MAX_BYTES {
-                        return Err(self.malformed("a configuration section without end"));
-                    }
-                }
-            }
-            other => return Err(self.unsupported(format!("the subsection `{other}`"))),
-        }
-        if self.config.len() > CONFIG_MAX_BYTES {
-            return Err(self.malformed("a configuration section without end"));
-        }
-        Ok(())
-    }
-
     /// The error for a section before `ram`: without lengths, what can't be read
     /// can't be passed over.
     fn early_section(&mut self, kind: u8) -> Result<WireError, WireError> {
@@ -252,6 +201,34 @@ impl<R: Read> StreamReader<R> {
             }
             kind => self.malformed(format!("a section of type {kind:#04x} before `ram`")),
         })
+    }
+
+    /// A command before or amid `ram`. What opens a return path, announces postcopy or
+    /// says that the source has stopped (QEMU 10.0 and later, before the last of `ram`)
+    /// means nothing to a stream in a file; it is not kept.
+    fn pass_command(&mut self) -> Result<(), WireError> {
+        let inside = "a command";
+        let command = self.input.u16(inside)?;
+        let len = usize::from(self.input.u16(inside)?);
+        let data = self.input.take(len, inside)?;
+        match (command, data) {
+            (command::OPEN_RETURN_PATH, []) | (command::PING, [_, _, _, _]) => Ok(()),
+            (command::POSTCOPY_ADVISE | command::SWITCHOVER_START, []) => Ok(()),
+            // The sizes of all pages, in one word: with larger ones among them, the
+            // block list would hold them too, and not say where.
+            (command::POSTCOPY_ADVISE, sizes) if sizes.len() == 16 => {
+                match sizes[..8] == (PAGE_SIZE as u64).to_be_bytes() {
+                    true => Ok(()),
+                    false => Err(self.unsupported(
+                        "postcopy of a machine with huge pages: migrate with the capability \
+                         `postcopy-ram` off",
+                    )),
+                }
+            }
+            _ => Err(self.unsupported(format!(
+                "command {command} of {len} bytes before the devices: migrate without postcopy"
+            ))),
+        }
     }
 
     /// Behind the byte START: the header of the `ram` section and its block list.
@@ -286,7 +263,11 @@ impl<R: Read> StreamReader<R> {
             if self.by_name.insert(name.clone(), BlockId(id)).is_some() {
                 return Err(self.malformed(format!("block `{name}` is listed twice")));
             }
-            self.blocks.push(StreamBlock { name, len });
+            let mapped = match self.config.mapped_ram {
+                true => Some(MappedBlock::read(&mut self.input, len)?),
+                false => None,
+            };
+            self.blocks.push(StreamBlock { name, len, mapped });
             left -= len;
         }
         Ok(())
@@ -329,10 +310,18 @@ impl<R: Read> StreamReader<R> {
                     }
                 }
             }
-            _ => Err(self.unsupported(format!(
-                "RAM records with flags {flags:#x} (multifd, xbzrle, compression or RDMA): turn \
-                 those migration capabilities off"
-            ))),
+            other => {
+                let what = match other {
+                    ram_flag::XBZRLE => "pages of `xbzrle`",
+                    ram_flag::COMPRESS_PAGE => "pages of the capability `compress`",
+                    ram_flag::MULTIFD_FLUSH => "the mark of `multifd`",
+                    _ => "an unknown kind of page",
+                };
+                Err(self.unsupported(format!(
+                    "{what} (RAM records with flags {flags:#x}): migrate without the \
+                     capabilities `xbzrle`, `multifd`, `compress` and `rdma-pin-all`"
+                )))
+            }
         }
     }
 

@@ -210,6 +210,55 @@ fn what_is_not_supported_is_named() {
 }
 
 #[test]
+fn commands_before_the_devices_are_passed_over() {
+    let blocks = [block("pc.ram", 1)];
+    let opening = Opening { config: &config("pc"), blocks: &blocks, ping: 1, host_page_size: 4096 };
+    let discard = [section::COMMAND, 0, command::POSTCOPY_RAM_DISCARD as u8];
+    let mut bytes = opening.bytes();
+    bytes.truncate(bytes.windows(3).position(|w| w == discard).unwrap());
+    bytes.extend_from_slice(&[section::COMMAND, 0, command::SWITCHOVER_START as u8, 0, 0]);
+    bytes.extend_from_slice(
+        Frame::default().zeros(&blocks[0], Run { block: BlockId(0), first: 0, count: 1 }),
+    );
+    bytes.extend_from_slice(&end_of_ram());
+    bytes.extend_from_slice(&super::tail(b"\x04devices", b"{}"));
+    let (seen, found) = read_all(Cursor::new(&bytes)).unwrap();
+    assert_eq!(found, config("pc"));
+    assert_eq!(seen.len(), 3);
+
+    let huge = [Block { page_size: 2 << 20, ..block("pc.ram", 512) }];
+    let bytes = Opening { blocks: &huge, ..opening }.bytes();
+    let error = read_all(Cursor::new(bytes)).unwrap_err().to_string();
+    assert!(error.contains("huge pages"), "{error}");
+}
+
+#[test]
+fn a_mapped_ram_file_reads_back_around_its_pages() {
+    let blocks = [block("pc.ram", 300), block("pc.bios", 64)];
+    let layout = MappedLayout::new(&config_with_subsections(), &blocks, b"\x04devices", b"{}");
+    let mut file = vec![0xaa; layout.len as usize];
+    for (offset, bytes) in &layout.pieces {
+        file[*offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+    let mut reader = StreamReader::of_file(Cursor::new(&file));
+    let Some(Item::Blocks(found)) = reader.next_item().unwrap() else { panic!() };
+    let mapped: Vec<_> = found.iter().map(|block| block.mapped.unwrap()).collect();
+    assert_eq!(mapped, layout.blocks);
+    assert!(mapped.iter().all(|block| block.pages_offset.is_multiple_of(1 << 20)));
+    let Some(Item::Tail(tail)) = reader.next_item().unwrap() else { panic!() };
+    assert_eq!((&tail.devices[..], &tail.vmdesc[..]), (&b"\x04devices"[..], &b"{}"[..]));
+    // Its mark is gone: what is made of it is an ordinary stream again.
+    assert_eq!(reader.config(), config_with_subsections());
+
+    let error = StreamReader::new(Cursor::new(&file)).next_item().unwrap_err().to_string();
+    assert!(error.contains("can't be read from a pipe"), "{error}");
+    for cut in [10, 200, 1 << 20, file.len() - 1] {
+        let mut reader = StreamReader::of_file(Cursor::new(&file[..cut]));
+        assert!((0..2).any(|_| reader.next_item().is_err()), "{cut}");
+    }
+}
+
+#[test]
 fn page_sizes_are_told_only_where_they_differ_from_the_hosts() {
     let huge = Block { name: "ram".into(), len: 4 << 20, page_size: 2 << 20 };
     let opening = |page_size| {

@@ -30,10 +30,11 @@ fn two_nodes_of_one_size_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
 }
 
 fn huge_pages_come_back_whole(dir: &Dir, qemu: Qemu) -> Result<()> {
-    // The pool is the host's, and holds both guests of one of these tests.
+    // The pool is the host's, and holds both guests of one of these tests, and two that
+    // are about to end.
     static POOL: Mutex<()> = Mutex::new(());
     let _one_at_a_time = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(_pool) = Pool::of(MIB + 16)? else {
+    let Some(_pool) = Pool::of(2 * MIB + 16)? else {
         eprintln!("this host gives no huge pages: not tested");
         return Ok(());
     };

@@ -141,6 +141,12 @@ impl Snapback {
         self
     }
 
+    /// With a variable in its environment.
+    pub fn env(mut self, name: &str, value: &str) -> Snapback {
+        self.command.env(name, value);
+        self
+    }
+
     /// For people instead of programs: without `--json`.
     pub fn plain(mut self) -> Snapback {
         self.words.remove(1);

@@ -16,11 +16,17 @@ mod harness;
 mod shared;
 
 mod backends;
+mod capture;
+mod chains;
 mod checks;
+mod clocks;
 mod damage;
+mod disk_reverts;
 mod filling;
 mod interrupts;
 mod journeys;
+mod mapping;
+mod moments;
 mod serving;
 mod trouble;
 

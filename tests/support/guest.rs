@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use super::disk::{Disk, VIRTIO_BLK};
 use super::log::SerialLog;
 use super::oracle::Oracle;
 use super::process::{Pidfd, spawn_bound};
@@ -18,14 +19,16 @@ use super::{Result, wait_for};
 const QMP: &str = "qmp.sock";
 const CONSOLE: &str = "serial0.log";
 const QUESTIONS: &str = "serial1.sock";
+const JOURNAL: &str = "serial2.log";
+const AGENT: &str = "serial3.sock";
 const STDERR: &str = "qemu.stderr";
 
 /// Allowed for a boot: a hundred times what it takes an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The kernel modules behind a virtio disk, in the order in which they load.
-const VIRTIO_BLK: &str =
-    "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,virtio_blk";
+/// Under TCG on a busy host, timer interrupts come too late for the kernel's check of them,
+/// which ends in a panic.
+const TIMER: &str = "no_timer_check";
 
 /// How much memory the guest fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +69,11 @@ pub struct GuestOptions {
     pub beat_ms: u64,
     /// Whether the guest loads the driver of virtio disks (`/dev/vda` and on).
     pub virtio_blk: bool,
+    /// Its disks; their files must be there.
+    pub disks: Vec<Disk>,
+    /// Whether the first disk holds a Debian guest (`tests/debian`), which runs in the
+    /// oracle's place then; what the oracle would do is ignored.
+    pub debian: bool,
     /// More arguments for QEMU, at the end.
     pub args: Vec<String>,
 }
@@ -86,6 +94,8 @@ impl Default for GuestOptions {
             zero_percent: 15,
             beat_ms: 20,
             virtio_blk: false,
+            disks: Vec::new(),
+            debian: false,
             args: Vec::new(),
         }
     }
@@ -125,18 +135,34 @@ impl GuestOptions {
             ("-qmp", format!("unix:{},server=on,wait=off", file(QMP))),
         ];
         args.extend(pairs.into_iter().flat_map(|(name, value)| [name.to_string(), value]));
+        args.extend(self.disks.iter().flat_map(Disk::args));
+        if self.debian {
+            let pairs = [
+                ("-chardev", format!("file,id=serial2,path={},append=on", file(JOURNAL))),
+                ("-serial", "chardev:serial2".into()),
+                ("-chardev", format!("socket,id=serial3,path={},server=on,wait=off", file(AGENT))),
+                ("-serial", "chardev:serial3".into()),
+            ];
+            args.extend(pairs.into_iter().flat_map(|(name, value)| [name.to_string(), value]));
+        }
         args.extend(self.args.iter().cloned());
         Ok(args)
     }
 
-    fn kernel_command_line(&self) -> String {
+    /// The command line of the guest's kernel, which tells the oracle what to do.
+    pub fn kernel_command_line(&self) -> String {
         let fill = match self.fill {
             Fill::Mib(mib) => format!("oracle.fill_mib={mib}"),
             Fill::Percent(percent) => format!("oracle.fill_percent={percent}"),
         };
-        let modules = if self.virtio_blk { VIRTIO_BLK } else { "" };
+        let modules = self.modules();
+        if self.debian {
+            return format!(
+                "console=ttyS0 quiet {TIMER} oracle.modules={modules} oracle.root=/dev/vda"
+            );
+        }
         format!(
-            "console=ttyS0 quiet {fill} oracle.writers={} oracle.rate={} oracle.hot_pages={} \
+            "console=ttyS0 quiet {TIMER} {fill} oracle.writers={} oracle.rate={} oracle.hot_pages={} \
              oracle.random_percent={} oracle.zero_percent={} oracle.beat_ms={} \
              oracle.modules={modules}",
             self.writers,
@@ -146,6 +172,20 @@ impl GuestOptions {
             self.zero_percent,
             self.beat_ms,
         )
+    }
+
+    /// The kernel modules that the disks take, each once.
+    fn modules(&self) -> String {
+        let wanted = self.virtio_blk.then_some(VIRTIO_BLK).into_iter();
+        let mut modules: Vec<&str> = Vec::new();
+        for list in wanted.chain(self.disks.iter().map(Disk::modules)) {
+            for module in list.split(',').filter(|name| !name.is_empty()) {
+                if !modules.contains(&module) {
+                    modules.push(module);
+                }
+            }
+        }
+        modules.join(",")
     }
 }
 
@@ -214,10 +254,10 @@ impl Guest {
 fn ready(qemu: &mut Child, log: &SerialLog, dir: &Path) -> Result<Option<()>> {
     // Whole lines only: what comes is a report, and wants to be read to its end.
     for line in log.text().split_inclusive('\n').filter(|line| line.ends_with('\n')) {
-        if line.contains("ORACLE READY") {
+        if line.contains("ORACLE READY") || line.contains("DEBIAN READY") {
             return Ok(Some(()));
         }
-        if line.contains("ORACLE PANIC") || line.contains("Kernel panic") {
+        if ["ORACLE PANIC", "DEBIAN PANIC", "Kernel panic"].iter().any(|cry| line.contains(cry)) {
             return Err("the guest panicked".into());
         }
     }

@@ -7,6 +7,7 @@
 // Each test program uses a part of this.
 #![allow(dead_code, unused_imports)]
 
+mod disk;
 mod guest;
 mod log;
 mod oracle;
@@ -16,6 +17,7 @@ mod qmp;
 
 use std::time::{Duration, Instant};
 
+pub use disk::{Bus, Disk, Format, Given, convert, run};
 pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
 pub use log::{Beat, SerialLog};
 pub use oracle::{Oracle, Verdict};

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::clock;
 use crate::config::Load;
 use crate::disk::Disk;
 use crate::load::Writers;
+use crate::records::Records;
 use crate::region::Region;
 
 /// Most writers that can be asked for.
@@ -21,6 +23,8 @@ pub struct Oracle {
     pub beat_ms: Arc<AtomicU64>,
     /// Time that filling the region took.
     pub fill: Duration,
+    /// The writer of records, when there is one.
+    pub records: Option<Records>,
 }
 
 /// A question that has no answer.
@@ -100,6 +104,16 @@ impl Oracle {
                 None => "ok".into(),
                 Some(page) => format!("bad first={page}"),
             },
+            ["records", "start", device, pause_ms] => self.start_records(device, pause_ms)?,
+            ["records"] => {
+                self.records.as_ref().ok_or("no writer of records")?.acknowledged().to_string()
+            }
+            ["records", "check"] => self.records.as_ref().ok_or("no writer of records")?.check()?,
+            ["records", "stop"] => {
+                let records = self.records.take().ok_or("no writer of records")?;
+                format!("ok acknowledged={}", records.stop()?)
+            }
+            ["time"] => format!("wall_ms={} rtc_s={}", clock::wall_ms(), clock::rtc_seconds()?),
             _ => return Err("unknown question".into()),
         })
     }
@@ -157,6 +171,16 @@ impl Oracle {
             return Err(format!("{name} is outside of {} pages", self.region.pages()).into());
         }
         Ok(number)
+    }
+
+    fn start_records(&mut self, device: &str, pause_ms: &str) -> Result<String, Unanswerable> {
+        if self.records.is_some() {
+            return Err("there is a writer of records".into());
+        }
+        let pause = Duration::from_millis(number(pause_ms)?);
+        let (records, ledger) = Records::start(device, pause, self.region.nonce())?;
+        self.records = Some(records);
+        Ok(format!("ok ledger={ledger}"))
     }
 
     fn disk<'a>(&self, path: &'a str, pages: &str, seed: &str) -> Result<Disk<'a>, Unanswerable> {

@@ -33,6 +33,8 @@ pub struct Config {
     pub beat_ms: u64,
     /// Kernel modules to load, in this order.
     pub modules: Vec<String>,
+    /// A disk with a system to run in the oracle's place.
+    pub root: Option<String>,
 }
 
 impl Default for Config {
@@ -44,6 +46,7 @@ impl Default for Config {
             zero_percent: 15,
             beat_ms: 20,
             modules: Vec::new(),
+            root: None,
         }
     }
 }
@@ -80,6 +83,10 @@ impl Config {
             self.modules = value.split(',').filter(|m| !m.is_empty()).map(String::from).collect();
             return Some(());
         }
+        if name == "root" {
+            self.root = Some(value.into());
+            return Some(());
+        }
         let number: u64 = value.parse().ok()?;
         let percent = (number <= 100).then_some(number);
         match name {
@@ -104,12 +111,14 @@ mod tests {
     #[test]
     fn options_are_picked_out_of_the_kernels() {
         let config = Config::parse(
-            "console=ttyS0 quiet oracle.fill_mib=64 oracle.rate=0 oracle.modules=virtio,virtio_ring\n",
+            "console=ttyS0 quiet oracle.fill_mib=64 oracle.rate=0 oracle.modules=virtio,virtio_ring \
+             oracle.root=/dev/vda\n",
         );
         let expected = Config {
             fill: Fill::Mib(64),
             load: Load { rate: 0, ..Config::default().load },
             modules: vec!["virtio".into(), "virtio_ring".into()],
+            root: Some("/dev/vda".into()),
             ..Config::default()
         };
         assert_eq!(config, Ok(expected));

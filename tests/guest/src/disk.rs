@@ -61,7 +61,7 @@ impl Disk<'_> {
 }
 
 /// One page at a page's alignment, as O_DIRECT wants it.
-struct Aligned(*mut u8);
+pub struct Aligned(*mut u8);
 
 impl Aligned {
     const LAYOUT: Layout = match Layout::from_size_align(PAGE_BYTES, PAGE_BYTES) {
@@ -69,14 +69,14 @@ impl Aligned {
         Err(_) => panic!("a page's size is a power of two"),
     };
 
-    fn new() -> Aligned {
+    pub fn new() -> Aligned {
         // SAFETY: the layout's size is not zero.
         let start = unsafe { alloc_zeroed(Aligned::LAYOUT) };
         assert!(!start.is_null(), "no memory for a page");
         Aligned(start)
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: the allocation is that long, initialised, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts_mut(self.0, PAGE_BYTES) }
     }

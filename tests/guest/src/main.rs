@@ -5,11 +5,14 @@
 //! lost, mixed up, zeroed or took from another moment is noticed. See README.md.
 
 mod answers;
+mod clock;
 mod config;
 mod content;
 mod disk;
 mod load;
+mod records;
 mod region;
+mod root;
 mod serial;
 
 use std::error::Error;
@@ -74,6 +77,9 @@ fn run() -> Result<(), Failure> {
     for module in &config.modules {
         load_module(module)?;
     }
+    if let Some(device) = &config.root {
+        match root::switch(device)? {}
+    }
     // The region is sized to what is there; let the kernel not doubt it.
     fs::write("/proc/sys/vm/overcommit_memory", "1")?;
 
@@ -102,7 +108,7 @@ fn run() -> Result<(), Failure> {
     let (heart_region, heart_ms) = (Arc::clone(&region), Arc::clone(&beat_ms));
     thread::spawn(move || beat(console, &heart_region, &heart_ms));
 
-    let mut oracle = Oracle { region, writers, beat_ms, fill };
+    let mut oracle = Oracle { region, writers, beat_ms, fill, records: None };
     let mut lines = port.lines()?;
     loop {
         let line = lines.next()?;

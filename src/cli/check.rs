@@ -1,0 +1,51 @@
+//! `snapback check`: whether a save would work.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::output::{Failure, Output, print_line};
+use super::save::GuestArgs;
+use crate::save::survey;
+
+#[derive(Args)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// The image that would be written [default: only the room in the current folder is looked at]
+    image: Option<PathBuf>,
+    /// As with `save --force`: an image of that name may be replaced
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Runs the command: prints every item, and fails when one stands in the way of a save.
+pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
+    let mut options = args.guest.options(args.image.unwrap_or_default());
+    options.force = args.force;
+    let output = Output::new(args.json);
+    let mut failed = Vec::new();
+    for item in survey(&options).await? {
+        let (ok, says) = match &item.outcome {
+            Ok(says) => (true, says.clone()),
+            Err(error) => (false, error.to_string()),
+        };
+        if args.json {
+            let event = json!({ "event": "check", "item": item.name, "ok": ok, "says": says });
+            output.print_json(&event);
+        } else {
+            print_line(&format!("{:<4}{:<20}{says}", if ok { "ok" } else { "NO" }, item.name));
+        }
+        if !ok {
+            failed.push(item.name);
+        }
+    }
+    match failed.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::said(format!("a save would not work: {}", failed.join(", ")))),
+    }
+}

@@ -1,0 +1,88 @@
+//! `flatten`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::output::{Failure, Output, size};
+use super::{interrupts, parse_compression};
+use crate::image::{Compression, Image, WriterOptions, flatten as flatten_image, flatten_flat};
+use crate::page::PAGE_SIZE;
+
+#[derive(Args)]
+pub(super) struct FlattenArgs {
+    /// The image
+    image: PathBuf,
+    /// The image to write
+    to: PathBuf,
+    /// How the image is laid out
+    #[arg(long, value_name = "LAYOUT", default_value = "packed")]
+    layout: Layout,
+    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19); always none in a flat image
+    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
+    compress: Compression,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Layout {
+    /// As small as it gets
+    Packed,
+    /// As it lies in memory, to be mapped: revert --place map
+    Flat,
+}
+
+/// Makes one image of an image and of all that it refers to.
+pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
+    let output = Arc::new(Output::new(args.json));
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut interrupts = interrupts()?;
+    let work = tokio::task::spawn_blocking({
+        let (output, stop) = (Arc::clone(&output), Arc::clone(&stop));
+        move || {
+            let image = Image::open(&args.image)?;
+            let options = WriterOptions {
+                compression: args.compress,
+                force: args.force,
+                ..WriterOptions::default()
+            };
+            let progress = |done, total| {
+                output.advance(done, total, String::new());
+                !stop.load(Ordering::Relaxed)
+            };
+            match args.layout {
+                Layout::Packed => flatten_image(&image, &args.to, options, progress),
+                Layout::Flat => flatten_flat(&image, &args.to, args.force, progress),
+            }
+        }
+    });
+    tokio::pin!(work);
+    let done = tokio::select! {
+        done = &mut work => done,
+        () = interrupts.at_least(1) => {
+            stop.store(true, Ordering::Relaxed);
+            work.await
+        }
+    };
+    let saved = done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+    let bytes = |pages: u64| pages * PAGE_SIZE as u64;
+    let event = json!({
+        "event": "flattened",
+        "identity": saved.identity.to_string(),
+        "pages": saved.data_pages,
+        "zero_pages": saved.zero_pages,
+        "image_bytes": saved.image_bytes,
+    });
+    let (data, zeros) = (size(bytes(saved.data_pages)), size(bytes(saved.zero_pages)));
+    let words = format!("{data} and {zeros} of zeros in {}", size(saved.image_bytes));
+    output.done(&event, "flattened", &words);
+    Ok(())
+}

@@ -1,0 +1,171 @@
+//! `snapback save`: its arguments, and what it runs.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use clap::{Args, ValueEnum};
+
+use super::output::{Failure, Output};
+use super::{interrupts, parse_compression, parse_rate};
+use crate::image::Compression;
+use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
+
+#[derive(Args)]
+pub(super) struct SaveArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// The image to write
+    image: PathBuf,
+    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
+    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
+    compress: Compression,
+    /// Store only what differs from this image, which the new one then refers to
+    #[arg(long, value_name = "IMAGE")]
+    parent: Option<PathBuf>,
+    /// Write at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    bandwidth: Option<u64>,
+    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket
+    #[arg(long, value_name = "AGENT_SOCKET")]
+    quiesce: Option<PathBuf>,
+    /// Run COMMAND (by sh -c) as soon as the moment has passed; see SNAPBACK_IMAGE,
+    /// SNAPBACK_MOMENT_UNIX_US, SNAPBACK_MOMENT_MONOTONIC_US and SNAPBACK_PAUSE_MS in its
+    /// environment
+    #[arg(long, value_name = "COMMAND")]
+    on_moment: Option<String>,
+    /// Fail when the guest was reverted and its memory is not complete yet, in place of waiting
+    #[arg(long)]
+    no_wait: bool,
+    /// Clean up behind a save of this image that was killed; saves nothing
+    #[arg(long)]
+    recover: bool,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Which guest, and which of its disks: what `save` and `check` have in common.
+#[derive(Args)]
+pub(super) struct GuestArgs {
+    /// The guest's QMP socket (a unix socket)
+    #[arg(long, value_name = "SOCKET")]
+    qmp: PathBuf,
+    /// What becomes of writable disks
+    #[arg(long, value_name = "HOW", default_value = "overlay")]
+    disks: Disks,
+    /// Save memory and devices only: the same as --disks none
+    #[arg(long, conflicts_with = "disks")]
+    memory_only: bool,
+    /// Where the overlays go that the guest writes to from the moment on [default: each beside
+    /// its disk's file]
+    #[arg(long, value_name = "DIR")]
+    overlay_dir: Option<PathBuf>,
+    /// Leave a writable disk out: the name of a node, drive or device
+    #[arg(long = "exclude-disk", value_name = "NODE")]
+    exclude_disks: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Disks {
+    /// They are frozen, and the guest goes on in overlays over them
+    Overlay,
+    /// They are left as they are, and are no part of the snapshot
+    None,
+}
+
+impl GuestArgs {
+    pub(super) fn options(self, image: PathBuf) -> SaveOptions {
+        let disks = match self.memory_only || self.disks == Disks::None {
+            true => DiskChoice::None,
+            false => DiskChoice::Overlay,
+        };
+        SaveOptions {
+            disks,
+            overlay_dir: self.overlay_dir,
+            exclude_disks: self.exclude_disks,
+            ..SaveOptions::new(self.qmp, image)
+        }
+    }
+}
+
+/// Runs the command.
+pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
+    let output = Output::new(args.json);
+    if args.recover {
+        let done = recover(&args.guest.qmp, &args.image, |event| output.save(&event)).await?;
+        output.recovered(match done {
+            Recovered::Nothing => "nothing: no save of this image was killed",
+            Recovered::Saved => "saved: the image is whole, the guest goes on in its overlays",
+            Recovered::Undone => "undone: the guest is as it was before the save",
+        });
+        return Ok(());
+    }
+    let options = SaveOptions {
+        compression: args.compress,
+        quiesce: args.quiesce,
+        no_wait: args.no_wait,
+        force: args.force,
+        parent: args.parent,
+        bandwidth: args.bandwidth,
+        ..args.guest.options(args.image)
+    };
+    let mut hook = args.on_moment.map(|command| Hook::new(command, &options.image));
+    let outcome = save(&options, interrupts()?, |event| {
+        if let Some(hook) = &mut hook {
+            hook.hear(&event);
+        }
+        output.save(&event);
+    });
+    let outcome = outcome.await;
+    let ended = hook.map_or(Ok(()), Hook::end);
+    outcome?;
+    ended
+}
+
+/// A command to be run at the moment.
+struct Hook {
+    command: String,
+    image: PathBuf,
+    running: Option<std::io::Result<Child>>,
+}
+
+impl Hook {
+    fn new(command: String, image: &Path) -> Hook {
+        let image = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
+        Hook { command, image, running: None }
+    }
+
+    /// Starts the command when the moment is told.
+    fn hear(&mut self, event: &SaveEvent) {
+        let SaveEvent::Moment { unix_us, monotonic_us, pause_ms, .. } = event else { return };
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(&self.command).stdin(Stdio::null());
+        // Standard output is ours: whoever reads it expects our events there.
+        command.stdout(std::io::stderr());
+        command.env("SNAPBACK_IMAGE", &self.image);
+        command.env("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string());
+        command.env("SNAPBACK_MOMENT_MONOTONIC_US", monotonic_us.to_string());
+        command.env("SNAPBACK_PAUSE_MS", pause_ms.map(|ms| ms.to_string()).unwrap_or_default());
+        self.running = Some(command.spawn());
+    }
+
+    /// Waits for the command's end. The image is whole, whatever has become of it.
+    fn end(self) -> Result<(), Failure> {
+        let failed = |why: &dyn std::fmt::Display| {
+            let command = &self.command;
+            Failure::said(format!("--on-moment `{command}`: {why}; the image is not affected"))
+        };
+        match self.running {
+            None => Ok(()),
+            Some(Err(error)) => Err(failed(&error)),
+            Some(Ok(mut child)) => match child.wait() {
+                Ok(status) if status.success() => Ok(()),
+                Ok(status) => Err(failed(&status)),
+                Err(error) => Err(failed(&error)),
+            },
+        }
+    }
+}

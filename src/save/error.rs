@@ -1,0 +1,92 @@
+//! What can go wrong with a save.
+
+use std::time::Duration;
+
+use super::agent::AgentError;
+use super::checks::CheckError;
+use super::journal::JournalError;
+use super::overlays::{LeftOver, OverlayError};
+use crate::image::ImageError;
+use crate::qmp::QmpError;
+use crate::vm::VmError;
+use crate::wire::WireError;
+
+/// Why a save failed. The guest runs on (or stays paused) as before, and no image is
+/// left behind; nor are overlays, unless [`SaveError::LeftOver`] names them.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// It can't work, as was found before the guest was touched.
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    /// QEMU's control socket failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The machine could not be looked at.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The image could not be written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The migration stream could not be understood.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The socket for the stream failed.
+    #[error("making a socket for the migration stream failed: {0}")]
+    Socket(std::io::Error),
+    /// A thread could not be started.
+    #[error("starting a thread failed: {0}")]
+    Thread(std::io::Error),
+    /// QEMU ended the migration itself.
+    #[error("QEMU's migration ended with status `{status}`{}", .reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default())]
+    Migration {
+        /// QEMU's migration status.
+        status: String,
+        /// QEMU's reason.
+        reason: Option<String>,
+    },
+    /// The disks could not be switched to overlays.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// The journal could not be kept.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The guest's agent could not freeze its file systems.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// QEMU took too long to write-protect the guest's memory, the guest standing still.
+    #[error("QEMU did not get to sending memory within {0:?}, while the guest stood still")]
+    Held(Duration),
+    /// Whatever failed first, overlays are left behind.
+    #[error("{cause}; and {}", .left.iter().map(LeftOver::to_string).collect::<Vec<_>>().join("; "))]
+    LeftOver {
+        /// What failed.
+        cause: Box<SaveError>,
+        /// The overlays, and what to do about them.
+        left: Vec<LeftOver>,
+    },
+    /// An earlier save was killed; said when its overlays are left over.
+    #[error("an earlier save was killed")]
+    Killed,
+    /// QEMU has left its memory write-protected, and that can't be mended.
+    #[error(
+        "QEMU has left the guest's memory write-protected, and its userfaultfd can't be used \
+         ({0}): run this as root, or as the user of QEMU with the right to trace it (ptrace(2))"
+    )]
+    Protected(std::io::Error),
+    /// A save is to be recovered with the socket of another QEMU.
+    #[error("the save that was killed was of the guest in process {pid}: give its QMP socket")]
+    OtherQemu {
+        /// That process.
+        pid: i32,
+    },
+    /// Interrupted before the image was whole.
+    #[error("interrupted: the guest runs on, and no image was written")]
+    Interrupted,
+    /// Interrupted a second time, before QEMU had let go of the guest's memory.
+    #[error(
+        "interrupted twice: no image was written, and the guest may hang, since QEMU had not let \
+         go of its memory yet; disks that were switched to overlays are folded back by `snapback save \
+         --recover`"
+    )]
+    InterruptedTwice,
+}

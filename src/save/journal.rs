@@ -1,0 +1,209 @@
+//! What has to be undone should a save be killed: a small file beside the image, there
+//! from before the first overlay exists until the image is whole.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::overlays::Overlay;
+use super::settings::Settings;
+
+/// The longest journal that is read, in bytes: far more than any save writes.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Why a journal can't be kept or used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// An earlier save did not come to its end.
+    #[error(
+        "an earlier save of this image did not come to its end, as {} tells; clean up behind it \
+         with: snapback save --recover --qmp SOCKET {}", .journal.display(), .image.display()
+    )]
+    Unfinished {
+        /// The journal.
+        journal: PathBuf,
+        /// The image.
+        image: PathBuf,
+    },
+    /// It can't be written, read or removed.
+    #[error("can't {doing} the journal {}: {source}", .journal.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// The journal.
+        journal: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// It is not one.
+    #[error(
+        "{} is not a journal that this version can read ({problem}); if no save is under way, look \
+         at the overlays that it names, then remove it", .journal.display()
+    )]
+    Unreadable {
+        /// The file.
+        journal: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// What is to be undone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Plan {
+    /// QEMU's process, and when it was started: proc_pid_stat(5).
+    pub qemu: Option<(i32, u64)>,
+    /// The guest ran, and may be held by us.
+    pub held: bool,
+    /// The guest agent's socket, if its file systems may be frozen by us.
+    pub frozen: Option<PathBuf>,
+    /// QEMU's settings as they were.
+    pub settings: Settings,
+    /// Overlays that may exist.
+    pub overlays: Vec<Overlay>,
+}
+
+/// A journal of a save. Dropping it leaves the file: see [`Journal::remove`].
+pub(super) struct Journal {
+    path: PathBuf,
+}
+
+impl Journal {
+    /// The name of an image's journal.
+    fn path(image: &Path) -> PathBuf {
+        let name = image.file_name().unwrap_or_default().to_string_lossy();
+        image.with_file_name(format!(".{name}.journal"))
+    }
+
+    /// Refuses an image whose last save did not come to its end.
+    pub fn check(image: &Path) -> Result<(), JournalError> {
+        let journal = Journal::path(image);
+        match fs::symlink_metadata(&journal) {
+            Ok(_) => Err(JournalError::Unfinished { journal, image: image.to_owned() }),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Writes a new journal, durably.
+    pub fn create(image: &Path, plan: &Plan) -> Result<Journal, JournalError> {
+        let journal = Journal { path: Journal::path(image) };
+        let mut options = File::options();
+        options.write(true).create_new(true).mode(0o600);
+        let file = options.open(&journal.path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                JournalError::Unfinished { journal: journal.path.clone(), image: image.to_owned() }
+            }
+            _ => journal.failed("create", error),
+        })?;
+        if let Err(error) = journal.write(file, plan) {
+            // Half a journal undoes nothing, and nothing has been done yet.
+            let _ = fs::remove_file(&journal.path);
+            return Err(error);
+        }
+        Ok(journal)
+    }
+
+    fn write(&self, mut file: File, plan: &Plan) -> Result<(), JournalError> {
+        let text = serde_json::to_vec(plan).map_err(|e| self.failed("write", e.into()))?;
+        file.write_all(&text).map_err(|e| self.failed("write", e))?;
+        file.sync_all().map_err(|e| self.failed("write", e))?;
+        let folder = match self.path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        File::open(folder).and_then(|f| f.sync_all()).map_err(|e| self.failed("write", e))
+    }
+
+    /// Replaces what it says. A reader finds the old or the new.
+    pub fn replace(&self, plan: &Plan) -> Result<(), JournalError> {
+        let new = self.path.with_extension("journal.new");
+        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new);
+        file.map_err(|e| self.failed("replace", e)).and_then(|file| self.write(file, plan))?;
+        fs::rename(&new, &self.path).map_err(|e| self.failed("replace", e))
+    }
+
+    /// Reads the journal of an image, if there is one.
+    pub fn read(image: &Path) -> Result<Option<(Journal, Plan)>, JournalError> {
+        let journal = Journal { path: Journal::path(image) };
+        let mut text = Vec::new();
+        let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(&journal.path);
+        let read = file.and_then(|file| {
+            let owner = file.metadata()?.uid();
+            file.take(MAX_BYTES).read_to_end(&mut text).map(|_| owner)
+        });
+        match read {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(journal.failed("read", error)),
+            // It names files to be removed: nobody else may tell us which.
+            Ok(owner) if owner != nix::unistd::geteuid().as_raw() => {
+                let problem = format!("it belongs to another user, {owner}");
+                return Err(JournalError::Unreadable { journal: journal.path, problem });
+            }
+            Ok(_) => {}
+        }
+        match serde_json::from_slice(&text) {
+            Ok(plan) => Ok(Some((journal, plan))),
+            Err(error) => {
+                Err(JournalError::Unreadable { journal: journal.path, problem: error.to_string() })
+            }
+        }
+    }
+
+    /// Nothing is left to be undone.
+    pub fn remove(self) -> Result<(), JournalError> {
+        let _ = fs::remove_file(self.path.with_extension("journal.new"));
+        fs::remove_file(&self.path).map_err(|e| self.failed("remove", e))
+    }
+
+    fn failed(&self, doing: &'static str, source: io::Error) -> JournalError {
+        JournalError::Io { doing, journal: self.path.clone(), source }
+    }
+}
+
+/// When a process was started, in clock ticks since boot: with its id, what tells it
+/// from all others (proc_pid_stat(5), field 22).
+pub(super) fn started(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything; field 3 follows it.
+    stat.rsplit_once(") ")?.1.split(' ').nth(22 - 3)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_is_there_until_it_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("vm.snap");
+        let plan = Plan {
+            qemu: Some((1, 2)),
+            held: true,
+            frozen: None,
+            settings: Settings::default(),
+            overlays: Vec::new(),
+        };
+        assert!(Journal::check(&image).is_ok() && Journal::read(&image).unwrap().is_none());
+        let journal = Journal::create(&image, &plan).unwrap();
+        assert!(matches!(Journal::check(&image), Err(JournalError::Unfinished { .. })));
+        assert!(matches!(Journal::create(&image, &plan), Err(JournalError::Unfinished { .. })));
+        journal.replace(&Plan { held: false, ..plan }).unwrap();
+        let (journal, read) = Journal::read(&image).unwrap().unwrap();
+        assert_eq!((read.qemu, read.held), (Some((1, 2)), false));
+        journal.remove().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+
+        fs::write(folder.path().join(".vm.snap.journal"), "{").unwrap();
+        assert!(matches!(Journal::read(&image), Err(JournalError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_start() {
+        let us = std::process::id() as i32;
+        assert!(started(us).is_some_and(|ticks| ticks > 0));
+        assert_eq!((started(us), started(i32::MAX)), (started(us), None));
+    }
+}

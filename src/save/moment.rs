@@ -1,0 +1,177 @@
+//! When a snapshot's moment was, and what it cost the guest.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use super::SaveEvent;
+use crate::qmp::Event;
+
+/// When the snapshot was taken, and what it cost the guest.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    /// By the host's clock, in microseconds since 1970.
+    pub unix_us: u64,
+    /// How long the guest stood still, if it ran.
+    pub pause: Option<Duration>,
+    /// That in parts, if we stopped it.
+    parts: Option<PauseParts>,
+}
+
+/// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PauseParts {
+    /// From our command to stop until QEMU has stopped the guest and flushed its disks.
+    pub stop_ms: f64,
+    /// Putting the overlays over the disks.
+    pub disks_ms: f64,
+    /// QEMU's walk over guest memory, device state and write protection: from our
+    /// command until the first page came.
+    pub walk_ms: f64,
+    /// Letting the guest go on.
+    pub resume_ms: f64,
+}
+
+/// Puts together the moment from what QEMU's events, its stream and our own commands
+/// tell. The first page comes only after write protection is on, so it proves that the
+/// moment has passed.
+pub(super) struct PauseClock {
+    /// Whether the guest ran before.
+    running: bool,
+    /// When the snapshot was asked for, in microseconds since 1970.
+    asked: u64,
+    /// The first page has come.
+    passed: bool,
+    stopped: Option<u64>,
+    resumed: Option<u64>,
+    /// We hold the guest, to switch its disks.
+    held: bool,
+    /// When the parts of a pause of ours began, and the last one ended.
+    steps: Vec<Instant>,
+    moment: Option<Moment>,
+}
+
+impl PauseClock {
+    pub fn new(running: bool) -> PauseClock {
+        PauseClock {
+            running,
+            asked: unix_us(),
+            passed: false,
+            stopped: None,
+            resumed: None,
+            held: false,
+            steps: Vec::new(),
+            moment: None,
+        }
+    }
+
+    /// Takes note of an event of QEMU's.
+    pub fn hear(&mut self, event: &Event) {
+        match event.name.as_str() {
+            "STOP" => self.stopped = Some(event.timestamp),
+            "RESUME" => self.resumed = Some(event.timestamp),
+            _ => {}
+        }
+    }
+
+    /// We are about to stop the guest.
+    pub fn hold(&mut self) {
+        self.held = true;
+        self.step();
+    }
+
+    /// A part of our pause has ended.
+    pub fn step(&mut self) {
+        self.steps.push(Instant::now());
+    }
+
+    /// Whether we hold the guest.
+    pub fn held(&self) -> bool {
+        self.held
+    }
+
+    /// Whether the guest ran before.
+    pub fn running(&self) -> bool {
+        self.running
+    }
+
+    /// The guest that we held goes on.
+    pub fn released(&mut self) {
+        self.held = false;
+        self.step();
+    }
+
+    /// The first page has come.
+    pub fn pass(&mut self) {
+        self.passed = true;
+    }
+
+    /// The moment, once it has been told.
+    pub fn moment(&self) -> Option<Moment> {
+        self.moment
+    }
+
+    /// The moment at the end of a save that went well, whatever events were missed.
+    pub fn moment_or_asked(&self) -> Moment {
+        self.moment.unwrap_or(Moment { unix_us: self.asked, pause: None, parts: None })
+    }
+
+    /// Tells the moment, once, as soon as it is known. Whether it was told now.
+    pub fn tell(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> bool {
+        if self.moment.is_some() || !self.passed || self.held {
+            return false;
+        }
+        self.moment = match (self.running, self.parts(), self.stopped, self.resumed) {
+            (false, ..) => Some(Moment { unix_us: self.asked, pause: None, parts: None }),
+            (true, Some((pause, parts)), stopped, _) => Some(Moment {
+                unix_us: stopped.unwrap_or(self.asked),
+                pause: Some(pause),
+                parts: Some(parts),
+            }),
+            (true, None, Some(stopped), Some(resumed)) => Some(Moment {
+                unix_us: stopped,
+                pause: Some(Duration::from_micros(resumed.saturating_sub(stopped))),
+                parts: None,
+            }),
+            _ => None,
+        };
+        let Some(Moment { unix_us, pause, parts }) = self.moment else { return false };
+        on_event(SaveEvent::Moment {
+            pause_ms: pause.map(millis),
+            pause_parts: parts,
+            unix_us,
+            monotonic_us: monotonic_us(unix_us),
+        });
+        true
+    }
+
+    /// The parts of a pause of ours, and their sum.
+    fn parts(&self) -> Option<(Duration, PauseParts)> {
+        let [hold, stopped, switched, walked, resumed] = self.steps[..] else { return None };
+        let part = |from: Instant, to: Instant| millis(to.duration_since(from));
+        let parts = PauseParts {
+            stop_ms: part(hold, stopped),
+            disks_ms: part(stopped, switched),
+            walk_ms: part(switched, walked),
+            resume_ms: part(walked, resumed),
+        };
+        Some((resumed.duration_since(hold), parts))
+    }
+}
+
+pub(super) fn unix_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The same time, not long ago, by CLOCK_MONOTONIC.
+fn monotonic_us(unix: u64) -> u64 {
+    let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
+    let now = u64::try_from(Duration::from(now).as_micros()).unwrap_or(u64::MAX);
+    now.saturating_sub(unix_us().saturating_sub(unix))
+}
+
+pub(super) fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

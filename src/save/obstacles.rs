@@ -1,0 +1,149 @@
+//! What in a guest does not go together with a background snapshot, although QEMU may
+//! not say so before it is asked to take one, or not at all.
+
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::SaveError;
+use super::checks::CheckError;
+use crate::qmp::{Qmp, QmpError, RamBlock};
+
+/// Device types that QEMU up to the version below says are "non-migratable" (`unmigratable`
+/// in their VMStateDescription), which it tells only when a migration begins.
+const NON_MIGRATABLE: [&str; 7] = [
+    "nvme",
+    "virtio-crypto-pci",
+    "virtio-pmem-pci",
+    "usb-mtp",
+    "usb-serial",
+    "usb-braille",
+    "amd-iommu",
+];
+
+/// The last major version for which that list is known to be right: later ones are left
+/// to speak for themselves.
+const KNOWN_UP_TO: u32 = 10;
+
+/// What does not go together with a background snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// A device whose state QEMU can't write.
+    #[error("device {name} is of the type `{kind}`, which QEMU can't migrate; detach it")]
+    Device {
+        /// Its place in QEMU's object tree.
+        name: String,
+        /// Its type.
+        kind: String,
+    },
+    /// A device that another process serves.
+    #[error(
+        "{0} is served by another process (vhost-user), whose writes to guest memory can't be \
+         held up; detach it"
+    )]
+    VhostUser(String),
+    /// Memory on a file that the kernel can't write-protect.
+    #[error(
+        "memory backend `{id}` lies on {}, a file whose pages Linux can't write-protect \
+         (userfaultfd knows anonymous memory, memfd, tmpfs and hugetlbfs)", .path.display()
+    )]
+    Memory {
+        /// The backend's id.
+        id: String,
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+#[derive(Deserialize)]
+struct Property {
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// Looks for devices that can't be saved.
+pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
+    let mut obstacles = Vec::new();
+    let mut count = 0;
+    for folder in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let children: Vec<Property> = qmp.query("qom-list", json!({ "path": folder })).await?;
+        for child in children {
+            let Some(kind) = child.kind.strip_prefix("child<").and_then(|k| k.strip_suffix('>'))
+            else {
+                continue;
+            };
+            count += 1;
+            let name = format!("{folder}/{}", child.name);
+            if kind.contains("vhost-user") {
+                obstacles.push(Obstacle::VhostUser(name));
+            } else if NON_MIGRATABLE.contains(&kind) && qmp.version().major <= KNOWN_UP_TO {
+                obstacles.push(Obstacle::Device { name, kind: kind.to_owned() });
+            }
+        }
+    }
+    // Network backends are no objects: only the human monitor tells of them.
+    let arguments = json!({ "command-line": "info network" });
+    let networks: String = qmp.query("human-monitor-command", arguments).await?;
+    for line in networks.lines().filter(|line| line.contains("type=vhost-user")) {
+        let name = line.trim_start_matches([' ', '\\', '|', '-']).split(':').next();
+        obstacles.push(Obstacle::VhostUser(format!("network {}", name.unwrap_or_default())));
+    }
+    match obstacles.is_empty() {
+        true => Ok(format!("all {count} can be saved, as far as can be known before")),
+        false => Err(CheckError::Obstacles(obstacles).into()),
+    }
+}
+
+#[derive(Deserialize)]
+struct MemoryBackend {
+    id: Option<String>,
+}
+
+/// Looks for memory that can't be write-protected; gives the guest's blocks.
+pub(super) async fn check_memory(
+    qmp: &Qmp,
+    background: bool,
+) -> Result<(Vec<RamBlock>, String), SaveError> {
+    let blocks = qmp.ram_blocks().await?;
+    let mut obstacles = Vec::new();
+    let backends: Vec<MemoryBackend> = qmp.query("query-memdev", ()).await?;
+    for id in backends.into_iter().filter_map(|backend| backend.id) {
+        let arguments = json!({ "path": format!("/objects/{id}"), "property": "mem-path" });
+        let path: PathBuf = match qmp.query("qom-get", arguments).await {
+            Ok(path) => path,
+            // It has none.
+            Err(QmpError::Command { .. }) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        if background && !path.as_os_str().is_empty() && !can_be_protected(&path) {
+            obstacles.push(Obstacle::Memory { id, path });
+        }
+    }
+    let mib = blocks.iter().map(|block| block.used_len).sum::<u64>() >> 20;
+    match obstacles.is_empty() {
+        true => Ok((blocks, format!("{mib} MiB"))),
+        false => Err(CheckError::Obstacles(obstacles).into()),
+    }
+}
+
+/// Whether pages of a file there can be write-protected: ioctl_userfaultfd(2) takes
+/// anonymous memory, shared memory (tmpfs) and hugetlbfs. What can't be asked is left
+/// to QEMU.
+fn can_be_protected(path: &Path) -> bool {
+    statfs(path)
+        .map_or(true, |stat| [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&stat.filesystem_type()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_in_memory_can_be_protected_and_others_not() {
+        assert!(can_be_protected(Path::new("/dev/shm")) && !can_be_protected(Path::new("/proc")));
+        assert!(can_be_protected(Path::new("/nowhere")));
+    }
+}

@@ -1,0 +1,156 @@
+//! Cleaning up behind a save that was killed.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::ending::wait_end;
+use super::journal::{Journal, Plan, started};
+use super::overlays::{self, LeftOver};
+use super::release::release_memory;
+use super::{SaveError, SaveEvent, agent, checks};
+use crate::image::Image;
+use crate::qmp::{Qmp, QmpError};
+
+/// How often write protection is looked for while QEMU does not answer.
+const RELEASE_EVERY: Duration = Duration::from_millis(500);
+
+/// What became of a save that was killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recovered {
+    /// There is none to clean up behind.
+    Nothing,
+    /// It had come to its end: the image is whole, and the guest goes on in the overlays.
+    Saved,
+    /// It was undone: the guest runs on as before.
+    Undone,
+}
+
+/// Cleans up behind a save of `image` that was killed at any point: lets the guest behind
+/// the socket `qmp` go on if the save held it, thaws its file systems, puts QEMU's settings
+/// back, and folds overlays back into the disks. A save that is still under way must not
+/// be recovered: it would be undone under its hands.
+///
+/// # Errors
+/// [`SaveError::LeftOver`] when overlays can't be folded back, such as when QEMU has ended
+/// meanwhile; then they are named with what to do, and the journal stays until they are
+/// gone.
+pub async fn recover(
+    qmp: &Path,
+    image: &Path,
+    mut on_event: impl FnMut(SaveEvent),
+) -> Result<Recovered, SaveError> {
+    let Some((journal, plan)) = Journal::read(image)? else { return without_journal(qmp).await };
+    if is_whole(image, &plan) {
+        journal.remove()?;
+        return Ok(Recovered::Saved);
+    }
+    let lives = plan.qemu.is_some_and(|(pid, start)| started(pid) == Some(start));
+    if !lives {
+        let left: Vec<LeftOver> = plan
+            .overlays
+            .iter()
+            .filter(|overlay| Path::new(&overlay.path).exists())
+            .map(|overlay| overlay.left_over("its QEMU has ended".into(), false))
+            .collect();
+        if left.is_empty() {
+            journal.remove()?;
+            return Ok(Recovered::Undone);
+        }
+        return Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left });
+    }
+    let qmp = reach(qmp, plan.qemu.map(|(pid, _)| pid)).await?;
+    if qmp.peer_pid() != plan.qemu.map(|(pid, _)| pid) {
+        return Err(SaveError::OtherQemu { pid: plan.qemu.map_or(0, |(pid, _)| pid) });
+    }
+    undo(&qmp, &plan, &mut on_event).await?;
+    journal.remove()?;
+    Ok(Recovered::Undone)
+}
+
+/// Whether the image is the one that the save was writing.
+fn is_whole(image: &Path, plan: &Plan) -> bool {
+    let Ok(reader) = Image::open(image) else { return false };
+    let disks = &reader.manifest().machine.disks;
+    plan.overlays.iter().all(|overlay| {
+        disks.iter().any(|disk| disk.overlay.as_deref() == Some(overlay.path.as_str()))
+    })
+}
+
+/// Cleans up behind a save that captured no disks, which keeps no journal.
+async fn without_journal(qmp: &Path) -> Result<Recovered, SaveError> {
+    let Some(pid) = UnixStream::connect(qmp).ok().and_then(|socket| peer_pid(&socket)) else {
+        return Ok(Recovered::Nothing);
+    };
+    let qmp = match Qmp::connect(qmp, checks::ANSWER_TIMEOUT).await {
+        Err(QmpError::Timeout { .. }) => reach(qmp, Some(pid)).await?,
+        connected => connected?,
+    };
+    // A save under way is nobody's to clean up.
+    if qmp.migration_info().await?.status.as_deref() != Some("failed") {
+        return Ok(Recovered::Nothing);
+    }
+    let released = release_memory(pid).map_err(SaveError::Protected)?;
+    const BACKGROUND: &str = "background-snapshot";
+    let capabilities = qmp.migration_capabilities().await?;
+    let left = capabilities.iter().any(|(name, on)| name == BACKGROUND && *on);
+    if left {
+        qmp.set_migration_capabilities(&[(BACKGROUND, false)]).await?;
+    }
+    Ok(if left || released > 0 { Recovered::Undone } else { Recovered::Nothing })
+}
+
+/// Connects to the QEMU in process `pid`, in which a snapshot was broken off. A guest that
+/// waits for its write protection to go may hold QEMU up as a whole, so that is taken off
+/// until QEMU answers: while the snapshot is being set up, it may still come.
+async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
+    let connect = Qmp::connect(qmp, checks::ANSWER_TIMEOUT);
+    tokio::pin!(connect);
+    loop {
+        tokio::select! {
+            connected = &mut connect => return Ok(connected?),
+            () = tokio::time::sleep(RELEASE_EVERY) => if let Some(pid) = pid {
+                release_memory(pid).map_err(SaveError::Protected)?;
+            },
+        }
+    }
+}
+
+/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
+fn peer_pid(socket: &UnixStream) -> Option<i32> {
+    let credentials = getsockopt(socket, PeerCredentials).ok()?;
+    Some(credentials.pid()).filter(|pid| *pid > 0)
+}
+
+async fn undo(
+    qmp: &Qmp,
+    plan: &Plan,
+    on_event: &mut impl FnMut(SaveEvent),
+) -> Result<(), SaveError> {
+    // The guest comes first.
+    if plan.held && qmp.status().await? == "paused" {
+        qmp.cont().await?;
+    }
+    if let Some(socket) = &plan.frozen {
+        agent::thaw(socket).await?;
+    }
+    // Its reader is gone, so a migration under way fails by itself.
+    if qmp.migration_info().await?.status.is_some() {
+        let _ = wait_end(qmp).await;
+    }
+    if let Some(pid) = qmp.peer_pid() {
+        release_memory(pid).map_err(SaveError::Protected)?;
+    }
+    // Again: a migration that was in its set-up may have stopped it anew.
+    if plan.held && qmp.status().await? == "paused" {
+        qmp.cont().await?;
+    }
+    plan.settings.restore(qmp).await?;
+    let left = overlays::undo(qmp, &plan.overlays, on_event).await;
+    match left.is_empty() {
+        true => Ok(()),
+        false => Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left }),
+    }
+}

@@ -1,0 +1,565 @@
+//! Saving disks with memory: what is captured, and what becomes of it when the save
+//! fails or is killed.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::bare::{Bare, query};
+use crate::harness::{Dir, Running, Snapback, check, text};
+use crate::support::{
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, query_status,
+    wait_for,
+};
+use crate::{tests, tests_on_both};
+
+tests! {
+    what_stands_in_the_way_is_told_item_by_item
+}
+
+tests_on_both! {
+    memory_and_disks_are_of_one_moment
+    a_disk_is_left_out_by_any_of_its_names
+    whatever_fails_the_disks_are_as_before
+    a_killed_save_is_recovered
+    a_guest_agent_is_made_to_thaw
+    an_incomplete_guest_is_waited_for
+}
+
+/// A guest whose disks are changed, and its memory too, right after the moment.
+fn memory_and_disks_are_of_one_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = |id: &str, bus, given, format| Disk {
+        id: id.into(),
+        bus,
+        given,
+        file: dir.path(id),
+        format,
+    };
+    let disks = vec![
+        disk("drive", Bus::VirtioBlk, Given::Drive, Format::Raw),
+        disk("plain", Bus::VirtioBlk, Given::DriveIf, Format::Qcow2),
+        disk("scsi", Bus::VirtioScsi, Given::Blockdev, Format::Qcow2),
+        disk("ide", Bus::Ide, Given::BlockdevJson, Format::Raw),
+    ];
+    disks.iter().try_for_each(|disk| disk.make(8))?;
+    let fill = Fill::Mib(64);
+    let options = GuestOptions { qemu, mib: 192, fill, disks, writers: 0, ..Default::default() };
+    let mut guest = Guest::boot(&options)?;
+    let devices = ["vda", "vdb", "sda", "sdb"];
+    let write = |guest: &mut Guest, seed: &str| {
+        devices.iter().try_for_each(|device| {
+            guest.oracle.ask(&format!("disk write /dev/{device} 64 {seed}")).map(drop)
+        })
+    };
+    guest.oracle.ask("idle")?;
+    write(&mut guest, "1")?;
+    let sum = guest.oracle.sum()?;
+
+    let hook = "test ! -e \"$SNAPBACK_IMAGE\" && echo $SNAPBACK_MOMENT_UNIX_US > hook";
+    let mut saving = dir.save(&guest, "vm.snap").with(&["--on-moment", hook]).start()?;
+    let moment = saving.wait("moment")?;
+    guest.oracle.ask("zero 0 1000")?;
+    write(&mut guest, "2")?;
+    let ended = saving.succeed()?;
+    assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
+    let parts = ["stop_ms", "disks_ms", "walk_ms", "resume_ms"];
+    let sum_of_parts: f64 =
+        parts.iter().map(|part| moment["pause_parts"][part].as_f64().unwrap()).sum();
+    assert!((moment["pause_ms"].as_f64().unwrap() - sum_of_parts).abs() < 0.01, "{moment}");
+    assert!(moment["monotonic_us"].as_u64().is_some_and(|us| us > 0));
+    let told = fs::read_to_string(dir.path("hook"))?;
+    assert_eq!(told.trim(), moment["unix_us"].to_string());
+    assert_ne!(guest.oracle.sum()?, sum);
+
+    // The record: every disk frozen as it is called, and its overlay private.
+    let image = dir.path("vm.snap");
+    let info = dir.snapback(&["info", text(&image)]).succeed()?.events.remove(0);
+    let record = info["disks"].as_array().ok_or("no disks")?.clone();
+    assert_eq!((record.len(), &info["uncaptured_disks"]), (4, &json!([])));
+    for disk in &record {
+        assert_eq!(disk["role"], "captured");
+        let overlay = disk["overlay"].as_str().ok_or("no overlay")?;
+        assert_eq!(fs::metadata(overlay)?.mode() & 0o777, 0o600);
+        let file = &disk["chain"][0];
+        let path = file["path"].as_str().ok_or("no path")?;
+        assert_eq!(file["stamp"]["len"], fs::metadata(path)?.len());
+        assert_eq!(disk["size"], 8 << 20);
+    }
+    assert!(!dir.names(".")?.iter().any(|name| name.contains("journal")));
+
+    // A second snapshot freezes the overlays of the first.
+    let ended = dir.save(&guest, "second.snap").succeed()?;
+    assert_eq!(ended.event("ready")?["overlays"].as_array().map(Vec::len), Some(4));
+    let second = dir.path("second.snap");
+    let info = dir.snapback(&["info", text(&second)]).succeed()?.events.remove(0);
+    for (disk, before) in info["disks"].as_array().unwrap().iter().zip(&record) {
+        assert_eq!(disk["chain"][0]["path"], before["overlay"]);
+        assert_eq!(disk["chain"][1]["path"], before["chain"][0]["path"]);
+        // It is called what it was called.
+        assert_eq!((&disk["node"], &disk["device"]), (&before["node"], &before["device"]));
+    }
+
+    // Neither the memory nor the disks of the image know of what came later.
+    for (image, name, seed) in [(&image, "first", "1"), (&second, "again", "2")] {
+        let mut reverted = dir.reverted(image, &guest.dir, name)?;
+        reverted.resident()?;
+        assert_eq!(reverted.oracle.sum()? == sum, seed == "1");
+        for device in devices {
+            let asked = format!("disk check /dev/{device} 64 {seed}");
+            assert_eq!(reverted.oracle.ask(&asked)?, "ok", "{device} of {name}");
+        }
+    }
+    Ok(())
+}
+
+/// A QEMU with one disk, and a second control socket on which to see and do things.
+struct Watched {
+    bare: Bare,
+    side: PathBuf,
+    disk: PathBuf,
+}
+
+impl Watched {
+    fn start(dir: &Dir, qemu: Qemu, more: &[&str]) -> Result<Watched> {
+        let (disk, side) = (dir.path("disk.raw"), dir.path("side.sock"));
+        File::create(&disk)?.set_len(4 << 20)?;
+        let drive = format!("if=none,id=system,format=raw,file={}", text(&disk));
+        let monitor = format!("unix:{},server=on,wait=off", text(&side));
+        let mut args = vec!["-drive", &drive, "-device", "virtio-blk-pci,drive=system,id=vda"];
+        args.extend(["-qmp", &monitor]);
+        args.extend(more);
+        Ok(Watched { bare: Bare::start(dir, qemu, &args)?, side, disk })
+    }
+
+    fn save(&self, dir: &Dir) -> Snapback {
+        dir.snapback(&["save", "--qmp", text(&self.bare.socket), text(&dir.path("vm.snap"))])
+    }
+
+    fn recover(&self, dir: &Dir) -> Result<String> {
+        let ended = self.save(dir).with(&["--recover"]).succeed()?;
+        Ok(ended.event("recovered")?["outcome"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The guest runs on its own disk, nothing is set, and nothing is left.
+    fn is_as_before(&self, dir: &Dir) -> Result<()> {
+        assert_eq!(query_status(&self.side)?, "running");
+        let disks = query(&self.side, "query-block")?;
+        assert_eq!(disks[0]["inserted"]["file"], text(&self.disk), "{disks}");
+        let capabilities = query(&self.side, "query-migrate-capabilities")?;
+        let on = capabilities.as_array().ok_or("no capabilities")?;
+        assert!(on.iter().all(|capability| capability["state"] == false), "{on:?}");
+        let nodes = query(&self.side, "query-named-block-nodes")?.to_string();
+        assert!(!nodes.contains("snap-"), "{nodes}");
+        let left = dir.names(".")?;
+        let strange = |name: &&String| name.contains("snap") || name.contains("journal");
+        assert_eq!(left.iter().find(strange), None);
+        Ok(())
+    }
+}
+
+fn a_disk_is_left_out_by_any_of_its_names(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let cd = dir.path("cd.iso");
+    File::create(&cd)?.set_len(1 << 20)?;
+    let cdrom = format!("if=ide,media=cdrom,format=raw,file={}", text(&cd));
+    let base = dir.path("base.qcow2");
+    let format = Format::Qcow2;
+    Disk { format, ..Disk::new("data", &base) }.make(4)?;
+    let (file, node) = (
+        format!("driver=file,filename={},node-name=data-file", text(&base)),
+        "driver=qcow2,file=data-file,node-name=data",
+    );
+    let args = ["-drive", &cdrom, "-blockdev", &file, "-blockdev", node];
+    let scsi = ["-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=data"];
+    let watched = Watched::start(dir, qemu, &[&args[..], &scsi[..]].concat())?;
+    for (name, left_out) in [("system", 0), ("vda", 0), ("data", 1), ("data-file", 1)] {
+        let ended = watched.save(dir).with(&["--exclude-disk", name, "--force"]).succeed()?;
+        let captured = ended.event("checked")?["captured_disks"].as_array().unwrap().len();
+        assert_eq!(captured, 1, "{name}");
+        let shown = dir.snapback(&["info", text(&dir.path("vm.snap"))]).succeed()?;
+        let disks = shown.events[0]["disks"].as_array().unwrap().clone();
+        let roles = |role: &str| disks.iter().filter(|disk| disk["role"] == role).count();
+        assert_eq!((roles("captured"), roles("excluded"), roles("read-only")), (1, 1, 1));
+        let names = ["system", "data"];
+        let excluded = disks.iter().find(|disk| disk["role"] == "excluded").unwrap();
+        let called = [&excluded["device"], &excluded["node"]];
+        assert!(called.contains(&&json!(names[left_out])), "{excluded}");
+        assert!(excluded["chain"][0]["stamp"].is_null());
+        let cd_record = disks.iter().find(|disk| disk["role"] == "read-only").unwrap();
+        assert_eq!(cd_record["chain"][0]["path"], text(&cd));
+    }
+    let refusal = watched.save(dir).with(&["--exclude-disk", "nowhere", "--force"]).fail()?;
+    assert!(refusal.contains("nowhere") && refusal.contains("system"), "{refusal}");
+    let elsewhere = dir.make("overlays")?;
+    watched.save(dir).with(&["--overlay-dir", text(&elsewhere), "--force"]).succeed()?;
+    assert_eq!(dir.names("overlays")?.len(), 2);
+    Ok(())
+}
+
+/// A guest agent in which nothing is frozen, to hold a save up just before the pause.
+struct Agent {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Agent {
+    fn listen(dir: &Dir) -> Result<Agent> {
+        let path = dir.path("agent.sock");
+        let _ = fs::remove_file(&path);
+        Ok(Agent { listener: UnixListener::bind(&path)?, path })
+    }
+
+    /// Takes a connection; answers until this command comes, which it leaves unanswered.
+    fn until(&self, command: &str) -> Result<UnixStream> {
+        loop {
+            let (peer, _) = self.listener.accept()?;
+            peer.set_read_timeout(Some(SOON))?;
+            let mut lines = BufReader::new(peer.try_clone()?);
+            let mut line = Vec::new();
+            while lines.read_until(b'\n', &mut line)? > 0 {
+                let request: Value =
+                    serde_json::from_slice(line.strip_prefix(b"\xff").unwrap_or(&line))?;
+                line.clear();
+                if request["execute"] == command {
+                    return Ok(peer);
+                }
+                answer(&peer, &json!({ "return": request["arguments"]["id"] }))?;
+            }
+        }
+    }
+}
+
+fn answer(mut peer: &UnixStream, answer: &Value) -> Result<()> {
+    Ok(peer.write_all(format!("{answer}\n").as_bytes())?)
+}
+
+/// Starts a save and brings it to just before the pause: what `then` does to QEMU
+/// happens after all checks and preparations.
+fn just_before_the_pause(
+    dir: &Dir,
+    watched: &Watched,
+    then: impl FnOnce(&mut Qmp) -> Result<()>,
+) -> Result<Running> {
+    let agent = Agent::listen(dir)?;
+    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    then(&mut Qmp::connect(&watched.side)?)?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    Ok(saving)
+}
+
+fn whatever_fails_the_disks_are_as_before(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    // QEMU can't switch the disks.
+    let saving = just_before_the_pause(dir, &watched, |qmp| {
+        let overlay = overlay_node(qmp)?;
+        qmp.execute("blockdev-del", json!({ "node-name": overlay })).map(drop)
+    })?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.contains("can't switch the disks"), "{refusal}");
+    watched.is_as_before(dir)?;
+
+    // Interrupted once the guest goes on in its overlay.
+    let mut saving = watched.save(dir).start()?;
+    saving.wait("moment")?;
+    saving.signal(libc::SIGINT);
+    let ended = saving.end()?;
+    match ended.code {
+        Some(0) => {
+            // It was faster: the image is whole, and its overlay stays. Back to the start.
+            fs::remove_file(dir.path("vm.snap"))?;
+            fold(&watched)?;
+        }
+        _ => {
+            assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
+            ended.event("folded")?;
+        }
+    }
+    watched.is_as_before(dir)?;
+
+    // The disk's folder takes no new files.
+    let refusal = watched.save(dir).with(&["--overlay-dir", "/proc"]).fail()?;
+    assert!(refusal.contains("--overlay-dir"), "{refusal}");
+    watched.is_as_before(dir)?;
+
+    // QEMU refuses to migrate, its disks switched already. Last: the device stays.
+    let saving = just_before_the_pause(dir, &watched, |qmp| {
+        qmp.execute("device_add", json!({ "driver": "nvme", "serial": "x" })).map(drop)
+    })?;
+    let ended = saving.end()?;
+    let refusal = ended.failure()?;
+    assert!(refusal.contains("non-migratable device") && refusal.contains("nvme"), "{refusal}");
+    assert_eq!(ended.event("folded")?["disk"], format!("system ({})", text(&watched.disk)));
+    watched.is_as_before(dir)
+}
+
+/// The name of the overlay's node.
+fn overlay_node(qmp: &mut Qmp) -> Result<String> {
+    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }))?;
+    let nodes = nodes.as_array().ok_or("no nodes")?.iter();
+    let mut names = nodes.filter_map(|node| node["node-name"].as_str());
+    let found = names.find(|name| name.starts_with("snap-") && !name.ends_with("-file"));
+    Ok(found.ok_or("no overlay")?.to_owned())
+}
+
+/// Folds the only disk's overlay back by hand.
+fn fold(watched: &Watched) -> Result<()> {
+    let mut qmp = Qmp::connect(&watched.side)?;
+    let overlay = overlay_node(&mut qmp)?;
+    let file = qmp.execute("query-block", json!({}))?[0]["inserted"]["file"].clone();
+    qmp.execute("block-commit", json!({ "job-id": "fold", "device": overlay }))?;
+    wait_for(SOON, "a commit to be ready", || {
+        let jobs = qmp.execute("query-jobs", json!({}))?;
+        Ok((jobs[0]["status"] == "ready").then_some(()))
+    })?;
+    qmp.execute("job-complete", json!({ "id": "fold" }))?;
+    wait_for(SOON, "a commit to end", || {
+        Ok((qmp.execute("query-jobs", json!({}))? == json!([])).then_some(()))
+    })?;
+    for node in [overlay.clone(), format!("{overlay}-file")] {
+        qmp.execute("blockdev-del", json!({ "node-name": node }))?;
+    }
+    Ok(fs::remove_file(Path::new(file.as_str().ok_or("no file")?))?)
+}
+
+fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    assert_eq!(watched.recover(dir)?, "nothing");
+
+    // Before the pause: nothing but files and open nodes.
+    let mut saving = watched.save(dir).start()?;
+    saving.wait("ready")?;
+    saving.signal(libc::SIGKILL);
+    drop(saving);
+    recover_whatever(dir, &watched)?;
+
+    // Frozen, just before the pause.
+    let agent = Agent::listen(dir)?;
+    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    saving.signal(libc::SIGKILL);
+    drop((saving, peer));
+    // What the journal says is heeded: no other save, and the agent is told.
+    let refusal = watched.save(dir).fail()?;
+    assert!(refusal.contains("--recover"), "{refusal}");
+    let thawing = std::thread::spawn({
+        let command = watched.save(dir).with(&["--recover"]).start()?;
+        move || command.succeed().map(drop).map_err(|e| e.to_string())
+    });
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    thawing.join().map_err(|_| "recovering panicked")??;
+    watched.is_as_before(dir)?;
+
+    // In the pause, wherever that strikes, and while memory is being written. QEMU before
+    // 8.1 does not take its protection off memory then: recovering does.
+    for _ in 0..8 {
+        let mut side = Qmp::connect(&watched.side)?;
+        let saving = watched.save(dir).start()?;
+        let seen = |side: &mut Qmp| {
+            side.execute("query-status", json!({}))?;
+            Ok(side.events().iter().any(|event| event["event"] == "STOP").then_some(()))
+        };
+        wait_for(SOON, "the pause", || seen(&mut side))?;
+        saving.signal(libc::SIGKILL);
+        drop((saving, side));
+        recover_whatever(dir, &watched)?;
+    }
+    let mut saving = watched.save(dir).start()?;
+    saving.wait("moment")?;
+    saving.signal(libc::SIGKILL);
+    drop(saving);
+    recover_whatever(dir, &watched)?;
+
+    // QEMU has ended as well: its overlay is named, and not touched.
+    let mut saving = watched.save(dir).start()?;
+    saving.wait("ready")?;
+    saving.signal(libc::SIGKILL);
+    drop(saving);
+    let overlays = || overlay_files(dir);
+    if overlays()?.is_empty() || dir.path("vm.snap").exists() {
+        return Ok(());
+    }
+    let socket = watched.bare.socket.clone();
+    drop(watched);
+    let recover = || {
+        let image = dir.path("vm.snap");
+        dir.snapback(&["save", "--qmp", text(&socket), text(&image), "--recover"])
+    };
+    let refusal = recover().fail()?;
+    let left = overlays()?;
+    assert!(refusal.contains("qemu-img commit") && refusal.contains(&left[0]), "{refusal}");
+    left.iter().try_for_each(|name| fs::remove_file(dir.path(name)))?;
+    recover().succeed()?;
+    assert!(!dir.names(".")?.iter().any(|name| name.contains("journal")));
+    Ok(())
+}
+
+fn overlay_files(dir: &Dir) -> Result<Vec<String>> {
+    let names = dir.names(".")?.into_iter();
+    Ok(names.filter(|name| name.contains(".snap-")).collect())
+}
+
+/// Recovers from a save that was killed, unless that had come to its end before.
+fn recover_whatever(dir: &Dir, watched: &Watched) -> Result<()> {
+    let outcome = watched.recover(dir)?;
+    if dir.path("vm.snap").exists() {
+        // The kill came too late for the save, whatever the journal had to say.
+        fs::remove_file(dir.path("vm.snap"))?;
+        fold(watched)?;
+    } else {
+        assert_eq!(outcome, "undone");
+    }
+    watched.is_as_before(dir)
+}
+
+fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    // It works, and in this order.
+    let saving = just_before_the_pause(dir, &watched, |_| Ok(()))?;
+    let ended = saving.succeed()?;
+    let steps = ["checked", "ready", "frozen", "moment", "thawed", "saved"];
+    assert_eq!(ended.steps(), steps);
+    fs::remove_file(dir.path("vm.snap"))?;
+    fold(&watched)?;
+    watched.is_as_before(dir)?;
+
+    // It refuses.
+    let agent = Agent::listen(dir)?;
+    let quiesce = || watched.save(dir).with(&["--quiesce", text(&agent.path)]).start();
+    let saving = quiesce()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    answer(&peer, &json!({ "error": { "class": "GenericError", "desc": "too cold" } }))?;
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 0 }))?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.contains("too cold"), "{refusal}");
+    watched.is_as_before(dir)?;
+
+    // It never answers, and the user has enough.
+    let saving = quiesce()?;
+    let silent = agent.until("guest-fsfreeze-freeze")?;
+    saving.signal(libc::SIGINT);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 0 }))?;
+    assert!(saving.end()?.failure()?.contains("interrupted"));
+    drop(silent);
+    watched.is_as_before(dir)?;
+
+    // There is none.
+    let nowhere = dir.path("nowhere.sock");
+    let refusal = watched.save(dir).with(&["--quiesce", text(&nowhere)]).fail()?;
+    assert!(refusal.contains("nowhere.sock"), "{refusal}");
+    watched.is_as_before(dir)
+}
+
+fn what_stands_in_the_way_is_told_item_by_item(dir: &Dir) -> Result<()> {
+    for qemu in Qemu::ALL {
+        let watched = Watched::start(dir, qemu, &[])?;
+        let ask = |socket: &Path| dir.snapback(&["check", "--qmp", text(socket)]);
+        let items = ask(&watched.bare.socket).with(&["vm.snap"]).succeed()?.events;
+        assert!(items.len() >= 9 && items.iter().all(|item| item["ok"] == true), "{items:?}");
+        watched.is_as_before(dir)?;
+        assert!(query(&watched.side, "query-migrate")?.get("status").is_none());
+        drop(watched);
+
+        // On a file that is no memory, with a device and a disk that can't be saved.
+        let file = dir.path("memory");
+        let backend =
+            format!("memory-backend-file,id=m,size=64M,share=on,mem-path={}", text(&file));
+        let copy = dir.path("copy.raw");
+        File::create(&copy)?.set_len(1 << 20)?;
+        let lost = format!("if=virtio,format=raw,snapshot=on,file={}", text(&copy));
+        let mut args = vec!["-device", "nvme,serial=x", "-drive", &lost];
+        let on_disk = ["-object", &backend, "-machine", "memory-backend=m"];
+        let is_memory = matches!(
+            nix::sys::statfs::statfs(dir.path(".").as_path())?.filesystem_type(),
+            nix::sys::statfs::TMPFS_MAGIC | nix::sys::statfs::HUGETLBFS_MAGIC
+        );
+        if !is_memory {
+            args.extend(on_disk);
+        }
+        let watched = Watched::start(dir, qemu, &args)?;
+        let ended = ask(&watched.bare.socket).end()?;
+        let refusal = ended.failure()?;
+        let said = |item: &str| {
+            let found = ended.events.iter().find(|event| event["item"] == item);
+            let found = found.unwrap_or_else(|| panic!("no {item} in {:?}", ended.said));
+            assert!(found["ok"] == false && refusal.contains(item), "{found}");
+            found["says"].as_str().unwrap().to_owned()
+        };
+        assert!(said("devices").contains("nvme"));
+        assert!(said("disks").contains("--exclude-disk"));
+        if !is_memory {
+            assert!(said("memory").contains(text(&file)));
+            said("background-snapshot");
+        }
+        // A save says the first of it.
+        assert!(watched.save(dir).fail()?.contains("nvme"));
+        watched.is_as_before(dir)?;
+        fs::remove_file(&copy)?;
+    }
+    Ok(())
+}
+
+fn an_incomplete_guest_is_waited_for(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = crate::shared::shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let slow = dir.revert(&shared.image, &shared.from, &to).with(&["--fill-delay", "1000"]);
+    let mut reverted = crate::harness::Reverted::of(slow, &to)?;
+    let save = || dir.save(&reverted, "vm.snap");
+    let refusal = save().with(&["--no-wait"]).fail()?;
+    assert!(refusal.contains("not complete yet"), "{refusal}");
+    let mut saving = save().start()?;
+    saving.wait("waiting")?;
+    // Told to hurry, the server fills memory at full speed.
+    reverted.server.as_ref().ok_or("no server")?.signal(libc::SIGINT);
+    reverted.server.take().ok_or("no server")?.end()?;
+    saving.wait("saved")?;
+    saving.succeed()?;
+    check(&mut reverted)?;
+    let image = dir.path("vm.snap");
+    dir.snapback(&["verify", text(&image)]).succeed()?;
+    Ok(())
+}
+
+/// What a pause with two disks is made of, printed: for a quiet machine with memory for
+/// it. `SNAPBACK_TEST_PAUSE_MIB` is the guest's memory, 512 when it is not set.
+#[test]
+#[ignore = "measures"]
+fn the_parts_of_the_pause() -> Result<()> {
+    let mib = std::env::var("SNAPBACK_TEST_PAUSE_MIB").unwrap_or_else(|_| "512".into());
+    let gib = mib.parse::<f64>()? / 1024.0;
+    for qemu in Qemu::ALL {
+        for backend in ["memory-backend-ram", "memory-backend-memfd,share=on"] {
+            for used in ["off", "on"] {
+                crate::harness::in_a_folder(|dir| {
+                    let memory = format!("{backend},id=m,size={mib}M,prealloc={used}");
+                    let data = dir.path("data.raw");
+                    File::create(&data)?.set_len(4 << 20)?;
+                    let drive = format!("if=virtio,format=raw,file={}", text(&data));
+                    let args = ["-m", &mib, "-object", &memory, "-machine", "memory-backend=m"];
+                    let watched =
+                        Watched::start(dir, qemu, &[&args[..], &["-drive", &drive]].concat())?;
+                    for save in 1..=3 {
+                        let ended = watched.save(dir).with(&["--force"]).succeed()?;
+                        let parts = ended.event("moment")?["pause_parts"].clone();
+                        let walk = parts["walk_ms"].as_f64().unwrap_or_default() / gib;
+                        println!(
+                            "{qemu:?} {backend} {mib} MiB, used {used}, save {save}: {parts}, \
+                             walk {walk:.1} ms/GiB"
+                        );
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
