@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod cli;
+pub mod exchange;
 pub mod image;
 pub mod interrupt;
 pub mod machine;

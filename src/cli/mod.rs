@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod detach;
 mod disks;
+mod exchange;
 mod flatten;
 mod output;
 mod report;
@@ -47,6 +48,10 @@ enum Command {
     WorkingSet(WorkingSetArgs),
     /// Show what an image holds
     Info(ImageArgs),
+    /// Write an image in another program's format
+    Export(exchange::ExportArgs),
+    /// Make an image of a guest that QEMU or libvirt saved
+    Import(exchange::ImportArgs),
     /// Check every checksum of an image
     Verify(VerifyArgs),
     /// Make one image of an image and of all that it refers to
@@ -283,6 +288,8 @@ async fn run(command: Command) -> ExitCode {
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, args.json)),
+        Command::Export(args) => (args.json, exchange::export(args).await),
+        Command::Import(args) => (args.json, exchange::import(args).await),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, args.json))

@@ -1,0 +1,199 @@
+//! `export` and `import`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::output::{Failure, Output};
+use super::{interrupts, parse_compression};
+use crate::exchange::{
+    ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export as write,
+    import as read, words,
+};
+use crate::image::Compression;
+
+/// How long an interrupted export or import has to clean up: longer only if it waits
+/// for a pipe that nobody moves.
+const CLEAN_UP: Duration = Duration::from_secs(2);
+
+/// The longest file with a command line that is believed, in bytes.
+const MAX_COMMAND_BYTES: u64 = 4 << 20;
+
+#[derive(Args)]
+pub(super) struct ExportArgs {
+    /// The image
+    image: PathBuf,
+    /// What it is written as
+    #[arg(long = "to", value_name = "FORMAT")]
+    format: Format,
+    /// The file to write (for flat: the folder); - for standard output
+    file: PathBuf,
+    /// Replace an existing file
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct ImportArgs {
+    /// A migration stream, a mapped-ram file, or a guest saved by libvirt; - for
+    /// standard input
+    file: PathBuf,
+    /// The image to write
+    image: PathBuf,
+    /// A file with QEMU's command line, as a shell or /proc/PID/cmdline has it
+    #[arg(long, value_name = "FILE", conflicts_with = "words")]
+    command: Option<PathBuf>,
+    /// The QEMU binary to record instead of the one on the command line
+    #[arg(long, value_name = "BIN")]
+    qemu: Option<PathBuf>,
+    /// Have the guest run after a revert although it was stopped when it was written
+    #[arg(long)]
+    run: bool,
+    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
+    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
+    compress: Compression,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+    /// QEMU's command line, as the guest had it
+    #[arg(last = true, value_name = "QEMU ARGS")]
+    words: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    /// A migration stream, which any QEMU that knows the machine type loads
+    Stream,
+    /// A mapped-ram file, which QEMU 9.0 and later loads
+    MappedRam,
+    /// A folder with a sparse file of memory for each block
+    Flat,
+    /// An ELF core of physical memory, for crash, gdb and readelf
+    Elf,
+}
+
+impl From<Format> for ExportFormat {
+    fn from(format: Format) -> ExportFormat {
+        match format {
+            Format::Stream => ExportFormat::Stream,
+            Format::MappedRam => ExportFormat::MappedRam,
+            Format::Flat => ExportFormat::Flat,
+            Format::Elf => ExportFormat::Elf,
+        }
+    }
+}
+
+/// A file, unless it is `-`.
+fn named(path: PathBuf) -> Option<PathBuf> {
+    Some(path).filter(|path| path.as_os_str() != "-")
+}
+
+pub(super) async fn export(args: ExportArgs) -> Result<(), Failure> {
+    let options = ExportOptions {
+        image: args.image,
+        format: args.format.into(),
+        to: named(args.file),
+        force: args.force,
+    };
+    // Standard output is either the export's or the messages'.
+    let output = options.to.is_some().then(|| Output::new(args.json));
+    let tell = move |event| {
+        if let Some(output) = &output {
+            output.exchange(&event);
+        }
+    };
+    run(move |stop| write(&options, stop, &mut { tell }).map(drop)).await
+}
+
+pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
+    let command = match &args.command {
+        None => args.words,
+        Some(path) => {
+            let doing = format!("reading the command line in `{}` failed", path.display());
+            words(&read_text(path).map_err(|e| Failure::new(&doing, &e))?)
+                .map_err(|e| Failure::new(&doing, &e))?
+        }
+    };
+    let options = ImportOptions {
+        from: named(args.file),
+        image: args.image,
+        command,
+        qemu: args.qemu,
+        run: args.run,
+        compression: args.compress,
+        force: args.force,
+    };
+    let output = Output::new(args.json);
+    run(move |stop| read(&options, stop, &mut |event| output.exchange(&event)).map(drop)).await
+}
+
+fn read_text(path: &PathBuf) -> std::io::Result<String> {
+    use std::io::Read;
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(MAX_COMMAND_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Runs blocking work; an interrupt asks it to stop.
+async fn run(
+    work: impl FnOnce(&AtomicBool) -> Result<(), ExchangeError> + Send + 'static,
+) -> Result<(), Failure> {
+    let mut interrupts = interrupts()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut task = tokio::task::spawn_blocking({
+        let stop = Arc::clone(&stop);
+        move || work(&stop)
+    });
+    let ended = tokio::select! {
+        ended = &mut task => ended,
+        () = interrupts.at_least(1) => {
+            stop.store(true, Ordering::Relaxed);
+            match tokio::time::timeout(CLEAN_UP, &mut task).await {
+                Ok(ended) => ended,
+                Err(_) => return Err(ExchangeError::Interrupted.into()),
+            }
+        }
+    };
+    Ok(ended.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?)
+}
+
+impl Output {
+    fn exchange(&self, event: &ExchangeEvent) {
+        if self.is_json() {
+            return self.print_json(event);
+        }
+        use super::output::size;
+        match event {
+            ExchangeEvent::Note { what } => self.say("note", what),
+            ExchangeEvent::Progress { pages, total } => self.advance(*pages, *total, String::new()),
+            ExchangeEvent::Exported { ram_bytes, file_bytes } => {
+                self.finish_bar();
+                let (ram, file) = (size(*ram_bytes), size(*file_bytes));
+                self.say("exported", &format!("{ram} of memory in {file}"));
+            }
+            ExchangeEvent::Imported { machine_type, running, pages, zero_pages, image_bytes } => {
+                self.finish_bar();
+                let bytes = |pages: &u64| size(pages * crate::page::PAGE_SIZE as u64);
+                let state = if *running { "running" } else { "stopped" };
+                self.say(
+                    "imported",
+                    &format!(
+                        "a {state} {machine_type}, {} and {} of zeros in {}",
+                        bytes(pages),
+                        bytes(zero_pages),
+                        size(*image_bytes)
+                    ),
+                );
+            }
+        }
+    }
+}

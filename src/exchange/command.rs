@@ -1,0 +1,36 @@
+//! A command line as people keep them: in a shell script, in libvirt's log, or
+//! copied from /proc.
+
+/// The words of a command line. Words are split as a POSIX shell splits them, with
+/// quotes, backslashes and comments, but nothing is expanded; a text with zero bytes
+/// in it is taken as /proc/PID/cmdline (proc_pid_cmdline(5)) and split at these.
+///
+/// # Errors
+/// Says what can't be understood.
+pub fn words(text: &str) -> Result<Vec<String>, String> {
+    if text.contains('\0') {
+        let text = text.strip_suffix('\0').unwrap_or(text);
+        return Ok(text.split('\0').map(str::to_owned).collect());
+    }
+    let words = shlex::split(text).ok_or("a quote has no end, or a backslash ends the text")?;
+    let expands = |word: &&String| word.contains("$(") || word.contains("${") || word.contains('`');
+    match words.iter().find(expands) {
+        Some(word) => Err(format!("{word:?} is for a shell to expand: write what it stands for")),
+        None => Ok(words),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shell_words_and_proc_words() {
+        let script = "LC_ALL=C \\\n/usr/bin/qemu-system-x86_64 \\\n-name 'guest=a b' # mine\n -S";
+        let expected = ["LC_ALL=C", "/usr/bin/qemu-system-x86_64", "-name", "guest=a b", "-S"];
+        assert_eq!(words(script).unwrap(), expected);
+        assert_eq!(words("qemu\0-name\0a b\0").unwrap(), ["qemu", "-name", "a b"]);
+        assert!(words("qemu -name 'a").unwrap_err().contains("quote"));
+        assert!(words("qemu -m ${MEM}").unwrap_err().contains("${MEM}"));
+    }
+}

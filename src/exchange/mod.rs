@@ -1,0 +1,115 @@
+//! Images to and from the formats of other programs: migration streams and
+//! mapped-ram files of QEMU's, libvirt's saved guests, plain memory, ELF cores.
+//!
+//! Each format has its file; [`export`] and [`import`] choose among them. Everything
+//! here blocks, and tells its progress to a function of the caller's.
+
+mod command;
+mod decompress;
+mod elf;
+mod error;
+mod export;
+mod flat;
+mod import;
+mod libvirt;
+mod mapped_ram;
+mod native;
+mod output;
+mod pages;
+mod physical;
+mod run_state;
+mod stream;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+pub use command::words;
+pub use error::ExchangeError;
+pub use export::{ExportFormat, ExportOptions, export};
+pub use import::{ImportOptions, import};
+pub use libvirt::{Compressed, LibvirtHeader};
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// What happens during an export or import, in this order.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum ExchangeEvent {
+    /// Something that whoever asked should know.
+    Note {
+        /// What it is.
+        what: String,
+    },
+    /// How far memory has come.
+    Progress {
+        /// Pages of 4096 bytes done; a stream may bring a page several times.
+        pages: u64,
+        /// Pages of the machine.
+        total: u64,
+    },
+    /// The export is whole, on disk, under its name.
+    Exported {
+        /// Bytes of guest memory in it, zeros included.
+        ram_bytes: u64,
+        /// Length of what was written in bytes; holes of a sparse file count.
+        file_bytes: u64,
+    },
+    /// The image is whole, on disk, under its name.
+    Imported {
+        /// Versioned machine type of the guest.
+        machine_type: String,
+        /// Whether the guest runs once it is reverted.
+        running: bool,
+        /// Pages of 4096 bytes that are stored.
+        pages: u64,
+        /// Pages that are all zeros.
+        zero_pages: u64,
+        /// Size of the image in bytes.
+        image_bytes: u64,
+    },
+}
+
+/// Watches over an export or import: tells its progress, and hears the wish to stop.
+struct Watch<'a> {
+    stop: &'a AtomicBool,
+    on_event: &'a mut dyn FnMut(ExchangeEvent),
+    pages: u64,
+    total: u64,
+    told: Instant,
+}
+
+impl<'a> Watch<'a> {
+    fn new(stop: &'a AtomicBool, on_event: &'a mut dyn FnMut(ExchangeEvent)) -> Watch<'a> {
+        Watch { stop, on_event, pages: 0, total: 0, told: Instant::now() }
+    }
+
+    /// Tells something.
+    fn tell(&mut self, event: ExchangeEvent) {
+        (self.on_event)(event);
+    }
+
+    /// Counts pages that are done.
+    ///
+    /// # Errors
+    /// When somebody has asked to stop.
+    fn done(&mut self, pages: u64) -> Result<(), ExchangeError> {
+        let before = self.pages;
+        self.pages += pages;
+        // The clock costs more than most pages do.
+        if before >> 8 == self.pages >> 8 {
+            return Ok(());
+        }
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(ExchangeError::Interrupted);
+        }
+        if self.told.elapsed() >= PROGRESS_EVERY {
+            self.told = Instant::now();
+            let (pages, total) = (self.pages, self.total);
+            self.tell(ExchangeEvent::Progress { pages, total });
+        }
+        Ok(())
+    }
+}

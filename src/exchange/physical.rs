@@ -1,0 +1,169 @@
+//! Where a machine's blocks lie in the guest's physical memory.
+//!
+//! An image records blocks, not addresses. Those of main memory follow from its size
+//! and the machine type (QEMU's `pc_init1` and `pc_q35_init`): memory begins at 0 and
+//! leaves a hole for PCI below 4 GiB, behind which the rest goes on.
+
+use super::ExchangeError;
+use crate::machine::Machine;
+use crate::page::{Block, BlockId, Run};
+use crate::vm::{CommandLine, Params};
+
+const GIB: u64 = 1 << 30;
+/// Where memory goes on behind the hole.
+const ABOVE: u64 = 4 * GIB;
+
+/// A part of a block, and where it lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub block: BlockId,
+    /// Offset in the block in bytes.
+    pub offset: u64,
+    /// Guest-physical address.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+impl Range {
+    /// The pages of `run` that lie here.
+    pub fn overlap(&self, run: Run) -> Option<Run> {
+        let (first, end) = (self.offset >> 12, (self.offset + self.len) >> 12);
+        let (first, end) = (first.max(run.first), end.min(run.end()));
+        (self.block == run.block && first < end).then(|| Run { first, count: end - first, ..run })
+    }
+}
+
+/// Main memory's ranges in ascending order of address, and the firmware's.
+///
+/// # Errors
+/// When the machine type or its main memory is none that is known here.
+pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, ExchangeError> {
+    let line = CommandLine::parse(machine.argv.iter().skip(1).map(String::as_str));
+    let unknown = |problem: &str| ExchangeError::NoLayout { problem: problem.to_owned() };
+    let find = |name: &str| {
+        // Machine types before 4.0 name blocks by their whole path.
+        let named = |block: &Block| block.name == name || block.name.ends_with(&format!("/{name}"));
+        blocks.iter().position(named).map(|index| BlockId(index as u16))
+    };
+    let main: Vec<BlockId> = backends(&line).iter().filter_map(|name| find(name)).collect();
+    if main.is_empty() {
+        return Err(unknown("its main memory is no block of a known name (`pc.ram`)"));
+    }
+    let size: u64 = main.iter().map(|id| blocks[id.index()].len).sum();
+    let low = if machine.machine_type.starts_with("pc-q35-") {
+        if size >= 0xb000_0000 { 2 * GIB } else { 0xb000_0000 }
+    } else if machine.machine_type.starts_with("pc-i440fx-") {
+        if size >= 0xe000_0000 { 3 * GIB } else { 0xe000_0000 }
+    } else {
+        return Err(unknown("only `pc` and `q35` machines have a layout that is known here"));
+    };
+    let low = max_below(&line).map_or(low, |most| low.min(most));
+
+    let (mut ranges, mut done) = (Vec::new(), 0);
+    for block in main {
+        let mut offset = 0;
+        let whole = blocks[block.index()].len;
+        while offset < whole {
+            let left = whole - offset;
+            let (address, len) = match low.checked_sub(done) {
+                Some(room @ 1..) => (done, left.min(room)),
+                _ => (ABOVE + (done - low), left),
+            };
+            ranges.push(Range { block, offset, address, len });
+            (offset, done) = (offset + len, done + len);
+        }
+    }
+    if let Some(bios) = find("pc.bios").filter(|bios| blocks[bios.index()].len <= GIB) {
+        let len = blocks[bios.index()].len;
+        ranges.push(Range { block: bios, offset: 0, address: ABOVE - len, len });
+    }
+    ranges.sort_by_key(|range| range.address);
+    Ok(ranges)
+}
+
+/// Names of the blocks that are main memory, in the order in which they are laid out.
+fn backends(line: &CommandLine) -> Vec<String> {
+    let given = |options: &[&str], key: &str| -> Vec<String> {
+        let options = line.options().filter(|option| options.contains(&option.name()));
+        options
+            .filter_map(|option| Params::parse(option.value()).get(key).map(str::to_owned))
+            .collect()
+    };
+    let nodes = given(&["numa"], "memdev");
+    if !nodes.is_empty() {
+        return nodes;
+    }
+    let named = given(&["machine", "M"], "memory-backend");
+    vec![named.last().cloned().unwrap_or_else(|| "pc.ram".into())]
+}
+
+/// What `-machine max-ram-below-4g=` says, in bytes.
+fn max_below(line: &CommandLine) -> Option<u64> {
+    let options = line.options().filter(|option| ["machine", "M"].contains(&option.name()));
+    let value = |params: Params| params.get("max-ram-below-4g").map(str::to_owned);
+    let text = options.filter_map(|option| value(Params::parse(option.value()))).last()?;
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].chars().next() {
+        None | Some('b' | 'B') => 0,
+        Some('k' | 'K') => 10,
+        Some('m' | 'M') => 20,
+        Some('g' | 'G') => 30,
+        Some(_) => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift).filter(|most| *most > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(machine_type: &str, args: &[&str], blocks: &[(&str, u64)]) -> Vec<(u64, u64, u64)> {
+        let argv = [&["qemu"], args].concat().iter().map(|arg| arg.to_string()).collect();
+        let machine = Machine { machine_type: machine_type.into(), argv, ..Machine::default() };
+        let block = |(name, len): &(&str, u64)| Block {
+            name: name.to_string(),
+            len: *len,
+            page_size: 4096,
+        };
+        let blocks: Vec<_> = blocks.iter().map(block).collect();
+        let ranges = ranges(&machine, &blocks).unwrap();
+        ranges.iter().map(|range| (range.address, range.offset, range.len)).collect()
+    }
+
+    #[test]
+    fn memory_goes_on_behind_the_hole() {
+        let (pc, q35) = ("pc-i440fx-7.2", "pc-q35-10.0");
+        assert_eq!(layout(pc, &[], &[("pc.ram", GIB)]), [(0, 0, GIB)]);
+        let two = [(0, 0, 2 * GIB), (ABOVE, 2 * GIB, 2 * GIB)];
+        assert_eq!(layout(q35, &[], &[("pc.ram", 4 * GIB)]), two);
+        let three = [(0, 0, 3 * GIB), (ABOVE, 3 * GIB, GIB)];
+        assert_eq!(layout(pc, &[], &[("pc.ram", 4 * GIB)]), three);
+        let capped = ["-machine", "pc,max-ram-below-4g=2G"];
+        let two = [(0, 0, 2 * GIB), (ABOVE, 2 * GIB, GIB)];
+        assert_eq!(layout(pc, &capped, &[("pc.ram", 3 * GIB)]), two);
+    }
+
+    #[test]
+    fn backends_follow_one_another_and_firmware_ends_at_4_gib() {
+        let args = ["-numa", "node,memdev=a", "-numa", "node,memdev=b"];
+        let blocks = [("b", 3 * GIB), ("/objects/a", GIB), ("pc.bios", 1 << 18)];
+        let expected = [
+            (0, 0, GIB),
+            (GIB, 0, 2 * GIB),
+            (ABOVE - (1 << 18), 0, 1 << 18),
+            (ABOVE, 2 * GIB, GIB),
+        ];
+        assert_eq!(layout("pc-i440fx-7.2", &args, &blocks), expected);
+    }
+
+    #[test]
+    fn what_is_unknown_is_said() {
+        let machine = |name: &str| Machine { machine_type: name.into(), ..Machine::default() };
+        let ram = Block { name: "pc.ram".into(), len: GIB, page_size: 4096 };
+        let error = ranges(&machine("microvm"), &[ram]).unwrap_err().to_string();
+        assert!(error.contains("`q35`"), "{error}");
+        let error = ranges(&machine("pc-q35-7.2"), &[]).unwrap_err().to_string();
+        assert!(error.contains("`pc.ram`"), "{error}");
+    }
+}

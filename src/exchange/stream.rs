@@ -1,0 +1,101 @@
+//! Migration streams, as `migrate` writes them and `-incoming` reads them.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::mapped_ram;
+use super::output::Output;
+use super::pages::{Piece, for_each};
+use super::{ExchangeError, Watch};
+use crate::image::{Image, ImageWriter, Sections, WriterOptions};
+use crate::page::{Block, PAGE_SIZE};
+use crate::wire::{
+    Frame, Item, StreamBlock, StreamReader, Tail, WireError, end_of_ram, precopy_opening, tail,
+};
+
+/// Writes an image as the stream of an ordinary migration.
+pub(super) fn write(
+    image: &Arc<Image>,
+    output: &mut Output,
+    watch: &mut Watch<'_>,
+) -> Result<(), ExchangeError> {
+    let sections = image.sections()?;
+    let blocks = &image.manifest().blocks;
+    output.put(&precopy_opening(&sections.config, blocks))?;
+    let mut frame = Frame::default();
+    for_each(image, watch, |piece| {
+        let bytes = match piece {
+            // QEMU has filled ROMs before it reads the stream: zeros are to be told.
+            Piece::Zeros(run) => frame.zeros(&blocks[run.block.index()], run),
+            Piece::Data(run, bytes) => {
+                let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
+                frame.pages(&blocks[run.block.index()], run, pages.iter())
+            }
+        };
+        output.put(bytes)
+    })?;
+    output.put(&end_of_ram())?;
+    output.put(&tail(&sections.devices, &sections.vmdesc))
+}
+
+/// All of a stream but its machine's record: a machine's memory in a writer that has
+/// not finished, and the rest.
+pub(super) struct Received {
+    pub writer: ImageWriter,
+    pub sections: Sections,
+}
+
+/// Reads a stream of any kind into an image. `file` is the file that it is read from,
+/// where it is one; `path` names it. `check` sees the machine type before any page is
+/// read.
+pub(super) fn read<R: Read>(
+    mut stream: StreamReader<R>,
+    file: Option<&File>,
+    path: &Path,
+    image: (&Path, WriterOptions),
+    check: impl FnOnce(&str) -> Result<(), ExchangeError>,
+    watch: &mut Watch<'_>,
+) -> Result<Received, ExchangeError> {
+    let malformed = |error| ExchangeError::Stream { path: path.to_owned(), error };
+    let blocks = match stream.next_item().map_err(malformed)? {
+        Some(Item::Blocks(blocks)) => blocks.to_vec(),
+        _ => return Err(malformed(WireError::Ended { at: 0, inside: "the block list" })),
+    };
+    check(stream.machine_type())?;
+    watch.total = blocks.iter().map(|block| block.len / PAGE_SIZE as u64).sum();
+    let mut writer = ImageWriter::create(image.0, image.1, with_page_sizes(&blocks))?;
+    if let Some(file) = file {
+        mapped_ram::read(file, path, &blocks, &mut writer, watch)?;
+    }
+    loop {
+        match stream.next_item().map_err(malformed)? {
+            Some(Item::Page(page, bytes)) => {
+                writer.page(page, bytes)?;
+                watch.done(1)?;
+            }
+            Some(Item::Zero(page)) => {
+                writer.zero(page)?;
+                watch.done(1)?;
+            }
+            Some(Item::Tail(Tail { devices, vmdesc })) => {
+                let sections = Sections { config: stream.config(), devices, vmdesc };
+                return Ok(Received { writer, sections });
+            }
+            // The reader gives the block list once, and the tail last.
+            Some(Item::Blocks(_)) | None => {
+                return Err(malformed(WireError::Ended { at: 0, inside: "memory" }));
+            }
+        }
+    }
+}
+
+/// A stream tells no page sizes: those of ordinary memory are assumed.
+fn with_page_sizes(blocks: &[StreamBlock]) -> Vec<Block> {
+    let page_size = PAGE_SIZE as u64;
+    blocks
+        .iter()
+        .map(|block| Block { name: block.name.clone(), len: block.len, page_size })
+        .collect()
+}
