@@ -2,12 +2,13 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest test loom demo bench lint clean
+.PHONY: help setup guest debian test loom demo bench lint clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
 	@echo "             unpack QEMU 10.0 and a guest kernel into .deps (or SNAPBACK_DEPS)"
 	@echo "make guest   build the test guest"
+	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make demo    set up, then show an instant revert"
@@ -21,7 +22,10 @@ setup:
 guest: setup
 	@scripts/guest.sh
 
-test: guest loom
+debian: setup
+	@scripts/debian.sh
+
+test: guest debian loom
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
 	cargo test --locked --lib --bins --examples --tests
 	SNAPBACK_TEST_PLACE=socket cargo test --locked --test e2e -- $(BOTH_WAYS)
@@ -33,7 +37,7 @@ loom:
 demo: guest
 	cargo run --locked --release --example demo
 
-bench: guest
+bench: guest debian
 	cargo bench --locked
 
 lint:
@@ -54,4 +58,4 @@ DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 # What set-up makes there, by name: the folder may be somebody's own.
-MADE := apt downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz
+MADE := apt debian.raw downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz

@@ -21,6 +21,7 @@ mod chains;
 mod checks;
 mod clocks;
 mod damage;
+mod database;
 mod disk_reverts;
 mod exchange;
 mod filling;

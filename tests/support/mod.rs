@@ -7,6 +7,7 @@
 // Each test program uses a part of this.
 #![allow(dead_code, unused_imports)]
 
+pub mod debian;
 mod disk;
 mod guest;
 mod log;

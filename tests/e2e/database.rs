@@ -1,0 +1,112 @@
+//! A database at work in a real userland: its memory and its disk are of one moment, or
+//! it would say so.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::harness::{Dir, Ended, Reverted};
+use crate::support::{Contact, Guest, Qemu, Result, SOON, debian, wait_for, wait_until};
+use crate::tests_on_both;
+
+tests_on_both! {
+    a_database_under_load_is_whole_after_every_revert
+}
+
+/// Commits that precede the snapshot.
+const COMMITS: usize = 50;
+
+fn a_database_under_load_is_whole_after_every_revert(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let mut guest = Guest::boot(&debian::options(qemu, disk))?;
+    debian::start_pgbench(&mut guest.oracle, 2)?;
+    debian::start_journal(&mut guest.oracle)?;
+    wait_until(SOON, "commits", || debian::acknowledged(&guest).len() > COMMITS)?;
+    let transactions = debian::transactions(&mut guest.oracle)?;
+
+    // Nothing that was acknowledged before the guest was stopped may be missing.
+    let (saved, told) = watched(&guest, || dir.save(&guest, "vm.snap").succeed())?;
+    let moment = saved.event("moment")?;
+    let unix_us = moment["unix_us"].as_u64().ok_or("a moment without its time")?;
+    let pause_ms = moment["pause_ms"].as_f64().ok_or("a moment without its pause")?;
+    let stopped = UNIX_EPOCH + Duration::from_micros(unix_us - (pause_ms * 1e3) as u64);
+    let before = told.iter().rev().find(|(at, _)| *at < stopped).map(|(_, number)| *number);
+    let before = before.ok_or("nothing was told before the moment")?;
+    assert!(before > COMMITS as u64);
+
+    // The load goes on, in the original and in both reverts.
+    let start = Instant::now();
+    debian::sql(&mut guest.oracle, "SELECT 1")?;
+    eprintln!("a new client of the original has its answer after {:.2?}", start.elapsed());
+    let mut first = revert(dir, &guest, "first", before)?;
+    let mut second = revert(dir, &guest, "second", before)?;
+    for reverted in [&mut first, &mut second] {
+        assert!(debian::transactions(&mut reverted.oracle)? >= transactions);
+    }
+    let after = *debian::acknowledged(&guest).last().ok_or("no journal")?;
+    wait_until(SOON, "the original to go on", || {
+        debian::acknowledged(&guest).last().is_some_and(|last| *last > after)
+    })?;
+    drop(guest);
+    for reverted in [&mut first, &mut second] {
+        reverted.resident()?;
+        debian::stop_load(&mut reverted.oracle)?;
+        debian::check(&mut reverted.oracle)?;
+        assert!(debian::committed(&mut reverted.oracle)? > before);
+    }
+    Ok(())
+}
+
+/// Does something while the journal's numbers are noted, each with the time by which it
+/// had come.
+fn watched(
+    guest: &Contact,
+    act: impl FnOnce() -> Result<Ended>,
+) -> Result<(Ended, Vec<(SystemTime, u64)>)> {
+    let (done, dir) = (AtomicBool::new(false), guest.dir.as_path());
+    thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut told = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                note(dir, &mut told);
+                thread::sleep(Duration::from_millis(1));
+            }
+            told
+        });
+        let ended = act();
+        done.store(true, Ordering::Relaxed);
+        let told = watch.join().map_err(|_| "the watching thread panicked")?;
+        Ok((ended?, told))
+    })
+}
+
+fn note(dir: &Path, told: &mut Vec<(SystemTime, u64)>) {
+    let last = debian::told_in(dir).last().copied();
+    // The time is taken after the number: it had come by then.
+    if let Some(number) = last.filter(|number| told.last().is_none_or(|(_, last)| last < number)) {
+        told.push((SystemTime::now(), number));
+    }
+}
+
+/// Reverts, and has the database answer: whoever was connected goes on, and who comes
+/// anew is served. Both times are told; under TCG, starting psql takes most of a second.
+fn revert(dir: &Dir, guest: &Contact, name: &str, before: u64) -> Result<Reverted> {
+    let to = dir.make(name)?;
+    let revert = dir.revert(&dir.path("vm.snap"), &guest.dir, &to).with(&["--ephemeral"]);
+    let mut reverted = Reverted::of(revert, &to)?;
+    let running = Instant::now();
+    let next = wait_for(SOON, "the journal to go on", || {
+        // The moment may have cut the first in two.
+        Ok(debian::acknowledged(&reverted).get(1).copied())
+    })?;
+    let goes_on = running.elapsed();
+    assert!(next > before, "{before} was told before the moment, {next} is told after it");
+    debian::sql(&mut reverted.oracle, "SELECT 1")?;
+    let answered = running.elapsed();
+    eprintln!(
+        "{name}: the second commit came {goes_on:.2?} after the guest ran, a new client's answer \
+         {answered:.2?} after it"
+    );
+    Ok(reverted)
+}
