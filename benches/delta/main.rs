@@ -1,0 +1,164 @@
+//! What a delta of a busy database costs beside what truly changed:
+//!
+//!     cargo bench --bench delta -- [--seconds N] [--clients N] [--mib N] [--qemu 7|10]
+//!         [--level none|N]
+//!
+//! Boots Debian with PostgreSQL at work, saves it, lets pgbench work on for a minute,
+//! saves it on top of that image, and compares the two memories page by page. Prints a
+//! table for docs/performance.md.
+
+#[path = "../image_sweep/guests.rs"]
+mod guests;
+#[path = "../image_sweep/memory.rs"]
+mod memory;
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use guests::{Kind, save};
+use memory::Memory;
+use snapback::image::Image;
+use snapback::page::{PAGE_SIZE, PageSource};
+use support::{Qemu, Result, debian};
+
+const USAGE: &str = "options: --seconds N  --mib N  --qemu 7|10  --level none|N";
+
+const MB: f64 = 1e6;
+
+struct Options {
+    /// How long the database works between the two saves.
+    time: Duration,
+    /// RAM of the guest.
+    mib: u64,
+    qemu: Qemu,
+    /// zstd's, of both images; none for plain chunks.
+    level: Option<i32>,
+}
+
+impl Options {
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
+        let time = Duration::from_secs(60);
+        let mut options = Options { time, mib: 512, qemu: Qemu::V7, level: Some(1) };
+        while let Some(name) = args.next() {
+            // Cargo adds it.
+            if name == "--bench" {
+                continue;
+            }
+            let value = args.next().ok_or(USAGE)?;
+            match (name.as_str(), value.as_str()) {
+                ("--seconds", number) => options.time = Duration::from_secs(number.parse()?),
+                ("--mib", number) => options.mib = number.parse()?,
+                ("--qemu", "7") => options.qemu = Qemu::V7,
+                ("--qemu", "10") => options.qemu = Qemu::V10,
+                ("--level", "none") => options.level = None,
+                ("--level", number) => options.level = Some(number.parse()?),
+                _ => return Err(USAGE.into()),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("delta: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let options = Options::parse(std::env::args().skip(1))?;
+    let folder = tempfile::Builder::new().prefix("snapback-delta-").tempdir()?;
+    let (base, delta) = (folder.path().join("base.snap"), folder.path().join("delta.snap"));
+    let how = options.level.map_or("none".into(), |level| format!("zstd:{level}"));
+    eprintln!("booting and working");
+    let mut guest = Kind::Debian.at_work(options.qemu, options.mib, folder.path())?;
+    save(&guest, &base, &["--compress", &how])?;
+    let before = debian::transactions(&mut guest.oracle)?;
+    thread::sleep(options.time);
+    let transactions = debian::transactions(&mut guest.oracle)? - before;
+    let parent = base.to_str().ok_or("a folder for temporary files whose name is no text")?;
+    save(&guest, &delta, &["--compress", &how, "--parent", parent])?;
+    drop(guest);
+
+    // Read through the chain, the delta gives all of the second memory.
+    let changes = Changes::between(&base, &delta, options.level)?;
+    let row = |what: &str, bytes: u64, of: u64| {
+        println!("| {what} | {:.1} | {:.2} |", bytes as f64 / MB, bytes as f64 / of as f64);
+    };
+    let delta = fs::metadata(&delta)?.len();
+    println!(
+        "{} MiB of RAM, {transactions} transactions of pgbench in {:?}, {how}, chunks of {} KiB; {} of \
+         {} pages changed.\n\n| | MB | of the changed chunks |\n|---|---|---|",
+        options.mib,
+        options.time,
+        changes.chunk_pages * PAGE_SIZE / 1024,
+        changes.pages,
+        changes.all_pages,
+    );
+    row("chunks that changed, as they are stored in a full image", changes.chunks, changes.chunks);
+    row("only their pages that changed", changes.stored_pages, changes.chunks);
+    row("the delta, the whole file", delta, changes.chunks);
+    row("the full image below it", fs::metadata(&base)?.len(), changes.chunks);
+    Ok(())
+}
+
+/// How two memories differ.
+struct Changes {
+    /// Pages of a chunk at most.
+    chunk_pages: usize,
+    all_pages: u64,
+    /// Pages whose bytes differ, zeros among them.
+    pages: u64,
+    /// What the chunks of the second memory take that hold such pages.
+    chunks: u64,
+    /// The same, had they no other pages.
+    stored_pages: u64,
+}
+
+impl Changes {
+    fn between(first: &Path, second: &Path, level: Option<i32>) -> Result<Changes> {
+        let chunk_pages = Image::open(second)?.chunk_pages();
+        let (first, second) = (Memory::of(first)?, Memory::of(second)?);
+        let mut changes =
+            Changes { chunk_pages, all_pages: 0, pages: 0, chunks: 0, stored_pages: 0 };
+        for (before, after) in first.groups(chunk_pages).zip(second.groups(chunk_pages)) {
+            changes.all_pages += after.len() as u64;
+            let differs: Vec<bool> = before.iter().zip(after).map(|(a, b)| a != b).collect();
+            let count = differs.iter().filter(|differs| **differs).count() as u64;
+            if count == 0 {
+                continue;
+            }
+            changes.pages += count;
+            let zipped = || after.iter().zip(&differs);
+            let all: Vec<u8> = zipped().flat_map(|(page, _)| stored(page)).copied().collect();
+            let changed = zipped().filter(|(_, differs)| **differs);
+            let changed: Vec<u8> = changed.flat_map(|(page, _)| stored(page)).copied().collect();
+            changes.chunks += packed(&all, level)?;
+            changes.stored_pages += packed(&changed, level)?;
+        }
+        Ok(changes)
+    }
+}
+
+/// A page's bytes as far as they are stored: zeros are not.
+fn stored(page: &[u8; PAGE_SIZE]) -> &[u8] {
+    if memory::is_zero(page) { &[] } else { page }
+}
+
+/// Bytes that a chunk takes.
+fn packed(chunk: &[u8], level: Option<i32>) -> Result<u64> {
+    let plain = chunk.len();
+    Ok(match level {
+        Some(level) => zstd::bulk::compress(chunk, level)?.len().min(plain),
+        None => plain,
+    } as u64)
+}

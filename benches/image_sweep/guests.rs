@@ -1,0 +1,82 @@
+//! Guests at work, whose memory is measured.
+
+// Each benchmark uses a part of this.
+#![allow(dead_code)]
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::support::{Guest, GuestOptions, Qemu, Result, debian, wait_for};
+
+/// Allowed for a guest to have worked: far more than it takes.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Whose memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The oracle guest: half of its pages random, some zero, the rest repetitive.
+    Oracle,
+    /// Debian with PostgreSQL at work.
+    Debian,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Oracle => "oracle guest",
+            Kind::Debian => "Debian with PostgreSQL at work",
+        }
+    }
+
+    /// Boots the guest, has it work, and gives it while it does.
+    ///
+    /// # Errors
+    /// When it does not boot or doesn't get to work.
+    pub fn at_work(self, qemu: Qemu, mib: u64, folder: &Path) -> Result<Guest> {
+        match self {
+            Kind::Oracle => Guest::boot(&GuestOptions { qemu, mib, ..GuestOptions::default() }),
+            Kind::Debian => database(qemu, mib, folder),
+        }
+    }
+}
+
+/// A database that has been read once as a whole, by a userland whose programs are in
+/// the page cache, under pgbench.
+fn database(qemu: Qemu, mib: u64, folder: &Path) -> Result<Guest> {
+    let disk = debian::make_disk(&folder.join("disk.qcow2"))?;
+    let mut guest = Guest::boot(&GuestOptions { mib, ..debian::options(qemu, disk) })?;
+    debian::run(&mut guest.oracle, "cat /usr/bin/* /usr/sbin/* >/dev/null")?;
+    debian::sql(&mut guest.oracle, "SELECT sum(abalance) FROM pgbench_accounts")?;
+    let before = debian::transactions(&mut guest.oracle)?;
+    debian::start_pgbench(&mut guest.oracle, 4)?;
+    wait_for(PATIENCE, "pgbench to commit 200 transactions", || {
+        Ok((debian::transactions(&mut guest.oracle)? > before + 200).then_some(()))
+    })?;
+    Ok(guest)
+}
+
+/// Runs the program to its end.
+///
+/// # Errors
+/// When it fails.
+pub fn snapback(args: &[&OsStr]) -> Result<()> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
+    match command.status()?.success() {
+        true => Ok(()),
+        false => Err(format!("{command:?} failed").into()),
+    }
+}
+
+/// Saves a guest's memory, not its disks, while it runs.
+///
+/// # Errors
+/// When that fails.
+pub fn save(guest: &Guest, image: &Path, options: &[&str]) -> Result<()> {
+    let mut words: Vec<&OsStr> = ["save", "--memory-only"].map(OsStr::new).into();
+    words.extend(options.iter().map(OsStr::new));
+    words.extend(["--qmp".as_ref(), guest.qmp_path.as_os_str(), image.as_os_str()]);
+    snapback(&words)
+}
