@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::sync::oneshot::error::TryRecvError;
+
 use super::checks::Checked;
 use super::receive::Receiving;
 use super::{OUTGOING, SaveError, SaveEvent};
@@ -18,12 +20,14 @@ pub(super) async fn end(
     qmp: &Qmp,
     error: SaveError,
     checked: &Checked,
-    receiving: Receiving,
+    mut receiving: Receiving,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> SaveError {
     receiving.give_up();
-    if checked.must_drain {
+    // Nothing is sent to this; it closes with the stream.
+    let sent_all = receiving.ended.try_recv() == Err(TryRecvError::Closed);
+    if checked.must_drain && !sent_all {
         on_event(SaveEvent::Draining);
     }
     let end = async {
