@@ -10,11 +10,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::decompress::Decompressed;
 use super::libvirt::{Compressed, LibvirtHeader};
 use super::stream::{self, Received};
-use super::{ExchangeError, ExchangeEvent, Watch, native, run_state};
+use super::{ExchangeError, ExchangeEvent, Watch, native};
 use crate::image::{Compression, Details, Saved, WriterOptions};
 use crate::machine::Machine;
 use crate::vm::{describe, named_machine_type};
-use crate::wire::StreamReader;
+use crate::wire::{StreamReader, run_state};
 
 /// First bytes of a migration stream, mapped-ram or not.
 const STREAM_MAGIC: &[u8] = b"QEVM";

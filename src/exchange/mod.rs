@@ -17,7 +17,6 @@ mod native;
 mod output;
 mod pages;
 mod physical;
-mod run_state;
 mod stream;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -29,6 +29,10 @@ const POLL: Duration = Duration::from_millis(5);
 /// Blocks from this length on are mapped, in bytes.
 const LARGE: u64 = 1 << 20;
 
+/// What may be left to be sent while the guest waits for it, in bytes: video memory and
+/// firmware.
+const MOST_SENT: u64 = 128 << 20;
+
 /// File systems whose files come over a network or from another program (statfs(2)):
 /// mapped memory would hang or fault where these do.
 const NOT_LOCAL: [i64; 7] =
@@ -54,11 +58,24 @@ pub(super) fn plan(
         Err(problem) => return without(Some(problem)),
     };
     let mapped = RewriteOptions { mapped: Some(memory), ..rewriting.clone() };
-    match rewrite(machine, &mapped) {
+    let planned = rewrite(machine, &mapped).map_err(RevertError::from);
+    match planned.and_then(|plan| left_small(image, plan)) {
         Ok(plan) => Ok((plan, None)),
-        Err(VmError::NotMapped { problem }) if !wanted => without(Some(problem)),
-        Err(error) => Err(error.into()),
+        Err(RevertError::Vm(VmError::NotMapped { problem })) if !wanted => without(Some(problem)),
+        Err(error) => Err(error),
     }
+}
+
+/// Holds a plan to what mapping promises: that hardly anything has to be sent.
+fn left_small(image: &Image, plan: StartPlan) -> Result<StartPlan, RevertError> {
+    let blocks = image.manifest().blocks.iter();
+    let left = || blocks.clone().filter(|block| !plan.mapped.contains(&block.name));
+    if left().map(|block| block.len).sum::<u64>() <= MOST_SENT {
+        return Ok(plan);
+    }
+    let names: Vec<&str> = left().filter(|b| b.len >= LARGE).map(|b| b.name.as_str()).collect();
+    let problem = format!("the command line gives no place to map {}", names.join(", "));
+    Err(VmError::NotMapped { problem }.into())
 }
 
 /// What of an image can be mapped, or why nothing can.
@@ -164,12 +181,16 @@ impl Mapped {
             tokio::select! {
                 event = events.next() => if event?.name == "RESUME" { break },
                 _ = tick.tick() => match qmp.migration_info().await?.status.as_deref() {
-                    Some("completed") if start == Start::StaysPaused => break,
-                    Some("completed") if start == Start::WhenPreloaded => qmp.cont().await?,
-                    Some("completed") if qmp.status().await? == "running" => break,
-                    Some(status @ "failed") => {
-                        return Err(RevertError::NotRun { status: status.into(), qemu: String::new() });
-                    }
+                    Some("completed") => match start {
+                        Start::StaysPaused => break,
+                        Start::WhenPreloaded => qmp.cont().await?,
+                        // QEMU lets the guest go before it says so.
+                        Start::Runs => match qmp.status().await? {
+                            status if status == "running" => break,
+                            status => return Err(not_run(status)),
+                        },
+                    },
+                    Some(status @ "failed") => return Err(not_run(status.into())),
                     _ => {}
                 },
             }
@@ -178,4 +199,8 @@ impl Mapped {
         let progress = Progress { pages: total, total, requests: 0 };
         Ok(Outcome { progress, faults: FaultReport::none(), way: Way::Map })
     }
+}
+
+fn not_run(status: String) -> RevertError {
+    RevertError::NotRun { status, qemu: String::new() }
 }

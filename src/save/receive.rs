@@ -19,7 +19,7 @@ use super::{Moment, SaveError, SaveEvent, SaveOptions};
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::machine::Machine;
 use crate::page::{Block, PAGE_SIZE};
-use crate::wire::{Item, StreamBlock, StreamReader, Tail};
+use crate::wire::{Item, StreamBlock, StreamReader, Tail, run_state};
 
 /// A stream being received.
 pub(super) struct Receiving {
@@ -134,7 +134,11 @@ impl Received {
     }
 
     /// Makes it an image, whole and under its name.
-    pub fn commit(self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
+    pub fn commit(mut self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
+        // Where we held the guest, QEMU has written down that it was paused.
+        if machine.running {
+            run_state::set_running(&mut self.sections.devices);
+        }
         let details = Details {
             machine: Machine { machine_type: self.machine_type, ..machine },
             moment_unix_us: moment.unix_us,

@@ -55,17 +55,28 @@ impl MappedMemory {
             if !KINDS.contains(&kind) || spec.flag("hugetlb") == Some(true) {
                 return Err(not_mapped(format!("{option} is no ordinary memory")));
             }
+            if kind == "memory-backend-file" && spec.flag("share") == Some(true) {
+                return Err(not_mapped(format!("what is written to {option} belongs in its file")));
+            }
             option.value = Some(self.backend(block)?);
             mapped.push(block.0.clone());
         }
-        if !mapped.is_empty() {
-            return Ok(mapped);
+        // A machine whose main memory comes from a backend has no block of this name.
+        match self.blocks.iter().find(|(name, _, _)| name == "pc.ram") {
+            Some(block) if !mapped.contains(&block.0) => self.put_main(line, block)?,
+            None if mapped.is_empty() => {
+                return Err(not_mapped(
+                    "the machine has no block `pc.ram`, nor one of a backend's name",
+                ));
+            }
+            _ => return Ok(mapped),
         }
-        let Some(block) = self.blocks.iter().find(|(name, _, _)| name == "pc.ram") else {
-            return Err(not_mapped(
-                "the machine has no block `pc.ram`, nor one of a backend's name",
-            ));
-        };
+        mapped.push("pc.ram".into());
+        Ok(mapped)
+    }
+
+    /// Has main memory that no backend gives come from the file.
+    fn put_main(&self, line: &mut CommandLine, block: &(String, u64, u64)) -> Result<(), VmError> {
         if line.has("mem-path") || line.has("numa") {
             return Err(not_mapped("its memory is given by -mem-path or -numa without a backend"));
         }
@@ -74,7 +85,7 @@ impl MappedMemory {
             line.options_mut().filter(|option| ["machine", "M"].contains(&option.name()));
         let Some(machine) = machines.last() else {
             line.push(CommandOption::new("machine", format!("memory-backend={}", block.0)));
-            return Ok(vec![block.0.clone()]);
+            return Ok(());
         };
         let mut params = Params::parse(machine.value());
         if let Some(backend) = params.get("memory-backend") {
@@ -82,7 +93,7 @@ impl MappedMemory {
         }
         params.set("memory-backend", &block.0);
         machine.value = Some(params.to_string());
-        Ok(vec![block.0.clone()])
+        Ok(())
     }
 
     fn backend(&self, (name, len, offset): &(String, u64, u64)) -> Result<String, VmError> {
@@ -155,12 +166,22 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_was_plugged_in_does_not_stand_for_main_memory() {
+        let args = ["-object", "memory-backend-ram,id=m0,size=8K", "-device", "pc-dimm,memdev=m0"];
+        let (mapped, line) = put((9, 0), &args).unwrap();
+        assert_eq!(mapped, ["m0", "pc.ram"]);
+        assert!(line.contains("id=pc.ram") && line.contains("memory-backend=pc.ram"), "{line}");
+    }
+
+    #[test]
     fn what_can_not_be_mapped_is_named() {
         assert!(put((7, 2), &[]).unwrap_err().contains("8.1"));
         assert!(
             put((9, 0), &["-chardev", "socket,id=vhost-user0"]).unwrap_err().contains("vhost-user")
         );
         assert!(put((9, 0), &["-M", "pc,memory-backend=x"]).unwrap_err().contains("backend x"));
+        let kept = ["-object", "memory-backend-file,id=m0,mem-path=/nv,share=on"];
+        assert!(put((9, 0), &kept).unwrap_err().contains("belongs in its file"));
         let huge = ["-object", "memory-backend-memfd,id=m0,hugetlb=on"];
         assert!(put((9, 0), &huge).unwrap_err().contains("hugetlb"));
     }

@@ -9,6 +9,7 @@ mod config;
 mod input;
 mod mapped_ram;
 mod return_path;
+pub(crate) mod run_state;
 mod source;
 mod stream;
 

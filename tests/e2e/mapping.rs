@@ -5,12 +5,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::harness::{Dir, text};
-use crate::shared::{MIB, Shared, shared};
-use crate::support::{Qemu, Result};
+use crate::shared::{MIB, Shared, options, shared};
+use crate::support::{Disk, Guest, GuestOptions, Qemu, Result};
 use crate::tests;
 
 tests! {
     clones_of_a_flat_image_share_their_memory
+    a_mapped_guest_runs_on_disks_of_its_own_or_not_at_all
     a_flat_image_is_served_where_it_can_not_be_mapped
     damage_to_a_flat_image_is_found_when_asked_for
 }
@@ -55,6 +56,35 @@ fn clones_of_a_flat_image_share_their_memory(dir: &Dir) -> Result<()> {
     drop(clones);
     assert!(fs::read(&image)? == before, "a guest wrote to the image");
     Ok(())
+}
+
+/// A guest with disks was held when its state was written down, and runs all the same; one
+/// that may not have its disk is told of, rather than waited for.
+fn a_mapped_guest_runs_on_disks_of_its_own_or_not_at_all(dir: &Dir) -> Result<()> {
+    let disk = Disk::new("disk", &dir.path("disk"));
+    disk.make(8)?;
+    let mut guest = Guest::boot(&GuestOptions { disks: vec![disk], ..options(Qemu::V10) })?;
+    let nonce = guest.oracle.nonce()?;
+    let flat = |guest: &Guest, name: &str, disks: &str| -> Result<PathBuf> {
+        let (saved, flat) = (format!("{name}.snap"), dir.path(&format!("{name}.flat")));
+        dir.save(guest, &saved).with(&["--disks", disks]).succeed()?;
+        let saved = dir.path(&saved);
+        let flatten = dir.snapback(&["flatten", text(&saved), text(&flat)]);
+        flatten.with(&["--layout", "flat"]).succeed()?;
+        Ok(flat)
+    };
+    let without = flat(&guest, "without", "none")?;
+    let to = dir.make("locked")?;
+    let refusal = dir.revert(&without, &guest.dir, &to).with(&["--place", "map"]).fail()?;
+    assert!(refusal.contains("lock"), "{refusal}");
+
+    guest.oracle.ask("disk write /dev/vda 64 1")?;
+    let with = flat(&guest, "with", "overlay")?;
+    guest.oracle.ask("disk write /dev/vda 64 2")?;
+    let mut reverted = dir.reverted(&with, &guest.dir, "reverted")?;
+    assert_eq!(reverted.resident()?.event("placing")?["way"], "map");
+    assert_eq!(reverted.oracle.ask("disk check /dev/vda 64 1")?, "ok");
+    reverted.check(&nonce)
 }
 
 fn a_flat_image_is_served_where_it_can_not_be_mapped(dir: &Dir) -> Result<()> {

@@ -31,14 +31,14 @@ fn find(devices: &[u8]) -> Option<Range<usize>> {
 }
 
 /// QEMU's name of the run state, such as `running` or `paused`.
-pub(super) fn get(devices: &[u8]) -> Option<String> {
+pub(crate) fn get(devices: &[u8]) -> Option<String> {
     let state = &devices[find(devices)?][LENGTH_BYTES..];
     let name = state.split(|byte| *byte == 0).next()?;
     String::from_utf8(name.to_vec()).ok()
 }
 
 /// Makes the guest one that ran. False where its state is not found.
-pub(super) fn set_running(devices: &mut [u8]) -> bool {
+pub(crate) fn set_running(devices: &mut [u8]) -> bool {
     const RUNNING: &[u8] = b"running\0";
     let Some(place) = find(devices) else { return false };
     let (len, state) = devices[place].split_at_mut(LENGTH_BYTES);
