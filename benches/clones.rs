@@ -1,0 +1,173 @@
+//! Many guests of one image at once, mapped from a flat image and served from a packed one:
+//!
+//!     cargo bench --bench clones -- [--clones N] [--mib N] [--qemu 7|10]
+//!
+//! Boots a guest, saves it, lays the image out flat, and brings it back N times side by
+//! side by each way. How soon each runs, and what all of them take once every guest has
+//! read all of its memory: a page that several processes share counts for each by its
+//! part (Pss, proc_pid_smaps(5)). Prints tables for docs/performance.md.
+
+#[path = "image_sweep/guests.rs"]
+mod guests;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use guests::{Kind, save, snapback};
+use snapback::image::Image;
+use snapback::interrupt::Interrupts;
+use snapback::page::PAGE_SIZE;
+use snapback::revert::{Delivery, RevertEvent, RevertOptions, Way, revert};
+use snapback::vm::RewriteOptions;
+use support::{Attached, Qemu, Result};
+
+const USAGE: &str = "options: --clones N  --mib N  --qemu 7|10";
+
+const MIB: f64 = (1u64 << 20) as f64;
+
+/// What a guest may take beside memory that is shared or its own (the target), in MiB.
+const EACH_MIB: f64 = 60.0;
+
+/// From QEMU ready to the guest running (the target), in milliseconds.
+const RUNNING_MS: f64 = 5.0;
+
+struct Options {
+    clones: usize,
+    /// RAM of each guest.
+    mib: u64,
+    qemu: Qemu,
+}
+
+impl Options {
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
+        let mut options = Options { clones: 8, mib: 1024, qemu: Qemu::V10 };
+        while let Some(name) = args.next() {
+            // Cargo adds it.
+            if name == "--bench" {
+                continue;
+            }
+            let value = args.next().ok_or(USAGE)?;
+            match (name.as_str(), value.as_str()) {
+                ("--clones", number) => options.clones = number.parse()?,
+                ("--mib", number) => options.mib = number.parse()?,
+                ("--qemu", "7") => options.qemu = Qemu::V7,
+                ("--qemu", "10") => options.qemu = Qemu::V10,
+                _ => return Err(USAGE.into()),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("clones: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let options = Options::parse(std::env::args().skip(1))?;
+    let folder = tempfile::Builder::new().prefix("snapback-clones-").tempdir()?;
+    let (packed, flat) = (folder.path().join("vm.snap"), folder.path().join("flat.snap"));
+    eprintln!("booting");
+    let guest = Kind::Oracle.at_work(options.qemu, options.mib, folder.path())?;
+    save(&guest, &packed, &[])?;
+    let recorded = guest.dir.clone();
+    let _kept = guest.kill();
+    let words = ["flatten".as_ref(), packed.as_os_str(), flat.as_os_str()];
+    snapback(&[&words[..], &["--layout", "flat"].map(OsStr::new)].concat())?;
+
+    let shared = Image::open(&flat)?.manifest().data_pages as f64 * PAGE_SIZE as f64 / MIB;
+    println!(
+        "{} guests of {} MiB, {shared:.0} MiB of it data, each of which has read it all.\n",
+        options.clones, options.mib
+    );
+    println!(
+        "| way | ready to running, ms | Pss of all, MiB | of each | of it written, all | bound |\n\
+         |---|---|---|---|---|---|"
+    );
+    let runtime = tokio::runtime::Runtime::new()?;
+    for (image, way, name) in [(&flat, Way::Map, "map"), (&packed, Way::Uffd, "uffd")] {
+        let mut clones = Vec::new();
+        for number in 0..options.clones {
+            let place = folder.path().join(format!("{name}-{number}"));
+            clones.push(runtime.block_on(Running::start(image, way, &recorded, place))?);
+        }
+        for clone in &mut clones {
+            let verdict = clone.guest.oracle.check()?;
+            if !verdict.ok() {
+                return Err(format!("the memory of a clone is bad: {verdict:?}").into());
+            }
+        }
+        let sum = |field: &str| -> Result<f64> {
+            clones.iter().map(|clone| smaps(clone.guest.pid, field)).sum()
+        };
+        let (pss, written) = (sum("Pss")?, sum("Private_Dirty")?);
+        let bound = shared + written + options.clones as f64 * EACH_MIB;
+        let mut times: Vec<f64> =
+            clones.iter().map(|clone| clone.took.as_secs_f64() * 1e3).collect();
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        let verdict = |met: bool| if met { "met" } else { "MISSED" };
+        let (each, count) = (pss / options.clones as f64, times.len() - 1);
+        println!(
+            "| {name} | {median:.1} [{:.1}..{:.1}] (≤ {RUNNING_MS}: {}) | {pss:.0} | {each:.0} | \
+             {written:.0} | {} |",
+            times[0],
+            times[count],
+            verdict(median <= RUNNING_MS),
+            match way {
+                Way::Map => format!("≤ {bound:.0}: {}", verdict(pss <= bound)),
+                _ => "-".into(),
+            },
+        );
+    }
+    Ok(())
+}
+
+/// A guest that was brought back. Dropping it ends it.
+struct Running {
+    guest: Attached,
+    /// From QEMU's first word to the guest running.
+    took: Duration,
+}
+
+impl Running {
+    async fn start(image: &Path, way: Way, recorded: &Path, place: PathBuf) -> Result<Running> {
+        fs::create_dir(&place)?;
+        let text = |path: &Path| path.display().to_string();
+        let paths = vec![(text(recorded), text(&place))];
+        let options = RevertOptions {
+            image: image.into(),
+            rewrite: RewriteOptions { paths, ..RewriteOptions::default() },
+            delivery: Delivery { way, ..Delivery::default() },
+            ..RevertOptions::default()
+        };
+        let (mut ready, mut took) = (Instant::now(), Duration::ZERO);
+        let reverted = revert(&options, Interrupts::never(), |event| match event {
+            RevertEvent::QemuReady { .. } => ready = Instant::now(),
+            RevertEvent::Running { .. } => took = ready.elapsed(),
+            _ => {}
+        })
+        .await?;
+        Ok(Running { guest: Attached::to(reverted.pid as u32, &place)?, took })
+    }
+}
+
+/// A sum over a process's memory, in MiB.
+fn smaps(pid: u32, field: &str) -> Result<f64> {
+    let sums = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = sums.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let kib: f64 =
+        line.and_then(|l| l.trim().strip_suffix("kB")).ok_or("no sum")?.trim().parse()?;
+    Ok(kib / 1024.0)
+}
