@@ -1,6 +1,6 @@
 //! Many guests of one image at once, mapped from a flat image and served from a packed one:
 //!
-//!     cargo bench --bench clones -- [--clones N] [--mib N] [--qemu 7|10]
+//!     cargo bench --bench clones
 //!
 //! Boots a guest, saves it, lays the image out flat, and brings it back N times side by
 //! side by each way. How soon each runs, and what all of them take once every guest has
@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use clap::Parser;
 use guests::{Kind, save, snapback};
 use snapback::image::Image;
 use snapback::interrupt::Interrupts;
@@ -25,8 +26,6 @@ use snapback::page::PAGE_SIZE;
 use snapback::revert::{Delivery, RevertEvent, RevertOptions, Way, revert};
 use snapback::vm::RewriteOptions;
 use support::{Attached, Qemu, Result};
-
-const USAGE: &str = "options: --clones N  --mib N  --qemu 7|10";
 
 const MIB: f64 = (1u64 << 20) as f64;
 
@@ -36,32 +35,20 @@ const EACH_MIB: f64 = 60.0;
 /// From QEMU ready to the guest running (the target), in milliseconds.
 const RUNNING_MS: f64 = 5.0;
 
+#[derive(Parser)]
 struct Options {
+    /// Guests at once
+    #[arg(long, default_value_t = 8)]
     clones: usize,
-    /// RAM of each guest.
+    /// RAM of each, in MiB
+    #[arg(long, default_value_t = 1024)]
     mib: u64,
+    /// The QEMU, by its number
+    #[arg(long, default_value = "10", value_parser = Qemu::parse)]
     qemu: Qemu,
-}
-
-impl Options {
-    fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
-        let mut options = Options { clones: 8, mib: 1024, qemu: Qemu::V10 };
-        while let Some(name) = args.next() {
-            // Cargo adds it.
-            if name == "--bench" {
-                continue;
-            }
-            let value = args.next().ok_or(USAGE)?;
-            match (name.as_str(), value.as_str()) {
-                ("--clones", number) => options.clones = number.parse()?,
-                ("--mib", number) => options.mib = number.parse()?,
-                ("--qemu", "7") => options.qemu = Qemu::V7,
-                ("--qemu", "10") => options.qemu = Qemu::V10,
-                _ => return Err(USAGE.into()),
-            }
-        }
-        Ok(options)
-    }
+    /// What `cargo bench` says to every benchmark
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 fn main() -> ExitCode {
@@ -75,7 +62,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let options = Options::parse(std::env::args().skip(1))?;
+    let options = Options::parse();
     let folder = tempfile::Builder::new().prefix("snapback-clones-").tempdir()?;
     let (packed, flat) = (folder.path().join("vm.snap"), folder.path().join("flat.snap"));
     eprintln!("booting");

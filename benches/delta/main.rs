@@ -1,7 +1,6 @@
 //! What a delta of a busy database costs beside what truly changed:
 //!
-//!     cargo bench --bench delta -- [--seconds N] [--clients N] [--mib N] [--qemu 7|10]
-//!         [--level none|N]
+//!     cargo bench --bench delta
 //!
 //! Boots Debian with PostgreSQL at work, saves it, lets pgbench work on for a minute,
 //! saves it on top of that image, and compares the two memories page by page. Prints a
@@ -20,48 +19,35 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use clap::Parser;
 use guests::{Kind, save};
 use memory::Memory;
 use snapback::image::Image;
 use snapback::page::{PAGE_SIZE, PageSource};
 use support::{Qemu, Result, debian};
 
-const USAGE: &str = "options: --seconds N  --mib N  --qemu 7|10  --level none|N";
-
 const MB: f64 = 1e6;
 
+#[derive(Parser)]
 struct Options {
-    /// How long the database works between the two saves.
-    time: Duration,
-    /// RAM of the guest.
+    /// How long the database works between the two saves
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// RAM of the guest, in MiB
+    #[arg(long, default_value_t = 512)]
     mib: u64,
+    /// The QEMU, by its number
+    #[arg(long, default_value = "7", value_parser = Qemu::parse)]
     qemu: Qemu,
-    /// zstd's, of both images; none for plain chunks.
-    level: Option<i32>,
-}
-
-impl Options {
-    fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
-        let time = Duration::from_secs(60);
-        let mut options = Options { time, mib: 512, qemu: Qemu::V7, level: Some(1) };
-        while let Some(name) = args.next() {
-            // Cargo adds it.
-            if name == "--bench" {
-                continue;
-            }
-            let value = args.next().ok_or(USAGE)?;
-            match (name.as_str(), value.as_str()) {
-                ("--seconds", number) => options.time = Duration::from_secs(number.parse()?),
-                ("--mib", number) => options.mib = number.parse()?,
-                ("--qemu", "7") => options.qemu = Qemu::V7,
-                ("--qemu", "10") => options.qemu = Qemu::V10,
-                ("--level", "none") => options.level = None,
-                ("--level", number) => options.level = Some(number.parse()?),
-                _ => return Err(USAGE.into()),
-            }
-        }
-        Ok(options)
-    }
+    /// zstd's, of both images
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    level: i32,
+    /// Don't compress them
+    #[arg(long, conflicts_with = "level")]
+    plain: bool,
+    /// What `cargo bench` says to every benchmark
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 fn main() -> ExitCode {
@@ -75,31 +61,32 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let options = Options::parse(std::env::args().skip(1))?;
+    let options = Options::parse();
     let folder = tempfile::Builder::new().prefix("snapback-delta-").tempdir()?;
     let (base, delta) = (folder.path().join("base.snap"), folder.path().join("delta.snap"));
-    let how = options.level.map_or("none".into(), |level| format!("zstd:{level}"));
+    let level = (!options.plain).then_some(options.level);
+    let how = level.map_or("none".into(), |level| format!("zstd:{level}"));
+    let time = Duration::from_secs(options.seconds);
     eprintln!("booting and working");
     let mut guest = Kind::Debian.at_work(options.qemu, options.mib, folder.path())?;
     save(&guest, &base, &["--compress", &how])?;
     let before = debian::transactions(&mut guest.oracle)?;
-    thread::sleep(options.time);
+    thread::sleep(time);
     let transactions = debian::transactions(&mut guest.oracle)? - before;
     let parent = base.to_str().ok_or("a folder for temporary files whose name is no text")?;
     save(&guest, &delta, &["--compress", &how, "--parent", parent])?;
     drop(guest);
 
     // Read through the chain, the delta gives all of the second memory.
-    let changes = Changes::between(&base, &delta, options.level)?;
+    let changes = Changes::between(&base, &delta, level)?;
     let row = |what: &str, bytes: u64, of: u64| {
         println!("| {what} | {:.1} | {:.2} |", bytes as f64 / MB, bytes as f64 / of as f64);
     };
     let delta = fs::metadata(&delta)?.len();
     println!(
-        "{} MiB of RAM, {transactions} transactions of pgbench in {:?}, {how}, chunks of {} KiB; {} of \
+        "{} MiB of RAM, {transactions} transactions of pgbench in {time:?}, {how}, chunks of {} KiB; {} of \
          {} pages changed.\n\n| | MB | of the changed chunks |\n|---|---|---|",
         options.mib,
-        options.time,
         changes.chunk_pages * PAGE_SIZE / 1024,
         changes.pages,
         changes.all_pages,

@@ -40,6 +40,15 @@ impl Qemu {
     /// All of them, oldest first.
     pub const ALL: [Qemu; 2] = [Qemu::V7, Qemu::V10];
 
+    /// The one of that number, as benchmarks are told it.
+    ///
+    /// # Errors
+    /// When it is none of them.
+    pub fn parse(number: &str) -> std::result::Result<Qemu, String> {
+        let named = |qemu: &Qemu| qemu.version().0.to_string() == number;
+        Qemu::ALL.into_iter().find(named).ok_or("there are 7 and 10".into())
+    }
+
     /// What QMP `query-version` answers: major and minor.
     pub fn version(self) -> (u64, u64) {
         match self {
