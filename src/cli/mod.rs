@@ -186,7 +186,7 @@ struct VerifyArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Place {
-    /// Straight into its memory where that can be had, else by QEMU's socket
+    /// Mapped from a flat image, else straight into its memory, else by QEMU's socket
     Auto,
     /// Straight into its memory, by QEMU's userfaultfd, or fail
     Uffd,
