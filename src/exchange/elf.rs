@@ -8,7 +8,7 @@ use super::pages::{Piece, for_each};
 use super::physical::{Range, ranges};
 use super::{ExchangeError, ExchangeEvent, Watch};
 use crate::image::Image;
-use crate::page::{PAGE_SIZE, Run};
+use crate::page::{PAGE_SIZE, Page, PageSource, Run};
 
 const FILE_HEADER_BYTES: u16 = 64;
 const PROGRAM_HEADER_BYTES: u16 = 56;
@@ -22,6 +22,22 @@ const NT_PRSTATUS: u32 = 1;
 /// Length in bytes of Linux's `struct elf_prstatus` on x86-64.
 const PRSTATUS_BYTES: usize = 336;
 
+/// How the note begins in which Linux tells `crash` how to read its memory (VMCOREINFO, the
+/// kernel's Documentation/admin-guide/kdump/vmcoreinfo.rst): the lengths of its name and of
+/// its text, kind 0, the name, and the text's first words. It stands at a page's start.
+const VMCOREINFO_NAME: &[u8] = b"VMCOREINFO\0\0";
+const VMCOREINFO_TEXT: &[u8] = b"OSRELEASE=";
+/// Length in bytes of what comes before the text.
+const VMCOREINFO_HEAD_BYTES: usize = 12 + VMCOREINFO_NAME.len();
+/// The longest text that Linux writes there, in bytes.
+const VMCOREINFO_TEXT_BYTES: usize = PAGE_SIZE;
+
+/// Room for all notes, in bytes.
+const NOTES_BYTES: u64 = 2 * PAGE_SIZE as u64;
+const _: () = assert!(
+    NOTES_BYTES as usize >= 20 + PRSTATUS_BYTES + VMCOREINFO_HEAD_BYTES + VMCOREINFO_TEXT_BYTES
+);
+
 /// Writes an image's main memory and firmware as an ELF core.
 pub(super) fn write(
     image: &Arc<Image>,
@@ -30,19 +46,27 @@ pub(super) fn write(
 ) -> Result<(), ExchangeError> {
     let manifest = image.manifest();
     let ranges = ranges(&manifest.machine, &manifest.blocks)?;
-    let (headers, offsets) = headers(&ranges);
-    output.put_at(&headers, 0)?;
-    let end = ranges.iter().zip(&offsets).map(|(range, offset)| offset + range.len).max();
-    output.set_len(end.unwrap_or(headers.len() as u64))?;
+    let offsets = offsets(&ranges);
+    let mut vmcoreinfo = None;
     for_each(image, watch, |piece| {
         let Piece::Data(run, bytes) = piece else { return Ok(()) };
         for (range, offset) in ranges.iter().zip(&offsets) {
             let Some(part) = range.overlap(run) else { continue };
-            let place = offset + (part.offset() - range.offset);
-            output.put_at(slice(bytes, run, part), place)?;
+            let bytes = slice(bytes, run, part);
+            output.put_at(bytes, offset + (part.offset() - range.offset))?;
+            let mut pages = part.pages().zip(bytes.chunks_exact(PAGE_SIZE));
+            vmcoreinfo = vmcoreinfo
+                .or_else(|| pages.find_map(|(page, bytes)| Some((page, vmcoreinfo_bytes(bytes)?))));
         }
         Ok(())
     })?;
+    let mut notes = no_registers();
+    if let Some((page, len)) = vmcoreinfo {
+        notes.extend_from_slice(&read_note(image, page, len)?);
+    }
+    let end = ranges.iter().zip(&offsets).map(|(range, offset)| offset + range.len).max();
+    output.set_len(end.unwrap_or(0))?;
+    output.put_at(&headers(&ranges, &offsets, &notes), 0)?;
     let is_there = |index: usize| ranges.iter().any(|range| range.block.index() == index);
     let blocks = manifest.blocks.iter().enumerate();
     let left_out: Vec<_> = blocks
@@ -62,17 +86,22 @@ fn slice(bytes: &[u8], run: Run, part: Run) -> &[u8] {
     &bytes[first..first + part.count as usize * PAGE_SIZE]
 }
 
-/// Everything before memory, and the offset in the file of each range.
-fn headers(ranges: &[Range]) -> (Vec<u8>, Vec<u64>) {
-    let note = note();
+/// The offset in the file of each range.
+fn offsets(ranges: &[Range]) -> Vec<u64> {
+    let first = headers_bytes(ranges) + NOTES_BYTES;
+    let next = |next: &mut u64, range: &Range| Some(std::mem::replace(next, *next + range.len));
+    ranges.iter().scan(first.next_multiple_of(PAGE_SIZE as u64), next).collect()
+}
+
+/// Length in bytes of what comes before the notes.
+fn headers_bytes(ranges: &[Range]) -> u64 {
+    let count = ranges.len() as u64 + 1;
+    u64::from(FILE_HEADER_BYTES) + u64::from(PROGRAM_HEADER_BYTES) * count
+}
+
+/// Everything before memory: `crash` looks for notes nowhere else.
+fn headers(ranges: &[Range], offsets: &[u64], notes: &[u8]) -> Vec<u8> {
     let count = ranges.len() + 1;
-    let note_at = u64::from(FILE_HEADER_BYTES) + u64::from(PROGRAM_HEADER_BYTES) * count as u64;
-    let mut next = (note_at + note.len() as u64).next_multiple_of(PAGE_SIZE as u64);
-    let mut offsets = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        offsets.push(next);
-        next += range.len;
-    }
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
     out.resize(16, 0);
     out.extend_from_slice(&ET_CORE.to_le_bytes());
@@ -86,25 +115,26 @@ fn headers(ranges: &[Range]) -> (Vec<u8>, Vec<u64>) {
     for half in [FILE_HEADER_BYTES, PROGRAM_HEADER_BYTES, count as u16, 0, 0, 0] {
         out.extend_from_slice(&half.to_le_bytes());
     }
-    let mut header = |kind: u32, flags: u32, offset: u64, address: u64, len: u64, align: u64| {
+    let mut header = |kind: u32, flags: u32, offset: u64, address: u64, len: u64| {
         out.extend_from_slice(&kind.to_le_bytes());
         out.extend_from_slice(&flags.to_le_bytes());
         // Virtual addresses are given as physical ones, as QEMU's own dumps have them.
-        for word in [offset, address, address, len, len, align] {
+        // No alignment, as there: `crash` takes a core with one for another format.
+        for word in [offset, address, address, len, len, 0] {
             out.extend_from_slice(&word.to_le_bytes());
         }
     };
-    header(PT_NOTE, 0, note_at, 0, note.len() as u64, 4);
-    for (range, offset) in ranges.iter().zip(&offsets) {
-        header(PT_LOAD, ALL_ACCESS, *offset, range.address, range.len, PAGE_SIZE as u64);
+    header(PT_NOTE, 0, headers_bytes(ranges), 0, notes.len() as u64);
+    for (range, offset) in ranges.iter().zip(offsets) {
+        header(PT_LOAD, ALL_ACCESS, *offset, range.address, range.len);
     }
-    out.extend_from_slice(&note);
-    (out, offsets)
+    out.extend_from_slice(notes);
+    out
 }
 
 /// One thread's state, with all registers zero: they are part of the image's device
 /// state, which only QEMU reads; without any, gdb takes the core for none.
-fn note() -> Vec<u8> {
+fn no_registers() -> Vec<u8> {
     const NAME: &[u8] = b"CORE\0\0\0\0";
     let mut out = Vec::new();
     for word in [5, PRSTATUS_BYTES as u32, NT_PRSTATUS] {
@@ -113,4 +143,59 @@ fn note() -> Vec<u8> {
     out.extend_from_slice(NAME);
     out.resize(out.len() + PRSTATUS_BYTES, 0);
     out
+}
+
+/// Length in bytes of the VMCOREINFO note that a page begins with, if it does.
+fn vmcoreinfo_bytes(page: &[u8]) -> Option<usize> {
+    let word = |at: usize| page[at..at + 4].try_into().ok().map(u32::from_le_bytes);
+    let (name, text, kind) = (word(0)?, word(4)? as usize, word(8)?);
+    let begins = [VMCOREINFO_NAME, VMCOREINFO_TEXT].concat();
+    let is_one = name == 11 && kind == 0 && page[12..].starts_with(&begins);
+    (is_one && text <= VMCOREINFO_TEXT_BYTES)
+        .then(|| VMCOREINFO_HEAD_BYTES + text.next_multiple_of(4))
+}
+
+/// So many bytes from the start of a page on; they may reach into the next one.
+fn read_note(image: &Arc<Image>, page: Page, len: usize) -> Result<Vec<u8>, ExchangeError> {
+    let (mut pages, mut bytes) = (image.pages()?, Vec::new());
+    for number in page.number..image.blocks()[page.block.index()].pages() {
+        if bytes.len() >= len {
+            break;
+        }
+        if !pages.append(Page { number, ..page }, &mut bytes)? {
+            bytes.resize(bytes.len() + PAGE_SIZE, 0);
+        }
+    }
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::BlockId;
+
+    #[test]
+    fn a_note_is_told_from_what_looks_like_one() {
+        let mut page = vec![0; PAGE_SIZE];
+        assert_eq!(vmcoreinfo_bytes(&page), None);
+        page[0] = 11;
+        page[4..8].copy_from_slice(&4001u32.to_le_bytes());
+        page[12..24].copy_from_slice(VMCOREINFO_NAME);
+        assert_eq!(vmcoreinfo_bytes(&page), None);
+        page[24..34].copy_from_slice(VMCOREINFO_TEXT);
+        assert_eq!(vmcoreinfo_bytes(&page), Some(24 + 4004));
+        page[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(vmcoreinfo_bytes(&page), None);
+    }
+
+    #[test]
+    fn memory_lies_behind_headers_and_notes() {
+        let range = |address, len| Range { block: BlockId(0), offset: 0, address, len };
+        let ranges = [range(0, 1 << 20), range(1 << 32, 8192)];
+        let offsets = offsets(&ranges);
+        assert_eq!(offsets, [3 * 4096, 3 * 4096 + (1 << 20)]);
+        let headers = headers(&ranges, &offsets, b"notes");
+        assert_eq!(headers.len() as u64, headers_bytes(&ranges) + 5);
+    }
 }

@@ -259,6 +259,10 @@ fn flat_files_and_cores_hold_the_guests_memory(dir: &Dir) -> Result<()> {
     let offset = usize::from_str_radix(loads[0][1].trim_start_matches("0x"), 16)?;
     let bytes = fs::read(&core)?;
     assert_eq!(differs_truly(&bytes[offset..offset + real.len()]), None);
+    // crash finds what the guest's kernel says of itself.
+    let crash = Command::new("crash").arg("--osrelease").arg(&core).output()?;
+    let said = String::from_utf8_lossy(&crash.stdout).into_owned();
+    assert!(said.trim().ends_with("-cloud-amd64"), "{said} {crash:?}");
     // gdb finds at 4 GiB - 16 the jump with which a processor begins.
     let gdb = Command::new("gdb")
         .args(["-batch", "-nx", "-ex", "x/1xb 0xfffffff0", "-ex", "x/2xg 0x1000000", "-c"])
