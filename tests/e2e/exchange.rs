@@ -1,11 +1,13 @@
 //! Images that other programs load, and files of other programs that become images.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
+use snapback::page::Block;
+use snapback::wire::{Item, StreamReader, Tail, end_of_ram, precopy_opening, tail};
 
 use crate::harness::{Dir, Reverted, check, text};
 use crate::shared::{MIB, Shared, shared};
@@ -14,6 +16,7 @@ use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_stream_goes_to_qemu_and_comes_back
+    a_cut_in_device_state_is_found
 }
 
 tests! {
@@ -303,6 +306,13 @@ fn what_can_not_be_imported_is_named(dir: &Dir) -> Result<()> {
         let refusal = refusal(&broken, &given)?;
         assert!(refusal.contains("broken") && !refusal.contains("panicked"), "{refusal}");
     }
+    // Device state, whose zeros look like the byte that ends a stream.
+    let tail = tail_of(&file)?;
+    let ends = bytes.len() - tail.vmdesc.len() - 7;
+    let zero = (ends - tail.devices.len()..ends - 1).rfind(|&at| bytes[at] == 0);
+    fs::write(&broken, &bytes[..=zero.ok_or("no zeros")?])?;
+    let said = refusal(&broken, &given)?;
+    assert!(said.contains("ended at byte") && said.contains("device state"), "{said}");
     for (begins, expected) in [
         (&b"LibvirtQemudPart and more"[..], "never finished"),
         (b"LibvirtQemudSave and more", "header can't be read"),
@@ -314,6 +324,41 @@ fn what_can_not_be_imported_is_named(dir: &Dir) -> Result<()> {
         assert!(refusal.contains(expected), "{refusal}");
     }
     assert_eq!(dir.names(".")?, ["broken", "stream"]);
+    Ok(())
+}
+
+/// What a stream in a file has behind its memory.
+fn tail_of(stream: &Path) -> Result<Tail> {
+    let mut stream = StreamReader::of_file(File::open(stream)?);
+    loop {
+        match stream.next_item()? {
+            Some(Item::Tail(tail)) => return Ok(tail),
+            Some(_) => {}
+            None => return Err("a stream without a tail".into()),
+        }
+    }
+}
+
+/// Nowhere does a cut within real device state look like an end.
+fn a_cut_in_device_state_is_found(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let file = dir.path("stream");
+    let image = text(&shared(qemu)?.image);
+    dir.snapback(&["export", image, "--to", "stream", text(&file)]).succeed()?;
+    let devices = tail_of(&file)?.devices;
+    // The same devices behind hardly any memory: they are read once for every cut.
+    let ram = Block { name: "pc.ram".into(), len: 4096, page_size: 4096 };
+    let config = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc";
+    let head = [precopy_opening(config, &[ram]), end_of_ram()].concat();
+    let whole = [&head[..], &tail(&devices, b"{}")].concat();
+    let is_read = |bytes: &[u8]| {
+        let mut stream = StreamReader::new(bytes);
+        (0..2).all(|_| stream.next_item().is_ok())
+    };
+    assert!(is_read(&whole));
+    let ends = head.len() + devices.len();
+    let cuts = ends.saturating_sub(64 << 10).max(head.len() + 1)..=ends;
+    let passed: Vec<_> = cuts.rev().step_by(5).filter(|&cut| is_read(&whole[..cut])).collect();
+    assert!(passed.is_empty(), "{passed:?} of {ends}");
     Ok(())
 }
 
