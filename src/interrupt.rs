@@ -1,4 +1,6 @@
-//! The wish to stop, as it reaches a save or a revert under way.
+//! The wish to stop, as it reaches what is under way.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
@@ -26,5 +28,23 @@ impl Interrupts {
         if self.count.wait_for(|count| *count >= n).await.is_err() {
             std::future::pending().await
         }
+    }
+}
+
+/// The wish to stop, as it reaches work that blocks and looks for it now and then.
+#[derive(Debug, Default)]
+pub struct Stop {
+    asked: AtomicBool,
+}
+
+impl Stop {
+    /// Asks to stop, from whatever thread.
+    pub fn ask(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has asked.
+    pub fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
     }
 }

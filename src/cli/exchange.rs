@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -14,6 +13,7 @@ use crate::exchange::{
     import as read, words,
 };
 use crate::image::Compression;
+use crate::interrupt::Stop;
 
 /// How long an interrupted export or import has to clean up: longer only if it waits
 /// for a pipe that nobody moves.
@@ -145,10 +145,10 @@ fn read_text(path: &PathBuf) -> std::io::Result<String> {
 
 /// Runs blocking work; an interrupt asks it to stop.
 async fn run(
-    work: impl FnOnce(&AtomicBool) -> Result<(), ExchangeError> + Send + 'static,
+    work: impl FnOnce(&Stop) -> Result<(), ExchangeError> + Send + 'static,
 ) -> Result<(), Failure> {
     let mut interrupts = interrupts()?;
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(Stop::default());
     let mut task = tokio::task::spawn_blocking({
         let stop = Arc::clone(&stop);
         move || work(&stop)
@@ -156,7 +156,7 @@ async fn run(
     let ended = tokio::select! {
         ended = &mut task => ended,
         () = interrupts.at_least(1) => {
-            stop.store(true, Ordering::Relaxed);
+            stop.ask();
             match tokio::time::timeout(CLEAN_UP, &mut task).await {
                 Ok(ended) => ended,
                 Err(_) => return Err(ExchangeError::Interrupted.into()),

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 
 use super::output::Output;
 use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
 use crate::image::Image;
+use crate::interrupt::Stop;
 
 /// What an image can be written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub struct ExportOptions {
 /// When the image is damaged, or what is written can't be. No file is left then.
 pub fn export(
     options: &ExportOptions,
-    stop: &AtomicBool,
+    stop: &Stop,
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;

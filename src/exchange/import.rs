@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::decompress::Decompressed;
@@ -12,8 +11,9 @@ use super::libvirt::{Compressed, LibvirtHeader};
 use super::stream::{self, Received};
 use super::{ExchangeError, ExchangeEvent, Watch, native, run_state};
 use crate::image::{Compression, Details, Saved, WriterOptions};
+use crate::interrupt::Stop;
 use crate::machine::Machine;
-use crate::vm::{describe, named_machine_type};
+use crate::vm::{describe, describe_foreign, named_machine_type};
 use crate::wire::StreamReader;
 
 /// First bytes of a migration stream, mapped-ram or not.
@@ -47,12 +47,15 @@ pub struct ImportOptions {
 /// line is not the guest's. No image is left then.
 pub fn import(
     options: &ImportOptions,
-    stop: &AtomicBool,
+    stop: &Stop,
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<Saved, ExchangeError> {
     let mut watch = Watch::new(stop, on_event);
     let source = Source::open(options.from.as_deref())?;
-    let machine = record(options, &source, &mut watch)?;
+    let machine = record(options, &source, &mut watch);
+    // A program that was ended for it is no failure.
+    watch.check()?;
+    let machine = machine?;
     let moment_unix_us = source.moment();
     let libvirt = source.libvirt.clone();
 
@@ -103,18 +106,18 @@ fn record(
 ) -> Result<Machine, ExchangeError> {
     let qemu = options.qemu.as_deref();
     if !options.command.is_empty() {
-        return Ok(describe(&options.command, qemu)?);
+        return Ok(describe(&options.command, qemu, watch.stop)?);
     }
     let Some(libvirt) = &source.libvirt else {
         return Err(ExchangeError::NoCommandLine { what: "migration stream", why: String::new() });
     };
-    let words = native::command_line(&libvirt.xml).map_err(|why| {
+    let words = native::command_line(&libvirt.xml, watch.stop).map_err(|why| {
         let (what, why) = ("guest saved by libvirt", format!("; {why}"));
         ExchangeError::NoCommandLine { what, why }
     })?;
     let what = "the command line is what `virsh domxml-to-native` makes of the guest's XML";
     watch.tell(ExchangeEvent::Note { what: what.into() });
-    Ok(describe(&words, qemu)?)
+    Ok(describe_foreign(&words, qemu, watch.stop)?)
 }
 
 /// Device state is right for its own machine type only: whether the command line has
