@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::ExchangeError;
+use super::patient::Patient;
+use crate::interrupt::Stop;
 
 /// The most bytes kept of what a program says.
 const MAX_SAID: u64 = 4096;
@@ -18,24 +20,26 @@ const MAX_SAID: u64 = 4096;
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// The output of a program that decompresses. Dropping it ends the program.
-pub(super) struct Decompressed {
+pub(super) struct Decompressed<'a> {
     path: PathBuf,
     tool: &'static str,
     child: Child,
     /// Until nobody wants more.
-    stdout: Option<ChildStdout>,
+    stdout: Option<Patient<'a, ChildStdout>>,
     /// It has given all that it will.
     at_end: bool,
     stderr: Option<JoinHandle<String>>,
 }
 
-impl Decompressed {
-    /// Has `tool` decompress what is left of `input`, which messages name `path`.
+impl<'a> Decompressed<'a> {
+    /// Has `tool` decompress what is left of `input`, which messages name `path`. Reading
+    /// its output fails once somebody asks to stop.
     pub fn start(
         tool: &'static str,
         input: File,
         path: &Path,
-    ) -> Result<Decompressed, ExchangeError> {
+        stop: &'a Stop,
+    ) -> Result<Self, ExchangeError> {
         let failed =
             |problem: String| ExchangeError::Decompress { path: path.to_owned(), tool, problem };
         let mut command = Command::new(tool);
@@ -53,7 +57,7 @@ impl Decompressed {
             String::from_utf8_lossy(&said).trim().replace('\n', "; ")
         };
         let stderr = Some(std::thread::spawn(listen));
-        let (path, stdout) = (path.to_owned(), Some(stdout));
+        let (path, stdout) = (path.to_owned(), Some(Patient::new(stdout, stop)));
         Ok(Decompressed { path, tool, child, stdout, at_end: false, stderr })
     }
 
@@ -95,7 +99,7 @@ impl Decompressed {
     }
 }
 
-impl Read for Decompressed {
+impl Read for Decompressed<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let Some(stdout) = &mut self.stdout else { return Ok(0) };
         let len = stdout.read(buffer)?;
@@ -104,7 +108,7 @@ impl Read for Decompressed {
     }
 }
 
-impl Drop for Decompressed {
+impl Drop for Decompressed<'_> {
     fn drop(&mut self) {
         // Fails when it has ended and was reaped by `end`, and does no harm then.
         let _ = self.child.kill();
@@ -137,7 +141,8 @@ mod tests {
             // Until the program has ended.
             let feeding = std::thread::spawn(move || while feed.write_all(&zeros).is_ok() {});
             let input = std::os::fd::OwnedFd::from(input).into();
-            let mut output = Decompressed::start(tool, input, Path::new("bomb")).unwrap();
+            let stop = Stop::default();
+            let mut output = Decompressed::start(tool, input, Path::new("bomb"), &stop).unwrap();
             output.read_exact(&mut [0; 100]).unwrap();
             output.end().unwrap();
             feeding.join().unwrap();
@@ -156,7 +161,8 @@ mod tests {
             let mut input = tempfile::tempfile().unwrap();
             input.write_all(&bytes).unwrap();
             io::Seek::rewind(&mut input).unwrap();
-            let mut output = Decompressed::start(tool, input, Path::new("cut")).unwrap();
+            let stop = Stop::default();
+            let mut output = Decompressed::start(tool, input, Path::new("cut"), &stop).unwrap();
             io::copy(&mut output, &mut io::sink()).unwrap();
             let error = output.end().unwrap_err().to_string();
             assert!(error.contains("cut") && error.contains(tool), "{error}");

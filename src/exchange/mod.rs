@@ -16,6 +16,7 @@ mod mapped_ram;
 mod native;
 mod output;
 mod pages;
+mod patient;
 mod physical;
 mod run_state;
 mod stream;

@@ -66,6 +66,7 @@ pub(super) fn read<R: Read>(
     check(stream.machine_type())?;
     watch.total = blocks.iter().map(|block| block.len / PAGE_SIZE as u64).sum();
     let mut writer = ImageWriter::create(image.0, image.1, with_page_sizes(&blocks))?;
+    watch.stop.pass_on(writer.stopper());
     if let Some(file) = file {
         mapped_ram::read(file, path, &blocks, &mut writer, watch)?;
     }

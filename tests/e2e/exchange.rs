@@ -1,6 +1,7 @@
 //! Images that other programs load, and files of other programs that become images.
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,9 +10,12 @@ use serde_json::{Value, json};
 use snapback::page::Block;
 use snapback::wire::{Item, StreamReader, Tail, end_of_ram, precopy_opening, tail};
 
-use crate::harness::{Dir, Reverted, check, text};
+use crate::harness::{Dir, Reverted, Running, check, text};
 use crate::shared::{MIB, Shared, shared};
-use crate::support::{Attached, Qemu, Qmp, Result, SOON, pmemsave, spawn_bound, wait_for};
+use crate::support::{
+    Attached, Qemu, Qmp, Result, SOON, pmemsave, spawn_bound, wait_for, wait_until,
+};
+use crate::trouble::write_script;
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
@@ -23,6 +27,7 @@ tests! {
     a_mapped_ram_file_goes_to_qemu_and_comes_back
     flat_files_and_cores_hold_the_guests_memory
     what_can_not_be_imported_is_named
+    an_import_is_interrupted_wherever_it_waits
     what_can_not_be_exported_is_named
 }
 
@@ -325,6 +330,38 @@ fn what_can_not_be_imported_is_named(dir: &Dir) -> Result<()> {
     }
     assert_eq!(dir.names(".")?, ["broken", "stream"]);
     Ok(())
+}
+
+/// For more of a stream, and for a program that it runs. Neither keeps it, and nothing is
+/// left, the program included.
+fn an_import_is_interrupted_wherever_it_waits(dir: &Dir) -> Result<()> {
+    let (file, pipe) = (dir.path("stream"), dir.path("pipe"));
+    let image = text(&shared(Qemu::V7)?.image);
+    dir.snapback(&["export", image, "--to", "stream", text(&file)]).succeed()?;
+    assert!(Command::new("mkfifo").arg(&pipe).status()?.success());
+    let is_interrupted = |import: Running| -> Result<()> {
+        import.signal(libc::SIGINT);
+        let told = import.end()?.failure()?;
+        assert!(told.contains("interrupted"), "{told}");
+        assert!(!dir.path("vm.snap").exists());
+        Ok(())
+    };
+
+    // Open for both, so that it never ends.
+    let mut feed = File::options().read(true).write(true).open(&pipe)?;
+    let binary = Qemu::V7.binary();
+    let import = dir.snapback(&["import", text(&pipe), "vm.snap", "--", text(&binary)]).start()?;
+    // Most of it has been read when this returns: a pipe holds little.
+    let mut begins = vec![0; 4 << 20];
+    File::open(&file)?.read_exact(&mut begins)?;
+    feed.write_all(&begins)?;
+    is_interrupted(import)?;
+
+    let script = dir.path("qemu");
+    write_script(&script, Qemu::V7, "touch started; while :; do sleep 0.1; done")?;
+    let import = dir.snapback(&["import", text(&file), "vm.snap", "--", text(&script)]).start()?;
+    wait_until(SOON, "the program to be started", || dir.path("started").exists())?;
+    is_interrupted(import)
 }
 
 /// What a stream in a file has behind its memory.
