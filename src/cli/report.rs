@@ -158,11 +158,13 @@ pub(super) fn working_set(path: &Path, json: bool) -> Result<(), Failure> {
 pub(super) fn verify(path: &Path, chain: bool, json: bool) -> Result<(), Failure> {
     let image = Image::open(path)?;
     let others = image.manifest().layers.len();
-    let report = match chain {
+    let mut report = match chain {
         true => verify_chain(&image, |_, _| {})?,
         false => verify_image(&image, |_, _| {})?,
     };
-    verify_flat(&image)?;
+    if let Err(error) = verify_flat(&image) {
+        report.damages.push(Damage { error, ranges: Vec::new(), bytes: 0 });
+    }
     if report.is_whole() {
         let checked = if chain { others } else { 0 };
         if json {
