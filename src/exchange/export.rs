@@ -58,6 +58,9 @@ pub fn export(
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;
+    if let Some(path) = &options.to {
+        image.check_not_replaced(path)?;
+    }
     let mut watch = Watch::new(stop, on_event);
     let file_bytes = match (options.format, &options.to) {
         (ExportFormat::Stream, to) => {

@@ -11,7 +11,7 @@ use super::libvirt::{Compressed, LibvirtHeader};
 use super::patient::Patient;
 use super::stream::{self, Received};
 use super::{ExchangeError, ExchangeEvent, Watch, native, run_state};
-use crate::image::{Compression, Details, ImageError, Saved, WriterOptions};
+use crate::image::{Compression, Details, ImageError, Saved, WriterOptions, check_replaces_none};
 use crate::interrupt::Stop;
 use crate::machine::Machine;
 use crate::vm::{describe, describe_foreign, named_machine_type};
@@ -53,6 +53,7 @@ pub fn import(
 ) -> Result<Saved, ExchangeError> {
     let mut watch = Watch::new(stop, on_event);
     let source = Source::open(options.from.as_deref())?;
+    check_replaces_none(&options.image, [(source.path.as_path(), &source.input)])?;
     let machine = record(options, &source, &mut watch);
     // What was ended for it has not failed.
     watch.check()?;

@@ -149,6 +149,18 @@ pub enum ImageError {
         /// Why not, and what to do.
         problem: String,
     },
+    /// What is written would replace a file that it is made of.
+    #[error(
+        "cannot write {}: it would replace {}, which it is made of or refers to: give it another \
+         name",
+        path.display(), needed.display()
+    )]
+    Replaces {
+        /// What is to be written.
+        path: PathBuf,
+        /// What it needs.
+        needed: PathBuf,
+    },
     /// Whoever had it written changed his mind.
     #[error("interrupted: {} was not written", .0.display())]
     Interrupted(PathBuf),

@@ -75,6 +75,7 @@ pub fn flatten_flat(
     mut progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
+    image.check_not_replaced(to)?;
     let target = Target::create(to, force)?;
     let io = |e| ImageError::io("write", to, e);
     let (flat, data_end) = places(&blocks);

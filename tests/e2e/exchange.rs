@@ -11,7 +11,7 @@ use snapback::page::Block;
 use snapback::wire::{Item, StreamReader, Tail, end_of_ram, precopy_opening, tail};
 
 use crate::harness::{Dir, Reverted, Running, check, text};
-use crate::shared::{MIB, Shared, shared};
+use crate::shared::{MIB, Shared, copy, shared};
 use crate::support::{
     Attached, Qemu, Qmp, Result, SOON, pmemsave, spawn_bound, wait_for, wait_until,
 };
@@ -408,6 +408,24 @@ fn what_can_not_be_exported_is_named(dir: &Dir) -> Result<()> {
     assert!(refusal.contains("mine"), "{refusal}");
     let refusal = dir.snapback(&["export", image, "--to", "mapped-ram", "-"]).plain().end()?;
     assert!(refusal.stderr.contains("needs a file"), "{refusal:?}");
+    // An image is not replaced by what is made of it, nor a file by its image.
+    let own = dir.path("own.snap");
+    copy(Qemu::V7, &own)?;
+    let before = fs::read(&own)?;
+    fs::hard_link(&own, dir.path("link"))?;
+    for to in ["own.snap", "link"] {
+        let export = ["export", text(&own), "--to", "stream", to, "--force"];
+        let refusal = dir.snapback(&export).fail()?;
+        assert!(refusal.contains("own.snap, which it is made of"), "{refusal}");
+    }
+    dir.snapback(&["export", text(&own), "--to", "stream", "stream"]).succeed()?;
+    let import = dir.snapback(&["import", "stream", "stream", "--force", "--"]);
+    let refusal = import.with(&[text(&Qemu::V7.binary())]).fail()?;
+    assert!(refusal.contains("stream, which it is made of"), "{refusal}");
+    assert!(fs::read(&own)? == before && fs::read(dir.path("stream"))?.starts_with(b"QEVM"));
+    for name in ["own.snap", "link", "stream"] {
+        fs::remove_file(dir.path(name))?;
+    }
     // Whoever reads along goes away.
     let script = format!(
         "{} export {image} --to stream - | head -c 100 >/dev/null; exit ${{PIPESTATUS[0]}}",
