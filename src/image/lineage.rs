@@ -43,13 +43,19 @@ pub(super) fn open_layers(path: &Path, wanted: &[LayerRef]) -> Result<Vec<Layer>
 }
 
 /// Finds one of the images that the one at `path` refers to: as seen from the folder in
-/// which that lies now, or else where it was then.
+/// which that lies now, or where it was then, or in that folder itself.
 fn find(path: &Path, wanted: &LayerRef) -> Result<Layer, ImageError> {
     let folder = fs::canonicalize(path).ok();
     let folder = folder.as_deref().unwrap_or(path).parent().unwrap_or(Path::new("."));
-    let mut places = vec![folder.join(&wanted.relative), PathBuf::from(&wanted.absolute)];
-    // `..` goes through links as the file system does; equal texts mean equal places.
-    places.dedup();
+    let absolute = PathBuf::from(&wanted.absolute);
+    let beside = absolute.file_name().map(|name| folder.join(name));
+    let mut places = vec![folder.join(&wanted.relative)];
+    for place in [Some(absolute), beside].into_iter().flatten() {
+        // `..` goes through links as the file system does; equal texts mean equal places.
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
     let mut found = Vec::new();
     for place in places {
         match open_as(&place, wanted) {

@@ -159,6 +159,13 @@ fn parents_move_with_their_children() {
     let relative: Vec<_> =
         Image::open(&last).unwrap().manifest().layers.iter().map(|l| l.relative.clone()).collect();
     assert_eq!(relative, ["moved/2.snap", "1.snap", "0.snap"]);
+    // A parent that was in another folder is found beside its child, wherever that is.
+    let together = tempfile::tempdir().unwrap();
+    for from in [&last, &to(2)] {
+        fs::rename(from, together.path().join(from.file_name().unwrap())).unwrap();
+    }
+    let image = Image::open(together.path().join("last.snap")).unwrap();
+    assert!(read_all(&image).unwrap() == expected(&memory));
 }
 
 #[test]
