@@ -34,6 +34,11 @@ fn kib(pid: u32, name: &str) -> Result<u64> {
 fn clones_of_a_flat_image_share_their_memory(dir: &Dir) -> Result<()> {
     let (shared, image) = flat(dir, Qemu::V10)?;
     dir.snapback(&["verify", text(&image)]).succeed()?;
+    let info = |image: &Path| dir.snapback(&["info", text(image)]);
+    assert_eq!(info(&image).succeed()?.events[0]["layout"], "flat");
+    assert_eq!(info(&shared.image).succeed()?.events[0]["layout"], "packed");
+    let said = info(&image).plain().succeed()?.said;
+    assert!(said.iter().any(|line| line.contains("flat, to be mapped")), "{said:?}");
     let before = fs::read(&image)?;
     let mut clones = Vec::new();
     for name in ["a", "b", "c"] {
