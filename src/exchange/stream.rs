@@ -64,6 +64,9 @@ pub(super) fn read<R: Read>(
         _ => return Err(malformed(WireError::Ended { at: 0, inside: "the block list" })),
     };
     check(stream.machine_type())?;
+    if let Some(file) = file {
+        mapped_ram::check_lengths(file, path, &blocks)?;
+    }
     watch.total = blocks.iter().map(|block| block.len / PAGE_SIZE as u64).sum();
     let mut writer = ImageWriter::create(image.0, image.1, with_page_sizes(&blocks))?;
     watch.stop.pass_on(writer.stopper());

@@ -17,7 +17,7 @@ use super::reader::Image;
 use super::sink::Sink;
 use super::tail;
 use super::target::Target;
-use super::writer::{CacheUse, Saved};
+use super::writer::{CacheUse, Saved, check_index};
 use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
 
 /// Where a large block may begin: at a huge page, so that its mapping can have them.
@@ -76,6 +76,7 @@ pub fn flatten_flat(
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
     image.check_not_replaced(to)?;
+    check_index(to, blocks.iter().map(Block::pages).sum())?;
     let target = Target::create(to, force)?;
     let io = |e| ImageError::io("write", to, e);
     let (flat, data_end) = places(&blocks);
