@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
@@ -207,9 +208,12 @@ pub fn verify_flat(image: &Image) -> Result<(), ImageError> {
                 Location::Zero if place + PAGE_SIZE as u64 <= data_from => {}
                 Location::Zero => {
                     let file = &image.own().file;
-                    // Fails where there is no data up to the end of the file (lseek(2)).
-                    let data = lseek64(file, place as i64, Whence::SeekData);
-                    data_from = data.map_or(u64::MAX, |at| at as u64);
+                    data_from = match lseek64(file, place as i64, Whence::SeekData) {
+                        Ok(at) => at as u64,
+                        // No data up to the end of the file (lseek(2)).
+                        Err(Errno::ENXIO) => u64::MAX,
+                        Err(errno) => return Err(damaged(format!("can't look for data: {errno}"))),
+                    };
                     if data_from < place + PAGE_SIZE as u64 {
                         file.read_exact_at(&mut bytes, place)
                             .map_err(|e| damaged(format!("can't read: {e}")))?;
