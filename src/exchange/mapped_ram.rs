@@ -155,11 +155,8 @@ pub(super) fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exchange::{ExchangeEvent, stream};
-    use crate::image::WriterOptions;
-    use crate::interrupt::Stop;
+    use crate::exchange::read_memory;
     use crate::page::Block;
-    use crate::wire::StreamReader;
 
     const CONFIG: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc";
     /// Why a file is not read that lays out such a block, its pages holes, and ends behind
@@ -174,12 +171,7 @@ mod tests {
             file.write_all_at(bytes, *offset).unwrap();
         }
         file.set_len(layout.len.min(most)).unwrap();
-        let (stop, mut ignore) = (Stop::default(), |_: ExchangeEvent| {});
-        let mut watch = Watch::new(&stop, &mut ignore);
-        let image = folder.path().join("vm.snap");
-        let image = (image.as_path(), WriterOptions::default());
-        let stream = StreamReader::of_file(&file);
-        let read = stream::read(stream, Some(&file), &path, image, |_| Ok(()), &mut watch);
+        let read = read_memory(&file, &path, &folder.path().join("vm.snap"));
         read.err().map(|error| error.to_string())
     }
 

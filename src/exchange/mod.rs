@@ -30,6 +30,8 @@ pub use error::ExchangeError;
 pub use export::{ExportFormat, ExportOptions, export};
 pub use import::{ImportOptions, import};
 pub use libvirt::{Compressed, LibvirtHeader};
+#[doc(hidden)]
+pub use stream::read_memory;
 
 use crate::interrupt::Stop;
 
