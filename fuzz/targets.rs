@@ -5,31 +5,26 @@
 use std::fs::File;
 use std::io::{Cursor, Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::Path;
+use std::sync::Arc;
 
-use snapback::exchange::LibvirtHeader;
-use snapback::image::{Image, verify};
+use snapback::exchange::{LibvirtHeader, read_memory};
+use snapback::image::{Image, look, verify_chain, verify_flat};
 use snapback::page::{BlockId, Location, Page, PageSource};
-use snapback::wire::{ReturnPath, StreamReader};
+use snapback::wire::{Item, ReturnPath, StreamBlock, StreamReader};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-/// Bytes that a superblock and each table piece end with: their checksum.
-const CHECKED: usize = 4096;
-
-/// An image: opened, verified as a whole, and some of its pages read.
+/// An image: opened, with those that it refers to, verified as a whole, and some of its
+/// pages read.
 ///
-/// Damage is found by its checksums long before it could do harm. So that the code
-/// behind them is reached too, an odd first byte has the superblock's checksum set
-/// right; the byte itself is none of the image's.
+/// Damage is found by checksums long before it could do harm. So that the code behind
+/// them is reached too, the first byte, which is none of the image's, has some of them set
+/// right: bit 0 the superblock's, bit 1 those of the manifest and of the sections, bit 2
+/// those of the tables' pieces, bit 3 those of plain chunks.
 pub fn image(data: &[u8]) {
-    let Some((first, bytes)) = data.split_first() else { return };
-    let mut bytes = bytes.to_vec();
-    if first & 1 == 1 && bytes.len() >= CHECKED {
-        let checksum = xxh3(&bytes[..CHECKED - 8]);
-        bytes[CHECKED - 8..CHECKED].copy_from_slice(&checksum.to_le_bytes());
-    }
-    let Some(file) = in_memory(&bytes) else { return };
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let Ok(image) = Image::open(&path) else { return };
-    let _ = verify(&image, |_, _| {});
+    let Some((_file, image)) = open_image(data) else { return };
+    let _ = verify_chain(&image, |_, _| {});
+    let _ = verify_flat(&image);
     let _ = image.sections();
     let Ok(mut reader) = image.reader() else { return };
     let pages = image.blocks().iter().map(|block| block.pages()).collect::<Vec<_>>();
@@ -43,6 +38,77 @@ pub fn image(data: &[u8]) {
     }
 }
 
+/// Opens it. Its path leads to the file as long as that is open.
+pub fn open_image(data: &[u8]) -> Option<(File, Arc<Image>)> {
+    let (first, bytes) = data.split_first()?;
+    let mut bytes = bytes.to_vec();
+    set_right(&mut bytes, *first);
+    let file = in_memory(&bytes)?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let _ = look(&path);
+    Some((file, Image::open(&path).ok()?))
+}
+
+/// Length in bytes of a superblock, and of a piece of a table. Their last eight are their
+/// checksum.
+const CHECKED: usize = 4096;
+/// Where the superblock has the identity, and where its records of regions begin.
+const IDENTITY: usize = 40;
+const REGIONS: usize = 72;
+/// Numbers of regions (docs/format.md).
+const CHUNK_TABLE: usize = 1;
+const PAGE_INDEX: usize = 2;
+const WHOLE_REGIONS: std::ops::Range<usize> = 3..7;
+
+/// Sets checksums of an image right, as far as its regions lie within it.
+fn set_right(bytes: &mut [u8], which: u8) {
+    if bytes.len() < CHECKED {
+        return;
+    }
+    let word = |bytes: &[u8], at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    let region = |bytes: &[u8], number: usize| {
+        let at = REGIONS + 24 * number;
+        let start = usize::try_from(word(bytes, at)).ok()?;
+        let end = start.checked_add(usize::try_from(word(bytes, at + 8)).ok()?)?;
+        (start >= CHECKED && end <= bytes.len()).then_some(start..end)
+    };
+    let identity = bytes[IDENTITY..IDENTITY + 16].to_vec();
+    let seed = |number: usize| xxh3_64(&[&identity[..], &[number as u8]].concat());
+    if which & 8 != 0
+        && let Some(table) = region(bytes, CHUNK_TABLE)
+    {
+        for piece in table.step_by(CHECKED) {
+            for entry in (piece..).step_by(24).take(170) {
+                let Some(raw) = bytes.get(entry..entry + 24) else { continue };
+                let (start, len, plain) =
+                    (word(raw, 0) as usize, word(raw, 8) as u32, raw[12] == 0);
+                let end = start.saturating_add(len as usize);
+                if plain && let Some(chunk) = bytes.get(start..end) {
+                    let checksum = xxh3_64(chunk).to_le_bytes();
+                    bytes[entry + 16..entry + 24].copy_from_slice(&checksum);
+                }
+            }
+        }
+    }
+    for number in [CHUNK_TABLE, PAGE_INDEX].into_iter().filter(|_| which & 4 != 0) {
+        let Some(table) = region(bytes, number) else { continue };
+        for (piece, bytes) in (0..).zip(bytes[table].chunks_exact_mut(CHECKED)) {
+            let (entries, checksum) = bytes.split_at_mut(CHECKED - 8);
+            let seed = seed(number).wrapping_add(piece);
+            checksum.copy_from_slice(&xxh3_64_with_seed(entries, seed).to_le_bytes());
+        }
+    }
+    for number in WHOLE_REGIONS.filter(|_| which & 2 != 0) {
+        let Some(place) = region(bytes, number) else { continue };
+        let checksum = xxh3_64_with_seed(&bytes[place], seed(number)).to_le_bytes();
+        bytes[REGIONS + 24 * number + 16..][..8].copy_from_slice(&checksum);
+    }
+    if which & 1 != 0 {
+        let checksum = xxh3_64(&bytes[..CHECKED - 8]);
+        bytes[CHECKED - 8..CHECKED].copy_from_slice(&checksum.to_le_bytes());
+    }
+}
+
 /// A migration stream from a pipe, and the return path.
 pub fn stream(data: &[u8]) {
     let mut stream = StreamReader::new(data);
@@ -51,11 +117,19 @@ pub fn stream(data: &[u8]) {
     while let Ok(Some(_)) = path.next_message() {}
 }
 
-/// A migration stream in a file: with the mark of mapped-ram, what it passes over.
+/// A migration stream in a file: with the mark of mapped-ram, what it passes over, and then
+/// its bitmaps and pages, which are written to an image that is never finished.
 pub fn mapped_ram(data: &[u8]) {
     let mut stream = StreamReader::of_file(Cursor::new(data));
+    let has_places = |blocks: &[StreamBlock]| blocks.iter().all(|block| block.mapped.is_some());
+    let mapped = matches!(stream.next_item(), Ok(Some(Item::Blocks(found))) if has_places(found));
     while let Ok(Some(_)) = stream.next_item() {}
     let _ = (stream.config(), stream.machine_type().len());
+    // Others may claim any amount of memory, which is the target `stream`'s concern.
+    if let Some(file) = in_memory(data).filter(|_| mapped) {
+        let image = std::env::temp_dir().join("snapback-fuzz.snap");
+        let _ = read_memory(&file, Path::new("fuzz"), &image);
+    }
 }
 
 /// The header of a guest that libvirt saved.
@@ -83,8 +157,4 @@ fn in_memory(bytes: &[u8]) -> Option<File> {
     file.write_all(bytes).ok()?;
     file.rewind().ok()?;
     Some(file)
-}
-
-fn xxh3(bytes: &[u8]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(bytes)
 }

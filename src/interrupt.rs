@@ -1,4 +1,7 @@
-//! The wish to stop, as it reaches a save or a revert under way.
+//! The wish to stop, as it reaches what is under way.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
@@ -26,5 +29,54 @@ impl Interrupts {
         if self.count.wait_for(|count| *count >= n).await.is_err() {
             std::future::pending().await
         }
+    }
+}
+
+/// The wish to stop, as it reaches work that blocks and looks for it now and then.
+#[derive(Debug, Default)]
+pub struct Stop {
+    asked: AtomicBool,
+    /// Flags of others who look only at their own.
+    others: Mutex<Vec<Arc<AtomicBool>>>,
+}
+
+impl Stop {
+    /// Asks to stop, from whatever thread.
+    pub fn ask(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+        // Whoever adds a flag behind this sees the wish: the lock orders the two.
+        for other in self.others.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            other.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Has the wish set this flag to true as well.
+    pub fn pass_on(&self, flag: Arc<AtomicBool>) {
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_asked() {
+            flag.store(true, Ordering::Relaxed);
+        }
+        others.push(flag);
+    }
+
+    /// Whether somebody has asked.
+    pub fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_to_stop_reaches_everybody_before_and_after() {
+        let (stop, [before, after]) = (Stop::default(), [(); 2].map(|()| Arc::default()));
+        stop.pass_on(Arc::clone(&before));
+        assert!(!stop.is_asked() && !before.load(Ordering::Relaxed));
+        stop.ask();
+        stop.pass_on(Arc::clone(&after));
+        assert!(stop.is_asked());
+        assert!([before, after].iter().all(|flag| flag.load(Ordering::Relaxed)));
     }
 }

@@ -8,6 +8,7 @@ pub mod interrupt;
 pub mod machine;
 pub mod memory;
 pub mod page;
+mod program;
 pub mod qmp;
 pub mod revert;
 pub mod save;

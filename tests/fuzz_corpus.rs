@@ -5,10 +5,20 @@
 mod targets;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use snapback::exchange::read_memory;
+use snapback::image::{
+    Details, Image, ImageWriter, Sections, WriterOptions, flatten_flat, verify_chain, verify_flat,
+};
+use snapback::page::{Block, BlockId, PAGE_SIZE, Page};
+
+fn corpus(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+}
 
 fn run(target: &str, read: fn(&[u8])) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let folder = corpus(target);
     let mut count = 0;
     for entry in fs::read_dir(&folder).unwrap() {
         let bytes = fs::read(entry.unwrap().path()).unwrap();
@@ -25,6 +35,54 @@ fn run(target: &str, read: fn(&[u8])) {
 #[test]
 fn images() {
     run("image", targets::image);
+}
+
+/// Makes the seed of the flat layout: four pages, one of them zeros. Whatever a later
+/// version of the format changes, the old one stays beside it.
+#[test]
+#[ignore = "makes fuzz/corpus/image/flat, which exists"]
+fn make_the_flat_seed() {
+    let folder = tempfile::tempdir().unwrap();
+    let [packed, flat] = ["packed", "flat"].map(|name| folder.path().join(name));
+    let blocks = ["pc.bios", "pc.ram"].map(|name| Block {
+        name: name.into(),
+        len: 2 * PAGE_SIZE as u64,
+        page_size: PAGE_SIZE as u64,
+    });
+    let mut writer =
+        ImageWriter::create(&packed, WriterOptions::default(), blocks.to_vec()).unwrap();
+    for (block, number, fill) in [(0, 0, 1), (0, 1, 2), (1, 0, 0), (1, 1, 3)] {
+        let page = Page { block: BlockId(block), number };
+        writer.page(page, &[fill; PAGE_SIZE]).unwrap();
+    }
+    writer.finish(Details::default(), Sections::default()).unwrap();
+    flatten_flat(&Image::open(&packed).unwrap(), &flat, false, |_, _| true).unwrap();
+    // Everything is to be set right.
+    let seed = [&[0xff][..], &fs::read(flat).unwrap()].concat();
+    let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/image/flat");
+    fs::write(to, seed).unwrap();
+}
+
+/// The seeds of images open: what the targets do with them is not the same error each time.
+#[test]
+fn seeds_of_images_open() {
+    for (name, flat, layers) in [("v1", 0, 0), ("flat", 2, 0), ("layered", 0, 1)] {
+        let image = targets::open_image(&fs::read(corpus("image").join(name)).unwrap());
+        let (_file, image) = image.unwrap_or_else(|| panic!("{name} does not open"));
+        assert_eq!((image.manifest().flat.len(), image.manifest().layers.len()), (flat, layers));
+        assert!(verify_chain(&image, |_, _| {}).unwrap().is_whole(), "{name}");
+        verify_flat(&image).unwrap();
+    }
+}
+
+/// What a mapped-ram file's bitmap says is read: that of the seeds is whole.
+#[test]
+fn seeds_of_mapped_ram_are_read() {
+    for name in ["small", "two-blocks"] {
+        let file = fs::File::open(corpus("mapped_ram").join(name)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        read_memory(&file, Path::new(name), &folder.path().join("vm.snap")).unwrap();
+    }
 }
 
 #[test]

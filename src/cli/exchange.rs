@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -14,9 +13,10 @@ use crate::exchange::{
     import as read, words,
 };
 use crate::image::Compression;
+use crate::interrupt::{Interrupts, Stop};
 
-/// How long an interrupted export or import has to clean up: longer only if it waits
-/// for a pipe that nobody moves.
+/// How long an interrupted export or import that goes through a pipe has to end: longer
+/// only if it waits for a pipe that nobody moves.
 const CLEAN_UP: Duration = Duration::from_secs(2);
 
 /// The longest file with a command line that is believed, in bytes.
@@ -111,7 +111,8 @@ pub(super) async fn export(args: ExportArgs) -> Result<(), Failure> {
             output.exchange(&event);
         }
     };
-    run(move |stop| write(&options, stop, &mut { tell }).map(drop)).await
+    let give_up = options.to.is_none().then_some(CLEAN_UP);
+    run(interrupts()?, give_up, move |stop| write(&options, stop, &mut { tell }).map(drop)).await
 }
 
 pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
@@ -133,7 +134,11 @@ pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
         force: args.force,
     };
     let output = Output::new(args.json);
-    run(move |stop| read(&options, stop, &mut |event| output.exchange(&event)).map(drop)).await
+    let is_file = |path: &PathBuf| path.metadata().is_ok_and(|metadata| metadata.is_file());
+    let give_up = (!options.from.as_ref().is_some_and(is_file)).then_some(CLEAN_UP);
+    let work =
+        move |stop: &Stop| read(&options, stop, &mut |event| output.exchange(&event)).map(drop);
+    run(interrupts()?, give_up, work).await
 }
 
 fn read_text(path: &PathBuf) -> std::io::Result<String> {
@@ -143,12 +148,14 @@ fn read_text(path: &PathBuf) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Runs blocking work; an interrupt asks it to stop.
+/// Runs blocking work; an interrupt asks it to stop. It is waited for, since it cleans up
+/// behind itself, or given up after a while if it may never hear of it.
 async fn run(
-    work: impl FnOnce(&AtomicBool) -> Result<(), ExchangeError> + Send + 'static,
+    mut interrupts: Interrupts,
+    give_up: Option<Duration>,
+    work: impl FnOnce(&Stop) -> Result<(), ExchangeError> + Send + 'static,
 ) -> Result<(), Failure> {
-    let mut interrupts = interrupts()?;
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(Stop::default());
     let mut task = tokio::task::spawn_blocking({
         let stop = Arc::clone(&stop);
         move || work(&stop)
@@ -156,10 +163,13 @@ async fn run(
     let ended = tokio::select! {
         ended = &mut task => ended,
         () = interrupts.at_least(1) => {
-            stop.store(true, Ordering::Relaxed);
-            match tokio::time::timeout(CLEAN_UP, &mut task).await {
-                Ok(ended) => ended,
-                Err(_) => return Err(ExchangeError::Interrupted.into()),
+            stop.ask();
+            match give_up {
+                None => task.await,
+                Some(limit) => match tokio::time::timeout(limit, &mut task).await {
+                    Ok(ended) => ended,
+                    Err(_) => return Err(ExchangeError::Interrupted.into()),
+                },
             }
         }
     };
@@ -195,5 +205,40 @@ impl Output {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_what_may_never_end_is_given_up() {
+        let (ask, interrupts) = Interrupts::channel();
+        ask.send_replace(1);
+        let cleaned_up = Arc::new(AtomicBool::new(false));
+        let work = {
+            let cleaned_up = Arc::clone(&cleaned_up);
+            move |stop: &Stop| {
+                while !stop.is_asked() {
+                    std::thread::yield_now();
+                }
+                cleaned_up.store(true, Ordering::Relaxed);
+                Err(ExchangeError::Interrupted)
+            }
+        };
+        assert!(run(interrupts.clone(), None, work).await.is_err());
+        assert!(cleaned_up.load(Ordering::Relaxed));
+
+        let (release, held) = channel::<()>();
+        let work = move |_: &Stop| {
+            let _ = held.recv();
+            Ok(())
+        };
+        assert!(run(interrupts, Some(Duration::ZERO), work).await.is_err());
+        drop(release);
     }
 }

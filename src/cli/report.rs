@@ -21,6 +21,7 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
     let data_bytes = manifest.data_pages * PAGE_SIZE as u64;
     let zero_bytes = manifest.zero_pages * PAGE_SIZE as u64;
     let parent_pages: u64 = manifest.layers.iter().map(|layer| layer.pages).sum();
+    let layout = if manifest.flat.is_empty() { "packed" } else { "flat" };
     let ratio = (data_bytes + zero_bytes) as f64 / file_len as f64;
     if json {
         let blocks: Vec<_> = manifest
@@ -50,6 +51,7 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
             "disks": machine.disks,
             "libvirt_xml": machine.libvirt_xml,
             "blocks": blocks,
+            "layout": layout,
             "layers": chain,
             "data_pages": manifest.data_pages,
             "parent_pages": parent_pages,
@@ -83,6 +85,8 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
     }
     line("memory", &format!("{} of data, {} of zeros", size(data_bytes), size(zero_bytes)));
     line("file", &format!("{}, 1/{ratio:.1} of memory", size(file_len)));
+    let to_be_mapped = if layout == "flat" { ", to be mapped (revert --place map)" } else { "" };
+    line("layout", &format!("{layout}{to_be_mapped}"));
     for (layer, found) in manifest.layers.iter().zip(&layers) {
         let bytes = size(layer.pages * PAGE_SIZE as u64);
         match found {
@@ -158,11 +162,13 @@ pub(super) fn working_set(path: &Path, json: bool) -> Result<(), Failure> {
 pub(super) fn verify(path: &Path, chain: bool, json: bool) -> Result<(), Failure> {
     let image = Image::open(path)?;
     let others = image.manifest().layers.len();
-    let report = match chain {
+    let mut report = match chain {
         true => verify_chain(&image, |_, _| {})?,
         false => verify_image(&image, |_, _| {})?,
     };
-    verify_flat(&image)?;
+    if let Err(error) = verify_flat(&image) {
+        report.damages.push(Damage { error, ranges: Vec::new(), bytes: 0 });
+    }
     if report.is_whole() {
         let checked = if chain { others } else { 0 };
         if json {

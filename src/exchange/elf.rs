@@ -111,7 +111,7 @@ fn headers(ranges: &[Range], offsets: &[u64], notes: &[u8]) -> Vec<u8> {
         out.extend_from_slice(&word.to_le_bytes());
     }
     out.extend_from_slice(&0u32.to_le_bytes());
-    // At most a few ranges: far from the 65,535 that need another form.
+    // At most a few hundred ranges: far from the 65,535 that need another form.
     for half in [FILE_HEADER_BYTES, PROGRAM_HEADER_BYTES, count as u16, 0, 0, 0] {
         out.extend_from_slice(&half.to_le_bytes());
     }

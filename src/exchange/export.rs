@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 
 use super::output::Output;
 use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
 use crate::image::Image;
+use crate::interrupt::Stop;
 
 /// What an image can be written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,10 +54,13 @@ pub struct ExportOptions {
 /// When the image is damaged, or what is written can't be. No file is left then.
 pub fn export(
     options: &ExportOptions,
-    stop: &AtomicBool,
+    stop: &Stop,
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;
+    if let Some(path) = &options.to {
+        image.check_not_replaced(path)?;
+    }
     let mut watch = Watch::new(stop, on_event);
     let file_bytes = match (options.format, &options.to) {
         (ExportFormat::Stream, to) => {

@@ -33,8 +33,11 @@ pub(super) fn write(
         }
     })?;
     for file in &files {
+        // Each may take as long as the disk needs for all of it.
+        watch.check()?;
         file.sync_all().map_err(|e| folder.failed("write out", e))?;
     }
+    watch.check()?;
     folder.commit()?;
     Ok(blocks.iter().map(|block| block.len).sum())
 }

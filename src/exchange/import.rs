@@ -4,16 +4,17 @@ use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::decompress::Decompressed;
 use super::libvirt::{Compressed, LibvirtHeader};
+use super::patient::Patient;
 use super::stream::{self, Received};
 use super::{ExchangeError, ExchangeEvent, Watch, native};
-use crate::image::{Compression, Details, Saved, WriterOptions};
+use crate::image::{Compression, Details, ImageError, Saved, WriterOptions, check_replaces_none};
+use crate::interrupt::Stop;
 use crate::machine::Machine;
-use crate::vm::{describe, named_machine_type};
+use crate::vm::{describe, describe_foreign, named_machine_type};
 use crate::wire::{StreamReader, run_state};
 
 /// First bytes of a migration stream, mapped-ram or not.
@@ -47,12 +48,16 @@ pub struct ImportOptions {
 /// line is not the guest's. No image is left then.
 pub fn import(
     options: &ImportOptions,
-    stop: &AtomicBool,
+    stop: &Stop,
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<Saved, ExchangeError> {
     let mut watch = Watch::new(stop, on_event);
     let source = Source::open(options.from.as_deref())?;
-    let machine = record(options, &source, &mut watch)?;
+    check_replaces_none(&options.image, [(source.path.as_path(), &source.input)])?;
+    let machine = record(options, &source, &mut watch);
+    // What was ended for it has not failed.
+    watch.check()?;
+    let machine = machine?;
     let moment_unix_us = source.moment();
     let libvirt = source.libvirt.clone();
 
@@ -66,8 +71,9 @@ pub fn import(
         force: options.force,
         ..WriterOptions::default()
     };
-    let received = source.read((&options.image, writer), check, &mut watch)?;
-    let Received { writer, mut sections } = received;
+    let received = source.read((&options.image, writer), check, &mut watch);
+    watch.check()?;
+    let Received { writer, mut sections } = received?;
 
     let state = run_state::get(&sections.devices);
     let ran = state.as_deref().is_none_or(|state| state == "running");
@@ -88,7 +94,10 @@ pub fn import(
     let libvirt_xml = libvirt.map(|found| found.xml);
     let machine = Machine { machine_type: machine_type.clone(), running, libvirt_xml, ..machine };
     let details = Details { machine, moment_unix_us, pause_us: None };
-    let saved = writer.finish(details, sections)?;
+    let saved = writer.finish(details, sections).map_err(|error| match error {
+        ImageError::Interrupted(_) => ExchangeError::Interrupted,
+        error => error.into(),
+    })?;
     let Saved { data_pages: pages, zero_pages, image_bytes, .. } = saved;
     watch.tell(ExchangeEvent::Imported { machine_type, running, pages, zero_pages, image_bytes });
     Ok(saved)
@@ -103,18 +112,18 @@ fn record(
 ) -> Result<Machine, ExchangeError> {
     let qemu = options.qemu.as_deref();
     if !options.command.is_empty() {
-        return Ok(describe(&options.command, qemu)?);
+        return Ok(describe(&options.command, qemu, watch.stop)?);
     }
     let Some(libvirt) = &source.libvirt else {
         return Err(ExchangeError::NoCommandLine { what: "migration stream", why: String::new() });
     };
-    let words = native::command_line(&libvirt.xml).map_err(|why| {
+    let words = native::command_line(&libvirt.xml, watch.stop).map_err(|why| {
         let (what, why) = ("guest saved by libvirt", format!("; {why}"));
         ExchangeError::NoCommandLine { what, why }
     })?;
     let what = "the command line is what `virsh domxml-to-native` makes of the guest's XML";
     watch.tell(ExchangeEvent::Note { what: what.into() });
-    Ok(describe(&words, qemu)?)
+    Ok(describe_foreign(&words, qemu, watch.stop)?)
 }
 
 /// Device state is right for its own machine type only: whether the command line has
@@ -204,32 +213,32 @@ impl Source {
         check: impl FnOnce(&str) -> Result<(), ExchangeError>,
         watch: &mut Watch<'_>,
     ) -> Result<Received, ExchangeError> {
-        let path = &self.path;
+        let (path, stop) = (&self.path, watch.stop);
         match self.libvirt.as_ref().map(|found| found.compressed) {
             None if self.is_file => {
                 let stream = StreamReader::of_file(rewound(&self.input, path)?);
                 stream::read(stream, Some(&self.input), path, image, check, watch)
             }
             None => {
-                let input = Cursor::new(self.begins).chain(self.input);
+                let input = Cursor::new(self.begins).chain(Patient::new(self.input, stop));
                 stream::read(StreamReader::new(input), None, path, image, check, watch)
             }
             Some(Compressed::Raw) => {
-                let stream = StreamReader::new(self.input);
+                let stream = StreamReader::new(Patient::new(self.input, stop));
                 stream::read(stream, None, path, image, check, watch)
             }
             Some(Compressed::Zstd) => {
-                let input = zstd::Decoder::new(self.input);
+                let input = zstd::Decoder::new(Patient::new(self.input, stop));
                 let input = input.map_err(ExchangeError::io("decompress", path))?;
                 stream::read(StreamReader::new(input), None, path, image, check, watch)
             }
             Some(Compressed::By(tool)) => {
-                let mut input = Decompressed::start(tool, self.input, path)?;
+                let mut input = Decompressed::start(tool, self.input, path, stop)?;
                 let stream = StreamReader::new(&mut input);
                 let received = stream::read(stream, None, path, image, check, watch);
                 // What the program has to say explains why its output was no stream.
-                let wants_more = matches!(received, Ok(_) | Err(ExchangeError::Stream { .. }));
-                if wants_more {
+                let ended = matches!(received, Ok(_) | Err(ExchangeError::Stream { .. }));
+                if ended && !stop.is_asked() {
                     input.end()?;
                 }
                 received

@@ -76,6 +76,32 @@ impl Bitmap {
     }
 }
 
+/// Whether the pages of all blocks lie within the file. They do in every whole one, zeros at
+/// their end or not: more of the stream comes behind them.
+pub(super) fn check_lengths(
+    file: &File,
+    path: &Path,
+    blocks: &[StreamBlock],
+) -> Result<(), ExchangeError> {
+    let found = file.metadata().map_err(ExchangeError::io("look at", path))?.len();
+    for block in blocks {
+        let Some(mapped) = block.mapped else { continue };
+        let end = mapped.pages_offset.saturating_add(block.len);
+        if end > found {
+            return Err(ExchangeError::Memory {
+                block: block.name.clone(),
+                offset: found.saturating_sub(mapped.pages_offset),
+                problem: format!(
+                    "`{}` is truncated: it has {found} bytes, and the block's memory reaches to \
+                     byte {end}",
+                    path.display()
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Reads the memory of blocks whose pages have places in `file`; of other blocks
 /// nothing.
 pub(super) fn read(
@@ -124,4 +150,35 @@ pub(super) fn read(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exchange::read_memory;
+    use crate::page::Block;
+
+    const CONFIG: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc";
+    /// Why a file is not read that lays out such a block, its pages holes, and ends behind
+    /// so many bytes, if it is not.
+    fn problem(block_len: u64, most: u64) -> Option<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mapped");
+        let block = Block { name: "pc.ram".into(), len: block_len, page_size: 4096 };
+        let layout = MappedLayout::new(CONFIG, &[block], b"", b"{}");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        for (offset, bytes) in layout.pieces.iter().filter(|(offset, _)| *offset < most) {
+            file.write_all_at(bytes, *offset).unwrap();
+        }
+        file.set_len(layout.len.min(most)).unwrap();
+        let read = read_memory(&file, &path, &folder.path().join("vm.snap"));
+        read.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn memory_that_a_file_only_claims_takes_none_of_ours() {
+        assert_eq!(problem(1 << 20, u64::MAX), None);
+        let problem = problem(8 << 40, 3 << 20).unwrap();
+        assert!(problem.contains("pc.ram") && problem.contains("is truncated"), "{problem}");
+    }
 }

@@ -16,10 +16,10 @@ mod mapped_ram;
 mod native;
 mod output;
 mod pages;
+mod patient;
 mod physical;
 mod stream;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -29,6 +29,10 @@ pub use error::ExchangeError;
 pub use export::{ExportFormat, ExportOptions, export};
 pub use import::{ImportOptions, import};
 pub use libvirt::{Compressed, LibvirtHeader};
+#[doc(hidden)]
+pub use stream::read_memory;
+
+use crate::interrupt::Stop;
 
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -73,7 +77,7 @@ pub enum ExchangeEvent {
 
 /// Watches over an export or import: tells its progress, and hears the wish to stop.
 struct Watch<'a> {
-    stop: &'a AtomicBool,
+    stop: &'a Stop,
     on_event: &'a mut dyn FnMut(ExchangeEvent),
     pages: u64,
     total: u64,
@@ -81,13 +85,21 @@ struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    fn new(stop: &'a AtomicBool, on_event: &'a mut dyn FnMut(ExchangeEvent)) -> Watch<'a> {
+    fn new(stop: &'a Stop, on_event: &'a mut dyn FnMut(ExchangeEvent)) -> Watch<'a> {
         Watch { stop, on_event, pages: 0, total: 0, told: Instant::now() }
     }
 
     /// Tells something.
     fn tell(&mut self, event: ExchangeEvent) {
         (self.on_event)(event);
+    }
+
+    /// Whether to go on.
+    ///
+    /// # Errors
+    /// When somebody has asked to stop.
+    fn check(&self) -> Result<(), ExchangeError> {
+        if self.stop.is_asked() { Err(ExchangeError::Interrupted) } else { Ok(()) }
     }
 
     /// Counts pages that are done.
@@ -101,9 +113,7 @@ impl<'a> Watch<'a> {
         if before >> 8 == self.pages >> 8 {
             return Ok(());
         }
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(ExchangeError::Interrupted);
-        }
+        self.check()?;
         if self.told.elapsed() >= PROGRESS_EVERY {
             self.told = Instant::now();
             let (pages, total) = (self.pages, self.total);

@@ -4,6 +4,8 @@
 //! and the machine type (QEMU's `pc_init1` and `pc_q35_init`): memory begins at 0 and
 //! leaves a hole for PCI below 4 GiB, behind which the rest goes on.
 
+use std::collections::HashSet;
+
 use super::ExchangeError;
 use crate::machine::Machine;
 use crate::page::{Block, BlockId, Run};
@@ -12,6 +14,8 @@ use crate::vm::{CommandLine, Params};
 const GIB: u64 = 1 << 30;
 /// Where memory goes on behind the hole.
 const ABOVE: u64 = 4 * GIB;
+/// QEMU's `MAX_NODES`: as many blocks main memory may consist of.
+const MAX_NODES: usize = 128;
 
 /// A part of a block, and where it lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,10 +47,21 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
     let unknown = |problem: &str| ExchangeError::NoLayout { problem: problem.to_owned() };
     let find = |name: &str| {
         // Machine types before 4.0 name blocks by their whole path.
-        let named = |block: &Block| block.name == name || block.name.ends_with(&format!("/{name}"));
+        let named = |block: &Block| {
+            let before = block.name.strip_suffix(name);
+            before.is_some_and(|path| path.is_empty() || path.ends_with('/'))
+        };
         blocks.iter().position(named).map(|index| BlockId(index as u16))
     };
-    let main: Vec<BlockId> = backends(&line).iter().filter_map(|name| find(name)).collect();
+    let backends = backends(&line);
+    // QEMU starts with neither. So what follows is bounded, and no block lies in two places.
+    if backends.len() > MAX_NODES {
+        return Err(unknown(&format!("it has more than {MAX_NODES} NUMA nodes")));
+    }
+    if backends.iter().collect::<HashSet<_>>().len() < backends.len() {
+        return Err(unknown("two of its NUMA nodes have the same memory"));
+    }
+    let main: Vec<BlockId> = backends.iter().filter_map(|name| find(name)).collect();
     if main.is_empty() {
         return Err(unknown("its main memory is no block of a known name (`pc.ram`)"));
     }
@@ -165,5 +180,18 @@ mod tests {
         assert!(error.contains("`q35`"), "{error}");
         let error = ranges(&machine("pc-q35-7.2"), &[]).unwrap_err().to_string();
         assert!(error.contains("`pc.ram`"), "{error}");
+        let nodes = |count: usize, name: fn(usize) -> String| {
+            let node = |number| ["-numa".to_owned(), format!("node,memdev={}", name(number))];
+            let argv = ["qemu".to_owned()].into_iter().chain((0..count).flat_map(node)).collect();
+            let block = |number| Block { name: name(number), len: 4096, page_size: 4096 };
+            let blocks: Vec<_> = (0..count).map(block).collect();
+            let machine = Machine { argv, ..machine("pc-q35-7.2") };
+            ranges(&machine, &blocks).map(|ranges| ranges.len()).map_err(|e| e.to_string())
+        };
+        assert_eq!(nodes(MAX_NODES, |number| format!("m{number}")), Ok(MAX_NODES));
+        let error = nodes(50_000, |number| format!("m{number}")).unwrap_err();
+        assert!(error.contains("more than 128"), "{error}");
+        let error = nodes(2, |_| "m".into()).unwrap_err();
+        assert!(error.contains("the same memory"), "{error}");
     }
 }

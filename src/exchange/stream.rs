@@ -8,8 +8,9 @@ use std::sync::Arc;
 use super::mapped_ram;
 use super::output::Output;
 use super::pages::{Piece, for_each};
-use super::{ExchangeError, Watch};
+use super::{ExchangeError, ExchangeEvent, Watch};
 use crate::image::{Image, ImageWriter, Sections, WriterOptions};
+use crate::interrupt::Stop;
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
     Frame, Item, StreamBlock, StreamReader, Tail, WireError, end_of_ram, precopy_opening, tail,
@@ -64,8 +65,12 @@ pub(super) fn read<R: Read>(
         _ => return Err(malformed(WireError::Ended { at: 0, inside: "the block list" })),
     };
     check(stream.machine_type())?;
+    if let Some(file) = file {
+        mapped_ram::check_lengths(file, path, &blocks)?;
+    }
     watch.total = blocks.iter().map(|block| block.len / PAGE_SIZE as u64).sum();
     let mut writer = ImageWriter::create(image.0, image.1, with_page_sizes(&blocks))?;
+    watch.stop.pass_on(writer.stopper());
     if let Some(file) = file {
         mapped_ram::read(file, path, &blocks, &mut writer, watch)?;
     }
@@ -89,6 +94,16 @@ pub(super) fn read<R: Read>(
             }
         }
     }
+}
+
+/// Reads a stream in a file, and in a mapped-ram file its bitmaps and pages, into an image
+/// that is never finished and leaves nothing: for whoever looks for faults in that.
+#[doc(hidden)]
+pub fn read_memory(file: &File, path: &Path, image: &Path) -> Result<(), ExchangeError> {
+    let (stop, mut ignore) = (Stop::default(), |_: ExchangeEvent| {});
+    let options = WriterOptions { workers: 1, memory: 0, ..WriterOptions::default() };
+    let (stream, mut watch) = (StreamReader::of_file(file), Watch::new(&stop, &mut ignore));
+    read(stream, Some(file), path, (image, options), |_| Ok(()), &mut watch).map(drop)
 }
 
 /// A stream tells no page sizes: those of ordinary memory are assumed.

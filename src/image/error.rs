@@ -49,6 +49,22 @@ pub enum ImageError {
     /// The list of blocks breaks a rule of the format.
     #[error("cannot write an image of this machine: {0}")]
     Blocks(String),
+    /// The index of the machine's pages does not fit into this host.
+    #[error(
+        "cannot write {}: the index of a machine of {ram} bytes takes {index} bytes of memory, and \
+         {limit} (a quarter of this host's) is the most that is given it: use a larger host",
+        path.display()
+    )]
+    IndexTooLarge {
+        /// The image's path.
+        path: PathBuf,
+        /// Bytes of the machine's memory.
+        ram: u64,
+        /// Bytes of the index.
+        index: u64,
+        /// The most that it may have.
+        limit: u64,
+    },
     /// A part is larger than the format allows.
     #[error("the {what} of {len} bytes exceeds the format's limit of {limit} bytes")]
     TooLarge {
@@ -148,6 +164,18 @@ pub enum ImageError {
         path: PathBuf,
         /// Why not, and what to do.
         problem: String,
+    },
+    /// What is written would replace a file that it is made of.
+    #[error(
+        "cannot write {}: it would replace {}, which it is made of or refers to: give it another \
+         name",
+        path.display(), needed.display()
+    )]
+    Replaces {
+        /// What is to be written.
+        path: PathBuf,
+        /// What it needs.
+        needed: PathBuf,
     },
     /// Whoever had it written changed his mind.
     #[error("interrupted: {} was not written", .0.display())]

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
@@ -17,7 +18,7 @@ use super::reader::Image;
 use super::sink::Sink;
 use super::tail;
 use super::target::Target;
-use super::writer::{CacheUse, Saved};
+use super::writer::{CacheUse, Saved, check_index};
 use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
 
 /// Where a large block may begin: at a huge page, so that its mapping can have them.
@@ -75,6 +76,8 @@ pub fn flatten_flat(
     mut progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
+    image.check_not_replaced(to)?;
+    check_index(to, blocks.iter().map(Block::pages).sum())?;
     let target = Target::create(to, force)?;
     let io = |e| ImageError::io("write", to, e);
     let (flat, data_end) = places(&blocks);
@@ -205,9 +208,12 @@ pub fn verify_flat(image: &Image) -> Result<(), ImageError> {
                 Location::Zero if place + PAGE_SIZE as u64 <= data_from => {}
                 Location::Zero => {
                     let file = &image.own().file;
-                    // Fails where there is no data up to the end of the file (lseek(2)).
-                    let data = lseek64(file, place as i64, Whence::SeekData);
-                    data_from = data.map_or(u64::MAX, |at| at as u64);
+                    data_from = match lseek64(file, place as i64, Whence::SeekData) {
+                        Ok(at) => at as u64,
+                        // No data up to the end of the file (lseek(2)).
+                        Err(Errno::ENXIO) => u64::MAX,
+                        Err(errno) => return Err(damaged(format!("can't look for data: {errno}"))),
+                    };
                     if data_from < place + PAGE_SIZE as u64 {
                         file.read_exact_at(&mut bytes, place)
                             .map_err(|e| damaged(format!("can't read: {e}")))?;

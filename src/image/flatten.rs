@@ -24,6 +24,7 @@ pub fn flatten(
     mut progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
+    image.check_not_replaced(to)?;
     let mut writer = ImageWriter::create(to, options, blocks.clone())?;
     let mut buffers = image.buffers()?;
     let mut held: Option<ChunkId> = None;

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::ImageError;
@@ -11,6 +10,7 @@ use super::layer::Layer;
 use super::layout::MAX_LAYERS;
 use super::manifest::{LayerRef, Manifest};
 use super::reader::{Image, read_manifest};
+use super::target::check_replaces_none;
 
 /// An image looked at from outside: what it says of itself, and which of the images that
 /// it refers to are there.
@@ -43,13 +43,19 @@ pub(super) fn open_layers(path: &Path, wanted: &[LayerRef]) -> Result<Vec<Layer>
 }
 
 /// Finds one of the images that the one at `path` refers to: as seen from the folder in
-/// which that lies now, or else where it was then.
+/// which that lies now, or where it was then, or in that folder itself.
 fn find(path: &Path, wanted: &LayerRef) -> Result<Layer, ImageError> {
     let folder = fs::canonicalize(path).ok();
     let folder = folder.as_deref().unwrap_or(path).parent().unwrap_or(Path::new("."));
-    let mut places = vec![folder.join(&wanted.relative), PathBuf::from(&wanted.absolute)];
-    // `..` goes through links as the file system does; equal texts mean equal places.
-    places.dedup();
+    let absolute = PathBuf::from(&wanted.absolute);
+    let beside = absolute.file_name().map(|name| folder.join(name));
+    let mut places = vec![folder.join(&wanted.relative)];
+    for place in [Some(absolute), beside].into_iter().flatten() {
+        // `..` goes through links as the file system does; equal texts mean equal places.
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
     let mut found = Vec::new();
     for place in places {
         match open_as(&place, wanted) {
@@ -88,6 +94,18 @@ fn open_as(place: &Path, wanted: &LayerRef) -> Result<Layer, String> {
     Ok(layer)
 }
 
+impl Image {
+    /// Whether what is written to `target` replaces neither this image nor one that it
+    /// refers to.
+    ///
+    /// # Errors
+    /// [`ImageError::Replaces`] when it would.
+    pub fn check_not_replaced(&self, target: &Path) -> Result<(), ImageError> {
+        let files = self.layers().iter().map(|layer| (layer.path.as_path(), &layer.file));
+        check_replaces_none(target, files)
+    }
+}
+
 /// What an image that is to be called `target` will write of `parent` and of all that
 /// this refers to: `parent` first, then the others in its order.
 ///
@@ -114,18 +132,10 @@ pub(super) fn refer_to(parent: &Image, target: &Path) -> Result<Vec<LayerRef>, I
     };
     let folder = fs::canonicalize(folder)
         .map_err(|e| ImageError::io("look for the folder of", target, e))?;
-    let replaced = fs::metadata(target).ok().map(|file| (file.dev(), file.ino()));
+    parent.check_not_replaced(target)?;
     let mut refs = Vec::with_capacity(layers.len());
     for layer in layers {
         let path = &layer.path;
-        let file = layer.file.metadata().map_err(|e| ImageError::io("look at", path, e))?;
-        if replaced == Some((file.dev(), file.ino())) {
-            let problem = format!(
-                "the new image would replace {}, which it refers to: give it another name",
-                path.display()
-            );
-            return Err(refused(problem));
-        }
         let absolute = fs::canonicalize(path).map_err(|e| ImageError::io("look for", path, e))?;
         let relative = pathdiff::diff_paths(&absolute, &folder);
         let text = |path: Option<PathBuf>| {
@@ -147,7 +157,7 @@ pub(super) fn refer_to(parent: &Image, target: &Path) -> Result<Vec<LayerRef>, I
 /// Whether an image that is to be called `target` can be written on top of `parent`.
 ///
 /// # Errors
-/// See [`ImageError::Parent`].
+/// See [`ImageError::Parent`] and [`ImageError::Replaces`].
 pub fn check_parent(parent: &Image, target: &Path) -> Result<(), ImageError> {
     refer_to(parent, target).map(drop)
 }

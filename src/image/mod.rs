@@ -43,8 +43,8 @@ pub use layout::{
 pub use lineage::{Overview, check_parent, look};
 pub use manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
 pub use reader::Image;
-pub(crate) use target::Target;
 pub use target::check_target;
+pub(crate) use target::{Target, check_replaces_none};
 pub use verify::{
     Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify, verify_chain,
 };

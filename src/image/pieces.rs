@@ -10,14 +10,20 @@ use super::layout::{
     PIECE_BYTES, PIECE_CHECKSUM_OFFSET, Region, Superblock, get_u64, piece_checksum,
 };
 
-/// Pieces per shelf. A shelf is made when the first of its pieces is touched, so
-/// that opening an image does not cost by its size: 24 bytes per 512 pieces, for
-/// the page index that is per GiB of guest memory.
+/// Pieces per shelf, and shelves per rack. Each is made when the first of its pieces is
+/// touched, so that opening an image does not cost by its size: 24 bytes per rack, which
+/// of the page index is half a TiB of guest memory.
 const SHELF: u64 = 512;
 
 /// A verified piece.
 pub(super) type Piece = [u8; PIECE_BYTES];
 type Shelf = Box<[OnceLock<Box<Piece>>]>;
+type Rack = Box<[OnceLock<Shelf>]>;
+
+/// So many places, all empty.
+fn empty<T>(count: u64) -> Box<[OnceLock<T>]> {
+    (0..count).map(|_| OnceLock::new()).collect()
+}
 
 /// A table in the file, and those of its pieces that have been read and verified.
 ///
@@ -31,7 +37,7 @@ pub(super) struct Table {
     offset: u64,
     entries: u64,
     seed: u64,
-    shelves: Box<[OnceLock<Shelf>]>,
+    racks: Box<[OnceLock<Rack>]>,
 }
 
 impl Table {
@@ -47,7 +53,7 @@ impl Table {
             offset: superblock.region(region).offset,
             entries,
             seed: region.seed(superblock.identity),
-            shelves: (0..pieces.div_ceil(SHELF)).map(|_| OnceLock::new()).collect(),
+            racks: empty(pieces.div_ceil(SHELF * SHELF)),
         }
     }
 
@@ -87,8 +93,8 @@ impl Table {
     }
 
     fn piece(&self, number: u64, file: &File, path: &Path) -> Result<&Piece, ImageError> {
-        let shelf = self.shelves[(number / SHELF) as usize]
-            .get_or_init(|| (0..SHELF).map(|_| OnceLock::new()).collect());
+        let rack = self.racks[(number / SHELF / SHELF) as usize].get_or_init(|| empty(SHELF));
+        let shelf = rack[(number / SHELF % SHELF) as usize].get_or_init(|| empty(SHELF));
         let slot = &shelf[(number % SHELF) as usize];
         match slot.get() {
             Some(piece) => Ok(piece),

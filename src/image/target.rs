@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -21,6 +22,26 @@ use super::error::ImageError;
 /// already that `force` does not allow to replace.
 pub fn check_target(path: &Path, force: bool) -> Result<(), ImageError> {
     Target::create(path, force).map(drop)
+}
+
+/// Whether what is written to `target` leaves the files alone that it is made of or
+/// refers to, each given with its path.
+///
+/// # Errors
+/// [`ImageError::Replaces`] when it would replace one of them.
+pub(crate) fn check_replaces_none<'a>(
+    target: &Path,
+    needed: impl IntoIterator<Item = (&'a Path, &'a File)>,
+) -> Result<(), ImageError> {
+    let same = |file: fs::Metadata| (file.dev(), file.ino());
+    let Ok(replaced) = fs::metadata(target).map(same) else { return Ok(()) };
+    for (path, file) in needed {
+        if same(file.metadata().map_err(|e| ImageError::io("look at", path, e))?) == replaced {
+            let (path, needed) = (target.to_owned(), path.to_owned());
+            return Err(ImageError::Replaces { path, needed });
+        }
+    }
+    Ok(())
 }
 
 /// A file under construction, mode 0600, in the folder of its later name.
@@ -169,7 +190,6 @@ fn hidden_name(name: &OsStr) -> OsString {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::os::unix::fs::MetadataExt;
 
     use super::*;
 

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::layout::*;
+use super::writer::check_index;
 use super::*;
 use crate::machine::{Machine, QemuVersion};
 use crate::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, SourceError};
@@ -980,4 +981,12 @@ fn the_image_of_version_1_opens() {
 fn make_the_checked_in_image() {
     fs::create_dir_all(checked_in().parent().unwrap()).unwrap();
     write_small(&checked_in(), options(4, Compression::Zstd(3)));
+}
+
+#[test]
+fn an_index_beyond_this_host_is_refused() {
+    let path = Path::new("vm.snap");
+    check_index(path, (64 << 30) / PAGE_SIZE as u64).unwrap();
+    let error = check_index(path, 1 << 50).unwrap_err();
+    assert!(matches!(error, ImageError::IndexTooLarge { .. }), "{error}");
 }

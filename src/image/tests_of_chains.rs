@@ -159,6 +159,13 @@ fn parents_move_with_their_children() {
     let relative: Vec<_> =
         Image::open(&last).unwrap().manifest().layers.iter().map(|l| l.relative.clone()).collect();
     assert_eq!(relative, ["moved/2.snap", "1.snap", "0.snap"]);
+    // A parent that was in another folder is found beside its child, wherever that is.
+    let together = tempfile::tempdir().unwrap();
+    for from in [&last, &to(2)] {
+        fs::rename(from, together.path().join(from.file_name().unwrap())).unwrap();
+    }
+    let image = Image::open(together.path().join("last.snap")).unwrap();
+    assert!(read_all(&image).unwrap() == expected(&memory));
 }
 
 #[test]
@@ -237,9 +244,15 @@ fn an_image_does_not_replace_what_it_refers_to() {
     let force = || WriterOptions { force: true, ..options(4, Compression::None) };
     for n in [0, 1] {
         let error = write(&chain.path(n), &chain.memory[1], force(), Some(&parent)).unwrap_err();
-        assert!(matches!(error, ImageError::Parent { .. }), "{error}");
+        assert!(matches!(error, ImageError::Replaces { .. }), "{error}");
         assert!(error.to_string().contains("give it another name"), "{error}");
         assert!(check_parent(&parent, &chain.path(n)).is_err());
+        // Nor is it replaced by what is made of it.
+        let packed = flatten(&parent, &chain.path(n), force(), |_, _| true);
+        let flat = flatten_flat(&parent, &chain.path(n), true, |_, _| true);
+        for made in [packed, flat] {
+            assert!(matches!(made, Err(ImageError::Replaces { .. })), "{made:?}");
+        }
     }
     assert_eq!(fs::read(chain.path(0)).unwrap(), before);
     assert_eq!(names(chain.folder.path()).len(), 2);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::unistd::{SysconfVar, sysconf};
 use uuid::Uuid;
 
 use super::delta::Base;
@@ -191,7 +192,8 @@ impl ImageWriter {
     ///
     /// # Errors
     /// Options or blocks that the format does not allow, a file that exists, a
-    /// folder that can't be written to, memory for the index that can't be had.
+    /// folder that can't be written to, an index that takes more than a quarter of this
+    /// host's memory.
     pub fn create(
         path: &Path,
         options: WriterOptions,
@@ -227,6 +229,7 @@ impl ImageWriter {
         let WriterOptions { compression, chunk_pages, force, memory, workers, .. } = options;
         check_options(&options)?;
         let pages = check_blocks(&blocks).map_err(ImageError::Blocks)?;
+        check_index(path, pages)?;
         let index = zeroed(pages)?;
         let target = Target::create(path, force)?;
         let chunk_bytes = chunk_pages * PAGE_SIZE;
@@ -560,6 +563,23 @@ fn check_options(options: &WriterOptions) -> Result<(), ImageError> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether this host has room for the index of so many pages. A few bytes of a file can
+/// claim any number of them; a machine that a host this size could run or revert stays
+/// far below.
+pub(super) fn check_index(path: &Path, pages: u64) -> Result<(), ImageError> {
+    let value = |name| sysconf(name).ok().flatten().and_then(|n| u64::try_from(n).ok());
+    let Some((count, bytes)) = value(SysconfVar::_PHYS_PAGES).zip(value(SysconfVar::PAGE_SIZE))
+    else {
+        return Ok(());
+    };
+    let (index, limit) = (pages * size_of::<u64>() as u64, count.saturating_mul(bytes) / 4);
+    if index > limit {
+        let (path, ram) = (path.to_owned(), pages * PAGE_SIZE as u64);
+        return Err(ImageError::IndexTooLarge { path, ram, index, limit });
+    }
+    Ok(())
 }
 
 /// The empty index. Its memory is taken as it is touched, but a length that can't

@@ -44,7 +44,7 @@ pub(super) fn is_recorded(name: &str) -> bool {
 
 /// Whether a program's file name is that of a QEMU system emulator, as upstream
 /// and the distributions name it (wrappers put a dot before or words behind).
-fn is_system_emulator(name: &str) -> bool {
+pub(super) fn is_system_emulator(name: &str) -> bool {
     name.contains("qemu-system-") || name.contains("qemu-kvm") || name == "kvm"
 }
 

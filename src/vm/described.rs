@@ -3,23 +3,30 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use super::VmError;
-use super::capture::is_recorded;
+use super::capture::{is_recorded, is_system_emulator};
 use super::command_line::{CommandLine, CommandOption};
 use super::params::{Params, Spec};
+use crate::interrupt::Stop;
 use crate::machine::{Machine, QemuVersion};
+use crate::program::{ProgramError, answer};
+
+/// How long a QEMU may take to tell its version, from the slowest of disks.
+const VERSION_LIMIT: Duration = Duration::from_secs(60);
 
 /// Records a machine by its command line, the program's name first; assignments of
 /// environment variables may stand before it, as in a shell. `qemu` is the program to
 /// use instead of the one that is named there. Relative paths start from our working
-/// folder. The machine type and whether the guest ran are for the caller to add.
+/// folder. The machine type and whether the guest ran are for the caller to add. `stop`
+/// ends the program, which is asked for its version.
 ///
 /// # Errors
 /// [`VmError::Described`] when that can't be a command line, or its program does not
 /// say that it is QEMU.
-pub fn describe(words: &[String], qemu: Option<&Path>) -> Result<Machine, VmError> {
+pub fn describe(words: &[String], qemu: Option<&Path>, stop: &Stop) -> Result<Machine, VmError> {
     let split = words.iter().position(|word| assignment(word).is_none()).unwrap_or(words.len());
     let (assigned, argv) = words.split_at(split);
     let mut argv = argv.to_vec();
@@ -50,7 +57,7 @@ pub fn describe(words: &[String], qemu: Option<&Path>) -> Result<Machine, VmErro
         text.ok_or_else(|| described(format!("{path:?} is not UTF-8")))
     };
     Ok(Machine {
-        qemu: version(&binary, &env)?,
+        qemu: version(&binary, &env, stop)?,
         binary: text(&binary)?,
         argv: drop_libvirts_own(argv),
         cwd: text(&cwd)?,
@@ -58,6 +65,32 @@ pub fn describe(words: &[String], qemu: Option<&Path>) -> Result<Machine, VmErro
         running: true,
         ..Machine::default()
     })
+}
+
+/// Records a machine as [`describe()`] does, by a command line that came with a guest: who
+/// wrote it is not who has us run its program. So it assigns no variables, by which any
+/// program could be made to load other code, and its program is only run if it is called
+/// as QEMU's system emulators are, or if `qemu` is to be used instead.
+///
+/// # Errors
+/// As [`describe()`].
+pub fn describe_foreign(
+    words: &[String],
+    qemu: Option<&Path>,
+    stop: &Stop,
+) -> Result<Machine, VmError> {
+    let split = words.iter().position(|word| assignment(word).is_none()).unwrap_or(words.len());
+    let words = &words[split..];
+    let name = words.first().and_then(|program| Path::new(program).file_name());
+    let name = name.unwrap_or_default().to_string_lossy();
+    if qemu.is_none() && !is_system_emulator(&name) {
+        return Err(described(format!(
+            "its program `{}` is not called as a QEMU is (qemu-system-…), and is not run: name \
+             the QEMU to use with --qemu",
+            words.first().map_or("", String::as_str)
+        )));
+    }
+    describe(words, qemu, stop)
 }
 
 /// libvirt's own means of speaking to a QEMU of its own: a key and a monitor in a
@@ -119,13 +152,15 @@ fn find(program: &Path, cwd: &Path) -> Option<PathBuf> {
 }
 
 /// What `--version` says.
-fn version(binary: &Path, env: &[(String, String)]) -> Result<QemuVersion, VmError> {
+fn version(binary: &Path, env: &[(String, String)], stop: &Stop) -> Result<QemuVersion, VmError> {
     let mut command = Command::new(binary);
-    command.arg("--version").stdin(Stdio::null());
+    command.arg("--version");
     command.envs(env.iter().map(|(name, value)| (name, value)));
-    let output =
-        command.output().map_err(|source| VmError::Start { binary: binary.to_owned(), source })?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let answer = answer(command, Vec::new(), VERSION_LIMIT, stop).map_err(|error| match error {
+        ProgramError::Run(source) => VmError::Start { binary: binary.to_owned(), source },
+        error => described(format!("`{} --version` {error}", binary.display())),
+    })?;
+    let said = String::from_utf8_lossy(&answer.stdout);
     parse_version(&said).ok_or_else(|| {
         let said: String = said.chars().take(200).collect();
         let binary = binary.display();
@@ -145,6 +180,8 @@ fn parse_version(said: &str) -> Option<QemuVersion> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -162,7 +199,7 @@ mod tests {
     #[test]
     fn a_machine_is_described_by_its_command_line() {
         let words = ["LC_ALL=C", "QEMU_AUDIO_DRV=none", "qemu-system-x86_64", "-M", "pc", "-S"];
-        let machine = describe(&words.map(String::from), None).unwrap();
+        let machine = describe(&words.map(String::from), None, &Stop::default()).unwrap();
         assert!(machine.binary.ends_with("/qemu-system-x86_64"), "{machine:?}");
         assert_eq!(machine.argv, words[2..]);
         assert!(machine.env.contains(&("QEMU_AUDIO_DRV".into(), "none".into())));
@@ -193,10 +230,34 @@ mod tests {
     }
 
     #[test]
+    fn a_strangers_line_runs_a_qemu_and_nothing_else() {
+        let describe = |words: &[&str], qemu| {
+            let words: Vec<_> = words.iter().map(|word| word.to_string()).collect();
+            describe_foreign(&words, qemu, &Stop::default())
+        };
+        let assigned = "QEMU_MODULE_DIR=/strangers/own";
+        let machine = describe(&[assigned, "qemu-system-x86_64", "-S"], None).unwrap();
+        assert_eq!(machine.argv, ["qemu-system-x86_64", "-S"]);
+        assert!(machine.env.iter().all(|(_, value)| value != "/strangers/own"));
+        // It would leave a file if it were run.
+        let folder = tempfile::tempdir().unwrap();
+        let (program, trace) = (folder.path().join("program"), folder.path().join("trace"));
+        let script = format!("#!/bin/sh\ntouch {}\n", trace.display());
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
+        let words = ["QEMU_A=b", program.to_str().unwrap(), "-S"];
+        let error = describe(&words, None).unwrap_err().to_string();
+        assert!(error.contains("--qemu") && error.contains(words[1]), "{error}");
+        assert!(!trace.exists());
+        assert!(describe(&words, Some(Path::new("qemu-system-x86_64"))).is_ok());
+        assert!(describe(&[], None).unwrap_err().to_string().contains("--qemu"));
+    }
+
+    #[test]
     fn what_is_no_qemu_is_refused_by_name() {
         let says = |words: &[&str]| {
             let words: Vec<_> = words.iter().map(|word| word.to_string()).collect();
-            describe(&words, None).unwrap_err().to_string()
+            describe(&words, None, &Stop::default()).unwrap_err().to_string()
         };
         assert!(says(&["-m", "1G"]).contains("--qemu"));
         assert!(says(&[]).contains("--qemu"));

@@ -28,7 +28,7 @@ pub use attached::{FoundDisk, disks};
 pub use capture::capture;
 pub use collisions::exclusive_paths;
 pub use command_line::{Arg, CommandLine, CommandOption};
-pub use described::{describe, named_machine_type};
+pub use described::{describe, describe_foreign, named_machine_type};
 pub use error::VmError;
 pub use mapping::MappedMemory;
 pub use overlay::{Overlay, OverlayOptions};

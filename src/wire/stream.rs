@@ -365,11 +365,17 @@ enum Record {
     End,
 }
 
+/// Length in bytes of the mark that ends a device section: a type and the section's number.
+const FOOTER_BYTES: usize = 5;
+
 impl Tail {
     /// Splits the end of a stream into device sections and description. The
     /// description's text differs between versions, so it is found by its length:
     /// a mark behind the end-of-file byte, and a length that reaches exactly the
     /// end. JSON holds no bytes 00 or 06, so the last such place is the right one.
+    ///
+    /// None where the stream was cut short. Device state is full of zeros, so the
+    /// end-of-file byte alone proves nothing: it counts behind the end of a section.
     fn split(mut bytes: Vec<u8>) -> Option<Tail> {
         const HEAD: usize = 6;
         let starts_here = |at: usize| {
@@ -378,11 +384,38 @@ impl Tail {
             head[..2] == [section::EOF, section::VMDESCRIPTION] && at + HEAD + len == bytes.len()
         };
         let last = bytes.len().checked_sub(HEAD);
-        if let Some(at) = last.and_then(|last| (0..=last).rev().find(|&at| starts_here(at))) {
-            let vmdesc = bytes.split_off(at + HEAD);
-            bytes.truncate(at);
-            return Some(Tail { devices: bytes, vmdesc });
-        }
-        (bytes.pop() == Some(section::EOF)).then(|| Tail { devices: bytes, vmdesc: Vec::new() })
+        let (end, vmdesc) = match last.and_then(|last| (0..=last).rev().find(|&at| starts_here(at)))
+        {
+            Some(end) => (end, bytes.split_off(end + HEAD)),
+            None if bytes.last() == Some(&section::EOF) => (bytes.len() - 1, Vec::new()),
+            None => return None,
+        };
+        bytes.truncate(end);
+        ends_a_section(&bytes).then_some(Tail { devices: bytes, vmdesc })
     }
+}
+
+/// Whether device state ends with the footer of the section that began last. Every
+/// stream with a configuration section has footers. What is cut short passes only behind
+/// bytes of a section that are by chance its own footer.
+fn ends_a_section(devices: &[u8]) -> bool {
+    let Some((body, footer)) = devices.split_last_chunk::<FOOTER_BYTES>() else {
+        return devices.is_empty();
+    };
+    let begins = |at: usize| {
+        let behind_another = at == 0
+            || at.checked_sub(FOOTER_BYTES).is_some_and(|mark| body[mark] == section::FOOTER);
+        behind_another && body[at] == section::FULL && has_name(&body[at + 1..])
+    };
+    let last = (0..body.len()).rev().find(|&at| begins(at));
+    footer[0] == section::FOOTER && last.is_some_and(|at| body[at + 1..at + 5] == footer[1..])
+}
+
+/// Whether a section's header goes on like this behind its type: a number of four bytes,
+/// a counted name.
+fn has_name(header: &[u8]) -> bool {
+    let name = header.get(4).and_then(|len| header.get(5..5 + usize::from(*len)));
+    name.is_some_and(|name| {
+        !name.is_empty() && name.iter().all(|byte| (b' '..=b'~').contains(byte))
+    })
 }

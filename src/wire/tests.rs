@@ -95,6 +95,19 @@ fn read_all(input: impl Read) -> Result<(Vec<Seen>, Vec<u8>), WireError> {
     Ok((seen, reader.config().to_vec()))
 }
 
+/// A device's section of this number.
+fn device(id: u32, name: &str, body: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![section::FULL];
+    bytes.extend_from_slice(&id.to_be_bytes());
+    bytes.push(name.len() as u8);
+    bytes.extend_from_slice(name.as_bytes());
+    bytes.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1]);
+    bytes.extend_from_slice(body);
+    bytes.push(section::FOOTER);
+    bytes.extend_from_slice(&id.to_be_bytes());
+    bytes
+}
+
 /// Runs of pages, each zero or of some content, within three blocks.
 fn runs() -> impl Strategy<Value = Vec<(Run, Option<u8>)>> {
     let run = (0u16..3, 0u64..60, 1u64..5, prop::option::of(1u8..));
@@ -125,8 +138,8 @@ fn stream_of(runs: &[(Run, Option<u8>)], devices: &[u8], vmdesc: &[u8]) -> (Vec<
 }
 
 fn devices() -> impl Strategy<Value = Vec<u8>> {
-    prop::collection::vec(any::<u8>(), 0..200)
-        .prop_map(|body| [&[section::FULL][..], &body].concat())
+    let body = prop::collection::vec(any::<u8>(), 0..200);
+    (0u32..100, body).prop_map(|(id, body)| device(id, "cpu_common", &body))
 }
 
 proptest! {
@@ -144,15 +157,15 @@ proptest! {
     }
 
     #[test]
-    fn a_truncated_stream_is_an_error_or_lacks_only_its_description(
+    fn a_truncated_stream_is_an_error(
         runs in runs(), devices in devices(), cut in any::<prop::sample::Index>(),
     ) {
         let (bytes, _) = stream_of(&runs, &devices, b"{}");
         let cut = cut.index(bytes.len());
-        // Device state has no lengths: a cut in the tail can look like an end.
-        let ram_ends = bytes.len() - devices.len() - 8;
+        // Between the end-of-file byte and the description's mark it is whole.
+        let described = bytes.len() - 7;
         let outcome = read_all(Cursor::new(&bytes[..cut]));
-        prop_assert!(cut > ram_ends || outcome.is_err());
+        prop_assert_eq!(cut == described, outcome.is_ok());
     }
 
     #[test]
@@ -209,6 +222,29 @@ fn what_is_not_supported_is_named() {
     assert!(error.contains("RAM records with flags 0x100"), "{error}");
 }
 
+/// Device state has no lengths and is full of zeros: a cut in it must not look like an
+/// end, whatever the bytes before it are.
+#[test]
+fn a_stream_that_ends_within_its_devices_is_truncated() {
+    let zeros = [0; 3000];
+    // What ends other sections, what ends streams, and numbers that look like either.
+    let marks = b"\x7e\0\0\0\x01\0\0\x7e\0\0\0\x09\0\0\0\x06\0\0\0\0\0\x06\0\0\0\x08{}~~~~~~\0\0";
+    let mut devices = device(9, "timer", &[&zeros[..], b"\0\0\0~\0\0\0\0\0\0"].concat());
+    devices.extend(device(1, "cpu_common", &zeros));
+    devices.extend(device(2, "0000:00:02.0/vga", marks));
+    devices.extend(device(3, "globalstate", &[&zeros[..], marks].concat()));
+    let head = [block_list(&config("pc"), &[block("pc.ram", 1)]), end_of_ram()].concat();
+    for vmdesc in [&b"{}"[..], b""] {
+        let whole = [&head[..], &super::tail(&devices, vmdesc)].concat();
+        // Up to there, the description lacks and nothing else.
+        let ended = head.len() + devices.len() + 1;
+        for cut in 0..=whole.len() {
+            let is_read = read_all(Cursor::new(&whole[..cut])).is_ok();
+            assert_eq!(is_read, cut == ended || cut == whole.len(), "{cut}");
+        }
+    }
+}
+
 #[test]
 fn commands_before_the_devices_are_passed_over() {
     let blocks = [block("pc.ram", 1)];
@@ -221,7 +257,7 @@ fn commands_before_the_devices_are_passed_over() {
         Frame::default().zeros(&blocks[0], Run { block: BlockId(0), first: 0, count: 1 }),
     );
     bytes.extend_from_slice(&end_of_ram());
-    bytes.extend_from_slice(&super::tail(b"\x04devices", b"{}"));
+    bytes.extend_from_slice(&super::tail(&device(7, "timer", b"state"), b"{}"));
     let (seen, found) = read_all(Cursor::new(&bytes)).unwrap();
     assert_eq!(found, config("pc"));
     assert_eq!(seen.len(), 3);
@@ -235,7 +271,8 @@ fn commands_before_the_devices_are_passed_over() {
 #[test]
 fn a_mapped_ram_file_reads_back_around_its_pages() {
     let blocks = [block("pc.ram", 300), block("pc.bios", 64)];
-    let layout = MappedLayout::new(&config_with_subsections(), &blocks, b"\x04devices", b"{}");
+    let devices = device(7, "timer", b"state");
+    let layout = MappedLayout::new(&config_with_subsections(), &blocks, &devices, b"{}");
     let mut file = vec![0xaa; layout.len as usize];
     for (offset, bytes) in &layout.pieces {
         file[*offset as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -246,7 +283,7 @@ fn a_mapped_ram_file_reads_back_around_its_pages() {
     assert_eq!(mapped, layout.blocks);
     assert!(mapped.iter().all(|block| block.pages_offset.is_multiple_of(1 << 20)));
     let Some(Item::Tail(tail)) = reader.next_item().unwrap() else { panic!() };
-    assert_eq!((&tail.devices[..], &tail.vmdesc[..]), (&b"\x04devices"[..], &b"{}"[..]));
+    assert_eq!((&tail.devices, &tail.vmdesc[..]), (&devices, &b"{}"[..]));
     // Its mark is gone: what is made of it is an ordinary stream again.
     assert_eq!(reader.config(), config_with_subsections());
 

@@ -1,25 +1,33 @@
 //! Images that other programs load, and files of other programs that become images.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
+use snapback::page::Block;
+use snapback::wire::{Item, StreamReader, Tail, end_of_ram, precopy_opening, tail};
 
-use crate::harness::{Dir, Reverted, check, text};
-use crate::shared::{MIB, Shared, shared};
-use crate::support::{Attached, Qemu, Qmp, Result, SOON, pmemsave, spawn_bound, wait_for};
+use crate::harness::{Dir, Reverted, Running, check, text};
+use crate::shared::{MIB, Shared, copy, shared};
+use crate::support::{
+    Attached, Qemu, Qmp, Result, SOON, pmemsave, spawn_bound, wait_for, wait_until,
+};
+use crate::trouble::write_script;
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_stream_goes_to_qemu_and_comes_back
+    a_cut_in_device_state_is_found
 }
 
 tests! {
     a_mapped_ram_file_goes_to_qemu_and_comes_back
     flat_files_and_cores_hold_the_guests_memory
     what_can_not_be_imported_is_named
+    an_import_is_interrupted_wherever_it_waits
     what_can_not_be_exported_is_named
 }
 
@@ -307,6 +315,13 @@ fn what_can_not_be_imported_is_named(dir: &Dir) -> Result<()> {
         let refusal = refusal(&broken, &given)?;
         assert!(refusal.contains("broken") && !refusal.contains("panicked"), "{refusal}");
     }
+    // Device state, whose zeros look like the byte that ends a stream.
+    let tail = tail_of(&file)?;
+    let ends = bytes.len() - tail.vmdesc.len() - 7;
+    let zero = (ends - tail.devices.len()..ends - 1).rfind(|&at| bytes[at] == 0);
+    fs::write(&broken, &bytes[..=zero.ok_or("no zeros")?])?;
+    let said = refusal(&broken, &given)?;
+    assert!(said.contains("ended at byte") && said.contains("device state"), "{said}");
     for (begins, expected) in [
         (&b"LibvirtQemudPart and more"[..], "never finished"),
         (b"LibvirtQemudSave and more", "header can't be read"),
@@ -321,6 +336,73 @@ fn what_can_not_be_imported_is_named(dir: &Dir) -> Result<()> {
     Ok(())
 }
 
+/// For more of a stream, and for a program that it runs. Neither keeps it, and nothing is
+/// left, the program included.
+fn an_import_is_interrupted_wherever_it_waits(dir: &Dir) -> Result<()> {
+    let (file, pipe) = (dir.path("stream"), dir.path("pipe"));
+    let image = text(&shared(Qemu::V7)?.image);
+    dir.snapback(&["export", image, "--to", "stream", text(&file)]).succeed()?;
+    assert!(Command::new("mkfifo").arg(&pipe).status()?.success());
+    let is_interrupted = |import: Running| -> Result<()> {
+        import.signal(libc::SIGINT);
+        let told = import.end()?.failure()?;
+        assert!(told.contains("interrupted"), "{told}");
+        assert!(!dir.path("vm.snap").exists());
+        Ok(())
+    };
+
+    // Open for both, so that it never ends.
+    let mut feed = File::options().read(true).write(true).open(&pipe)?;
+    let binary = Qemu::V7.binary();
+    let import = dir.snapback(&["import", text(&pipe), "vm.snap", "--", text(&binary)]).start()?;
+    // Most of it has been read when this returns: a pipe holds little.
+    let mut begins = vec![0; 4 << 20];
+    File::open(&file)?.read_exact(&mut begins)?;
+    feed.write_all(&begins)?;
+    is_interrupted(import)?;
+
+    let script = dir.path("qemu");
+    write_script(&script, Qemu::V7, "touch started; while :; do sleep 0.1; done")?;
+    let import = dir.snapback(&["import", text(&file), "vm.snap", "--", text(&script)]).start()?;
+    wait_until(SOON, "the program to be started", || dir.path("started").exists())?;
+    is_interrupted(import)
+}
+
+/// What a stream in a file has behind its memory.
+fn tail_of(stream: &Path) -> Result<Tail> {
+    let mut stream = StreamReader::of_file(File::open(stream)?);
+    loop {
+        match stream.next_item()? {
+            Some(Item::Tail(tail)) => return Ok(tail),
+            Some(_) => {}
+            None => return Err("a stream without a tail".into()),
+        }
+    }
+}
+
+/// Nowhere does a cut within real device state look like an end.
+fn a_cut_in_device_state_is_found(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let file = dir.path("stream");
+    let image = text(&shared(qemu)?.image);
+    dir.snapback(&["export", image, "--to", "stream", text(&file)]).succeed()?;
+    let devices = tail_of(&file)?.devices;
+    // The same devices behind hardly any memory: they are read once for every cut.
+    let ram = Block { name: "pc.ram".into(), len: 4096, page_size: 4096 };
+    let config = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc";
+    let head = [precopy_opening(config, &[ram]), end_of_ram()].concat();
+    let whole = [&head[..], &tail(&devices, b"{}")].concat();
+    let is_read = |bytes: &[u8]| {
+        let mut stream = StreamReader::new(bytes);
+        (0..2).all(|_| stream.next_item().is_ok())
+    };
+    assert!(is_read(&whole));
+    let ends = head.len() + devices.len();
+    let cuts = ends.saturating_sub(64 << 10).max(head.len() + 1)..=ends;
+    let passed: Vec<_> = cuts.rev().step_by(5).filter(|&cut| is_read(&whole[..cut])).collect();
+    assert!(passed.is_empty(), "{passed:?} of {ends}");
+    Ok(())
+}
+
 fn what_can_not_be_exported_is_named(dir: &Dir) -> Result<()> {
     let image = text(&shared(Qemu::V7)?.image);
     fs::write(dir.path("mine"), "mine")?;
@@ -330,6 +412,24 @@ fn what_can_not_be_exported_is_named(dir: &Dir) -> Result<()> {
     assert!(refusal.contains("mine"), "{refusal}");
     let refusal = dir.snapback(&["export", image, "--to", "mapped-ram", "-"]).plain().end()?;
     assert!(refusal.stderr.contains("needs a file"), "{refusal:?}");
+    // An image is not replaced by what is made of it, nor a file by its image.
+    let own = dir.path("own.snap");
+    copy(Qemu::V7, &own)?;
+    let before = fs::read(&own)?;
+    fs::hard_link(&own, dir.path("link"))?;
+    for to in ["own.snap", "link"] {
+        let export = ["export", text(&own), "--to", "stream", to, "--force"];
+        let refusal = dir.snapback(&export).fail()?;
+        assert!(refusal.contains("own.snap, which it is made of"), "{refusal}");
+    }
+    dir.snapback(&["export", text(&own), "--to", "stream", "stream"]).succeed()?;
+    let import = dir.snapback(&["import", "stream", "stream", "--force", "--"]);
+    let refusal = import.with(&[text(&Qemu::V7.binary())]).fail()?;
+    assert!(refusal.contains("stream, which it is made of"), "{refusal}");
+    assert!(fs::read(&own)? == before && fs::read(dir.path("stream"))?.starts_with(b"QEVM"));
+    for name in ["own.snap", "link", "stream"] {
+        fs::remove_file(dir.path(name))?;
+    }
     // Whoever reads along goes away.
     let script = format!(
         "{} export {image} --to stream - | head -c 100 >/dev/null; exit ${{PIPESTATUS[0]}}",

@@ -5,11 +5,11 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::harness::{Dir, Reverted, check};
-use crate::shared::{MIB, options, shared};
+use crate::shared::{MIB, borrow, options, shared};
 use crate::support::{
     Guest, GuestOptions, Qemu, Result, SOON, cont, pmemsave, qmp, query_status, stop,
 };
-use crate::tests_on_both;
+use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_guest_in_full_swing_is_saved_and_comes_back
@@ -18,6 +18,10 @@ tests_on_both! {
     one_image_is_reverted_twice_at_once
     a_reverted_guest_is_saved_and_reverted_again
     a_guest_is_saved_three_times_in_a_row
+}
+
+tests! {
+    a_save_tells_how_long_qemu_waited
 }
 
 fn a_guest_in_full_swing_is_saved_and_comes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -52,6 +56,19 @@ fn a_guest_in_full_swing_is_saved_and_comes_back(dir: &Dir, qemu: Qemu) -> Resul
     stands_by_itself(dir, &reverted, "reverted")?;
     assert_eq!(query(&reverted.qmp_path, "query-migrate-capabilities")?, capabilities);
     reverted.check(&nonce)?;
+    check(&mut guest)
+}
+
+/// More than the buffers hold, at a rate at which QEMU has sent all long before: it has
+/// to wait, and so has whoever writes in the guest.
+fn a_save_tells_how_long_qemu_waited(dir: &Dir) -> Result<()> {
+    let mut guest = borrow(Qemu::V10)?;
+    let slow = ["--bandwidth", "10M", "--compress", "none"];
+    let ended = dir.save(&guest, "vm.snap").with(&slow).succeed()?;
+    let saved = ended.event("saved")?;
+    assert!(saved["pages"].as_u64().is_some_and(|pages| pages * 4096 > 64 << 20), "{saved}");
+    assert!(saved["stalled_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{saved}");
+    dir.snapback(&["verify", "vm.snap"]).succeed()?;
     check(&mut guest)
 }
 

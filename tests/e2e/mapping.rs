@@ -35,6 +35,11 @@ fn kib(pid: u32, name: &str) -> Result<u64> {
 fn clones_of_a_flat_image_share_their_memory(dir: &Dir) -> Result<()> {
     let (shared, image) = flat(dir, Qemu::V10)?;
     dir.snapback(&["verify", text(&image)]).succeed()?;
+    let info = |image: &Path| dir.snapback(&["info", text(image)]);
+    assert_eq!(info(&image).succeed()?.events[0]["layout"], "flat");
+    assert_eq!(info(&shared.image).succeed()?.events[0]["layout"], "packed");
+    let said = info(&image).plain().succeed()?.said;
+    assert!(said.iter().any(|line| line.contains("flat, to be mapped")), "{said:?}");
     let before = fs::read(&image)?;
     let mut clones = Vec::new();
     for name in ["a", "b", "c"] {
@@ -122,6 +127,20 @@ fn damage_to_a_flat_image_is_found_when_asked_for(dir: &Dir) -> Result<()> {
         assert!(refusal.contains("damaged"), "{refusal}");
         let said = dir.snapback(&["verify", text(&image)]).end()?;
         assert_eq!(said.code, Some(1), "{said:?}");
+        file.write_all_at(&[bytes[at]], at as u64)?;
+    }
+    // One is told beside the other.
+    let file = File::options().write(true).open(&image)?;
+    for at in [data, hole] {
+        file.write_all_at(&[bytes[at] ^ 1], at as u64)?;
+    }
+    let said = dir.snapback(&["verify", text(&image)]).end()?;
+    let damages = said.events.iter().filter(|event| event["event"] == "damaged");
+    let damages = damages.map(|event| event["what"].to_string()).collect::<Vec<_>>();
+    assert_eq!(damages.len(), 2, "{said:?}");
+    assert!(damages[0].contains("chunk") && damages[1].contains("zeros are due"), "{damages:?}");
+    assert!(said.failure()?.contains("in 2 place(s)"), "{said:?}");
+    for at in [data, hole] {
         file.write_all_at(&[bytes[at]], at as u64)?;
     }
     dir.snapback(&["verify", text(&image)]).succeed()?;
