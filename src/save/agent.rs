@@ -8,8 +8,6 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use super::SaveEvent;
-
 /// How long the agent may take to answer at all.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -56,69 +54,22 @@ pub enum AgentError {
     },
 }
 
-/// The file systems of a guest, frozen: to be thawed, whatever happens.
-pub(super) struct Freeze {
-    socket: PathBuf,
-}
-
-impl Freeze {
-    /// Freezes all file systems that the agent can freeze. If that fails, they are
-    /// thawed.
-    pub async fn all(
-        socket: &Path,
-        on_event: &mut impl FnMut(SaveEvent),
-    ) -> Result<Freeze, AgentError> {
-        const COMMAND: &str = "guest-fsfreeze-freeze";
-        let freeze = Freeze { socket: socket.to_owned() };
-        let mut agent = Agent::connect(socket).await?;
-        let frozen = agent.ask(COMMAND, FREEZE_TIMEOUT).await.and_then(|answer| {
-            let refused = || AgentError::Refused {
-                command: COMMAND,
-                reason: format!("it answered {answer}"),
-            };
-            answer.as_u64().ok_or_else(refused)
-        });
-        match frozen {
-            Ok(filesystems) => {
-                on_event(SaveEvent::Frozen { filesystems });
-                Ok(freeze)
-            }
-            Err(error) => {
-                drop(agent);
-                // It may have frozen some, or freeze them yet.
-                let _ = freeze.thaw(&mut |_| {}).await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Thaws them. An agent that has frozen file systems of its own accord can't thaw
-    /// less than all.
-    pub async fn thaw(self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), AgentError> {
-        let thawed = thaw(&self.socket).await;
-        match &thawed {
-            Ok(()) => on_event(SaveEvent::Thawed),
-            Err(error) => tracing::warn!("the guest's file systems may still be frozen: {error}"),
-        }
-        thawed
-    }
-}
-
-/// Thaws all file systems of a guest.
+/// Thaws all file systems of a guest. An agent that has frozen file systems of its own
+/// accord can't thaw less than all.
 pub(super) async fn thaw(socket: &Path) -> Result<(), AgentError> {
     let mut agent = Agent::connect(socket).await?;
     agent.ask("guest-fsfreeze-thaw", THAW_TIMEOUT).await.map(drop)
 }
 
 /// A connection to an agent.
-struct Agent {
+pub(super) struct Agent {
     socket: PathBuf,
     stream: BufReader<UnixStream>,
 }
 
 impl Agent {
     /// Connects, and gets past whatever an earlier peer has left in the channel.
-    async fn connect(socket: &Path) -> Result<Agent, AgentError> {
+    pub async fn connect(socket: &Path) -> Result<Agent, AgentError> {
         let failed = |source| AgentError::Io { socket: socket.to_owned(), source };
         let stream = UnixStream::connect(socket).await.map_err(failed)?;
         let mut agent = Agent { socket: socket.to_owned(), stream: BufReader::new(stream) };
@@ -145,6 +96,16 @@ impl Agent {
                 after: SYNC_TIMEOUT,
             }),
         }
+    }
+
+    /// Freezes all file systems that the agent can freeze, and tells how many those are.
+    /// If that fails, they may be frozen none the less, or will be yet.
+    pub async fn freeze(mut self) -> Result<u64, AgentError> {
+        const COMMAND: &str = "guest-fsfreeze-freeze";
+        let answer = self.ask(COMMAND, FREEZE_TIMEOUT).await?;
+        let refused =
+            || AgentError::Refused { command: COMMAND, reason: format!("it answered {answer}") };
+        answer.as_u64().ok_or_else(refused)
     }
 
     /// Carries out a command without arguments.

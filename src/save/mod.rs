@@ -28,7 +28,6 @@ use std::time::Duration;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 
-use self::agent::Freeze;
 use self::checks::{Checked, check};
 use self::ending::wait_end;
 use self::moment::{Moment, PauseClock, millis};
@@ -263,38 +262,25 @@ async fn take(
     drop(theirs);
     let mut receiving = Receiving::start(ours, options, checked)?;
     let mut events = qmp.events();
-    let freeze = match &options.quiesce {
-        Some(agent) => Some(undo.freeze(agent, interrupts, on_event).await),
-        None => None,
-    };
-    let mut freeze = match freeze.transpose() {
-        Ok(freeze) => freeze,
-        Err(error) => {
-            return Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await);
-        }
-    };
     let mut clock = PauseClock::new(checked.machine.running);
-    // Not to be interrupted: what has been done to the guest must be known.
-    let begun = begin(qmp, undo, &mut clock).await;
-    let outcome = match begun {
-        Ok(()) => {
-            let follow =
-                follow(qmp, &mut events, &mut clock, &mut freeze, undo, &mut receiving, on_event);
-            tokio::select! {
-                outcome = follow => outcome,
-                () = interrupts.at_least(1) => Err(SaveError::Interrupted),
-            }
+    let outcome = async {
+        undo.freeze(options, interrupts, on_event).await?;
+        // Not to be interrupted: what has been done to the guest must be known.
+        begin(qmp, undo, &mut clock).await?;
+        tokio::select! {
+            outcome = follow(qmp, &mut events, &mut clock, undo, &mut receiving, on_event) => outcome,
+            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
         }
-        Err(error) => Err(error),
     };
-    let Err(error) = outcome else { return outcome };
+    let error = match outcome.await {
+        Err(error) => error,
+        taken => return taken,
+    };
     // The guest comes first.
     if clock.held() {
         let _ = qmp.cont().await;
     }
-    if let Some(freeze) = freeze {
-        let _ = freeze.thaw(on_event).await;
-    }
+    let _ = undo.thaw(on_event).await;
     Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await)
 }
 
@@ -325,7 +311,6 @@ async fn follow(
     qmp: &Qmp,
     events: &mut Events,
     clock: &mut PauseClock,
-    freeze: &mut Option<Freeze>,
     undo: &mut Undo,
     receiving: &mut Receiving,
     on_event: &mut impl FnMut(SaveEvent),
@@ -349,7 +334,7 @@ async fn follow(
             _ = tick.tick(), if clock.moment().is_some() => on_event(counters.progress()),
         }
         if clock.tell(on_event) {
-            after_moment(freeze, undo, on_event).await;
+            undo.guest_goes_on(on_event).await;
         }
     };
     let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
@@ -364,7 +349,7 @@ async fn follow(
                 clock.hear(&event?);
             }
             clock.tell(on_event);
-            after_moment(freeze, undo, on_event).await;
+            undo.guest_goes_on(on_event).await;
             Ok((received, clock.moment_or_asked()))
         }
         // QEMU's own reason, where it has one, says more than the end of its stream.
@@ -385,18 +370,6 @@ async fn release(qmp: &Qmp, clock: &mut PauseClock) -> Result<(), SaveError> {
         clock.released();
     }
     Ok(())
-}
-
-/// What is due once the guest goes on: nothing of this may end the save.
-async fn after_moment(
-    freeze: &mut Option<Freeze>,
-    undo: &mut Undo,
-    on_event: &mut impl FnMut(SaveEvent),
-) {
-    if let Some(freeze) = freeze.take() {
-        let _ = freeze.thaw(on_event).await;
-    }
-    undo.guest_goes_on();
 }
 
 /// Makes the image whole, which takes as long as the disk or the bandwidth asks for, and

@@ -1,8 +1,6 @@
 //! What a save has changed in the guest's QEMU, and how it is changed back.
 
-use std::path::Path;
-
-use super::agent::Freeze;
+use super::agent::{self, Agent, AgentError};
 use super::checks::Checked;
 use super::journal::{Journal, Plan, started};
 use super::overlays::{self, Overlay};
@@ -36,8 +34,8 @@ impl Undo {
         let overlays =
             Overlay::plan(checked.captured(), options.overlay_dir.as_deref(), &options.image)?;
         let qemu = started(checked.pid).map(|started| (checked.pid, started));
-        let (held, frozen) = (checked.machine.running, options.quiesce.clone());
-        let plan = Plan { qemu, held, frozen, overlays, ..self.plan.clone() };
+        let held = checked.machine.running;
+        let plan = Plan { qemu, held, overlays, ..self.plan.clone() };
         self.journal = Some(Journal::create(&options.image, &plan)?);
         self.plan = plan;
         Ok(&self.plan.overlays)
@@ -48,34 +46,61 @@ impl Undo {
         &self.plan.overlays
     }
 
-    /// Freezes the guest's file systems.
+    /// Freezes the guest's file systems, if that is asked for. Whatever comes of it, they
+    /// are to be thawed.
     pub async fn freeze(
-        &self,
-        agent: &Path,
+        &mut self,
+        options: &SaveOptions,
         interrupts: &mut Interrupts,
         on_event: &mut impl FnMut(SaveEvent),
-    ) -> Result<Freeze, SaveError> {
-        let freeze = async { Ok(Freeze::all(agent, on_event).await?) };
-        let interrupted = tokio::select! {
-            frozen = freeze => return frozen,
-            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+    ) -> Result<(), SaveError> {
+        let Some(socket) = &options.quiesce else { return Ok(()) };
+        let freeze = async {
+            let agent = Agent::connect(socket).await?;
+            // Who thaws them after us may work in another folder.
+            self.plan.frozen = Some(std::path::absolute(socket).unwrap_or_else(|_| socket.clone()));
+            self.write()?;
+            Ok::<u64, SaveError>(agent.freeze().await?)
         };
-        // It may have been about to answer.
-        let _ = super::agent::thaw(agent).await;
-        interrupted
+        let filesystems = tokio::select! {
+            frozen = freeze => frozen?,
+            () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
+        };
+        on_event(SaveEvent::Frozen { filesystems });
+        Ok(())
     }
 
-    /// Neither held nor frozen any more: should we be killed from now on, whoever has
-    /// paused the guest meanwhile was not us.
-    pub fn guest_goes_on(&mut self) {
+    /// Thaws the guest's file systems, if they may be frozen. Only when that has worked is
+    /// it forgotten that they were: this may be dropped at any time, and called again.
+    pub async fn thaw(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), AgentError> {
+        let Some(socket) = &self.plan.frozen else { return Ok(()) };
+        if let Err(error) = agent::thaw(socket).await {
+            tracing::warn!("the guest's file systems may still be frozen: {error}");
+            return Err(error);
+        }
+        self.plan.frozen = None;
+        on_event(SaveEvent::Thawed);
+        Ok(())
+    }
+
+    /// What is due once the guest goes on: it is thawed. Should we be killed from now on,
+    /// whoever has paused the guest meanwhile was not us. Nothing of this may end the save.
+    pub async fn guest_goes_on(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
         if !self.plan.held && self.plan.frozen.is_none() {
             return;
         }
-        (self.plan.held, self.plan.frozen) = (false, None);
-        if let Some(journal) = &self.journal
-            && let Err(error) = journal.replace(&self.plan)
-        {
+        let _ = self.thaw(on_event).await;
+        self.plan.held = false;
+        if let Err(error) = self.write() {
             tracing::debug!("{error}");
+        }
+    }
+
+    /// Writes down how things stand.
+    fn write(&self) -> Result<(), SaveError> {
+        match &self.journal {
+            Some(journal) => Ok(journal.replace(&self.plan)?),
+            None => Ok(()),
         }
     }
 

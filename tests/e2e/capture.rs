@@ -209,13 +209,16 @@ impl Agent {
     fn listen(dir: &Dir) -> Result<Agent> {
         let path = dir.path("agent.sock");
         let _ = fs::remove_file(&path);
-        Ok(Agent { listener: UnixListener::bind(&path)?, path })
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Agent { listener, path })
     }
 
     /// Takes a connection; answers until this command comes, which it leaves unanswered.
     fn until(&self, command: &str) -> Result<UnixStream> {
         loop {
-            let (peer, _) = self.listener.accept()?;
+            let (peer, _) =
+                wait_for(SOON, "somebody to talk to the agent", || Ok(self.listener.accept().ok()))?;
             peer.set_read_timeout(Some(SOON))?;
             let mut lines = BufReader::new(peer.try_clone()?);
             let mut line = Vec::new();
@@ -450,6 +453,21 @@ fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
     answer(&peer, &json!({ "return": 0 }))?;
     assert!(saving.end()?.failure()?.contains("interrupted"));
     drop(silent);
+    watched.is_as_before(dir)?;
+
+    // The user has enough while it thaws: that it was asked to is not enough.
+    let saving = quiesce()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let unanswered = agent.until("guest-fsfreeze-thaw")?;
+    saving.signal(libc::SIGINT);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    let ended = saving.end()?;
+    assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
+    ended.event("thawed")?;
+    drop(unanswered);
     watched.is_as_before(dir)?;
 
     // There is none.
