@@ -5,14 +5,16 @@ use std::time::Duration;
 use super::agent::AgentError;
 use super::checks::CheckError;
 use super::journal::JournalError;
-use super::overlays::{LeftOver, OverlayError};
+use super::left_over::LeftOver;
+use super::overlays::OverlayError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::vm::VmError;
 use crate::wire::WireError;
 
 /// Why a save failed. The guest runs on (or stays paused) as before, and no image is
-/// left behind; nor are overlays, unless [`SaveError::LeftOver`] names them.
+/// left behind (but see [`SaveError::StillFrozen`]); nor is anything else, unless
+/// [`SaveError::LeftOver`] names it.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
     /// It can't work, as was found before the guest was touched.
@@ -56,15 +58,21 @@ pub enum SaveError {
     /// QEMU took too long to write-protect the guest's memory, the guest standing still.
     #[error("QEMU did not get to sending memory within {0:?}, while the guest stood still")]
     Held(Duration),
-    /// Whatever failed first, overlays are left behind.
+    /// The image is whole, but the guest could not be thawed.
+    #[error(
+        "the image is whole, but the guest's file systems may still be frozen ({0}): \
+         `snapback save --recover` on this image tries again to thaw them"
+    )]
+    StillFrozen(AgentError),
+    /// Whatever failed first, something could not be undone.
     #[error("{cause}; and {}", .left.iter().map(LeftOver::to_string).collect::<Vec<_>>().join("; "))]
     LeftOver {
         /// What failed.
         cause: Box<SaveError>,
-        /// The overlays, and what to do about them.
+        /// What that is, and what to do about it.
         left: Vec<LeftOver>,
     },
-    /// An earlier save was killed; said when its overlays are left over.
+    /// An earlier save was killed; said when something is left over of it.
     #[error("an earlier save was killed")]
     Killed,
     /// QEMU has left its memory write-protected, and that can't be mended.

@@ -66,6 +66,13 @@ pub(super) struct Plan {
     pub overlays: Vec<Overlay>,
 }
 
+impl Plan {
+    /// Whether the QEMU lives whose guest was being saved.
+    pub fn qemu_lives(&self) -> bool {
+        self.qemu.is_some_and(|(pid, start)| started(pid) == Some(start))
+    }
+}
+
 /// A journal of a save. Dropping it leaves the file: see [`Journal::remove`].
 pub(super) struct Journal {
     path: PathBuf,
@@ -164,11 +171,14 @@ impl Journal {
 }
 
 /// When a process was started, in clock ticks since boot: with its id, what tells it
-/// from all others (proc_pid_stat(5), field 22).
+/// from all others (proc_pid_stat(5), field 22). None for one that has ended, even if its
+/// parent has not asked for its exit code yet.
 pub(super) fn started(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; field 3 follows it.
-    stat.rsplit_once(") ")?.1.split(' ').nth(22 - 3)?.parse().ok()
+    // The name in parentheses may hold anything; field 3, the state, follows it.
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+    let ended = matches!(fields.first(), Some(&("Z" | "X")));
+    fields.get(22 - 3).filter(|_| !ended)?.parse().ok()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod ending;
 mod error;
 mod event;
 mod journal;
+mod left_over;
 mod moment;
 mod obstacles;
 mod overlays;
@@ -46,9 +47,10 @@ pub use checks::{CheckError, CheckItem, survey};
 pub use error::SaveError;
 pub use event::SaveEvent;
 pub use journal::JournalError;
+pub use left_over::LeftOver;
 pub use moment::PauseParts;
 pub use obstacles::Obstacle;
-pub use overlays::{LeftOver, OverlayError};
+pub use overlays::OverlayError;
 pub use recover::{Recovered, recover};
 
 /// The name under which QEMU is given its end of the migration stream.
@@ -136,7 +138,7 @@ pub enum DiskChoice {
 /// who does not wait for that, by a second interrupt, may leave the guest hanging.
 ///
 /// # Errors
-/// See [`SaveError`]. Whatever fails, the guest runs on as it ran before, its disks and
+/// See [`SaveError`]; [`SaveError::StillFrozen`] leaves a whole image. Whatever fails, the guest runs on as it ran before, its disks and
 /// migration settings are what they were, and nothing is left behind; after a SIGKILL,
 /// [`recover`] does all that.
 pub async fn save(
@@ -174,7 +176,7 @@ pub async fn save(
     };
     match outcome.await {
         Ok((saved, stalled)) => {
-            undo.nothing_left()?;
+            let nothing_left = undo.nothing_left();
             on_event(SaveEvent::Saved {
                 bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
                 pages: saved.data_pages,
@@ -184,7 +186,7 @@ pub async fn save(
                 image_bytes: saved.image_bytes,
                 stalled_ms: millis(stalled),
             });
-            Ok(saved)
+            nothing_left.map(|()| saved)
         }
         // QEMU takes no other settings while a migration is under way, nor commits.
         Err(error @ SaveError::InterruptedTwice) => Err(error),
@@ -280,8 +282,23 @@ async fn take(
     if clock.held() {
         let _ = qmp.cont().await;
     }
-    let _ = undo.thaw(on_event).await;
-    Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await)
+    // Both at once: a guest that is to answer may need its memory received, and one whose
+    // agent has died its memory let go of.
+    let mut thawed = false;
+    let mut hear = |_| thawed = true;
+    let mut enough = interrupts.clone();
+    let thaw = async {
+        tokio::select! {
+            () = undo.thaw(&mut hear) => {}
+            () = enough.at_least(2) => {}
+        }
+    };
+    let end = ending::end(qmp, error, checked, receiving, interrupts, on_event);
+    let ((), error) = tokio::join!(thaw, end);
+    if thawed {
+        on_event(SaveEvent::Thawed);
+    }
+    Err(error)
 }
 
 /// Makes room in a socket, as much as we may: more than the system's limit only as root
@@ -348,8 +365,10 @@ async fn follow(
             while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
                 clock.hear(&event?);
             }
-            clock.tell(on_event);
-            undo.guest_goes_on(on_event).await;
+            if clock.moment().is_none() {
+                clock.tell(on_event);
+                undo.guest_goes_on(on_event).await;
+            }
             Ok((received, clock.moment_or_asked()))
         }
         // QEMU's own reason, where it has one, says more than the end of its stream.

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::SaveEvent;
 use super::checks::Checked;
+use super::left_over::LeftOver;
 use crate::qmp::{Qmp, QmpError};
 use crate::vm::{FoundDisk, write_overlay};
 
@@ -66,30 +67,6 @@ pub(super) struct Overlay {
     pub file_node: String,
     /// The overlay's file, absolute.
     pub path: String,
-}
-
-/// An overlay that could not be folded back, and what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeftOver {
-    /// The disk.
-    pub disk: String,
-    /// The overlay's file.
-    pub overlay: PathBuf,
-    /// Why.
-    pub reason: String,
-    /// What folds it back.
-    pub remedy: String,
-}
-
-impl std::fmt::Display for LeftOver {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let LeftOver { disk, overlay, reason, remedy } = self;
-        let overlay = overlay.display();
-        write!(
-            f,
-            "disk {disk} goes on in {overlay}, which was not folded back ({reason}): {remedy}"
-        )
-    }
 }
 
 impl Overlay {
@@ -215,7 +192,8 @@ impl Overlay {
                 self.path
             ),
         };
-        LeftOver { disk: self.disk.clone(), overlay: self.path.clone().into(), reason, remedy }
+        let (disk, overlay) = (self.disk.clone(), self.path.clone().into());
+        LeftOver::Overlay { disk, overlay, reason, remedy }
     }
 }
 

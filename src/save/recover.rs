@@ -7,8 +7,9 @@ use std::time::Duration;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::ending::wait_end;
-use super::journal::{Journal, Plan, started};
-use super::overlays::{self, LeftOver};
+use super::journal::{Journal, Plan};
+use super::left_over::LeftOver;
+use super::overlays;
 use super::release::release_memory;
 use super::{SaveError, SaveEvent, agent, checks};
 use crate::image::Image;
@@ -47,8 +48,7 @@ pub async fn recover(
         journal.remove()?;
         return Ok(Recovered::Saved);
     }
-    let lives = plan.qemu.is_some_and(|(pid, start)| started(pid) == Some(start));
-    if !lives {
+    if !plan.qemu_lives() {
         let left: Vec<LeftOver> = plan
             .overlays
             .iter()
@@ -134,7 +134,7 @@ async fn undo(
         qmp.cont().await?;
     }
     if let Some(socket) = &plan.frozen {
-        agent::thaw(socket).await?;
+        agent::thaw(socket, &agent::PATIENCE).await?;
     }
     // Its reader is gone, so a migration under way fails by itself.
     if qmp.migration_info().await?.status.is_some() {

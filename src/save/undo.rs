@@ -1,8 +1,11 @@
 //! What a save has changed in the guest's QEMU, and how it is changed back.
 
-use super::agent::{self, Agent, AgentError};
+use std::time::Duration;
+
+use super::agent::{self, Agent, AgentError, PATIENCE};
 use super::checks::Checked;
 use super::journal::{Journal, Plan, started};
+use super::left_over::LeftOver;
 use super::overlays::{self, Overlay};
 use super::settings::Settings;
 use super::{SaveError, SaveEvent, SaveOptions};
@@ -16,13 +19,15 @@ pub(super) struct Undo {
     journal: Option<Journal>,
     /// The settings have been put back.
     restored: bool,
+    /// Why the guest could not be thawed.
+    not_thawed: Option<AgentError>,
 }
 
 impl Undo {
     /// So far, only settings were changed.
     pub fn new(settings: Settings) -> Undo {
         let plan = Plan { qemu: None, held: false, frozen: None, settings, overlays: Vec::new() };
-        Undo { plan, journal: None, restored: false }
+        Undo { plan, journal: None, restored: false, not_thawed: None }
     }
 
     /// Decides on the overlays and writes it all down. Nothing is made yet.
@@ -46,8 +51,8 @@ impl Undo {
         &self.plan.overlays
     }
 
-    /// Freezes the guest's file systems, if that is asked for. Whatever comes of it, they
-    /// are to be thawed.
+    /// Freezes the guest's file systems, if that is asked for. Whatever comes of it,
+    /// [`Undo::thaw`] is due.
     pub async fn freeze(
         &mut self,
         options: &SaveOptions,
@@ -56,31 +61,38 @@ impl Undo {
     ) -> Result<(), SaveError> {
         let Some(socket) = &options.quiesce else { return Ok(()) };
         let freeze = async {
-            let agent = Agent::connect(socket).await?;
+            let agent = Agent::connect(socket, &PATIENCE).await?;
             // Who thaws them after us may work in another folder.
             self.plan.frozen = Some(std::path::absolute(socket).unwrap_or_else(|_| socket.clone()));
             self.write()?;
             Ok::<u64, SaveError>(agent.freeze().await?)
         };
-        let filesystems = tokio::select! {
-            frozen = freeze => frozen?,
-            () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
+        let frozen = tokio::select! {
+            frozen = freeze => frozen,
+            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
         };
+        if let Err(SaveError::Agent(AgentError::Refused { .. })) = frozen {
+            // It has thawed what it had frozen before it failed. It is told again, in case;
+            // one that can't freeze at all refuses that as well.
+            let _ = agent::thaw(socket, &PATIENCE).await;
+            self.plan.frozen = None;
+        }
+        let filesystems = frozen?;
         on_event(SaveEvent::Frozen { filesystems });
         Ok(())
     }
 
     /// Thaws the guest's file systems, if they may be frozen. Only when that has worked is
     /// it forgotten that they were: this may be dropped at any time, and called again.
-    pub async fn thaw(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), AgentError> {
-        let Some(socket) = &self.plan.frozen else { return Ok(()) };
-        if let Err(error) = agent::thaw(socket).await {
-            tracing::warn!("the guest's file systems may still be frozen: {error}");
-            return Err(error);
+    pub async fn thaw(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
+        let Some(socket) = &self.plan.frozen else { return };
+        match agent::thaw(socket, &PATIENCE).await {
+            Ok(()) => {
+                self.plan.frozen = None;
+                on_event(SaveEvent::Thawed);
+            }
+            Err(error) => self.not_thawed = Some(error),
         }
-        self.plan.frozen = None;
-        on_event(SaveEvent::Thawed);
-        Ok(())
     }
 
     /// What is due once the guest goes on: it is thawed. Should we be killed from now on,
@@ -89,7 +101,7 @@ impl Undo {
         if !self.plan.held && self.plan.frozen.is_none() {
             return;
         }
-        let _ = self.thaw(on_event).await;
+        self.thaw(on_event).await;
         self.plan.held = false;
         if let Err(error) = self.write() {
             tracing::debug!("{error}");
@@ -122,18 +134,47 @@ impl Undo {
             // Fails when QEMU has gone: nothing is to be restored then.
             let _ = self.restore_settings(qmp).await;
         }
-        let left = overlays::undo(qmp, &self.plan.overlays, on_event).await;
+        let mut left = overlays::undo(qmp, &self.plan.overlays, on_event).await;
+        // A guest whose QEMU has ended is not frozen any more.
+        if self.plan.frozen.is_some() && !has_ended(qmp, &self.plan).await {
+            left.push(LeftOver::Frozen(self.not_thawed.take()));
+        }
         if !left.is_empty() {
             return SaveError::LeftOver { cause: Box::new(cause), left };
         }
-        match self.nothing_left() {
+        match self.journal.map_or(Ok(()), Journal::remove) {
             Ok(()) => cause,
-            Err(error) => error,
+            Err(error) => error.into(),
         }
     }
 
-    /// Nothing is left to be undone.
+    /// The image is whole, and nothing is to be undone any more.
+    ///
+    /// # Errors
+    /// [`SaveError::StillFrozen`], and then the journal stays, for [`recover`] to thaw the
+    /// guest.
+    ///
+    /// [`recover`]: super::recover()
     pub fn nothing_left(self) -> Result<(), SaveError> {
-        Ok(self.journal.map_or(Ok(()), Journal::remove)?)
+        match (self.plan.frozen, self.not_thawed) {
+            (Some(_), Some(error)) => Err(SaveError::StillFrozen(error)),
+            _ => Ok(self.journal.map_or(Ok(()), Journal::remove)?),
+        }
     }
+}
+
+/// Whether the guest's QEMU has ended. Its socket closes a little before its process ends.
+async fn has_ended(qmp: &Qmp, plan: &Plan) -> bool {
+    const LOOK_EVERY: Duration = Duration::from_millis(10);
+    const LOOKS: u32 = 100;
+    if qmp.ended().is_none() {
+        return false;
+    }
+    for _ in 0..LOOKS {
+        if !plan.qemu_lives() {
+            return true;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    false
 }
