@@ -65,7 +65,10 @@ pub async fn recover(
     if qmp.peer_pid() != plan.qemu.map(|(pid, _)| pid) {
         return Err(SaveError::OtherQemu { pid: plan.qemu.map_or(0, |(pid, _)| pid) });
     }
-    undo(&qmp, &plan, &mut on_event).await?;
+    let left = undo(&qmp, &plan, &mut on_event).await?;
+    if !left.is_empty() {
+        return Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left });
+    }
     journal.remove()?;
     Ok(Recovered::Undone)
 }
@@ -124,17 +127,15 @@ fn peer_pid(socket: &UnixStream) -> Option<i32> {
     Some(credentials.pid()).filter(|pid| *pid > 0)
 }
 
+/// Undoes what is to be undone, as much of it as can be. Returns the rest.
 async fn undo(
     qmp: &Qmp,
     plan: &Plan,
     on_event: &mut impl FnMut(SaveEvent),
-) -> Result<(), SaveError> {
+) -> Result<Vec<LeftOver>, SaveError> {
     // The guest comes first.
     if plan.held && qmp.status().await? == "paused" {
         qmp.cont().await?;
-    }
-    if let Some(socket) = &plan.frozen {
-        agent::thaw(socket, &agent::PATIENCE).await?;
     }
     // Its reader is gone, so a migration under way fails by itself.
     if qmp.migration_info().await?.status.is_some() {
@@ -147,10 +148,15 @@ async fn undo(
     if plan.held && qmp.status().await? == "paused" {
         qmp.cont().await?;
     }
-    plan.settings.restore(qmp).await?;
-    let left = overlays::undo(qmp, &plan.overlays, on_event).await;
-    match left.is_empty() {
-        true => Ok(()),
-        false => Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left }),
+    let mut left = Vec::new();
+    // Only a guest that runs on can answer.
+    if let Some(socket) = &plan.frozen {
+        match agent::thaw(socket, &agent::PATIENCE).await {
+            Ok(()) => on_event(SaveEvent::Thawed),
+            Err(error) => left.push(LeftOver::Frozen(Some(error))),
+        }
     }
+    plan.settings.restore(qmp).await?;
+    left.extend(overlays::undo(qmp, &plan.overlays, on_event).await);
+    Ok(left)
 }

@@ -217,8 +217,9 @@ impl Agent {
     /// Takes a connection; answers until this command comes, which it leaves unanswered.
     fn until(&self, command: &str) -> Result<UnixStream> {
         loop {
-            let (peer, _) =
-                wait_for(SOON, "somebody to talk to the agent", || Ok(self.listener.accept().ok()))?;
+            let (peer, _) = wait_for(SOON, "somebody to talk to the agent", || {
+                Ok(self.listener.accept().ok())
+            })?;
             peer.set_read_timeout(Some(SOON))?;
             let mut lines = BufReader::new(peer.try_clone()?);
             let mut line = Vec::new();
@@ -344,20 +345,26 @@ fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
 
     // Frozen, just before the pause.
     let agent = Agent::listen(dir)?;
-    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let saving = watched.save(dir).with(&["--quiesce", "agent.sock"]).start()?;
     let peer = agent.until("guest-fsfreeze-freeze")?;
     saving.signal(libc::SIGKILL);
     drop((saving, peer));
     // What the journal says is heeded: no other save, and the agent is told.
     let refusal = watched.save(dir).fail()?;
     assert!(refusal.contains("--recover"), "{refusal}");
-    let thawing = std::thread::spawn({
-        let command = watched.save(dir).with(&["--recover"]).start()?;
-        move || command.succeed().map(drop).map_err(|e| e.to_string())
-    });
+    // With the agent gone, all else is undone none the less.
+    fs::rename(&agent.path, dir.path("away"))?;
+    let refusal = watched.save(dir).with(&["--recover"]).fail()?;
+    let named = [text(&agent.path), "may still be frozen", "--recover"];
+    assert!(named.iter().all(|part| refusal.contains(part)), "{refusal}");
+    fs::rename(dir.path(".vm.snap.journal"), dir.path("kept"))?;
+    watched.is_as_before(dir)?;
+    fs::rename(dir.path("kept"), dir.path(".vm.snap.journal"))?;
+    fs::rename(dir.path("away"), &agent.path)?;
+    let recovering = watched.save(dir).with(&["--recover"]).start()?;
     let peer = agent.until("guest-fsfreeze-thaw")?;
     answer(&peer, &json!({ "return": 1 }))?;
-    thawing.join().map_err(|_| "recovering panicked")??;
+    recovering.succeed()?.event("thawed")?;
     watched.is_as_before(dir)?;
 
     // In the pause, wherever that strikes, and while memory is being written. QEMU before
