@@ -1,5 +1,6 @@
 //! What can go wrong with a save.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::agent::AgentError;
@@ -75,6 +76,18 @@ pub enum SaveError {
     /// An earlier save was killed; said when something is left over of it.
     #[error("an earlier save was killed")]
     Killed,
+    /// Whether a save that was killed had come to its end can't be told.
+    #[error(
+        "a save of {} was killed, and whether it had come to its end can't be told, so nothing was \
+         touched: {source}; if that can be mended, recover again then, and if this file is surely \
+         not the image, move it away first", .image.display()
+    )]
+    Unclear {
+        /// The image.
+        image: PathBuf,
+        /// Why it can't be looked at.
+        source: ImageError,
+    },
     /// QEMU has left its memory write-protected, and that can't be mended.
     #[error(
         "QEMU has left the guest's memory write-protected, and its userfaultfd can't be used \

@@ -56,6 +56,8 @@ pub enum JournalError {
 pub(super) struct Plan {
     /// QEMU's process, and when it was started: proc_pid_stat(5).
     pub qemu: Option<(i32, u64)>,
+    /// The file that had the image's name before, as [`file_identity`] tells.
+    pub replaces: Option<(u64, u64)>,
     /// The guest ran, and may be held by us.
     pub held: bool,
     /// The guest agent's socket, if its file systems may be frozen by us.
@@ -170,6 +172,16 @@ impl Journal {
     }
 }
 
+/// What tells a file from all others as long as it is there: its file system and its number
+/// there. None when there is none of that name.
+pub(super) fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// When a process was started, in clock ticks since boot: with its id, what tells it
 /// from all others (proc_pid_stat(5), field 22). None for one that has ended, even if its
 /// parent has not asked for its exit code yet.
@@ -191,6 +203,7 @@ mod tests {
         let image = folder.path().join("vm.snap");
         let plan = Plan {
             qemu: Some((1, 2)),
+            replaces: None,
             held: true,
             frozen: None,
             settings: Settings::default(),

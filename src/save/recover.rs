@@ -7,12 +7,12 @@ use std::time::Duration;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::ending::wait_end;
-use super::journal::{Journal, Plan};
+use super::journal::{Journal, Plan, file_identity};
 use super::left_over::LeftOver;
 use super::overlays;
 use super::release::release_memory;
 use super::{SaveError, SaveEvent, agent, checks};
-use crate::image::Image;
+use crate::image::{ImageError, look};
 use crate::qmp::{Qmp, QmpError};
 
 /// How often write protection is looked for while QEMU does not answer.
@@ -37,14 +37,15 @@ pub enum Recovered {
 /// # Errors
 /// [`SaveError::LeftOver`] when overlays can't be folded back, such as when QEMU has ended
 /// meanwhile; then they are named with what to do, and the journal stays until they are
-/// gone.
+/// gone. [`SaveError::Unclear`] when it can't be told whether the image is whole; then
+/// nothing was touched.
 pub async fn recover(
     qmp: &Path,
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
     let Some((journal, plan)) = Journal::read(image)? else { return without_journal(qmp).await };
-    if is_whole(image, &plan) {
+    if is_whole(image, &plan)? {
         journal.remove()?;
         return Ok(Recovered::Saved);
     }
@@ -73,13 +74,24 @@ pub async fn recover(
     Ok(Recovered::Undone)
 }
 
-/// Whether the image is the one that the save was writing.
-fn is_whole(image: &Path, plan: &Plan) -> bool {
-    let Ok(reader) = Image::open(image) else { return false };
-    let disks = &reader.manifest().machine.disks;
-    plan.overlays.iter().all(|overlay| {
+/// Whether the image is there that the save was writing. It gets its name when it is
+/// whole, so it is unless there is nothing of that name, or what was there before.
+///
+/// # Errors
+/// When that can't be told. Undoing the save of a whole image would destroy it.
+fn is_whole(image: &Path, plan: &Plan) -> Result<bool, SaveError> {
+    let unclear = |source| SaveError::Unclear { image: image.to_owned(), source };
+    match file_identity(image) {
+        Ok(None) => return Ok(false),
+        Ok(found) if found == plan.replaces => return Ok(false),
+        Ok(_) => {}
+        Err(error) => return Err(unclear(ImageError::io("look for", image, error))),
+    }
+    // Images that it refers to may be missing.
+    let disks = look(image).map_err(unclear)?.manifest.machine.disks;
+    Ok(plan.overlays.iter().all(|overlay| {
         disks.iter().any(|disk| disk.overlay.as_deref() == Some(overlay.path.as_str()))
-    })
+    }))
 }
 
 /// Cleans up behind a save that captured no disks, which keeps no journal.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::agent::{self, Agent, AgentError, PATIENCE};
 use super::checks::Checked;
-use super::journal::{Journal, Plan, started};
+use super::journal::{Journal, Plan, file_identity, started};
 use super::left_over::LeftOver;
 use super::overlays::{self, Overlay};
 use super::settings::Settings;
@@ -26,7 +26,14 @@ pub(super) struct Undo {
 impl Undo {
     /// So far, only settings were changed.
     pub fn new(settings: Settings) -> Undo {
-        let plan = Plan { qemu: None, held: false, frozen: None, settings, overlays: Vec::new() };
+        let plan = Plan {
+            qemu: None,
+            replaces: None,
+            held: false,
+            frozen: None,
+            settings,
+            overlays: Vec::new(),
+        };
         Undo { plan, journal: None, restored: false, not_thawed: None }
     }
 
@@ -39,8 +46,9 @@ impl Undo {
         let overlays =
             Overlay::plan(checked.captured(), options.overlay_dir.as_deref(), &options.image)?;
         let qemu = started(checked.pid).map(|started| (checked.pid, started));
+        let replaces = file_identity(&options.image).ok().flatten();
         let held = checked.machine.running;
-        let plan = Plan { qemu, held, overlays, ..self.plan.clone() };
+        let plan = Plan { qemu, replaces, held, overlays, ..self.plan.clone() };
         self.journal = Some(Journal::create(&options.image, &plan)?);
         self.plan = plan;
         Ok(&self.plan.overlays)
