@@ -202,8 +202,9 @@ impl Output {
     pub fn recovered(&self, what: &str) {
         match self.json {
             true => {
-                let outcome = what.split(':').next();
-                self.print_json(&json!({ "event": "recovered", "outcome": outcome }));
+                let (outcome, says) = what.split_once(": ").unwrap_or((what, ""));
+                let event = json!({ "event": "recovered", "outcome": outcome, "says": says });
+                self.print_json(&event);
             }
             false => self.say("recovered", what),
         }

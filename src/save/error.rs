@@ -56,6 +56,15 @@ pub enum SaveError {
     /// The guest's agent could not freeze its file systems.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// Somebody else has stopped the guest, or let it go, while the save was made ready.
+    #[error(
+        "the guest's state has become `{state}` while its save was being prepared, and not by us: \
+         it is left as it is; save again"
+    )]
+    Meanwhile {
+        /// The state, in QEMU's words.
+        state: String,
+    },
     /// QEMU took too long to write-protect the guest's memory, the guest standing still.
     #[error("QEMU did not get to sending memory within {0:?}, while the guest stood still")]
     Held(Duration),

@@ -1,5 +1,5 @@
 //! What has to be undone should a save be killed: a small file beside the image, there
-//! from before the first overlay exists until the image is whole.
+//! from before anything is changed until the image is whole.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -58,7 +58,7 @@ pub(super) struct Plan {
     pub qemu: Option<(i32, u64)>,
     /// The file that had the image's name before, as [`file_identity`] tells.
     pub replaces: Option<(u64, u64)>,
-    /// The guest ran, and may be held by us.
+    /// The guest ran until we stopped it, or were about to.
     pub held: bool,
     /// The guest agent's socket, if its file systems may be frozen by us.
     pub frozen: Option<PathBuf>,
@@ -82,7 +82,7 @@ pub(super) struct Journal {
 
 impl Journal {
     /// The name of an image's journal.
-    fn path(image: &Path) -> PathBuf {
+    pub fn path(image: &Path) -> PathBuf {
         let name = image.file_name().unwrap_or_default().to_string_lossy();
         image.with_file_name(format!(".{name}.journal"))
     }

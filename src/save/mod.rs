@@ -158,17 +158,17 @@ pub async fn save(
         ready = connect_and_check => ready?,
         () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
     };
-    let settings = Settings::apply(&qmp, checked.background).await?;
-    on_event(SaveEvent::Checked {
-        qemu: checked.machine.qemu.to_string(),
-        ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
-        captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
-        uncaptured_disks: checked.machine.uncaptured_disks.clone(),
-    });
-
-    let mut undo = Undo::new(settings);
+    let settings = Settings::ask(&qmp, checked.background).await?;
+    let mut undo = Undo::begin(settings, options, &checked)?;
     let outcome = async {
-        make_ready(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
+        undo.apply_settings(&qmp).await?;
+        on_event(SaveEvent::Checked {
+            qemu: checked.machine.qemu.to_string(),
+            ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
+            captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
+            uncaptured_disks: checked.machine.uncaptured_disks.clone(),
+        });
+        make_ready(&qmp, &checked, &undo, &mut interrupts, &mut on_event).await?;
         let (received, moment) =
             take(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
         undo.restore_settings(&qmp).await?;
@@ -198,18 +198,14 @@ pub async fn save(
 /// never used and puts small pages together, and flushes disks.
 async fn make_ready(
     qmp: &Qmp,
-    options: &SaveOptions,
     checked: &Checked,
-    undo: &mut Undo,
+    undo: &Undo,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(), SaveError> {
-    let mut overlays = Vec::new();
-    if checked.captured().next().is_some() {
-        let planned = undo.plan(options, checked)?;
-        overlays::prepare(qmp, checked, planned).await?;
-        overlays = planned.iter().map(|overlay| overlay.path.clone()).collect();
-    }
+    overlays::prepare(qmp, checked, undo.overlays()).await?;
+    let overlays: Vec<String> =
+        undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
 
     let stop = Arc::new(AtomicBool::new(false));
     let touch = {
@@ -268,7 +264,7 @@ async fn take(
     let outcome = async {
         undo.freeze(options, interrupts, on_event).await?;
         // Not to be interrupted: what has been done to the guest must be known.
-        begin(qmp, undo, &mut clock).await?;
+        begin(qmp, checked, undo, &mut clock).await?;
         tokio::select! {
             outcome = follow(qmp, &mut events, &mut clock, undo, &mut receiving, on_event) => outcome,
             () = interrupts.at_least(1) => Err(SaveError::Interrupted),
@@ -310,9 +306,18 @@ fn widen(socket: &UnixStream) {
 
 /// Begins the snapshot. A guest with disks to capture stands still when this returns,
 /// its disks switched to their overlays, and is to be let go with the first page.
-async fn begin(qmp: &Qmp, undo: &Undo, clock: &mut PauseClock) -> Result<(), SaveError> {
+async fn begin(
+    qmp: &Qmp,
+    checked: &Checked,
+    undo: &mut Undo,
+    clock: &mut PauseClock,
+) -> Result<(), SaveError> {
+    unchanged(qmp, checked).await?;
     if !undo.overlays().is_empty() {
         if clock.running() {
+            undo.hold()?;
+            // Writing may have taken a while.
+            unchanged(qmp, checked).await?;
             clock.hold();
             qmp.stop().await?;
             clock.step();
@@ -321,6 +326,16 @@ async fn begin(qmp: &Qmp, undo: &Undo, clock: &mut PauseClock) -> Result<(), Sav
         clock.step();
     }
     Ok(qmp.migrate(&format!("fd:{OUTGOING}")).await?)
+}
+
+/// Whether the guest still runs, or stands still, as it did when it was looked at: what is
+/// done now depends on it, and a guest that somebody else has stopped is not ours to let go.
+async fn unchanged(qmp: &Qmp, checked: &Checked) -> Result<(), SaveError> {
+    let state = qmp.status().await?;
+    match (state == "running") == checked.machine.running {
+        true => Ok(()),
+        false => Err(SaveError::Meanwhile { state }),
+    }
 }
 
 /// Follows a migration that has begun to its end.

@@ -1,10 +1,7 @@
 //! Cleaning up behind a save that was killed.
 
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::ending::wait_end;
 use super::journal::{Journal, Plan, file_identity};
@@ -13,16 +10,20 @@ use super::overlays;
 use super::release::release_memory;
 use super::{SaveError, SaveEvent, agent, checks};
 use crate::image::{ImageError, look};
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::Qmp;
 
 /// How often write protection is looked for while QEMU does not answer.
 const RELEASE_EVERY: Duration = Duration::from_millis(500);
 
 /// What became of a save that was killed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovered {
-    /// There is none to clean up behind.
-    Nothing,
+    /// There is no journal, so nothing was looked at: no save was killed, or it was one of an
+    /// image of another name.
+    Nothing {
+        /// Where the journal would be.
+        journal: PathBuf,
+    },
     /// It had come to its end: the image is whole, and the guest goes on in the overlays.
     Saved,
     /// It was undone: the guest runs on as before.
@@ -44,7 +45,9 @@ pub async fn recover(
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
-    let Some((journal, plan)) = Journal::read(image)? else { return without_journal(qmp).await };
+    let Some((journal, plan)) = Journal::read(image)? else {
+        return Ok(Recovered::Nothing { journal: Journal::path(image) });
+    };
     if is_whole(image, &plan)? {
         journal.remove()?;
         return Ok(Recovered::Saved);
@@ -94,29 +97,6 @@ fn is_whole(image: &Path, plan: &Plan) -> Result<bool, SaveError> {
     }))
 }
 
-/// Cleans up behind a save that captured no disks, which keeps no journal.
-async fn without_journal(qmp: &Path) -> Result<Recovered, SaveError> {
-    let Some(pid) = UnixStream::connect(qmp).ok().and_then(|socket| peer_pid(&socket)) else {
-        return Ok(Recovered::Nothing);
-    };
-    let qmp = match Qmp::connect(qmp, checks::ANSWER_TIMEOUT).await {
-        Err(QmpError::Timeout { .. }) => reach(qmp, Some(pid)).await?,
-        connected => connected?,
-    };
-    // A save under way is nobody's to clean up.
-    if qmp.migration_info().await?.status.as_deref() != Some("failed") {
-        return Ok(Recovered::Nothing);
-    }
-    let released = release_memory(pid).map_err(SaveError::Protected)?;
-    const BACKGROUND: &str = "background-snapshot";
-    let capabilities = qmp.migration_capabilities().await?;
-    let left = capabilities.iter().any(|(name, on)| name == BACKGROUND && *on);
-    if left {
-        qmp.set_migration_capabilities(&[(BACKGROUND, false)]).await?;
-    }
-    Ok(if left || released > 0 { Recovered::Undone } else { Recovered::Nothing })
-}
-
 /// Connects to the QEMU in process `pid`, in which a snapshot was broken off. A guest that
 /// waits for its write protection to go may hold QEMU up as a whole, so that is taken off
 /// until QEMU answers: while the snapshot is being set up, it may still come.
@@ -131,12 +111,6 @@ async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
             },
         }
     }
-}
-
-/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
-fn peer_pid(socket: &UnixStream) -> Option<i32> {
-    let credentials = getsockopt(socket, PeerCredentials).ok()?;
-    Some(credentials.pid()).filter(|pid| *pid > 0)
 }
 
 /// Undoes what is to be undone, as much of it as can be. Returns the rest.

@@ -12,11 +12,11 @@ use super::{SaveError, SaveEvent, SaveOptions};
 use crate::interrupt::Interrupts;
 use crate::qmp::{Qmp, QmpError};
 
-/// What is to be undone should the save fail; with disks, it is written down in a
-/// journal as well.
+/// What is to be undone should the save fail, and the journal that says so should it be
+/// killed.
 pub(super) struct Undo {
     plan: Plan,
-    journal: Option<Journal>,
+    journal: Journal,
     /// The settings have been put back.
     restored: bool,
     /// Why the guest could not be thawed.
@@ -24,34 +24,30 @@ pub(super) struct Undo {
 }
 
 impl Undo {
-    /// So far, only settings were changed.
-    pub fn new(settings: Settings) -> Undo {
+    /// Decides on the overlays, and writes down what a save is about to change. Nothing is
+    /// changed yet.
+    pub fn begin(
+        settings: Settings,
+        options: &SaveOptions,
+        checked: &Checked,
+    ) -> Result<Undo, SaveError> {
+        let overlays =
+            Overlay::plan(checked.captured(), options.overlay_dir.as_deref(), &options.image)?;
         let plan = Plan {
-            qemu: None,
-            replaces: None,
+            qemu: started(checked.pid).map(|started| (checked.pid, started)),
+            replaces: file_identity(&options.image).ok().flatten(),
             held: false,
             frozen: None,
             settings,
-            overlays: Vec::new(),
+            overlays,
         };
-        Undo { plan, journal: None, restored: false, not_thawed: None }
+        let journal = Journal::create(&options.image, &plan)?;
+        Ok(Undo { plan, journal, restored: false, not_thawed: None })
     }
 
-    /// Decides on the overlays and writes it all down. Nothing is made yet.
-    pub fn plan(
-        &mut self,
-        options: &SaveOptions,
-        checked: &Checked,
-    ) -> Result<&[Overlay], SaveError> {
-        let overlays =
-            Overlay::plan(checked.captured(), options.overlay_dir.as_deref(), &options.image)?;
-        let qemu = started(checked.pid).map(|started| (checked.pid, started));
-        let replaces = file_identity(&options.image).ok().flatten();
-        let held = checked.machine.running;
-        let plan = Plan { qemu, replaces, held, overlays, ..self.plan.clone() };
-        self.journal = Some(Journal::create(&options.image, &plan)?);
-        self.plan = plan;
-        Ok(&self.plan.overlays)
+    /// Sets QEMU up.
+    pub async fn apply_settings(&self, qmp: &Qmp) -> Result<(), SaveError> {
+        self.plan.settings.apply(qmp).await
     }
 
     /// The overlays, in the order of the disks to capture.
@@ -103,6 +99,12 @@ impl Undo {
         }
     }
 
+    /// Writes down that the guest, which runs, is about to be stopped by us.
+    pub fn hold(&mut self) -> Result<(), SaveError> {
+        self.plan.held = true;
+        self.write()
+    }
+
     /// What is due once the guest goes on: it is thawed. Should we be killed from now on,
     /// whoever has paused the guest meanwhile was not us. Nothing of this may end the save.
     pub async fn guest_goes_on(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
@@ -118,10 +120,7 @@ impl Undo {
 
     /// Writes down how things stand.
     fn write(&self) -> Result<(), SaveError> {
-        match &self.journal {
-            Some(journal) => Ok(journal.replace(&self.plan)?),
-            None => Ok(()),
-        }
+        Ok(self.journal.replace(&self.plan)?)
     }
 
     /// Puts QEMU's settings back.
@@ -150,7 +149,7 @@ impl Undo {
         if !left.is_empty() {
             return SaveError::LeftOver { cause: Box::new(cause), left };
         }
-        match self.journal.map_or(Ok(()), Journal::remove) {
+        match self.journal.remove() {
             Ok(()) => cause,
             Err(error) => error.into(),
         }
@@ -166,7 +165,7 @@ impl Undo {
     pub fn nothing_left(self) -> Result<(), SaveError> {
         match (self.plan.frozen, self.not_thawed) {
             (Some(_), Some(error)) => Err(SaveError::StillFrozen(error)),
-            _ => Ok(self.journal.map_or(Ok(()), Journal::remove)?),
+            _ => Ok(self.journal.remove()?),
         }
     }
 }

@@ -115,7 +115,7 @@ fn a_save_is_interrupted_after_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     })
 }
 
-/// A guest without disks: nothing is written down ahead of its saves.
+/// A guest without disks.
 fn a_save_that_was_killed_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut guest = Guest::boot(&GuestOptions { rate: 0, ..options(qemu) })?;
     let recover = || {
