@@ -152,6 +152,7 @@ impl Output {
             SaveEvent::Frozen { filesystems } => {
                 self.say("frozen", &format!("{filesystems} of the guest's file systems"));
             }
+            SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
             SaveEvent::Folded { disk } => {
                 self.say("folded", &format!("the overlay back into disk {disk}"));

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::agent::AgentError;
+use super::journal::JournalError;
+use crate::qmp::QmpError;
 
 /// Something that could not be undone. Its text says what to do about it.
 #[derive(Debug)]
@@ -23,6 +25,10 @@ pub enum LeftOver {
     /// The guest's file systems could not be thawed, for this reason if it was tried to its
     /// end.
     Frozen(Option<AgentError>),
+    /// QEMU's migration settings could not be put back.
+    Settings(QmpError),
+    /// All was undone, but the journal could not be removed.
+    Journal(JournalError),
 }
 
 impl fmt::Display for LeftOver {
@@ -43,6 +49,16 @@ impl fmt::Display for LeftOver {
                 }
                 write!(f, ": `snapback save --recover` on this image tries again to thaw them")
             }
+            LeftOver::Settings(error) => write!(
+                f,
+                "QEMU's migration settings were not put back ({error}): `snapback save --recover` \
+                 on this image tries again"
+            ),
+            LeftOver::Journal(error) => write!(
+                f,
+                "{error}: `snapback save --recover` on this image tries again; there is nothing \
+                 else left to undo"
+            ),
         }
     }
 }

@@ -176,7 +176,7 @@ pub async fn save(
     };
     match outcome.await {
         Ok((saved, stalled)) => {
-            let nothing_left = undo.nothing_left();
+            let nothing_left = undo.nothing_left(&mut on_event);
             on_event(SaveEvent::Saved {
                 bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
                 pages: saved.data_pages,

@@ -181,6 +181,11 @@ impl Overlay {
         }
     }
 
+    /// Whether its file is there.
+    pub fn exists(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok()
+    }
+
     /// The overlay that can't be folded back by QEMU any more, or not now.
     pub fn left_over(&self, reason: String, qemu_lives: bool) -> LeftOver {
         let remedy = match qemu_lives {
@@ -231,6 +236,8 @@ pub(super) async fn undo(
         match overlay.undo(qmp).await {
             Ok(true) => on_event(SaveEvent::Folded { disk: overlay.disk.clone() }),
             Ok(false) => {}
+            // A QEMU that has ended can't tell which of them were ever made.
+            Err(_) if !overlay.exists() => {}
             Err(reason) => left.push(overlay.left_over(reason, qmp.ended().is_none())),
         }
     }

@@ -56,7 +56,7 @@ pub async fn recover(
         let left: Vec<LeftOver> = plan
             .overlays
             .iter()
-            .filter(|overlay| Path::new(&overlay.path).exists())
+            .filter(|overlay| overlay.exists())
             .map(|overlay| overlay.left_over("its QEMU has ended".into(), false))
             .collect();
         if left.is_empty() {
@@ -142,7 +142,9 @@ async fn undo(
             Err(error) => left.push(LeftOver::Frozen(Some(error))),
         }
     }
-    plan.settings.restore(qmp).await?;
+    if let Err(error) = plan.settings.restore(qmp).await {
+        left.push(LeftOver::Settings(error));
+    }
     left.extend(overlays::undo(qmp, &plan.overlays, on_event).await);
     Ok(left)
 }

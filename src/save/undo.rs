@@ -130,43 +130,57 @@ impl Undo {
         Ok(())
     }
 
-    /// Undoes everything. Returns the error that made it necessary, or a worse one.
+    /// Undoes everything. Returns the error that made it necessary, with what could not be
+    /// undone: then the journal stays.
     pub async fn all(
         mut self,
         qmp: &Qmp,
         cause: SaveError,
         on_event: &mut impl FnMut(SaveEvent),
     ) -> SaveError {
-        if !self.restored {
-            // Fails when QEMU has gone: nothing is to be restored then.
-            let _ = self.restore_settings(qmp).await;
+        let mut left = Vec::new();
+        if !self.restored
+            && let Err(error) = self.restore_settings(qmp).await
+        {
+            left.push(LeftOver::Settings(error));
         }
-        let mut left = overlays::undo(qmp, &self.plan.overlays, on_event).await;
-        // A guest whose QEMU has ended is not frozen any more.
-        if self.plan.frozen.is_some() && !has_ended(qmp, &self.plan).await {
+        if self.plan.frozen.is_some() {
             left.push(LeftOver::Frozen(self.not_thawed.take()));
         }
-        if !left.is_empty() {
-            return SaveError::LeftOver { cause: Box::new(cause), left };
+        // A QEMU that has ended has no settings, and no guest that is frozen.
+        if !left.is_empty() && has_ended(qmp, &self.plan).await {
+            left.clear();
         }
-        match self.journal.remove() {
-            Ok(()) => cause,
-            Err(error) => error.into(),
+        left.extend(overlays::undo(qmp, &self.plan.overlays, on_event).await);
+        if left.is_empty()
+            && let Err(error) = self.journal.remove()
+        {
+            left.push(LeftOver::Journal(error));
+        }
+        match left.is_empty() {
+            true => cause,
+            false => SaveError::LeftOver { cause: Box::new(cause), left },
         }
     }
 
-    /// The image is whole, and nothing is to be undone any more.
+    /// The image is whole, and nothing is to be undone any more. A journal that can't be
+    /// removed is no failure: it only stands in the way of the next save of that name.
     ///
     /// # Errors
     /// [`SaveError::StillFrozen`], and then the journal stays, for [`recover`] to thaw the
     /// guest.
     ///
     /// [`recover`]: super::recover()
-    pub fn nothing_left(self) -> Result<(), SaveError> {
-        match (self.plan.frozen, self.not_thawed) {
-            (Some(_), Some(error)) => Err(SaveError::StillFrozen(error)),
-            _ => Ok(self.journal.remove()?),
+    pub fn nothing_left(self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), SaveError> {
+        if let (Some(_), Some(error)) = (self.plan.frozen, self.not_thawed) {
+            return Err(SaveError::StillFrozen(error));
         }
+        if let Err(error) = self.journal.remove() {
+            let what = "the image is whole, but its journal is still there".to_owned();
+            let why = format!("{error}; `snapback save --recover` on this image removes it");
+            on_event(SaveEvent::Note { what, why });
+        }
+        Ok(())
     }
 }
 
