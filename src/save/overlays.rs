@@ -153,31 +153,46 @@ impl Overlay {
     /// Takes the overlay away, whatever has become of it: folds it back into the disk
     /// if the guest writes to it, closes it, and removes its file. Whether it was in use.
     async fn undo(&self, qmp: &Qmp) -> Result<bool, String> {
-        let nodes = qmp.block_nodes().await.map_err(|e| e.to_string())?;
-        let edges = qmp.block_edges().await.map_err(|e| e.to_string())?;
+        let text = |e: QmpError| e.to_string();
+        // An earlier attempt may have been killed, or have waited too long.
+        let mut in_use = qmp.job(&self.node).await.map_err(text)?.is_some();
+        if in_use && let Err(reason) = self.end_fold(qmp).await {
+            if qmp.job(&self.node).await.map_err(text)?.is_some() {
+                return Err(reason);
+            }
+            tracing::info!("folding {} was tried before: {reason}", self.path);
+        }
+        let nodes = qmp.block_nodes().await.map_err(text)?;
+        let edges = qmp.block_edges().await.map_err(text)?;
         let is_open = |name: &str| nodes.iter().any(|node| node.name == name);
-        let mut in_use = false;
         if is_open(&self.node) {
             let mut users = edges.iter().filter(|edge| edge.child == self.node).peekable();
-            in_use = users.peek().is_some();
+            let has_users = users.peek().is_some();
             if let Some(above) = users.find_map(|edge| edge.parent.as_deref()) {
                 return Err(format!("node `{above}` lies over it meanwhile"));
             }
-            if in_use {
-                let fold = qmp.fold_overlay(&self.node, &self.node, &self.frozen);
-                match tokio::time::timeout(FOLD_TIMEOUT, fold).await {
-                    Ok(folded) => folded.map_err(|e| e.to_string())?,
-                    Err(_) => return Err(format!("it has not ended in {FOLD_TIMEOUT:?}")),
-                }
+            if has_users {
+                in_use = true;
+                // Jobs and nodes have names of their own.
+                qmp.begin_fold(&self.node, &self.node, &self.frozen).await.map_err(text)?;
+                self.end_fold(qmp).await?;
             }
-            qmp.blockdev_del(&self.node).await.map_err(|e| e.to_string())?;
+            qmp.blockdev_del(&self.node).await.map_err(text)?;
         }
         if is_open(&self.file_node) {
-            qmp.blockdev_del(&self.file_node).await.map_err(|e| e.to_string())?;
+            qmp.blockdev_del(&self.file_node).await.map_err(text)?;
         }
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.to_string()),
             _ => Ok(in_use),
+        }
+    }
+
+    /// Waits until the overlay is folded, once that has begun.
+    async fn end_fold(&self, qmp: &Qmp) -> Result<(), String> {
+        match tokio::time::timeout(FOLD_TIMEOUT, qmp.end_fold(&self.node)).await {
+            Ok(folded) => folded.map_err(|e| e.to_string()),
+            Err(_) => Err(format!("it has not ended in {FOLD_TIMEOUT:?}, and goes on")),
         }
     }
 
