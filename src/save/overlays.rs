@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::SaveEvent;
 use super::checks::Checked;
 use super::left_over::LeftOver;
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{BlockEdge, Qmp, QmpError};
 use crate::vm::{FoundDisk, write_overlay};
 
 /// How long folding one overlay back may take: it holds what the guest has written
@@ -196,25 +196,51 @@ impl Overlay {
         }
     }
 
-    /// Whether its file is there.
-    pub fn exists(&self) -> bool {
-        fs::symlink_metadata(&self.path).is_ok()
-    }
-
-    /// The overlay that can't be folded back by QEMU any more, or not now.
-    pub fn left_over(&self, reason: String, qemu_lives: bool) -> LeftOver {
-        let remedy = match qemu_lives {
-            true => "run `snapback save --recover` on this image again, or fold it with \
-                     block-commit"
-                .to_owned(),
-            false => format!(
-                "fold it with `qemu-img commit {}` while no QEMU uses the disk, then remove it",
-                self.path
-            ),
-        };
+    /// The overlay, which was not folded back.
+    fn left_over(&self, reason: String, remedy: String) -> LeftOver {
         let (disk, overlay) = (self.disk.clone(), self.path.clone().into());
         LeftOver::Overlay { disk, overlay, reason, remedy }
     }
+
+    /// The overlay, if there is one, of a QEMU that has ended.
+    pub fn left_behind(&self) -> Option<LeftOver> {
+        // It may never have been made.
+        fs::symlink_metadata(&self.path).ok()?;
+        let remedy = format!(
+            "fold it with `qemu-img commit {}` while no QEMU uses the disk, then remove it",
+            self.path
+        );
+        Some(self.left_over("its QEMU has ended".into(), remedy))
+    }
+
+    /// What folds it in a QEMU that lives.
+    async fn fold_by_hand(&self, qmp: &Qmp) -> String {
+        let edges = qmp.block_edges().await.unwrap_or_default();
+        // QEMU wants to be told what lies on top of all.
+        let commit = json!({ "execute": "block-commit", "arguments": {
+            "job-id": self.node, "device": top(&edges, &self.node), "top-node": self.node,
+            "base-node": self.frozen,
+        }});
+        let complete = json!({ "execute": "job-complete", "arguments": { "id": self.node } });
+        format!(
+            "run `snapback save --recover` on this image again, before which it may be folded by \
+             QMP: `{commit}`, then, should `query-jobs` call the job `ready`, `{complete}`"
+        )
+    }
+}
+
+/// The node on top of those that lie over `node`.
+fn top<'a>(edges: &'a [BlockEdge], node: &'a str) -> &'a str {
+    let mut top = node;
+    // The graph has no circles; who knows what QEMU says.
+    for _ in edges {
+        let above = edges.iter().find_map(|e| e.parent.as_deref().filter(|_| e.child == top));
+        match above {
+            Some(above) => top = above,
+            None => break,
+        }
+    }
+    top
 }
 
 /// Makes the overlays of all captured disks, ready to be switched to.
@@ -251,9 +277,8 @@ pub(super) async fn undo(
         match overlay.undo(qmp).await {
             Ok(true) => on_event(SaveEvent::Folded { disk: overlay.disk.clone() }),
             Ok(false) => {}
-            // A QEMU that has ended can't tell which of them were ever made.
-            Err(_) if !overlay.exists() => {}
-            Err(reason) => left.push(overlay.left_over(reason, qmp.ended().is_none())),
+            Err(_) if qmp.ended().is_some() => left.extend(overlay.left_behind()),
+            Err(reason) => left.push(overlay.left_over(reason, overlay.fold_by_hand(qmp).await)),
         }
     }
     left
@@ -315,6 +340,18 @@ mod tests {
         assert_eq!(stem(Path::new("/d/my.disk.qcow2")), "my.disk");
         assert_eq!(stem(Path::new("/d/disk.snap-0123abcd.qcow2")), "disk");
         assert!(stem(Path::new(&"x".repeat(255))).len() <= 100);
+    }
+
+    #[test]
+    fn the_top_is_found_in_the_graph() {
+        let edge = |parent: Option<&str>, child: &str| BlockEdge {
+            parent: parent.map(str::to_owned),
+            child: child.to_owned(),
+            role: "backing".into(),
+        };
+        let edges = [edge(Some("b"), "a"), edge(None, "a"), edge(Some("c"), "b"), edge(None, "c")];
+        assert_eq!((top(&edges, "a"), top(&edges, "c"), top(&[], "a")), ("c", "c", "a"));
+        assert_eq!(top(&[edge(Some("a"), "a")], "a"), "a");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::ending::wait_end;
 use super::journal::{Journal, Plan, file_identity};
 use super::left_over::LeftOver;
-use super::overlays;
+use super::overlays::{self, Overlay};
 use super::release::release_memory;
 use super::{SaveError, SaveEvent, agent, checks};
 use crate::image::{ImageError, look};
@@ -53,12 +53,7 @@ pub async fn recover(
         return Ok(Recovered::Saved);
     }
     if !plan.qemu_lives() {
-        let left: Vec<LeftOver> = plan
-            .overlays
-            .iter()
-            .filter(|overlay| overlay.exists())
-            .map(|overlay| overlay.left_over("its QEMU has ended".into(), false))
-            .collect();
+        let left: Vec<_> = plan.overlays.iter().filter_map(Overlay::left_behind).collect();
         if left.is_empty() {
             journal.remove()?;
             return Ok(Recovered::Undone);
