@@ -179,7 +179,7 @@ pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> 
     let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
     let (mut items, checked) = look(&qmp, options).await;
     let background = checked.as_ref().is_none_or(|checked| checked.background);
-    let settings = Settings::ask(&qmp, background).await?;
+    let mut settings = Settings::ask(&qmp, background).await?;
     let applied = settings.apply(&qmp).await;
     let restored = settings.restore(&qmp).await.map_err(SaveError::from);
     let outcome = applied.and(restored);

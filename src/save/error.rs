@@ -82,8 +82,8 @@ pub enum SaveError {
         /// What that is, and what to do about it.
         left: Vec<LeftOver>,
     },
-    /// An earlier save was killed; said when something is left over of it.
-    #[error("an earlier save was killed")]
+    /// Said when something is left over of an earlier save.
+    #[error("an earlier save was killed, or could not undo all that it had done")]
     Killed,
     /// Whether a save that was killed had come to its end can't be told.
     #[error(

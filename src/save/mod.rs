@@ -275,8 +275,8 @@ async fn take(
         taken => return taken,
     };
     // The guest comes first.
-    if clock.held() {
-        let _ = qmp.cont().await;
+    if !clock.held() || qmp.cont().await.is_ok() {
+        undo.let_go();
     }
     // Both at once: a guest that is to answer may need its memory received, and one whose
     // agent has died its memory let go of.

@@ -36,40 +36,42 @@ pub enum Recovered {
 /// be recovered: it would be undone under its hands.
 ///
 /// # Errors
-/// [`SaveError::LeftOver`] when overlays can't be folded back, such as when QEMU has ended
-/// meanwhile; then they are named with what to do, and the journal stays until they are
-/// gone. [`SaveError::Unclear`] when it can't be told whether the image is whole; then
-/// nothing was touched.
+/// [`SaveError::LeftOver`] when something can't be undone, such as overlays when QEMU has ended
+/// meanwhile; then it is named with what to do, and the journal stays until it is done.
+/// [`SaveError::Unclear`] when it can't be told whether the image is whole; then nothing was
+/// touched.
 pub async fn recover(
     qmp: &Path,
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
-    let Some((journal, plan)) = Journal::read(image)? else {
+    let Some((journal, mut plan)) = Journal::read(image)? else {
         return Ok(Recovered::Nothing { journal: Journal::path(image) });
     };
-    if is_whole(image, &plan)? {
-        journal.remove()?;
-        return Ok(Recovered::Saved);
-    }
-    if !plan.qemu_lives() {
-        let left: Vec<_> = plan.overlays.iter().filter_map(Overlay::left_behind).collect();
-        if left.is_empty() {
-            journal.remove()?;
-            return Ok(Recovered::Undone);
+    let (whole, lives) = (is_whole(image, &plan)?, plan.qemu_lives());
+    let left = match (whole, lives) {
+        (true, false) => Vec::new(),
+        // All else was undone before the image got its name.
+        (true, true) => thaw(&mut plan, &mut on_event).await.into_iter().collect(),
+        (false, false) => plan.overlays.iter().filter_map(Overlay::left_behind).collect(),
+        (false, true) => {
+            let pid = plan.qemu.map(|(pid, _)| pid);
+            let qmp = reach(qmp, pid).await?;
+            if qmp.peer_pid() != pid {
+                return Err(SaveError::OtherQemu { pid: pid.unwrap_or(0) });
+            }
+            undo(&qmp, &mut plan, &mut on_event).await?
+        }
+    };
+    if !left.is_empty() {
+        // What was undone is not to be undone again.
+        if let Err(error) = journal.replace(&plan) {
+            tracing::debug!("{error}");
         }
         return Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left });
     }
-    let qmp = reach(qmp, plan.qemu.map(|(pid, _)| pid)).await?;
-    if qmp.peer_pid() != plan.qemu.map(|(pid, _)| pid) {
-        return Err(SaveError::OtherQemu { pid: plan.qemu.map_or(0, |(pid, _)| pid) });
-    }
-    let left = undo(&qmp, &plan, &mut on_event).await?;
-    if !left.is_empty() {
-        return Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left });
-    }
     journal.remove()?;
-    Ok(Recovered::Undone)
+    Ok(if whole { Recovered::Saved } else { Recovered::Undone })
 }
 
 /// Whether the image is there that the save was writing. It gets its name when it is
@@ -111,7 +113,7 @@ async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
 /// Undoes what is to be undone, as much of it as can be. Returns the rest.
 async fn undo(
     qmp: &Qmp,
-    plan: &Plan,
+    plan: &mut Plan,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<Vec<LeftOver>, SaveError> {
     // The guest comes first.
@@ -129,17 +131,25 @@ async fn undo(
     if plan.held && qmp.status().await? == "paused" {
         qmp.cont().await?;
     }
-    let mut left = Vec::new();
+    plan.held = false;
     // Only a guest that runs on can answer.
-    if let Some(socket) = &plan.frozen {
-        match agent::thaw(socket, &agent::PATIENCE).await {
-            Ok(()) => on_event(SaveEvent::Thawed),
-            Err(error) => left.push(LeftOver::Frozen(Some(error))),
-        }
-    }
+    let mut left: Vec<LeftOver> = thaw(plan, on_event).await.into_iter().collect();
     if let Err(error) = plan.settings.restore(qmp).await {
         left.push(LeftOver::Settings(error));
     }
     left.extend(overlays::undo(qmp, &plan.overlays, on_event).await);
     Ok(left)
+}
+
+/// Thaws the guest, if it may be frozen.
+async fn thaw(plan: &mut Plan, on_event: &mut impl FnMut(SaveEvent)) -> Option<LeftOver> {
+    let socket = plan.frozen.as_ref()?;
+    match agent::thaw(socket, &agent::PATIENCE).await {
+        Ok(()) => {
+            plan.frozen = None;
+            on_event(SaveEvent::Thawed);
+            None
+        }
+        Err(error) => Some(LeftOver::Frozen(Some(error))),
+    }
 }

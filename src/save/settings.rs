@@ -15,7 +15,7 @@ const HARMLESS: [&str; 1] = ["events"];
 const UNLIMITED: u64 = i64::MAX as u64;
 
 /// The settings that a save changes, as they were before.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Value,
@@ -61,16 +61,22 @@ impl Settings {
         Ok(())
     }
 
-    /// Puts everything back.
+    /// Puts everything back, and forgets it.
     ///
     /// # Errors
-    /// When QEMU refuses or is gone.
-    pub async fn restore(&self, qmp: &Qmp) -> Result<(), QmpError> {
+    /// When QEMU refuses or is gone. Nothing is forgotten then.
+    pub async fn restore(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        let none = Settings { capabilities: Vec::new(), parameters: json!({}) };
+        if *self == none {
+            return Ok(());
+        }
         let capabilities: Vec<_> =
             self.capabilities.iter().map(|(name, on)| (name.as_str(), *on)).collect();
         let parameters = qmp.execute("migrate-set-parameters", self.parameters.clone()).await;
         qmp.set_migration_capabilities(&capabilities).await?;
-        parameters.map(drop)
+        parameters?;
+        *self = none;
+        Ok(())
     }
 }
 

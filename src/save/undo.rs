@@ -17,8 +17,6 @@ use crate::qmp::{Qmp, QmpError};
 pub(super) struct Undo {
     plan: Plan,
     journal: Journal,
-    /// The settings have been put back.
-    restored: bool,
     /// Why the guest could not be thawed.
     not_thawed: Option<AgentError>,
 }
@@ -42,7 +40,7 @@ impl Undo {
             overlays,
         };
         let journal = Journal::create(&options.image, &plan)?;
-        Ok(Undo { plan, journal, restored: false, not_thawed: None })
+        Ok(Undo { plan, journal, not_thawed: None })
     }
 
     /// Sets QEMU up.
@@ -105,14 +103,19 @@ impl Undo {
         self.write()
     }
 
+    /// The guest that we held goes on, or never was held.
+    pub fn let_go(&mut self) {
+        self.plan.held = false;
+    }
+
     /// What is due once the guest goes on: it is thawed. Should we be killed from now on,
     /// whoever has paused the guest meanwhile was not us. Nothing of this may end the save.
     pub async fn guest_goes_on(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
         if !self.plan.held && self.plan.frozen.is_none() {
             return;
         }
-        self.thaw(on_event).await;
         self.plan.held = false;
+        self.thaw(on_event).await;
         if let Err(error) = self.write() {
             tracing::debug!("{error}");
         }
@@ -125,9 +128,7 @@ impl Undo {
 
     /// Puts QEMU's settings back.
     pub async fn restore_settings(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
-        self.plan.settings.restore(qmp).await?;
-        self.restored = true;
-        Ok(())
+        self.plan.settings.restore(qmp).await
     }
 
     /// Undoes everything. Returns the error that made it necessary, with what could not be
@@ -139,9 +140,7 @@ impl Undo {
         on_event: &mut impl FnMut(SaveEvent),
     ) -> SaveError {
         let mut left = Vec::new();
-        if !self.restored
-            && let Err(error) = self.restore_settings(qmp).await
-        {
+        if let Err(error) = self.restore_settings(qmp).await {
             left.push(LeftOver::Settings(error));
         }
         if self.plan.frozen.is_some() {
@@ -152,15 +151,20 @@ impl Undo {
             left.clear();
         }
         left.extend(overlays::undo(qmp, &self.plan.overlays, on_event).await);
-        if left.is_empty()
-            && let Err(error) = self.journal.remove()
-        {
-            left.push(LeftOver::Journal(error));
+        if left.is_empty() {
+            return match self.journal.remove() {
+                Ok(()) => cause,
+                Err(error) => {
+                    let left = vec![LeftOver::Journal(error)];
+                    SaveError::LeftOver { cause: Box::new(cause), left }
+                }
+            };
         }
-        match left.is_empty() {
-            true => cause,
-            false => SaveError::LeftOver { cause: Box::new(cause), left },
+        // What was undone is not to be undone again.
+        if let Err(error) = self.write() {
+            tracing::debug!("{error}");
         }
+        SaveError::LeftOver { cause: Box::new(cause), left }
     }
 
     /// The image is whole, and nothing is to be undone any more. A journal that can't be
