@@ -217,14 +217,23 @@ impl Overlay {
     async fn fold_by_hand(&self, qmp: &Qmp) -> String {
         let edges = qmp.block_edges().await.unwrap_or_default();
         // QEMU wants to be told what lies on top of all.
-        let commit = json!({ "execute": "block-commit", "arguments": {
+        let commit = json!({
             "job-id": self.node, "device": top(&edges, &self.node), "top-node": self.node,
             "base-node": self.frozen,
-        }});
-        let complete = json!({ "execute": "job-complete", "arguments": { "id": self.node } });
+        });
+        let complete = json!({ "id": self.node });
+        // Behind an ordinary migration, by which a paused guest is saved on QEMU before 9.0.
+        let first = match qmp.status().await.as_deref() {
+            Ok("postmigrate") => {
+                "let the guest go on (`cont`), since QEMU has given up its disks until then; then "
+            }
+            _ => "",
+        };
         format!(
-            "run `snapback save --recover` on this image again, before which it may be folded by \
-             QMP: `{commit}`, then, should `query-jobs` call the job `ready`, `{complete}`"
+            "{first}run `snapback save --recover` on this image again, before which it may be folded by \
+             QMP: `{{\"execute\":\"block-commit\",\"arguments\":{commit}}}`, then, should \
+             `query-jobs` call the job `ready`, \
+             `{{\"execute\":\"job-complete\",\"arguments\":{complete}}}`"
         )
     }
 }
