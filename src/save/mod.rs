@@ -16,6 +16,7 @@ mod receive;
 mod recover;
 mod release;
 mod settings;
+mod steps;
 mod touch;
 mod undo;
 
@@ -34,6 +35,7 @@ use self::ending::wait_end;
 use self::moment::{Moment, PauseClock, millis};
 use self::receive::{Received, Receiving};
 use self::settings::Settings;
+use self::steps::step;
 use self::undo::Undo;
 use crate::image::{Compression, ImageError, Saved};
 use crate::interrupt::Interrupts;
@@ -160,8 +162,10 @@ pub async fn save(
     };
     let settings = Settings::ask(&qmp, checked.background).await?;
     let mut undo = Undo::begin(settings, options, &checked)?;
+    step("journal");
     let outcome = async {
         undo.apply_settings(&qmp).await?;
+        step("settings");
         on_event(SaveEvent::Checked {
             qemu: checked.machine.qemu.to_string(),
             ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
@@ -172,10 +176,12 @@ pub async fn save(
         let (received, moment) =
             take(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
         undo.restore_settings(&qmp).await?;
+        step("restored");
         commit(received, moment, &checked, &undo, &mut interrupts).await
     };
     match outcome.await {
         Ok((saved, stalled)) => {
+            step("named");
             let nothing_left = undo.nothing_left(&mut on_event);
             on_event(SaveEvent::Saved {
                 bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
@@ -263,6 +269,7 @@ async fn take(
     let mut clock = PauseClock::new(checked.machine.running);
     let outcome = async {
         undo.freeze(options, interrupts, on_event).await?;
+        step("ready");
         // Not to be interrupted: what has been done to the guest must be known.
         begin(qmp, checked, undo, &mut clock).await?;
         tokio::select! {
@@ -316,16 +323,21 @@ async fn begin(
     if !undo.overlays().is_empty() {
         if clock.running() {
             undo.hold()?;
+            step("held");
             // Writing may have taken a while.
             unchanged(qmp, checked).await?;
             clock.hold();
             qmp.stop().await?;
             clock.step();
+            step("stopped");
         }
         overlays::switch(qmp, undo.overlays()).await?;
         clock.step();
+        step("switched");
     }
-    Ok(qmp.migrate(&format!("fd:{OUTGOING}")).await?)
+    qmp.migrate(&format!("fd:{OUTGOING}")).await?;
+    step("migrating");
+    Ok(())
 }
 
 /// Whether the guest still runs, or stands still, as it did when it was looked at: what is
@@ -356,7 +368,9 @@ async fn follow(
             biased;
             first = &mut *first_page, if !first_page.is_terminated() => if first.is_ok() {
                 clock.pass();
+                step("first page");
                 release(qmp, clock).await?;
+                step("released");
             },
             event = events.next() => clock.hear(&event?),
             received = &mut *done => break received,
@@ -367,6 +381,7 @@ async fn follow(
         }
         if clock.tell(on_event) {
             undo.guest_goes_on(on_event).await;
+            step("moment");
         }
     };
     let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
@@ -376,6 +391,7 @@ async fn follow(
             clock.pass();
             release(qmp, clock).await?;
             wait_end(qmp).await?;
+            step("received");
             // A small guest may be there before its events; QEMU's answer comes after.
             while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
                 clock.hear(&event?);

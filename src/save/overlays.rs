@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::SaveEvent;
 use super::checks::Checked;
 use super::left_over::LeftOver;
+use super::steps::step;
 use crate::qmp::{BlockEdge, Qmp, QmpError};
 use crate::vm::{FoundDisk, write_overlay};
 
@@ -175,7 +176,9 @@ impl Overlay {
                 in_use = true;
                 // Jobs and nodes have names of their own.
                 qmp.begin_fold(&self.node, &self.node, &self.frozen).await.map_err(text)?;
+                step("folding");
                 self.end_fold(qmp).await?;
+                step("folded");
             }
             qmp.blockdev_del(&self.node).await.map_err(text)?;
         }
@@ -262,8 +265,9 @@ pub(super) async fn prepare(
     overlays: &[Overlay],
 ) -> Result<(), OverlayError> {
     let owner = Owner::of(checked.pid);
-    for (overlay, found) in overlays.iter().zip(checked.captured()) {
+    for (number, (overlay, found)) in overlays.iter().zip(checked.captured()).enumerate() {
         overlay.prepare(qmp, found, owner).await?;
+        step(&format!("overlay {number}"));
     }
     Ok(())
 }
