@@ -11,14 +11,16 @@ use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Running, Snapback, check, text};
+use crate::killed::{STOP_AT, kill_at_its_step};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, query_status,
-    wait_for,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, cont, debian,
+    qmp, query_status, stop, wait_for,
 };
 use crate::{tests, tests_on_both};
 
 tests! {
     what_stands_in_the_way_is_told_item_by_item
+    a_real_agent_freezes_and_thaws
 }
 
 tests_on_both! {
@@ -28,6 +30,9 @@ tests_on_both! {
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
     an_incomplete_guest_is_waited_for
+    a_guest_that_somebody_stops_meanwhile_is_left_alone
+    what_cant_be_undone_is_named
+    a_paused_guest_is_saved_with_its_disks
 }
 
 /// A guest whose disks are changed, and its memory too, right after the moment.
@@ -303,6 +308,217 @@ fn whatever_fails_the_disks_are_as_before(dir: &Dir, qemu: Qemu) -> Result<()> {
     watched.is_as_before(dir)
 }
 
+fn a_guest_that_somebody_stops_meanwhile_is_left_alone(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    // While it is made ready.
+    let agent = Agent::listen(dir)?;
+    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    stop(&watched.side)?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.contains("`paused`") && refusal.contains("not by us"), "{refusal}");
+    assert_eq!(query_status(&watched.side)?, "paused");
+    cont(&watched.side)?;
+    watched.is_as_before(dir)?;
+
+    // While the save that is killed had not come to stop it.
+    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    saving.signal(libc::SIGKILL);
+    drop((saving, peer));
+    stop(&watched.side)?;
+    let recovering = watched.save(dir).with(&["--recover"]).start()?;
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    recovering.succeed()?;
+    assert_eq!(query_status(&watched.side)?, "paused");
+    cont(&watched.side)?;
+    watched.is_as_before(dir)?;
+
+    // The same the other way round.
+    stop(&watched.side)?;
+    let saving =
+        just_before_the_pause(dir, &watched, |qmp| qmp.execute("cont", json!({})).map(drop))?;
+    assert!(saving.end()?.failure()?.contains("`running`"));
+    watched.is_as_before(dir)
+}
+
+/// The first error is told, then what could not be undone; recovering does it once it can
+/// be done.
+fn what_cant_be_undone_is_named(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    // Settings: QEMU takes zero-copy-send only without compression.
+    let set = |name: &str, state: bool| json!({ "capability": name, "state": state });
+    let both = |on| json!({ "capabilities": [set("multifd", on), set("zero-copy-send", on)] });
+    let compress = |how: &str| json!({ "multifd-compression": how });
+    qmp(&watched.side, "migrate-set-capabilities", both(true))?;
+    let capabilities = query(&watched.side, "query-migrate-capabilities")?;
+    let saving = just_before_the_pause(dir, &watched, |qmp| {
+        let overlay = overlay_node(qmp)?;
+        qmp.execute("blockdev-del", json!({ "node-name": overlay }))?;
+        qmp.execute("migrate-set-parameters", compress("zlib")).map(drop)
+    })?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.starts_with("QEMU can't switch the disks"), "{refusal}");
+    assert!(refusal.contains("settings were not put back"), "{refusal}");
+    let refusal = watched.save(dir).with(&["--recover"]).fail()?;
+    assert!(refusal.contains("settings were not put back"), "{refusal}");
+    qmp(&watched.side, "migrate-set-parameters", compress("none"))?;
+    assert_eq!(watched.recover(dir)?, "undone");
+    assert_eq!(query(&watched.side, "query-migrate-capabilities")?, capabilities);
+    qmp(&watched.side, "migrate-set-capabilities", both(false))?;
+    watched.is_as_before(dir)?;
+
+    // An overlay over which somebody else has put his own. The command that is named folds it.
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    kill_at_its_step(watched.save(dir).env(STOP_AT, "moment").start()?)?;
+    let theirs = dir.path("theirs.qcow2");
+    let mut side = Qmp::connect(&watched.side)?;
+    let overlay = overlay_node(&mut side)?;
+    let snapshot = json!({
+        "node-name": overlay, "snapshot-file": theirs, "snapshot-node-name": "theirs",
+        "format": "qcow2",
+    });
+    side.execute("blockdev-snapshot-sync", snapshot)?;
+    let refusal = watched.save(dir).with(&["--recover"]).fail()?;
+    assert!(refusal.contains("node `theirs` lies over it"), "{refusal}");
+    let commands = refusal.split('`').filter_map(|part| serde_json::from_str::<Value>(part).ok());
+    let commit = commands.into_iter().next().ok_or("no command is named")?;
+    assert_eq!(
+        (&commit["execute"], &commit["arguments"]["device"]),
+        (&json!("block-commit"), &json!("theirs"))
+    );
+    side.execute("block-commit", commit["arguments"].clone())?;
+    wait_for(SOON, "a commit to end", || {
+        Ok((side.execute("query-jobs", json!({}))? == json!([])).then_some(()))
+    })?;
+    drop(side);
+    assert_eq!(watched.recover(dir)?, "undone");
+    assert_eq!(overlay_files(dir)?, Vec::<String>::new());
+    assert_eq!(query_status(&watched.side)?, "running");
+    Ok(())
+}
+
+/// On QEMU before 9.0, by an ordinary migration.
+fn a_paused_guest_is_saved_with_its_disks(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = Disk::new("disk", &dir.path("disk.raw"));
+    disk.make(8)?;
+    let mut guest = Guest::boot(&GuestOptions {
+        qemu,
+        mib: 128,
+        fill: Fill::Mib(16),
+        writers: 0,
+        disks: vec![disk],
+        ..Default::default()
+    })?;
+    let ask = |guest: &mut crate::support::Contact, question: &str| {
+        guest.oracle.ask(&format!("disk {question}"))
+    };
+    guest.oracle.ask("idle")?;
+    ask(&mut guest, "write /dev/vda 64 1")?;
+    let sum = guest.oracle.sum()?;
+    stop(&guest.qmp_path)?;
+    let files = || -> Result<Value> {
+        Ok(query(&guest.qmp_path, "query-block")?[0]["inserted"]["file"].clone())
+    };
+    let before = files()?;
+
+    if cfg!(debug_assertions) {
+        // Interrupted while it is sent, and when all has been.
+        for step in ["migrating", "received"] {
+            let saving = dir.save(&guest, "vm.snap").env(STOP_AT, step).start()?;
+            saving.wait_stopped()?;
+            saving.signal(libc::SIGINT);
+            saving.signal(libc::SIGCONT);
+            let refusal = saving.end()?.failure()?;
+            assert!(refusal.contains("interrupted"), "{step}: {refusal}");
+            if query_status(&guest.qmp_path)? == "postmigrate" {
+                // QEMU has given the disks up, and takes them back when it goes on.
+                assert!(refusal.contains("let the guest go on (`cont`)"), "{refusal}");
+                cont(&guest.qmp_path)?;
+                stop(&guest.qmp_path)?;
+                dir.save(&guest, "vm.snap").with(&["--recover"]).succeed()?;
+            }
+            assert_eq!(query_status(&guest.qmp_path)?, "paused", "{step}");
+            assert_eq!(files()?, before, "{step}");
+            assert_eq!(dir.names(".")?, ["disk.raw"], "{step}");
+        }
+    }
+
+    let ended = dir.save(&guest, "vm.snap").succeed()?;
+    assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
+    assert!(ended.event("moment")?["pause_ms"].is_null());
+    assert_ne!(files()?, before);
+    // It stands still, and goes on where it stood, in its overlay.
+    let state = query_status(&guest.qmp_path)?;
+    assert!(["paused", "postmigrate"].contains(&state.as_str()), "{state}");
+    cont(&guest.qmp_path)?;
+    assert_eq!(guest.oracle.sum()?, sum);
+    ask(&mut guest, "write /dev/vda 64 2")?;
+
+    let mut reverted = dir.reverted(&dir.path("vm.snap"), &guest.dir, "reverted")?;
+    assert_eq!(query_status(&reverted.qmp_path)?, "paused");
+    cont(&reverted.qmp_path)?;
+    reverted.resident()?;
+    assert_eq!(reverted.oracle.sum()?, sum);
+    assert_eq!(ask(&mut reverted, "check /dev/vda 64 1")?, "ok");
+    assert_eq!(ask(&mut guest, "check /dev/vda 64 2")?, "ok");
+    Ok(())
+}
+
+/// qemu-guest-agent in a Debian guest, by its serial port.
+fn a_real_agent_freezes_and_thaws(dir: &Dir) -> Result<()> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let mut guest = Guest::boot(&debian::options(Qemu::V7, disk))?;
+    let agent = guest.dir.join("serial3.sock");
+    let save = || dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
+    let ended = save().succeed()?;
+    let steps = ["checked", "ready", "frozen", "moment", "thawed", "saved"];
+    assert_eq!(ended.steps(), steps);
+    assert!(ended.event("frozen")?["filesystems"].as_u64().is_some_and(|count| count > 0));
+    assert_eq!(frozen(&agent)?, "thawed");
+    debian::run(&mut guest.oracle, "touch /root/first && sync")?;
+    fs::remove_file(dir.path("vm.snap"))?;
+
+    if cfg!(debug_assertions) {
+        let saving = dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
+        let mut saving = saving.env(STOP_AT, "ready").start()?;
+        saving.wait("frozen")?;
+        saving.wait_stopped()?;
+        assert_eq!(frozen(&agent)?, "frozen");
+        saving.signal(libc::SIGINT);
+        saving.signal(libc::SIGCONT);
+        let ended = saving.end()?;
+        assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
+        ended.event("thawed")?;
+        assert_eq!(frozen(&agent)?, "thawed");
+        debian::run(&mut guest.oracle, "touch /root/second && sync")?;
+    }
+    Ok(())
+}
+
+/// What an agent says of its guest's file systems.
+fn frozen(agent: &Path) -> Result<String> {
+    let mut peer = UnixStream::connect(agent)?;
+    peer.set_read_timeout(Some(SOON))?;
+    peer.write_all(b"\xff{\"execute\":\"guest-fsfreeze-status\"}\n")?;
+    for line in BufReader::new(peer).split(b'\n') {
+        // What was meant for others may come first.
+        if let Ok(answer) = serde_json::from_slice::<Value>(&line?)
+            && let Some(status) = answer["return"].as_str()
+        {
+            return Ok(status.to_owned());
+        }
+    }
+    Err("the agent hung up".into())
+}
+
 /// The name of the overlay's node.
 fn overlay_node(qmp: &mut Qmp) -> Result<String> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }))?;
@@ -475,6 +691,28 @@ fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
     ended.event("thawed")?;
     drop(unanswered);
+    watched.is_as_before(dir)?;
+
+    // It refuses to thaw. The image is whole, and the guest is thawed as soon as may be.
+    let saving = quiesce()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "error": { "class": "GenericError", "desc": "too warm" } }))?;
+    let ended = saving.end()?;
+    ended.event("saved")?;
+    let told = ended.failure()?;
+    let parts = ["the image is whole", "too warm", "--recover"];
+    assert!(parts.iter().all(|part| told.contains(part)), "{told}");
+    let recovering = watched.save(dir).with(&["--recover"]).start()?;
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    let ended = recovering.succeed()?;
+    ended.event("thawed")?;
+    assert_eq!(ended.event("recovered")?["outcome"], "saved");
+    fs::remove_file(dir.path("vm.snap"))?;
+    fold(&watched)?;
     watched.is_as_before(dir)?;
 
     // There is none.
