@@ -266,9 +266,10 @@ async fn take(
     drop(theirs);
     let mut receiving = Receiving::start(ours, options, checked)?;
     let mut events = qmp.events();
+    let frozen = undo.freeze(options, interrupts, on_event).await;
     let mut clock = PauseClock::new(checked.machine.running);
     let outcome = async {
-        undo.freeze(options, interrupts, on_event).await?;
+        frozen?;
         step("ready");
         // Not to be interrupted: what has been done to the guest must be known.
         begin(qmp, checked, undo, &mut clock).await?;
