@@ -115,8 +115,8 @@ pub enum SaveError {
     /// Interrupted a second time, before QEMU had let go of the guest's memory.
     #[error(
         "interrupted twice: no image was written, and the guest may hang, since QEMU had not let \
-         go of its memory yet; disks that were switched to overlays are folded back by `snapback save \
-         --recover`"
+         go of its memory yet: `snapback save --recover` on this image lets it go, and undoes \
+         what the save has changed"
     )]
     InterruptedTwice,
 }

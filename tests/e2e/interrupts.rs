@@ -233,7 +233,7 @@ fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
         let args = ["save", "--qmp", text(&original.socket), "vm.snap"];
         let mut save = dir.snapback(&args).start()?;
         save.wait("moment")?;
-        let _stopped = Stopped::new(original.pid());
+        let stopped = Stopped::new(original.pid());
         save.signal(libc::SIGINT);
         // QEMU may have sent everything by now, and stand still with its answers.
         if save.wait_any(&["draining", "saved"])?["event"] == "draining" {
@@ -241,7 +241,10 @@ fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
             let told = save.end()?.failure()?;
             assert!(told.contains("interrupted twice") && told.contains("may hang"), "{told}");
             assert!(!dir.path("vm.snap").exists());
-            return Ok(());
+            drop(stopped);
+            let ended = dir.snapback(&args).with(&["--recover"]).succeed()?;
+            assert_eq!(ended.event("recovered")?["outcome"], "undone");
+            return dir.snapback(&args).succeed().map(drop);
         }
         fs::remove_file(dir.path("vm.snap"))?;
     }
