@@ -499,6 +499,16 @@ fn a_real_agent_freezes_and_thaws(dir: &Dir) -> Result<()> {
         ended.event("thawed")?;
         assert_eq!(frozen(&agent)?, "thawed");
         debian::run(&mut guest.oracle, "touch /root/second && sync")?;
+
+        // Killed between the moment and the thaw: this QEMU leaves memory write-protected,
+        // and its guest's agent can't answer before that is mended.
+        let saving = dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
+        kill_at_its_step(saving.env(STOP_AT, "released").start()?)?;
+        let ended = dir.save(&guest, "vm.snap").with(&["--recover"]).succeed()?;
+        ended.event("thawed")?;
+        assert_eq!(ended.event("recovered")?["outcome"], "undone");
+        assert_eq!(frozen(&agent)?, "thawed");
+        debian::run(&mut guest.oracle, "touch /root/third && sync")?;
     }
     Ok(())
 }

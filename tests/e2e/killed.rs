@@ -173,12 +173,20 @@ fn a_save_is_killed_at_every_step(dir: &Dir, qemu: Qemu) -> Result<()> {
         fs::remove_file(dir.path("vm.snap"))?;
     }
 
-    // Recovering is killed as well.
+    // A save that undoes itself is killed, and then recovering as well.
     for step in STEPS_OF_UNDOING {
         let before = State::of(guest, dir)?;
-        let save = || dir.save(guest, "vm.snap");
-        kill_at_its_step(save().env(STOP_AT, "moment").start()?)?;
-        kill_at_its_step(save().with(&["--recover"]).env(STOP_AT, step).start()?)?;
+        let save = |guest: &Guest| dir.save(guest, "vm.snap");
+        let undoing = save(guest).env(STOP_AT, &format!("moment,{step}")).start()?;
+        undoing.wait_stopped()?;
+        undoing.signal(libc::SIGINT);
+        undoing.signal(libc::SIGCONT);
+        kill_at_its_step(undoing)?;
+        assert_eq!(recover(dir, guest)?, "undone");
+        is_as_before(dir, guest, &before, step)?;
+
+        kill_at_its_step(save(guest).env(STOP_AT, "moment").start()?)?;
+        kill_at_its_step(save(guest).with(&["--recover"]).env(STOP_AT, step).start()?)?;
         assert_eq!(recover(dir, guest)?, "undone");
         is_as_before(dir, guest, &before, step)?;
     }
