@@ -152,6 +152,7 @@ impl Output {
             SaveEvent::Frozen { filesystems } => {
                 self.say("frozen", &format!("{filesystems} of the guest's file systems"));
             }
+            SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
             SaveEvent::Folded { disk } => {
                 self.say("folded", &format!("the overlay back into disk {disk}"));
@@ -202,8 +203,9 @@ impl Output {
     pub fn recovered(&self, what: &str) {
         match self.json {
             true => {
-                let outcome = what.split(':').next();
-                self.print_json(&json!({ "event": "recovered", "outcome": outcome }));
+                let (outcome, says) = what.split_once(": ").unwrap_or((what, ""));
+                let event = json!({ "event": "recovered", "outcome": outcome, "says": says });
+                self.print_json(&event);
             }
             false => self.say("recovered", what),
         }

@@ -96,10 +96,16 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     if args.recover {
         let done = recover(&args.guest.qmp, &args.image, |event| output.save(&event)).await?;
-        output.recovered(match done {
-            Recovered::Nothing => "nothing: no save of this image was killed",
-            Recovered::Saved => "saved: the image is whole, the guest goes on in its overlays",
-            Recovered::Undone => "undone: the guest is as it was before the save",
+        output.recovered(&match done {
+            Recovered::Nothing { journal } => format!(
+                "nothing: there is no journal {}, so either no save of this image was killed, or \
+                 the image was called otherwise",
+                journal.display()
+            ),
+            Recovered::Saved => {
+                "saved: the image is whole, the guest goes on in its overlays".into()
+            }
+            Recovered::Undone => "undone: the guest is as it was before the save".into(),
         });
         return Ok(());
     }

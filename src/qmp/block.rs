@@ -11,6 +11,9 @@ use super::{Qmp, QmpError};
 /// How often a job is asked for its state.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
+/// The command that folds an overlay into the node below it.
+const BLOCK_COMMIT: &str = "block-commit";
+
 /// A node of the block graph: a file, or a format over one (`query-named-block-nodes`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockNode {
@@ -104,21 +107,25 @@ impl Qmp {
         self.execute("transaction", json!({ "actions": actions })).await.map(drop)
     }
 
-    /// Writes what an overlay holds into the node below it and takes the overlay away,
-    /// the guest running or not. The overlay stays open.
-    pub async fn fold_overlay(&self, job: &str, overlay: &str, base: &str) -> Result<(), QmpError> {
-        const COMMAND: &str = "block-commit";
+    /// Begins to write what an overlay holds into the node below it, the guest running or
+    /// not: as a job of that name, to be ended by [`Qmp::end_fold`].
+    pub async fn begin_fold(&self, job: &str, overlay: &str, base: &str) -> Result<(), QmpError> {
         let arguments = json!({
             "job-id": job, "device": overlay, "base-node": base, "auto-dismiss": false,
         });
-        self.execute(COMMAND, arguments).await?;
+        self.execute(BLOCK_COMMIT, arguments).await.map(drop)
+    }
+
+    /// Waits for a job of [`Qmp::begin_fold`], whoever began it, and takes the overlay away.
+    /// It stays open.
+    pub async fn end_fold(&self, job: &str) -> Result<(), QmpError> {
         let mut told = false;
         loop {
             match self.job(job).await? {
                 None => return Ok(()),
                 Some(Job { status, error, .. }) if status == "concluded" => {
                     self.execute("job-dismiss", json!({ "id": job })).await?;
-                    return concluded(COMMAND, error);
+                    return concluded(BLOCK_COMMIT, error);
                 }
                 // All is copied but what the guest writes just now.
                 Some(Job { status, .. }) if status == "ready" && !told => {

@@ -7,17 +7,32 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::time::Instant;
+use uuid::Uuid;
 
-use super::SaveEvent;
+/// How long to wait for the agent.
+pub(super) struct Patience {
+    /// Until it answers at all.
+    answer: Duration,
+    /// Until it has frozen: file systems are written out first.
+    freeze: Duration,
+    /// Until it has thawed.
+    thaw: Duration,
+    /// Until it has heard of thawing: an agent that is still busy freezing, or whose
+    /// guest stands still, answers nothing meanwhile.
+    persist: Duration,
+}
 
-/// How long the agent may take to answer at all.
-const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
+/// A guest has waited long enough when this is over: it is told.
+pub(super) const PATIENCE: Patience = Patience {
+    answer: Duration::from_secs(5),
+    freeze: Duration::from_secs(30),
+    thaw: Duration::from_secs(10),
+    persist: Duration::from_secs(60),
+};
 
-/// How long freezing may take: file systems are written out first.
-const FREEZE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long thawing may take. The guest has waited long enough by then: it is told.
-const THAW_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to leave an agent alone that could not be reached.
+const RETRY_EVERY: Duration = Duration::from_millis(200);
 
 /// The longest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;
@@ -56,73 +71,55 @@ pub enum AgentError {
     },
 }
 
-/// The file systems of a guest, frozen: to be thawed, whatever happens.
-pub(super) struct Freeze {
-    socket: PathBuf,
-}
-
-impl Freeze {
-    /// Freezes all file systems that the agent can freeze. If that fails, they are
-    /// thawed.
-    pub async fn all(
-        socket: &Path,
-        on_event: &mut impl FnMut(SaveEvent),
-    ) -> Result<Freeze, AgentError> {
-        const COMMAND: &str = "guest-fsfreeze-freeze";
-        let freeze = Freeze { socket: socket.to_owned() };
-        let mut agent = Agent::connect(socket).await?;
-        let frozen = agent.ask(COMMAND, FREEZE_TIMEOUT).await.and_then(|answer| {
-            let refused = || AgentError::Refused {
-                command: COMMAND,
-                reason: format!("it answered {answer}"),
-            };
-            answer.as_u64().ok_or_else(refused)
-        });
-        match frozen {
-            Ok(filesystems) => {
-                on_event(SaveEvent::Frozen { filesystems });
-                Ok(freeze)
-            }
-            Err(error) => {
-                drop(agent);
-                // It may have frozen some, or freeze them yet.
-                let _ = freeze.thaw(&mut |_| {}).await;
-                Err(error)
-            }
+impl AgentError {
+    /// Whether it may work when it is tried again: not when the agent has refused, nor when
+    /// nobody listens at its socket, as when QEMU has ended.
+    fn may_pass(&self) -> bool {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        match self {
+            AgentError::Refused { .. } => false,
+            AgentError::Io { source, .. } => !matches!(source.kind(), ConnectionRefused | NotFound),
+            AgentError::Timeout { .. } => true,
         }
-    }
-
-    /// Thaws them. An agent that has frozen file systems of its own accord can't thaw
-    /// less than all.
-    pub async fn thaw(self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), AgentError> {
-        let thawed = thaw(&self.socket).await;
-        match &thawed {
-            Ok(()) => on_event(SaveEvent::Thawed),
-            Err(error) => tracing::warn!("the guest's file systems may still be frozen: {error}"),
-        }
-        thawed
     }
 }
 
-/// Thaws all file systems of a guest.
-pub(super) async fn thaw(socket: &Path) -> Result<(), AgentError> {
-    let mut agent = Agent::connect(socket).await?;
-    agent.ask("guest-fsfreeze-thaw", THAW_TIMEOUT).await.map(drop)
+/// Thaws all file systems of a guest. An agent that has frozen file systems of its own
+/// accord can't thaw less than all.
+///
+/// An agent that was asked to freeze does so however long that takes, whether anybody waits
+/// for it or not. It answers nothing before: so this is tried again and again.
+pub(super) async fn thaw(socket: &Path, patience: &Patience) -> Result<(), AgentError> {
+    let end = Instant::now() + patience.persist;
+    loop {
+        let thaw = async { Agent::connect(socket, patience).await?.thaw().await };
+        match thaw.await {
+            Err(error) if error.may_pass() && Instant::now() < end => {
+                tracing::info!("{error}; trying again to thaw");
+                tokio::time::sleep(RETRY_EVERY).await;
+            }
+            done => return done,
+        }
+    }
 }
 
 /// A connection to an agent.
-struct Agent {
+pub(super) struct Agent<'a> {
     socket: PathBuf,
+    patience: &'a Patience,
     stream: BufReader<UnixStream>,
 }
 
-impl Agent {
+impl<'a> Agent<'a> {
     /// Connects, and gets past whatever an earlier peer has left in the channel.
-    async fn connect(socket: &Path) -> Result<Agent, AgentError> {
+    pub async fn connect(socket: &Path, patience: &'a Patience) -> Result<Agent<'a>, AgentError> {
         let failed = |source| AgentError::Io { socket: socket.to_owned(), source };
         let stream = UnixStream::connect(socket).await.map_err(failed)?;
-        let mut agent = Agent { socket: socket.to_owned(), stream: BufReader::new(stream) };
-        let id = u64::from(std::process::id());
+        let mut agent =
+            Agent { socket: socket.to_owned(), patience, stream: BufReader::new(stream) };
+        // Nobody else's: a late answer to an earlier connection of ours is no answer to this
+        // one. QMP's integers have 63 bits.
+        let id = Uuid::new_v4().as_u64_pair().0 >> 1;
         // The agent's parser begins anew at this byte.
         agent
             .send(&[b"\xff", json_line("guest-sync", json!({ "id": id })).as_slice()].concat())
@@ -137,14 +134,28 @@ impl Agent {
                 }
             }
         };
-        match tokio::time::timeout(SYNC_TIMEOUT, synced).await {
+        match tokio::time::timeout(patience.answer, synced).await {
             Ok(synced) => synced.map(|()| agent),
             Err(_) => Err(AgentError::Timeout {
                 socket: socket.to_owned(),
                 command: "guest-sync",
-                after: SYNC_TIMEOUT,
+                after: patience.answer,
             }),
         }
+    }
+
+    /// Freezes all file systems that the agent can freeze, and tells how many those are.
+    /// If that fails, they may be frozen none the less, or will be yet.
+    pub async fn freeze(mut self) -> Result<u64, AgentError> {
+        const COMMAND: &str = "guest-fsfreeze-freeze";
+        let answer = self.ask(COMMAND, self.patience.freeze).await?;
+        let refused =
+            || AgentError::Refused { command: COMMAND, reason: format!("it answered {answer}") };
+        answer.as_u64().ok_or_else(refused)
+    }
+
+    async fn thaw(mut self) -> Result<(), AgentError> {
+        self.ask("guest-fsfreeze-thaw", self.patience.thaw).await.map(drop)
     }
 
     /// Carries out a command without arguments.
@@ -198,4 +209,85 @@ fn json_line(command: &str, arguments: Value) -> Vec<u8> {
         request["arguments"] = arguments;
     }
     format!("{request}\n").into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    /// An agent as qemu-ga is: it carries out one command after the other, whoever has sent
+    /// it, and answers whoever is there then. It freezes only when told to go on. Returns
+    /// the commands that it has carried out, when the last one was to thaw.
+    fn busy_agent(
+        listener: UnixListener,
+        go_on: std::sync::mpsc::Receiver<()>,
+    ) -> std::io::Result<Vec<String>> {
+        let (commands, heard) = std::sync::mpsc::channel();
+        let peer = std::sync::Arc::new(std::sync::Mutex::new(None));
+        let current = std::sync::Arc::clone(&peer);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                *current.lock().unwrap() = stream.try_clone().ok();
+                for line in std::io::BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+                    let line = line.strip_prefix(b"\xff").unwrap_or(&line);
+                    let _ = commands.send(serde_json::from_slice::<Value>(line).unwrap());
+                }
+            }
+        });
+        let mut done = Vec::new();
+        for request in heard {
+            let command = request["execute"].as_str().unwrap().to_owned();
+            if command == "guest-fsfreeze-freeze" {
+                let _ = go_on.recv();
+            }
+            let result = request["arguments"].get("id").cloned().unwrap_or(json!(1));
+            if let Some(peer) = &mut *peer.lock().unwrap() {
+                // It may have hung up.
+                let _ = peer.write_all(format!("{}\n", json!({ "return": result })).as_bytes());
+            }
+            done.push(command);
+            if done.last().is_some_and(|command| command == "guest-fsfreeze-thaw") {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    #[tokio::test]
+    async fn what_is_frozen_late_is_thawed_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("agent.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (go_on, told) = std::sync::mpsc::channel();
+        let agent = std::thread::spawn(move || busy_agent(listener, told));
+
+        let waits_little_for_freezing = Patience { freeze: SHORT, ..PATIENCE };
+        let agent_of_ours = Agent::connect(&socket, &waits_little_for_freezing).await.unwrap();
+        let frozen = agent_of_ours.freeze().await;
+        assert!(
+            matches!(frozen, Err(AgentError::Timeout { command, .. }) if command.contains("freeze"))
+        );
+        // It freezes only now that somebody has tried in vain to thaw.
+        let tries_once = Patience { answer: SHORT, persist: Duration::ZERO, ..PATIENCE };
+        let thawed = thaw(&socket, &tries_once).await;
+        assert!(matches!(thawed, Err(AgentError::Timeout { command: "guest-sync", .. })));
+        go_on.send(()).unwrap();
+        thaw(&socket, &PATIENCE).await.unwrap();
+        let done = agent.join().unwrap().unwrap();
+        let frozen = done.iter().position(|command| command == "guest-fsfreeze-freeze");
+        assert!(frozen.is_some_and(|at| at < done.len() - 1), "{done:?}");
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_is_gone_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("agent.sock");
+        let error = thaw(&socket, &PATIENCE).await.unwrap_err();
+        assert!(matches!(error, AgentError::Io { .. }) && !error.may_pass());
+    }
 }

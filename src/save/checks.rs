@@ -179,10 +179,10 @@ pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> 
     let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
     let (mut items, checked) = look(&qmp, options).await;
     let background = checked.as_ref().is_none_or(|checked| checked.background);
-    let outcome = match Settings::apply(&qmp, background).await {
-        Ok(settings) => settings.restore(&qmp).await.map_err(SaveError::from),
-        Err(error) => Err(error),
-    };
+    let mut settings = Settings::ask(&qmp, background).await?;
+    let applied = settings.apply(&qmp).await;
+    let restored = settings.restore(&qmp).await.map_err(SaveError::from);
+    let outcome = applied.and(restored);
     let says = match background {
         true => "QEMU can write-protect its memory with userfaultfd on this host",
         false => "not needed: the guest is paused",

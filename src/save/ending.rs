@@ -37,8 +37,10 @@ pub(super) async fn end(
         if !checked.must_drain {
             cancel(qmp).await;
         }
-        // It fails when the stream has ended, as it is to.
-        let _ = receiving.ended.await;
+        if !sent_all {
+            // It fails when the stream has ended, as it is to.
+            let _ = receiving.ended.await;
+        }
         let _ = wait_end(qmp).await;
     };
     tokio::select! {

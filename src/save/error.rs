@@ -1,18 +1,21 @@
 //! What can go wrong with a save.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::agent::AgentError;
 use super::checks::CheckError;
 use super::journal::JournalError;
-use super::overlays::{LeftOver, OverlayError};
+use super::left_over::LeftOver;
+use super::overlays::OverlayError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::vm::VmError;
 use crate::wire::WireError;
 
 /// Why a save failed. The guest runs on (or stays paused) as before, and no image is
-/// left behind; nor are overlays, unless [`SaveError::LeftOver`] names them.
+/// left behind (but see [`SaveError::StillFrozen`]); nor is anything else, unless
+/// [`SaveError::LeftOver`] names it.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
     /// It can't work, as was found before the guest was touched.
@@ -53,20 +56,47 @@ pub enum SaveError {
     /// The guest's agent could not freeze its file systems.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// Somebody else has stopped the guest, or let it go, while the save was made ready.
+    #[error(
+        "the guest's state has become `{state}` while its save was being prepared, and not by us: \
+         it is left as it is; save again"
+    )]
+    Meanwhile {
+        /// The state, in QEMU's words.
+        state: String,
+    },
     /// QEMU took too long to write-protect the guest's memory, the guest standing still.
     #[error("QEMU did not get to sending memory within {0:?}, while the guest stood still")]
     Held(Duration),
-    /// Whatever failed first, overlays are left behind.
+    /// The image is whole, but the guest could not be thawed.
+    #[error(
+        "the image is whole, but the guest's file systems may still be frozen ({0}): \
+         `snapback save --recover` on this image tries again to thaw them"
+    )]
+    StillFrozen(AgentError),
+    /// Whatever failed first, something could not be undone.
     #[error("{cause}; and {}", .left.iter().map(LeftOver::to_string).collect::<Vec<_>>().join("; "))]
     LeftOver {
         /// What failed.
         cause: Box<SaveError>,
-        /// The overlays, and what to do about them.
+        /// What that is, and what to do about it.
         left: Vec<LeftOver>,
     },
-    /// An earlier save was killed; said when its overlays are left over.
-    #[error("an earlier save was killed")]
+    /// Said when something is left over of an earlier save.
+    #[error("an earlier save was killed, or could not undo all that it had done")]
     Killed,
+    /// Whether a save that was killed had come to its end can't be told.
+    #[error(
+        "a save of {} was killed, and whether it had come to its end can't be told, so nothing was \
+         touched: {source}; if that can be mended, recover again then, and if this file is surely \
+         not the image, move it away first", .image.display()
+    )]
+    Unclear {
+        /// The image.
+        image: PathBuf,
+        /// Why it can't be looked at.
+        source: ImageError,
+    },
     /// QEMU has left its memory write-protected, and that can't be mended.
     #[error(
         "QEMU has left the guest's memory write-protected, and its userfaultfd can't be used \
@@ -85,8 +115,8 @@ pub enum SaveError {
     /// Interrupted a second time, before QEMU had let go of the guest's memory.
     #[error(
         "interrupted twice: no image was written, and the guest may hang, since QEMU had not let \
-         go of its memory yet; disks that were switched to overlays are folded back by `snapback save \
-         --recover`"
+         go of its memory yet: `snapback save --recover` on this image lets it go, and undoes \
+         what the save has changed"
     )]
     InterruptedTwice,
 }

@@ -4,7 +4,8 @@ use serde::Serialize;
 
 use super::moment::PauseParts;
 
-/// What happens during a save, in this order but for `Draining`, `Waiting` and `Folded`.
+/// What happens during a save, in this order but for `Draining`, `Waiting`, `Folded` and
+/// `Note`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
@@ -78,6 +79,13 @@ pub enum SaveEvent {
         image_bytes: u64,
         /// How long QEMU had to wait for our disk, in milliseconds.
         stalled_ms: f64,
+    },
+    /// Something did not go as it should, and the snapshot is good none the less.
+    Note {
+        /// What.
+        what: String,
+        /// Why, and what to do about it.
+        why: String,
     },
     /// The save has failed: a disk's overlay was folded back into the disk and removed.
     Folded {

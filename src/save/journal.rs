@@ -1,5 +1,5 @@
 //! What has to be undone should a save be killed: a small file beside the image, there
-//! from before the first overlay exists until the image is whole.
+//! from before anything is changed until the image is whole.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -56,7 +56,9 @@ pub enum JournalError {
 pub(super) struct Plan {
     /// QEMU's process, and when it was started: proc_pid_stat(5).
     pub qemu: Option<(i32, u64)>,
-    /// The guest ran, and may be held by us.
+    /// The file that had the image's name before, as [`file_identity`] tells.
+    pub replaces: Option<(u64, u64)>,
+    /// The guest ran until we stopped it, or were about to.
     pub held: bool,
     /// The guest agent's socket, if its file systems may be frozen by us.
     pub frozen: Option<PathBuf>,
@@ -66,6 +68,13 @@ pub(super) struct Plan {
     pub overlays: Vec<Overlay>,
 }
 
+impl Plan {
+    /// Whether the QEMU lives whose guest was being saved.
+    pub fn qemu_lives(&self) -> bool {
+        self.qemu.is_some_and(|(pid, start)| started(pid) == Some(start))
+    }
+}
+
 /// A journal of a save. Dropping it leaves the file: see [`Journal::remove`].
 pub(super) struct Journal {
     path: PathBuf,
@@ -73,7 +82,7 @@ pub(super) struct Journal {
 
 impl Journal {
     /// The name of an image's journal.
-    fn path(image: &Path) -> PathBuf {
+    pub fn path(image: &Path) -> PathBuf {
         let name = image.file_name().unwrap_or_default().to_string_lossy();
         image.with_file_name(format!(".{name}.journal"))
     }
@@ -163,12 +172,25 @@ impl Journal {
     }
 }
 
+/// What tells a file from all others as long as it is there: its file system and its number
+/// there. None when there is none of that name.
+pub(super) fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// When a process was started, in clock ticks since boot: with its id, what tells it
-/// from all others (proc_pid_stat(5), field 22).
+/// from all others (proc_pid_stat(5), field 22). None for one that has ended, even if its
+/// parent has not asked for its exit code yet.
 pub(super) fn started(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; field 3 follows it.
-    stat.rsplit_once(") ")?.1.split(' ').nth(22 - 3)?.parse().ok()
+    // The name in parentheses may hold anything; field 3, the state, follows it.
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+    let ended = matches!(fields.first(), Some(&("Z" | "X")));
+    fields.get(22 - 3).filter(|_| !ended)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -181,6 +203,7 @@ mod tests {
         let image = folder.path().join("vm.snap");
         let plan = Plan {
             qemu: Some((1, 2)),
+            replaces: None,
             held: true,
             frozen: None,
             settings: Settings::default(),

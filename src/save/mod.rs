@@ -8,6 +8,7 @@ mod ending;
 mod error;
 mod event;
 mod journal;
+mod left_over;
 mod moment;
 mod obstacles;
 mod overlays;
@@ -15,6 +16,7 @@ mod receive;
 mod recover;
 mod release;
 mod settings;
+mod steps;
 mod touch;
 mod undo;
 
@@ -28,12 +30,12 @@ use std::time::Duration;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 
-use self::agent::Freeze;
 use self::checks::{Checked, check};
 use self::ending::wait_end;
 use self::moment::{Moment, PauseClock, millis};
 use self::receive::{Received, Receiving};
 use self::settings::Settings;
+use self::steps::step;
 use self::undo::Undo;
 use crate::image::{Compression, ImageError, Saved};
 use crate::interrupt::Interrupts;
@@ -47,9 +49,10 @@ pub use checks::{CheckError, CheckItem, survey};
 pub use error::SaveError;
 pub use event::SaveEvent;
 pub use journal::JournalError;
+pub use left_over::LeftOver;
 pub use moment::PauseParts;
 pub use obstacles::Obstacle;
-pub use overlays::{LeftOver, OverlayError};
+pub use overlays::OverlayError;
 pub use recover::{Recovered, recover};
 
 /// The name under which QEMU is given its end of the migration stream.
@@ -137,7 +140,7 @@ pub enum DiskChoice {
 /// who does not wait for that, by a second interrupt, may leave the guest hanging.
 ///
 /// # Errors
-/// See [`SaveError`]. Whatever fails, the guest runs on as it ran before, its disks and
+/// See [`SaveError`]; [`SaveError::StillFrozen`] leaves a whole image. Whatever fails, the guest runs on as it ran before, its disks and
 /// migration settings are what they were, and nothing is left behind; after a SIGKILL,
 /// [`recover`] does all that.
 pub async fn save(
@@ -157,25 +160,29 @@ pub async fn save(
         ready = connect_and_check => ready?,
         () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
     };
-    let settings = Settings::apply(&qmp, checked.background).await?;
-    on_event(SaveEvent::Checked {
-        qemu: checked.machine.qemu.to_string(),
-        ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
-        captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
-        uncaptured_disks: checked.machine.uncaptured_disks.clone(),
-    });
-
-    let mut undo = Undo::new(settings);
+    let settings = Settings::ask(&qmp, checked.background).await?;
+    let mut undo = Undo::begin(settings, options, &checked)?;
+    step("journal");
     let outcome = async {
-        make_ready(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
+        undo.apply_settings(&qmp).await?;
+        step("settings");
+        on_event(SaveEvent::Checked {
+            qemu: checked.machine.qemu.to_string(),
+            ram_bytes: checked.blocks.iter().map(|block| block.used_len).sum(),
+            captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
+            uncaptured_disks: checked.machine.uncaptured_disks.clone(),
+        });
+        make_ready(&qmp, &checked, &undo, &mut interrupts, &mut on_event).await?;
         let (received, moment) =
             take(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
         undo.restore_settings(&qmp).await?;
+        step("restored");
         commit(received, moment, &checked, &undo, &mut interrupts).await
     };
     match outcome.await {
         Ok((saved, stalled)) => {
-            undo.nothing_left()?;
+            step("named");
+            let nothing_left = undo.nothing_left(&mut on_event);
             on_event(SaveEvent::Saved {
                 bytes: saved.data_pages * crate::page::PAGE_SIZE as u64,
                 pages: saved.data_pages,
@@ -185,7 +192,7 @@ pub async fn save(
                 image_bytes: saved.image_bytes,
                 stalled_ms: millis(stalled),
             });
-            Ok(saved)
+            nothing_left.map(|()| saved)
         }
         // QEMU takes no other settings while a migration is under way, nor commits.
         Err(error @ SaveError::InterruptedTwice) => Err(error),
@@ -197,18 +204,14 @@ pub async fn save(
 /// never used and puts small pages together, and flushes disks.
 async fn make_ready(
     qmp: &Qmp,
-    options: &SaveOptions,
     checked: &Checked,
-    undo: &mut Undo,
+    undo: &Undo,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(), SaveError> {
-    let mut overlays = Vec::new();
-    if checked.captured().next().is_some() {
-        let planned = undo.plan(options, checked)?;
-        overlays::prepare(qmp, checked, planned).await?;
-        overlays = planned.iter().map(|overlay| overlay.path.clone()).collect();
-    }
+    overlays::prepare(qmp, checked, undo.overlays()).await?;
+    let overlays: Vec<String> =
+        undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
 
     let stop = Arc::new(AtomicBool::new(false));
     let touch = {
@@ -263,39 +266,43 @@ async fn take(
     drop(theirs);
     let mut receiving = Receiving::start(ours, options, checked)?;
     let mut events = qmp.events();
-    let freeze = match &options.quiesce {
-        Some(agent) => Some(undo.freeze(agent, interrupts, on_event).await),
-        None => None,
-    };
-    let mut freeze = match freeze.transpose() {
-        Ok(freeze) => freeze,
-        Err(error) => {
-            return Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await);
-        }
-    };
+    let frozen = undo.freeze(options, interrupts, on_event).await;
     let mut clock = PauseClock::new(checked.machine.running);
-    // Not to be interrupted: what has been done to the guest must be known.
-    let begun = begin(qmp, undo, &mut clock).await;
-    let outcome = match begun {
-        Ok(()) => {
-            let follow =
-                follow(qmp, &mut events, &mut clock, &mut freeze, undo, &mut receiving, on_event);
-            tokio::select! {
-                outcome = follow => outcome,
-                () = interrupts.at_least(1) => Err(SaveError::Interrupted),
-            }
+    let outcome = async {
+        frozen?;
+        step("ready");
+        // Not to be interrupted: what has been done to the guest must be known.
+        begin(qmp, checked, undo, &mut clock).await?;
+        tokio::select! {
+            outcome = follow(qmp, &mut events, &mut clock, undo, &mut receiving, on_event) => outcome,
+            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
         }
-        Err(error) => Err(error),
     };
-    let Err(error) = outcome else { return outcome };
+    let error = match outcome.await {
+        Err(error) => error,
+        taken => return taken,
+    };
     // The guest comes first.
-    if clock.held() {
-        let _ = qmp.cont().await;
+    if !clock.held() || qmp.cont().await.is_ok() {
+        undo.let_go();
     }
-    if let Some(freeze) = freeze {
-        let _ = freeze.thaw(on_event).await;
+    // Both at once: a guest that is to answer may need its memory received, and one whose
+    // agent has died its memory let go of.
+    let mut thawed = false;
+    let mut hear = |_| thawed = true;
+    let mut enough = interrupts.clone();
+    let thaw = async {
+        tokio::select! {
+            () = undo.thaw(&mut hear) => {}
+            () = enough.at_least(2) => {}
+        }
+    };
+    let end = ending::end(qmp, error, checked, receiving, interrupts, on_event);
+    let ((), error) = tokio::join!(thaw, end);
+    if thawed {
+        on_event(SaveEvent::Thawed);
     }
-    Err(ending::end(qmp, error, checked, receiving, interrupts, on_event).await)
+    Err(error)
 }
 
 /// Makes room in a socket, as much as we may: more than the system's limit only as root
@@ -307,17 +314,41 @@ fn widen(socket: &UnixStream) {
 
 /// Begins the snapshot. A guest with disks to capture stands still when this returns,
 /// its disks switched to their overlays, and is to be let go with the first page.
-async fn begin(qmp: &Qmp, undo: &Undo, clock: &mut PauseClock) -> Result<(), SaveError> {
+async fn begin(
+    qmp: &Qmp,
+    checked: &Checked,
+    undo: &mut Undo,
+    clock: &mut PauseClock,
+) -> Result<(), SaveError> {
+    unchanged(qmp, checked).await?;
     if !undo.overlays().is_empty() {
         if clock.running() {
+            undo.hold()?;
+            step("held");
+            // Writing may have taken a while.
+            unchanged(qmp, checked).await?;
             clock.hold();
             qmp.stop().await?;
             clock.step();
+            step("stopped");
         }
         overlays::switch(qmp, undo.overlays()).await?;
         clock.step();
+        step("switched");
     }
-    Ok(qmp.migrate(&format!("fd:{OUTGOING}")).await?)
+    qmp.migrate(&format!("fd:{OUTGOING}")).await?;
+    step("migrating");
+    Ok(())
+}
+
+/// Whether the guest still runs, or stands still, as it did when it was looked at: what is
+/// done now depends on it, and a guest that somebody else has stopped is not ours to let go.
+async fn unchanged(qmp: &Qmp, checked: &Checked) -> Result<(), SaveError> {
+    let state = qmp.status().await?;
+    match (state == "running") == checked.machine.running {
+        true => Ok(()),
+        false => Err(SaveError::Meanwhile { state }),
+    }
 }
 
 /// Follows a migration that has begun to its end.
@@ -325,7 +356,6 @@ async fn follow(
     qmp: &Qmp,
     events: &mut Events,
     clock: &mut PauseClock,
-    freeze: &mut Option<Freeze>,
     undo: &mut Undo,
     receiving: &mut Receiving,
     on_event: &mut impl FnMut(SaveEvent),
@@ -339,7 +369,9 @@ async fn follow(
             biased;
             first = &mut *first_page, if !first_page.is_terminated() => if first.is_ok() {
                 clock.pass();
+                step("first page");
                 release(qmp, clock).await?;
+                step("released");
             },
             event = events.next() => clock.hear(&event?),
             received = &mut *done => break received,
@@ -349,7 +381,8 @@ async fn follow(
             _ = tick.tick(), if clock.moment().is_some() => on_event(counters.progress()),
         }
         if clock.tell(on_event) {
-            after_moment(freeze, undo, on_event).await;
+            undo.guest_goes_on(on_event).await;
+            step("moment");
         }
     };
     let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
@@ -359,12 +392,15 @@ async fn follow(
             clock.pass();
             release(qmp, clock).await?;
             wait_end(qmp).await?;
+            step("received");
             // A small guest may be there before its events; QEMU's answer comes after.
             while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
                 clock.hear(&event?);
             }
-            clock.tell(on_event);
-            after_moment(freeze, undo, on_event).await;
+            if clock.moment().is_none() {
+                clock.tell(on_event);
+                undo.guest_goes_on(on_event).await;
+            }
             Ok((received, clock.moment_or_asked()))
         }
         // QEMU's own reason, where it has one, says more than the end of its stream.
@@ -385,18 +421,6 @@ async fn release(qmp: &Qmp, clock: &mut PauseClock) -> Result<(), SaveError> {
         clock.released();
     }
     Ok(())
-}
-
-/// What is due once the guest goes on: nothing of this may end the save.
-async fn after_moment(
-    freeze: &mut Option<Freeze>,
-    undo: &mut Undo,
-    on_event: &mut impl FnMut(SaveEvent),
-) {
-    if let Some(freeze) = freeze.take() {
-        let _ = freeze.thaw(on_event).await;
-    }
-    undo.guest_goes_on();
 }
 
 /// Makes the image whole, which takes as long as the disk or the bandwidth asks for, and

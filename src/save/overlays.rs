@@ -14,7 +14,9 @@ use uuid::Uuid;
 
 use super::SaveEvent;
 use super::checks::Checked;
-use crate::qmp::{Qmp, QmpError};
+use super::left_over::LeftOver;
+use super::steps::step;
+use crate::qmp::{BlockEdge, Qmp, QmpError};
 use crate::vm::{FoundDisk, write_overlay};
 
 /// How long folding one overlay back may take: it holds what the guest has written
@@ -66,30 +68,6 @@ pub(super) struct Overlay {
     pub file_node: String,
     /// The overlay's file, absolute.
     pub path: String,
-}
-
-/// An overlay that could not be folded back, and what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeftOver {
-    /// The disk.
-    pub disk: String,
-    /// The overlay's file.
-    pub overlay: PathBuf,
-    /// Why.
-    pub reason: String,
-    /// What folds it back.
-    pub remedy: String,
-}
-
-impl std::fmt::Display for LeftOver {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let LeftOver { disk, overlay, reason, remedy } = self;
-        let overlay = overlay.display();
-        write!(
-            f,
-            "disk {disk} goes on in {overlay}, which was not folded back ({reason}): {remedy}"
-        )
-    }
 }
 
 impl Overlay {
@@ -176,27 +154,36 @@ impl Overlay {
     /// Takes the overlay away, whatever has become of it: folds it back into the disk
     /// if the guest writes to it, closes it, and removes its file. Whether it was in use.
     async fn undo(&self, qmp: &Qmp) -> Result<bool, String> {
-        let nodes = qmp.block_nodes().await.map_err(|e| e.to_string())?;
-        let edges = qmp.block_edges().await.map_err(|e| e.to_string())?;
+        let text = |e: QmpError| e.to_string();
+        // An earlier attempt may have been killed, or have waited too long.
+        let mut in_use = qmp.job(&self.node).await.map_err(text)?.is_some();
+        if in_use && let Err(reason) = self.end_fold(qmp).await {
+            if qmp.job(&self.node).await.map_err(text)?.is_some() {
+                return Err(reason);
+            }
+            tracing::info!("folding {} was tried before: {reason}", self.path);
+        }
+        let nodes = qmp.block_nodes().await.map_err(text)?;
+        let edges = qmp.block_edges().await.map_err(text)?;
         let is_open = |name: &str| nodes.iter().any(|node| node.name == name);
-        let mut in_use = false;
         if is_open(&self.node) {
             let mut users = edges.iter().filter(|edge| edge.child == self.node).peekable();
-            in_use = users.peek().is_some();
+            let has_users = users.peek().is_some();
             if let Some(above) = users.find_map(|edge| edge.parent.as_deref()) {
                 return Err(format!("node `{above}` lies over it meanwhile"));
             }
-            if in_use {
-                let fold = qmp.fold_overlay(&self.node, &self.node, &self.frozen);
-                match tokio::time::timeout(FOLD_TIMEOUT, fold).await {
-                    Ok(folded) => folded.map_err(|e| e.to_string())?,
-                    Err(_) => return Err(format!("it has not ended in {FOLD_TIMEOUT:?}")),
-                }
+            if has_users {
+                in_use = true;
+                // Jobs and nodes have names of their own.
+                qmp.begin_fold(&self.node, &self.node, &self.frozen).await.map_err(text)?;
+                step("folding");
+                self.end_fold(qmp).await?;
+                step("folded");
             }
-            qmp.blockdev_del(&self.node).await.map_err(|e| e.to_string())?;
+            qmp.blockdev_del(&self.node).await.map_err(text)?;
         }
         if is_open(&self.file_node) {
-            qmp.blockdev_del(&self.file_node).await.map_err(|e| e.to_string())?;
+            qmp.blockdev_del(&self.file_node).await.map_err(text)?;
         }
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.to_string()),
@@ -204,19 +191,68 @@ impl Overlay {
         }
     }
 
-    /// The overlay that can't be folded back by QEMU any more, or not now.
-    pub fn left_over(&self, reason: String, qemu_lives: bool) -> LeftOver {
-        let remedy = match qemu_lives {
-            true => "run `snapback save --recover` on this image again, or fold it with \
-                     block-commit"
-                .to_owned(),
-            false => format!(
-                "fold it with `qemu-img commit {}` while no QEMU uses the disk, then remove it",
-                self.path
-            ),
-        };
-        LeftOver { disk: self.disk.clone(), overlay: self.path.clone().into(), reason, remedy }
+    /// Waits until the overlay is folded, once that has begun.
+    async fn end_fold(&self, qmp: &Qmp) -> Result<(), String> {
+        match tokio::time::timeout(FOLD_TIMEOUT, qmp.end_fold(&self.node)).await {
+            Ok(folded) => folded.map_err(|e| e.to_string()),
+            Err(_) => Err(format!("it has not ended in {FOLD_TIMEOUT:?}, and goes on")),
+        }
     }
+
+    /// The overlay, which was not folded back.
+    fn left_over(&self, reason: String, remedy: String) -> LeftOver {
+        let (disk, overlay) = (self.disk.clone(), self.path.clone().into());
+        LeftOver::Overlay { disk, overlay, reason, remedy }
+    }
+
+    /// The overlay, if there is one, of a QEMU that has ended.
+    pub fn left_behind(&self) -> Option<LeftOver> {
+        // It may never have been made.
+        fs::symlink_metadata(&self.path).ok()?;
+        let remedy = format!(
+            "fold it with `qemu-img commit {}` while no QEMU uses the disk, then remove it",
+            self.path
+        );
+        Some(self.left_over("its QEMU has ended".into(), remedy))
+    }
+
+    /// What folds it in a QEMU that lives.
+    async fn fold_by_hand(&self, qmp: &Qmp) -> String {
+        let edges = qmp.block_edges().await.unwrap_or_default();
+        // QEMU wants to be told what lies on top of all.
+        let commit = json!({
+            "job-id": self.node, "device": top(&edges, &self.node), "top-node": self.node,
+            "base-node": self.frozen,
+        });
+        let complete = json!({ "id": self.node });
+        // Behind an ordinary migration, by which a paused guest is saved on QEMU before 9.0.
+        let first = match qmp.status().await.as_deref() {
+            Ok("postmigrate") => {
+                "let the guest go on (`cont`), since QEMU has given up its disks until then; then "
+            }
+            _ => "",
+        };
+        format!(
+            "{first}run `snapback save --recover` on this image again, before which it may be folded by \
+             QMP: `{{\"execute\":\"block-commit\",\"arguments\":{commit}}}`, then, should \
+             `query-jobs` call the job `ready`, \
+             `{{\"execute\":\"job-complete\",\"arguments\":{complete}}}`"
+        )
+    }
+}
+
+/// The node on top of those that lie over `node`.
+fn top<'a>(edges: &'a [BlockEdge], node: &'a str) -> &'a str {
+    let mut top = node;
+    // The graph has no circles; who knows what QEMU says.
+    for _ in edges {
+        let above = edges.iter().find_map(|e| e.parent.as_deref().filter(|_| e.child == top));
+        match above {
+            Some(above) => top = above,
+            None => break,
+        }
+    }
+    top
 }
 
 /// Makes the overlays of all captured disks, ready to be switched to.
@@ -229,8 +265,9 @@ pub(super) async fn prepare(
     overlays: &[Overlay],
 ) -> Result<(), OverlayError> {
     let owner = Owner::of(checked.pid);
-    for (overlay, found) in overlays.iter().zip(checked.captured()) {
+    for (number, (overlay, found)) in overlays.iter().zip(checked.captured()).enumerate() {
         overlay.prepare(qmp, found, owner).await?;
+        step(&format!("overlay {number}"));
     }
     Ok(())
 }
@@ -253,7 +290,8 @@ pub(super) async fn undo(
         match overlay.undo(qmp).await {
             Ok(true) => on_event(SaveEvent::Folded { disk: overlay.disk.clone() }),
             Ok(false) => {}
-            Err(reason) => left.push(overlay.left_over(reason, qmp.ended().is_none())),
+            Err(_) if qmp.ended().is_some() => left.extend(overlay.left_behind()),
+            Err(reason) => left.push(overlay.left_over(reason, overlay.fold_by_hand(qmp).await)),
         }
     }
     left
@@ -315,6 +353,18 @@ mod tests {
         assert_eq!(stem(Path::new("/d/my.disk.qcow2")), "my.disk");
         assert_eq!(stem(Path::new("/d/disk.snap-0123abcd.qcow2")), "disk");
         assert!(stem(Path::new(&"x".repeat(255))).len() <= 100);
+    }
+
+    #[test]
+    fn the_top_is_found_in_the_graph() {
+        let edge = |parent: Option<&str>, child: &str| BlockEdge {
+            parent: parent.map(str::to_owned),
+            child: child.to_owned(),
+            role: "backing".into(),
+        };
+        let edges = [edge(Some("b"), "a"), edge(None, "a"), edge(Some("c"), "b"), edge(None, "c")];
+        assert_eq!((top(&edges, "a"), top(&edges, "c"), top(&[], "a")), ("c", "c", "a"));
+        assert_eq!(top(&[edge(Some("a"), "a")], "a"), "a");
     }
 
     #[test]

@@ -1,27 +1,29 @@
 //! Cleaning up behind a save that was killed.
 
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-
 use super::ending::wait_end;
-use super::journal::{Journal, Plan, started};
-use super::overlays::{self, LeftOver};
+use super::journal::{Journal, Plan, file_identity};
+use super::left_over::LeftOver;
+use super::overlays::{self, Overlay};
 use super::release::release_memory;
 use super::{SaveError, SaveEvent, agent, checks};
-use crate::image::Image;
-use crate::qmp::{Qmp, QmpError};
+use crate::image::{ImageError, look};
+use crate::qmp::Qmp;
 
 /// How often write protection is looked for while QEMU does not answer.
 const RELEASE_EVERY: Duration = Duration::from_millis(500);
 
 /// What became of a save that was killed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovered {
-    /// There is none to clean up behind.
-    Nothing,
+    /// There is no journal, so nothing was looked at: no save was killed, or it was one of an
+    /// image of another name.
+    Nothing {
+        /// Where the journal would be.
+        journal: PathBuf,
+    },
     /// It had come to its end: the image is whole, and the guest goes on in the overlays.
     Saved,
     /// It was undone: the guest runs on as before.
@@ -34,72 +36,62 @@ pub enum Recovered {
 /// be recovered: it would be undone under its hands.
 ///
 /// # Errors
-/// [`SaveError::LeftOver`] when overlays can't be folded back, such as when QEMU has ended
-/// meanwhile; then they are named with what to do, and the journal stays until they are
-/// gone.
+/// [`SaveError::LeftOver`] when something can't be undone, such as overlays when QEMU has ended
+/// meanwhile; then it is named with what to do, and the journal stays until it is done.
+/// [`SaveError::Unclear`] when it can't be told whether the image is whole; then nothing was
+/// touched.
 pub async fn recover(
     qmp: &Path,
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
-    let Some((journal, plan)) = Journal::read(image)? else { return without_journal(qmp).await };
-    if is_whole(image, &plan) {
-        journal.remove()?;
-        return Ok(Recovered::Saved);
-    }
-    let lives = plan.qemu.is_some_and(|(pid, start)| started(pid) == Some(start));
-    if !lives {
-        let left: Vec<LeftOver> = plan
-            .overlays
-            .iter()
-            .filter(|overlay| Path::new(&overlay.path).exists())
-            .map(|overlay| overlay.left_over("its QEMU has ended".into(), false))
-            .collect();
-        if left.is_empty() {
-            journal.remove()?;
-            return Ok(Recovered::Undone);
+    let Some((journal, mut plan)) = Journal::read(image)? else {
+        return Ok(Recovered::Nothing { journal: Journal::path(image) });
+    };
+    let (whole, lives) = (is_whole(image, &plan)?, plan.qemu_lives());
+    let left = match (whole, lives) {
+        (true, false) => Vec::new(),
+        // All else was undone before the image got its name.
+        (true, true) => thaw(&mut plan, &mut on_event).await.into_iter().collect(),
+        (false, false) => plan.overlays.iter().filter_map(Overlay::left_behind).collect(),
+        (false, true) => {
+            let pid = plan.qemu.map(|(pid, _)| pid);
+            let qmp = reach(qmp, pid).await?;
+            if qmp.peer_pid() != pid {
+                return Err(SaveError::OtherQemu { pid: pid.unwrap_or(0) });
+            }
+            undo(&qmp, &mut plan, &mut on_event).await?
+        }
+    };
+    if !left.is_empty() {
+        // What was undone is not to be undone again.
+        if let Err(error) = journal.replace(&plan) {
+            tracing::debug!("{error}");
         }
         return Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left });
     }
-    let qmp = reach(qmp, plan.qemu.map(|(pid, _)| pid)).await?;
-    if qmp.peer_pid() != plan.qemu.map(|(pid, _)| pid) {
-        return Err(SaveError::OtherQemu { pid: plan.qemu.map_or(0, |(pid, _)| pid) });
-    }
-    undo(&qmp, &plan, &mut on_event).await?;
     journal.remove()?;
-    Ok(Recovered::Undone)
+    Ok(if whole { Recovered::Saved } else { Recovered::Undone })
 }
 
-/// Whether the image is the one that the save was writing.
-fn is_whole(image: &Path, plan: &Plan) -> bool {
-    let Ok(reader) = Image::open(image) else { return false };
-    let disks = &reader.manifest().machine.disks;
-    plan.overlays.iter().all(|overlay| {
+/// Whether the image is there that the save was writing. It gets its name when it is
+/// whole, so it is unless there is nothing of that name, or what was there before.
+///
+/// # Errors
+/// When that can't be told. Undoing the save of a whole image would destroy it.
+fn is_whole(image: &Path, plan: &Plan) -> Result<bool, SaveError> {
+    let unclear = |source| SaveError::Unclear { image: image.to_owned(), source };
+    match file_identity(image) {
+        Ok(None) => return Ok(false),
+        Ok(found) if found == plan.replaces => return Ok(false),
+        Ok(_) => {}
+        Err(error) => return Err(unclear(ImageError::io("look for", image, error))),
+    }
+    // Images that it refers to may be missing.
+    let disks = look(image).map_err(unclear)?.manifest.machine.disks;
+    Ok(plan.overlays.iter().all(|overlay| {
         disks.iter().any(|disk| disk.overlay.as_deref() == Some(overlay.path.as_str()))
-    })
-}
-
-/// Cleans up behind a save that captured no disks, which keeps no journal.
-async fn without_journal(qmp: &Path) -> Result<Recovered, SaveError> {
-    let Some(pid) = UnixStream::connect(qmp).ok().and_then(|socket| peer_pid(&socket)) else {
-        return Ok(Recovered::Nothing);
-    };
-    let qmp = match Qmp::connect(qmp, checks::ANSWER_TIMEOUT).await {
-        Err(QmpError::Timeout { .. }) => reach(qmp, Some(pid)).await?,
-        connected => connected?,
-    };
-    // A save under way is nobody's to clean up.
-    if qmp.migration_info().await?.status.as_deref() != Some("failed") {
-        return Ok(Recovered::Nothing);
-    }
-    let released = release_memory(pid).map_err(SaveError::Protected)?;
-    const BACKGROUND: &str = "background-snapshot";
-    let capabilities = qmp.migration_capabilities().await?;
-    let left = capabilities.iter().any(|(name, on)| name == BACKGROUND && *on);
-    if left {
-        qmp.set_migration_capabilities(&[(BACKGROUND, false)]).await?;
-    }
-    Ok(if left || released > 0 { Recovered::Undone } else { Recovered::Nothing })
+    }))
 }
 
 /// Connects to the QEMU in process `pid`, in which a snapshot was broken off. A guest that
@@ -118,23 +110,15 @@ async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
     }
 }
 
-/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
-fn peer_pid(socket: &UnixStream) -> Option<i32> {
-    let credentials = getsockopt(socket, PeerCredentials).ok()?;
-    Some(credentials.pid()).filter(|pid| *pid > 0)
-}
-
+/// Undoes what is to be undone, as much of it as can be. Returns the rest.
 async fn undo(
     qmp: &Qmp,
-    plan: &Plan,
+    plan: &mut Plan,
     on_event: &mut impl FnMut(SaveEvent),
-) -> Result<(), SaveError> {
+) -> Result<Vec<LeftOver>, SaveError> {
     // The guest comes first.
     if plan.held && qmp.status().await? == "paused" {
         qmp.cont().await?;
-    }
-    if let Some(socket) = &plan.frozen {
-        agent::thaw(socket).await?;
     }
     // Its reader is gone, so a migration under way fails by itself.
     if qmp.migration_info().await?.status.is_some() {
@@ -147,10 +131,25 @@ async fn undo(
     if plan.held && qmp.status().await? == "paused" {
         qmp.cont().await?;
     }
-    plan.settings.restore(qmp).await?;
-    let left = overlays::undo(qmp, &plan.overlays, on_event).await;
-    match left.is_empty() {
-        true => Ok(()),
-        false => Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left }),
+    plan.held = false;
+    // Only a guest that runs on can answer.
+    let mut left: Vec<LeftOver> = thaw(plan, on_event).await.into_iter().collect();
+    if let Err(error) = plan.settings.restore(qmp).await {
+        left.push(LeftOver::Settings(error));
+    }
+    left.extend(overlays::undo(qmp, &plan.overlays, on_event).await);
+    Ok(left)
+}
+
+/// Thaws the guest, if it may be frozen.
+async fn thaw(plan: &mut Plan, on_event: &mut impl FnMut(SaveEvent)) -> Option<LeftOver> {
+    let socket = plan.frozen.as_ref()?;
+    match agent::thaw(socket, &agent::PATIENCE).await {
+        Ok(()) => {
+            plan.frozen = None;
+            on_event(SaveEvent::Thawed);
+            None
+        }
+        Err(error) => Some(LeftOver::Frozen(Some(error))),
     }
 }

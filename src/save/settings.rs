@@ -14,62 +14,74 @@ const HARMLESS: [&str; 1] = ["events"];
 /// QMP's integers have 63 bits).
 const UNLIMITED: u64 = i64::MAX as u64;
 
-/// The settings that a save has changed, as they were before.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+/// The settings that a save changes, as they were before.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Value,
 }
 
 impl Settings {
-    /// Sets QEMU up for a save, in the `background` or not. QEMU checks here whether it can take a background
-    /// snapshot of this guest; the guest is not touched.
-    ///
-    /// # Errors
-    /// When QEMU refuses. Its settings are then as they were.
-    pub async fn apply(qmp: &Qmp, background: bool) -> Result<Settings, SaveError> {
+    /// Asks QEMU for the settings that are to be changed for a save, in the `background` or
+    /// not. Nothing is changed yet.
+    pub async fn ask(qmp: &Qmp, background: bool) -> Result<Settings, QmpError> {
         const BACKGROUND: &str = "background-snapshot";
         // Nearly every other capability is refused together with a background
         // snapshot, or changes the form of the stream.
         let wanted = |name: &str| name == BACKGROUND && background;
         let mut capabilities = qmp.migration_capabilities().await?;
         capabilities.retain(|(name, on)| *on != wanted(name) && !HARMLESS.contains(&name.as_str()));
-        let changed: Vec<_> = capabilities.iter().map(|(name, on)| (name.as_str(), !on)).collect();
-        qmp.set_migration_capabilities(&changed).await.map_err(refused)?;
-        let mut settings = Settings { capabilities, parameters: json!({}) };
-        if let Err(error) = settings.apply_parameters(qmp).await {
-            let _ = settings.restore(qmp).await;
-            return Err(error.into());
-        }
-        Ok(settings)
-    }
-
-    /// A background snapshot ignores `max-bandwidth`, an ordinary migration doesn't;
-    /// TLS would encrypt a stream that never leaves this host.
-    async fn apply_parameters(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
-        let before = qmp.execute("query-migrate-parameters", ()).await?;
-        let mut wanted = json!({});
-        for (name, value) in [("max-bandwidth", json!(UNLIMITED)), ("tls-creds", json!(""))] {
-            match before.get(name) {
-                Some(old) if *old != value && !old.is_null() => {
-                    wanted[name] = value;
-                    self.parameters[name] = old.clone();
-                }
+        let now = qmp.execute("query-migrate-parameters", ()).await?;
+        let mut parameters = json!({});
+        for (name, wanted) in parameters_wanted() {
+            match now.get(name) {
+                Some(old) if *old != wanted && !old.is_null() => parameters[name] = old.clone(),
                 _ => {}
             }
         }
-        qmp.execute("migrate-set-parameters", wanted).await.map(drop)
+        Ok(Settings { capabilities, parameters })
     }
 
-    /// Puts everything back.
+    /// Sets QEMU up for a save. QEMU checks here whether it can take a background snapshot
+    /// of this guest; the guest is not touched.
     ///
     /// # Errors
-    /// When QEMU refuses or is gone.
-    pub async fn restore(&self, qmp: &Qmp) -> Result<(), QmpError> {
+    /// When QEMU refuses. Some settings may be changed then.
+    pub async fn apply(&self, qmp: &Qmp) -> Result<(), SaveError> {
+        let changed: Vec<_> =
+            self.capabilities.iter().map(|(name, on)| (name.as_str(), !on)).collect();
+        qmp.set_migration_capabilities(&changed).await.map_err(refused)?;
+        let mut parameters = json!({});
+        for (name, wanted) in parameters_wanted() {
+            if self.parameters.get(name).is_some() {
+                parameters[name] = wanted;
+            }
+        }
+        qmp.execute("migrate-set-parameters", parameters).await?;
+        Ok(())
+    }
+
+    /// Puts everything back, and forgets it.
+    ///
+    /// # Errors
+    /// When QEMU refuses or is gone. Nothing is forgotten then.
+    pub async fn restore(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        let none = Settings { capabilities: Vec::new(), parameters: json!({}) };
+        if *self == none {
+            return Ok(());
+        }
         let capabilities: Vec<_> =
             self.capabilities.iter().map(|(name, on)| (name.as_str(), *on)).collect();
         let parameters = qmp.execute("migrate-set-parameters", self.parameters.clone()).await;
         qmp.set_migration_capabilities(&capabilities).await?;
-        parameters.map(drop)
+        parameters?;
+        *self = none;
+        Ok(())
     }
+}
+
+/// A background snapshot ignores `max-bandwidth`, an ordinary migration doesn't; TLS would
+/// encrypt a stream that never leaves this host.
+fn parameters_wanted() -> [(&'static str, Value); 2] {
+    [("max-bandwidth", json!(UNLIMITED)), ("tls-creds", json!(""))]
 }

@@ -1,46 +1,51 @@
 //! What a save has changed in the guest's QEMU, and how it is changed back.
 
-use std::path::Path;
+use std::time::Duration;
 
-use super::agent::Freeze;
+use super::agent::{self, Agent, AgentError, PATIENCE};
 use super::checks::Checked;
-use super::journal::{Journal, Plan, started};
+use super::journal::{Journal, Plan, file_identity, started};
+use super::left_over::LeftOver;
 use super::overlays::{self, Overlay};
 use super::settings::Settings;
 use super::{SaveError, SaveEvent, SaveOptions};
 use crate::interrupt::Interrupts;
 use crate::qmp::{Qmp, QmpError};
 
-/// What is to be undone should the save fail; with disks, it is written down in a
-/// journal as well.
+/// What is to be undone should the save fail, and the journal that says so should it be
+/// killed.
 pub(super) struct Undo {
     plan: Plan,
-    journal: Option<Journal>,
-    /// The settings have been put back.
-    restored: bool,
+    journal: Journal,
+    /// Why the guest could not be thawed.
+    not_thawed: Option<AgentError>,
 }
 
 impl Undo {
-    /// So far, only settings were changed.
-    pub fn new(settings: Settings) -> Undo {
-        let plan = Plan { qemu: None, held: false, frozen: None, settings, overlays: Vec::new() };
-        Undo { plan, journal: None, restored: false }
-    }
-
-    /// Decides on the overlays and writes it all down. Nothing is made yet.
-    pub fn plan(
-        &mut self,
+    /// Decides on the overlays, and writes down what a save is about to change. Nothing is
+    /// changed yet.
+    pub fn begin(
+        settings: Settings,
         options: &SaveOptions,
         checked: &Checked,
-    ) -> Result<&[Overlay], SaveError> {
+    ) -> Result<Undo, SaveError> {
         let overlays =
             Overlay::plan(checked.captured(), options.overlay_dir.as_deref(), &options.image)?;
-        let qemu = started(checked.pid).map(|started| (checked.pid, started));
-        let (held, frozen) = (checked.machine.running, options.quiesce.clone());
-        let plan = Plan { qemu, held, frozen, overlays, ..self.plan.clone() };
-        self.journal = Some(Journal::create(&options.image, &plan)?);
-        self.plan = plan;
-        Ok(&self.plan.overlays)
+        let plan = Plan {
+            qemu: started(checked.pid).map(|started| (checked.pid, started)),
+            replaces: file_identity(&options.image).ok().flatten(),
+            held: false,
+            frozen: None,
+            settings,
+            overlays,
+        };
+        let journal = Journal::create(&options.image, &plan)?;
+        Ok(Undo { plan, journal, not_thawed: None })
+    }
+
+    /// Sets QEMU up.
+    pub async fn apply_settings(&self, qmp: &Qmp) -> Result<(), SaveError> {
+        self.plan.settings.apply(qmp).await
     }
 
     /// The overlays, in the order of the disks to capture.
@@ -48,67 +53,153 @@ impl Undo {
         &self.plan.overlays
     }
 
-    /// Freezes the guest's file systems.
+    /// Freezes the guest's file systems, if that is asked for. Whatever comes of it,
+    /// [`Undo::thaw`] is due.
     pub async fn freeze(
-        &self,
-        agent: &Path,
+        &mut self,
+        options: &SaveOptions,
         interrupts: &mut Interrupts,
         on_event: &mut impl FnMut(SaveEvent),
-    ) -> Result<Freeze, SaveError> {
-        let freeze = async { Ok(Freeze::all(agent, on_event).await?) };
-        let interrupted = tokio::select! {
-            frozen = freeze => return frozen,
+    ) -> Result<(), SaveError> {
+        let Some(socket) = &options.quiesce else { return Ok(()) };
+        let freeze = async {
+            let agent = Agent::connect(socket, &PATIENCE).await?;
+            // Who thaws them after us may work in another folder.
+            self.plan.frozen = Some(std::path::absolute(socket).unwrap_or_else(|_| socket.clone()));
+            self.write()?;
+            Ok::<u64, SaveError>(agent.freeze().await?)
+        };
+        let frozen = tokio::select! {
+            frozen = freeze => frozen,
             () = interrupts.at_least(1) => Err(SaveError::Interrupted),
         };
-        // It may have been about to answer.
-        let _ = super::agent::thaw(agent).await;
-        interrupted
+        if let Err(SaveError::Agent(AgentError::Refused { .. })) = frozen {
+            // It has thawed what it had frozen before it failed. It is told again, in case;
+            // one that can't freeze at all refuses that as well.
+            let _ = agent::thaw(socket, &PATIENCE).await;
+            self.plan.frozen = None;
+        }
+        let filesystems = frozen?;
+        on_event(SaveEvent::Frozen { filesystems });
+        Ok(())
     }
 
-    /// Neither held nor frozen any more: should we be killed from now on, whoever has
-    /// paused the guest meanwhile was not us.
-    pub fn guest_goes_on(&mut self) {
+    /// Thaws the guest's file systems, if they may be frozen. Only when that has worked is
+    /// it forgotten that they were: this may be dropped at any time, and called again.
+    pub async fn thaw(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
+        let Some(socket) = &self.plan.frozen else { return };
+        match agent::thaw(socket, &PATIENCE).await {
+            Ok(()) => {
+                self.plan.frozen = None;
+                on_event(SaveEvent::Thawed);
+            }
+            Err(error) => self.not_thawed = Some(error),
+        }
+    }
+
+    /// Writes down that the guest, which runs, is about to be stopped by us.
+    pub fn hold(&mut self) -> Result<(), SaveError> {
+        self.plan.held = true;
+        self.write()
+    }
+
+    /// The guest that we held goes on, or never was held.
+    pub fn let_go(&mut self) {
+        self.plan.held = false;
+    }
+
+    /// What is due once the guest goes on: it is thawed. Should we be killed from now on,
+    /// whoever has paused the guest meanwhile was not us. Nothing of this may end the save.
+    pub async fn guest_goes_on(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
         if !self.plan.held && self.plan.frozen.is_none() {
             return;
         }
-        (self.plan.held, self.plan.frozen) = (false, None);
-        if let Some(journal) = &self.journal
-            && let Err(error) = journal.replace(&self.plan)
-        {
+        self.plan.held = false;
+        self.thaw(on_event).await;
+        if let Err(error) = self.write() {
             tracing::debug!("{error}");
         }
     }
 
-    /// Puts QEMU's settings back.
-    pub async fn restore_settings(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
-        self.plan.settings.restore(qmp).await?;
-        self.restored = true;
-        Ok(())
+    /// Writes down how things stand.
+    fn write(&self) -> Result<(), SaveError> {
+        Ok(self.journal.replace(&self.plan)?)
     }
 
-    /// Undoes everything. Returns the error that made it necessary, or a worse one.
+    /// Puts QEMU's settings back.
+    pub async fn restore_settings(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        self.plan.settings.restore(qmp).await
+    }
+
+    /// Undoes everything. Returns the error that made it necessary, with what could not be
+    /// undone: then the journal stays.
     pub async fn all(
         mut self,
         qmp: &Qmp,
         cause: SaveError,
         on_event: &mut impl FnMut(SaveEvent),
     ) -> SaveError {
-        if !self.restored {
-            // Fails when QEMU has gone: nothing is to be restored then.
-            let _ = self.restore_settings(qmp).await;
+        let mut left = Vec::new();
+        if let Err(error) = self.restore_settings(qmp).await {
+            left.push(LeftOver::Settings(error));
         }
-        let left = overlays::undo(qmp, &self.plan.overlays, on_event).await;
-        if !left.is_empty() {
-            return SaveError::LeftOver { cause: Box::new(cause), left };
+        if self.plan.frozen.is_some() {
+            left.push(LeftOver::Frozen(self.not_thawed.take()));
         }
-        match self.nothing_left() {
-            Ok(()) => cause,
-            Err(error) => error,
+        // A QEMU that has ended has no settings, and no guest that is frozen.
+        if !left.is_empty() && has_ended(qmp, &self.plan).await {
+            left.clear();
         }
+        left.extend(overlays::undo(qmp, &self.plan.overlays, on_event).await);
+        if left.is_empty() {
+            return match self.journal.remove() {
+                Ok(()) => cause,
+                Err(error) => {
+                    let left = vec![LeftOver::Journal(error)];
+                    SaveError::LeftOver { cause: Box::new(cause), left }
+                }
+            };
+        }
+        // What was undone is not to be undone again.
+        if let Err(error) = self.write() {
+            tracing::debug!("{error}");
+        }
+        SaveError::LeftOver { cause: Box::new(cause), left }
     }
 
-    /// Nothing is left to be undone.
-    pub fn nothing_left(self) -> Result<(), SaveError> {
-        Ok(self.journal.map_or(Ok(()), Journal::remove)?)
+    /// The image is whole, and nothing is to be undone any more. A journal that can't be
+    /// removed is no failure: it only stands in the way of the next save of that name.
+    ///
+    /// # Errors
+    /// [`SaveError::StillFrozen`], and then the journal stays, for [`recover`] to thaw the
+    /// guest.
+    ///
+    /// [`recover`]: super::recover()
+    pub fn nothing_left(self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), SaveError> {
+        if let (Some(_), Some(error)) = (self.plan.frozen, self.not_thawed) {
+            return Err(SaveError::StillFrozen(error));
+        }
+        if let Err(error) = self.journal.remove() {
+            let what = "the image is whole, but its journal is still there".to_owned();
+            let why = format!("{error}; `snapback save --recover` on this image removes it");
+            on_event(SaveEvent::Note { what, why });
+        }
+        Ok(())
     }
+}
+
+/// Whether the guest's QEMU has ended. Its socket closes a little before its process ends.
+async fn has_ended(qmp: &Qmp, plan: &Plan) -> bool {
+    const LOOK_EVERY: Duration = Duration::from_millis(10);
+    const LOOKS: u32 = 100;
+    if qmp.ended().is_none() {
+        return false;
+    }
+    for _ in 0..LOOKS {
+        if !plan.qemu_lives() {
+            return true;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    false
 }

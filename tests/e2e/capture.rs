@@ -11,14 +11,16 @@ use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Running, Snapback, check, text};
+use crate::killed::{STOP_AT, kill_at_its_step};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, query_status,
-    wait_for,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, cont, debian,
+    qmp, query_status, stop, wait_for,
 };
 use crate::{tests, tests_on_both};
 
 tests! {
     what_stands_in_the_way_is_told_item_by_item
+    a_real_agent_freezes_and_thaws
 }
 
 tests_on_both! {
@@ -28,6 +30,9 @@ tests_on_both! {
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
     an_incomplete_guest_is_waited_for
+    a_guest_that_somebody_stops_meanwhile_is_left_alone
+    what_cant_be_undone_is_named
+    a_paused_guest_is_saved_with_its_disks
 }
 
 /// A guest whose disks are changed, and its memory too, right after the moment.
@@ -209,13 +214,17 @@ impl Agent {
     fn listen(dir: &Dir) -> Result<Agent> {
         let path = dir.path("agent.sock");
         let _ = fs::remove_file(&path);
-        Ok(Agent { listener: UnixListener::bind(&path)?, path })
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Agent { listener, path })
     }
 
     /// Takes a connection; answers until this command comes, which it leaves unanswered.
     fn until(&self, command: &str) -> Result<UnixStream> {
         loop {
-            let (peer, _) = self.listener.accept()?;
+            let (peer, _) = wait_for(SOON, "somebody to talk to the agent", || {
+                Ok(self.listener.accept().ok())
+            })?;
             peer.set_read_timeout(Some(SOON))?;
             let mut lines = BufReader::new(peer.try_clone()?);
             let mut line = Vec::new();
@@ -299,6 +308,227 @@ fn whatever_fails_the_disks_are_as_before(dir: &Dir, qemu: Qemu) -> Result<()> {
     watched.is_as_before(dir)
 }
 
+fn a_guest_that_somebody_stops_meanwhile_is_left_alone(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    // While it is made ready.
+    let agent = Agent::listen(dir)?;
+    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    stop(&watched.side)?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.contains("`paused`") && refusal.contains("not by us"), "{refusal}");
+    assert_eq!(query_status(&watched.side)?, "paused");
+    cont(&watched.side)?;
+    watched.is_as_before(dir)?;
+
+    // While the save that is killed had not come to stop it.
+    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    saving.signal(libc::SIGKILL);
+    drop((saving, peer));
+    stop(&watched.side)?;
+    let recovering = watched.save(dir).with(&["--recover"]).start()?;
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    recovering.succeed()?;
+    assert_eq!(query_status(&watched.side)?, "paused");
+    cont(&watched.side)?;
+    watched.is_as_before(dir)?;
+
+    // The same the other way round.
+    stop(&watched.side)?;
+    let saving =
+        just_before_the_pause(dir, &watched, |qmp| qmp.execute("cont", json!({})).map(drop))?;
+    assert!(saving.end()?.failure()?.contains("`running`"));
+    watched.is_as_before(dir)
+}
+
+/// The first error is told, then what could not be undone; recovering does it once it can
+/// be done.
+fn what_cant_be_undone_is_named(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    // Settings: QEMU takes zero-copy-send only without compression.
+    let set = |name: &str, state: bool| json!({ "capability": name, "state": state });
+    let both = |on| json!({ "capabilities": [set("multifd", on), set("zero-copy-send", on)] });
+    let compress = |how: &str| json!({ "multifd-compression": how });
+    qmp(&watched.side, "migrate-set-capabilities", both(true))?;
+    let capabilities = query(&watched.side, "query-migrate-capabilities")?;
+    let saving = just_before_the_pause(dir, &watched, |qmp| {
+        let overlay = overlay_node(qmp)?;
+        qmp.execute("blockdev-del", json!({ "node-name": overlay }))?;
+        qmp.execute("migrate-set-parameters", compress("zlib")).map(drop)
+    })?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.starts_with("QEMU can't switch the disks"), "{refusal}");
+    assert!(refusal.contains("settings were not put back"), "{refusal}");
+    let refusal = watched.save(dir).with(&["--recover"]).fail()?;
+    assert!(refusal.contains("settings were not put back"), "{refusal}");
+    qmp(&watched.side, "migrate-set-parameters", compress("none"))?;
+    assert_eq!(watched.recover(dir)?, "undone");
+    assert_eq!(query(&watched.side, "query-migrate-capabilities")?, capabilities);
+    qmp(&watched.side, "migrate-set-capabilities", both(false))?;
+    watched.is_as_before(dir)?;
+
+    // An overlay over which somebody else has put his own. The command that is named folds it.
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    kill_at_its_step(watched.save(dir).env(STOP_AT, "moment").start()?)?;
+    let theirs = dir.path("theirs.qcow2");
+    let mut side = Qmp::connect(&watched.side)?;
+    let overlay = overlay_node(&mut side)?;
+    let snapshot = json!({
+        "node-name": overlay, "snapshot-file": theirs, "snapshot-node-name": "theirs",
+        "format": "qcow2",
+    });
+    side.execute("blockdev-snapshot-sync", snapshot)?;
+    let refusal = watched.save(dir).with(&["--recover"]).fail()?;
+    assert!(refusal.contains("node `theirs` lies over it"), "{refusal}");
+    let commands = refusal.split('`').filter_map(|part| serde_json::from_str::<Value>(part).ok());
+    let commit = commands.into_iter().next().ok_or("no command is named")?;
+    assert_eq!(
+        (&commit["execute"], &commit["arguments"]["device"]),
+        (&json!("block-commit"), &json!("theirs"))
+    );
+    side.execute("block-commit", commit["arguments"].clone())?;
+    wait_for(SOON, "a commit to end", || {
+        Ok((side.execute("query-jobs", json!({}))? == json!([])).then_some(()))
+    })?;
+    drop(side);
+    assert_eq!(watched.recover(dir)?, "undone");
+    assert_eq!(overlay_files(dir)?, Vec::<String>::new());
+    assert_eq!(query_status(&watched.side)?, "running");
+    Ok(())
+}
+
+/// On QEMU before 9.0, by an ordinary migration.
+fn a_paused_guest_is_saved_with_its_disks(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = Disk::new("disk", &dir.path("disk.raw"));
+    disk.make(8)?;
+    let mut guest = Guest::boot(&GuestOptions {
+        qemu,
+        mib: 128,
+        fill: Fill::Mib(16),
+        writers: 0,
+        disks: vec![disk],
+        ..Default::default()
+    })?;
+    let ask = |guest: &mut crate::support::Contact, question: &str| {
+        guest.oracle.ask(&format!("disk {question}"))
+    };
+    guest.oracle.ask("idle")?;
+    ask(&mut guest, "write /dev/vda 64 1")?;
+    let sum = guest.oracle.sum()?;
+    stop(&guest.qmp_path)?;
+    let files = || -> Result<Value> {
+        Ok(query(&guest.qmp_path, "query-block")?[0]["inserted"]["file"].clone())
+    };
+    let before = files()?;
+
+    if cfg!(debug_assertions) {
+        // Interrupted while it is sent, and when all has been.
+        for step in ["migrating", "received"] {
+            let saving = dir.save(&guest, "vm.snap").env(STOP_AT, step).start()?;
+            saving.wait_stopped()?;
+            saving.signal(libc::SIGINT);
+            saving.signal(libc::SIGCONT);
+            let refusal = saving.end()?.failure()?;
+            assert!(refusal.contains("interrupted"), "{step}: {refusal}");
+            if query_status(&guest.qmp_path)? == "postmigrate" {
+                // QEMU has given the disks up, and takes them back when it goes on.
+                assert!(refusal.contains("let the guest go on (`cont`)"), "{refusal}");
+                cont(&guest.qmp_path)?;
+                stop(&guest.qmp_path)?;
+                dir.save(&guest, "vm.snap").with(&["--recover"]).succeed()?;
+            }
+            assert_eq!(query_status(&guest.qmp_path)?, "paused", "{step}");
+            assert_eq!(files()?, before, "{step}");
+            assert_eq!(dir.names(".")?, ["disk.raw"], "{step}");
+        }
+    }
+
+    let ended = dir.save(&guest, "vm.snap").succeed()?;
+    assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
+    assert!(ended.event("moment")?["pause_ms"].is_null());
+    assert_ne!(files()?, before);
+    // It stands still, and goes on where it stood, in its overlay.
+    let state = query_status(&guest.qmp_path)?;
+    assert!(["paused", "postmigrate"].contains(&state.as_str()), "{state}");
+    cont(&guest.qmp_path)?;
+    assert_eq!(guest.oracle.sum()?, sum);
+    ask(&mut guest, "write /dev/vda 64 2")?;
+
+    let mut reverted = dir.reverted(&dir.path("vm.snap"), &guest.dir, "reverted")?;
+    assert_eq!(query_status(&reverted.qmp_path)?, "paused");
+    cont(&reverted.qmp_path)?;
+    reverted.resident()?;
+    assert_eq!(reverted.oracle.sum()?, sum);
+    assert_eq!(ask(&mut reverted, "check /dev/vda 64 1")?, "ok");
+    assert_eq!(ask(&mut guest, "check /dev/vda 64 2")?, "ok");
+    Ok(())
+}
+
+/// qemu-guest-agent in a Debian guest, by its serial port.
+fn a_real_agent_freezes_and_thaws(dir: &Dir) -> Result<()> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let mut guest = Guest::boot(&debian::options(Qemu::V7, disk))?;
+    let agent = guest.dir.join("serial3.sock");
+    let save = || dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
+    let ended = save().succeed()?;
+    let steps = ["checked", "ready", "frozen", "moment", "thawed", "saved"];
+    assert_eq!(ended.steps(), steps);
+    assert!(ended.event("frozen")?["filesystems"].as_u64().is_some_and(|count| count > 0));
+    assert_eq!(frozen(&agent)?, "thawed");
+    debian::run(&mut guest.oracle, "touch /root/first && sync")?;
+    fs::remove_file(dir.path("vm.snap"))?;
+
+    if cfg!(debug_assertions) {
+        let saving = dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
+        let mut saving = saving.env(STOP_AT, "ready").start()?;
+        saving.wait("frozen")?;
+        saving.wait_stopped()?;
+        assert_eq!(frozen(&agent)?, "frozen");
+        saving.signal(libc::SIGINT);
+        saving.signal(libc::SIGCONT);
+        let ended = saving.end()?;
+        assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
+        ended.event("thawed")?;
+        assert_eq!(frozen(&agent)?, "thawed");
+        debian::run(&mut guest.oracle, "touch /root/second && sync")?;
+
+        // Killed between the moment and the thaw: this QEMU leaves memory write-protected,
+        // and its guest's agent can't answer before that is mended.
+        let saving = dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
+        kill_at_its_step(saving.env(STOP_AT, "released").start()?)?;
+        let ended = dir.save(&guest, "vm.snap").with(&["--recover"]).succeed()?;
+        ended.event("thawed")?;
+        assert_eq!(ended.event("recovered")?["outcome"], "undone");
+        assert_eq!(frozen(&agent)?, "thawed");
+        debian::run(&mut guest.oracle, "touch /root/third && sync")?;
+    }
+    Ok(())
+}
+
+/// What an agent says of its guest's file systems.
+fn frozen(agent: &Path) -> Result<String> {
+    let mut peer = UnixStream::connect(agent)?;
+    peer.set_read_timeout(Some(SOON))?;
+    peer.write_all(b"\xff{\"execute\":\"guest-fsfreeze-status\"}\n")?;
+    for line in BufReader::new(peer).split(b'\n') {
+        // What was meant for others may come first.
+        if let Ok(answer) = serde_json::from_slice::<Value>(&line?)
+            && let Some(status) = answer["return"].as_str()
+        {
+            return Ok(status.to_owned());
+        }
+    }
+    Err("the agent hung up".into())
+}
+
 /// The name of the overlay's node.
 fn overlay_node(qmp: &mut Qmp) -> Result<String> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }))?;
@@ -341,20 +571,26 @@ fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
 
     // Frozen, just before the pause.
     let agent = Agent::listen(dir)?;
-    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let saving = watched.save(dir).with(&["--quiesce", "agent.sock"]).start()?;
     let peer = agent.until("guest-fsfreeze-freeze")?;
     saving.signal(libc::SIGKILL);
     drop((saving, peer));
     // What the journal says is heeded: no other save, and the agent is told.
     let refusal = watched.save(dir).fail()?;
     assert!(refusal.contains("--recover"), "{refusal}");
-    let thawing = std::thread::spawn({
-        let command = watched.save(dir).with(&["--recover"]).start()?;
-        move || command.succeed().map(drop).map_err(|e| e.to_string())
-    });
+    // With the agent gone, all else is undone none the less.
+    fs::rename(&agent.path, dir.path("away"))?;
+    let refusal = watched.save(dir).with(&["--recover"]).fail()?;
+    let named = [text(&agent.path), "may still be frozen", "--recover"];
+    assert!(named.iter().all(|part| refusal.contains(part)), "{refusal}");
+    fs::rename(dir.path(".vm.snap.journal"), dir.path("kept"))?;
+    watched.is_as_before(dir)?;
+    fs::rename(dir.path("kept"), dir.path(".vm.snap.journal"))?;
+    fs::rename(dir.path("away"), &agent.path)?;
+    let recovering = watched.save(dir).with(&["--recover"]).start()?;
     let peer = agent.until("guest-fsfreeze-thaw")?;
     answer(&peer, &json!({ "return": 1 }))?;
-    thawing.join().map_err(|_| "recovering panicked")??;
+    recovering.succeed()?.event("thawed")?;
     watched.is_as_before(dir)?;
 
     // In the pause, wherever that strikes, and while memory is being written. QEMU before
@@ -450,6 +686,43 @@ fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
     answer(&peer, &json!({ "return": 0 }))?;
     assert!(saving.end()?.failure()?.contains("interrupted"));
     drop(silent);
+    watched.is_as_before(dir)?;
+
+    // The user has enough while it thaws: that it was asked to is not enough.
+    let saving = quiesce()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let unanswered = agent.until("guest-fsfreeze-thaw")?;
+    saving.signal(libc::SIGINT);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    let ended = saving.end()?;
+    assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
+    ended.event("thawed")?;
+    drop(unanswered);
+    watched.is_as_before(dir)?;
+
+    // It refuses to thaw. The image is whole, and the guest is thawed as soon as may be.
+    let saving = quiesce()?;
+    let peer = agent.until("guest-fsfreeze-freeze")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    drop(peer);
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "error": { "class": "GenericError", "desc": "too warm" } }))?;
+    let ended = saving.end()?;
+    ended.event("saved")?;
+    let told = ended.failure()?;
+    let parts = ["the image is whole", "too warm", "--recover"];
+    assert!(parts.iter().all(|part| told.contains(part)), "{told}");
+    let recovering = watched.save(dir).with(&["--recover"]).start()?;
+    let peer = agent.until("guest-fsfreeze-thaw")?;
+    answer(&peer, &json!({ "return": 1 }))?;
+    let ended = recovering.succeed()?;
+    ended.event("thawed")?;
+    assert_eq!(ended.event("recovered")?["outcome"], "saved");
+    fs::remove_file(dir.path("vm.snap"))?;
+    fold(&watched)?;
     watched.is_as_before(dir)?;
 
     // There is none.

@@ -258,6 +258,19 @@ impl Running {
         send_signal(self.child.id(), signal);
     }
 
+    /// Waits until it stands still (SIGSTOP).
+    pub fn wait_stopped(&self) -> Result<()> {
+        wait_for(SOON, "the program to stand still", || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+            // The name in parentheses may hold anything; the state follows it.
+            match stat.rsplit_once(") ").map(|(_, rest)| &rest[..1]) {
+                Some("T") => Ok(Some(())),
+                Some("Z" | "X") | None => Err("it ended before".into()),
+                Some(_) => Ok(None),
+            }
+        })
+    }
+
     /// Waits for its end.
     pub fn end(mut self) -> Result<Ended> {
         while self.next_event()?.is_some() {}

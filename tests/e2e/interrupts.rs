@@ -4,17 +4,23 @@
 //! goes beyond the phase at hand; a test that was too late for it tries again.
 
 use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Ended, Reverted, Running, check, send_signal, text, wait_gone};
+use crate::moments::{records, records_on};
 use crate::shared::{Borrowed, borrow, options, shared};
-use crate::support::{Guest, GuestOptions, Qemu, Result, SOON, query_status, wait_until};
+use crate::support::{
+    Disk, Fill, Format, Guest, GuestOptions, Qemu, Result, SOON, query_status, wait_for, wait_until,
+};
 use crate::trouble::write_script;
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_save_is_interrupted_before_the_moment
     a_save_is_interrupted_after_the_moment
+    a_save_of_a_guest_that_writes_to_its_disks_is_interrupted
     a_save_that_was_killed_is_recovered
     a_revert_is_interrupted_before_the_guest_runs
     a_revert_is_interrupted_while_the_guest_needs_it
@@ -115,7 +121,59 @@ fn a_save_is_interrupted_after_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     })
 }
 
-/// A guest without disks: nothing is written down ahead of its saves.
+/// Its overlays are folded back while it writes to them, and nothing of that is lost.
+fn a_save_of_a_guest_that_writes_to_its_disks_is_interrupted(dir: &Dir, qemu: Qemu) -> Result<()> {
+    const ROUNDS: usize = 3;
+    let (first, second) = (dir.path("first.raw"), dir.path("second.raw"));
+    let disks = vec![Disk::new("first", &first), Disk::new("second", &second)];
+    disks[0].make_ext4(48)?;
+    disks[1].make_ext4(48)?;
+    let fill = Fill::Mib(24);
+    let mut guest = Guest::boot(&GuestOptions { disks, fill, rate: 500, ..options(qemu) })?;
+    let nonce = guest.oracle.nonce()?;
+    guest.oracle.ask("records start /dev/vda 0")?;
+    guest.oracle.ask("disk write /dev/vdb 64 1")?;
+
+    let mut rounds = 0;
+    for _ in 0..TRIES {
+        let before = dir.names(".")?;
+        let mut save = dir.save(&guest, "vm.snap").start()?;
+        save.wait("moment")?;
+        let told = records(&mut guest)?;
+        save.signal(libc::SIGTERM);
+        let ended = save.end()?;
+        if ended.code == Some(0) {
+            fs::remove_file(dir.path("vm.snap"))?;
+            continue;
+        }
+        assert!(ended.failure()?.contains("interrupted: the guest runs on"), "{ended:?}");
+        let folded = ended.events.iter().filter(|event| event["event"] == "folded").count();
+        assert_eq!(folded, 2, "{ended:?}");
+        assert_eq!(dir.names(".")?, before);
+        assert_eq!(guest.oracle.ask("disk check /dev/vdb 64 1")?, "ok");
+        wait_for(SOON, "more records", || Ok((records(&mut guest)? > told + 10).then_some(())))?;
+        rounds += 1;
+        if rounds == ROUNDS {
+            break;
+        }
+    }
+    assert_eq!(rounds, ROUNDS, "the save was always faster");
+    let checked = guest.oracle.ask_within("records check", Duration::from_secs(300))?;
+    assert!(checked.starts_with("ok "), "{checked}");
+    check(&mut guest)?;
+    // Nothing stands in the way of another.
+    dir.save(&guest, "vm.snap").succeed()?;
+    check(&mut guest)?;
+    let written = records(&mut guest)?;
+    let overlay = query(&guest.qmp_path, "query-block")?[0]["inserted"]["file"].clone();
+    drop(guest);
+    let overlay = Path::new(overlay.as_str().ok_or("no overlay")?);
+    assert!(records_on(dir, overlay, Format::Qcow2, &nonce)? >= written);
+    // What lies frozen below is whole by itself.
+    records_on(dir, &first, Format::Raw, &nonce).map(drop)
+}
+
+/// A guest without disks.
 fn a_save_that_was_killed_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut guest = Guest::boot(&GuestOptions { rate: 0, ..options(qemu) })?;
     let recover = || {
@@ -175,7 +233,7 @@ fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
         let args = ["save", "--qmp", text(&original.socket), "vm.snap"];
         let mut save = dir.snapback(&args).start()?;
         save.wait("moment")?;
-        let _stopped = Stopped::new(original.pid());
+        let stopped = Stopped::new(original.pid());
         save.signal(libc::SIGINT);
         // QEMU may have sent everything by now, and stand still with its answers.
         if save.wait_any(&["draining", "saved"])?["event"] == "draining" {
@@ -183,7 +241,10 @@ fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
             let told = save.end()?.failure()?;
             assert!(told.contains("interrupted twice") && told.contains("may hang"), "{told}");
             assert!(!dir.path("vm.snap").exists());
-            return Ok(());
+            drop(stopped);
+            let ended = dir.snapback(&args).with(&["--recover"]).succeed()?;
+            assert_eq!(ended.event("recovered")?["outcome"], "undone");
+            return dir.snapback(&args).succeed().map(drop);
         }
         fs::remove_file(dir.path("vm.snap"))?;
     }

@@ -27,6 +27,7 @@ mod exchange;
 mod filling;
 mod interrupts;
 mod journeys;
+mod killed;
 mod libvirt;
 mod mapping;
 mod moments;

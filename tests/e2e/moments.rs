@@ -100,7 +100,7 @@ fn disk_and_memory_agree_at_every_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     Ok(())
 }
 
-fn records(guest: &mut crate::support::Contact) -> Result<u64> {
+pub fn records(guest: &mut crate::support::Contact) -> Result<u64> {
     Ok(guest.oracle.ask("records")?.parse()?)
 }
 
@@ -128,7 +128,7 @@ impl Ledger {
 /// Checks the file system on a disk, and counts the records on it, each of which has to be
 /// the right one. As after a power failure, its journal is replayed first, on a copy; after
 /// that, nothing may be left to repair.
-fn records_on(dir: &Dir, disk: &Path, format: Format, nonce: &str) -> Result<u64> {
+pub fn records_on(dir: &Dir, disk: &Path, format: Format, nonce: &str) -> Result<u64> {
     let (copy, file) = (dir.path("copy"), dir.path("records"));
     convert(disk, format, &copy, Format::Raw)?;
     let replayed =
