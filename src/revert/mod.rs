@@ -8,6 +8,8 @@ mod harvest;
 mod map;
 mod rtc;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod way;
 
 use std::os::fd::AsFd;
@@ -32,7 +34,7 @@ pub use way::Way;
 use crate::image::{Image, ImageError, Sections, verify_chain, verify_flat};
 use crate::interrupt::Interrupts;
 use crate::memory::WorkingSetError;
-use crate::qmp::{Events, Qmp, QmpError};
+use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::vm::{Note, OverlayOptions, Process, RewriteOptions, VmError};
 
 /// The name under which QEMU is given its end of the migration stream.
@@ -41,7 +43,7 @@ const INCOMING: &str = "snapback-incoming";
 /// The migration capabilities that a revert turns on, and off again at its end.
 const CAPABILITIES: [&str; 2] = ["postcopy-ram", "events"];
 
-/// How long QEMU may take to confirm the end once all memory has been sent.
+/// How long QEMU may take to end the migration once it has confirmed its end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Which guest to bring back, and how.
@@ -189,12 +191,6 @@ pub enum RevertError {
     /// Interrupted before the guest's memory was complete.
     #[error("interrupted: {0}")]
     Interrupted(&'static str),
-    /// QEMU never confirmed the end.
-    #[error("QEMU did not confirm the end of the migration within {} s (status `{status}`)", END_TIMEOUT.as_secs())]
-    NoEnd {
-        /// QEMU's migration status.
-        status: String,
-    },
 }
 
 /// A guest that has been brought back.
@@ -337,7 +333,11 @@ pub async fn revert_held(
         on_event(RevertEvent::Running { pid: Some(pid) });
         let outcome =
             delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
-        finish(&qmp).await?;
+        // QEMU has confirmed that it has all of the guest, which depends on nobody any more:
+        // whatever happens from here on, it stays.
+        if let Err(error) = finish(&qmp).await {
+            tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
+        }
         on_event(outcome.resident());
         Ok(outcome)
     };
@@ -480,9 +480,13 @@ async fn wait_running(
             // All is over, and QEMU has not said that the guest runs: does it?
             Start::Runs if heard.finished.is_some() => {
                 let status = qmp.status().await?;
-                return match status.as_str() {
-                    "running" => Ok(heard),
-                    _ => Err(RevertError::NotRun { status, qemu: String::new() }),
+                // It may have run and stand still again; its events came ahead of the answer.
+                let has_run = has_run(events);
+                return match tokio::time::timeout(Duration::ZERO, has_run).await == Ok(true) {
+                    false if status != "running" => {
+                        Err(RevertError::NotRun { status, qemu: String::new() })
+                    }
+                    _ => Ok(heard),
                 };
             }
             // QEMU answers once it has finished loading, RUN included.
@@ -495,22 +499,31 @@ async fn wait_running(
     }
 }
 
-/// Waits until QEMU reports the migration completed, and leaves its capabilities as
-/// a QEMU that was never migrated has them.
-async fn finish(qmp: &Qmp) -> Result<(), RevertError> {
-    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+/// Reads events until one tells that the guest runs, or QEMU has gone and there are no more.
+async fn has_run(events: &mut Events) -> bool {
     loop {
-        let status = qmp.migration_info().await?.status.unwrap_or_default();
-        if status == "completed" {
-            break;
+        match events.next().await {
+            Ok(event) if event.name == "RESUME" => return true,
+            Ok(_) => {}
+            // It may be among those that are lost.
+            Err(QmpError::EventsLost(_)) => return true,
+            Err(_) => return false,
         }
-        if tokio::time::Instant::now() >= deadline {
-            return Err(RevertError::NoEnd { status });
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, false))).await?;
-    Ok(())
+}
+
+/// Waits until QEMU has ended the migration, whose end it has confirmed to us, and leaves
+/// its capabilities as a QEMU that was never migrated has them.
+async fn finish(qmp: &Qmp) -> Result<(), QmpError> {
+    let mut events = qmp.events();
+    let status = qmp.migration_info().await?.status.unwrap_or_default();
+    // Any other status is of what came after it: somebody saves this guest, for example.
+    if status.starts_with("postcopy") {
+        let ended =
+            |event: &Event| event.name == "MIGRATION" && event.data["status"] == "completed";
+        events.wait(ended, END_TIMEOUT).await?;
+    }
+    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, false))).await
 }
 
 fn feed_error(error: FeedError) -> RevertError {

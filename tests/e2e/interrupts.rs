@@ -4,11 +4,16 @@
 //! goes beyond the phase at hand; a test that was too late for it tries again.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
+
+use serde_json::json;
 
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Ended, Reverted, Running, check, send_signal, text, wait_gone};
 use crate::shared::{Borrowed, borrow, options, shared};
-use crate::support::{Guest, GuestOptions, Qemu, Result, SOON, query_status, wait_until};
+use crate::support::{
+    Attached, Guest, GuestOptions, Qemu, Result, SOON, qmp, query_status, wait_until,
+};
 use crate::trouble::write_script;
 use crate::{tests, tests_on_both};
 
@@ -18,6 +23,7 @@ tests_on_both! {
     a_save_that_was_killed_is_recovered
     a_revert_is_interrupted_before_the_guest_runs
     a_revert_is_interrupted_while_the_guest_needs_it
+    a_guest_that_is_migrated_before_its_revert_has_ended_lives
 }
 
 tests! {
@@ -59,6 +65,18 @@ fn wait_listening(program: &Running) -> Result<()> {
     };
     wait_until(SOON, "the program to listen for signals", || {
         [libc::SIGINT, libc::SIGTERM].into_iter().all(|signal| caught(signal as u64) == Some(true))
+    })
+}
+
+/// Waits until the program has no thread of this name any more.
+fn wait_without_thread(program: &Running, name: &str) -> Result<()> {
+    let tasks = format!("/proc/{}/task", program.pid());
+    let is_it = |task: std::io::Result<fs::DirEntry>| {
+        let comm = task.and_then(|task| fs::read_to_string(task.path().join("comm")));
+        comm.is_ok_and(|comm| comm.trim() == name)
+    };
+    wait_until(SOON, &format!("the thread `{name}` to end"), || {
+        fs::read_dir(&tasks).is_ok_and(|mut tasks| !tasks.any(is_it))
     })
 }
 
@@ -156,14 +174,7 @@ fn a_save_is_interrupted_while_qemu_does_not_answer(dir: &Dir) -> Result<()> {
 fn a_slow_save_is_interrupted_after_qemu_has_sent_all(dir: &Dir) -> Result<()> {
     interrupt_saves(dir, Qemu::V7, &["--bandwidth", "16M"], true, |_, save| {
         save.wait("moment")?;
-        let tasks = format!("/proc/{}/task", save.pid());
-        let receives = |task: std::io::Result<fs::DirEntry>| {
-            let name = task.and_then(|task| fs::read_to_string(task.path().join("comm")));
-            name.is_ok_and(|name| name.trim() == "receive")
-        };
-        wait_until(SOON, "the thread that receives to end", || {
-            fs::read_dir(&tasks).is_ok_and(|mut tasks| !tasks.any(receives))
-        })?;
+        wait_without_thread(save, "receive")?;
         save.signal(libc::SIGINT);
         Ok(())
     })
@@ -275,4 +286,43 @@ fn a_revert_is_interrupted_while_the_guest_needs_it(dir: &Dir, qemu: Qemu) -> Re
     // It was killed as it stood.
     std::mem::forget(stopped);
     is_gone(dir, "twice", &ended)
+}
+
+/// The program is held up when QEMU has all memory, and hears of it only when somebody has
+/// begun something else with the guest.
+fn a_guest_that_is_migrated_before_its_revert_has_ended_lives(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let args = [&UNFILLED[..], &["--place", "uffd"]].concat();
+    let mut revert = dir.revert(&shared.image, &shared.from, &to).with(&args).start()?;
+    let pid = revert.wait("qemu_ready")?["pid"].as_u64().ok_or("no pid")? as u32;
+    // It runs, and the direct way is open, whichever comes first.
+    revert.wait_any(&["running", "placing"])?;
+    revert.wait_any(&["running", "placing"])?;
+
+    // Memory is filled although QEMU stands still; it can't confirm the end.
+    let stopped = Stopped::new(pid);
+    revert.signal(libc::SIGINT);
+    wait_without_thread(&revert, "fill")?;
+    let held_up = Stopped::new(revert.pid());
+    drop(stopped);
+    let socket = to.join("qmp.sock");
+    let wait_status = |wanted: &str| {
+        wait_until(SOON, wanted, || {
+            query(&socket, "query-migrate").is_ok_and(|info| info["status"] == wanted)
+        })
+    };
+    wait_status("completed")?;
+    let nobody_reads = dir.path("nobody.sock");
+    let _listener = UnixListener::bind(&nobody_reads)?;
+    qmp(&socket, "migrate", json!({ "uri": format!("unix:{}", text(&nobody_reads)) }))?;
+    wait_status("active")?;
+    drop(held_up);
+
+    let ended = revert.end()?;
+    assert!(ended.code == Some(0) && ended.stderr.contains("memory is complete"), "{ended:?}");
+    ended.event("resident")?;
+    let mut guest = Attached::to(pid, &to)?;
+    assert_eq!(guest.oracle.nonce()?, shared.nonce);
+    check(&mut guest)
 }
