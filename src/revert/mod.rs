@@ -15,7 +15,7 @@ mod way;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -251,7 +251,12 @@ pub async fn revert_held(
     let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
     let (plan, not_mapped) = map::plan(&image, options, rewriting)?;
     if options.check {
-        check(&image).await?;
+        tokio::select! {
+            checked = check(&image) => checked?,
+            () = interrupts.at_least(1) => {
+                return Err(RevertError::Interrupted("the image was still being checked"));
+            }
+        }
     }
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
@@ -290,25 +295,19 @@ pub async fn revert_held(
     };
     let pid = process.pid();
     on_event(RevertEvent::QemuReady { pid });
-    let ready = ready.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
 
+    // Outlives QEMU: a guest whose feed has ended would only wait.
+    let feed = OnceLock::new();
     let bring = async {
-        let ready = match ready {
-            Bring::Serve(ready) => ready,
-            Bring::Map(mapped) => {
-                let outcome = tokio::select! {
-                    brought = mapped.bring(&image, &qmp, start, &mut on_event) => brought?,
-                    () = interrupts.at_least(1) => {
-                        return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
-                    }
-                };
-                process.keep_overlays();
-                on_event(RevertEvent::Running { pid: Some(pid) });
-                on_event(outcome.resident());
-                return Ok(outcome);
-            }
-        };
         let until_it_runs = async {
+            let ready = ready.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+            let ready = match ready? {
+                Bring::Serve(ready) => ready,
+                Bring::Map(mapped) => {
+                    let outcome = mapped.bring(&image, &qmp, start, &mut on_event).await?;
+                    return Ok(Runs::Whole(outcome));
+                }
+            };
             let mut events = qmp.events();
             let (ours, theirs) = socket_pair()?;
             // Meanwhile QEMU gets ready: what it reads first lies there when it begins to.
@@ -317,13 +316,14 @@ pub async fn revert_held(
                 connect(&qmp, theirs),
                 async { options.delivery.start(ready, &image, ours, Some(pid), options.preload) }
             );
+            let (started, mut steps) = started?;
+            let feed = feed.get_or_init(|| started);
             connected?;
-            let (feed, mut steps) = started?;
             let heard = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
-            Ok::<_, RevertError>((feed, steps, heard))
+            Ok::<_, RevertError>(Runs::Served(feed, steps, heard))
         };
-        let (feed, mut steps, heard) = tokio::select! {
-            running = until_it_runs => running?,
+        let runs = tokio::select! {
+            runs = until_it_runs => runs?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
@@ -331,13 +331,22 @@ pub async fn revert_held(
         // What a guest that has run may have promised to others is not thrown away.
         process.keep_overlays();
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let outcome =
-            delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
-        // QEMU has confirmed that it has all of the guest, which depends on nobody any more:
-        // whatever happens from here on, it stays.
-        if let Err(error) = finish(&qmp).await {
-            tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
-        }
+        let outcome = match runs {
+            Runs::Whole(outcome) => outcome,
+            Runs::Served(feed, mut steps, heard) => {
+                let followed =
+                    delivery::follow(feed, &mut steps, heard, &mut interrupts, &mut on_event);
+                let outcome = followed.await?;
+                // QEMU has confirmed that it has all of the guest, which depends on nobody
+                // any more: whatever happens from here on, it stays.
+                if let Err(error) = finish(&qmp).await {
+                    tracing::warn!(
+                        "the guest's memory is complete, but QEMU was not tidied up: {error}"
+                    );
+                }
+                outcome
+            }
+        };
         on_event(outcome.resident());
         Ok(outcome)
     };
@@ -351,8 +360,26 @@ pub async fn revert_held(
         Err(error) => {
             let error = with_qemus_words(error, &process);
             process.kill().await;
+            abandon(feed.into_inner());
             Err(error)
         }
+    }
+}
+
+/// A guest that runs, or could.
+enum Runs<'a> {
+    /// It has all its memory.
+    Whole(Outcome),
+    /// It is fed. With what the feed has yet to say and has said.
+    Served(&'a Feed, UnboundedReceiver<FeedEvent>, Heard),
+}
+
+/// Ends a feed that has failed, without waiting for its threads: one may be stuck in a read
+/// of a disk that has died.
+fn abandon(feed: Option<Feed>) {
+    let thread = std::thread::Builder::new().name("abandoned".into());
+    if let Err(error) = thread.spawn(move || drop(feed)) {
+        tracing::debug!("no thread to wait for those of a feed: {error}");
     }
 }
 
@@ -378,7 +405,8 @@ enum Bring {
     Map(Mapped),
 }
 
-/// Checks the whole image.
+/// Checks the whole image. When nobody waits any more, it reads on in vain until it is done
+/// or the program ends.
 async fn check(image: &Arc<Image>) -> Result<(), RevertError> {
     let image = Arc::clone(image);
     let checked = tokio::task::spawn_blocking(move || {

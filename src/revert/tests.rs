@@ -1,10 +1,15 @@
 //! The end of a revert, at which QEMU can't be held up: against a scripted socket.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream as StdStream;
+use std::sync::{Mutex, mpsc};
+
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::*;
+use crate::page::{Block, ChunkReader, Location, Page, PageSource, SourceError};
 
 /// A QEMU's control socket: `answer` gives what is sent for each command.
 async fn scripted(mut answer: impl FnMut(&str) -> Vec<Value> + Send + 'static) -> Qmp {
@@ -72,4 +77,54 @@ async fn whether_the_guest_has_run_is_known_when_qemu_is_gone() {
         drop(qmp);
         assert_eq!(has_run(&mut events).await, has);
     }
+}
+
+/// An image on a disk that has died: who reads waits, until `end` is closed.
+struct DeadDisk {
+    blocks: Vec<Block>,
+    read: mpsc::Sender<()>,
+    end: Mutex<mpsc::Receiver<()>>,
+}
+
+impl PageSource for DeadDisk {
+    fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    fn chunk_pages(&self) -> usize {
+        1
+    }
+
+    fn locate(&self, _: Page) -> Result<Location, SourceError> {
+        self.read.send(()).unwrap();
+        let _ = self.end.lock().unwrap().recv();
+        Ok(Location::Zero)
+    }
+
+    fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+        struct None;
+        impl ChunkReader for None {
+            fn read(&mut self, _: crate::page::ChunkId) -> Result<&[u8], SourceError> {
+                unreachable!("all pages are zero")
+            }
+        }
+        Ok(Box::new(None))
+    }
+}
+
+#[test]
+fn a_feed_that_hangs_in_a_read_is_not_waited_for() {
+    let block = Block { name: "ram".into(), len: 4096, page_size: 4096 };
+    let ((read, has_read), (end, ends)) = (mpsc::channel(), mpsc::channel());
+    let disk = DeadDisk { blocks: vec![block], read, end: Mutex::new(ends) };
+    let (ours, mut theirs) = StdStream::pair().unwrap();
+    let prepared = Prepared::new(&[], &[], &disk.blocks);
+    let options = FeedOptions { way: Way::Socket, ..FeedOptions::default() };
+    let (feed, _steps) = Feed::start(prepared, Arc::new(disk), ours, options).unwrap();
+    // REQ_PAGES_ID: what follows is 16 bytes; offset, length, the block's name.
+    theirs.write_all(&[0, 3, 0, 16]).unwrap();
+    theirs.write_all(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 3, b'r', b'a', b'm']).unwrap();
+    has_read.recv().unwrap();
+    abandon(Some(feed));
+    drop(end);
 }

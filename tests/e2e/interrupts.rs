@@ -30,6 +30,7 @@ tests! {
     a_save_is_interrupted_while_qemu_does_not_answer
     a_slow_save_is_interrupted_after_qemu_has_sent_all
     a_second_interrupt_gives_a_guest_up
+    a_revert_is_interrupted_while_it_checks_the_image
     a_revert_is_interrupted_before_qemu_is_up
     a_detached_revert_is_interrupted_before_qemu_is_up
 }
@@ -210,6 +211,22 @@ fn is_gone(dir: &Dir, folder: &str, ended: &Ended) -> Result<()> {
     }
     assert_eq!(dir.sockets(folder)?, Vec::<String>::new());
     Ok(())
+}
+
+fn a_revert_is_interrupted_while_it_checks_the_image(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let to = dir.make("reverted")?;
+    for _ in 0..TRIES {
+        let revert = dir.revert(&shared.image, &shared.from, &to).with(&["--check"]).start()?;
+        wait_listening(&revert)?;
+        revert.signal(libc::SIGINT);
+        let ended = revert.end()?;
+        is_gone(dir, "reverted", &ended)?;
+        if ended.failure()?.contains("still being checked") {
+            return Ok(());
+        }
+    }
+    Err("the check was always faster".into())
 }
 
 fn a_revert_is_interrupted_before_qemu_is_up(dir: &Dir) -> Result<()> {
