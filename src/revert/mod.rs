@@ -46,6 +46,9 @@ const CAPABILITIES: [&str; 2] = ["postcopy-ram", "events"];
 /// How long QEMU may take to end the migration once it has confirmed its end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long it may take until all is read that a QEMU which has ended has said.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Which guest to bring back, and how.
 #[derive(Debug, Clone, Default)]
 pub struct RevertOptions {
@@ -296,6 +299,7 @@ pub async fn revert_held(
     let pid = process.pid();
     on_event(RevertEvent::QemuReady { pid });
 
+    let mut said = qmp.events();
     // Outlives QEMU: a guest whose feed has ended would only wait.
     let feed = OnceLock::new();
     let bring = async {
@@ -328,7 +332,6 @@ pub async fn revert_held(
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         };
-        // What a guest that has run may have promised to others is not thrown away.
         process.keep_overlays();
         on_event(RevertEvent::Running { pid: Some(pid) });
         let outcome = match runs {
@@ -361,6 +364,12 @@ pub async fn revert_held(
             let error = with_qemus_words(error, &process);
             process.kill().await;
             abandon(feed.into_inner());
+            // Now that QEMU has gone, all that it has said can be heard. What a guest that has
+            // run may have promised to others is not thrown away.
+            let has_run = tokio::time::timeout(LAST_WORDS_TIMEOUT, has_run(&mut said)).await;
+            if has_run != Ok(false) {
+                process.keep_overlays();
+            }
             Err(error)
         }
     }
