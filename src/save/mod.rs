@@ -225,8 +225,9 @@ async fn make_ready(
             if background {
                 collapse::collapse_memory(pid, &blocks, &stop);
             }
+            // Stopping the guest flushes its disks: it shall find little left to do.
             for file in files {
-                if let Err(error) = touch::flush(Path::new(&file)) {
+                if let Err(error) = vm::write_out(Path::new(&file)) {
                     tracing::debug!("flushing {file} ahead failed: {error}");
                 }
             }

@@ -166,8 +166,11 @@ pub enum VmError {
         advice: String,
     },
 
-    /// A file of a captured disk can't be looked at.
-    #[error("the file {path} of the disk {disk} can't be read: {source}", path = path.display())]
+    /// A file of a captured disk can't be looked at, or not be written out to storage.
+    #[error(
+        "the file {path} of the disk {disk} can't be read or written out: {source}",
+        path = path.display()
+    )]
     DiskUnreadable {
         /// The disk.
         disk: String,

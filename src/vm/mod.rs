@@ -36,4 +36,4 @@ pub use params::{Params, Spec};
 pub use process::Process;
 pub use qcow2::write_overlay;
 pub use rewrite::{Note, RewriteOptions, StartPlan, rewrite};
-pub use stamp::{stamp, stamp_files};
+pub use stamp::{stamp, stamp_files, write_out};
