@@ -287,7 +287,9 @@ fn stem(path: &Path) -> String {
 struct Owner(Option<(u32, u32)>);
 
 impl Owner {
-    /// The owner of a process's files (proc_pid_status(5) would tell the same).
+    /// The owner of a process's folder in /proc: its effective user and group, also where
+    /// the kernel gives all that is in the folder to root, since the process has changed its
+    /// user.
     fn of(pid: i32) -> Owner {
         Owner(fs::metadata(format!("/proc/{pid}")).ok().map(|meta| (meta.uid(), meta.gid())))
     }

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -12,13 +12,14 @@ use serde_json::{Value, json};
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Running, Snapback, check, text};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, query_status,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, qmp, query_status,
     wait_for,
 };
 use crate::{tests, tests_on_both};
 
 tests! {
     what_stands_in_the_way_is_told_item_by_item
+    a_qemu_that_has_changed_its_user_can_open_its_overlay
 }
 
 tests_on_both! {
@@ -457,6 +458,24 @@ fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
     let refusal = watched.save(dir).with(&["--quiesce", text(&nowhere)]).fail()?;
     assert!(refusal.contains("nowhere.sock"), "{refusal}");
     watched.is_as_before(dir)
+}
+
+/// QEMU is started as root and goes on as somebody else. The guest is paused: a user without
+/// rights has no userfaultfd, and QEMU 7.2 can do without then.
+fn a_qemu_that_has_changed_its_user_can_open_its_overlay(dir: &Dir) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    fs::set_permissions(dir.path("."), fs::Permissions::from_mode(0o711))?;
+    let watched = Watched::start(dir, Qemu::V7, &["-runas", "nobody"])?;
+    qmp(&watched.side, "stop", json!({}))?;
+    let ended = watched.save(dir).succeed()?;
+    let overlay = ended.event("ready")?["overlays"][0].as_str().ok_or("no overlay")?;
+    let nobody = nix::unistd::User::from_name("nobody")?.ok_or("there is no nobody")?;
+    let meta = fs::metadata(overlay)?;
+    assert_eq!((meta.uid(), meta.gid()), (nobody.uid.as_raw(), nobody.gid.as_raw()));
+    assert_eq!(meta.mode() & 0o777, 0o600);
+    Ok(())
 }
 
 fn what_stands_in_the_way_is_told_item_by_item(dir: &Dir) -> Result<()> {
