@@ -36,7 +36,7 @@ pub enum SaveEvent {
     /// it, although its memory is still being written.
     Moment {
         /// How long the guest stood still, in milliseconds; none for a guest that was
-        /// paused all the time.
+        /// paused all the time, or where QEMU's events were lost.
         pause_ms: Option<f64>,
         /// The same in parts, where we held the guest to switch its disks; otherwise
         /// QEMU alone did.

@@ -38,7 +38,7 @@ use self::undo::Undo;
 use crate::image::{Compression, ImageError, Saved};
 use crate::interrupt::Interrupts;
 use crate::machine::Disk;
-use crate::qmp::{Events, Qmp};
+use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::vm;
 use crate::wire::WireError;
 
@@ -342,7 +342,7 @@ async fn follow(
                 clock.pass();
                 release(qmp, clock).await?;
             },
-            event = events.next() => clock.hear(&event?),
+            event = events.next() => hear(clock, event)?,
             received = &mut *done => break received,
             () = tokio::time::sleep_until(limit), if clock.held() => {
                 return Err(SaveError::Held(HOLD_LIMIT));
@@ -361,12 +361,12 @@ async fn follow(
             release(qmp, clock).await?;
             wait_end(qmp).await?;
             // A small guest may be there before its events; QEMU's answer comes after.
-            while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
-                clock.hear(&event?);
-            }
-            clock.tell(on_event);
+            while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await
+                && hear(clock, event).is_ok()
+            {}
+            let moment = clock.settle(on_event);
             after_moment(freeze, undo, on_event).await;
-            Ok((received, clock.moment_or_asked()))
+            Ok((received, moment))
         }
         // QEMU's own reason, where it has one, says more than the end of its stream.
         Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
@@ -375,6 +375,17 @@ async fn follow(
         }
         Err(error) => Err(error),
     }
+}
+
+/// Takes note of an event. That some were lost costs only what they had to say of the
+/// moment: its times.
+fn hear(clock: &mut PauseClock, event: Result<Event, QmpError>) -> Result<(), QmpError> {
+    match event {
+        Ok(event) => clock.hear(&event),
+        Err(QmpError::EventsLost(lost)) => tracing::debug!("{lost} events of QEMU were lost"),
+        Err(error) => return Err(error),
+    }
+    Ok(())
 }
 
 /// Lets a guest go that we hold: its memory is write-protected. QEMU before 9.0 has let
