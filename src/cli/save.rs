@@ -1,13 +1,17 @@
 //! `snapback save`: its arguments, and what it runs.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 
 use clap::{Args, ValueEnum};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
 
 use super::output::{Failure, Output};
 use super::{interrupts, parse_compression, parse_rate};
 use crate::image::Compression;
+use crate::interrupt::Interrupts;
 use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
@@ -113,14 +117,18 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         ..args.guest.options(args.image)
     };
     let mut hook = args.on_moment.map(|command| Hook::new(command, &options.image));
-    let outcome = save(&options, interrupts()?, |event| {
+    let interrupts = interrupts()?;
+    let outcome = save(&options, interrupts.clone(), |event| {
         if let Some(hook) = &mut hook {
             hook.hear(&event);
         }
         output.save(&event);
     });
     let outcome = outcome.await;
-    let ended = hook.map_or(Ok(()), Hook::end);
+    let ended = match hook {
+        Some(hook) => hook.end(interrupts).await,
+        None => Ok(()),
+    };
     outcome?;
     ended
 }
@@ -145,6 +153,8 @@ impl Hook {
         command.arg("-c").arg(&self.command).stdin(Stdio::null());
         // Standard output is ours: whoever reads it expects our events there.
         command.stdout(std::io::stderr());
+        // A group of its own: with a shell, what that has started is told to end.
+        command.process_group(0);
         command.env("SNAPBACK_IMAGE", &self.image);
         command.env("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string());
         command.env("SNAPBACK_MOMENT_MONOTONIC_US", monotonic_us.to_string());
@@ -152,8 +162,9 @@ impl Hook {
         self.running = Some(command.spawn());
     }
 
-    /// Waits for the command's end. The image is whole, whatever has become of it.
-    fn end(self) -> Result<(), Failure> {
+    /// Waits for the command's end, or for an interrupt, of which the command is told. The
+    /// image is whole, whatever has become of it.
+    async fn end(self, mut interrupts: Interrupts) -> Result<(), Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             let command = &self.command;
             Failure::said(format!("--on-moment `{command}`: {why}; the image is not affected"))
@@ -161,10 +172,19 @@ impl Hook {
         match self.running {
             None => Ok(()),
             Some(Err(error)) => Err(failed(&error)),
-            Some(Ok(mut child)) => match child.wait() {
-                Ok(status) if status.success() => Ok(()),
-                Ok(status) => Err(failed(&status)),
-                Err(error) => Err(failed(&error)),
+            Some(Ok(mut child)) => tokio::select! {
+                ended = child.wait() => match ended {
+                    Ok(status) if status.success() => Ok(()),
+                    Ok(status) => Err(failed(&status)),
+                    Err(error) => Err(failed(&error)),
+                },
+                () = interrupts.at_least(1) => {
+                    // Not reaped yet: the group is the command's.
+                    if let Some(pid) = child.id() {
+                        let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);
+                    }
+                    Err(failed(&"interrupted, it was told to end (SIGTERM)"))
+                }
             },
         }
     }

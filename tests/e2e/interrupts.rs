@@ -30,6 +30,7 @@ tests! {
     a_save_is_interrupted_while_qemu_does_not_answer
     a_slow_save_is_interrupted_after_qemu_has_sent_all
     a_second_interrupt_gives_a_guest_up
+    a_command_that_never_ends_is_not_waited_for_after_an_interrupt
     a_revert_is_interrupted_while_it_checks_the_image
     a_revert_is_interrupted_before_qemu_is_up
     a_detached_revert_is_interrupted_before_qemu_is_up
@@ -200,6 +201,21 @@ fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
         fs::remove_file(dir.path("vm.snap"))?;
     }
     Err("the save was always faster".into())
+}
+
+fn a_command_that_never_ends_is_not_waited_for_after_an_interrupt(dir: &Dir) -> Result<()> {
+    let original = Bare::start(dir, Qemu::V7, &[])?;
+    // Its end has to be told to more than the shell.
+    let command = "sleep 1000000 & echo $! >sleeper.new; mv sleeper.new sleeper; wait; wait";
+    let args = ["save", "--qmp", text(&original.socket), "vm.snap", "--on-moment", command];
+    let mut save = dir.snapback(&args).start()?;
+    save.wait("saved")?;
+    wait_until(SOON, "the command to be under way", || dir.path("sleeper").exists())?;
+    save.signal(libc::SIGINT);
+    let told = save.end()?.failure()?;
+    assert!(told.contains("--on-moment") && told.contains("interrupted"), "{told}");
+    dir.snapback(&["verify", "vm.snap"]).succeed()?;
+    wait_gone(fs::read_to_string(dir.path("sleeper"))?.trim().parse()?)
 }
 
 /// What an interrupted revert has to leave: nothing.
