@@ -207,6 +207,19 @@ pub enum VmError {
         disk: String,
     },
 
+    /// One option of the recorded command line would give two captured disks.
+    #[error(
+        "the disks {disk} and {other} can't be told apart on the recorded command line: start \
+             QEMU yourself with both, -incoming defer, and use `snapback serve` (disks whose \
+             -drive has an id, or whose -blockdev a node-name, are told apart by these)"
+    )]
+    DisksGivenAsOne {
+        /// The one disk.
+        disk: String,
+        /// The other.
+        other: String,
+    },
+
     /// The file for a disk's changes can't be made.
     #[error(
         "the overlay of the disk {disk} can't be made in {folder}: {source}; choose another \
