@@ -35,10 +35,17 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
             Err(error) => (false, error.to_string()),
         };
         if args.json {
-            let event = json!({ "event": "check", "item": item.name, "ok": ok, "says": says });
-            output.print_json(&event);
+            let (item, warning) = (item.name, item.warning);
+            output.print_json(&json!({
+                "event": "check", "item": item, "ok": ok, "warning": warning, "says": says,
+            }));
         } else {
-            print_line(&format!("{:<4}{:<20}{says}", if ok { "ok" } else { "NO" }, item.name));
+            let mark = match (ok, item.warning) {
+                (false, _) => "NO",
+                (true, false) => "ok",
+                (true, true) => "!!",
+            };
+            print_line(&format!("{mark:<4}{:<20}{says}", item.name));
         }
         if !ok {
             failed.push(item.name);

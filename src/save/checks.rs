@@ -138,10 +138,13 @@ pub enum CheckError {
 #[derive(Debug)]
 pub struct CheckItem {
     /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
-    /// `room`, `parent` or `background-snapshot`.
+    /// `revert`, `room`, `parent` or `background-snapshot`.
     pub name: &'static str,
     /// What was found, or why a save would not work.
     pub outcome: Result<String, SaveError>,
+    /// What was found is a warning: a save would work, but what is saved can't be used in
+    /// every way.
+    pub warning: bool,
 }
 
 /// What the checks found out.
@@ -153,6 +156,8 @@ pub(super) struct Checked {
     pub parent: Option<Arc<Image>>,
     /// All disks; the role says which are captured.
     pub disks: Vec<FoundDisk>,
+    /// Why `revert` will refuse the image, if it will.
+    pub irrevertible: Option<String>,
     /// Whether the guest is saved in the background. A paused guest on an old QEMU is
     /// not: its memory stands still anyway.
     pub background: bool,
@@ -190,6 +195,7 @@ pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> 
     items.push(CheckItem {
         name: "background-snapshot",
         outcome: outcome.map(|()| says.to_owned()),
+        warning: false,
     });
     Ok(items)
 }
@@ -233,13 +239,20 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     else {
         return (list.0, None);
     };
+    let irrevertible = check_revert(&machine, &disks);
+    list.0.push(CheckItem {
+        name: "revert",
+        warning: irrevertible.is_some(),
+        outcome: Ok(irrevertible.clone().unwrap_or_else(|| "nothing will keep it".to_owned())),
+    });
     list.note("room", check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
     let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
     let uncaptured = disks.iter().filter(|found| found.writable());
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
     let machine = Machine { running, uncaptured_disks, ..machine };
     let must_drain = background && number < LETS_GO;
-    let checked = Checked { machine, pid, blocks, parent, disks, background, must_drain };
+    let checked =
+        Checked { machine, pid, blocks, parent, disks, irrevertible, background, must_drain };
     (list.0, Some(checked))
 }
 
@@ -261,7 +274,7 @@ impl Checklist {
             Ok((value, says)) => (Some(value), Ok(says)),
             Err(error) => (None, Err(error)),
         };
-        self.0.push(CheckItem { name, outcome });
+        self.0.push(CheckItem { name, outcome, warning: false });
         value
     }
 }
@@ -355,6 +368,14 @@ async fn check_disks(
         count(DiskRole::ReadOnly)
     );
     Ok((disks, says))
+}
+
+/// Why a revert won't find its disks where it looks for them.
+fn check_revert(machine: &Machine, disks: &[FoundDisk]) -> Option<String> {
+    let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
+    let problems = captured.filter_map(|found| vm::check_given(machine, &found.disk).err());
+    let problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
+    (!problems.is_empty()).then(|| problems.join("; "))
 }
 
 /// Whether image and overlays can be written where they are to be, and fit. An image

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::moment::PauseParts;
 
 /// What happens during a save, in this order but for `Draining`, `Waiting` and `Folded`.
+/// `Warning` comes only when there is something to warn of.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
@@ -20,6 +21,11 @@ pub enum SaveEvent {
         captured_disks: Vec<String>,
         /// Writable disks that are left out.
         uncaptured_disks: Vec<String>,
+    },
+    /// The image will be whole, but `revert` will refuse it.
+    Warning {
+        /// Why, and what to do instead.
+        says: String,
     },
     /// All is ready that can be before the pause: overlays lie open, guest memory has
     /// been touched, disks are flushed. Only when disks are captured.

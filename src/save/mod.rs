@@ -164,6 +164,9 @@ pub async fn save(
         captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
         uncaptured_disks: checked.machine.uncaptured_disks.clone(),
     });
+    if let Some(says) = checked.irrevertible.clone() {
+        on_event(SaveEvent::Warning { says });
+    }
 
     let mut undo = Undo::new(settings);
     let outcome = async {

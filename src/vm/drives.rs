@@ -10,7 +10,7 @@ use super::VmError;
 use super::command_line::{Arg, CommandLine, CommandOption};
 use super::overlay::Overlay;
 use super::params::{Params, Spec};
-use crate::machine::Disk;
+use crate::machine::{Disk, Machine};
 
 /// Deepest nesting of nodes that is followed.
 const MAX_DEPTH: usize = 32;
@@ -53,6 +53,15 @@ pub(super) fn find(line: &CommandLine, disk: &Disk, cwd: &Path) -> Result<usize,
     };
     let found = by_node().or_else(by_id).or_else(by_file);
     found.ok_or_else(|| VmError::DiskNotGiven { disk: disk.describe() })
+}
+
+/// Whether a revert will find a disk on the machine's command line.
+///
+/// # Errors
+/// [`VmError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
+pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), VmError> {
+    let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
+    find(&line, disk, Path::new(&machine.cwd)).map(drop)
 }
 
 /// Gives disks their overlays, each in the place that [`find`] found.

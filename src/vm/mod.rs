@@ -29,6 +29,7 @@ pub use capture::capture;
 pub use collisions::exclusive_paths;
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use described::{describe, named_machine_type};
+pub use drives::check_given;
 pub use error::VmError;
 pub use mapping::MappedMemory;
 pub use overlay::{Overlay, OverlayOptions};

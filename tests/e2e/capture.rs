@@ -25,6 +25,7 @@ tests! {
 tests_on_both! {
     memory_and_disks_are_of_one_moment
     a_disk_is_left_out_by_any_of_its_names
+    a_disk_that_was_plugged_in_is_captured_with_a_warning
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
@@ -197,6 +198,32 @@ fn a_disk_is_left_out_by_any_of_its_names(dir: &Dir, qemu: Qemu) -> Result<()> {
     let elsewhere = dir.make("overlays")?;
     watched.save(dir).with(&["--overlay-dir", text(&elsewhere), "--force"]).succeed()?;
     assert_eq!(dir.names("overlays")?.len(), 2);
+    Ok(())
+}
+
+fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    let check = || dir.snapback(&["check", "--qmp", text(&watched.bare.socket)]).succeed();
+    let warnings = |events: &[Value]| events.iter().filter(|item| item["warning"] == true).count();
+    assert_eq!(warnings(&check()?.events), 0);
+
+    let hot = dir.path("hot.raw");
+    File::create(&hot)?.set_len(1 << 20)?;
+    let file = json!({"driver": "file", "filename": hot});
+    let node = json!({"driver": "raw", "node-name": "hot", "file": file});
+    qmp(&watched.side, "blockdev-add", node)?;
+    qmp(&watched.side, "device_add", json!({"driver": "virtio-blk-pci", "drive": "hot"}))?;
+    let items = check()?.events;
+    assert_eq!(warnings(&items), 1);
+    let warning = items.iter().find(|item| item["warning"] == true).ok_or("no warning")?;
+    assert_eq!((&warning["item"], &warning["ok"]), (&json!("revert"), &json!(true)));
+    assert!(warning["says"].to_string().contains("hot.raw"), "{warning}");
+
+    let ended = watched.save(dir).succeed()?;
+    assert_eq!(ended.steps(), ["checked", "warning", "ready", "moment", "saved"]);
+    // As was said.
+    let reverted = dir.snapback(&["revert", text(&dir.path("vm.snap"))]).fail()?;
+    assert!(ended.event("warning")?["says"].as_str().is_some_and(|says| reverted == says));
     Ok(())
 }
 
