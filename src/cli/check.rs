@@ -15,9 +15,6 @@ pub(super) struct CheckArgs {
     guest: GuestArgs,
     /// The image that would be written [default: only the room in the current folder is looked at]
     image: Option<PathBuf>,
-    /// As with `save --force`: an image of that name may be replaced
-    #[arg(long)]
-    force: bool,
     /// Print one JSON object a line
     #[arg(long)]
     pub(super) json: bool,
@@ -25,8 +22,7 @@ pub(super) struct CheckArgs {
 
 /// Runs the command: prints every item, and fails when one stands in the way of a save.
 pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
-    let mut options = args.guest.options(args.image.unwrap_or_default());
-    options.force = args.force;
+    let options = args.guest.options(args.image.unwrap_or_default());
     let output = Output::new(args.json);
     let mut failed = Vec::new();
     for item in survey(&options).await? {

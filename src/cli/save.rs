@@ -20,18 +20,9 @@ pub(super) struct SaveArgs {
     guest: GuestArgs,
     /// The image to write
     image: PathBuf,
-    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
-    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
-    compress: Compression,
-    /// Store only what differs from this image, which the new one then refers to
-    #[arg(long, value_name = "IMAGE")]
-    parent: Option<PathBuf>,
     /// Write at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     bandwidth: Option<u64>,
-    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket
-    #[arg(long, value_name = "AGENT_SOCKET")]
-    quiesce: Option<PathBuf>,
     /// Run COMMAND (by sh -c) as soon as the moment has passed; see SNAPBACK_IMAGE,
     /// SNAPBACK_MOMENT_UNIX_US, SNAPBACK_MOMENT_MONOTONIC_US and SNAPBACK_PAUSE_MS in its
     /// environment
@@ -43,15 +34,12 @@ pub(super) struct SaveArgs {
     /// Clean up behind a save of this image that was killed; saves nothing
     #[arg(long)]
     recover: bool,
-    /// Replace an existing image
-    #[arg(long)]
-    force: bool,
     /// Print one JSON object a line
     #[arg(long)]
     pub(super) json: bool,
 }
 
-/// Which guest, and which of its disks: what `save` and `check` have in common.
+/// Which guest, and how it is saved: what `save` and `check` have in common.
 #[derive(Args)]
 pub(super) struct GuestArgs {
     /// The guest's QMP socket (a unix socket)
@@ -70,6 +58,18 @@ pub(super) struct GuestArgs {
     /// Leave a writable disk out: the name of a node, drive or device
     #[arg(long = "exclude-disk", value_name = "NODE")]
     exclude_disks: Vec<String>,
+    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
+    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
+    compress: Compression,
+    /// Store only what differs from this image, which the new one then refers to
+    #[arg(long, value_name = "IMAGE")]
+    parent: Option<PathBuf>,
+    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket
+    #[arg(long, value_name = "AGENT_SOCKET")]
+    quiesce: Option<PathBuf>,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -90,6 +90,10 @@ impl GuestArgs {
             disks,
             overlay_dir: self.overlay_dir,
             exclude_disks: self.exclude_disks,
+            compression: self.compress,
+            parent: self.parent,
+            quiesce: self.quiesce,
+            force: self.force,
             ..SaveOptions::new(self.qmp, image)
         }
     }
@@ -108,11 +112,7 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let options = SaveOptions {
-        compression: args.compress,
-        quiesce: args.quiesce,
         no_wait: args.no_wait,
-        force: args.force,
-        parent: args.parent,
         bandwidth: args.bandwidth,
         ..args.guest.options(args.image)
     };

@@ -104,6 +104,19 @@ impl Freeze {
     }
 }
 
+/// Asks the agent who it is, and whether it would freeze file systems. It freezes none.
+pub(super) async fn check(socket: &Path) -> Result<String, AgentError> {
+    const FREEZE: &str = "guest-fsfreeze-freeze";
+    let mut agent = Agent::connect(socket).await?;
+    let info = agent.ask("guest-info", SYNC_TIMEOUT).await?;
+    let mut commands = info["supported_commands"].as_array().into_iter().flatten();
+    if commands.any(|command| command["name"] == FREEZE && command["enabled"] == false) {
+        let reason = "the guest's administrator has turned it off".to_owned();
+        return Err(AgentError::Refused { command: FREEZE, reason });
+    }
+    Ok(format!("qemu-guest-agent {} answers", info["version"].as_str().unwrap_or_default()))
+}
+
 /// Thaws all file systems of a guest.
 pub(super) async fn thaw(socket: &Path) -> Result<(), AgentError> {
     let mut agent = Agent::connect(socket).await?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::agent;
 use super::journal::Journal;
 use super::obstacles::{self, Obstacle};
 use super::overlays::overlay_folder;
@@ -138,7 +139,7 @@ pub enum CheckError {
 #[derive(Debug)]
 pub struct CheckItem {
     /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
-    /// `revert`, `room`, `parent` or `background-snapshot`.
+    /// `revert`, `room`, `agent`, `parent` or `background-snapshot`.
     pub name: &'static str,
     /// What was found, or why a save would not work.
     pub outcome: Result<String, SaveError>,
@@ -246,6 +247,7 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
         outcome: Ok(irrevertible.clone().unwrap_or_else(|| "nothing will keep it".to_owned())),
     });
     list.note("room", check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
+    list.note("agent", check_agent(options).await);
     let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
     let uncaptured = disks.iter().filter(|found| found.writable());
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
@@ -258,10 +260,18 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
 
 /// Opens the image on top of which to save, and all that it refers to.
 fn open_parent(options: &SaveOptions) -> Result<(Option<Arc<Image>>, String), SaveError> {
-    let Some(path) = &options.parent else { return Ok((None, "none".into())) };
+    let Some(path) = &options.parent else { return Ok((None, "none was asked for".into())) };
     let parent = Image::open(path)?;
     crate::image::check_parent(&parent, &options.image)?;
     Ok((Some(parent), path.display().to_string()))
+}
+
+/// Asks the guest agent that is to freeze file systems whether it could.
+async fn check_agent(options: &SaveOptions) -> Result<((), String), SaveError> {
+    match &options.quiesce {
+        Some(socket) => Ok(((), agent::check(socket).await?)),
+        None => Ok(((), "none was asked for".into())),
+    }
 }
 
 /// What has been looked at.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
-use crate::harness::{Dir, Running, Snapback, check, text};
+use crate::harness::{Dir, Ended, Running, Snapback, check, text};
 use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, qmp, query_status,
     wait_for,
@@ -19,6 +19,7 @@ use crate::{tests, tests_on_both};
 
 tests! {
     what_stands_in_the_way_is_told_item_by_item
+    the_parent_and_the_agent_are_asked_beforehand
     a_qemu_that_has_changed_its_user_can_open_its_overlay
 }
 
@@ -487,6 +488,43 @@ fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
     watched.is_as_before(dir)
 }
 
+fn the_parent_and_the_agent_are_asked_beforehand(dir: &Dir) -> Result<()> {
+    let watched = Watched::start(dir, Qemu::V10, &[])?;
+    let agent = Agent::listen(dir)?;
+    let check = |parent: &str, agent: &Path| {
+        let options = ["--parent", parent, "--quiesce", text(agent), "--compress", "none"];
+        dir.snapback(&["check", "--qmp", text(&watched.bare.socket), "vm.snap"]).with(&options)
+    };
+    let item = |ended: &Ended, name: &str| {
+        let found = ended.events.iter().find(|event| event["item"] == name);
+        let found = found.ok_or_else(|| format!("no {name} in {:?}", ended.said))?;
+        let says = found["says"].as_str().unwrap_or_default().to_owned();
+        Ok::<_, crate::support::Error>((found["ok"] == true, says))
+    };
+    let ended = check("nowhere.snap", Path::new("nowhere.sock")).end()?;
+    assert!(ended.failure()?.contains("agent, parent"), "{ended:?}");
+    assert!(item(&ended, "parent")?.1.contains("nowhere.snap"), "{ended:?}");
+    assert!(item(&ended, "agent")?.1.contains("nowhere.sock"), "{ended:?}");
+
+    let parent = dir.path("parent.snap");
+    let save = ["save", "--qmp", text(&watched.bare.socket), text(&parent), "--memory-only"];
+    dir.snapback(&save).succeed()?;
+    for enabled in [false, true] {
+        let checking = check(text(&parent), &agent.path).start()?;
+        let peer = agent.until("guest-info")?;
+        let freeze = json!({ "name": "guest-fsfreeze-freeze", "enabled": enabled });
+        let info = json!({ "version": "7.2.0", "supported_commands": [freeze] });
+        answer(&peer, &json!({ "return": info }))?;
+        let ended = checking.end()?;
+        assert_eq!(item(&ended, "parent")?, (true, text(&parent).to_owned()));
+        let (ok, says) = item(&ended, "agent")?;
+        assert_eq!((ok, ended.code), (enabled, Some(i32::from(!enabled))), "{ended:?}");
+        assert!(says.contains(if enabled { "7.2.0" } else { "turned it off" }), "{says}");
+    }
+    fs::remove_file(&parent)?;
+    watched.is_as_before(dir)
+}
+
 /// QEMU is started as root and goes on as somebody else. The guest is paused: a user without
 /// rights has no userfaultfd, and QEMU 7.2 can do without then.
 fn a_qemu_that_has_changed_its_user_can_open_its_overlay(dir: &Dir) -> Result<()> {
@@ -510,7 +548,7 @@ fn what_stands_in_the_way_is_told_item_by_item(dir: &Dir) -> Result<()> {
         let watched = Watched::start(dir, qemu, &[])?;
         let ask = |socket: &Path| dir.snapback(&["check", "--qmp", text(socket)]);
         let items = ask(&watched.bare.socket).with(&["vm.snap"]).succeed()?.events;
-        assert!(items.len() >= 9 && items.iter().all(|item| item["ok"] == true), "{items:?}");
+        assert!(items.len() >= 12 && items.iter().all(|item| item["ok"] == true), "{items:?}");
         watched.is_as_before(dir)?;
         assert!(query(&watched.side, "query-migrate")?.get("status").is_none());
         drop(watched);
