@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
-use crate::harness::{Dir, Ended, Running, Snapback, check, text};
+use crate::harness::{Dir, Ended, Running, Snapback, check, text, wait_gone};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, qmp, query_status,
-    wait_for,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, convert, qmp,
+    query_status, wait_for,
 };
 use crate::{tests, tests_on_both};
 
@@ -27,6 +27,7 @@ tests_on_both! {
     memory_and_disks_are_of_one_moment
     a_disk_is_left_out_by_any_of_its_names
     a_disk_that_was_plugged_in_is_captured_with_a_warning
+    a_disk_on_ahci_is_captured_and_reverted
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
@@ -226,6 +227,59 @@ fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) 
     let reverted = dir.snapback(&["revert", text(&dir.path("vm.snap"))]).fail()?;
     assert!(ended.event("warning")?["says"].as_str().is_some_and(|says| reverted == says));
     Ok(())
+}
+
+/// The guests' kernel has no driver for AHCI (`tests/guest/README.md`): QEMU itself writes for
+/// it here.
+fn a_disk_on_ahci_is_captured_and_reverted(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let (disk, image) = (dir.path("disk.raw"), dir.path("vm.snap"));
+    File::create(&disk)?.set_len(4 << 20)?;
+    let drive = format!("if=none,id=system,format=raw,file={}", text(&disk));
+    let args = ["-machine", "q35", "-drive", &drive, "-device", "ide-hd,drive=system,id=sda"];
+    let original = Bare::start(dir, qemu, &args)?;
+    let write = |socket: &Path, what: &str| -> Result<()> {
+        for command in [&format!("write -P {what}"), "flush"] {
+            let line = format!("qemu-io system \"{command}\"");
+            qmp(socket, "human-monitor-command", json!({ "command-line": line }))?;
+        }
+        Ok(())
+    };
+    let holds = |overlay: &Value, bytes: [u8; 2]| -> Result<()> {
+        let (overlay, raw) = (overlay.as_str().ok_or("no overlay")?, dir.path("content"));
+        convert(Path::new(overlay), Format::Qcow2, &raw, Format::Raw)?;
+        let content = fs::read(&raw)?;
+        let are = |part: &[u8], byte| part.iter().all(|found| *found == byte);
+        assert!(are(&content[..1 << 20], bytes[0]) && are(&content[1 << 20..2 << 20], bytes[1]));
+        Ok(())
+    };
+    let layers = |socket: &Path| -> Result<Value> { Ok(query(socket, "query-block")?[0].clone()) };
+    write(&original.socket, "0x11 0 2M")?;
+    let before = layers(&original.socket)?;
+    assert!(before["qdev"] == "sda" || before["qdev"] == "/machine/peripheral/sda", "{before}");
+    let ended = dir.snapback(&["save", "--qmp", text(&original.socket), text(&image)]).succeed()?;
+    write(&original.socket, "0x22 0 1M")?;
+    let after = layers(&original.socket)?;
+    assert_eq!(after["inserted"]["file"], ended.event("ready")?["overlays"][0]);
+    assert_eq!(after["inserted"]["image"]["backing-image"]["filename"], text(&disk));
+    holds(&after["inserted"]["file"], [0x22, 0x11])?;
+    let frozen = fs::read(&disk)?;
+    assert!(frozen[..2 << 20].iter().all(|byte| *byte == 0x11));
+
+    let socket = dir.path("reverted.sock");
+    let mut server = dir.snapback(&["revert", text(&image), "--qmp", text(&socket)]).start()?;
+    let overlay = server.wait("disk")?["overlay"].clone();
+    let pid = server.wait("running")?["pid"].as_u64().ok_or("no pid")? as u32;
+    server.succeed()?;
+    let reverted = layers(&socket)?;
+    assert_eq!(reverted["qdev"], before["qdev"]);
+    assert_eq!(reverted["inserted"]["image"]["filename"], overlay);
+    assert_eq!(reverted["inserted"]["image"]["backing-image"]["filename"], text(&disk));
+    write(&socket, "0x33 1M 1M")?;
+    holds(&overlay, [0x11, 0x33])?;
+    holds(&after["inserted"]["file"], [0x22, 0x11])?;
+    assert!(fs::read(&disk)? == frozen);
+    qmp(&socket, "quit", json!({}))?;
+    wait_gone(pid)
 }
 
 /// A guest agent in which nothing is frozen, to hold a save up just before the pause.
