@@ -7,13 +7,13 @@ use std::time::Duration;
 use super::agent;
 use super::journal::Journal;
 use super::obstacles::{self, Obstacle};
-use super::overlays::overlay_folder;
+use super::overlays::{overlay_folder, owner};
 use super::settings::Settings;
 use super::{DiskChoice, SaveError, SaveOptions};
 use crate::image::{Compression, Image};
 use crate::machine::{DiskRole, Machine};
 use crate::qmp::{Qmp, QmpError, RamBlock};
-use crate::uffd::{self, UffdError};
+use crate::uffd;
 use crate::vm::{self, FoundDisk};
 
 /// How long QEMU may take to greet us.
@@ -76,12 +76,12 @@ pub enum CheckError {
     #[error("this guest can't be saved while it runs: {}", .0.iter().map(Obstacle::to_string).collect::<Vec<_>>().join("; "))]
     Obstacles(Vec<Obstacle>),
     /// QEMU has no `background-snapshot` or refuses it.
-    #[error("QEMU refuses a background snapshot: {refusal}{}", .host.as_ref().map(|h| format!("; {h}")).unwrap_or_default())]
+    #[error("QEMU refuses a background snapshot: {refusal}{}", .lack.as_ref().map(|l| format!("; {l}")).unwrap_or_default())]
     NoBackgroundSnapshot {
         /// QEMU's words.
         refusal: String,
-        /// What this host lacks, as far as we can see.
-        host: Option<UffdError>,
+        /// What QEMU lacks on this host, as far as we can see.
+        lack: Option<String>,
     },
     /// QEMU's process can't be seen.
     #[error(
@@ -454,13 +454,25 @@ fn memory_in_use(pid: i32) -> u64 {
 }
 
 /// The error for QEMU's refusal of `background-snapshot`, with what the host says.
-pub(super) fn refused(error: QmpError) -> SaveError {
-    match error {
-        QmpError::Command { desc, .. } => CheckError::NoBackgroundSnapshot {
-            refusal: desc,
-            host: uffd::write_protect_supported().err(),
-        }
-        .into(),
-        other => other.into(),
-    }
+pub(super) fn refused(qmp: &Qmp, error: QmpError) -> SaveError {
+    let QmpError::Command { desc: refusal, .. } = error else { return error.into() };
+    let lack = match uffd::write_protect_supported() {
+        Err(lack) => Some(lack.to_string()),
+        // It may work for us and not for QEMU.
+        Ok(()) => qmp.peer_pid().and_then(lacks_rights),
+    };
+    CheckError::NoBackgroundSnapshot { refusal, lack }.into()
+}
+
+/// Why a process may have no userfaultfd that catches the kernel's accesses as well
+/// (userfaultfd(2)), where its user is the reason.
+fn lacks_rights(pid: i32) -> Option<String> {
+    const SWITCH: &str = "vm.unprivileged_userfaultfd";
+    let switch = std::fs::read_to_string(Path::new("/proc/sys").join(SWITCH.replace('.', "/")));
+    let (user, _) = owner(pid)?;
+    (user != 0 && switch.is_ok_and(|switch| switch.trim() == "0")).then(|| {
+        format!(
+            "QEMU runs as user {user}, who has no right to userfaultfd: `sysctl {SWITCH}=1` gives it"
+        )
+    })
 }

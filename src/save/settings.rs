@@ -35,7 +35,7 @@ impl Settings {
         let mut capabilities = qmp.migration_capabilities().await?;
         capabilities.retain(|(name, on)| *on != wanted(name) && !HARMLESS.contains(&name.as_str()));
         let changed: Vec<_> = capabilities.iter().map(|(name, on)| (name.as_str(), !on)).collect();
-        qmp.set_migration_capabilities(&changed).await.map_err(refused)?;
+        qmp.set_migration_capabilities(&changed).await.map_err(|e| refused(qmp, e))?;
         let mut settings = Settings { capabilities, parameters: json!({}) };
         if let Err(error) = settings.apply_parameters(qmp).await {
             let _ = settings.restore(qmp).await;
