@@ -15,9 +15,6 @@ pub(super) struct CheckArgs {
     guest: GuestArgs,
     /// The image that would be written [default: only the room in the current folder is looked at]
     image: Option<PathBuf>,
-    /// As with `save --force`: an image of that name may be replaced
-    #[arg(long)]
-    force: bool,
     /// Print one JSON object a line
     #[arg(long)]
     pub(super) json: bool,
@@ -25,8 +22,7 @@ pub(super) struct CheckArgs {
 
 /// Runs the command: prints every item, and fails when one stands in the way of a save.
 pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
-    let mut options = args.guest.options(args.image.unwrap_or_default());
-    options.force = args.force;
+    let options = args.guest.options(args.image.unwrap_or_default());
     let output = Output::new(args.json);
     let mut failed = Vec::new();
     for item in survey(&options).await? {
@@ -35,10 +31,17 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
             Err(error) => (false, error.to_string()),
         };
         if args.json {
-            let event = json!({ "event": "check", "item": item.name, "ok": ok, "says": says });
-            output.print_json(&event);
+            let (item, warning) = (item.name, item.warning);
+            output.print_json(&json!({
+                "event": "check", "item": item, "ok": ok, "warning": warning, "says": says,
+            }));
         } else {
-            print_line(&format!("{:<4}{:<20}{says}", if ok { "ok" } else { "NO" }, item.name));
+            let mark = match (ok, item.warning) {
+                (false, _) => "NO",
+                (true, false) => "ok",
+                (true, true) => "!!",
+            };
+            print_line(&format!("{mark:<4}{:<20}{says}", item.name));
         }
         if !ok {
             failed.push(item.name);

@@ -146,6 +146,7 @@ impl Output {
                 let ram = size(*ram_bytes);
                 self.say("checked", &format!("QEMU {qemu}, {ram} of RAM{with}{without}"));
             }
+            SaveEvent::Warning { says } => self.say("WARNING", says),
             SaveEvent::Ready { overlays } => {
                 self.say("ready", &format!("the guest will go on in {}", overlays.join(", ")));
             }

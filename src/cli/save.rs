@@ -1,13 +1,17 @@
 //! `snapback save`: its arguments, and what it runs.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 
 use clap::{Args, ValueEnum};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
 
 use super::output::{Failure, Output};
 use super::{interrupts, parse_compression, parse_rate};
 use crate::image::Compression;
+use crate::interrupt::Interrupts;
 use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
@@ -16,18 +20,9 @@ pub(super) struct SaveArgs {
     guest: GuestArgs,
     /// The image to write
     image: PathBuf,
-    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
-    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
-    compress: Compression,
-    /// Store only what differs from this image, which the new one then refers to
-    #[arg(long, value_name = "IMAGE")]
-    parent: Option<PathBuf>,
     /// Write at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     bandwidth: Option<u64>,
-    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket
-    #[arg(long, value_name = "AGENT_SOCKET")]
-    quiesce: Option<PathBuf>,
     /// Run COMMAND (by sh -c) as soon as the moment has passed; see SNAPBACK_IMAGE,
     /// SNAPBACK_MOMENT_UNIX_US, SNAPBACK_MOMENT_MONOTONIC_US and SNAPBACK_PAUSE_MS in its
     /// environment
@@ -39,15 +34,12 @@ pub(super) struct SaveArgs {
     /// Clean up behind a save of this image that was killed; saves nothing
     #[arg(long)]
     recover: bool,
-    /// Replace an existing image
-    #[arg(long)]
-    force: bool,
     /// Print one JSON object a line
     #[arg(long)]
     pub(super) json: bool,
 }
 
-/// Which guest, and which of its disks: what `save` and `check` have in common.
+/// Which guest, and how it is saved: what `save` and `check` have in common.
 #[derive(Args)]
 pub(super) struct GuestArgs {
     /// The guest's QMP socket (a unix socket)
@@ -66,6 +58,18 @@ pub(super) struct GuestArgs {
     /// Leave a writable disk out: the name of a node, drive or device
     #[arg(long = "exclude-disk", value_name = "NODE")]
     exclude_disks: Vec<String>,
+    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
+    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
+    compress: Compression,
+    /// Store only what differs from this image, which the new one then refers to
+    #[arg(long, value_name = "IMAGE")]
+    parent: Option<PathBuf>,
+    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket
+    #[arg(long, value_name = "AGENT_SOCKET")]
+    quiesce: Option<PathBuf>,
+    /// Replace an existing image
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -86,6 +90,10 @@ impl GuestArgs {
             disks,
             overlay_dir: self.overlay_dir,
             exclude_disks: self.exclude_disks,
+            compression: self.compress,
+            parent: self.parent,
+            quiesce: self.quiesce,
+            force: self.force,
             ..SaveOptions::new(self.qmp, image)
         }
     }
@@ -110,23 +118,23 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let options = SaveOptions {
-        compression: args.compress,
-        quiesce: args.quiesce,
         no_wait: args.no_wait,
-        force: args.force,
-        parent: args.parent,
         bandwidth: args.bandwidth,
         ..args.guest.options(args.image)
     };
     let mut hook = args.on_moment.map(|command| Hook::new(command, &options.image));
-    let outcome = save(&options, interrupts()?, |event| {
+    let interrupts = interrupts()?;
+    let outcome = save(&options, interrupts.clone(), |event| {
         if let Some(hook) = &mut hook {
             hook.hear(&event);
         }
         output.save(&event);
     });
     let outcome = outcome.await;
-    let ended = hook.map_or(Ok(()), Hook::end);
+    let ended = match hook {
+        Some(hook) => hook.end(interrupts).await,
+        None => Ok(()),
+    };
     outcome?;
     ended
 }
@@ -151,6 +159,8 @@ impl Hook {
         command.arg("-c").arg(&self.command).stdin(Stdio::null());
         // Standard output is ours: whoever reads it expects our events there.
         command.stdout(std::io::stderr());
+        // A group of its own: with a shell, what that has started is told to end.
+        command.process_group(0);
         command.env("SNAPBACK_IMAGE", &self.image);
         command.env("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string());
         command.env("SNAPBACK_MOMENT_MONOTONIC_US", monotonic_us.to_string());
@@ -158,8 +168,9 @@ impl Hook {
         self.running = Some(command.spawn());
     }
 
-    /// Waits for the command's end. The image is whole, whatever has become of it.
-    fn end(self) -> Result<(), Failure> {
+    /// Waits for the command's end, or for an interrupt, of which the command is told. The
+    /// image is whole, whatever has become of it.
+    async fn end(self, mut interrupts: Interrupts) -> Result<(), Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             let command = &self.command;
             Failure::said(format!("--on-moment `{command}`: {why}; the image is not affected"))
@@ -167,10 +178,19 @@ impl Hook {
         match self.running {
             None => Ok(()),
             Some(Err(error)) => Err(failed(&error)),
-            Some(Ok(mut child)) => match child.wait() {
-                Ok(status) if status.success() => Ok(()),
-                Ok(status) => Err(failed(&status)),
-                Err(error) => Err(failed(&error)),
+            Some(Ok(mut child)) => tokio::select! {
+                ended = child.wait() => match ended {
+                    Ok(status) if status.success() => Ok(()),
+                    Ok(status) => Err(failed(&status)),
+                    Err(error) => Err(failed(&error)),
+                },
+                () = interrupts.at_least(1) => {
+                    // Not reaped yet: the group is the command's.
+                    if let Some(pid) = child.id() {
+                        let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);
+                    }
+                    Err(failed(&"interrupted, it was told to end (SIGTERM)"))
+                }
             },
         }
     }

@@ -198,6 +198,8 @@ pub(super) async fn follow(
             return Ok(Outcome { progress: progress(), faults, way });
         }
         tokio::select! {
+            // A guest that has all its memory is not given up.
+            biased;
             step = steps.recv() => match step {
                 Some(FeedEvent::Placing { way: taken, reason }) => {
                     way = taken;

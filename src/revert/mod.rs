@@ -8,12 +8,14 @@ mod harvest;
 mod map;
 mod rtc;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod way;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -32,7 +34,7 @@ pub use way::Way;
 use crate::image::{Image, ImageError, Sections, verify_chain, verify_flat};
 use crate::interrupt::Interrupts;
 use crate::memory::WorkingSetError;
-use crate::qmp::{Events, Qmp, QmpError};
+use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::vm::{Note, OverlayOptions, Process, RewriteOptions, VmError};
 
 /// The name under which QEMU is given its end of the migration stream.
@@ -41,8 +43,11 @@ const INCOMING: &str = "snapback-incoming";
 /// The migration capabilities that a revert turns on, and off again at its end.
 const CAPABILITIES: [&str; 2] = ["postcopy-ram", "events"];
 
-/// How long QEMU may take to confirm the end once all memory has been sent.
+/// How long QEMU may take to end the migration once it has confirmed its end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long it may take until all is read that a QEMU which has ended has said.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which guest to bring back, and how.
 #[derive(Debug, Clone, Default)]
@@ -189,12 +194,6 @@ pub enum RevertError {
     /// Interrupted before the guest's memory was complete.
     #[error("interrupted: {0}")]
     Interrupted(&'static str),
-    /// QEMU never confirmed the end.
-    #[error("QEMU did not confirm the end of the migration within {} s (status `{status}`)", END_TIMEOUT.as_secs())]
-    NoEnd {
-        /// QEMU's migration status.
-        status: String,
-    },
 }
 
 /// A guest that has been brought back.
@@ -255,7 +254,12 @@ pub async fn revert_held(
     let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
     let (plan, not_mapped) = map::plan(&image, options, rewriting)?;
     if options.check {
-        check(&image).await?;
+        tokio::select! {
+            checked = check(&image) => checked?,
+            () = interrupts.at_least(1) => {
+                return Err(RevertError::Interrupted("the image was still being checked"));
+            }
+        }
     }
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
@@ -294,25 +298,20 @@ pub async fn revert_held(
     };
     let pid = process.pid();
     on_event(RevertEvent::QemuReady { pid });
-    let ready = ready.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
 
+    let mut said = qmp.events();
+    // Outlives QEMU: a guest whose feed has ended would only wait.
+    let feed = OnceLock::new();
     let bring = async {
-        let ready = match ready {
-            Bring::Serve(ready) => ready,
-            Bring::Map(mapped) => {
-                let outcome = tokio::select! {
-                    brought = mapped.bring(&image, &qmp, start, &mut on_event) => brought?,
-                    () = interrupts.at_least(1) => {
-                        return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
-                    }
-                };
-                process.keep_overlays();
-                on_event(RevertEvent::Running { pid: Some(pid) });
-                on_event(outcome.resident());
-                return Ok(outcome);
-            }
-        };
         let until_it_runs = async {
+            let ready = ready.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+            let ready = match ready? {
+                Bring::Serve(ready) => ready,
+                Bring::Map(mapped) => {
+                    let outcome = mapped.bring(&image, &qmp, start, &mut on_event).await?;
+                    return Ok(Runs::Whole(outcome));
+                }
+            };
             let mut events = qmp.events();
             let (ours, theirs) = socket_pair()?;
             // Meanwhile QEMU gets ready: what it reads first lies there when it begins to.
@@ -321,23 +320,36 @@ pub async fn revert_held(
                 connect(&qmp, theirs),
                 async { options.delivery.start(ready, &image, ours, Some(pid), options.preload) }
             );
+            let (started, mut steps) = started?;
+            let feed = feed.get_or_init(|| started);
             connected?;
-            let (feed, mut steps) = started?;
             let heard = wait_running(&qmp, &mut events, &mut steps, start, &mut on_event).await?;
-            Ok::<_, RevertError>((feed, steps, heard))
+            Ok::<_, RevertError>(Runs::Served(feed, steps, heard))
         };
-        let (feed, mut steps, heard) = tokio::select! {
-            running = until_it_runs => running?,
+        let runs = tokio::select! {
+            runs = until_it_runs => runs?,
             () = interrupts.at_least(1) => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         };
-        // What a guest that has run may have promised to others is not thrown away.
         process.keep_overlays();
         on_event(RevertEvent::Running { pid: Some(pid) });
-        let outcome =
-            delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
-        finish(&qmp).await?;
+        let outcome = match runs {
+            Runs::Whole(outcome) => outcome,
+            Runs::Served(feed, mut steps, heard) => {
+                let followed =
+                    delivery::follow(feed, &mut steps, heard, &mut interrupts, &mut on_event);
+                let outcome = followed.await?;
+                // QEMU has confirmed that it has all of the guest, which depends on nobody
+                // any more: whatever happens from here on, it stays.
+                if let Err(error) = finish(&qmp).await {
+                    tracing::warn!(
+                        "the guest's memory is complete, but QEMU was not tidied up: {error}"
+                    );
+                }
+                outcome
+            }
+        };
         on_event(outcome.resident());
         Ok(outcome)
     };
@@ -351,8 +363,32 @@ pub async fn revert_held(
         Err(error) => {
             let error = with_qemus_words(error, &process);
             process.kill().await;
+            abandon(feed.into_inner());
+            // Now that QEMU has gone, all that it has said can be heard. What a guest that has
+            // run may have promised to others is not thrown away.
+            let has_run = tokio::time::timeout(LAST_WORDS_TIMEOUT, has_run(&mut said)).await;
+            if has_run != Ok(false) {
+                process.keep_overlays();
+            }
             Err(error)
         }
+    }
+}
+
+/// A guest that runs, or could.
+enum Runs<'a> {
+    /// It has all its memory.
+    Whole(Outcome),
+    /// It is fed. With what the feed has yet to say and has said.
+    Served(&'a Feed, UnboundedReceiver<FeedEvent>, Heard),
+}
+
+/// Ends a feed that has failed, without waiting for its threads: one may be stuck in a read
+/// of a disk that has died.
+fn abandon(feed: Option<Feed>) {
+    let thread = std::thread::Builder::new().name("abandoned".into());
+    if let Err(error) = thread.spawn(move || drop(feed)) {
+        tracing::debug!("no thread to wait for those of a feed: {error}");
     }
 }
 
@@ -378,7 +414,8 @@ enum Bring {
     Map(Mapped),
 }
 
-/// Checks the whole image.
+/// Checks the whole image. When nobody waits any more, it reads on in vain until it is done
+/// or the program ends.
 async fn check(image: &Arc<Image>) -> Result<(), RevertError> {
     let image = Arc::clone(image);
     let checked = tokio::task::spawn_blocking(move || {
@@ -480,9 +517,13 @@ async fn wait_running(
             // All is over, and QEMU has not said that the guest runs: does it?
             Start::Runs if heard.finished.is_some() => {
                 let status = qmp.status().await?;
-                return match status.as_str() {
-                    "running" => Ok(heard),
-                    _ => Err(RevertError::NotRun { status, qemu: String::new() }),
+                // It may have run and stand still again; its events came ahead of the answer.
+                let has_run = has_run(events);
+                return match tokio::time::timeout(Duration::ZERO, has_run).await == Ok(true) {
+                    false if status != "running" => {
+                        Err(RevertError::NotRun { status, qemu: String::new() })
+                    }
+                    _ => Ok(heard),
                 };
             }
             // QEMU answers once it has finished loading, RUN included.
@@ -495,22 +536,31 @@ async fn wait_running(
     }
 }
 
-/// Waits until QEMU reports the migration completed, and leaves its capabilities as
-/// a QEMU that was never migrated has them.
-async fn finish(qmp: &Qmp) -> Result<(), RevertError> {
-    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+/// Reads events until one tells that the guest runs, or QEMU has gone and there are no more.
+async fn has_run(events: &mut Events) -> bool {
     loop {
-        let status = qmp.migration_info().await?.status.unwrap_or_default();
-        if status == "completed" {
-            break;
+        match events.next().await {
+            Ok(event) if event.name == "RESUME" => return true,
+            Ok(_) => {}
+            // It may be among those that are lost.
+            Err(QmpError::EventsLost(_)) => return true,
+            Err(_) => return false,
         }
-        if tokio::time::Instant::now() >= deadline {
-            return Err(RevertError::NoEnd { status });
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, false))).await?;
-    Ok(())
+}
+
+/// Waits until QEMU has ended the migration, whose end it has confirmed to us, and leaves
+/// its capabilities as a QEMU that was never migrated has them.
+async fn finish(qmp: &Qmp) -> Result<(), QmpError> {
+    let mut events = qmp.events();
+    let status = qmp.migration_info().await?.status.unwrap_or_default();
+    // Any other status is of what came after it: somebody saves this guest, for example.
+    if status.starts_with("postcopy") {
+        let ended =
+            |event: &Event| event.name == "MIGRATION" && event.data["status"] == "completed";
+        events.wait(ended, END_TIMEOUT).await?;
+    }
+    qmp.set_migration_capabilities(&CAPABILITIES.map(|name| (name, false))).await
 }
 
 fn feed_error(error: FeedError) -> RevertError {

@@ -4,9 +4,12 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::{Delivery, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent, Rtc, Way};
-use super::{delivery, feed_error, prepare};
+use super::{
+    Delivery, Feed, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent, Rtc, Way,
+};
+use super::{abandon, delivery, feed_error, prepare};
 use crate::image::Image;
 use crate::interrupt::Interrupts;
 use crate::vm::VmError;
@@ -52,6 +55,26 @@ pub async fn serve(
     })?;
     let pid = peer_pid(&socket);
     let (feed, mut steps) = options.delivery.start(ready, &image, socket, pid, false)?;
+    match bring(&feed, &mut steps, &mut interrupts, &mut on_event).await {
+        Ok(outcome) => {
+            options.delivery.remember(&image, &outcome);
+            on_event(outcome.resident());
+            Ok(outcome)
+        }
+        Err(error) => {
+            abandon(Some(feed));
+            Err(error)
+        }
+    }
+}
+
+/// Follows a feed to its end.
+async fn bring(
+    feed: &Feed,
+    steps: &mut UnboundedReceiver<FeedEvent>,
+    interrupts: &mut Interrupts,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<Outcome, RevertError> {
     let mut heard = Heard::default();
     let loaded = loop {
         tokio::select! {
@@ -81,11 +104,7 @@ pub async fn serve(
             return Err(feed_error(FeedError::HungUp));
         }
     }
-    let outcome =
-        delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
-    options.delivery.remember(&image, &outcome);
-    on_event(outcome.resident());
-    Ok(outcome)
+    delivery::follow(feed, steps, heard, interrupts, on_event).await
 }
 
 /// The process that listens at the other end (`SO_PEERCRED`, unix(7)).

@@ -84,6 +84,19 @@ impl AgentError {
     }
 }
 
+/// Asks the agent who it is, and whether it would freeze file systems. It freezes none.
+pub(super) async fn check(socket: &Path, patience: &Patience) -> Result<String, AgentError> {
+    const FREEZE: &str = "guest-fsfreeze-freeze";
+    let mut agent = Agent::connect(socket, patience).await?;
+    let info = agent.ask("guest-info", patience.answer).await?;
+    let mut commands = info["supported_commands"].as_array().into_iter().flatten();
+    if commands.any(|command| command["name"] == FREEZE && command["enabled"] == false) {
+        let reason = "the guest's administrator has turned it off".to_owned();
+        return Err(AgentError::Refused { command: FREEZE, reason });
+    }
+    Ok(format!("qemu-guest-agent {} answers", info["version"].as_str().unwrap_or_default()))
+}
+
 /// Thaws all file systems of a guest. An agent that has frozen file systems of its own
 /// accord can't thaw less than all.
 ///

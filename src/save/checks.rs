@@ -4,15 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::agent;
 use super::journal::Journal;
 use super::obstacles::{self, Obstacle};
-use super::overlays::overlay_folder;
+use super::overlays::{overlay_folder, owner};
 use super::settings::Settings;
 use super::{DiskChoice, SaveError, SaveOptions};
 use crate::image::{Compression, Image};
 use crate::machine::{DiskRole, Machine};
 use crate::qmp::{Qmp, QmpError, RamBlock};
-use crate::uffd::{self, UffdError};
+use crate::uffd;
 use crate::vm::{self, FoundDisk};
 
 /// How long QEMU may take to greet us.
@@ -75,12 +76,12 @@ pub enum CheckError {
     #[error("this guest can't be saved while it runs: {}", .0.iter().map(Obstacle::to_string).collect::<Vec<_>>().join("; "))]
     Obstacles(Vec<Obstacle>),
     /// QEMU has no `background-snapshot` or refuses it.
-    #[error("QEMU refuses a background snapshot: {refusal}{}", .host.as_ref().map(|h| format!("; {h}")).unwrap_or_default())]
+    #[error("QEMU refuses a background snapshot: {refusal}{}", .lack.as_ref().map(|l| format!("; {l}")).unwrap_or_default())]
     NoBackgroundSnapshot {
         /// QEMU's words.
         refusal: String,
-        /// What this host lacks, as far as we can see.
-        host: Option<UffdError>,
+        /// What QEMU lacks on this host, as far as we can see.
+        lack: Option<String>,
     },
     /// QEMU's process can't be seen.
     #[error(
@@ -138,10 +139,13 @@ pub enum CheckError {
 #[derive(Debug)]
 pub struct CheckItem {
     /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
-    /// `room`, `parent` or `background-snapshot`.
+    /// `revert`, `room`, `agent`, `parent` or `background-snapshot`.
     pub name: &'static str,
     /// What was found, or why a save would not work.
     pub outcome: Result<String, SaveError>,
+    /// What was found is a warning: a save would work, but what is saved can't be used in
+    /// every way.
+    pub warning: bool,
 }
 
 /// What the checks found out.
@@ -153,6 +157,8 @@ pub(super) struct Checked {
     pub parent: Option<Arc<Image>>,
     /// All disks; the role says which are captured.
     pub disks: Vec<FoundDisk>,
+    /// Why `revert` will refuse the image, if it will.
+    pub irrevertible: Option<String>,
     /// Whether the guest is saved in the background. A paused guest on an old QEMU is
     /// not: its memory stands still anyway.
     pub background: bool,
@@ -190,6 +196,7 @@ pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> 
     items.push(CheckItem {
         name: "background-snapshot",
         outcome: outcome.map(|()| says.to_owned()),
+        warning: false,
     });
     Ok(items)
 }
@@ -233,22 +240,38 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     else {
         return (list.0, None);
     };
+    let irrevertible = check_revert(&machine, &disks);
+    list.0.push(CheckItem {
+        name: "revert",
+        warning: irrevertible.is_some(),
+        outcome: Ok(irrevertible.clone().unwrap_or_else(|| "nothing will keep it".to_owned())),
+    });
     list.note("room", check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
+    list.note("agent", check_agent(options).await);
     let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
     let uncaptured = disks.iter().filter(|found| found.writable());
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
     let machine = Machine { running, uncaptured_disks, ..machine };
     let must_drain = background && number < LETS_GO;
-    let checked = Checked { machine, pid, blocks, parent, disks, background, must_drain };
+    let checked =
+        Checked { machine, pid, blocks, parent, disks, irrevertible, background, must_drain };
     (list.0, Some(checked))
 }
 
 /// Opens the image on top of which to save, and all that it refers to.
 fn open_parent(options: &SaveOptions) -> Result<(Option<Arc<Image>>, String), SaveError> {
-    let Some(path) = &options.parent else { return Ok((None, "none".into())) };
+    let Some(path) = &options.parent else { return Ok((None, "none was asked for".into())) };
     let parent = Image::open(path)?;
     crate::image::check_parent(&parent, &options.image)?;
     Ok((Some(parent), path.display().to_string()))
+}
+
+/// Asks the guest agent that is to freeze file systems whether it could.
+async fn check_agent(options: &SaveOptions) -> Result<((), String), SaveError> {
+    match &options.quiesce {
+        Some(socket) => Ok(((), agent::check(socket, &agent::PATIENCE).await?)),
+        None => Ok(((), "none was asked for".into())),
+    }
 }
 
 /// What has been looked at.
@@ -261,7 +284,7 @@ impl Checklist {
             Ok((value, says)) => (Some(value), Ok(says)),
             Err(error) => (None, Err(error)),
         };
-        self.0.push(CheckItem { name, outcome });
+        self.0.push(CheckItem { name, outcome, warning: false });
         value
     }
 }
@@ -357,6 +380,14 @@ async fn check_disks(
     Ok((disks, says))
 }
 
+/// Why a revert won't find its disks where it looks for them.
+fn check_revert(machine: &Machine, disks: &[FoundDisk]) -> Option<String> {
+    let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
+    let problems = captured.filter_map(|found| vm::check_given(machine, &found.disk).err());
+    let problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
+    (!problems.is_empty()).then(|| problems.join("; "))
+}
+
 /// Whether image and overlays can be written where they are to be, and fit. An image
 /// holds at most the memory that the guest has ever touched, which is at most what
 /// QEMU's process uses.
@@ -423,13 +454,25 @@ fn memory_in_use(pid: i32) -> u64 {
 }
 
 /// The error for QEMU's refusal of `background-snapshot`, with what the host says.
-pub(super) fn refused(error: QmpError) -> SaveError {
-    match error {
-        QmpError::Command { desc, .. } => CheckError::NoBackgroundSnapshot {
-            refusal: desc,
-            host: uffd::write_protect_supported().err(),
-        }
-        .into(),
-        other => other.into(),
-    }
+pub(super) fn refused(qmp: &Qmp, error: QmpError) -> SaveError {
+    let QmpError::Command { desc: refusal, .. } = error else { return error.into() };
+    let lack = match uffd::write_protect_supported() {
+        Err(lack) => Some(lack.to_string()),
+        // It may work for us and not for QEMU.
+        Ok(()) => qmp.peer_pid().and_then(lacks_rights),
+    };
+    CheckError::NoBackgroundSnapshot { refusal, lack }.into()
+}
+
+/// Why a process may have no userfaultfd that catches the kernel's accesses as well
+/// (userfaultfd(2)), where its user is the reason.
+fn lacks_rights(pid: i32) -> Option<String> {
+    const SWITCH: &str = "vm.unprivileged_userfaultfd";
+    let switch = std::fs::read_to_string(Path::new("/proc/sys").join(SWITCH.replace('.', "/")));
+    let (user, _) = owner(pid)?;
+    (user != 0 && switch.is_ok_and(|switch| switch.trim() == "0")).then(|| {
+        format!(
+            "QEMU runs as user {user}, who has no right to userfaultfd: `sysctl {SWITCH}=1` gives it"
+        )
+    })
 }

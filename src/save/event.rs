@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::moment::PauseParts;
 
 /// What happens during a save, in this order but for `Draining`, `Waiting`, `Folded` and
-/// `Note`.
+/// `Note`. `Warning` comes only when there is something to warn of.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
@@ -22,6 +22,11 @@ pub enum SaveEvent {
         /// Writable disks that are left out.
         uncaptured_disks: Vec<String>,
     },
+    /// The image will be whole, but `revert` will refuse it.
+    Warning {
+        /// Why, and what to do instead.
+        says: String,
+    },
     /// All is ready that can be before the pause: overlays lie open, guest memory has
     /// been touched, disks are flushed. Only when disks are captured.
     Ready {
@@ -37,7 +42,7 @@ pub enum SaveEvent {
     /// it, although its memory is still being written.
     Moment {
         /// How long the guest stood still, in milliseconds; none for a guest that was
-        /// paused all the time.
+        /// paused all the time, or where QEMU's events were lost.
         pause_ms: Option<f64>,
         /// The same in parts, where we held the guest to switch its disks; otherwise
         /// QEMU alone did.

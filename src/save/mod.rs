@@ -40,7 +40,7 @@ use self::undo::Undo;
 use crate::image::{Compression, ImageError, Saved};
 use crate::interrupt::Interrupts;
 use crate::machine::Disk;
-use crate::qmp::{Events, Qmp};
+use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::vm;
 use crate::wire::WireError;
 
@@ -172,6 +172,9 @@ pub async fn save(
             captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
             uncaptured_disks: checked.machine.uncaptured_disks.clone(),
         });
+        if let Some(says) = checked.irrevertible.clone() {
+            on_event(SaveEvent::Warning { says });
+        }
         make_ready(&qmp, &checked, &undo, &mut interrupts, &mut on_event).await?;
         let (received, moment) =
             take(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
@@ -228,8 +231,9 @@ async fn make_ready(
             if background {
                 collapse::collapse_memory(pid, &blocks, &stop);
             }
+            // Stopping the guest flushes its disks: it shall find little left to do.
             for file in files {
-                if let Err(error) = touch::flush(Path::new(&file)) {
+                if let Err(error) = vm::write_out(Path::new(&file)) {
                     tracing::debug!("flushing {file} ahead failed: {error}");
                 }
             }
@@ -373,7 +377,7 @@ async fn follow(
                 release(qmp, clock).await?;
                 step("released");
             },
-            event = events.next() => clock.hear(&event?),
+            event = events.next() => hear(clock, event)?,
             received = &mut *done => break received,
             () = tokio::time::sleep_until(limit), if clock.held() => {
                 return Err(SaveError::Held(HOLD_LIMIT));
@@ -394,14 +398,15 @@ async fn follow(
             wait_end(qmp).await?;
             step("received");
             // A small guest may be there before its events; QEMU's answer comes after.
-            while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
-                clock.hear(&event?);
-            }
-            if clock.moment().is_none() {
-                clock.tell(on_event);
+            while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await
+                && hear(clock, event).is_ok()
+            {}
+            let told = clock.moment().is_some();
+            let moment = clock.settle(on_event);
+            if !told {
                 undo.guest_goes_on(on_event).await;
             }
-            Ok((received, clock.moment_or_asked()))
+            Ok((received, moment))
         }
         // QEMU's own reason, where it has one, says more than the end of its stream.
         Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
@@ -410,6 +415,17 @@ async fn follow(
         }
         Err(error) => Err(error),
     }
+}
+
+/// Takes note of an event. That some were lost costs only what they had to say of the
+/// moment: its times.
+fn hear(clock: &mut PauseClock, event: Result<Event, QmpError>) -> Result<(), QmpError> {
+    match event {
+        Ok(event) => clock.hear(&event),
+        Err(QmpError::EventsLost(lost)) => tracing::debug!("{lost} events of QEMU were lost"),
+        Err(error) => return Err(error),
+    }
+    Ok(())
 }
 
 /// Lets a guest go that we hold: its memory is write-protected. QEMU before 9.0 has let

@@ -112,9 +112,19 @@ impl PauseClock {
         self.moment
     }
 
-    /// The moment at the end of a save that went well, whatever events were missed.
-    pub fn moment_or_asked(&self) -> Moment {
-        self.moment.unwrap_or(Moment { unix_us: self.asked, pause: None, parts: None })
+    /// The moment at the end of a save that went well. It is told now if it was not yet:
+    /// whatever events were missed, it has passed.
+    pub fn settle(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> Moment {
+        self.tell(on_event);
+        match self.moment {
+            Some(moment) => moment,
+            None => {
+                let unix_us = self.stopped.unwrap_or(self.asked);
+                let moment = Moment { unix_us, pause: None, parts: None };
+                self.set(moment, on_event);
+                moment
+            }
+        }
     }
 
     /// Tells the moment, once, as soon as it is known. Whether it was told now.
@@ -122,7 +132,7 @@ impl PauseClock {
         if self.moment.is_some() || !self.passed || self.held {
             return false;
         }
-        self.moment = match (self.running, self.parts(), self.stopped, self.resumed) {
+        let moment = match (self.running, self.parts(), self.stopped, self.resumed) {
             (false, ..) => Some(Moment { unix_us: self.asked, pause: None, parts: None }),
             (true, Some((pause, parts)), stopped, _) => Some(Moment {
                 unix_us: stopped.unwrap_or(self.asked),
@@ -136,14 +146,21 @@ impl PauseClock {
             }),
             _ => None,
         };
-        let Some(Moment { unix_us, pause, parts }) = self.moment else { return false };
+        if let Some(moment) = moment {
+            self.set(moment, on_event);
+        }
+        moment.is_some()
+    }
+
+    fn set(&mut self, moment: Moment, on_event: &mut impl FnMut(SaveEvent)) {
+        let Moment { unix_us, pause, parts } = moment;
+        self.moment = Some(moment);
         on_event(SaveEvent::Moment {
             pause_ms: pause.map(millis),
             pause_parts: parts,
             unix_us,
             monotonic_us: monotonic_us(unix_us),
         });
-        true
     }
 
     /// The parts of a pause of ours, and their sum.
@@ -174,4 +191,33 @@ fn monotonic_us(unix: u64) -> u64 {
 
 pub(super) fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_told_once_whatever_was_missed() {
+        let event = |name: &str, timestamp| Event {
+            name: name.into(),
+            data: serde_json::Value::Null,
+            timestamp,
+        };
+        for missed in [false, true] {
+            let mut told = Vec::new();
+            let mut clock = PauseClock::new(true);
+            clock.hear(&event("STOP", 1_000));
+            if !missed {
+                clock.hear(&event("RESUME", 3_500));
+            }
+            assert!(!clock.tell(&mut |event| told.push(event)));
+            clock.pass();
+            assert_eq!(clock.tell(&mut |event| told.push(event)), !missed);
+            let moment = clock.settle(&mut |event| told.push(event));
+            clock.settle(&mut |event| told.push(event));
+            let pause = (!missed).then_some(Duration::from_micros(2_500));
+            assert_eq!((moment.unix_us, moment.pause, told.len()), (1_000, pause, 1));
+        }
+    }
 }

@@ -264,7 +264,7 @@ pub(super) async fn prepare(
     checked: &Checked,
     overlays: &[Overlay],
 ) -> Result<(), OverlayError> {
-    let owner = Owner::of(checked.pid);
+    let owner = Owner(owner(checked.pid));
     for (number, (overlay, found)) in overlays.iter().zip(checked.captured()).enumerate() {
         overlay.prepare(qmp, found, owner).await?;
         step(&format!("overlay {number}"));
@@ -320,16 +320,17 @@ fn stem(path: &Path) -> String {
     stem.chars().take(100).collect()
 }
 
+/// The owner of a process's folder in /proc: its effective user and group, also where the
+/// kernel gives all that is in the folder to root, since the process has changed its user.
+pub(super) fn owner(pid: i32) -> Option<(u32, u32)> {
+    fs::metadata(format!("/proc/{pid}")).ok().map(|meta| (meta.uid(), meta.gid()))
+}
+
 /// The user whom QEMU opens files as.
 #[derive(Debug, Clone, Copy)]
 struct Owner(Option<(u32, u32)>);
 
 impl Owner {
-    /// The owner of a process's files (proc_pid_status(5) would tell the same).
-    fn of(pid: i32) -> Owner {
-        Owner(fs::metadata(format!("/proc/{pid}")).ok().map(|meta| (meta.uid(), meta.gid())))
-    }
-
     /// Makes a file of ours its own. Only root can give files away; QEMU says itself when
     /// it can't open a file.
     fn give(self, file: &File) -> io::Result<()> {

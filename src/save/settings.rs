@@ -50,7 +50,7 @@ impl Settings {
     pub async fn apply(&self, qmp: &Qmp) -> Result<(), SaveError> {
         let changed: Vec<_> =
             self.capabilities.iter().map(|(name, on)| (name.as_str(), !on)).collect();
-        qmp.set_migration_capabilities(&changed).await.map_err(refused)?;
+        qmp.set_migration_capabilities(&changed).await.map_err(|e| refused(qmp, e))?;
         let mut parameters = json!({});
         for (name, wanted) in parameters_wanted() {
             if self.parameters.get(name).is_some() {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, IoSliceMut};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -64,12 +63,6 @@ fn read_range(pid: i32, start: usize, len: usize, stop: &AtomicBool) -> io::Resu
         done += read * PAGE_SIZE;
     }
     Ok(())
-}
-
-/// Writes what the host holds of a disk's file back to storage, so that stopping the
-/// guest, which flushes its disks, finds little left to do.
-pub(super) fn flush(path: &Path) -> io::Result<()> {
-    fs::File::open(path)?.sync_data()
 }
 
 #[cfg(test)]

@@ -164,3 +164,14 @@ async fn an_overlay_goes_with_a_qemu_that_fails_and_stays_with_one_that_is_let_g
     let plan = rewrite(&works, &isolated).unwrap();
     let (_process, _qmp) = Process::start(plan).await.unwrap();
 }
+
+#[test]
+fn two_disks_are_not_given_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine =
+        machine(folder.path(), "virtio0", None, "-drive if=virtio,file=base.raw,format=raw");
+    let other = Disk { device: "virtio1".into(), ..machine.disks[0].clone() };
+    machine.disks.push(other);
+    let refusal = rewrite(&machine, &in_folder(folder.path(), true)).unwrap_err().to_string();
+    assert!(refusal.contains("virtio0") && refusal.contains("virtio1"), "{refusal}");
+}

@@ -10,7 +10,7 @@ use super::VmError;
 use super::command_line::{Arg, CommandLine, CommandOption};
 use super::overlay::Overlay;
 use super::params::{Params, Spec};
-use crate::machine::Disk;
+use crate::machine::{Disk, Machine};
 
 /// Deepest nesting of nodes that is followed.
 const MAX_DEPTH: usize = 32;
@@ -36,20 +36,32 @@ pub(super) fn find(line: &CommandLine, disk: &Disk, cwd: &Path) -> Result<usize,
             option.name() == "drive" && Params::parse(option.value()).get("id") == Some(id)
         })
     };
-    // QEMU makes up the names of drives that have none: those are told by their file,
-    // which no other drive can have, since QEMU locks it.
+    // QEMU makes up the names of drives that have none: those are told by their file, which
+    // is the topmost that the command line gives. Files further down may be shared with other
+    // drives, as long as nobody writes to them.
     let by_file = || {
-        line.args.iter().position(|arg| {
-            let file = match arg {
-                Arg::Image(path) => Some(path.clone()),
-                Arg::Option(option) if option.name() == "drive" => drive_file(option),
-                Arg::Option(option) => old_option(option).and(option.value.clone()),
-            };
-            file.is_some_and(|file| disk.chain.iter().any(|of| same_file(&file, &of.path, cwd)))
+        disk.chain.iter().find_map(|of| {
+            line.args.iter().position(|arg| {
+                let file = match arg {
+                    Arg::Image(path) => Some(path.clone()),
+                    Arg::Option(option) if option.name() == "drive" => drive_file(option),
+                    Arg::Option(option) => old_option(option).and(option.value.clone()),
+                };
+                file.is_some_and(|file| same_file(&file, &of.path, cwd))
+            })
         })
     };
     let found = by_node().or_else(by_id).or_else(by_file);
     found.ok_or_else(|| VmError::DiskNotGiven { disk: disk.describe() })
+}
+
+/// Whether a revert will find a disk on the machine's command line.
+///
+/// # Errors
+/// [`VmError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
+pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), VmError> {
+    let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
+    find(&line, disk, Path::new(&machine.cwd)).map(drop)
 }
 
 /// Gives disks their overlays, each in the place that [`find`] found.
@@ -343,6 +355,19 @@ mod tests {
         let other = CommandLine::parse(["-drive", "id=d1,file=/other", "-hda", "/vm/another"]);
         let error = find(&other, &disk("d0", None), Path::new("/vm")).unwrap_err().to_string();
         assert!(error.contains("d0") && error.contains("plugged in"), "{error}");
+    }
+
+    #[test]
+    fn a_drive_on_the_base_that_disks_share_is_not_taken_for_theirs() {
+        let mut disk = disk("virtio1", None);
+        let base = DiskFile { path: "/vm/base.raw".into(), ..disk.chain[0].clone() };
+        disk.chain.push(base.clone());
+        let shared = "-drive if=virtio,file=/vm/base.raw,readonly=on ";
+        let value = format!("{shared}-drive if=virtio,file=/vm/d.raw");
+        check_drive(&disk, &value, shared, "if=virtio,");
+        // An earlier snapshot may have put a file on top.
+        disk.chain.insert(0, DiskFile { path: "/vm/d.snap-1.qcow2".into(), ..base });
+        check_drive(&disk, &value, shared, "if=virtio,");
     }
 
     #[test]

@@ -166,8 +166,11 @@ pub enum VmError {
         advice: String,
     },
 
-    /// A file of a captured disk can't be looked at.
-    #[error("the file {path} of the disk {disk} can't be read: {source}", path = path.display())]
+    /// A file of a captured disk can't be looked at, or not be written out to storage.
+    #[error(
+        "the file {path} of the disk {disk} can't be read or written out: {source}",
+        path = path.display()
+    )]
     DiskUnreadable {
         /// The disk.
         disk: String,
@@ -202,6 +205,19 @@ pub enum VmError {
     DiskNotGiven {
         /// The disk.
         disk: String,
+    },
+
+    /// One option of the recorded command line would give two captured disks.
+    #[error(
+        "the disks {disk} and {other} can't be told apart on the recorded command line: start \
+             QEMU yourself with both, -incoming defer, and use `snapback serve` (disks whose \
+             -drive has an id, or whose -blockdev a node-name, are told apart by these)"
+    )]
+    DisksGivenAsOne {
+        /// The one disk.
+        disk: String,
+        /// The other.
+        other: String,
     },
 
     /// The file for a disk's changes can't be made.

@@ -188,7 +188,7 @@ fn captured_disks(
 ) -> Result<Vec<(usize, Overlay)>, VmError> {
     let moved = |path: &str| replace_path(path, paths);
     frozen::check_names(&machine.disks, &options.disks)?;
-    let mut found = Vec::new();
+    let mut found: Vec<(usize, Overlay)> = Vec::new();
     for (at, disk) in machine.disks.iter().enumerate() {
         match disk.role {
             DiskRole::Captured => {
@@ -196,6 +196,10 @@ fn captured_disks(
                 let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
                 let chain = frozen::chain(disk, given.as_deref(), moved)?;
                 let place = drives::find(line, disk, Path::new(&machine.cwd))?;
+                if let Some((_, other)) = found.iter().find(|(taken, _)| *taken == place) {
+                    let (disk, other) = (disk.describe(), other.disk.clone());
+                    return Err(VmError::DisksGivenAsOne { disk, other });
+                }
                 found.push((place, Overlay::new(disk, at, chain, &options.overlays)?));
             }
             DiskRole::ReadOnly => frozen::check_read_only(disk, moved)?,

@@ -26,8 +26,7 @@ const SAMPLES: u64 = 256;
 /// # Errors
 /// When it can't be read, or is neither a regular file nor a block device.
 pub fn stamp(path: &Path) -> io::Result<FileStamp> {
-    // A pipe in its place must not keep us waiting.
-    let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let mut file = open(path)?;
     let meta = file.metadata()?;
     let (len, mtime_ns) = match meta.file_type() {
         kind if kind.is_file() => {
@@ -42,24 +41,42 @@ pub fn stamp(path: &Path) -> io::Result<FileStamp> {
 }
 
 /// Stamps a disk's files, if they are not to change any more: those of a captured disk,
-/// and of a read-only one where they can be read.
+/// which are written out to storage first (an image must not outlast them when the host
+/// crashes), and of a read-only one where they can be read.
 ///
 /// # Errors
-/// [`VmError::DiskUnreadable`] when a file of a captured disk can't be read.
+/// [`VmError::DiskUnreadable`] when a file of a captured disk can't be read or written out.
 pub fn stamp_files(disk: &mut Disk) -> Result<(), VmError> {
     let described = disk.describe();
     for file in &mut disk.chain {
         let path = Path::new(&file.path);
-        file.stamp = match (disk.role, stamp(path)) {
-            (DiskRole::Captured, Err(source)) => {
-                let path = path.to_owned();
-                return Err(VmError::DiskUnreadable { disk: described, path, source });
+        file.stamp = match disk.role {
+            DiskRole::Captured => {
+                let stamped = write_out(path).and_then(|()| stamp(path));
+                Some(stamped.map_err(|source| VmError::DiskUnreadable {
+                    disk: described.clone(),
+                    path: path.to_owned(),
+                    source,
+                })?)
             }
-            (DiskRole::Captured | DiskRole::ReadOnly, stamp) => stamp.ok(),
-            (DiskRole::Excluded | DiskRole::Empty, _) => None,
+            DiskRole::ReadOnly => stamp(path).ok(),
+            DiskRole::Excluded | DiskRole::Empty => None,
         };
     }
     Ok(())
+}
+
+/// Writes what the host holds of a disk's file to storage.
+///
+/// # Errors
+/// When it can't be opened or written.
+pub fn write_out(path: &Path) -> io::Result<()> {
+    open(path)?.sync_data()
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    // A pipe in its place must not keep us waiting.
+    File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 fn fingerprint(file: &File, len: u64) -> io::Result<u64> {

@@ -3,29 +3,33 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
-use crate::harness::{Dir, Running, Snapback, check, text};
+use crate::harness::{Dir, Ended, Running, Snapback, check, text, wait_gone};
 use crate::killed::{STOP_AT, kill_at_its_step};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, cont, debian,
-    qmp, query_status, stop, wait_for,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, cont, convert,
+    debian, qmp, query_status, stop, wait_for,
 };
 use crate::{tests, tests_on_both};
 
 tests! {
     what_stands_in_the_way_is_told_item_by_item
     a_real_agent_freezes_and_thaws
+    the_parent_and_the_agent_are_asked_beforehand
+    a_qemu_that_has_changed_its_user_can_open_its_overlay
 }
 
 tests_on_both! {
     memory_and_disks_are_of_one_moment
     a_disk_is_left_out_by_any_of_its_names
+    a_disk_that_was_plugged_in_is_captured_with_a_warning
+    a_disk_on_ahci_is_captured_and_reverted
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
@@ -202,6 +206,85 @@ fn a_disk_is_left_out_by_any_of_its_names(dir: &Dir, qemu: Qemu) -> Result<()> {
     watched.save(dir).with(&["--overlay-dir", text(&elsewhere), "--force"]).succeed()?;
     assert_eq!(dir.names("overlays")?.len(), 2);
     Ok(())
+}
+
+fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let watched = Watched::start(dir, qemu, &[])?;
+    let check = || dir.snapback(&["check", "--qmp", text(&watched.bare.socket)]).succeed();
+    let warnings = |events: &[Value]| events.iter().filter(|item| item["warning"] == true).count();
+    assert_eq!(warnings(&check()?.events), 0);
+
+    let hot = dir.path("hot.raw");
+    File::create(&hot)?.set_len(1 << 20)?;
+    let file = json!({"driver": "file", "filename": hot});
+    let node = json!({"driver": "raw", "node-name": "hot", "file": file});
+    qmp(&watched.side, "blockdev-add", node)?;
+    qmp(&watched.side, "device_add", json!({"driver": "virtio-blk-pci", "drive": "hot"}))?;
+    let items = check()?.events;
+    assert_eq!(warnings(&items), 1);
+    let warning = items.iter().find(|item| item["warning"] == true).ok_or("no warning")?;
+    assert_eq!((&warning["item"], &warning["ok"]), (&json!("revert"), &json!(true)));
+    assert!(warning["says"].to_string().contains("hot.raw"), "{warning}");
+
+    let ended = watched.save(dir).succeed()?;
+    assert_eq!(ended.steps(), ["checked", "warning", "ready", "moment", "saved"]);
+    // As was said.
+    let reverted = dir.snapback(&["revert", text(&dir.path("vm.snap"))]).fail()?;
+    assert!(ended.event("warning")?["says"].as_str().is_some_and(|says| reverted == says));
+    Ok(())
+}
+
+/// The guests' kernel has no driver for AHCI (`tests/guest/README.md`): QEMU itself writes for
+/// it here.
+fn a_disk_on_ahci_is_captured_and_reverted(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let (disk, image) = (dir.path("disk.raw"), dir.path("vm.snap"));
+    File::create(&disk)?.set_len(4 << 20)?;
+    let drive = format!("if=none,id=system,format=raw,file={}", text(&disk));
+    let args = ["-machine", "q35", "-drive", &drive, "-device", "ide-hd,drive=system,id=sda"];
+    let original = Bare::start(dir, qemu, &args)?;
+    let write = |socket: &Path, what: &str| -> Result<()> {
+        for command in [&format!("write -P {what}"), "flush"] {
+            let line = format!("qemu-io system \"{command}\"");
+            qmp(socket, "human-monitor-command", json!({ "command-line": line }))?;
+        }
+        Ok(())
+    };
+    let holds = |overlay: &Value, bytes: [u8; 2]| -> Result<()> {
+        let (overlay, raw) = (overlay.as_str().ok_or("no overlay")?, dir.path("content"));
+        convert(Path::new(overlay), Format::Qcow2, &raw, Format::Raw)?;
+        let content = fs::read(&raw)?;
+        let are = |part: &[u8], byte| part.iter().all(|found| *found == byte);
+        assert!(are(&content[..1 << 20], bytes[0]) && are(&content[1 << 20..2 << 20], bytes[1]));
+        Ok(())
+    };
+    let layers = |socket: &Path| -> Result<Value> { Ok(query(socket, "query-block")?[0].clone()) };
+    write(&original.socket, "0x11 0 2M")?;
+    let before = layers(&original.socket)?;
+    assert!(before["qdev"] == "sda" || before["qdev"] == "/machine/peripheral/sda", "{before}");
+    let ended = dir.snapback(&["save", "--qmp", text(&original.socket), text(&image)]).succeed()?;
+    write(&original.socket, "0x22 0 1M")?;
+    let after = layers(&original.socket)?;
+    assert_eq!(after["inserted"]["file"], ended.event("ready")?["overlays"][0]);
+    assert_eq!(after["inserted"]["image"]["backing-image"]["filename"], text(&disk));
+    holds(&after["inserted"]["file"], [0x22, 0x11])?;
+    let frozen = fs::read(&disk)?;
+    assert!(frozen[..2 << 20].iter().all(|byte| *byte == 0x11));
+
+    let socket = dir.path("reverted.sock");
+    let mut server = dir.snapback(&["revert", text(&image), "--qmp", text(&socket)]).start()?;
+    let overlay = server.wait("disk")?["overlay"].clone();
+    let pid = server.wait("running")?["pid"].as_u64().ok_or("no pid")? as u32;
+    server.succeed()?;
+    let reverted = layers(&socket)?;
+    assert_eq!(reverted["qdev"], before["qdev"]);
+    assert_eq!(reverted["inserted"]["image"]["filename"], overlay);
+    assert_eq!(reverted["inserted"]["image"]["backing-image"]["filename"], text(&disk));
+    write(&socket, "0x33 1M 1M")?;
+    holds(&overlay, [0x11, 0x33])?;
+    holds(&after["inserted"]["file"], [0x22, 0x11])?;
+    assert!(fs::read(&disk)? == frozen);
+    qmp(&socket, "quit", json!({}))?;
+    wait_gone(pid)
 }
 
 /// A guest agent in which nothing is frozen, to hold a save up just before the pause.
@@ -732,12 +815,67 @@ fn a_guest_agent_is_made_to_thaw(dir: &Dir, qemu: Qemu) -> Result<()> {
     watched.is_as_before(dir)
 }
 
+fn the_parent_and_the_agent_are_asked_beforehand(dir: &Dir) -> Result<()> {
+    let watched = Watched::start(dir, Qemu::V10, &[])?;
+    let agent = Agent::listen(dir)?;
+    let check = |parent: &str, agent: &Path| {
+        let options = ["--parent", parent, "--quiesce", text(agent), "--compress", "none"];
+        dir.snapback(&["check", "--qmp", text(&watched.bare.socket), "vm.snap"]).with(&options)
+    };
+    let item = |ended: &Ended, name: &str| {
+        let found = ended.events.iter().find(|event| event["item"] == name);
+        let found = found.ok_or_else(|| format!("no {name} in {:?}", ended.said))?;
+        let says = found["says"].as_str().unwrap_or_default().to_owned();
+        Ok::<_, crate::support::Error>((found["ok"] == true, says))
+    };
+    let ended = check("nowhere.snap", Path::new("nowhere.sock")).end()?;
+    assert!(ended.failure()?.contains("agent, parent"), "{ended:?}");
+    assert!(item(&ended, "parent")?.1.contains("nowhere.snap"), "{ended:?}");
+    assert!(item(&ended, "agent")?.1.contains("nowhere.sock"), "{ended:?}");
+
+    let parent = dir.path("parent.snap");
+    let save = ["save", "--qmp", text(&watched.bare.socket), text(&parent), "--memory-only"];
+    dir.snapback(&save).succeed()?;
+    for enabled in [false, true] {
+        let checking = check(text(&parent), &agent.path).start()?;
+        let peer = agent.until("guest-info")?;
+        let freeze = json!({ "name": "guest-fsfreeze-freeze", "enabled": enabled });
+        let info = json!({ "version": "7.2.0", "supported_commands": [freeze] });
+        answer(&peer, &json!({ "return": info }))?;
+        let ended = checking.end()?;
+        assert_eq!(item(&ended, "parent")?, (true, text(&parent).to_owned()));
+        let (ok, says) = item(&ended, "agent")?;
+        assert_eq!((ok, ended.code), (enabled, Some(i32::from(!enabled))), "{ended:?}");
+        assert!(says.contains(if enabled { "7.2.0" } else { "turned it off" }), "{says}");
+    }
+    fs::remove_file(&parent)?;
+    watched.is_as_before(dir)
+}
+
+/// QEMU is started as root and goes on as somebody else. The guest is paused: a user without
+/// rights has no userfaultfd, and QEMU 7.2 can do without then.
+fn a_qemu_that_has_changed_its_user_can_open_its_overlay(dir: &Dir) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    fs::set_permissions(dir.path("."), fs::Permissions::from_mode(0o711))?;
+    let watched = Watched::start(dir, Qemu::V7, &["-runas", "nobody"])?;
+    qmp(&watched.side, "stop", json!({}))?;
+    let ended = watched.save(dir).succeed()?;
+    let overlay = ended.event("ready")?["overlays"][0].as_str().ok_or("no overlay")?;
+    let nobody = nix::unistd::User::from_name("nobody")?.ok_or("there is no nobody")?;
+    let meta = fs::metadata(overlay)?;
+    assert_eq!((meta.uid(), meta.gid()), (nobody.uid.as_raw(), nobody.gid.as_raw()));
+    assert_eq!(meta.mode() & 0o777, 0o600);
+    Ok(())
+}
+
 fn what_stands_in_the_way_is_told_item_by_item(dir: &Dir) -> Result<()> {
     for qemu in Qemu::ALL {
         let watched = Watched::start(dir, qemu, &[])?;
         let ask = |socket: &Path| dir.snapback(&["check", "--qmp", text(socket)]);
         let items = ask(&watched.bare.socket).with(&["vm.snap"]).succeed()?.events;
-        assert!(items.len() >= 9 && items.iter().all(|item| item["ok"] == true), "{items:?}");
+        assert!(items.len() >= 12 && items.iter().all(|item| item["ok"] == true), "{items:?}");
         watched.is_as_before(dir)?;
         assert!(query(&watched.side, "query-migrate")?.get("status").is_none());
         drop(watched);

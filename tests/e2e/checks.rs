@@ -1,9 +1,12 @@
 //! What is asked before a guest is touched, and what the program tells of itself.
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Reverted, text};
@@ -16,6 +19,10 @@ tests! {
     sockets_in_use_are_refused_by_name
     an_image_tells_what_it_holds
     wrong_usage_ends_with_code_2
+    a_qemu_that_is_too_old_is_told
+    memory_that_another_process_writes_is_told
+    a_qemu_without_the_right_to_userfaultfd_is_told
+    a_folder_without_room_for_overlays_is_told
 }
 
 tests_on_both! {
@@ -212,5 +219,96 @@ fn wrong_usage_ends_with_code_2(dir: &Dir) -> Result<()> {
         assert!(ended.stderr.contains("--help"), "{line:?}: {ended:?}");
     }
     assert!(dir.names(".")?.is_empty());
+    Ok(())
+}
+
+/// What `check` says of one item that stands in the way of a save.
+fn refused(dir: &Dir, socket: &Path, args: &[&str], item: &str) -> Result<String> {
+    let ended = dir.snapback(&["check", "--qmp", text(socket)]).with(args).end()?;
+    let refusal = ended.failure()?;
+    let found = ended.events.iter().find(|event| event["item"] == item);
+    let found = found.ok_or_else(|| format!("no {item} in {:?}", ended.said))?;
+    assert!(found["ok"] == false && refusal.contains(item), "{found}");
+    Ok(found["says"].as_str().unwrap_or_default().to_owned())
+}
+
+/// It greets like one, and knows nothing that is asked.
+fn a_qemu_that_is_too_old_is_told(dir: &Dir) -> Result<()> {
+    let socket = dir.path("old.sock");
+    let listener = UnixListener::bind(&socket)?;
+    let qemu = std::thread::spawn(move || -> std::io::Result<()> {
+        let (mut peer, _) = listener.accept()?;
+        let version = json!({"qemu": {"major": 6, "minor": 2, "micro": 0}, "package": ""});
+        let greeting = json!({"QMP": {"version": version, "capabilities": []}});
+        peer.write_all(format!("{greeting}\n").as_bytes())?;
+        for line in BufReader::new(peer.try_clone()?).lines() {
+            let command: Value = serde_json::from_str(&line?)?;
+            let mut answer = match command["execute"] == "qmp_capabilities" {
+                true => json!({"return": {}}),
+                false => json!({"error": {"class": "CommandNotFound", "desc": "what?"}}),
+            };
+            answer["id"] = command["id"].clone();
+            peer.write_all(format!("{answer}\n").as_bytes())?;
+        }
+        Ok(())
+    });
+    let says = refused(dir, &socket, &[], "qemu")?;
+    assert!(says.contains("6.2.0") && says.contains("7.2 or later"), "{says}");
+    qemu.join().map_err(|_| "the old QEMU panicked")?.map_err(Into::into)
+}
+
+/// A network card served by another process (vhost-user), which is only asked for its
+/// features here.
+fn memory_that_another_process_writes_is_told(dir: &Dir) -> Result<()> {
+    let path = dir.path("vhost.sock");
+    let listener = UnixListener::bind(&path)?;
+    let card = std::thread::spawn(move || -> std::io::Result<()> {
+        const GET_FEATURES: u32 = 1;
+        let (mut peer, _) = listener.accept()?;
+        let mut header = [0; 12];
+        // A message: what it is, flags, how many bytes follow.
+        while peer.read_exact(&mut header).is_ok() {
+            let field = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+            std::io::copy(&mut (&peer).take(field(8).into()), &mut std::io::sink())?;
+            if field(0) == GET_FEATURES {
+                let (reply, version_1) = (5_u32, 1_u64 << 32);
+                let answer = [GET_FEATURES, reply, 8].map(u32::to_le_bytes).concat();
+                peer.write_all(&[answer, version_1.to_le_bytes().to_vec()].concat())?;
+            }
+        }
+        Ok(())
+    });
+    let chardev = format!("socket,id=c,path={}", text(&path));
+    let args = ["-object", "memory-backend-memfd,id=m,size=64M,share=on", "-machine"];
+    let peer = ["memory-backend=m", "-chardev", &chardev, "-netdev", "vhost-user,id=n,chardev=c"];
+    let original = Bare::start(dir, Qemu::V10, &[&args[..], &peer[..]].concat())?;
+    let says = refused(dir, &original.socket, &[], "devices")?;
+    assert!(says.contains("network n") && says.contains("vhost-user"), "{says}");
+    drop(original);
+    card.join().map_err(|_| "the network card panicked")?.map_err(Into::into)
+}
+
+fn a_qemu_without_the_right_to_userfaultfd_is_told(dir: &Dir) -> Result<()> {
+    let switch = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")?;
+    if !nix::unistd::geteuid().is_root() || switch.trim() != "0" {
+        return Ok(());
+    }
+    let as_nobody = [(Qemu::V7, ["-runas", "nobody"]), (Qemu::V10, ["-run-with", "user=nobody"])];
+    for (qemu, args) in as_nobody {
+        let original = Bare::start(dir, qemu, &args)?;
+        let says = refused(dir, &original.socket, &[], "background-snapshot")?;
+        assert!(says.contains("vm.unprivileged_userfaultfd=1"), "{says}");
+    }
+    Ok(())
+}
+
+fn a_folder_without_room_for_overlays_is_told(dir: &Dir) -> Result<()> {
+    let disk = dir.path("disk.raw");
+    File::create(&disk)?.set_len(1 << 20)?;
+    let drive = format!("if=virtio,format=raw,file={}", text(&disk));
+    let original = Bare::start(dir, Qemu::V10, &["-drive", &drive])?;
+    // A file system that has no blocks at all.
+    let says = refused(dir, &original.socket, &["--overlay-dir", "/proc"], "room")?;
+    assert!(says.contains("overlay") && says.contains("/proc") && says.contains("0 MiB"), "{says}");
     Ok(())
 }

@@ -20,6 +20,8 @@ const COMMITS: usize = 50;
 fn a_database_under_load_is_whole_after_every_revert(dir: &Dir, qemu: Qemu) -> Result<()> {
     let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
     let mut guest = Guest::boot(&debian::options(qemu, disk))?;
+    let begun = "begun timestamptz DEFAULT clock_timestamp()";
+    debian::sql(&mut guest.oracle, &format!("ALTER TABLE journal ADD COLUMN {begun}"))?;
     debian::start_pgbench(&mut guest.oracle, 2)?;
     debian::start_journal(&mut guest.oracle)?;
     wait_until(SOON, "commits", || debian::acknowledged(&guest).len() > COMMITS)?;
@@ -89,24 +91,75 @@ fn note(dir: &Path, told: &mut Vec<(SystemTime, u64)>) {
     }
 }
 
-/// Reverts, and has the database answer: whoever was connected goes on, and who comes
-/// anew is served. Both times are told; under TCG, starting psql takes most of a second.
+/// Reverts, and has the database answer: whoever was connected goes on within a second, and
+/// who comes anew is served. The times by the host's clock are told; under TCG, starting
+/// psql takes most of a second.
+///
+/// The second is one of the guest's own clock, and one in which the host has processors for
+/// the guest and for who feeds it: time that their threads spend waiting for one is not held
+/// against them.
 fn revert(dir: &Dir, guest: &Contact, name: &str, before: u64) -> Result<Reverted> {
     let to = dir.make(name)?;
     let revert = dir.revert(&dir.path("vm.snap"), &guest.dir, &to).with(&["--ephemeral"]);
     let mut reverted = Reverted::of(revert, &to)?;
     let running = Instant::now();
-    let next = wait_for(SOON, "the journal to go on", || {
-        // The moment may have cut the first in two.
-        Ok(debian::acknowledged(&reverted).get(1).copied())
-    })?;
+    let processes = [Some(reverted.pid), reverted.server.as_ref().map(|server| server.pid())];
+    let waiting = || processes.into_iter().flatten().map(waited_for_processors).sum::<Duration>();
+    let (at_first, mut waited) = (waiting(), Duration::ZERO);
+    let mut told = |at: usize| {
+        wait_for(SOON, "the journal to go on", || {
+            // What a thread has waited for goes with it.
+            waited = waited.max(waiting().saturating_sub(at_first));
+            Ok(debian::acknowledged(&reverted).get(at).copied())
+        })
+    };
+    // The moment may have cut the first in two.
+    let next = told(1)?;
     let goes_on = running.elapsed();
     assert!(next > before, "{before} was told before the moment, {next} is told after it");
+    told(2)?;
     debian::sql(&mut reverted.oracle, "SELECT 1")?;
     let answered = running.elapsed();
+    let (across, usual) = around_the_moment(&mut reverted, next)?;
     eprintln!(
         "{name}: the second commit came {goes_on:.2?} after the guest ran, a new client's answer \
-         {answered:.2?} after it"
+         {answered:.2?} after it; by the guest's clock, three commits around the moment took \
+         {across:.3} s, others {usual:.3} s at most; all threads together waited {waited:.2?} for \
+         processors"
+    );
+    assert!(
+        across < 1.0 + usual + waited.as_secs_f64(),
+        "three commits around the moment took {across} s, where {usual} s are usual"
     );
     Ok(reverted)
+}
+
+/// How long a process's threads have waited for a processor, all together (the second field
+/// of `/proc/PID/task/TID/schedstat`, in nanoseconds).
+fn waited_for_processors(pid: u32) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let waited = |task: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        Some(Duration::from_nanos(stat.split_whitespace().nth(1)?.parse().ok()?))
+    };
+    tasks.filter_map(waited).sum()
+}
+
+/// How long it took the journal's client, in seconds of the guest's own clock, from the
+/// beginning of the last transaction that it was told of before the moment until it was
+/// told of the one called `next`, which began after the moment; and how long as many
+/// transactions took before, at most, which is what a host under load makes of them.
+fn around_the_moment(guest: &mut Contact, next: u64) -> Result<(f64, f64)> {
+    // A transaction begins when its predecessor has been acknowledged.
+    let answer = debian::sql(
+        &mut guest.oracle,
+        &format!(
+            "SELECT max(took) FILTER (WHERE number = {next} - 2), \
+             max(took) FILTER (WHERE number + 3 <= {next} - 2) FROM (SELECT number, \
+             extract(epoch FROM lead(begun, 3) OVER (ORDER BY number) - begun) AS took \
+             FROM journal) AS transactions"
+        ),
+    )?;
+    let (across, usual) = answer.split_once('|').ok_or("two numbers were asked for")?;
+    Ok((across.parse()?, usual.parse()?))
 }

@@ -4,15 +4,19 @@
 //! goes beyond the phase at hand; a test that was too late for it tries again.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
+
+use serde_json::json;
 
 use crate::bare::{Bare, query};
 use crate::harness::{Dir, Ended, Reverted, Running, check, send_signal, text, wait_gone};
 use crate::moments::{records, records_on};
 use crate::shared::{Borrowed, borrow, options, shared};
 use crate::support::{
-    Disk, Fill, Format, Guest, GuestOptions, Qemu, Result, SOON, query_status, wait_for, wait_until,
+    Attached, Disk, Fill, Format, Guest, GuestOptions, Qemu, Result, SOON, qmp, query_status,
+    wait_for, wait_until,
 };
 use crate::trouble::write_script;
 use crate::{tests, tests_on_both};
@@ -24,12 +28,15 @@ tests_on_both! {
     a_save_that_was_killed_is_recovered
     a_revert_is_interrupted_before_the_guest_runs
     a_revert_is_interrupted_while_the_guest_needs_it
+    a_guest_that_is_migrated_before_its_revert_has_ended_lives
 }
 
 tests! {
     a_save_is_interrupted_while_qemu_does_not_answer
     a_slow_save_is_interrupted_after_qemu_has_sent_all
     a_second_interrupt_gives_a_guest_up
+    a_command_that_never_ends_is_not_waited_for_after_an_interrupt
+    a_revert_is_interrupted_while_it_checks_the_image
     a_revert_is_interrupted_before_qemu_is_up
     a_detached_revert_is_interrupted_before_qemu_is_up
 }
@@ -65,6 +72,18 @@ fn wait_listening(program: &Running) -> Result<()> {
     };
     wait_until(SOON, "the program to listen for signals", || {
         [libc::SIGINT, libc::SIGTERM].into_iter().all(|signal| caught(signal as u64) == Some(true))
+    })
+}
+
+/// Waits until the program has no thread of this name any more.
+fn wait_without_thread(program: &Running, name: &str) -> Result<()> {
+    let tasks = format!("/proc/{}/task", program.pid());
+    let is_it = |task: std::io::Result<fs::DirEntry>| {
+        let comm = task.and_then(|task| fs::read_to_string(task.path().join("comm")));
+        comm.is_ok_and(|comm| comm.trim() == name)
+    };
+    wait_until(SOON, &format!("the thread `{name}` to end"), || {
+        fs::read_dir(&tasks).is_ok_and(|mut tasks| !tasks.any(is_it))
     })
 }
 
@@ -214,14 +233,7 @@ fn a_save_is_interrupted_while_qemu_does_not_answer(dir: &Dir) -> Result<()> {
 fn a_slow_save_is_interrupted_after_qemu_has_sent_all(dir: &Dir) -> Result<()> {
     interrupt_saves(dir, Qemu::V7, &["--bandwidth", "16M"], true, |_, save| {
         save.wait("moment")?;
-        let tasks = format!("/proc/{}/task", save.pid());
-        let receives = |task: std::io::Result<fs::DirEntry>| {
-            let name = task.and_then(|task| fs::read_to_string(task.path().join("comm")));
-            name.is_ok_and(|name| name.trim() == "receive")
-        };
-        wait_until(SOON, "the thread that receives to end", || {
-            fs::read_dir(&tasks).is_ok_and(|mut tasks| !tasks.any(receives))
-        })?;
+        wait_without_thread(save, "receive")?;
         save.signal(libc::SIGINT);
         Ok(())
     })
@@ -251,6 +263,21 @@ fn a_second_interrupt_gives_a_guest_up(dir: &Dir) -> Result<()> {
     Err("the save was always faster".into())
 }
 
+fn a_command_that_never_ends_is_not_waited_for_after_an_interrupt(dir: &Dir) -> Result<()> {
+    let original = Bare::start(dir, Qemu::V7, &[])?;
+    // Its end has to be told to more than the shell.
+    let command = "sleep 1000000 & echo $! >sleeper.new; mv sleeper.new sleeper; wait; wait";
+    let args = ["save", "--qmp", text(&original.socket), "vm.snap", "--on-moment", command];
+    let mut save = dir.snapback(&args).start()?;
+    save.wait("saved")?;
+    wait_until(SOON, "the command to be under way", || dir.path("sleeper").exists())?;
+    save.signal(libc::SIGINT);
+    let told = save.end()?.failure()?;
+    assert!(told.contains("--on-moment") && told.contains("interrupted"), "{told}");
+    dir.snapback(&["verify", "vm.snap"]).succeed()?;
+    wait_gone(fs::read_to_string(dir.path("sleeper"))?.trim().parse()?)
+}
+
 /// What an interrupted revert has to leave: nothing.
 fn is_gone(dir: &Dir, folder: &str, ended: &Ended) -> Result<()> {
     let told = ended.failure()?;
@@ -260,6 +287,22 @@ fn is_gone(dir: &Dir, folder: &str, ended: &Ended) -> Result<()> {
     }
     assert_eq!(dir.sockets(folder)?, Vec::<String>::new());
     Ok(())
+}
+
+fn a_revert_is_interrupted_while_it_checks_the_image(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let to = dir.make("reverted")?;
+    for _ in 0..TRIES {
+        let revert = dir.revert(&shared.image, &shared.from, &to).with(&["--check"]).start()?;
+        wait_listening(&revert)?;
+        revert.signal(libc::SIGINT);
+        let ended = revert.end()?;
+        is_gone(dir, "reverted", &ended)?;
+        if ended.failure()?.contains("still being checked") {
+            return Ok(());
+        }
+    }
+    Err("the check was always faster".into())
 }
 
 fn a_revert_is_interrupted_before_qemu_is_up(dir: &Dir) -> Result<()> {
@@ -336,4 +379,43 @@ fn a_revert_is_interrupted_while_the_guest_needs_it(dir: &Dir, qemu: Qemu) -> Re
     // It was killed as it stood.
     std::mem::forget(stopped);
     is_gone(dir, "twice", &ended)
+}
+
+/// The program is held up when QEMU has all memory, and hears of it only when somebody has
+/// begun something else with the guest.
+fn a_guest_that_is_migrated_before_its_revert_has_ended_lives(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let args = [&UNFILLED[..], &["--place", "uffd"]].concat();
+    let mut revert = dir.revert(&shared.image, &shared.from, &to).with(&args).start()?;
+    let pid = revert.wait("qemu_ready")?["pid"].as_u64().ok_or("no pid")? as u32;
+    // It runs, and the direct way is open, whichever comes first.
+    revert.wait_any(&["running", "placing"])?;
+    revert.wait_any(&["running", "placing"])?;
+
+    // Memory is filled although QEMU stands still; it can't confirm the end.
+    let stopped = Stopped::new(pid);
+    revert.signal(libc::SIGINT);
+    wait_without_thread(&revert, "fill")?;
+    let held_up = Stopped::new(revert.pid());
+    drop(stopped);
+    let socket = to.join("qmp.sock");
+    let wait_status = |wanted: &str| {
+        wait_until(SOON, wanted, || {
+            query(&socket, "query-migrate").is_ok_and(|info| info["status"] == wanted)
+        })
+    };
+    wait_status("completed")?;
+    let nobody_reads = dir.path("nobody.sock");
+    let _listener = UnixListener::bind(&nobody_reads)?;
+    qmp(&socket, "migrate", json!({ "uri": format!("unix:{}", text(&nobody_reads)) }))?;
+    wait_status("active")?;
+    drop(held_up);
+
+    let ended = revert.end()?;
+    assert!(ended.code == Some(0) && ended.stderr.contains("memory is complete"), "{ended:?}");
+    ended.event("resident")?;
+    let mut guest = Attached::to(pid, &to)?;
+    assert_eq!(guest.oracle.nonce()?, shared.nonce);
+    check(&mut guest)
 }
