@@ -129,8 +129,18 @@ mod tests {
     use super::*;
 
     fn put(version: (u32, u32), args: &[&str]) -> Result<(Vec<String>, String), String> {
+        put_blocks(version, args, &["pc.ram", "m0"])
+    }
+
+    fn put_blocks(
+        version: (u32, u32),
+        args: &[&str],
+        names: &[&str],
+    ) -> Result<(Vec<String>, String), String> {
         let qemu = QemuVersion { major: version.0, minor: version.1, ..QemuVersion::default() };
-        let blocks = vec![("pc.ram".into(), 4096, 2 << 20), ("m0".into(), 8192, 4 << 20)];
+        let all = [("pc.ram", 4096, 2 << 20), ("m0", 8192, 4 << 20)];
+        let all = all.iter().filter(|(name, ..)| names.contains(name));
+        let blocks = all.map(|(name, len, offset)| (name.to_string(), *len, *offset)).collect();
         let memory = MappedMemory { file: "/a,b.snap".into(), qemu, blocks };
         let mut line = CommandLine::parse(args.iter().copied());
         let mapped = memory.put(&mut line).map_err(|e| e.to_string())?;
@@ -158,11 +168,11 @@ mod tests {
             "-M",
             "pc,memory-backend=m0",
         ];
-        let (mapped, line) = put((9, 0), &args).unwrap();
+        let (mapped, line) = put_blocks((9, 0), &args, &["m0"]).unwrap();
         assert_eq!(mapped, ["m0"]);
         assert!(line.starts_with("-object memory-backend-file,id=m0,size=8192"), "{line}");
         let args = ["-object", r#"{"qom-type":"memory-backend-ram","id":"m0","size":8192}"#];
-        assert_eq!(put((9, 0), &args).unwrap().0, ["m0"]);
+        assert_eq!(put_blocks((9, 0), &args, &["m0"]).unwrap().0, ["m0"]);
     }
 
     #[test]

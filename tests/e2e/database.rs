@@ -67,9 +67,11 @@ fn watched(
     act: impl FnOnce() -> Result<Ended>,
 ) -> Result<(Ended, Vec<(SystemTime, u64)>)> {
     let (done, dir) = (AtomicBool::new(false), guest.dir.as_path());
+    let mut told = Vec::new();
+    // Here and now: the thread may be slow to start.
+    note(dir, &mut told);
     thread::scope(|scope| {
         let watch = scope.spawn(|| {
-            let mut told = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 note(dir, &mut told);
                 thread::sleep(Duration::from_millis(1));
