@@ -115,9 +115,14 @@ impl Adopted {
         (!candidates.is_empty()).then(|| Probe { offset, content: Box::new(*content), candidates })
     }
 
-    /// The addresses of all blocks, as far as their probes prove them. Two blocks that
+    /// Notes the addresses that probes prove, each with its block's index. Two blocks that
     /// seem to lie in one place are a proof gone wrong: neither is believed.
-    pub fn prove_all(&self, blocks: &[Block], probes: &[Option<Probe>]) -> Vec<Option<u64>> {
+    pub fn prove_all(
+        &self,
+        blocks: &[Block],
+        probes: &[(usize, Probe)],
+        addresses: &mut [Option<u64>],
+    ) {
         // Zeros may appear in the heap at the same moment. What is no RAMBlock is not
         // registered, which costs too much time to ask of every block.
         let mut registered = None;
@@ -128,18 +133,16 @@ impl Adopted {
             });
             mappings.iter().any(|mapping| (mapping.start..mapping.end).contains(start))
         };
-        let mut prove = |probe: &Option<Probe>| {
-            let mut found = self.arrivals(probe.as_ref()?);
+        for (index, probe) in probes {
+            let mut found = self.arrivals(probe);
             if found.len() > 1 {
                 found.retain(&mut is_registered);
             }
-            found.pop().filter(|_| found.is_empty())
-        };
-        let mut addresses: Vec<_> = probes.iter().map(&mut prove).collect();
-        for doubtful in overlapping(blocks, &addresses) {
+            addresses[*index] = found.pop().filter(|_| found.is_empty());
+        }
+        for doubtful in overlapping(blocks, addresses) {
             addresses[doubtful] = None;
         }
-        addresses
     }
 
     /// The candidates where a block's probe has arrived. QEMU must have taken it in.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::sync::{Mutex, PoisonError};
 
-use crate::harness::{Dir, check};
+use crate::harness::{Dir, check, text};
 use crate::shared::{MIB, options};
 use crate::support::{Guest, GuestOptions, Qemu, Result};
 use crate::tests_on_both;
@@ -11,6 +11,7 @@ use crate::tests_on_both;
 tests_on_both! {
     shared_memory_comes_back
     two_nodes_of_one_size_are_told_apart
+    blocks_that_look_alike_are_told_apart
     huge_pages_come_back_whole
 }
 
@@ -26,6 +27,18 @@ fn two_nodes_of_one_size_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
         let backend = format!("memory-backend-ram,id={id},size={half}M");
         args.extend(["-object".into(), backend, "-numa".into(), format!("node,memdev={id}")]);
     }
+    comes_back(dir, &GuestOptions { args, ..options(qemu) })
+}
+
+fn blocks_that_look_alike_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
+    // Two network cards with the same ROM, and two displays whose memory nobody uses.
+    let rom = dir.path("card.rom");
+    let bytes = (0..64u32 << 10).map(|n| (n.wrapping_mul(n) >> 7) as u8 | 1);
+    fs::write(&rom, bytes.collect::<Vec<u8>>())?;
+    let card = format!("e1000,romfile={}", text(&rom));
+    let display = "secondary-vga,romfile=,vgamem_mb=2";
+    let devices = [&card, &card, display, display];
+    let args = devices.into_iter().flat_map(|device| ["-device".into(), device.into()]).collect();
     comes_back(dir, &GuestOptions { args, ..options(qemu) })
 }
 
