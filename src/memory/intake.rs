@@ -2,9 +2,10 @@
 //!
 //! Waking a thread that sleeps in poll(2) takes longer than answering the fault
 //! itself (63 µs against 17 µs was measured with a bare loop), and faults come in
-//! bursts. So the intake spins for a while after each fault before it sleeps: as long
-//! as spinning pays, up to [`SPIN_MAX`]; every time it didn't, half as long. An idle
-//! guest costs nothing.
+//! bursts. So the intake spins for a while after each fault before it sleeps: twice as
+//! long as before, up to [`SPIN_MAX`], where that has caught a fault or would have; half
+//! as long where the next fault was far away, so that faults that come one by one cost
+//! hardly more than their answers.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -30,9 +31,32 @@ const SPIN_MAX: Duration = Duration::from_micros(200);
 /// fault in a hundred waited out all of [`SPIN_MAX`]).
 const SPIN_MAX_FILLING: Duration = Duration::from_micros(60);
 
-/// Spinning that has failed so often that less than this is left isn't tried again
-/// until a fault has come.
+/// The shortest time to spin. It is what tells that faults have begun to come in bursts
+/// where they come too fast to be slept between.
 const SPIN_MIN: Duration = Duration::from_micros(5);
+
+/// How long to spin before the next sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Spin(Duration);
+
+impl Spin {
+    /// Spinning has caught an event.
+    fn caught(&mut self) {
+        self.0 = (self.0 * 2).min(SPIN_MAX);
+    }
+
+    /// Spinning has caught nothing.
+    fn in_vain(&mut self) {
+        self.0 = (self.0 / 2).max(SPIN_MIN);
+    }
+
+    /// An event came, so long after the intake went to sleep: would spinning have caught it?
+    fn woken(&mut self, after: Duration) {
+        if after <= SPIN_MAX {
+            self.caught();
+        }
+    }
+}
 
 /// The thread that takes faults; one of possibly several readers of a userfaultfd.
 pub struct Intake {
@@ -107,7 +131,7 @@ impl Intake {
     /// When a fault could not be answered; whoever waits for it waits forever.
     pub fn run(mut self) -> Result<FaultReport, MemoryError> {
         let mut events = EventBuffer::default();
-        let mut spin = SPIN_MAX;
+        let mut spin = Spin(SPIN_MAX);
         while self.wait(&mut events, &mut spin)? {
             for _ in 0..self.waiting.len() {
                 let Some(address) = self.waiting.pop_front() else { break };
@@ -122,30 +146,31 @@ impl Intake {
     }
 
     /// Waits until somebody waits for memory; false when it is time to stop.
-    fn wait(&mut self, events: &mut EventBuffer, spin: &mut Duration) -> Result<bool, MemoryError> {
+    fn wait(&mut self, events: &mut EventBuffer, spin: &mut Spin) -> Result<bool, MemoryError> {
         if !self.waiting.is_empty() {
             std::thread::yield_now();
             self.take(events)?;
             return Ok(!self.is_stopped());
         }
         // Where the layout changes, each look keeps others from installing.
-        if *spin >= SPIN_MIN && !self.uffd.tells_of_layout() {
+        if !self.uffd.tells_of_layout() {
             let start = Instant::now();
             let most = if self.memory.is_filling() { SPIN_MAX_FILLING } else { SPIN_MAX };
-            while start.elapsed() < most.min(*spin) && !self.is_stopped() {
+            while start.elapsed() < most.min(spin.0) && !self.is_stopped() {
                 if self.take(events)? {
-                    *spin = SPIN_MAX;
+                    spin.caught();
                     return Ok(true);
                 }
                 std::hint::spin_loop();
             }
-            *spin /= 2;
+            spin.in_vain();
         }
         while !self.is_stopped() {
             let mut fds = [
                 PollFd::new(self.uffd.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.stop.wake.as_fd(), PollFlags::POLLIN),
             ];
+            let asleep = Instant::now();
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(MemoryError::Intake(PlaceError::Io(errno.into()))),
@@ -155,7 +180,7 @@ impl Intake {
                 return Ok(false);
             }
             if self.take(events)? {
-                *spin = (*spin * 2).clamp(SPIN_MIN, SPIN_MAX);
+                spin.woken(asleep.elapsed());
                 return Ok(true);
             }
         }
@@ -224,5 +249,34 @@ impl Intake {
                 self.memory.give_up(Run { block: *block, first: first >> PAGE_SHIFT, count });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spinning_gets_short_for_faults_one_by_one_and_long_again_for_bursts() {
+        let mut spin = Spin(SPIN_MAX);
+        let far = Duration::from_millis(10);
+        let spent: Duration = (0..100)
+            .map(|_| {
+                let spun = spin.0;
+                spin.in_vain();
+                spin.woken(far);
+                spun
+            })
+            .sum();
+        assert_eq!(spin, Spin(SPIN_MIN));
+        assert!(spent < SPIN_MAX * 2 + SPIN_MIN * 100, "{spent:?}");
+        // Faults that come right after it has gone to sleep, then while it spins.
+        for _ in 0..20 {
+            spin.woken(SPIN_MAX / 4);
+        }
+        assert_eq!(spin, Spin(SPIN_MAX));
+        spin.in_vain();
+        spin.caught();
+        assert_eq!(spin, Spin(SPIN_MAX));
     }
 }
