@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
 use snapback::image::Compression;
-use snapback::memory::{MemoryError, Pace};
+use snapback::memory::{MemoryError, Pace, preload};
 use snapback::page::{BlockId, PAGE_SIZE, Page, PageSource};
 use snapback::uffd::feature;
 
@@ -376,6 +376,46 @@ fn memory_that_was_unmapped_is_not_waited_for() {
             report.unwrap();
         }
     }
+}
+
+/// A byte a second: who is held back by that waits for longer than any test.
+const HARDLY: Option<u64> = Some(1);
+
+/// Pages of the largest piece that is read and installed at once.
+const PIECE: u64 = 64;
+
+#[test]
+fn a_rate_holds_back_what_nobody_waits_for() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 8192)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16);
+    let (zeros, data): (Vec<Page>, Vec<Page>) =
+        ram.pages().into_iter().partition(|page| pattern.is_zero(*page));
+    let pace = Pace::new(HARDLY);
+    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
+    engine.start_intake();
+    thread::scope(|scope| {
+        let filler = scope.spawn(|| engine.fill(2, &pace));
+        // Zeros are read from nowhere: all of them come.
+        while engine.memory.counts().present < zeros.len() as u64 {
+            thread::yield_now();
+        }
+        for page in &zeros {
+            assert_eq!(ram.word(*page, 0).load(Ordering::Relaxed), 0);
+        }
+        // Faults are answered, and a set that the guest waits for comes as a whole.
+        for page in data.iter().step_by(200) {
+            assert_eq!(ram.word(*page, 0).load(Ordering::Relaxed), pattern.word(*page, 0));
+        }
+        preload(&engine.memory, &data[..1000], &pace).unwrap();
+        let counts = engine.memory.counts();
+        let waited_for = counts.demanded + 1000 + 16;
+        let most = zeros.len() as u64 + waited_for + 2 * PIECE;
+        assert!(counts.present <= most, "{counts:?}, {most} at most");
+        pace.hurry();
+        filler.join().unwrap().unwrap();
+    });
+    assert!(engine.memory.wait_complete(FOREVER));
+    check_all(&ram, &pattern, false);
 }
 
 /// Threads that read memory at their leisure see no page change, whoever else asks for it.

@@ -108,7 +108,8 @@ struct DeliveryArgs {
     /// How memory reaches the guest
     #[arg(long, value_name = "WAY", default_value = "auto")]
     place: Place,
-    /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
+    /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
+    /// what the guest waits for and zeros don't count
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     fill_rate: Option<u64>,
     /// Fill memory only once the guest has not asked for any for so many seconds

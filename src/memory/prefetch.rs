@@ -35,7 +35,8 @@ pub struct FillOptions {
     pub threads: usize,
     /// Pages to bring first, in this order.
     pub working_set: Vec<Page>,
-    /// The most bytes a second; as fast as can be without.
+    /// The most bytes a second that are read and installed; as fast as can be without.
+    /// Zeros, which are read from nowhere, don't count.
     pub rate: Option<u64>,
     /// Nothing is brought for so long, beside what is asked for.
     pub hold: Option<Duration>,
@@ -58,7 +59,7 @@ pub fn prefetch(
     if let Some(hold) = options.hold {
         pace.wait(hold);
     }
-    preload(memory, &options.working_set, pace)?;
+    bring_set(memory, &options.working_set, pace, true)?;
     if let Some(quiet) = options.delay {
         pace.wait_quiet(memory, quiet);
     }
@@ -70,17 +71,28 @@ pub fn prefetch(
     demand_the_rest(memory, pace)
 }
 
-/// Brings a working set only, and returns when it is in place or on its way. Its order
-/// is worth more than a second thread: this one does it alone.
+/// Brings a working set only, and returns when it is in place or on its way. The guest
+/// waits for it, so `pace` ends it but no rate holds it back.
 ///
 /// # Errors
 /// As for [`prefetch`].
 pub fn preload(memory: &Arc<Memory>, working_set: &[Page], pace: &Pace) -> Result<(), MemoryError> {
+    bring_set(memory, working_set, pace, false)
+}
+
+/// Brings a working set, at the pace's rate if it is `capped`. Its order is worth more than
+/// a second thread: this one does it alone.
+fn bring_set(
+    memory: &Arc<Memory>,
+    working_set: &[Page],
+    pace: &Pace,
+    capped: bool,
+) -> Result<(), MemoryError> {
     if working_set.is_empty() {
         return Ok(());
     }
     let _filling = Filling::new(memory);
-    let mut filler = Filler::new(memory, pace)?;
+    let mut filler = Filler::new(memory, pace, capped)?;
     let group = memory.source.chunk_pages() as u64;
     for page in working_set {
         if pace.is_stopped() {
@@ -175,7 +187,7 @@ fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Mem
 }
 
 fn fill_rest(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
-    let mut filler = Filler::new(memory, pace)?;
+    let mut filler = Filler::new(memory, pace, true)?;
     while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
         pass_over(filler.fill(window))?;
     }
@@ -268,15 +280,17 @@ fn largest_page(memory: &Memory) -> u64 {
 struct Filler<'a> {
     memory: &'a Memory,
     pace: &'a Pace,
+    /// Whether the pace's rate holds for it.
+    capped: bool,
     reader: Box<dyn ChunkReader>,
     window: Window,
 }
 
 impl<'a> Filler<'a> {
-    fn new(memory: &'a Memory, pace: &'a Pace) -> Result<Filler<'a>, MemoryError> {
+    fn new(memory: &'a Memory, pace: &'a Pace, capped: bool) -> Result<Filler<'a>, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let window = Window::new(part_pages(memory) as usize);
-        Ok(Filler { memory, pace, reader, window })
+        Ok(Filler { memory, pace, capped, reader, window })
     }
 
     fn fill(&mut self, run: Run) -> Result<(), MemoryError> {
@@ -304,7 +318,9 @@ impl<'a> Filler<'a> {
                 return Ok(());
             }
             let installed = memory.install(run, content, || memory.stand_aside())?;
-            self.pace.account(installed * PAGE_SIZE as u64);
+            if self.capped && matches!(content, Content::Bytes(_)) {
+                self.pace.account(installed * PAGE_SIZE as u64);
+            }
         }
         Ok(())
     }

@@ -26,8 +26,9 @@ const MAX_PREFETCH: usize = 4;
 pub struct Delivery {
     /// By which way it goes.
     pub way: Way,
-    /// The most bytes a second that filling brings, beside what the guest asks for; as
-    /// fast as can be without.
+    /// The most bytes a second that filling brings, as fast as can be without. What the
+    /// guest asks for or waits for (a `preload`, and the first MiB of any working set)
+    /// is not held back, and zeros, which are read from nowhere, don't count.
     pub fill_rate: Option<u64>,
     /// Filling, beyond the working set, waits until the guest has not asked for memory
     /// for so long.

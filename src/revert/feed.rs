@@ -232,7 +232,8 @@ impl Filling {
         self.route.first().send(&self.prepared.opening).map_err(opening)?;
         self.route.first().send(&self.prepared.package).map_err(opening)?;
         // What the guest asks for first leaves at once, behind the device state: the direct
-        // way takes longer to open than the guest to run.
+        // way takes longer to open than the guest to run. No rate holds it back, nor what
+        // the guest waits for.
         match preload(&self.memory, self.head(), &self.pace) {
             // QEMU has refused the device state; the other thread hears of it as well.
             Err(MemoryError::Place { source: PlaceError::Gone(_), .. }) => return Ok(()),
@@ -241,8 +242,7 @@ impl Filling {
         // The other thread's end means an end of the feed, and is told by that thread.
         let Some(loaded) = self.open_the_way()? else { return Ok(()) };
         let intake = self.start_intake()?;
-        // The guest will want its working set at once; the rest waits until it runs.
-        if self.options.preload || self.route.direct().is_some() {
+        if self.options.preload {
             preload(&self.memory, &self.options.fill.working_set, &self.pace)?;
             let _ = self.events.send(FeedEvent::Preloaded);
         }
