@@ -11,9 +11,9 @@ use std::thread;
 use std::time::Duration;
 
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
-use snapback::image::Compression;
+use snapback::image::{Compression, Image};
 use snapback::memory::{MemoryError, Pace, preload};
-use snapback::page::{BlockId, PAGE_SIZE, Page, PageSource};
+use snapback::page::{BlockId, ChunkId, Location, PAGE_SIZE, Page, PageSource};
 use snapback::uffd::feature;
 
 /// Longer than anything here takes; a test that waits so long has failed.
@@ -134,6 +134,67 @@ fn every_page_is_right_from_an_image() {
             bring_back(&ram, &pattern, Arc::new(image), 3, 2, 2, seed);
         }
     }
+}
+
+/// The chunks of a block's first pages, each with its length in bytes.
+fn first_chunks(source: &dyn PageSource, pages: u64) -> Vec<(ChunkId, usize)> {
+    let mut chunks: Vec<(ChunkId, usize)> = Vec::new();
+    for number in 0..pages {
+        let Ok(Location::Stored { chunk, .. }) = source.locate(page(0, number)) else { continue };
+        match chunks.last_mut() {
+            Some((last, len)) if *last == chunk => *len += PAGE_SIZE,
+            _ => chunks.push((chunk, PAGE_SIZE)),
+        }
+    }
+    chunks
+}
+
+#[test]
+fn chunks_side_by_side_are_read_in_one_go_up_to_the_one_that_is_broken() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plain.snap");
+    let ram = Ram::new(&[(Backing::Anonymous, 256)]).unwrap();
+    let pattern = Pattern::new(ram.blocks(), 4).dense();
+    let image = write_image(&pattern, &path, Compression::None);
+    let chunks = first_chunks(&image, 256);
+    let mut bytes = vec![0; 256 * PAGE_SIZE];
+
+    let read = image.reader().unwrap().read_run(&chunks, &mut bytes).unwrap();
+    assert_eq!(read, 16, "256 KiB of 1 MiB");
+    for (number, found) in bytes.chunks_exact(PAGE_SIZE).take(read * 4).enumerate() {
+        assert!(found == pattern.page(page(0, number as u64)), "page {number} is wrong");
+    }
+    // One that is shorter than it should be ends the run, or is none.
+    let mut other = chunks.clone();
+    other[5].1 = PAGE_SIZE;
+    assert_eq!(image.reader().unwrap().read_run(&other, &mut bytes).unwrap(), 5);
+    assert_eq!(image.reader().unwrap().read_run(&other[5..], &mut bytes).unwrap(), 0);
+
+    // Damage ends it too, and is told of when its turn comes.
+    let mut file = std::fs::read(&path).unwrap();
+    let third = pattern.page(page(0, 2 * 4));
+    let at = file.windows(PAGE_SIZE).position(|window| window == third).unwrap();
+    file[at + 7] ^= 1;
+    let damaged = folder.path().join("damaged.snap");
+    std::fs::write(&damaged, file).unwrap();
+    let image = Image::open(&damaged).unwrap();
+    let mut reader = image.reader().unwrap();
+    assert_eq!(reader.read_run(&chunks, &mut bytes).unwrap(), 2);
+    let error = reader.read_run(&chunks[2..], &mut bytes).unwrap_err().to_string();
+    assert!(error.contains("chunk 2") && error.contains("checksum"), "{error}");
+    assert_eq!(reader.read_run(&chunks[3..], &mut bytes).unwrap(), 16);
+}
+
+#[test]
+fn a_page_is_known_to_be_zero_without_being_located() {
+    let folder = tempfile::tempdir().unwrap();
+    let ram = Ram::new(&BLOCKS).unwrap();
+    let pattern = Pattern::new(ram.blocks(), 4);
+    let image = write_image(&pattern, &folder.path().join("vm.snap"), Compression::None);
+    for page in ram.pages() {
+        assert_eq!(image.is_zero(page), pattern.is_zero(page), "{page:?}");
+    }
+    assert!(!image.is_zero(page(9, 0)));
 }
 
 #[test]

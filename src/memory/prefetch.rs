@@ -18,7 +18,7 @@ use std::time::Duration;
 use super::pace::Pace;
 use super::window::Window;
 use super::{Content, FaultServer, Memory, MemoryError};
-use crate::page::{Block, BlockId, ChunkReader, Location, PAGE_SHIFT, PAGE_SIZE, Page, Run};
+use crate::page::{Block, BlockId, ChunkReader, PAGE_SHIFT, PAGE_SIZE, Page, Run};
 
 /// Bytes that a thread takes on at once: memory that one table of pages maps, so that
 /// two threads don't meet at its lock, and a huge page of the usual size.
@@ -168,7 +168,7 @@ fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
 /// Installs stretches of zeros, each as far as it reaches within its window.
 fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
     while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
-        let is_zero = |page: Page| matches!(memory.source.locate(page), Ok(Location::Zero));
+        let is_zero = |page: Page| memory.source.is_zero(page);
         let mut pages = window.pages().peekable();
         while let Some(page) = pages.next() {
             if !is_zero(page) {
