@@ -252,9 +252,9 @@ pub(super) async fn measure(
     interrupts: &Interrupts,
 ) -> Result<Sample, BenchError> {
     let (run, files) = match &peer.from {
-        From::File(file) => (setup.run()?, vec![file.as_path()]),
+        From::File(file) => (setup.run()?, vec![file.clone()]),
         From::Disks(disks) => {
-            let files = disks.iter().map(|(_, file)| file.as_path()).collect();
+            let files = disks.iter().map(|(_, file)| file.clone()).collect();
             (setup.run_with(&as_rules(disks))?, files)
         }
     };

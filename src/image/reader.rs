@@ -72,6 +72,11 @@ impl Image {
         &self.own().path
     }
 
+    /// The files that its pages lie in: its own, and those of the images that it refers to.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.layers.iter().map(|layer| layer.path.as_path())
+    }
+
     /// Its identity, different for every image written.
     pub fn identity(&self) -> Uuid {
         self.own().superblock.identity
