@@ -335,8 +335,10 @@ pub async fn revert_held(
         // What a guest that has run may have promised to others is not thrown away.
         process.keep_overlays();
         on_event(RevertEvent::Running { pid: Some(pid) });
+        let every = options.delivery.progress_every;
         let outcome =
-            delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
+            delivery::follow(&feed, &mut steps, heard, every, &mut interrupts, &mut on_event)
+                .await?;
         finish(&qmp).await?;
         on_event(outcome.resident());
         Ok(outcome)

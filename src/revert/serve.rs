@@ -81,8 +81,9 @@ pub async fn serve(
             return Err(feed_error(FeedError::HungUp));
         }
     }
+    let every = options.delivery.progress_every;
     let outcome =
-        delivery::follow(&feed, &mut steps, heard, &mut interrupts, &mut on_event).await?;
+        delivery::follow(&feed, &mut steps, heard, every, &mut interrupts, &mut on_event).await?;
     options.delivery.remember(&image, &outcome);
     on_event(outcome.resident());
     Ok(outcome)

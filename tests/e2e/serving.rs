@@ -52,6 +52,14 @@ fn a_detached_server_serves_until_memory_is_whole(dir: &Dir, qemu: Qemu) -> Resu
     let said = fs::read_to_string(&named)?;
     let last: Value = serde_json::from_str(said.lines().last().ok_or("an empty log")?)?;
     assert_eq!((&last["event"], &last["pages"]), (&json!("resident"), &last["total"]));
+    // While nothing happened, nothing was said.
+    let progress: Vec<(Value, Value)> = said
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|event| event["event"] == "progress")
+        .map(|event| (event["pages"].clone(), event["requests"].clone()))
+        .collect();
+    assert!(progress.windows(2).all(|pair| pair[0] != pair[1]), "{said}");
     let verdict = guest.oracle.check()?;
     assert!(verdict.ok(), "{verdict:?}");
     assert_eq!(qmp(&guest.qmp_path, "query-migrate", json!({}))?["status"], "completed");
