@@ -21,7 +21,7 @@ use super::direct::DirectPlace;
 use super::place::PlaceError;
 use super::{FaultReport, FaultServer, Memory, MemoryError};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Run};
-use crate::uffd::{EventBuffer, Uffd, UffdEvent};
+use crate::uffd::{EVENTS_AT_ONCE, EventBuffer, Uffd, UffdEvent};
 
 /// The longest time to spin without an event.
 const SPIN_MAX: Duration = Duration::from_micros(200);
@@ -66,8 +66,8 @@ pub struct Intake {
     stop: StopIntake,
     /// The blocks by address: first address, address behind the last, block.
     ranges: Vec<(u64, u64, BlockId)>,
-    /// Addresses that somebody waits for and nobody has answered.
-    waiting: VecDeque<u64>,
+    /// Addresses that somebody waits for and nobody has answered, with the time of the event.
+    waiting: VecDeque<(u64, Instant)>,
 }
 
 /// Ends an [`Intake`].
@@ -113,7 +113,7 @@ impl Intake {
             uffd: Arc::clone(direct.uffd()),
             stop: stop.clone(),
             ranges,
-            waiting: VecDeque::new(),
+            waiting: VecDeque::with_capacity(4 * EVENTS_AT_ONCE),
         };
         Ok((intake, stop))
     }
@@ -134,10 +134,10 @@ impl Intake {
         let mut spin = Spin(SPIN_MAX);
         while self.wait(&mut events, &mut spin)? {
             for _ in 0..self.waiting.len() {
-                let Some(address) = self.waiting.pop_front() else { break };
-                match self.answer(address) {
+                let Some(fault) = self.waiting.pop_front() else { break };
+                match self.answer(fault) {
                     // The event that ends this may be ours to read.
-                    Err(error) if error.is_passing() => self.waiting.push_back(address),
+                    Err(error) if error.is_passing() => self.waiting.push_back(fault),
                     done => done?,
                 }
             }
@@ -198,9 +198,10 @@ impl Intake {
         if !self.uffd.read(events).map_err(|e| MemoryError::Intake(e.into()))? {
             return Ok(false);
         }
+        let heard = Instant::now();
         for event in events.events() {
             match event {
-                UffdEvent::Fault { address } => self.waiting.push_back(address),
+                UffdEvent::Fault { address } => self.waiting.push_back((address, heard)),
                 UffdEvent::Removed { start, end } | UffdEvent::Unmapped { start, end } => {
                     self.give_up(start, end);
                 }
@@ -216,7 +217,7 @@ impl Intake {
         (address < end).then_some((start, block))
     }
 
-    fn answer(&mut self, address: u64) -> Result<(), MemoryError> {
+    fn answer(&mut self, (address, heard): (u64, Instant)) -> Result<(), MemoryError> {
         let Some((start, block)) = self.find(address) else {
             // Not memory of the guest's: whoever waits there is told to look again, and
             // the owner of the userfaultfd hears of it next time.
@@ -229,7 +230,7 @@ impl Intake {
         let page_size = self.memory.block(block).page_size;
         let offset = (address - start) & !(page_size - 1);
         let len = page_size.min(self.memory.block(block).len - offset);
-        self.server.serve(block, offset, len)
+        self.server.serve(block, offset, len, heard)
     }
 
     /// Notes that memory was given back or unmapped: what is absent of it needn't be

@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::window::Window;
@@ -210,7 +210,8 @@ fn demand_the_rest(memory: &Arc<Memory>, pace: &Pace) -> Result<(), MemoryError>
                 Some(server) => server,
                 none => none.insert(FaultServer::new(Arc::clone(memory))?),
             };
-            while let Err(error) = server.serve(page.block, page.offset(), PAGE_SIZE as u64) {
+            let (offset, len, asked) = (page.offset(), PAGE_SIZE as u64, Instant::now());
+            while let Err(error) = server.serve(page.block, offset, len, asked) {
                 if !error.is_passing() || pace.is_stopped() {
                     return Err(error);
                 }

@@ -11,7 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -309,13 +309,14 @@ impl Answering {
     fn answer(&mut self) -> Result<(), FeedError> {
         let mut block = None;
         while let Some(message) = self.path.next_message().map_err(hung_up)? {
+            let heard = Instant::now();
             match message {
                 ReturnPathMessage::RequestPages { block: name, offset, len } => {
                     if let Some(name) = name {
                         block = Some(self.find(&name, offset, len)?);
                     }
                     let block = block.ok_or_else(|| FeedError::Wire(nameless(offset)))?;
-                    self.server.serve(block, offset, u64::from(len))?;
+                    self.server.serve(block, offset, u64::from(len), heard)?;
                 }
                 ReturnPathMessage::Pong(value) => {
                     if value == PING_LOADED {
