@@ -85,6 +85,27 @@ pub enum FeedError {
     /// A thread could not be started.
     #[error("starting a thread failed: {0}")]
     Thread(std::io::Error),
+    /// A thread of ours panicked.
+    #[error(
+        "the thread that was to {0} panicked: that is a bug of snapback, whose message is on \
+         standard error"
+    )]
+    Panicked(&'static str),
+}
+
+/// Tells of a thread that panics, whose followers would wait forever.
+pub(super) struct LastWord {
+    pub events: UnboundedSender<FeedEvent>,
+    /// What the thread does.
+    pub doing: &'static str,
+}
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.events.send(FeedEvent::Failed(FeedError::Panicked(self.doing)));
+        }
+    }
 }
 
 /// The device state and what goes with it, made ready ahead of time.
@@ -182,6 +203,7 @@ impl Feed {
         feed.threads.push(spawn(
             "fill",
             Box::new(move || {
+                let _last = LastWord { events: events.clone(), doing: "fill memory" };
                 if let Err(error) = filling.run() {
                     let _ = events.send(FeedEvent::Failed(error));
                 }
@@ -299,6 +321,7 @@ struct Answering {
 
 impl Answering {
     fn run(mut self) {
+        let _last = LastWord { events: self.events.clone(), doing: "answer QEMU's requests" };
         let last = match self.answer() {
             Ok(()) => FeedEvent::Finished(self.server.into_report()),
             Err(error) => FeedEvent::Failed(error),
@@ -356,5 +379,53 @@ fn nameless(offset: u64) -> WireError {
     WireError::Malformed {
         at: 0,
         what: format!("a request for offset {offset:#x} of the block before, and there was none"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::{ChunkId, ChunkReader, Location, SourceError};
+
+    /// Memory whose index makes a thread panic.
+    struct Dreadful([Block; 1]);
+
+    struct Unused;
+
+    impl PageSource for Dreadful {
+        fn blocks(&self) -> &[Block] {
+            &self.0
+        }
+
+        fn chunk_pages(&self) -> usize {
+            4
+        }
+
+        fn locate(&self, _page: Page) -> Result<Location, SourceError> {
+            panic!("as the test wants it")
+        }
+
+        fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+            Ok(Box::new(Unused))
+        }
+    }
+
+    impl ChunkReader for Unused {
+        fn read(&mut self, _chunk: ChunkId) -> Result<&[u8], SourceError> {
+            Ok(&[])
+        }
+    }
+
+    #[test]
+    fn a_panic_is_told_to_whoever_follows() {
+        let source = Dreadful([Block { name: "pc.ram".into(), len: 4096, page_size: 4096 }]);
+        let prepared = Prepared::new(&[], &[], &source.0);
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let working_set = vec![Page { block: BlockId(0), number: 0 }];
+        let fill = FillOptions { working_set, ..FillOptions::default() };
+        let options = FeedOptions { way: Way::Socket, fill, ..FeedOptions::default() };
+        let (_feed, mut told) = Feed::start(prepared, Arc::new(source), ours, options).unwrap();
+        let Some(FeedEvent::Failed(error)) = told.blocking_recv() else { panic!("nothing told") };
+        assert!(error.to_string().contains("was to fill memory panicked"), "{error}");
     }
 }

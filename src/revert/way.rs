@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::adopt::{AdoptError, Adopted};
-use super::feed::{FeedError, FeedEvent, Filling, PING_LOADED, PING_PROBED};
+use super::feed::{FeedError, FeedEvent, Filling, LastWord, PING_LOADED, PING_PROBED};
 use crate::memory::{DirectPlace, FaultReport, FaultServer, Intake, StopIntake};
 use crate::page::BlockId;
 use crate::wire::ping;
@@ -143,11 +143,15 @@ impl Filling {
         let (intake, stop) = Intake::new(Arc::clone(&self.memory), direct)?;
         let intake = intake.recording(self.options.record);
         let events = self.events.clone();
-        let run = move || match intake.run() {
-            Ok(report) => Some(report),
-            Err(error) => {
-                let _ = events.send(FeedEvent::Failed(error.into()));
-                None
+        let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
+        let run = move || {
+            let _last = last;
+            match intake.run() {
+                Ok(report) => Some(report),
+                Err(error) => {
+                    let _ = events.send(FeedEvent::Failed(error.into()));
+                    None
+                }
             }
         };
         let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
