@@ -13,7 +13,9 @@ use std::time::Duration;
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
 use snapback::image::{Compression, Image};
 use snapback::memory::{MemoryError, Pace, preload};
-use snapback::page::{BlockId, ChunkId, Location, PAGE_SIZE, Page, PageSource};
+use snapback::page::{
+    Block, BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
+};
 use snapback::uffd::feature;
 
 /// Longer than anything here takes; a test that waits so long has failed.
@@ -437,6 +439,82 @@ fn memory_that_was_unmapped_is_not_waited_for() {
             report.unwrap();
         }
     }
+}
+
+/// A source whose first read of one chunk takes until it is let go, as if from a slow disk.
+struct Slow {
+    pattern: Pattern,
+    chunk: ChunkId,
+    gate: Arc<Gate>,
+}
+
+#[derive(Default)]
+struct Gate {
+    reached: AtomicBool,
+    open: AtomicBool,
+}
+
+struct SlowReader {
+    reader: Box<dyn ChunkReader>,
+    chunk: ChunkId,
+    gate: Arc<Gate>,
+}
+
+impl PageSource for Slow {
+    fn blocks(&self) -> &[Block] {
+        self.pattern.blocks()
+    }
+
+    fn chunk_pages(&self) -> usize {
+        self.pattern.chunk_pages()
+    }
+
+    fn locate(&self, page: Page) -> Result<Location, SourceError> {
+        self.pattern.locate(page)
+    }
+
+    fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+        let (reader, gate) = (self.pattern.reader()?, Arc::clone(&self.gate));
+        Ok(Box::new(SlowReader { reader, chunk: self.chunk, gate }))
+    }
+}
+
+impl ChunkReader for SlowReader {
+    fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError> {
+        if chunk == self.chunk && !self.gate.reached.swap(true, Ordering::AcqRel) {
+            while !self.gate.open.load(Ordering::Acquire) {
+                thread::yield_now();
+            }
+        }
+        self.reader.read(chunk)
+    }
+}
+
+#[test]
+fn memory_is_filled_while_a_fault_waits_for_a_slow_disk() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 1024)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16).dense();
+    let slow = page(0, 100);
+    let Ok(Location::Stored { chunk, .. }) = pattern.locate(slow) else { panic!("not stored") };
+    let gate = Arc::new(Gate::default());
+    let source = Slow { pattern: pattern.clone(), chunk, gate: Arc::clone(&gate) };
+    let mut engine = Engine::new(&ram, Arc::new(source), 0);
+    engine.start_intake();
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| ram.word(slow, 0).load(Ordering::Relaxed));
+        while !gate.reached.load(Ordering::Acquire) {
+            thread::yield_now();
+        }
+        let filler = scope.spawn(|| engine.fill(2, &Pace::new(None)));
+        while engine.memory.counts().present < 1023 {
+            thread::yield_now();
+        }
+        gate.open.store(true, Ordering::Release);
+        filler.join().unwrap().unwrap();
+        assert_eq!(guest.join().unwrap(), pattern.word(slow, 0));
+    });
+    assert!(engine.memory.wait_complete(FOREVER));
+    check_all(&ram, &pattern, false);
 }
 
 /// A byte a second: who is held back by that waits for longer than any test.

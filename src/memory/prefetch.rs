@@ -7,9 +7,9 @@
 //!
 //! Threads take the next window from a shared list, read and decompress a part of it at
 //! a time while holding nothing, and install what is still absent, standing aside for
-//! any fault between two chunks and between two calls. A stretch that can't be read is passed over: it only
-//! slows things down. What is absent at the end is asked for as if the guest had, so
-//! that memory becomes whole or the failure is loud.
+//! any fault between two reads (briefly) and between two calls. A stretch that can't be
+//! read is passed over: it only slows things down. What is absent at the end is asked for
+//! as if the guest had, so that memory becomes whole or the failure is loud.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -312,7 +312,7 @@ impl<'a> Filler<'a> {
             run,
             |page| !memory.claims.is_claimed(page.block, page.number),
             |_, _| true,
-            || memory.stand_aside(),
+            || _ = memory.stand_aside_briefly(),
         )?;
         for (run, content) in self.window.pieces() {
             if self.pace.is_stopped() {

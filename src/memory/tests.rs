@@ -2,7 +2,6 @@
 //! every page arrives once, whole and right, whoever brings it.
 
 use std::sync::Mutex;
-use std::time::Instant;
 
 use proptest::prelude::*;
 
