@@ -12,8 +12,8 @@ use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
 
 /// Answers requests for pages; one thread's share, with buffers of its own.
 ///
-/// An answer allocates nothing and takes no lock but what the way of placing
-/// needs. A request for a page that somebody else has claimed needs no answer:
+/// An answer takes no lock but what the way of placing needs, and allocates nothing once
+/// what the source keeps of its index has been touched there. A request for a page that somebody else has claimed needs no answer:
 /// whoever claimed it holds its bytes and installs it now.
 pub struct FaultServer {
     pub(super) memory: Arc<Memory>,
