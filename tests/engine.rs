@@ -211,13 +211,7 @@ fn prefetch_alone_brings_everything_and_so_do_faults_alone() {
 
 #[test]
 fn huge_pages_are_whole_beside_small_ones() {
-    let _huge = match HugePages::new(6) {
-        Ok(pages) => pages,
-        Err(reason) => {
-            eprintln!("skipped: no huge pages ({reason})");
-            return;
-        }
-    };
+    let _huge = HugePages::new(6).expect("root, and room for 6 huge pages");
     let blocks = [
         (Backing::Huge, 1024),
         (Backing::Anonymous, 300),
