@@ -51,7 +51,7 @@ impl Filling {
             Err(reason) if self.options.way == Way::Uffd => return Err(reason.into()),
             Err(reason) => {
                 self.tell(Way::Socket, &reason.to_string());
-                return Ok(Some(false));
+                return Ok(Some(true));
             }
         };
         let Some(addresses) = self.find_blocks(&adopted)? else { return Ok(None) };
