@@ -35,8 +35,8 @@ struct Options {
     /// Memory that is all zeros, in MiB
     #[arg(long, default_value_t = 4096)]
     zero_mib: u64,
-    /// Pages in a chunk of the images
-    #[arg(long, default_value_t = 16)]
+    /// Pages in a chunk of the images; `save` makes chunks of 4
+    #[arg(long, default_value_t = 4)]
     chunk_pages: usize,
     /// Faults in a measurement, at most one a chunk
     #[arg(long, default_value_t = 4000)]
@@ -450,18 +450,24 @@ impl Results {
         let at_least = |what: String, found: f64, target: f64| {
             println!("{what:<46} {found:>5.2}  ≥ {target} {}", verdict(found >= target));
         };
+        // What is asked of faults is asked of the plain image; the other shows what
+        // decompressing costs.
+        let of_faults = |image: &str, what: String, found: f64, target: f64| match image {
+            "plain image" => at_most(what, found, target),
+            _ => println!("{what:<46} {found:>5.2}"),
+        };
         for pauses in ["", ", with pauses"] {
             for image in ["plain image", "zstd image"] {
                 for (at, name, target) in [(0, "p50", 1.5), (1, "p99", 3.0)] {
-                    let (image, bare) = (format!("{image}{pauses}"), format!("bare loop{pauses}"));
-                    let ratio = self.wait(&image, at) / self.wait(&bare, at);
-                    at_most(format!("{name}, {image} / bare"), ratio, target);
+                    let (ours, bare) = (format!("{image}{pauses}"), format!("bare loop{pauses}"));
+                    let ratio = self.wait(&ours, at) / self.wait(&bare, at);
+                    of_faults(image, format!("{name}, {ours} / bare"), ratio, target);
                 }
             }
         }
         for image in ["plain image", "zstd image"] {
             let ratio = self.wait(&format!("{image}, filling"), 1) / self.wait(image, 1);
-            at_most(format!("p99, {image}, filling / not"), ratio, 2.0);
+            of_faults(image, format!("p99, {image}, filling / not"), ratio, 2.0);
         }
         for threads in [1, cores] {
             let ratio = self.gib("fill, plain", threads) / self.gib("UFFDIO_COPY", threads);

@@ -150,6 +150,12 @@ pub trait PageSource: Send + Sync {
     /// When the page does not exist, or the index is damaged where it speaks of it.
     fn locate(&self, page: Page) -> Result<Location, SourceError>;
 
+    /// Whether the page is all zeros. Cheaper than [`PageSource::locate`] where it is not;
+    /// false where that can't be told.
+    fn is_zero(&self, page: Page) -> bool {
+        matches!(self.locate(page), Ok(Location::Zero))
+    }
+
     /// A reader with buffers of its own; each thread takes one.
     ///
     /// # Errors
@@ -176,5 +182,24 @@ pub trait ChunkReader: Send {
     fn read_to(&mut self, chunk: ChunkId, out: &mut [u8]) -> Result<bool, SourceError> {
         let _ = (chunk, out);
         Ok(false)
+    }
+
+    /// Does the same for several chunks, whose bytes go into `out` one behind the other;
+    /// each comes with the length in bytes that it must have. Returns how many were read,
+    /// from the first on: none if the first has another length, and fewer than all wherever
+    /// that suits. A source that stores neighbours side by side reads them in one go.
+    ///
+    /// # Errors
+    /// As for [`ChunkReader::read`], of the first chunk; where a later one can't be had, the
+    /// run ends before it.
+    fn read_run(
+        &mut self,
+        chunks: &[(ChunkId, usize)],
+        out: &mut [u8],
+    ) -> Result<usize, SourceError> {
+        match chunks.first() {
+            Some((chunk, len)) => Ok(usize::from(self.read_to(*chunk, &mut out[..*len])?)),
+            None => Ok(0),
+        }
     }
 }

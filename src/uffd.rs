@@ -465,9 +465,14 @@ fn find_userfaultfds(pid: i32) -> io::Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
-        // A descriptor may be closed between the listing and the look.
-        if fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == USERFAULTFD_LINK) {
-            found.extend(entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+        match fs::read_link(entry.path()) {
+            Ok(link) if link.as_os_str() == USERFAULTFD_LINK => {
+                found.extend(entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+            }
+            // Root may list them even where it may not trace the process.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
+            // A descriptor may be closed between the listing and the look.
+            _ => {}
         }
     }
     Ok(found)

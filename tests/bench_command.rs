@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,7 +12,9 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until};
+use support::{
+    Disk, Fill, Format, Guest, GuestOptions, Qemu, Result, SOON, spawn_bound, wait_until,
+};
 
 /// A guest that lives on, its image, and a folder for what a bench makes elsewhere.
 struct Bench {
@@ -23,9 +25,26 @@ struct Bench {
 }
 
 impl Bench {
+    /// A guest with a disk that is part of its image.
     fn new(qemu: Qemu) -> Result<Bench> {
+        let bench = Bench::boot(qemu, Format::Raw)?;
+        bench.save("vm.snap", &[])?;
+        Ok(bench)
+    }
+
+    /// A guest with a disk that isn't, and an image on top of another.
+    fn of_a_chain(qemu: Qemu) -> Result<Bench> {
+        let bench = Bench::boot(qemu, Format::Qcow2)?;
+        bench.save("parent.snap", &["--disks", "none"])?;
+        let parent = bench.images.path().join("parent.snap").display().to_string();
+        bench.save("vm.snap", &["--disks", "none", "--parent", &parent])?;
+        Ok(bench)
+    }
+
+    fn boot(qemu: Qemu, format: Format) -> Result<Bench> {
         let disks = tempfile::tempdir()?;
-        let disk = Disk::new("disk", &disks.path().join("disk.raw"));
+        let file = disks.path().join(format!("disk.{}", format.name()));
+        let disk = Disk { format, ..Disk::new("disk", &file) };
         disk.make(4)?;
         let guest = Guest::boot(&GuestOptions {
             qemu,
@@ -34,12 +53,17 @@ impl Bench {
             disks: vec![disk],
             ..GuestOptions::default()
         })?;
-        let (images, temporary) = (tempfile::tempdir()?, tempfile::tempdir()?);
-        let bench = Bench { guest, images, temporary, disks };
-        let mut save = bench.command("save");
-        let saved = save.arg("--qmp").arg(&bench.guest.qmp_path).output()?;
+        // What is cold can't lie in memory.
+        let images = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+        Ok(Bench { guest, images, temporary: tempfile::tempdir()?, disks })
+    }
+
+    fn save(&self, image: &str, more: &[&str]) -> Result<()> {
+        let mut save = Command::new(env!("CARGO_BIN_EXE_snapback"));
+        save.arg("save").arg(self.images.path().join(image)).args(more);
+        let saved = save.arg("--qmp").arg(&self.guest.qmp_path).output()?;
         assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
-        Ok(bench)
+        Ok(())
     }
 
     /// The program, its command and the image.
@@ -59,12 +83,14 @@ impl Bench {
         command
     }
 
-    /// Nothing but the image is there, and no process that was started for a run.
+    /// Nothing but images is there, and no process that was started for a run.
     fn assert_nothing_left(&self) -> Result<()> {
-        assert_eq!(names_in(self.images.path())?, ["vm.snap"]);
+        let images = names_in(self.images.path())?;
+        assert!(images.iter().all(|name| name.ends_with(".snap")), "{images:?}");
         assert_eq!(names_in(self.temporary.path())?, [""; 0]);
-        // The frozen disk, and the overlay in which the living guest goes on.
-        assert_eq!(names_in(self.disks.path())?.len(), 2);
+        // The disk, and where it is frozen the overlay in which the living guest goes on.
+        let disks = names_in(self.disks.path())?;
+        assert_eq!(disks.len(), 3 - images.len(), "{disks:?}");
         let folder = self.temporary.path().display().to_string();
         wait_until(SOON, "QEMUs to be gone", || {
             fs::read_dir("/proc").is_ok_and(|processes| {
@@ -82,8 +108,7 @@ fn names_in(folder: &Path) -> Result<Vec<String>> {
 }
 
 /// Two runs of each way, with peers: every number is there.
-fn measures_all_ways(qemu: Qemu, peers: &[&str], skipped: &[&str]) -> Result<Bench> {
-    let bench = Bench::new(qemu)?;
+fn measures_all_ways(bench: Bench, peers: &[&str], skipped: &[&str]) -> Result<Bench> {
     let report = bench.temporary.path().join("report.html");
     let mut command = bench.bench();
     let done = command.args(["--runs", "2", "--peers", "--report"]).arg(&report).output()?;
@@ -139,7 +164,7 @@ fn measures_all_ways(qemu: Qemu, peers: &[&str], skipped: &[&str]) -> Result<Ben
 #[test]
 fn measures_all_ways_on_qemu_7() -> Result<()> {
     let skipped = ["mapped-ram", "mapped-ram+multifd", "loadvm"];
-    let bench = measures_all_ways(Qemu::V7, &["stream"], &skipped)?;
+    let bench = measures_all_ways(Bench::new(Qemu::V7)?, &["stream"], &skipped)?;
 
     // And an interrupt in the midst of runs ends it, leaving nothing.
     let mut command = bench.bench();
@@ -159,6 +184,28 @@ fn measures_all_ways_on_qemu_7() -> Result<()> {
 
 #[test]
 fn measures_all_ways_on_qemu_10() -> Result<()> {
-    let peers = ["stream", "mapped-ram", "mapped-ram+multifd"];
-    measures_all_ways(Qemu::V10, &peers, &["loadvm"]).map(drop)
+    let peers = ["stream", "mapped-ram", "mapped-ram+multifd", "loadvm"];
+    let bench = measures_all_ways(Bench::of_a_chain(Qemu::V10)?, &peers, &[])?;
+
+    // Warm and cold, of every file of the chain.
+    let done = bench.bench().args(["--runs", "1", "--cold"]).output()?;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let events: Vec<Value> = String::from_utf8(done.stdout)?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<std::result::Result<_, _>>()?;
+    let runs: Vec<_> = events.iter().filter(|event| event["event"] == "run").collect();
+    let caches: Vec<_> = runs.iter().filter_map(|run| run["cache"].as_str()).collect();
+    assert_eq!(caches, [["warm"; 4], ["cold"; 4]].concat());
+    bench.assert_nothing_left()?;
+
+    // A parent that can't be made cold is told before any run: here, one that is in use.
+    let parent = File::open(bench.images.path().join("parent.snap"))?;
+    // SAFETY: the mapping is only read, and nobody changes the file.
+    let parent = unsafe { memmap2::Mmap::map(&parent)? };
+    assert!(parent.iter().map(|byte| u64::from(*byte)).sum::<u64>() > 0);
+    let done = bench.bench().args(["--runs", "1", "--cold"]).output()?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && said.contains("parent.snap"), "{said}");
+    bench.assert_nothing_left()
 }

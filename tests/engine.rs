@@ -11,9 +11,11 @@ use std::thread;
 use std::time::Duration;
 
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
-use snapback::image::Compression;
-use snapback::memory::{MemoryError, Pace};
-use snapback::page::{BlockId, PAGE_SIZE, Page, PageSource};
+use snapback::image::{Compression, Image};
+use snapback::memory::{MemoryError, Pace, preload};
+use snapback::page::{
+    Block, BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
+};
 use snapback::uffd::feature;
 
 /// Longer than anything here takes; a test that waits so long has failed.
@@ -136,6 +138,67 @@ fn every_page_is_right_from_an_image() {
     }
 }
 
+/// The chunks of a block's first pages, each with its length in bytes.
+fn first_chunks(source: &dyn PageSource, pages: u64) -> Vec<(ChunkId, usize)> {
+    let mut chunks: Vec<(ChunkId, usize)> = Vec::new();
+    for number in 0..pages {
+        let Ok(Location::Stored { chunk, .. }) = source.locate(page(0, number)) else { continue };
+        match chunks.last_mut() {
+            Some((last, len)) if *last == chunk => *len += PAGE_SIZE,
+            _ => chunks.push((chunk, PAGE_SIZE)),
+        }
+    }
+    chunks
+}
+
+#[test]
+fn chunks_side_by_side_are_read_in_one_go_up_to_the_one_that_is_broken() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plain.snap");
+    let ram = Ram::new(&[(Backing::Anonymous, 256)]).unwrap();
+    let pattern = Pattern::new(ram.blocks(), 4).dense();
+    let image = write_image(&pattern, &path, Compression::None);
+    let chunks = first_chunks(&image, 256);
+    let mut bytes = vec![0; 256 * PAGE_SIZE];
+
+    let read = image.reader().unwrap().read_run(&chunks, &mut bytes).unwrap();
+    assert_eq!(read, 16, "256 KiB of 1 MiB");
+    for (number, found) in bytes.chunks_exact(PAGE_SIZE).take(read * 4).enumerate() {
+        assert!(found == pattern.page(page(0, number as u64)), "page {number} is wrong");
+    }
+    // One that is shorter than it should be ends the run, or is none.
+    let mut other = chunks.clone();
+    other[5].1 = PAGE_SIZE;
+    assert_eq!(image.reader().unwrap().read_run(&other, &mut bytes).unwrap(), 5);
+    assert_eq!(image.reader().unwrap().read_run(&other[5..], &mut bytes).unwrap(), 0);
+
+    // Damage ends it too, and is told of when its turn comes.
+    let mut file = std::fs::read(&path).unwrap();
+    let third = pattern.page(page(0, 2 * 4));
+    let at = file.windows(PAGE_SIZE).position(|window| window == third).unwrap();
+    file[at + 7] ^= 1;
+    let damaged = folder.path().join("damaged.snap");
+    std::fs::write(&damaged, file).unwrap();
+    let image = Image::open(&damaged).unwrap();
+    let mut reader = image.reader().unwrap();
+    assert_eq!(reader.read_run(&chunks, &mut bytes).unwrap(), 2);
+    let error = reader.read_run(&chunks[2..], &mut bytes).unwrap_err().to_string();
+    assert!(error.contains("chunk 2") && error.contains("checksum"), "{error}");
+    assert_eq!(reader.read_run(&chunks[3..], &mut bytes).unwrap(), 16);
+}
+
+#[test]
+fn a_page_is_known_to_be_zero_without_being_located() {
+    let folder = tempfile::tempdir().unwrap();
+    let ram = Ram::new(&BLOCKS).unwrap();
+    let pattern = Pattern::new(ram.blocks(), 4);
+    let image = write_image(&pattern, &folder.path().join("vm.snap"), Compression::None);
+    for page in ram.pages() {
+        assert_eq!(image.is_zero(page), pattern.is_zero(page), "{page:?}");
+    }
+    assert!(!image.is_zero(page(9, 0)));
+}
+
 #[test]
 fn prefetch_alone_brings_everything_and_so_do_faults_alone() {
     let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
@@ -148,13 +211,7 @@ fn prefetch_alone_brings_everything_and_so_do_faults_alone() {
 
 #[test]
 fn huge_pages_are_whole_beside_small_ones() {
-    let _huge = match HugePages::new(6) {
-        Ok(pages) => pages,
-        Err(reason) => {
-            eprintln!("skipped: no huge pages ({reason})");
-            return;
-        }
-    };
+    let _huge = HugePages::new(6).expect("root, and room for 6 huge pages");
     let blocks = [
         (Backing::Huge, 1024),
         (Backing::Anonymous, 300),
@@ -376,6 +433,122 @@ fn memory_that_was_unmapped_is_not_waited_for() {
             report.unwrap();
         }
     }
+}
+
+/// A source whose first read of one chunk takes until it is let go, as if from a slow disk.
+struct Slow {
+    pattern: Pattern,
+    chunk: ChunkId,
+    gate: Arc<Gate>,
+}
+
+#[derive(Default)]
+struct Gate {
+    reached: AtomicBool,
+    open: AtomicBool,
+}
+
+struct SlowReader {
+    reader: Box<dyn ChunkReader>,
+    chunk: ChunkId,
+    gate: Arc<Gate>,
+}
+
+impl PageSource for Slow {
+    fn blocks(&self) -> &[Block] {
+        self.pattern.blocks()
+    }
+
+    fn chunk_pages(&self) -> usize {
+        self.pattern.chunk_pages()
+    }
+
+    fn locate(&self, page: Page) -> Result<Location, SourceError> {
+        self.pattern.locate(page)
+    }
+
+    fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+        let (reader, gate) = (self.pattern.reader()?, Arc::clone(&self.gate));
+        Ok(Box::new(SlowReader { reader, chunk: self.chunk, gate }))
+    }
+}
+
+impl ChunkReader for SlowReader {
+    fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError> {
+        if chunk == self.chunk && !self.gate.reached.swap(true, Ordering::AcqRel) {
+            while !self.gate.open.load(Ordering::Acquire) {
+                thread::yield_now();
+            }
+        }
+        self.reader.read(chunk)
+    }
+}
+
+#[test]
+fn memory_is_filled_while_a_fault_waits_for_a_slow_disk() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 1024)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16).dense();
+    let slow = page(0, 100);
+    let Ok(Location::Stored { chunk, .. }) = pattern.locate(slow) else { panic!("not stored") };
+    let gate = Arc::new(Gate::default());
+    let source = Slow { pattern: pattern.clone(), chunk, gate: Arc::clone(&gate) };
+    let mut engine = Engine::new(&ram, Arc::new(source), 0);
+    engine.start_intake();
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| ram.word(slow, 0).load(Ordering::Relaxed));
+        while !gate.reached.load(Ordering::Acquire) {
+            thread::yield_now();
+        }
+        let filler = scope.spawn(|| engine.fill(2, &Pace::new(None)));
+        while engine.memory.counts().present < 1023 {
+            thread::yield_now();
+        }
+        gate.open.store(true, Ordering::Release);
+        filler.join().unwrap().unwrap();
+        assert_eq!(guest.join().unwrap(), pattern.word(slow, 0));
+    });
+    assert!(engine.memory.wait_complete(FOREVER));
+    check_all(&ram, &pattern, false);
+}
+
+/// A byte a second: who is held back by that waits for longer than any test.
+const HARDLY: Option<u64> = Some(1);
+
+/// Pages of the largest piece that is read and installed at once.
+const PIECE: u64 = 64;
+
+#[test]
+fn a_rate_holds_back_what_nobody_waits_for() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 8192)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16);
+    let (zeros, data): (Vec<Page>, Vec<Page>) =
+        ram.pages().into_iter().partition(|page| pattern.is_zero(*page));
+    let pace = Pace::new(HARDLY);
+    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
+    engine.start_intake();
+    thread::scope(|scope| {
+        let filler = scope.spawn(|| engine.fill(2, &pace));
+        // Zeros are read from nowhere: all of them come.
+        while engine.memory.counts().present < zeros.len() as u64 {
+            thread::yield_now();
+        }
+        for page in &zeros {
+            assert_eq!(ram.word(*page, 0).load(Ordering::Relaxed), 0);
+        }
+        // Faults are answered, and a set that the guest waits for comes as a whole.
+        for page in data.iter().step_by(200) {
+            assert_eq!(ram.word(*page, 0).load(Ordering::Relaxed), pattern.word(*page, 0));
+        }
+        preload(&engine.memory, &data[..1000], &pace).unwrap();
+        let counts = engine.memory.counts();
+        let waited_for = counts.demanded + 1000 + 16;
+        let most = zeros.len() as u64 + waited_for + 2 * PIECE;
+        assert!(counts.present <= most, "{counts:?}, {most} at most");
+        pace.hurry();
+        filler.join().unwrap().unwrap();
+    });
+    assert!(engine.memory.wait_complete(FOREVER));
+    check_all(&ram, &pattern, false);
 }
 
 /// Threads that read memory at their leisure see no page change, whoever else asks for it.

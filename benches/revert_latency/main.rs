@@ -1,13 +1,14 @@
 //! How instant a revert is, and what a save costs, beside QEMU's own ways:
 //!
 //!     cargo bench --bench revert_latency -- [--sizes MIB,MIB…] [--runs N] [--pairs N]
-//!         [--qemu 7|10] [--place auto|uffd|socket]
+//!         [--idle SECONDS] [--qemu 7|10] [--place auto|uffd|socket]
 //!
 //! For each size of guest: boots one, most of whose memory is random and at rest,
 //! saves it alternately by snapback and by QEMU's background snapshot into a file,
 //! and brings it back alternately by snapback and by QEMU's `migrate-incoming` of
 //! that file, which is in the page cache. Prints tables for docs/performance.md.
 
+mod idle;
 mod reverts;
 mod samples;
 mod saves;
@@ -31,8 +32,8 @@ use tokio::task::spawn_blocking;
 /// A file system in memory, which shows what a save costs without a disk.
 const TMPFS: &str = "/dev/shm";
 
-const USAGE: &str = "options: --sizes MIB,MIB…  --runs N  --pairs N  --qemu 7|10  --place auto|uffd|socket  \
-     --compress none|zstd[:LEVEL]";
+const USAGE: &str = "options: --sizes MIB,MIB…  --runs N  --pairs N  --idle SECONDS  --qemu 7|10  \
+     --place auto|uffd|socket  --compress none|zstd[:LEVEL]";
 
 struct Options {
     /// Sizes of guests, in MiB of RAM.
@@ -41,6 +42,8 @@ struct Options {
     runs: usize,
     /// Saves of each kind, to each place.
     pairs: usize,
+    /// For how long a server is watched whose guest is at rest; 0 for not at all.
+    idle: Duration,
     qemu: Qemu,
     /// The way that memory goes in our reverts.
     way: Way,
@@ -54,6 +57,7 @@ impl Options {
             sizes: vec![512, 2048, 4096],
             runs: 10,
             pairs: 5,
+            idle: Duration::from_secs(10),
             qemu: Qemu::V7,
             way: Way::Auto,
             compress: "none".into(),
@@ -71,6 +75,7 @@ impl Options {
                 }
                 ("--runs", count) => options.runs = count.parse()?,
                 ("--pairs", count) => options.pairs = count.parse()?,
+                ("--idle", seconds) => options.idle = Duration::from_secs(seconds.parse()?),
                 ("--qemu", "7") => options.qemu = Qemu::V7,
                 ("--qemu", "10") => options.qemu = Qemu::V10,
                 ("--place", "auto") => options.way = Way::Auto,
@@ -185,14 +190,22 @@ async fn measure(
     let (image, stream) = (disk.join("vm.snap"), disk.join("stream"));
     reverts::warm(&stream)?;
     reverts::warm(&image)?;
+    let data_mib = data_mib(&image)?;
     for _ in 0..options.runs {
         let ours = reverts::ours(&image, &recorded, options.way).await?;
         note_revert(&mut figures.ours, &ours);
+        figures.beside_data.push(ours.rss_complete as f64 / 1024.0 - data_mib);
         *figures.ways.entry(format!("{:?}", ours.way)).or_default() += 1;
         figures.qemu_start.push(millis(ours.ready));
         figures.requests.push(ours.requests as f64);
         let peer = reverts::peer(&image, &stream, &recorded).await?;
         note_revert(&mut figures.peer, &peer);
+    }
+    if !options.idle.is_zero() {
+        tell("watching a server whose guest is at rest");
+        let (image, way, idle) = (image.clone(), options.way, options.idle);
+        let cpu = spawn_blocking(move || idle::server_cpu(&image, &recorded, way, idle)).await??;
+        figures.idle_cpu.push(cpu);
     }
     let version = Image::open(&image)?.manifest().machine.qemu.to_string();
     remove(&image)?;
@@ -241,6 +254,12 @@ fn index_mib(image: &Path) -> Result<f64> {
     let image = Image::open(image)?;
     let pages: u64 = image.manifest().blocks.iter().map(|block| block.len / PAGE_SIZE as u64).sum();
     Ok((8 * pages + 24 * image.chunk_count()) as f64 / MIB)
+}
+
+/// Memory that is not zero.
+fn data_mib(image: &Path) -> Result<f64> {
+    let pages = Image::open(image)?.manifest().data_pages;
+    Ok((pages * PAGE_SIZE as u64) as f64 / MIB)
 }
 
 const MIB: f64 = (1 << 20) as f64;

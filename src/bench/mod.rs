@@ -184,7 +184,7 @@ pub async fn bench(
     let mut caches = vec![Cache::Warm];
     if options.cold {
         // A file that stays in the cache is told before hours of runs.
-        Cache::Cold.prepare(&options.image)?;
+        setup.image_files.iter().try_for_each(|file| Cache::Cold.prepare(file))?;
         caches.push(Cache::Cold);
     }
     on_event(BenchEvent::Preparing { what: "recording a working set".into() });

@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::runs::{How, Recorder, bring_back};
-use super::setup::{Run, Setup};
+use super::setup::{Disk, Run, Setup};
 use super::{BenchError, Cache, Method, Sample, Skipped};
 use crate::interrupt::Interrupts;
 use crate::machine::{DiskRole, QemuVersion};
@@ -54,8 +54,8 @@ pub(super) struct Peer {
 enum From {
     /// A migration stream, or a mapped-ram file.
     File(PathBuf),
-    /// Snapshots in disks: the recorded path of each, and its file.
-    Disks(Vec<(String, PathBuf)>),
+    /// Snapshots in disks, of which each run gets copies.
+    Disks(Vec<Disk>),
 }
 
 /// Makes the files of all peers, and says which can't be had and why.
@@ -197,7 +197,7 @@ fn has_file_uri(version: &QemuVersion) -> bool {
 async fn make_snapshot(
     setup: &Setup<'_>,
     interrupts: &Interrupts,
-) -> Result<Result<Vec<(String, PathBuf)>, String>, BenchError> {
+) -> Result<Result<Vec<Disk>, String>, BenchError> {
     if setup.machine.disks.iter().any(|disk| disk.role == DiskRole::Captured) {
         return Ok(Err("the guest's disks are frozen, and a snapshot is kept in a disk".into()));
     }
@@ -206,11 +206,12 @@ async fn make_snapshot(
     }
     let mut disks = Vec::new();
     for disk in &setup.disks {
-        let copy = setup.beside.path().join(&disk.name);
-        disk.copy_to(&copy)?;
-        disks.push((disk.recorded.clone(), copy));
+        let file = setup.beside.path().join(format!("{}.snapshot", disk.name));
+        disk.copy_to(&file)?;
+        disks.push(Disk { file, ..disk.clone() });
     }
-    let run = setup.run_with(&as_rules(&disks))?;
+    let files = disks.iter().map(|disk| disk.file.as_path());
+    let run = setup.run_with(&as_rules(&disks, files))?;
     let (_, mut held) = bring_back(setup, &run, &How::default(), interrupts).await?;
     let mut interrupts = interrupts.clone();
     let saved = tokio::select! {
@@ -239,8 +240,13 @@ async fn monitor(qmp: &Qmp, command: &str) -> Result<String, BenchError> {
     Ok(answer.as_str().unwrap_or_default().trim().to_owned())
 }
 
-fn as_rules(disks: &[(String, PathBuf)]) -> Vec<(String, String)> {
-    disks.iter().map(|(old, file)| (old.clone(), file.display().to_string())).collect()
+/// Rules that put each of these files in the place of a disk.
+fn as_rules<'a>(
+    disks: &[Disk],
+    files: impl IntoIterator<Item = &'a Path>,
+) -> Vec<(String, String)> {
+    let rule = |(disk, file): (&Disk, &Path)| (disk.recorded.clone(), file.display().to_string());
+    disks.iter().zip(files).map(rule).collect()
 }
 
 /// Measures one run of a peer.
@@ -252,10 +258,17 @@ pub(super) async fn measure(
     interrupts: &Interrupts,
 ) -> Result<Sample, BenchError> {
     let (run, files) = match &peer.from {
-        From::File(file) => (setup.run()?, vec![file.as_path()]),
+        From::File(file) => (setup.run()?, vec![file.clone()]),
         From::Disks(disks) => {
-            let files = disks.iter().map(|(_, file)| file.as_path()).collect();
-            (setup.run_with(&as_rules(disks))?, files)
+            let mut copies = Vec::new();
+            for disk in disks {
+                // In the place of the last run's, on the image's file system.
+                let copy = setup.beside.path().join(&disk.name);
+                disk.copy_to(&copy)?;
+                copies.push(copy);
+            }
+            let rules = as_rules(disks, copies.iter().map(PathBuf::as_path));
+            (setup.run_with(&rules)?, copies)
         }
     };
     setup.settle(cache, &files)?;

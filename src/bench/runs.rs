@@ -53,7 +53,7 @@ pub(super) async fn measure(
         }
         _ => {}
     }
-    setup.settle(cache, &[&setup.options.image])?;
+    setup.settle(cache, &setup.image_files)?;
     let how = How::of(method, &working_set);
     let (mut recorder, mut held) = bring_back(setup, &run, &how, interrupts).await?;
     let signs = recorder.signs(&mut held.process, interrupts).await;

@@ -22,6 +22,8 @@ pub(super) struct Setup<'a> {
     pub image_bytes: u64,
     pub memory_bytes: u64,
     pub data_bytes: u64,
+    /// The image's file and those of the images that it refers to.
+    pub image_files: Vec<PathBuf>,
     /// A folder beside the image, for files that are as large.
     pub beside: Folder,
     /// How recorded paths are changed, with [`RUN`] in them.
@@ -81,6 +83,7 @@ impl<'a> Setup<'a> {
             image_bytes: image.file_len(),
             memory_bytes: bytes(manifest.data_pages + manifest.zero_pages),
             data_bytes: bytes(manifest.data_pages),
+            image_files: image.files().map(Path::to_owned).collect(),
             machine,
             beside,
             rules,
@@ -116,7 +119,7 @@ impl<'a> Setup<'a> {
     }
 
     /// Makes the machine ready for a run that reads these files.
-    pub fn settle(&self, cache: Cache, files: &[&Path]) -> Result<(), BenchError> {
+    pub fn settle(&self, cache: Cache, files: &[PathBuf]) -> Result<(), BenchError> {
         files.iter().try_for_each(|file| cache.prepare(file))?;
         if let Err(error) = host::touch_memory(self.memory_bytes) {
             tracing::info!("memory was not touched ahead of a run: {error}");

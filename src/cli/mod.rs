@@ -108,7 +108,8 @@ struct DeliveryArgs {
     /// How memory reaches the guest
     #[arg(long, value_name = "WAY", default_value = "auto")]
     place: Place,
-    /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
+    /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
+    /// what the guest waits for and zeros don't count
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     fill_rate: Option<u64>,
     /// Fill memory only once the guest has not asked for any for so many seconds
@@ -126,8 +127,7 @@ impl From<DeliveryArgs> for Delivery {
             fill_rate: args.fill_rate,
             fill_delay: args.fill_delay,
             working_set: !args.no_working_set,
-            hold: None,
-            working_set_file: None,
+            ..Delivery::default()
         }
     }
 }
@@ -320,10 +320,15 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
+    let mut delivery: Delivery = args.delivery.into();
+    if args.serving_detached {
+        // It goes to a log, which nobody empties.
+        delivery.progress_every = Duration::from_secs(1);
+    }
     let options = RevertOptions {
         image: args.image,
         rewrite: args.disks.apply(rewrite),
-        delivery: args.delivery.into(),
+        delivery,
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,

@@ -105,6 +105,22 @@ impl Layer {
     }
 }
 
+/// Reads chunks that lie back to back as they were, in one go, into `out`, which has their
+/// length. Returns how many, from the first on, could be read and are what they should be.
+pub(super) fn read_plain(layer: &Layer, chunks: &[ChunkEntry], out: &mut [u8]) -> usize {
+    let start = chunks.first().map_or(0, |chunk| chunk.offset);
+    if layer.file.read_exact_at(out, start).is_err() {
+        return 0;
+    }
+    let mut rest = &*out;
+    let is_right = |chunk: &&ChunkEntry| {
+        let (bytes, behind) = rest.split_at(chunk.plain_len());
+        rest = behind;
+        xxh3_64(bytes) == chunk.checksum
+    };
+    chunks.iter().take_while(is_right).count()
+}
+
 /// Room for one chunk, and what reads it.
 pub(super) struct Buffers {
     plain: Box<[u8]>,

@@ -7,13 +7,15 @@ use uuid::Uuid;
 
 use super::error::ImageError;
 use super::flat::check_places;
-use super::layer::{Buffers, Layer, chunk_id, layer_and_number};
-use super::layout::{ChunkEntry, LAYERS, PageEntry, Region};
+use super::layer::{Buffers, Layer, chunk_id, layer_and_number, read_plain};
+use super::layout::{ChunkEntry, Codec, LAYERS, PageEntry, Region};
 use super::lineage;
 use super::manifest::{Manifest, Sections, check_blocks, check_layers};
 use super::pieces::Table;
 use super::writer::no_such_page;
-use crate::page::{Block, ChunkId, ChunkReader, Location, Page, PageSource, SourceError};
+use crate::page::{
+    Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
+};
 
 /// An open image.
 ///
@@ -70,6 +72,11 @@ impl Image {
         &self.own().path
     }
 
+    /// The files that its pages lie in: its own, and those of the images that it refers to.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.layers.iter().map(|layer| layer.path.as_path())
+    }
+
     /// Its identity, different for every image written.
     pub fn identity(&self) -> Uuid {
         self.own().superblock.identity
@@ -104,6 +111,19 @@ impl Image {
     /// # Errors
     /// A page that does not exist, or damage where the tables speak of it.
     pub fn find(&self, page: Page) -> Result<Location, ImageError> {
+        let raw = self.entry(page)?;
+        self.check_entry(raw, |_, layer, chunk| layer.chunk(chunk)).map_err(|problem| {
+            let place = format!(
+                "page index of block {:?}, offset {:#x}",
+                self.manifest.blocks[page.block.index()].name,
+                page.offset()
+            );
+            ImageError::damaged(self.path(), place, problem)
+        })
+    }
+
+    /// A page's entry in the index, as it lies there.
+    fn entry(&self, page: Page) -> Result<[u8; 8], ImageError> {
         let number = page.block.index();
         let blocks = &self.manifest.blocks;
         let start = match (blocks.get(number), self.starts.get(number)) {
@@ -111,15 +131,7 @@ impl Image {
             _ => return Err(no_such_page(blocks, page)),
         };
         let own = self.own();
-        let raw = self.pages.entry(start + page.number, &own.file, &own.path)?;
-        self.check_entry(raw, |_, layer, chunk| layer.chunk(chunk)).map_err(|problem| {
-            let place = format!(
-                "page index of block {:?}, offset {:#x}",
-                blocks[number].name,
-                page.offset()
-            );
-            ImageError::damaged(self.path(), place, problem)
-        })
+        self.pages.entry(start + page.number, &own.file, &own.path)
     }
 
     /// The block that an entry of the page index belongs to, and the block's first
@@ -201,16 +213,28 @@ impl PageSource for Arc<Image> {
         Ok(self.find(page)?)
     }
 
+    fn is_zero(&self, page: Page) -> bool {
+        let decode = |raw| PageEntry::decode(u64::from_le_bytes(raw));
+        self.entry(page).is_ok_and(|raw| matches!(decode(raw), Ok(PageEntry::Zero)))
+    }
+
     fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
         let buffers = self.buffers()?;
-        Ok(Box::new(Reader { image: Arc::clone(self), buffers }))
+        let run = Vec::with_capacity(RUN_BYTES / PAGE_SIZE);
+        Ok(Box::new(Reader { image: Arc::clone(self), buffers, run }))
     }
 }
+
+/// Bytes that are read in one go at most: they are to be in the processor's cache still
+/// when their checksums are made.
+const RUN_BYTES: usize = 256 << 10;
 
 /// One thread's reader of an image's chunks.
 struct Reader {
     image: Arc<Image>,
     buffers: Buffers,
+    /// Chunks that are read in one go.
+    run: Vec<ChunkEntry>,
 }
 
 impl ChunkReader for Reader {
@@ -226,6 +250,52 @@ impl ChunkReader for Reader {
         }
         self.buffers.read_to(layer, number, &entry, out)?;
         Ok(true)
+    }
+
+    fn read_run(
+        &mut self,
+        chunks: &[(ChunkId, usize)],
+        out: &mut [u8],
+    ) -> Result<usize, SourceError> {
+        let Some(&(first, len)) = chunks.first() else { return Ok(0) };
+        let (layer, number, entry) = self.image.chunk(first)?;
+        if entry.plain_len() != len {
+            return Ok(0);
+        }
+        self.run.clear();
+        self.run.push(entry);
+        let mut end = len;
+        for (chunk, len) in &chunks[1..] {
+            if layer_and_number(*chunk).0 != layer_and_number(first).0 || end + len > RUN_BYTES {
+                break;
+            }
+            match self.image.chunk(*chunk) {
+                Ok((_, _, next)) if next.plain_len() == *len && self.run_goes_on(&next) => {
+                    self.run.push(next);
+                    end += len;
+                }
+                _ => break,
+            }
+        }
+        if self.run.len() > 1 {
+            let read = read_plain(layer, &self.run, &mut out[..end]);
+            if read > 0 {
+                return Ok(read);
+            }
+        }
+        // By itself, or to say what is wrong with it.
+        self.buffers.read_to(layer, number, &entry, &mut out[..len])?;
+        Ok(1)
+    }
+}
+
+impl Reader {
+    /// Whether a chunk lies behind the run's last, both as they were.
+    fn run_goes_on(&self, next: &ChunkEntry) -> bool {
+        self.run.last().is_some_and(|last| {
+            let plain = [last, next].iter().all(|entry| entry.codec == Codec::Plain);
+            plain && last.offset + u64::from(last.stored_len) == next.offset
+        })
     }
 }
 

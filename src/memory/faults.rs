@@ -12,8 +12,8 @@ use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
 
 /// Answers requests for pages; one thread's share, with buffers of its own.
 ///
-/// An answer allocates nothing and takes no lock but what the way of placing
-/// needs. A request for a page that somebody else has claimed needs no answer:
+/// An answer takes no lock but what the way of placing needs, and allocates nothing once
+/// what the source keeps of its index has been touched there. A request for a page that somebody else has claimed needs no answer:
 /// whoever claimed it holds its bytes and installs it now.
 pub struct FaultServer {
     pub(super) memory: Arc<Memory>,
@@ -106,14 +106,20 @@ impl FaultServer {
     }
 
     /// Installs the memory that was asked for, and whatever else its chunks hold
-    /// nearby. `offset` and `len` are in bytes, within the block.
+    /// nearby. `offset` and `len` are in bytes, within the block; the answer's time counts
+    /// from `heard`.
     ///
     /// # Errors
     /// When there is no such memory, when the source can't give it, or when it
     /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
-    pub fn serve(&mut self, block: BlockId, offset: u64, len: u64) -> Result<(), MemoryError> {
+    pub fn serve(
+        &mut self,
+        block: BlockId,
+        offset: u64,
+        len: u64,
+        heard: Instant,
+    ) -> Result<(), MemoryError> {
         let memory = Arc::clone(&self.memory);
-        let heard = Instant::now();
         memory.requests.fetch_add(1, Ordering::Relaxed);
         let _urgent = Urgent::new(&memory);
         let end = offset.checked_add(len).filter(|end| *end <= memory.block(block).len);

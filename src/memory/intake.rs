@@ -2,9 +2,10 @@
 //!
 //! Waking a thread that sleeps in poll(2) takes longer than answering the fault
 //! itself (63 µs against 17 µs was measured with a bare loop), and faults come in
-//! bursts. So the intake spins for a while after each fault before it sleeps: as long
-//! as spinning pays, up to [`SPIN_MAX`]; every time it didn't, half as long. An idle
-//! guest costs nothing.
+//! bursts. So the intake spins for a while after each fault before it sleeps: twice as
+//! long as before, up to [`SPIN_MAX`], where that has caught a fault or would have; half
+//! as long where the next fault was far away, so that faults that come one by one cost
+//! hardly more than their answers.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -20,7 +21,7 @@ use super::direct::DirectPlace;
 use super::place::PlaceError;
 use super::{FaultReport, FaultServer, Memory, MemoryError};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Run};
-use crate::uffd::{EventBuffer, Uffd, UffdEvent};
+use crate::uffd::{EVENTS_AT_ONCE, EventBuffer, Uffd, UffdEvent};
 
 /// The longest time to spin without an event.
 const SPIN_MAX: Duration = Duration::from_micros(200);
@@ -30,9 +31,32 @@ const SPIN_MAX: Duration = Duration::from_micros(200);
 /// fault in a hundred waited out all of [`SPIN_MAX`]).
 const SPIN_MAX_FILLING: Duration = Duration::from_micros(60);
 
-/// Spinning that has failed so often that less than this is left isn't tried again
-/// until a fault has come.
+/// The shortest time to spin. It is what tells that faults have begun to come in bursts
+/// where they come too fast to be slept between.
 const SPIN_MIN: Duration = Duration::from_micros(5);
+
+/// How long to spin before the next sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Spin(Duration);
+
+impl Spin {
+    /// Spinning has caught an event.
+    fn caught(&mut self) {
+        self.0 = (self.0 * 2).min(SPIN_MAX);
+    }
+
+    /// Spinning has caught nothing.
+    fn in_vain(&mut self) {
+        self.0 = (self.0 / 2).max(SPIN_MIN);
+    }
+
+    /// An event came, so long after the intake went to sleep: would spinning have caught it?
+    fn woken(&mut self, after: Duration) {
+        if after <= SPIN_MAX {
+            self.caught();
+        }
+    }
+}
 
 /// The thread that takes faults; one of possibly several readers of a userfaultfd.
 pub struct Intake {
@@ -42,8 +66,8 @@ pub struct Intake {
     stop: StopIntake,
     /// The blocks by address: first address, address behind the last, block.
     ranges: Vec<(u64, u64, BlockId)>,
-    /// Addresses that somebody waits for and nobody has answered.
-    waiting: VecDeque<u64>,
+    /// Addresses that somebody waits for and nobody has answered, with the time of the event.
+    waiting: VecDeque<(u64, Instant)>,
 }
 
 /// Ends an [`Intake`].
@@ -89,7 +113,7 @@ impl Intake {
             uffd: Arc::clone(direct.uffd()),
             stop: stop.clone(),
             ranges,
-            waiting: VecDeque::new(),
+            waiting: VecDeque::with_capacity(4 * EVENTS_AT_ONCE),
         };
         Ok((intake, stop))
     }
@@ -107,13 +131,13 @@ impl Intake {
     /// When a fault could not be answered; whoever waits for it waits forever.
     pub fn run(mut self) -> Result<FaultReport, MemoryError> {
         let mut events = EventBuffer::default();
-        let mut spin = SPIN_MAX;
+        let mut spin = Spin(SPIN_MAX);
         while self.wait(&mut events, &mut spin)? {
             for _ in 0..self.waiting.len() {
-                let Some(address) = self.waiting.pop_front() else { break };
-                match self.answer(address) {
+                let Some(fault) = self.waiting.pop_front() else { break };
+                match self.answer(fault) {
                     // The event that ends this may be ours to read.
-                    Err(error) if error.is_passing() => self.waiting.push_back(address),
+                    Err(error) if error.is_passing() => self.waiting.push_back(fault),
                     done => done?,
                 }
             }
@@ -122,30 +146,31 @@ impl Intake {
     }
 
     /// Waits until somebody waits for memory; false when it is time to stop.
-    fn wait(&mut self, events: &mut EventBuffer, spin: &mut Duration) -> Result<bool, MemoryError> {
+    fn wait(&mut self, events: &mut EventBuffer, spin: &mut Spin) -> Result<bool, MemoryError> {
         if !self.waiting.is_empty() {
             std::thread::yield_now();
             self.take(events)?;
             return Ok(!self.is_stopped());
         }
         // Where the layout changes, each look keeps others from installing.
-        if *spin >= SPIN_MIN && !self.uffd.tells_of_layout() {
+        if !self.uffd.tells_of_layout() {
             let start = Instant::now();
             let most = if self.memory.is_filling() { SPIN_MAX_FILLING } else { SPIN_MAX };
-            while start.elapsed() < most.min(*spin) && !self.is_stopped() {
+            while start.elapsed() < most.min(spin.0) && !self.is_stopped() {
                 if self.take(events)? {
-                    *spin = SPIN_MAX;
+                    spin.caught();
                     return Ok(true);
                 }
                 std::hint::spin_loop();
             }
-            *spin /= 2;
+            spin.in_vain();
         }
         while !self.is_stopped() {
             let mut fds = [
                 PollFd::new(self.uffd.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.stop.wake.as_fd(), PollFlags::POLLIN),
             ];
+            let asleep = Instant::now();
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(MemoryError::Intake(PlaceError::Io(errno.into()))),
@@ -155,7 +180,7 @@ impl Intake {
                 return Ok(false);
             }
             if self.take(events)? {
-                *spin = (*spin * 2).clamp(SPIN_MIN, SPIN_MAX);
+                spin.woken(asleep.elapsed());
                 return Ok(true);
             }
         }
@@ -173,9 +198,10 @@ impl Intake {
         if !self.uffd.read(events).map_err(|e| MemoryError::Intake(e.into()))? {
             return Ok(false);
         }
+        let heard = Instant::now();
         for event in events.events() {
             match event {
-                UffdEvent::Fault { address } => self.waiting.push_back(address),
+                UffdEvent::Fault { address } => self.waiting.push_back((address, heard)),
                 UffdEvent::Removed { start, end } | UffdEvent::Unmapped { start, end } => {
                     self.give_up(start, end);
                 }
@@ -191,7 +217,7 @@ impl Intake {
         (address < end).then_some((start, block))
     }
 
-    fn answer(&mut self, address: u64) -> Result<(), MemoryError> {
+    fn answer(&mut self, (address, heard): (u64, Instant)) -> Result<(), MemoryError> {
         let Some((start, block)) = self.find(address) else {
             // Not memory of the guest's: whoever waits there is told to look again, and
             // the owner of the userfaultfd hears of it next time.
@@ -204,7 +230,7 @@ impl Intake {
         let page_size = self.memory.block(block).page_size;
         let offset = (address - start) & !(page_size - 1);
         let len = page_size.min(self.memory.block(block).len - offset);
-        self.server.serve(block, offset, len)
+        self.server.serve(block, offset, len, heard)
     }
 
     /// Notes that memory was given back or unmapped: what is absent of it needn't be
@@ -224,5 +250,34 @@ impl Intake {
                 self.memory.give_up(Run { block: *block, first: first >> PAGE_SHIFT, count });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spinning_gets_short_for_faults_one_by_one_and_long_again_for_bursts() {
+        let mut spin = Spin(SPIN_MAX);
+        let far = Duration::from_millis(10);
+        let spent: Duration = (0..100)
+            .map(|_| {
+                let spun = spin.0;
+                spin.in_vain();
+                spin.woken(far);
+                spun
+            })
+            .sum();
+        assert_eq!(spin, Spin(SPIN_MIN));
+        assert!(spent < SPIN_MAX * 2 + SPIN_MIN * 100, "{spent:?}");
+        // Faults that come right after it has gone to sleep, then while it spins.
+        for _ in 0..20 {
+            spin.woken(SPIN_MAX / 4);
+        }
+        assert_eq!(spin, Spin(SPIN_MAX));
+        spin.in_vain();
+        spin.caught();
+        assert_eq!(spin, Spin(SPIN_MAX));
     }
 }

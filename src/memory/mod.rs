@@ -23,7 +23,7 @@ mod tests;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use claim::ClaimMap;
 pub use direct::{DirectPlace, Route};
@@ -277,14 +277,38 @@ impl Memory {
         self.filling.load(Ordering::Relaxed) > 0
     }
 
-    /// Stands aside while faults are being answered. A fault takes some tens of
-    /// microseconds, so giving up the time slice is enough.
-    fn stand_aside(&self) {
+    /// Stands aside for a fault that is being answered now. It mostly takes some tens of
+    /// microseconds, for which giving up the time slice is enough; one that waits for a disk
+    /// takes longer, and isn't served sooner by keeping others from reading too.
+    fn stand_aside_briefly(&self) -> bool {
+        let start = Instant::now();
         while self.urgent.load(Ordering::Acquire) > 0 {
+            if start.elapsed() >= BRIEFLY {
+                return false;
+            }
             std::thread::yield_now();
+        }
+        true
+    }
+
+    /// Stands aside while faults are being answered: after a while asleep, and not forever,
+    /// since where there are always some, memory would never be whole.
+    fn stand_aside(&self) {
+        if self.stand_aside_briefly() {
+            return;
+        }
+        let start = Instant::now();
+        while self.urgent.load(Ordering::Acquire) > 0 && start.elapsed() < AT_MOST {
+            std::thread::sleep(BRIEFLY);
         }
     }
 }
+
+/// How long whoever fills memory gives up its time slices for faults.
+const BRIEFLY: Duration = Duration::from_micros(100);
+
+/// How long it stands aside for them in all, between two pieces.
+const AT_MOST: Duration = Duration::from_millis(10);
 
 /// What a run of pages holds.
 #[derive(Clone, Copy)]

@@ -7,18 +7,18 @@
 //!
 //! Threads take the next window from a shared list, read and decompress a part of it at
 //! a time while holding nothing, and install what is still absent, standing aside for
-//! any fault between two chunks and between two calls. A stretch that can't be read is passed over: it only
-//! slows things down. What is absent at the end is asked for as if the guest had, so
-//! that memory becomes whole or the failure is loud.
+//! any fault between two reads (briefly) and between two calls. A stretch that can't be
+//! read is passed over: it only slows things down. What is absent at the end is asked for
+//! as if the guest had, so that memory becomes whole or the failure is loud.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::window::Window;
 use super::{Content, FaultServer, Memory, MemoryError};
-use crate::page::{Block, BlockId, ChunkReader, Location, PAGE_SHIFT, PAGE_SIZE, Page, Run};
+use crate::page::{Block, BlockId, ChunkReader, PAGE_SHIFT, PAGE_SIZE, Page, Run};
 
 /// Bytes that a thread takes on at once: memory that one table of pages maps, so that
 /// two threads don't meet at its lock, and a huge page of the usual size.
@@ -35,7 +35,8 @@ pub struct FillOptions {
     pub threads: usize,
     /// Pages to bring first, in this order.
     pub working_set: Vec<Page>,
-    /// The most bytes a second; as fast as can be without.
+    /// The most bytes a second that are read and installed; as fast as can be without.
+    /// Zeros, which are read from nowhere, don't count.
     pub rate: Option<u64>,
     /// Nothing is brought for so long, beside what is asked for.
     pub hold: Option<Duration>,
@@ -58,7 +59,7 @@ pub fn prefetch(
     if let Some(hold) = options.hold {
         pace.wait(hold);
     }
-    preload(memory, &options.working_set, pace)?;
+    bring_set(memory, &options.working_set, pace, true)?;
     if let Some(quiet) = options.delay {
         pace.wait_quiet(memory, quiet);
     }
@@ -70,17 +71,28 @@ pub fn prefetch(
     demand_the_rest(memory, pace)
 }
 
-/// Brings a working set only, and returns when it is in place or on its way. Its order
-/// is worth more than a second thread: this one does it alone.
+/// Brings a working set only, and returns when it is in place or on its way. The guest
+/// waits for it, so `pace` ends it but no rate holds it back.
 ///
 /// # Errors
 /// As for [`prefetch`].
 pub fn preload(memory: &Arc<Memory>, working_set: &[Page], pace: &Pace) -> Result<(), MemoryError> {
+    bring_set(memory, working_set, pace, false)
+}
+
+/// Brings a working set, at the pace's rate if it is `capped`. Its order is worth more than
+/// a second thread: this one does it alone.
+fn bring_set(
+    memory: &Arc<Memory>,
+    working_set: &[Page],
+    pace: &Pace,
+    capped: bool,
+) -> Result<(), MemoryError> {
     if working_set.is_empty() {
         return Ok(());
     }
     let _filling = Filling::new(memory);
-    let mut filler = Filler::new(memory, pace)?;
+    let mut filler = Filler::new(memory, pace, capped)?;
     let group = memory.source.chunk_pages() as u64;
     for page in working_set {
         if pace.is_stopped() {
@@ -156,7 +168,7 @@ fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
 /// Installs stretches of zeros, each as far as it reaches within its window.
 fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
     while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
-        let is_zero = |page: Page| matches!(memory.source.locate(page), Ok(Location::Zero));
+        let is_zero = |page: Page| memory.source.is_zero(page);
         let mut pages = window.pages().peekable();
         while let Some(page) = pages.next() {
             if !is_zero(page) {
@@ -175,7 +187,7 @@ fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Mem
 }
 
 fn fill_rest(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
-    let mut filler = Filler::new(memory, pace)?;
+    let mut filler = Filler::new(memory, pace, true)?;
     while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
         pass_over(filler.fill(window))?;
     }
@@ -198,7 +210,8 @@ fn demand_the_rest(memory: &Arc<Memory>, pace: &Pace) -> Result<(), MemoryError>
                 Some(server) => server,
                 none => none.insert(FaultServer::new(Arc::clone(memory))?),
             };
-            while let Err(error) = server.serve(page.block, page.offset(), PAGE_SIZE as u64) {
+            let (offset, len, asked) = (page.offset(), PAGE_SIZE as u64, Instant::now());
+            while let Err(error) = server.serve(page.block, offset, len, asked) {
                 if !error.is_passing() || pace.is_stopped() {
                     return Err(error);
                 }
@@ -268,15 +281,17 @@ fn largest_page(memory: &Memory) -> u64 {
 struct Filler<'a> {
     memory: &'a Memory,
     pace: &'a Pace,
+    /// Whether the pace's rate holds for it.
+    capped: bool,
     reader: Box<dyn ChunkReader>,
     window: Window,
 }
 
 impl<'a> Filler<'a> {
-    fn new(memory: &'a Memory, pace: &'a Pace) -> Result<Filler<'a>, MemoryError> {
+    fn new(memory: &'a Memory, pace: &'a Pace, capped: bool) -> Result<Filler<'a>, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let window = Window::new(part_pages(memory) as usize);
-        Ok(Filler { memory, pace, reader, window })
+        Ok(Filler { memory, pace, capped, reader, window })
     }
 
     fn fill(&mut self, run: Run) -> Result<(), MemoryError> {
@@ -297,14 +312,16 @@ impl<'a> Filler<'a> {
             run,
             |page| !memory.claims.is_claimed(page.block, page.number),
             |_, _| true,
-            || memory.stand_aside(),
+            || _ = memory.stand_aside_briefly(),
         )?;
         for (run, content) in self.window.pieces() {
             if self.pace.is_stopped() {
                 return Ok(());
             }
             let installed = memory.install(run, content, || memory.stand_aside())?;
-            self.pace.account(installed * PAGE_SIZE as u64);
+            if self.capped && matches!(content, Content::Bytes(_)) {
+                self.pace.account(installed * PAGE_SIZE as u64);
+            }
         }
         Ok(())
     }

@@ -162,7 +162,7 @@ proptest! {
                     let unit = blocks[id].pages_per_host_page();
                     let offset = (n % blocks[id].pages()) / unit * blocks[id].page_size;
                     let len = blocks[id].page_size.min(blocks[id].len - offset);
-                    server.serve(BlockId(id as u16), offset, len).unwrap();
+                    server.serve(BlockId(id as u16), offset, len, Instant::now()).unwrap();
                 });
             }
             prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap();
@@ -194,8 +194,20 @@ fn a_request_outside_the_machine_is_refused() {
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(shelf)));
     let mut server = FaultServer::new(Arc::clone(&memory)).unwrap();
     for (offset, len) in [(4 * 4096, 4096), (0, 5 * 4096), (u64::MAX - 4095, 4096), (0, 0)] {
-        let error = server.serve(BlockId(0), offset, len).unwrap_err();
+        let error = server.serve(BlockId(0), offset, len, Instant::now()).unwrap_err();
         assert!(matches!(error, MemoryError::NoSuchMemory { .. }), "{error}");
     }
     assert_eq!(memory.counts().present, 0);
+}
+
+#[test]
+fn an_answers_time_counts_from_the_event_and_not_from_its_turn() {
+    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 4, broken: None };
+    let memory = Memory::new(Arc::new(source), Box::new(Arc::new(Shelf::default())));
+    let mut server = FaultServer::new(Arc::new(memory)).unwrap();
+    let waited = Duration::from_millis(500);
+    let heard = Instant::now().checked_sub(waited).unwrap();
+    server.serve(BlockId(0), 0, 4096, heard).unwrap();
+    let answers = server.into_report().timings;
+    assert!(answers.len() == 1 && answers.max() >= waited.as_nanos() as u64, "{answers:?}");
 }

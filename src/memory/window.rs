@@ -1,7 +1,7 @@
 //! A stretch of memory being made ready: looked up, read, and put in order.
 
 use super::{Content, Memory, MemoryError};
-use crate::page::{BlockId, ChunkReader, Location, PAGE_SIZE, Page, Run};
+use crate::page::{BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, Run};
 
 /// Buffers for some neighbouring pages of one block, used again and again.
 pub(super) struct Window {
@@ -10,6 +10,8 @@ pub(super) struct Window {
     bytes: Box<[u8]>,
     /// What is known of each page.
     slots: Vec<Slot>,
+    /// Chunks that are read next, each with its length in bytes.
+    whole: Vec<(ChunkId, usize)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,7 +31,7 @@ impl Window {
     pub fn new(pages: usize) -> Window {
         let run = Run { block: BlockId(0), first: 0, count: 0 };
         let bytes = vec![0; pages * PAGE_SIZE].into_boxed_slice();
-        Window { run, bytes, slots: Vec::with_capacity(pages) }
+        Window { run, bytes, slots: Vec::with_capacity(pages), whole: Vec::with_capacity(pages) }
     }
 
     /// The most pages it takes.
@@ -38,7 +40,7 @@ impl Window {
     }
 
     /// Reads those pages of `run` that are `absent` and lie where it suits, each chunk
-    /// once. `pause` is called before each chunk, so that whoever isn't urgent can stand
+    /// once. `pause` is called before each read, so that whoever isn't urgent can stand
     /// aside.
     pub fn load(
         &mut self,
@@ -67,15 +69,16 @@ impl Window {
         for at in 0..self.slots.len() {
             if matches!(self.slots[at], Slot::Stored(_)) {
                 pause();
-                self.read_chunk_of(at, memory, reader)?;
+                self.read_chunks_of(at, memory, reader)?;
             }
         }
         self.make_host_pages_whole(memory.block(run.block).pages_per_host_page());
         Ok(())
     }
 
-    /// Reads the chunk of one page, and takes from it whatever else is near.
-    fn read_chunk_of(
+    /// Reads the chunk of one page and takes from it whatever else is near; reads the chunks
+    /// behind it as well where they are wanted whole.
+    fn read_chunks_of(
         &mut self,
         at: usize,
         memory: &Memory,
@@ -84,15 +87,15 @@ impl Window {
         let Slot::Stored(Location::Stored { chunk, .. }) = self.slots[at] else { return Ok(()) };
         let page = Page { block: self.run.block, number: self.run.first + at as u64 };
         let failed = |e| memory.source_error(Run::single(page), e);
-        // Mostly the pages from here on are the whole chunk, in its order.
-        let is_next = |(n, slot): &(usize, &Slot)| {
-            **slot == Slot::Stored(Location::Stored { chunk, slot: *n })
-        };
-        let whole = self.slots[at..].iter().enumerate().take_while(is_next).count();
-        if whole > 0 {
-            let bytes = &mut self.bytes[at * PAGE_SIZE..(at + whole) * PAGE_SIZE];
-            if reader.read_to(chunk, bytes).map_err(failed)? {
-                self.slots[at..at + whole].fill(Slot::Ready);
+        // Mostly the pages from here on are whole chunks, in their order.
+        self.find_whole_chunks(at);
+        if !self.whole.is_empty() {
+            let len: usize = self.whole.iter().map(|(_, len)| len).sum();
+            let bytes = &mut self.bytes[at * PAGE_SIZE..][..len];
+            let read = reader.read_run(&self.whole, bytes).map_err(failed)?;
+            if read > 0 {
+                let len: usize = self.whole[..read].iter().map(|(_, len)| len).sum();
+                self.slots[at..][..len / PAGE_SIZE].fill(Slot::Ready);
                 return Ok(());
             }
         }
@@ -115,6 +118,23 @@ impl Window {
             }
         }
         Ok(())
+    }
+
+    /// Notes the chunks that the slots from `at` on hold in their order, each with its length
+    /// in bytes as far as can be seen here.
+    fn find_whole_chunks(&mut self, at: usize) {
+        self.whole.clear();
+        for slot in &self.slots[at..] {
+            let Slot::Stored(Location::Stored { chunk, slot }) = *slot else { return };
+            let has_room = self.whole.len() < self.whole.capacity();
+            match self.whole.last_mut() {
+                Some((last, len)) if *last == chunk && *len == slot * PAGE_SIZE => {
+                    *len += PAGE_SIZE;
+                }
+                _ if slot == 0 && has_room => self.whole.push((chunk, PAGE_SIZE)),
+                _ => return,
+            }
+        }
     }
 
     /// A host page is installed as a whole: where only some of its target pages

@@ -108,7 +108,13 @@ impl WorkingSet {
         };
         let mut bytes = Vec::new();
         let most = ENTRIES_OFFSET + MAX_PAGES * ENTRY_BYTES + CHECKSUM_BYTES;
-        let file = File::open(path).map_err(failed)?;
+        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            let problem = "it is not a regular file";
+            return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
+        }
         file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
         let set = WorkingSet::decode(&bytes)
             .map_err(|problem| WorkingSetError::Unusable { path: path.to_owned(), problem })?;
@@ -264,6 +270,18 @@ mod tests {
         assert!(load(Uuid::nil()).contains("another image"));
         set(&(0..1017).collect::<Vec<u64>>()).store(&path).unwrap();
         assert!(load(identity).contains("larger than this machine allows"));
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ws");
+        let load = || WorkingSet::load(&path, Uuid::nil(), &blocks()).unwrap_err().to_string();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(load().contains("not a regular file"), "{}", load());
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(load().contains("not a regular file"), "{}", load());
     }
 
     #[test]

@@ -115,9 +115,14 @@ impl Adopted {
         (!candidates.is_empty()).then(|| Probe { offset, content: Box::new(*content), candidates })
     }
 
-    /// The addresses of all blocks, as far as their probes prove them. Two blocks that
+    /// Notes the addresses that probes prove, each with its block's index. Two blocks that
     /// seem to lie in one place are a proof gone wrong: neither is believed.
-    pub fn prove_all(&self, blocks: &[Block], probes: &[Option<Probe>]) -> Vec<Option<u64>> {
+    pub fn prove_all(
+        &self,
+        blocks: &[Block],
+        probes: &[(usize, Probe)],
+        addresses: &mut [Option<u64>],
+    ) {
         // Zeros may appear in the heap at the same moment. What is no RAMBlock is not
         // registered, which costs too much time to ask of every block.
         let mut registered = None;
@@ -128,18 +133,16 @@ impl Adopted {
             });
             mappings.iter().any(|mapping| (mapping.start..mapping.end).contains(start))
         };
-        let mut prove = |probe: &Option<Probe>| {
-            let mut found = self.arrivals(probe.as_ref()?);
+        for (index, probe) in probes {
+            let mut found = self.arrivals(probe);
             if found.len() > 1 {
                 found.retain(&mut is_registered);
             }
-            found.pop().filter(|_| found.is_empty())
-        };
-        let mut addresses: Vec<_> = probes.iter().map(&mut prove).collect();
-        for doubtful in overlapping(blocks, &addresses) {
+            addresses[*index] = found.pop().filter(|_| found.is_empty());
+        }
+        for doubtful in overlapping(blocks, addresses) {
             addresses[doubtful] = None;
         }
-        addresses
     }
 
     /// The candidates where a block's probe has arrived. QEMU must have taken it in.
@@ -262,10 +265,76 @@ nonsense rw-p\n";
         assert_eq!(overlapping(&blocks, &[Some(0x1000), Some(0x9000), Some(0x4000)]), [0, 2]);
     }
 
+    const PAGE: u64 = PAGE_SIZE as u64;
+
+    /// This process, as if it were a QEMU with some blocks of four pages.
+    fn ourselves(blocks: usize) -> (Adopted, Vec<memmap2::MmapMut>, Vec<Block>) {
+        let uffd = Uffd::create(0).unwrap();
+        let map = || memmap2::MmapMut::map_anon(4 * PAGE_SIZE).unwrap();
+        let maps: Vec<_> = std::iter::repeat_with(map).take(blocks).collect();
+        let mapping = |map: &memmap2::MmapMut| {
+            let start = map.as_ptr() as u64;
+            // SAFETY: a mapping of ours that nobody reads before it is filled.
+            unsafe { uffd.register(start, 4 * PAGE) }.unwrap();
+            Mapping { start, end: start + 4 * PAGE, page_size: PAGE }
+        };
+        let mappings = maps.iter().map(mapping).collect();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let pid = std::process::id() as i32;
+        let block = Block { name: "b".into(), len: 4 * PAGE, page_size: PAGE };
+        (Adopted { pid, uffd, mappings, pagemap }, maps, vec![block; blocks])
+    }
+
+    fn install(adopted: &Adopted, block: usize, offset: u64, content: &[u8; PAGE_SIZE]) {
+        let at = adopted.mappings[block].start + offset;
+        // SAFETY: memory of ours.
+        unsafe { adopted.uffd.copy(at, content, PAGE) }.unwrap();
+    }
+
+    #[test]
+    fn blocks_that_look_alike_are_proven_one_by_one() {
+        let (adopted, _maps, blocks) = ourselves(3);
+        for (offset, content) in [(2 * PAGE, [7; PAGE_SIZE]), (0, [0; PAGE_SIZE])] {
+            let probe = |index: usize, offset| {
+                (index, adopted.probe(&blocks[index], offset, &content).unwrap())
+            };
+            let mut found = vec![None; 3];
+            let probes: Vec<_> = (0..3).map(|index| probe(index, offset)).collect();
+            (0..3).for_each(|index| install(&adopted, index, offset, &content));
+            adopted.prove_all(&blocks, &probes, &mut found);
+            assert_eq!(found, [None; 3]);
+            for index in 0..3 {
+                let probe = probe(index, offset + PAGE);
+                install(&adopted, index, offset + PAGE, &content);
+                adopted.prove_all(&blocks, &[probe], &mut found);
+            }
+            let starts: Vec<_> = adopted.mappings.iter().map(|m| Some(m.start)).collect();
+            assert_eq!(found, starts);
+        }
+    }
+
+    #[test]
+    fn what_arrives_with_another_content_or_nowhere_proves_nothing() {
+        let (adopted, _maps, blocks) = ourselves(2);
+        let mut found = vec![None; 2];
+        let probe = |index: usize| (index, adopted.probe(&blocks[index], 0, &[7; PAGE_SIZE]));
+        let probes = [0, 1].map(|index| (index, probe(index).1.unwrap()));
+        install(&adopted, 0, 0, &[8; PAGE_SIZE]);
+        adopted.prove_all(&blocks, &probes, &mut found);
+        assert_eq!(found, [None, None]);
+        // Where something is already, it can't be seen to arrive.
+        install(&adopted, 1, 0, &[7; PAGE_SIZE]);
+        assert!(probe(0).1.is_none());
+    }
+
     #[test]
     fn a_process_without_userfaultfd_is_named() {
-        let pid = std::process::id() as i32;
+        // Not this process, in which other tests have some.
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = other.id() as i32;
         let error = Adopted::adopt(pid, &[]).err().map(|e| e.to_string());
+        other.kill().unwrap();
+        other.wait().unwrap();
         assert_eq!(error, Some(format!("process {pid} has 0 userfaultfds where one was expected")));
     }
 }

@@ -15,7 +15,7 @@ use crate::image::Image;
 use crate::interrupt::Interrupts;
 use crate::memory::{FaultReport, FillOptions, WorkingSet, WorkingSetError, working_set};
 
-/// How often progress is told.
+/// How often progress is told, by default.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// Threads that prefetch, at most: more than this don't make any way of placing faster.
@@ -26,8 +26,9 @@ const MAX_PREFETCH: usize = 4;
 pub struct Delivery {
     /// By which way it goes.
     pub way: Way,
-    /// The most bytes a second that filling brings, beside what the guest asks for; as
-    /// fast as can be without.
+    /// The most bytes a second that filling brings, as fast as can be without. What the
+    /// guest asks for or waits for (a `preload`, and the first MiB of any working set)
+    /// is not held back, and zeros, which are read from nowhere, don't count.
     pub fill_rate: Option<u64>,
     /// Filling, beyond the working set, waits until the guest has not asked for memory
     /// for so long.
@@ -38,6 +39,8 @@ pub struct Delivery {
     pub hold: Option<Duration>,
     /// The file of the working set; beside the image without.
     pub working_set_file: Option<PathBuf>,
+    /// How often progress is told at most; it is told only where there is some.
+    pub progress_every: Duration,
 }
 
 impl Default for Delivery {
@@ -49,6 +52,7 @@ impl Default for Delivery {
             working_set: true,
             hold: None,
             working_set_file: None,
+            progress_every: PROGRESS_EVERY,
         }
     }
 }
@@ -176,10 +180,13 @@ pub(super) async fn follow(
     feed: &Feed,
     steps: &mut UnboundedReceiver<FeedEvent>,
     heard: Heard,
+    progress_every: Duration,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
-    let mut tick = tokio::time::interval(PROGRESS_EVERY);
+    let mut tick = tokio::time::interval(progress_every.max(Duration::from_millis(1)));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut told = None;
     let mut interrupted = false;
     let mut again = interrupts.clone();
     let mut way = heard.way.unwrap_or(Way::Socket);
@@ -221,7 +228,12 @@ pub(super) async fn follow(
                     "the guest was stopped, since its memory was not complete",
                 ));
             }
-            _ = tick.tick() => on_event(RevertEvent::Progress(progress())),
+            _ = tick.tick() => {
+                let now = progress();
+                if told.replace(now) != Some(now) {
+                    on_event(RevertEvent::Progress(now));
+                }
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -85,6 +85,27 @@ pub enum FeedError {
     /// A thread could not be started.
     #[error("starting a thread failed: {0}")]
     Thread(std::io::Error),
+    /// A thread of ours panicked.
+    #[error(
+        "the thread that was to {0} panicked: that is a bug of snapback, whose message is on \
+         standard error"
+    )]
+    Panicked(&'static str),
+}
+
+/// Tells of a thread that panics, whose followers would wait forever.
+pub(super) struct LastWord {
+    pub events: UnboundedSender<FeedEvent>,
+    /// What the thread does.
+    pub doing: &'static str,
+}
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.events.send(FeedEvent::Failed(FeedError::Panicked(self.doing)));
+        }
+    }
 }
 
 /// The device state and what goes with it, made ready ahead of time.
@@ -182,6 +203,7 @@ impl Feed {
         feed.threads.push(spawn(
             "fill",
             Box::new(move || {
+                let _last = LastWord { events: events.clone(), doing: "fill memory" };
                 if let Err(error) = filling.run() {
                     let _ = events.send(FeedEvent::Failed(error));
                 }
@@ -232,7 +254,8 @@ impl Filling {
         self.route.first().send(&self.prepared.opening).map_err(opening)?;
         self.route.first().send(&self.prepared.package).map_err(opening)?;
         // What the guest asks for first leaves at once, behind the device state: the direct
-        // way takes longer to open than the guest to run.
+        // way takes longer to open than the guest to run. No rate holds it back, nor what
+        // the guest waits for.
         match preload(&self.memory, self.head(), &self.pace) {
             // QEMU has refused the device state; the other thread hears of it as well.
             Err(MemoryError::Place { source: PlaceError::Gone(_), .. }) => return Ok(()),
@@ -241,8 +264,7 @@ impl Filling {
         // The other thread's end means an end of the feed, and is told by that thread.
         let Some(loaded) = self.open_the_way()? else { return Ok(()) };
         let intake = self.start_intake()?;
-        // The guest will want its working set at once; the rest waits until it runs.
-        if self.options.preload || self.route.direct().is_some() {
+        if self.options.preload {
             preload(&self.memory, &self.options.fill.working_set, &self.pace)?;
             let _ = self.events.send(FeedEvent::Preloaded);
         }
@@ -299,6 +321,7 @@ struct Answering {
 
 impl Answering {
     fn run(mut self) {
+        let _last = LastWord { events: self.events.clone(), doing: "answer QEMU's requests" };
         let last = match self.answer() {
             Ok(()) => FeedEvent::Finished(self.server.into_report()),
             Err(error) => FeedEvent::Failed(error),
@@ -309,13 +332,14 @@ impl Answering {
     fn answer(&mut self) -> Result<(), FeedError> {
         let mut block = None;
         while let Some(message) = self.path.next_message().map_err(hung_up)? {
+            let heard = Instant::now();
             match message {
                 ReturnPathMessage::RequestPages { block: name, offset, len } => {
                     if let Some(name) = name {
                         block = Some(self.find(&name, offset, len)?);
                     }
                     let block = block.ok_or_else(|| FeedError::Wire(nameless(offset)))?;
-                    self.server.serve(block, offset, u64::from(len))?;
+                    self.server.serve(block, offset, u64::from(len), heard)?;
                 }
                 ReturnPathMessage::Pong(value) => {
                     if value == PING_LOADED {
@@ -355,5 +379,53 @@ fn nameless(offset: u64) -> WireError {
     WireError::Malformed {
         at: 0,
         what: format!("a request for offset {offset:#x} of the block before, and there was none"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::{ChunkId, ChunkReader, Location, SourceError};
+
+    /// Memory whose index makes a thread panic.
+    struct Dreadful([Block; 1]);
+
+    struct Unused;
+
+    impl PageSource for Dreadful {
+        fn blocks(&self) -> &[Block] {
+            &self.0
+        }
+
+        fn chunk_pages(&self) -> usize {
+            4
+        }
+
+        fn locate(&self, _page: Page) -> Result<Location, SourceError> {
+            panic!("as the test wants it")
+        }
+
+        fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+            Ok(Box::new(Unused))
+        }
+    }
+
+    impl ChunkReader for Unused {
+        fn read(&mut self, _chunk: ChunkId) -> Result<&[u8], SourceError> {
+            Ok(&[])
+        }
+    }
+
+    #[test]
+    fn a_panic_is_told_to_whoever_follows() {
+        let source = Dreadful([Block { name: "pc.ram".into(), len: 4096, page_size: 4096 }]);
+        let prepared = Prepared::new(&[], &[], &source.0);
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let working_set = vec![Page { block: BlockId(0), number: 0 }];
+        let fill = FillOptions { working_set, ..FillOptions::default() };
+        let options = FeedOptions { way: Way::Socket, fill, ..FeedOptions::default() };
+        let (_feed, mut told) = Feed::start(prepared, Arc::new(source), ours, options).unwrap();
+        let Some(FeedEvent::Failed(error)) = told.blocking_recv() else { panic!("nothing told") };
+        assert!(error.to_string().contains("was to fill memory panicked"), "{error}");
     }
 }

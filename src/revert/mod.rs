@@ -337,8 +337,15 @@ pub async fn revert_held(
         let outcome = match runs {
             Runs::Whole(outcome) => outcome,
             Runs::Served(feed, mut steps, heard) => {
-                let followed =
-                    delivery::follow(feed, &mut steps, heard, &mut interrupts, &mut on_event);
+                let every = options.delivery.progress_every;
+                let followed = delivery::follow(
+                    feed,
+                    &mut steps,
+                    heard,
+                    every,
+                    &mut interrupts,
+                    &mut on_event,
+                );
                 let outcome = followed.await?;
                 // QEMU has confirmed that it has all of the guest, which depends on nobody
                 // any more: whatever happens from here on, it stays.

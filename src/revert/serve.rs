@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -55,7 +56,8 @@ pub async fn serve(
     })?;
     let pid = peer_pid(&socket);
     let (feed, mut steps) = options.delivery.start(ready, &image, socket, pid, false)?;
-    match bring(&feed, &mut steps, &mut interrupts, &mut on_event).await {
+    let every = options.delivery.progress_every;
+    match bring(&feed, &mut steps, every, &mut interrupts, &mut on_event).await {
         Ok(outcome) => {
             options.delivery.remember(&image, &outcome);
             on_event(outcome.resident());
@@ -72,6 +74,7 @@ pub async fn serve(
 async fn bring(
     feed: &Feed,
     steps: &mut UnboundedReceiver<FeedEvent>,
+    every: Duration,
     interrupts: &mut Interrupts,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
@@ -104,7 +107,7 @@ async fn bring(
             return Err(feed_error(FeedError::HungUp));
         }
     }
-    delivery::follow(feed, steps, heard, interrupts, on_event).await
+    delivery::follow(feed, steps, heard, every, interrupts, on_event).await
 }
 
 /// The process that listens at the other end (`SO_PEERCRED`, unix(7)).

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::adopt::{AdoptError, Adopted};
-use super::feed::{FeedError, FeedEvent, Filling, PING_LOADED, PING_PROBED};
+use super::feed::{FeedError, FeedEvent, Filling, LastWord, PING_LOADED, PING_PROBED};
 use crate::memory::{DirectPlace, FaultReport, FaultServer, Intake, StopIntake};
 use crate::page::BlockId;
 use crate::wire::ping;
@@ -51,28 +51,13 @@ impl Filling {
             Err(reason) if self.options.way == Way::Uffd => return Err(reason.into()),
             Err(reason) => {
                 self.tell(Way::Socket, &reason.to_string());
-                return Ok(Some(false));
+                return Ok(Some(true));
             }
         };
-        let mut server = FaultServer::new(Arc::clone(&self.memory))?;
-        let mut probes = Vec::new();
-        for (index, block) in self.memory.blocks().iter().enumerate() {
-            let mut probe = None;
-            server.probe(BlockId(index as u16), |offset, content| {
-                probe = adopted.probe(block, offset, content);
-            })?;
-            probes.push(probe);
-        }
-        self.route.first().send(&ping(PING_PROBED)).map_err(|_| FeedError::HungUp)?;
-        if !self.wait_pong(PING_PROBED) {
-            return Ok(None);
-        }
-        let addresses = adopted.prove_all(self.memory.blocks(), &probes);
-        // A block that is in place as a whole needs no address any more.
-        let needs_one = |index: usize| !self.memory.is_settled(BlockId(index as u16));
+        let Some(addresses) = self.find_blocks(&adopted)? else { return Ok(None) };
         let blocks = self.memory.blocks().iter().zip(&addresses).enumerate();
         let unproven: Vec<_> = blocks
-            .filter(|(index, (_, address))| address.is_none() && needs_one(*index))
+            .filter(|(index, (_, address))| address.is_none() && self.needs_address(*index))
             .map(|(_, (block, _))| block.name.as_str())
             .collect();
         self.takes_faults = unproven.is_empty();
@@ -93,6 +78,58 @@ impl Filling {
         Ok(Some(true))
     }
 
+    /// The blocks' addresses, as far as they can be proven; nothing when the feed has ended.
+    fn find_blocks(&self, adopted: &Adopted) -> Result<Option<Vec<Option<u64>>>, FeedError> {
+        let mut server = FaultServer::new(Arc::clone(&self.memory))?;
+        let mut addresses = vec![None; self.memory.blocks().len()];
+        let all = 0..addresses.len();
+        if !self.prove(adopted, &mut server, all.clone(), &mut addresses)? {
+            return Ok(None);
+        }
+        // Blocks that look alike where they were probed (the ROMs of two network cards,
+        // zeros) were each found in the other's place as well. Alone, each is found in its
+        // own: there the other's page lies already.
+        for index in all {
+            if addresses[index].is_none()
+                && self.needs_address(index)
+                && !self.prove(adopted, &mut server, index..index + 1, &mut addresses)?
+            {
+                return Ok(None);
+            }
+        }
+        Ok(Some(addresses))
+    }
+
+    /// Sends a page of each of these blocks by the socket, and notes the addresses that
+    /// are proven when they have arrived. False when the feed has ended.
+    fn prove(
+        &self,
+        adopted: &Adopted,
+        server: &mut FaultServer,
+        indices: std::ops::Range<usize>,
+        addresses: &mut [Option<u64>],
+    ) -> Result<bool, FeedError> {
+        let blocks = self.memory.blocks();
+        let mut probes = Vec::new();
+        for index in indices {
+            server.probe(BlockId(index as u16), |offset, content| {
+                let probe = adopted.probe(&blocks[index], offset, content);
+                probes.extend(probe.map(|probe| (index, probe)));
+            })?;
+        }
+        self.route.first().send(&ping(PING_PROBED)).map_err(|_| FeedError::HungUp)?;
+        if !self.wait_pong(PING_PROBED) {
+            return Ok(false);
+        }
+        adopted.prove_all(blocks, &probes, addresses);
+        Ok(true)
+    }
+
+    /// Whether anything of the block is left to be installed.
+    fn needs_address(&self, index: usize) -> bool {
+        !self.memory.is_settled(BlockId(index as u16))
+    }
+
     fn tell(&self, way: Way, reason: &str) {
         let _ = self.events.send(FeedEvent::Placing { way, reason: reason.to_owned() });
     }
@@ -106,11 +143,15 @@ impl Filling {
         let (intake, stop) = Intake::new(Arc::clone(&self.memory), direct)?;
         let intake = intake.recording(self.options.record);
         let events = self.events.clone();
-        let run = move || match intake.run() {
-            Ok(report) => Some(report),
-            Err(error) => {
-                let _ = events.send(FeedEvent::Failed(error.into()));
-                None
+        let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
+        let run = move || {
+            let _last = last;
+            match intake.run() {
+                Ok(report) => Some(report),
+                Err(error) => {
+                    let _ = events.send(FeedEvent::Failed(error.into()));
+                    None
+                }
             }
         };
         let thread = std::thread::Builder::new().name("intake".into()).spawn(run);

@@ -1,17 +1,21 @@
 //! Every kind of memory that a guest can have comes back, and by the way that is said.
 
 use std::fs;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use crate::harness::{Dir, check};
+use crate::bare::Bare;
+use crate::harness::{Dir, check, text};
 use crate::shared::{MIB, options};
-use crate::support::{Guest, GuestOptions, Qemu, Result};
+use crate::support::{Guest, GuestOptions, Qemu, Result, query_status};
 use crate::tests_on_both;
 
 tests_on_both! {
     shared_memory_comes_back
     two_nodes_of_one_size_are_told_apart
+    blocks_that_look_alike_are_told_apart
     huge_pages_come_back_whole
+    memory_in_a_file_on_a_disk_is_refused_before_a_pause
 }
 
 fn shared_memory_comes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -29,17 +33,43 @@ fn two_nodes_of_one_size_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
     comes_back(dir, &GuestOptions { args, ..options(qemu) })
 }
 
+fn blocks_that_look_alike_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
+    // Two network cards with the same ROM, and two displays whose memory nobody uses.
+    let rom = dir.path("card.rom");
+    let bytes = (0..64u32 << 10).map(|n| (n.wrapping_mul(n) >> 7) as u8 | 1);
+    fs::write(&rom, bytes.collect::<Vec<u8>>())?;
+    let card = format!("e1000,romfile={}", text(&rom));
+    let display = "secondary-vga,romfile=,vgamem_mb=2";
+    let devices = [&card, &card, display, display];
+    let args = devices.into_iter().flat_map(|device| ["-device".into(), device.into()]).collect();
+    comes_back(dir, &GuestOptions { args, ..options(qemu) })
+}
+
 fn huge_pages_come_back_whole(dir: &Dir, qemu: Qemu) -> Result<()> {
     // The pool is the host's, and holds both guests of one of these tests, and two that
     // are about to end.
     static POOL: Mutex<()> = Mutex::new(());
     let _one_at_a_time = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(_pool) = Pool::of(2 * MIB + 16)? else {
-        eprintln!("this host gives no huge pages: not tested");
-        return Ok(());
-    };
+    let _pool = Pool::of(2 * MIB + 16)?;
     let backend = Some("memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M".to_owned());
     comes_back(dir, &GuestOptions { memory_backend: backend, ..options(qemu) })
+}
+
+fn memory_in_a_file_on_a_disk_is_refused_before_a_pause(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let memory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let memory = tempfile::NamedTempFile::new_in(memory)?;
+    let backend =
+        format!("memory-backend-file,id=m,size=64M,share=on,mem-path={}", text(memory.path()));
+    let args = ["-object", &backend, "-machine", "memory-backend=m"];
+    let bare = Bare::start(dir, qemu, &args)?;
+    let image = dir.path("vm.snap");
+    let save = dir.snapback(&["save", "--qmp", text(&bare.socket), text(&image)]);
+    let refusal = save.fail()?;
+    assert!(refusal.contains("`m`") && refusal.contains(text(memory.path())), "{refusal}");
+    assert_eq!(query_status(&bare.socket)?, "running");
+    assert!(bare.query("query-migrate")?.get("status").is_none());
+    assert!(!image.exists());
+    Ok(())
 }
 
 /// Saves a guest in full swing, reverts it beside the living, and checks both.
@@ -68,16 +98,22 @@ struct Pool {
 impl Pool {
     const SIZE: &str = "/proc/sys/vm/nr_hugepages";
 
-    /// Room for two guests of so many MiB; nothing where the host can't give it.
-    fn of(mib: u64) -> Result<Option<Pool>> {
+    /// Room for two guests of so many MiB.
+    fn of(mib: u64) -> Result<Pool> {
         let before = fs::read_to_string(Self::SIZE)?.trim().to_owned();
-        let wanted = before.parse::<u64>()? + mib;
-        if fs::write(Self::SIZE, wanted.to_string()).is_err() {
-            return Ok(None);
-        }
         let pool = Pool { before };
+        let wanted = pool.before.parse::<u64>()? + mib;
+        // Pages of 2 MiB may have to be put together first.
+        let _ = fs::write("/proc/sys/vm/compact_memory", "1");
+        fs::write(Self::SIZE, wanted.to_string())
+            .map_err(|e| format!("{}: {e}; this test needs root", Self::SIZE))?;
         let got: u64 = fs::read_to_string(Self::SIZE)?.trim().parse()?;
-        Ok((got >= wanted).then_some(pool))
+        match got >= wanted {
+            true => Ok(pool),
+            false => {
+                Err(format!("the host gives {got} huge pages where {wanted} are needed").into())
+            }
+        }
     }
 }
 

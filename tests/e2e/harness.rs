@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -144,6 +145,20 @@ impl Snapback {
     /// With a variable in its environment.
     pub fn env(mut self, name: &str, value: &str) -> Snapback {
         self.command.env(name, value);
+        self
+    }
+
+    /// Without the right to trace processes that have it (CAP_SYS_PTRACE, capabilities(7)).
+    pub fn without_ptrace(mut self) -> Snapback {
+        const CAP_SYS_PTRACE: libc::c_ulong = 19;
+        // SAFETY: prctl(2) is async-signal-safe and takes numbers only here; an error of a bare
+        // code allocates nothing.
+        unsafe {
+            self.command.pre_exec(|| match libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_PTRACE) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
         self
     }
 

@@ -18,6 +18,7 @@ use crate::{tests, tests_on_both};
 tests_on_both! {
     a_detached_server_serves_until_memory_is_whole
     a_qemu_that_waits_is_served
+    a_qemu_that_may_not_be_traced_is_served_by_its_socket
 }
 
 tests! {
@@ -52,6 +53,14 @@ fn a_detached_server_serves_until_memory_is_whole(dir: &Dir, qemu: Qemu) -> Resu
     let said = fs::read_to_string(&named)?;
     let last: Value = serde_json::from_str(said.lines().last().ok_or("an empty log")?)?;
     assert_eq!((&last["event"], &last["pages"]), (&json!("resident"), &last["total"]));
+    // While nothing happened, nothing was said.
+    let progress: Vec<(Value, Value)> = said
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|event| event["event"] == "progress")
+        .map(|event| (event["pages"].clone(), event["requests"].clone()))
+        .collect();
+    assert!(progress.windows(2).all(|pair| pair[0] != pair[1]), "{said}");
     let verdict = guest.oracle.check()?;
     assert!(verdict.ok(), "{verdict:?}");
     assert_eq!(qmp(&guest.qmp_path, "query-migrate", json!({}))?["status"], "completed");
@@ -131,6 +140,38 @@ fn a_qemu_that_waits_is_served(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert_eq!(query_status(&guest.qmp_path)?, "running");
     let verdict = guest.oracle.check()?;
     assert!(verdict.ok(), "{verdict:?}");
+    Ok(())
+}
+
+fn a_qemu_that_may_not_be_traced_is_served_by_its_socket(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let waiting = Waiting::start(dir, shared, true, &[])?;
+    let to = format!("unix:{}", text(&waiting.socket));
+    let serve = dir.snapback(&["serve", text(&shared.image), "--to", &to, "--place", "auto"]);
+    let mut server = serve.without_ptrace().start()?;
+    server.wait("running")?;
+    let mut guest = Attached::to(waiting.qemu.id(), &waiting.folder)?;
+    assert_eq!(guest.oracle.nonce()?, shared.nonce);
+    let ended = server.succeed()?;
+    let placing: Vec<&Value> = ended.events.iter().filter(|e| e["event"] == "placing").collect();
+    let [placing] = placing[..] else { panic!("told more than once or never: {placing:?}") };
+    assert_eq!(placing["way"], "socket");
+    let reason = placing["reason"].as_str().unwrap_or_default();
+    let pid = format!("of process {} can't be used", waiting.qemu.id());
+    assert!(reason.contains(&pid) && reason.contains("ptrace(2)"), "{reason}");
+    let verdict = guest.oracle.check()?;
+    assert!(verdict.ok(), "{verdict:?}");
+    drop(guest);
+    drop(waiting);
+
+    // Nothing else is taken where that was asked for.
+    fs::remove_dir_all(dir.path("reverted"))?;
+    let waiting = Waiting::start(dir, shared, true, &[])?;
+    let serve = dir.snapback(&["serve", text(&shared.image), "--to", &to, "--place", "uffd"]);
+    let refusal = serve.without_ptrace().fail()?;
+    assert!(refusal.contains("can't be installed by userfaultfd"), "{refusal}");
+    assert!(refusal.contains("ptrace(2)"), "{refusal}");
+    drop(waiting);
     Ok(())
 }
 
