@@ -185,20 +185,24 @@ pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> 
     let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
     let (mut items, checked) = look(&qmp, options).await;
     let background = checked.as_ref().is_none_or(|checked| checked.background);
-    let mut settings = Settings::ask(&qmp, background).await?;
-    let applied = settings.apply(&qmp).await;
-    let restored = settings.restore(&qmp).await.map_err(SaveError::from);
-    let outcome = applied.and(restored);
     let says = match background {
         true => "QEMU can write-protect its memory with userfaultfd on this host",
         false => "not needed: the guest is paused",
     };
     items.push(CheckItem {
         name: "background-snapshot",
-        outcome: outcome.map(|()| says.to_owned()),
+        outcome: try_settings(&qmp, background).await.map(|()| says.to_owned()),
         warning: false,
     });
     Ok(items)
+}
+
+/// Asks QEMU whether it takes the settings of a save, by setting them and putting them back.
+async fn try_settings(qmp: &Qmp, background: bool) -> Result<(), SaveError> {
+    let mut settings = Settings::ask(qmp, background).await?;
+    let applied = settings.apply(qmp).await;
+    let restored = settings.restore(qmp).await.map_err(SaveError::from);
+    applied.and(restored)
 }
 
 /// Runs all checks but QEMU's own on `background-snapshot`, which setting the
