@@ -144,7 +144,7 @@ async fn measure_all(options: &Options, disk: &Path, memory: &Path) -> Result<()
         self::load(),
         start.elapsed().as_secs_f64(),
     );
-    table::print(&all);
+    table::print(&all, options.compress != "none");
     Ok(())
 }
 

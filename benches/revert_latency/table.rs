@@ -111,21 +111,25 @@ const REVERT: &[Row] = &[
         .target(Target::MedianAtMost(2.0)),
 ];
 
-const SAVE: &[Row] = &[
-    row("the guest's pause, ms", |f| &f.pause, 1).target(Target::MedianAtMost(10.0)),
-    row("- the peer", |f| &f.peer_pause, 1),
-    row("rate to disk, MiB/s", |f| &f.disk.ours, 0),
-    row("- the peer", |f| &f.disk.peer, 0),
-    row("- ratio", |f| &f.disk.ratio, 2).target(Target::MedianAtLeast(0.9)),
-    row("rate to tmpfs, MiB/s", |f| &f.memory.ours, 0),
-    row("- the peer", |f| &f.memory.peer, 0),
-    row("- ratio", |f| &f.memory.ratio, 2).target(Target::MedianAtLeast(0.9)),
-    row("peak memory of `snapback save`, MiB", |f| &f.save_peak, 0),
-    row("- beside the index", |f| &f.save_beside_index, 0).target(Target::WorstAtMost(128.0)),
-];
+/// Compressing takes processor time that QEMU needs as well: less of its rate is asked for.
+fn save_rows(compressed: bool) -> [Row; 10] {
+    let rate = || Target::MedianAtLeast(if compressed { 0.8 } else { 0.9 });
+    [
+        row("the guest's pause, ms", |f| &f.pause, 1).target(Target::MedianAtMost(10.0)),
+        row("- the peer", |f| &f.peer_pause, 1),
+        row("rate to disk, MiB/s", |f| &f.disk.ours, 0),
+        row("- the peer", |f| &f.disk.peer, 0),
+        row("- ratio", |f| &f.disk.ratio, 2).target(rate()),
+        row("rate to tmpfs, MiB/s", |f| &f.memory.ours, 0),
+        row("- the peer", |f| &f.memory.peer, 0),
+        row("- ratio", |f| &f.memory.ratio, 2).target(rate()),
+        row("peak memory of `snapback save`, MiB", |f| &f.save_peak, 0),
+        row("- beside the index", |f| &f.save_beside_index, 0).target(Target::WorstAtMost(128.0)),
+    ]
+}
 
 /// Prints everything: one table for reverts, one for saves.
-pub fn print(figures: &[Figures]) {
+pub fn print(figures: &[Figures], compressed: bool) {
     println!("### Revert\n");
     print_table(REVERT, figures);
     let medians = || figures.iter().filter_map(|f| f.ours.running.median());
@@ -143,7 +147,7 @@ pub fn print(figures: &[Figures]) {
         println!("\nMemory at {mib} MiB went by: {}.", counts.join(", "));
     }
     println!("\n### Save\n");
-    print_table(SAVE, figures);
+    print_table(&save_rows(compressed), figures);
 }
 
 fn print_table(rows: &[Row], figures: &[Figures]) {
