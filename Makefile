@@ -44,6 +44,7 @@ lint:
 	cargo fmt --check
 	cargo fmt --check --manifest-path tests/guest/Cargo.toml
 	cargo fmt --check --manifest-path tests/loom/Cargo.toml
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
 

@@ -1,9 +1,9 @@
 //! A guest's memory on its way back: which page goes when, and who brings it.
 //!
 //! [`Memory`] ties together where pages come from (a
-//! [`PageSource`](crate::page::PageSource)), how they travel (a [`Place`]), and
+//! [`PageSource`]), how they travel (a [`Place`]), and
 //! who takes which page ([`claim`]). [`faults`] answers what the guest waits for,
-//! [`prefetch`] brings the rest. Neither knows by which way a page travels, and
+//! [`mod@prefetch`] brings the rest. Neither knows by which way a page travels, and
 //! nothing here knows of images or of how QEMU was started.
 
 pub mod claim;
