@@ -134,7 +134,8 @@ impl<R: Read> StreamReader<R> {
     /// malformed or holds what is not supported. No item follows an error.
     pub fn next_item(&mut self) -> Result<Option<Item<'_>>, WireError> {
         loop {
-            match self.place {
+            // Behind an error nothing comes: each step that goes well says what is next.
+            match std::mem::replace(&mut self.place, Place::Done) {
                 Place::Start => {
                     self.config.read(&mut self.input)?;
                     self.place = Place::Between;
@@ -149,25 +150,37 @@ impl<R: Read> StreamReader<R> {
                         self.expect_ram_section(kind)?;
                         self.place = Place::InRam;
                     }
-                    section::COMMAND => self.pass_command()?,
+                    section::COMMAND => {
+                        self.pass_command()?;
+                        self.place = Place::Between;
+                    }
                     kind @ (section::FULL | section::EOF) if self.ram_section.is_some() => {
-                        self.place = Place::Done;
                         return Ok(Some(Item::Tail(self.read_tail(kind)?)));
                     }
                     kind if self.ram_section.is_some() => {
                         return Err(self.unsupported(format!("a section of type {kind:#04x}")));
                     }
-                    section::SUBSECTION => self.config.read_subsection(&mut self.input)?,
+                    section::SUBSECTION => {
+                        self.config.read_subsection(&mut self.input)?;
+                        self.place = Place::Between;
+                    }
                     kind => return Err(self.early_section(kind)?),
                 },
                 Place::InRam => match self.read_record()? {
                     Record::Page(page) => {
                         let bytes = self.input.take(PAGE_SIZE, "a page")?;
+                        self.place = Place::InRam;
                         let bytes = bytes.try_into().expect("take gives what was asked for");
                         return Ok(Some(Item::Page(page, bytes)));
                     }
-                    Record::Filled(page) => return Ok(Some(Item::Page(page, &self.filled))),
-                    Record::Zero(page) => return Ok(Some(Item::Zero(page))),
+                    Record::Filled(page) => {
+                        self.place = Place::InRam;
+                        return Ok(Some(Item::Page(page, &self.filled)));
+                    }
+                    Record::Zero(page) => {
+                        self.place = Place::InRam;
+                        return Ok(Some(Item::Zero(page)));
+                    }
                     Record::End => {
                         self.read_footer()?;
                         self.place = Place::Between;

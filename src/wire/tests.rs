@@ -175,7 +175,10 @@ proptest! {
         let (mut bytes, _) = stream_of(&runs, &devices, b"{}");
         let at = at.index(bytes.len());
         bytes[at] ^= flip;
-        let _ = read_all(Cursor::new(bytes));
+        let mut stream = StreamReader::new(Cursor::new(bytes));
+        while let Ok(Some(_)) = stream.next_item() {}
+        // At its end or behind an error, nothing more comes.
+        prop_assert!(matches!(stream.next_item(), Ok(None)));
     }
 
     #[test]
