@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use linux_raw_sys::general::{
 use super::touch::mappings;
 use crate::page::PAGE_SIZE;
 use crate::qmp::RamBlock;
+use crate::uffd::pidfd_open;
 
 /// Bytes in a huge page.
 const HUGE: usize = 2 << 20;
@@ -52,7 +53,7 @@ pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], stop: &AtomicBool) 
         if small < FEW {
             return Ok(());
         }
-        let process = open_process(pid)?;
+        let process = pidfd_open(pid)?;
         let begun = Instant::now();
         let mut done = 0;
         for address in &worth {
@@ -134,16 +135,6 @@ fn find_small(
     Ok(total)
 }
 
-fn open_process(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open(2) takes numbers only.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    match fd {
-        // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
-        0.. => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Makes one huge page. False where that can't be done just there, or just now.
 fn collapse(process: &OwnedFd, address: usize) -> io::Result<bool> {
     let range = libc::iovec { iov_base: address as *mut _, iov_len: HUGE };
@@ -193,7 +184,7 @@ mod tests {
         assert_eq!(worth, [start + first, start + first + HUGE]);
 
         map.advise(memmap2::Advice::HugePage).unwrap();
-        let process = open_process(std::process::id() as i32).unwrap();
+        let process = pidfd_open(std::process::id() as i32).unwrap();
         if worth.iter().all(|address| matches!(collapse(&process, *address), Ok(true))) {
             let mut left = Vec::new();
             let small = find_small(&pagemap, start, len, &mut left).unwrap();

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
@@ -22,6 +22,7 @@ use super::host;
 use super::overlay::Overlays;
 use super::rewrite::{CONTROL_ID, StartPlan};
 use crate::qmp::{Qmp, QmpError};
+use crate::uffd::pidfd_open;
 
 /// How long QEMU may take from its start until it talks. It takes 40 ms; a host
 /// under load may take far longer, and a QEMU that fails ends the wait at once.
@@ -281,17 +282,6 @@ fn remove_stale_socket(path: &Path) {
         // Best effort: what stays is a file that nobody listens on.
         let _ = fs::remove_file(path);
     }
-}
-
-/// pidfd_open(2); the descriptor is close-on-exec.
-fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: takes numbers, gives a new descriptor or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new, open, and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 /// SIGKILL by pidfd_send_signal(2), which can't hit a process that has got the
