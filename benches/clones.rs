@@ -20,11 +20,11 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use guests::{Kind, save, snapback};
+use snapback::cancel::Interrupts;
+use snapback::guest::RewriteOptions;
 use snapback::image::Image;
-use snapback::interrupt::Interrupts;
 use snapback::page::PAGE_SIZE;
 use snapback::revert::{Delivery, RevertEvent, RevertOptions, Way, revert};
-use snapback::vm::RewriteOptions;
 use support::{Attached, Qemu, Result};
 
 const MIB: f64 = (1u64 << 20) as f64;

@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use harness::{Backing, Engine, Ram, Random};
 use hdrhistogram::Histogram;
+use snapback::host::uffd::{EventBuffer, Uffd, UffdEvent};
 use snapback::image::{Compression, Details, Image, ImageWriter, Sections, WriterOptions};
 use snapback::memory::Pace;
 use snapback::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageSource};
-use snapback::uffd::{EventBuffer, Uffd, UffdEvent};
 
 /// A touch that takes less has met no fault: the kernel alone needs longer.
 const NO_FAULT: Duration = Duration::from_nanos(1500);

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use snapback::interrupt::Interrupts;
+use snapback::cancel::Interrupts;
 use snapback::revert::{Progress, RevertEvent, RevertOptions, revert};
 use snapback::save::{SaveEvent, SaveOptions, save};
 use support::{Fill, Guest, GuestOptions, Oracle, Pidfd, Result, SOON, SerialLog};

@@ -7,7 +7,7 @@
 
 use std::process::ExitCode;
 
-use snapback::interrupt::Interrupts;
+use snapback::cancel::Interrupts;
 use snapback::save::{SaveError, SaveEvent, SaveOptions, save};
 
 #[tokio::main]

@@ -1,17 +1,17 @@
 //! Instant snapshot and instant revert for QEMU virtual machines.
 
 pub mod bench;
+pub mod cancel;
 pub mod cli;
 pub mod exchange;
+pub mod guest;
+pub mod host;
 pub mod image;
-pub mod interrupt;
 pub mod machine;
 pub mod memory;
 pub mod page;
-mod program;
 pub mod qmp;
 pub mod revert;
 pub mod save;
-pub mod uffd;
-pub mod vm;
+pub mod transport;
 pub mod wire;

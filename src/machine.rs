@@ -104,7 +104,7 @@ pub struct DiskFile {
 }
 
 /// What an unchanged file is recognised by. How it is made is told at
-/// [`vm::stamp`](crate::vm::stamp).
+/// [`vm::stamp`](crate::guest::stamp).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileStamp {
     /// Length in bytes.

@@ -11,12 +11,12 @@ use std::thread;
 use std::time::Duration;
 
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
+use snapback::host::uffd::feature;
 use snapback::image::{Compression, Image};
 use snapback::memory::{MemoryError, Pace, preload};
 use snapback::page::{
     Block, BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
 };
-use snapback::uffd::feature;
 
 /// Longer than anything here takes; a test that waits so long has failed.
 const FOREVER: Duration = Duration::from_secs(60);

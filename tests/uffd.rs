@@ -15,9 +15,10 @@ use std::thread;
 use harness::{Backing, Engine, Pattern, Ram};
 use linux_raw_sys::{general as sys, ioctl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use snapback::memory::{DirectPlace, Memory, MemoryError, Pace, PlaceError, prefetch};
+use snapback::host::uffd::{EventBuffer, Uffd, UffdError, UffdEvent, feature};
+use snapback::memory::{Memory, MemoryError, Pace, prefetch};
 use snapback::page::{BlockId, PAGE_SIZE, Page};
-use snapback::uffd::{EventBuffer, Uffd, UffdError, UffdEvent, feature};
+use snapback::transport::{DirectPlace, PlaceError};
 
 const SMALL: u64 = PAGE_SIZE as u64;
 

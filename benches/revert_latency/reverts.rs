@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use snapback::cancel::Interrupts;
+use snapback::guest::{Process, RewriteOptions, rewrite};
 use snapback::image::Image;
-use snapback::interrupt::Interrupts;
 use snapback::revert::{Delivery, Progress, RevertEvent, RevertOptions, Way, revert};
-use snapback::vm::{Process, RewriteOptions, rewrite};
 use tempfile::TempDir;
 use tokio::task::{JoinHandle, spawn_blocking};
 

@@ -32,12 +32,12 @@ pub use summary::{Ratio, Subject, Summary, WaySummary};
 use self::peers::Peer;
 use self::runs::{How, bring_back};
 use self::setup::Setup;
+use crate::cancel::Interrupts;
+use crate::guest::VmError;
 use crate::image::{Image, ImageError};
-use crate::interrupt::Interrupts;
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
 use crate::revert::{RevertError, Way};
-use crate::vm::VmError;
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ pub struct BenchOptions {
     /// folder. Sockets and output files that no rule maps go to that folder under their
     /// own names.
     ///
-    /// [`RewriteOptions::paths`]: crate::vm::RewriteOptions::paths
+    /// [`RewriteOptions::paths`]: crate::guest::RewriteOptions::paths
     pub paths: Vec<(String, String)>,
     /// The signs of life to wait for.
     pub sign: Option<Sign>,

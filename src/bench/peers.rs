@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 use super::runs::{How, Recorder, bring_back};
 use super::setup::{Disk, Run, Setup};
 use super::{BenchError, Cache, Method, Sample, Skipped};
-use crate::interrupt::Interrupts;
+use crate::cancel::Interrupts;
+use crate::guest::{Process, rewrite};
 use crate::machine::{DiskRole, QemuVersion};
 use crate::qmp::{Events, Qmp};
 use crate::revert::Held;
-use crate::vm::{Process, rewrite};
 
 /// How long QEMU may take to write or to load a file.
 const TIMEOUT: Duration = Duration::from_secs(1800);

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use super::setup::{Run, Setup};
 use super::sign::{SignError, Watch};
 use super::{BenchError, Cache, Method, Sample, host};
-use crate::interrupt::Interrupts;
+use crate::cancel::Interrupts;
+use crate::guest::Process;
 use crate::revert::{
     Delivery, Held, Outcome, RevertError, RevertEvent, RevertOptions, Rtc, Way, revert_held,
 };
-use crate::vm::Process;
 
 /// How snapback brings a guest back.
 #[derive(Debug, Clone, Default)]

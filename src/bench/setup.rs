@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::folder::Folder;
 use super::{BenchError, BenchOptions, Cache, host};
+use crate::guest::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths};
 use crate::image::Image;
 use crate::machine::Machine;
 use crate::page::PAGE_SIZE;
-use crate::vm::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths};
 
 /// What stands for a run's folder in paths.
 const RUN: &str = "{run}";

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::output::{Failure, Output};
-use crate::interrupt::Interrupts;
+use crate::cancel::Interrupts;
 use crate::revert::RevertEvent;
 
 /// Starts the server, and returns once the guest runs.

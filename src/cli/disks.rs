@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::vm::{OverlayOptions, RewriteOptions};
+use crate::guest::{OverlayOptions, RewriteOptions};
 
 /// What becomes of disks that are part of the snapshot.
 #[derive(Args)]

@@ -8,12 +8,12 @@ use clap::{Args, ValueEnum};
 
 use super::output::{Failure, Output};
 use super::{interrupts, parse_compression};
+use crate::cancel::{Interrupts, Stop};
 use crate::exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export as write,
     import as read, words,
 };
 use crate::image::Compression;
-use crate::interrupt::{Interrupts, Stop};
 
 /// How long an interrupted export or import that goes through a pipe has to end: longer
 /// only if it waits for a pipe that nobody moves.

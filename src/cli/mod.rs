@@ -18,10 +18,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Failure, Output};
+use crate::cancel::Interrupts;
+use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::interrupt::Interrupts;
 use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
-use crate::vm::RewriteOptions;
 
 /// Exit code of a command that failed.
 const FAILED: u8 = 1;

@@ -10,8 +10,8 @@ use tokio::process::{Child, Command};
 
 use super::output::{Failure, Output};
 use super::{interrupts, parse_compression, parse_rate};
+use crate::cancel::Interrupts;
 use crate::image::Compression;
-use crate::interrupt::Interrupts;
 use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]

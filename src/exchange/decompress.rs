@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::ExchangeError;
 use super::patient::Patient;
-use crate::interrupt::Stop;
+use crate::cancel::Stop;
 
 /// The most bytes kept of what a program says.
 const MAX_SAID: u64 = 4096;

@@ -4,9 +4,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ExportFormat;
+use crate::guest::VmError;
 use crate::image::ImageError;
 use crate::page::SourceError;
-use crate::vm::VmError;
 use crate::wire::WireError;
 
 /// Why an export or import failed. Nothing is left behind then.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use super::output::Output;
 use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
+use crate::cancel::Stop;
 use crate::image::Image;
-use crate::interrupt::Stop;
 
 /// What an image can be written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,10 +11,10 @@ use super::libvirt::{Compressed, LibvirtHeader};
 use super::patient::Patient;
 use super::stream::{self, Received};
 use super::{ExchangeError, ExchangeEvent, Watch, native};
+use crate::cancel::Stop;
+use crate::guest::{describe, describe_foreign, named_machine_type};
 use crate::image::{Compression, Details, ImageError, Saved, WriterOptions, check_replaces_none};
-use crate::interrupt::Stop;
 use crate::machine::Machine;
-use crate::vm::{describe, describe_foreign, named_machine_type};
 use crate::wire::{StreamReader, run_state};
 
 /// First bytes of a migration stream, mapped-ram or not.

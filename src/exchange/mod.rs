@@ -32,7 +32,7 @@ pub use libvirt::{Compressed, LibvirtHeader};
 #[doc(hidden)]
 pub use stream::read_memory;
 
-use crate::interrupt::Stop;
+use crate::cancel::Stop;
 
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);

@@ -4,8 +4,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::words;
-use crate::interrupt::Stop;
-use crate::program::answer;
+use crate::cancel::Stop;
+use crate::host::program::answer;
 
 /// The most bytes of a complaint that are passed on.
 const MAX_SAID: usize = 500;

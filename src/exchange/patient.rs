@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::interrupt::Stop;
+use crate::cancel::Stop;
 
 /// How long a wait goes on without looking whether it is still wanted, in milliseconds.
 const NAP_MS: u16 = 100;

@@ -7,9 +7,9 @@
 use std::collections::HashSet;
 
 use super::ExchangeError;
+use crate::guest::{CommandLine, Params};
 use crate::machine::Machine;
 use crate::page::{Block, BlockId, Run};
-use crate::vm::{CommandLine, Params};
 
 const GIB: u64 = 1 << 30;
 /// Where memory goes on behind the hole.

@@ -9,8 +9,8 @@ use super::mapped_ram;
 use super::output::Output;
 use super::pages::{Piece, for_each};
 use super::{ExchangeError, ExchangeEvent, Watch};
+use crate::cancel::Stop;
 use crate::image::{Image, ImageWriter, Sections, WriterOptions};
-use crate::interrupt::Stop;
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
     Frame, Item, StreamBlock, StreamReader, Tail, WireError, end_of_ram, precopy_opening, tail,

@@ -10,42 +10,27 @@
 //! is used, and nothing in a file makes this module panic or take memory without
 //! bound.
 
-mod dedupe;
-mod delta;
-mod error;
-mod flat;
-mod flatten;
-mod layer;
-mod layout;
-mod lineage;
-mod manifest;
-mod pack;
-mod pieces;
-mod pipeline;
-mod reader;
-mod sink;
-mod tail;
-mod target;
+mod format;
+mod read;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_of_chains;
-mod verify;
-mod writer;
+mod write;
 
-pub use error::ImageError;
-pub use flat::{flatten_flat, verify_flat};
-pub use flatten::flatten;
-pub use layout::{
+pub use format::error::ImageError;
+pub use format::layout::{
     MAX_CHUNK_PAGES, MAX_CHUNKS, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_PAGES, MAX_SECTION_BYTES,
     VERSION,
 };
-pub use lineage::{Overview, check_parent, look};
-pub use manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
-pub use reader::Image;
-pub use target::check_target;
-pub(crate) use target::{Target, check_replaces_none};
-pub use verify::{
+pub use format::manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
+pub use read::image::Image;
+pub use read::lineage::{Overview, check_parent, look};
+pub use read::verify::{
     Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify, verify_chain,
 };
-pub use writer::{CacheUse, Compression, ImageWriter, Saved, WriterOptions, WriterStats};
+pub use write::flat::{flatten_flat, verify_flat};
+pub use write::flatten::flatten;
+pub use write::target::check_target;
+pub(crate) use write::target::{Target, check_replaces_none};
+pub use write::writer::{CacheUse, Compression, ImageWriter, Saved, WriterOptions, WriterStats};

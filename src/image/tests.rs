@@ -11,9 +11,9 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::layout::*;
-use super::writer::check_index;
 use super::*;
+use crate::image::format::layout::*;
+use crate::image::write::writer::check_index;
 use crate::machine::{Machine, QemuVersion};
 use crate::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, SourceError};
 

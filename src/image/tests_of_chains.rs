@@ -9,11 +9,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::layout::*;
 use super::tests::{
     Memory, block, contents, details, expected, names, options, page, read_all, sections,
 };
 use super::*;
+use crate::image::format::layout::*;
 use crate::page::{Location, PAGE_SIZE, Page};
 
 /// Writes an image of this memory, of one block for each that occurs, on top of another.

@@ -6,15 +6,12 @@
 //! [`mod@prefetch`] brings the rest. Neither knows by which way a page travels, and
 //! nothing here knows of images or of how QEMU was started.
 
+pub mod answers;
 pub mod claim;
-mod direct;
-pub mod faults;
-mod intake;
+mod fault_handler;
 mod pace;
-pub mod place;
 pub mod prefetch;
 mod probe;
-mod socket;
 mod window;
 pub mod working_set;
 
@@ -25,17 +22,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
+pub use answers::{FaultReport, FaultServer};
 pub use claim::ClaimMap;
-pub use direct::{DirectPlace, Route};
-pub use faults::{FaultReport, FaultServer};
-pub use intake::{Intake, StopIntake};
+pub use fault_handler::{Intake, StopIntake};
 pub use pace::Pace;
-pub use place::{Place, PlaceError};
 pub use prefetch::{FillOptions, prefetch, preload};
-pub use socket::SocketPlace;
 pub use working_set::{WorkingSet, WorkingSetError};
 
 use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
+use crate::transport::{Place, PlaceError};
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]

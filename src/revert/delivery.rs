@@ -11,8 +11,8 @@ use super::{
     Feed, FeedError, FeedEvent, FeedOptions, Prepared, Progress, RevertError, RevertEvent,
 };
 use super::{Way, feed_error};
+use crate::cancel::Interrupts;
 use crate::image::Image;
-use crate::interrupt::Interrupts;
 use crate::memory::{FaultReport, FillOptions, WorkingSet, WorkingSetError, working_set};
 
 /// How often progress is told, by default.

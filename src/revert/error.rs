@@ -1,10 +1,10 @@
 //! Why a revert fails.
 
 use super::FeedError;
+use crate::guest::{Process, VmError};
 use crate::image::ImageError;
 use crate::memory::WorkingSetError;
 use crate::qmp::QmpError;
-use crate::vm::{Process, VmError};
 
 /// Why a revert failed. The QEMU that it started has been ended. Overlays of disks stay if
 /// the guest has run; [`RevertEvent::Disk`](super::RevertEvent::Disk) has told where they are.

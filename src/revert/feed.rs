@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::adopt::AdoptError;
 use super::way::Way;
 use crate::memory::{
-    FaultReport, FaultServer, FillOptions, Memory, MemoryError, Pace, PlaceError, Route,
-    SocketPlace, prefetch, preload,
+    FaultReport, FaultServer, FillOptions, Memory, MemoryError, Pace, prefetch, preload,
 };
 use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource};
+use crate::transport::proof::AdoptError;
+use crate::transport::{PlaceError, Route, SocketPlace};
 use crate::wire::{Opening, ReturnPath, ReturnPathMessage, WireError, closing, package};
 
 /// PINGs, told apart by their values.

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{Delivery, RevertError, RevertEvent, RevertOptions, revert_held};
+use crate::cancel::Interrupts;
 use crate::image::Image;
-use crate::interrupt::Interrupts;
 use crate::memory::{WorkingSet, working_set};
 
 /// Reverts an image for the sake of what its guest asks for in the first `window`, and

@@ -16,11 +16,11 @@ use super::{
     FeedError, INCOMING, Outcome, Progress, RevertError, RevertEvent, RevertOptions, Start, Way,
     feed_error, socket_pair,
 };
+use crate::guest::{MappedMemory, RewriteOptions, StartPlan, VmError, rewrite};
 use crate::image::{Image, ImageError, Sections};
 use crate::memory::FaultReport;
 use crate::page::{BlockId, PAGE_SIZE, Page, PageSource, Run};
 use crate::qmp::Qmp;
-use crate::vm::{MappedMemory, RewriteOptions, StartPlan, VmError, rewrite};
 use crate::wire::{Frame, end_of_ram, precopy_opening, tail};
 
 /// How often QEMU is asked how far it is, beside its events.

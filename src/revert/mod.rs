@@ -1,7 +1,6 @@
 //! Bringing a saved guest back: QEMU starts with device state only, the guest runs
 //! at once, and its memory follows.
 
-mod adopt;
 mod delivery;
 mod error;
 mod feed;
@@ -22,7 +21,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub use adopt::AdoptError;
+pub use crate::transport::proof::AdoptError;
 use delivery::Heard;
 pub use delivery::{Delivery, Outcome};
 pub use error::RevertError;
@@ -34,10 +33,10 @@ pub use rtc::Rtc;
 pub use serve::{ServeOptions, serve};
 pub use way::Way;
 
+use crate::cancel::Interrupts;
+use crate::guest::{Note, OverlayOptions, Process, RewriteOptions};
 use crate::image::{Image, Sections, verify_chain, verify_flat};
-use crate::interrupt::Interrupts;
 use crate::qmp::{Event, Events, Qmp, QmpError};
-use crate::vm::{Note, OverlayOptions, Process, RewriteOptions};
 
 /// The name under which QEMU is given its end of the migration stream.
 const INCOMING: &str = "snapback-incoming";

@@ -11,9 +11,9 @@ use super::{
     Delivery, Feed, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent, Rtc, Way,
 };
 use super::{abandon, delivery, feed_error, prepare};
+use crate::cancel::Interrupts;
+use crate::guest::VmError;
 use crate::image::Image;
-use crate::interrupt::Interrupts;
-use crate::vm::VmError;
 
 /// Which image to serve to whom.
 #[derive(Debug, Clone, Default)]

@@ -5,10 +5,11 @@ use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 
-use super::adopt::{AdoptError, Adopted};
 use super::feed::{FeedError, FeedEvent, Filling, LastWord, PING_LOADED, PING_PROBED};
-use crate::memory::{DirectPlace, FaultReport, FaultServer, Intake, StopIntake};
+use crate::memory::{FaultReport, FaultServer, Intake, StopIntake};
 use crate::page::BlockId;
+use crate::transport::DirectPlace;
+use crate::transport::proof::{AdoptError, Adopted};
 use crate::wire::ping;
 
 /// By which way pages reach the guest.

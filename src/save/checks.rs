@@ -10,11 +10,11 @@ use super::obstacles::{self, Obstacle};
 use super::overlays::{overlay_folder, owner};
 use super::settings::Settings;
 use super::{DiskChoice, SaveError, SaveOptions};
+use crate::guest::{self, FoundDisk};
+use crate::host::uffd;
 use crate::image::{Compression, Image};
 use crate::machine::{DiskRole, Machine};
 use crate::qmp::{Qmp, QmpError, RamBlock};
-use crate::uffd;
-use crate::vm::{self, FoundDisk};
 
 /// How long QEMU may take to greet us.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -344,7 +344,7 @@ pub(super) async fn wait_complete(qmp: &Qmp, mut on_wait: impl FnMut()) -> Resul
 /// QEMU's process and the record of its machine.
 async fn record(qmp: &Qmp) -> Result<((i32, Machine), String), SaveError> {
     let pid = qmp.peer_pid().ok_or(CheckError::Unseen)?;
-    let machine = vm::capture(pid, qmp).await?;
+    let machine = guest::capture(pid, qmp).await?;
     let says = format!("process {pid}, {}", machine.binary);
     Ok(((pid, machine), says))
 }
@@ -356,7 +356,7 @@ async fn check_disks(
     machine: &Machine,
     options: &SaveOptions,
 ) -> Result<(Vec<FoundDisk>, String), SaveError> {
-    let mut disks = vm::disks(pid, qmp, machine).await?;
+    let mut disks = guest::disks(pid, qmp, machine).await?;
     for name in &options.exclude_disks {
         if !disks.iter().any(|found| found.is_called(name)) {
             let disks = disks.iter().filter(|found| found.writable());
@@ -387,7 +387,7 @@ async fn check_disks(
 /// Why a revert won't find its disks where it looks for them.
 fn check_revert(machine: &Machine, disks: &[FoundDisk]) -> Option<String> {
     let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
-    let problems = captured.filter_map(|found| vm::check_given(machine, &found.disk).err());
+    let problems = captured.filter_map(|found| guest::check_given(machine, &found.disk).err());
     let problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
     (!problems.is_empty()).then(|| problems.join("; "))
 }

@@ -18,9 +18,9 @@ use linux_raw_sys::general::{
 };
 
 use super::touch::mappings;
+use crate::host::uffd::pidfd_open;
 use crate::page::PAGE_SIZE;
 use crate::qmp::RamBlock;
-use crate::uffd::pidfd_open;
 
 /// Bytes in a huge page.
 const HUGE: usize = 2 << 20;

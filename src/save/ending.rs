@@ -7,7 +7,7 @@ use tokio::sync::oneshot::error::TryRecvError;
 use super::checks::Checked;
 use super::receive::Receiving;
 use super::{OUTGOING, SaveError, SaveEvent};
-use crate::interrupt::Interrupts;
+use crate::cancel::Interrupts;
 use crate::qmp::Qmp;
 
 /// How long QEMU may take to end a migration that it has been told to end, or whose

@@ -8,9 +8,9 @@ use super::checks::CheckError;
 use super::journal::JournalError;
 use super::left_over::LeftOver;
 use super::overlays::OverlayError;
+use crate::guest::VmError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
-use crate::vm::VmError;
 use crate::wire::WireError;
 
 /// Why a save failed. The guest runs on (or stays paused) as before, and no image is

@@ -37,11 +37,11 @@ use self::receive::{Received, Receiving};
 use self::settings::Settings;
 use self::steps::step;
 use self::undo::Undo;
+use crate::cancel::Interrupts;
+use crate::guest;
 use crate::image::{Compression, ImageError, Saved};
-use crate::interrupt::Interrupts;
 use crate::machine::Disk;
 use crate::qmp::{Event, Events, Qmp, QmpError};
-use crate::vm;
 use crate::wire::WireError;
 
 pub use agent::AgentError;
@@ -233,7 +233,7 @@ async fn make_ready(
             }
             // Stopping the guest flushes its disks: it shall find little left to do.
             for file in files {
-                if let Err(error) = vm::write_out(Path::new(&file)) {
+                if let Err(error) = guest::write_out(Path::new(&file)) {
                     tracing::debug!("flushing {file} ahead failed: {error}");
                 }
             }
@@ -459,7 +459,7 @@ async fn commit(
     machine.disks = disks.collect();
     let work = move || {
         for disk in &mut machine.disks {
-            vm::stamp_files(disk)?;
+            guest::stamp_files(disk)?;
         }
         received.commit(machine, moment)
     };

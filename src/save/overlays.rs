@@ -16,8 +16,8 @@ use super::SaveEvent;
 use super::checks::Checked;
 use super::left_over::LeftOver;
 use super::steps::step;
+use crate::guest::{FoundDisk, write_overlay};
 use crate::qmp::{BlockEdge, Qmp, QmpError};
-use crate::vm::{FoundDisk, write_overlay};
 
 /// How long folding one overlay back may take: it holds what the guest has written
 /// since the moment, which a failed save makes short.

@@ -9,7 +9,7 @@
 use std::fs;
 use std::io;
 
-use crate::uffd::Uffd;
+use crate::host::uffd::Uffd;
 
 /// Takes write protection off all memory of a process that has some left. How many
 /// mappings had it. No snapshot may be under way.

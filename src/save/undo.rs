@@ -9,7 +9,7 @@ use super::left_over::LeftOver;
 use super::overlays::{self, Overlay};
 use super::settings::Settings;
 use super::{SaveError, SaveEvent, SaveOptions};
-use crate::interrupt::Interrupts;
+use crate::cancel::Interrupts;
 use crate::qmp::{Qmp, QmpError};
 
 /// What is to be undone should the save fail, and the journal that says so should it be

@@ -9,11 +9,12 @@ mod source;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use snapback::host::uffd::Uffd;
 use snapback::memory::{
-    DirectPlace, FaultReport, FillOptions, Intake, Memory, MemoryError, Pace, StopIntake, prefetch,
+    FaultReport, FillOptions, Intake, Memory, MemoryError, Pace, StopIntake, prefetch,
 };
 use snapback::page::{BlockId, PageSource};
-use snapback::uffd::Uffd;
+use snapback::transport::DirectPlace;
 
 pub use ram::{Backing, HugePages, Ram};
 pub use source::{Pattern, write_image};

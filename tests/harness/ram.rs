@@ -5,8 +5,8 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use snapback::host::uffd::Uffd;
 use snapback::page::{Block, BlockId, PAGE_SIZE, Page, PageBytes};
-use snapback::uffd::Uffd;
 
 /// What a block's memory is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,225 @@
+//! Character backends: where serial ports, monitors and the like lead to,
+//! whichever of QEMU's three spellings names them.
+
+use super::CommandOption;
+use super::parameters::{Params, Spec};
+use crate::host::in_use::Address;
+
+/// Options that give a guest device a character backend.
+const DEVICES: &[&str] = &["serial", "parallel", "debugcon"];
+
+/// Options that give a monitor a character backend.
+const MONITORS: &[&str] = &["monitor", "qmp", "qmp-pretty"];
+
+/// What an option's character backend is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::guest) enum Use {
+    /// A device that the guest sees.
+    Device,
+    /// A monitor.
+    Monitor,
+    /// The debugger's stub.
+    Debugger,
+    /// Whatever refers to the `-chardev`.
+    Chardev,
+}
+
+/// What the `use` of an option's backend is; `None` for all other options.
+pub(in crate::guest) fn usage(option: &CommandOption) -> Option<Use> {
+    match option.name() {
+        name if DEVICES.contains(&name) => Some(Use::Device),
+        name if MONITORS.contains(&name) => Some(Use::Monitor),
+        "gdb" => Some(Use::Debugger),
+        "chardev" => Some(Use::Chardev),
+        _ => None,
+    }
+}
+
+/// The old spelling `unix:PATH,…`, without the `mon:` that shares the backend
+/// with a monitor (`qemu_chr_parse_compat`).
+fn old_spelling(option: &CommandOption) -> &str {
+    option.value().strip_prefix("mon:").unwrap_or(option.value())
+}
+
+/// The kind of a `-chardev`, such as `socket`.
+fn kind(spec: &Spec) -> Option<&str> {
+    match spec {
+        Spec::Params(_) => spec.get_or_implied("backend"),
+        Spec::Json(_) => spec.get("backend.type"),
+    }
+}
+
+/// Where a property of a `-chardev` stands in either spelling.
+fn key(spec: &Spec, name: &str) -> String {
+    match spec {
+        Spec::Params(_) => name.to_owned(),
+        Spec::Json(_) => format!("backend.data.{name}"),
+    }
+}
+
+fn property<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.get(&key(spec, name))
+}
+
+/// Whether the option's backend is the terminal.
+pub(in crate::guest) fn is_stdio(option: &CommandOption) -> bool {
+    match usage(option) {
+        Some(Use::Chardev) => kind(&Spec::parse(option.value())) == Some("stdio"),
+        Some(_) => old_spelling(option) == "stdio",
+        None => false,
+    }
+}
+
+/// The same option with a backend that leads nowhere.
+pub(in crate::guest) fn to_null(option: &mut CommandOption) {
+    let value = match usage(option) {
+        Some(Use::Chardev) => match Spec::parse(option.value()) {
+            Spec::Params(mut params) => {
+                params.remove("signal");
+                if params.implied().is_some() {
+                    params.items_mut()[0] = "null".to_owned();
+                } else {
+                    params.set("backend", "null");
+                }
+                params.to_string()
+            }
+            Spec::Json(mut value) => {
+                value["backend"]["type"] = "null".into();
+                if let Some(data) = value["backend"]["data"].as_object_mut() {
+                    data.remove("signal");
+                }
+                value.to_string()
+            }
+        },
+        _ => "null".to_owned(),
+    };
+    option.value = Some(value);
+}
+
+/// Where the option's backend listens, if it does.
+pub(in crate::guest) fn listens_at(option: &CommandOption) -> Option<Address> {
+    if usage(option)? == Use::Chardev {
+        return chardev_listens_at(&Spec::parse(option.value()));
+    }
+    let params = Params::parse(old_spelling(option));
+    if params.flag("server") != Some(true) {
+        return None;
+    }
+    let (scheme, place) = params.items()[0].split_once(':')?;
+    match scheme {
+        "unix" if params.flag("abstract") == Some(true) => Some(Address::Abstract(place.into())),
+        "unix" => Some(Address::Unix(place.to_owned())),
+        "tcp" | "telnet" | "tn3270" | "websocket" => {
+            Some(Address::Tcp(place.rsplit(':').next()?.to_owned()))
+        }
+        _ => None,
+    }
+}
+
+fn chardev_listens_at(spec: &Spec) -> Option<Address> {
+    if kind(spec) != Some("socket") {
+        return None;
+    }
+    // In a list `server` is off unless given, in JSON it is on.
+    let json = matches!(spec, Spec::Json(_));
+    if !spec.flag(&key(spec, "server")).unwrap_or(json) {
+        return None;
+    }
+    let part = |name: &str| match spec {
+        Spec::Params(_) => name.to_owned(),
+        Spec::Json(_) => format!("backend.data.addr.data.{name}"),
+    };
+    if let Some(path) = spec.get(&part("path")) {
+        let is_abstract = spec.flag(&part("abstract")) == Some(true);
+        let address = if is_abstract { Address::Abstract } else { Address::Unix };
+        return Some(address(path.to_owned()));
+    }
+    spec.get(&part("port")).map(|port| Address::Tcp(port.to_owned()))
+}
+
+/// Whether QEMU's start would wait until somebody connects to the backend.
+pub(in crate::guest) fn waits_for_client(option: &CommandOption) -> bool {
+    if listens_at(option).is_none() {
+        return false;
+    }
+    match usage(option) {
+        Some(Use::Chardev) => {
+            let spec = Spec::parse(option.value());
+            // In a list `wait` is on unless given, in JSON it is off.
+            spec.flag(&key(&spec, "wait")).unwrap_or(matches!(spec, Spec::Params(_)))
+        }
+        _ => Params::parse(option.value()).flag("wait").unwrap_or(true),
+    }
+}
+
+/// The same option, listening without waiting.
+pub(in crate::guest) fn without_waiting(option: &mut CommandOption) {
+    let mut spec = match usage(option) {
+        Some(Use::Chardev) => Spec::parse(option.value()),
+        _ => Spec::Params(Params::parse(option.value())),
+    };
+    let wait = key(&spec, "wait");
+    spec.set_flag(&wait, false);
+    option.value = Some(spec.to_string());
+}
+
+/// The files that the option's backend writes.
+pub(in crate::guest) fn writes_to(option: &CommandOption) -> Vec<String> {
+    let mut files = Vec::new();
+    match usage(option) {
+        Some(Use::Chardev) => {
+            let spec = Spec::parse(option.value());
+            let file = match kind(&spec) {
+                // JSON calls a file's path `out`.
+                Some("file") => property(&spec, "path").or_else(|| property(&spec, "out")),
+                _ => None,
+            };
+            files.extend(file.map(str::to_owned));
+            files.extend(property(&spec, "logfile").map(str::to_owned));
+        }
+        Some(_) => {
+            let value = old_spelling(option);
+            // Of `file:` all that follows is the path, commas too.
+            match value.strip_prefix("file:") {
+                Some(path) => files.push(path.to_owned()),
+                None => files.extend(Params::parse(value).get("logfile").map(str::to_owned)),
+            }
+        }
+        None => {}
+    }
+    files
+}
+
+/// The id of a `-chardev`.
+pub(in crate::guest) fn chardev_id(option: &CommandOption) -> Option<String> {
+    (usage(option)? == Use::Chardev)
+        .then(|| Spec::parse(option.value()).get("id").map(str::to_owned))
+        .flatten()
+}
+
+/// The `-chardev` that an option uses as a monitor's.
+pub(in crate::guest) fn monitors_chardev(option: &CommandOption) -> Option<String> {
+    match option.name() {
+        "mon" => Params::parse(option.value())
+            .get("chardev")
+            .or(Params::parse(option.value()).implied())
+            .map(str::to_owned),
+        name if MONITORS.contains(&name) => {
+            option.value().strip_prefix("chardev:").map(str::to_owned)
+        }
+        _ => None,
+    }
+}
+
+/// Whether an option that is not a monitor uses the `-chardev` of this id.
+pub(in crate::guest) fn uses_chardev(option: &CommandOption, id: &str) -> bool {
+    if monitors_chardev(option).is_some() || option.name() == "chardev" {
+        return false;
+    }
+    if old_spelling(option).strip_prefix("chardev:") == Some(id) {
+        return true;
+    }
+    let uses =
+        |(key, value): &(String, String)| key.rsplit('.').next() == Some("chardev") && value == id;
+    Spec::parse(option.value()).leaves().iter().any(uses)
+}

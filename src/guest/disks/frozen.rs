@@ -1,0 +1,269 @@
+//! The files that a snapshot's disks consist of: where they are now, and whether they
+//! are still what they were. The guest's memory knows what was in them; with other
+//! content beneath it, it would destroy its file systems.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::guest::VmError;
+use crate::guest::disks::stamp::stamp;
+use crate::machine::{Disk, DiskFile, DiskRole, FileStamp};
+
+/// Where the caller says that a disk is: `(name, file)`.
+pub(in crate::guest) type Given = (String, PathBuf);
+
+/// The files of a captured disk, the one on top first, each looked up and checked.
+/// `moved` tells where a recorded path may be now.
+pub(in crate::guest) fn chain(
+    disk: &Disk,
+    given: Option<&Path>,
+    moved: impl Fn(&str) -> String,
+) -> Result<Vec<DiskFile>, VmError> {
+    let mut chain = disk.chain.clone();
+    for (at, file) in chain.iter_mut().enumerate() {
+        let (path, trust) = match given.filter(|_| at == 0) {
+            Some(path) => (path.to_owned(), Trust::Content),
+            None => whereabouts(&file.path, &moved),
+        };
+        check(disk, file, &path, trust, at == 0)?;
+        let path = path.to_str().ok_or_else(|| VmError::Path {
+            what: "disk",
+            path: path.clone(),
+            problem: "it is not UTF-8".to_owned(),
+        })?;
+        file.path = path.to_owned();
+    }
+    Ok(chain)
+}
+
+/// Checks the files of a disk that the guest only reads, which QEMU opens where the
+/// rewritten command line names them.
+pub(in crate::guest) fn check_read_only(
+    disk: &Disk,
+    moved: impl Fn(&str) -> String,
+) -> Result<(), VmError> {
+    disk.chain.iter().try_for_each(|file| {
+        let path = PathBuf::from(moved(&file.path));
+        // Whoever may write to it may have touched it: only its content counts.
+        check(disk, file, &path, Trust::Either, false)
+    })
+}
+
+/// That every file which the caller names belongs to a captured disk of the image.
+pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), VmError> {
+    let captured = || disks.iter().filter(|disk| disk.role == DiskRole::Captured);
+    match given.iter().find(|(name, _)| !captured().any(|disk| is_called(disk, name))) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let known: Vec<String> = captured().map(Disk::describe).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            Err(VmError::NoSuchDisk { name: name.clone(), known })
+        }
+    }
+}
+
+/// Whether somebody who says `name` means this disk.
+pub(in crate::guest) fn is_called(disk: &Disk, name: &str) -> bool {
+    let short = disk.qdev.as_deref().and_then(|path| {
+        // A QOM path such as /machine/peripheral/vda/virtio-backend.
+        path.strip_prefix("/machine/peripheral/")?.split('/').next()
+    });
+    let names = [Some(disk.device.as_str()), disk.node.as_deref(), disk.qdev.as_deref(), short];
+    let nodes = disk.chain.first().map(|file| file.node.as_str());
+    !name.is_empty() && names.into_iter().chain([nodes]).flatten().any(|known| known == name)
+}
+
+/// What has to agree for a file to pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// It is where it was: length and time of the last change, without reading it.
+    Time,
+    /// It is a copy, or was moved: length and samples of its content.
+    Content,
+    /// The one or, failing that, the other.
+    Either,
+}
+
+/// Where a recorded file is now. A rule that moves paths need not mean the disks: where
+/// it leads to nothing, they are looked for where they were.
+fn whereabouts(recorded: &str, moved: &impl Fn(&str) -> String) -> (PathBuf, Trust) {
+    let elsewhere = moved(recorded);
+    match elsewhere != recorded && Path::new(&elsewhere).exists() {
+        true => (elsewhere.into(), Trust::Content),
+        false => (recorded.into(), Trust::Time),
+    }
+}
+
+fn check(
+    disk: &Disk,
+    file: &DiskFile,
+    path: &Path,
+    trust: Trust,
+    on_top: bool,
+) -> Result<(), VmError> {
+    let advice = || match on_top {
+        true => format!("--disk {}=PATH", name(disk)),
+        false => format!("--path {}=NEW", file.path),
+    };
+    let unusable = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => {
+            VmError::DiskMissing { disk: disk.describe(), path: path.to_owned(), advice: advice() }
+        }
+        _ => VmError::DiskUnreadable { disk: disk.describe(), path: path.to_owned(), source },
+    };
+    let changed = |how: String| VmError::DiskChanged {
+        disk: disk.describe(),
+        path: path.to_owned(),
+        how,
+        advice: advice(),
+    };
+    let meta = fs::metadata(path).map_err(unusable)?;
+    let Some(recorded) = file.stamp else { return Ok(()) };
+    if trust != Trust::Content && meta.is_file() && recorded.mtime_ns != 0 {
+        match difference(&recorded, meta.len(), mtime_ns(&meta)) {
+            None => return Ok(()),
+            Some(how) if trust == Trust::Time => return Err(changed(how)),
+            Some(_) => {}
+        }
+    }
+    let found = stamp(path).map_err(unusable)?;
+    if found.len != recorded.len {
+        return Err(changed(format!("it has {} bytes, not {}", found.len, recorded.len)));
+    }
+    match found.fingerprint == recorded.fingerprint {
+        true => Ok(()),
+        false => Err(changed("its content is another".to_owned())),
+    }
+}
+
+fn difference(recorded: &FileStamp, len: u64, mtime_ns: i64) -> Option<String> {
+    if len != recorded.len {
+        return Some(format!("it has {len} bytes, not {}", recorded.len));
+    }
+    (mtime_ns != recorded.mtime_ns).then(|| {
+        format!("it was written to at {}, not last at {}", utc(mtime_ns), utc(recorded.mtime_ns))
+    })
+}
+
+/// As a [`FileStamp`] has it.
+fn mtime_ns(meta: &fs::Metadata) -> i64 {
+    let nanos = i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec());
+    nanos.clamp(i64::MIN.into(), i64::MAX.into()) as i64
+}
+
+fn utc(unix_ns: i64) -> String {
+    let since = Duration::from_nanos(unix_ns.unsigned_abs());
+    let time = match unix_ns < 0 {
+        true => SystemTime::UNIX_EPOCH.checked_sub(since),
+        false => SystemTime::UNIX_EPOCH.checked_add(since),
+    };
+    time.map_or("an unknown time".into(), |t| humantime::format_rfc3339_millis(t).to_string())
+}
+
+/// A name by which the caller can point to a disk.
+pub(in crate::guest) fn name(disk: &Disk) -> String {
+    let made_up = disk.chain.first().map(|file| &file.node);
+    let names = [disk.node.as_ref(), Some(&disk.device), disk.qdev.as_ref(), made_up];
+    let name = names.into_iter().flatten().find(|name| !name.is_empty());
+    name.map_or_else(|| "disk".to_owned(), String::clone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(files: &[&Path]) -> Disk {
+        let file = |path: &&Path| DiskFile {
+            node: "#block1".into(),
+            path: path.to_str().unwrap().into(),
+            format: "raw".into(),
+            stamp: Some(stamp(path).unwrap()),
+        };
+        Disk {
+            device: "drive0".into(),
+            qdev: Some("/machine/peripheral/vda/virtio-backend".into()),
+            role: DiskRole::Captured,
+            chain: files.iter().map(file).collect(),
+            ..Disk::default()
+        }
+    }
+
+    fn stays(path: &str) -> String {
+        path.to_owned()
+    }
+
+    fn refusal(result: Result<Vec<DiskFile>, VmError>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_disk_is_found_where_it_was_moved_or_is_given() {
+        let folder = tempfile::tempdir().unwrap();
+        let (old, base, new) =
+            (folder.path().join("old"), folder.path().join("base"), folder.path().join("new"));
+        fs::write(&old, "content").unwrap();
+        fs::write(&base, "below").unwrap();
+        let disk = disk(&[&old, &base]);
+        assert_eq!(chain(&disk, None, stays).unwrap(), disk.chain);
+        // A rule that leads to nothing leaves the disk where it was.
+        let rule = |path: &str| path.replace("/old", "/new");
+        assert_eq!(chain(&disk, None, rule).unwrap(), disk.chain);
+        fs::copy(&old, &new).unwrap();
+        let moved = chain(&disk, None, rule).unwrap();
+        assert_eq!(Path::new(&moved[0].path), new);
+        assert_eq!(chain(&disk, Some(&new), stays).unwrap(), moved);
+        assert_eq!(moved[1], disk.chain[1]);
+        for name in ["drive0", "vda", "#block1", "/machine/peripheral/vda/virtio-backend"] {
+            assert!(is_called(&disk, name), "{name}");
+        }
+        assert!(!is_called(&disk, "") && !is_called(&disk, "drive1"));
+    }
+
+    #[test]
+    fn a_changed_or_missing_disk_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, base) = (folder.path().join("file"), folder.path().join("base"));
+        fs::write(&file, "content").unwrap();
+        fs::write(&base, "below").unwrap();
+        let disk = disk(&[&file, &base]);
+
+        // The same content, written again: that it is the same can't be known.
+        let later = SystemTime::now() + Duration::from_secs(2);
+        fs::File::options().write(true).open(&file).unwrap().set_modified(later).unwrap();
+        let refused = refusal(chain(&disk, None, stays));
+        assert!(refused.contains("drive0") && refused.contains("was written to"), "{refused}");
+        assert!(refused.contains("--disk drive0=PATH"), "{refused}");
+        // Of one that is only read, samples say enough.
+        check_read_only(&disk, stays).unwrap();
+        // Whoever points to it vouches for what samples don't show.
+        chain(&disk, Some(&file), stays).unwrap();
+        fs::write(&file, "Content").unwrap();
+        let refused = refusal(chain(&disk, Some(&file), stays));
+        assert!(refused.contains("its content is another"), "{refused}");
+        fs::write(&file, "longer content").unwrap();
+        let refused = refusal(chain(&disk, None, stays));
+        assert!(refused.contains("14 bytes, not 7"), "{refused}");
+        fs::remove_file(&file).unwrap();
+        let refused = refusal(chain(&disk, None, stays));
+        assert!(refused.contains("is not there") && refused.contains("--disk"), "{refused}");
+
+        let disk = self::disk(&[&base]);
+        fs::remove_file(&base).unwrap();
+        let error = check_read_only(&disk, stays).unwrap_err().to_string();
+        assert!(error.contains("--path"), "{error}");
+    }
+
+    #[test]
+    fn a_name_of_no_disk_is_refused_with_those_there_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "content").unwrap();
+        let disks = [disk(&[&file])];
+        check_names(&disks, &[("vda".into(), file.clone())]).unwrap();
+        let error = check_names(&disks, &[("vdb".into(), file)]).unwrap_err().to_string();
+        assert!(error.contains("vdb") && error.contains("drive0"), "{error}");
+    }
+}

@@ -1,0 +1,334 @@
+//! What a reverted guest writes its disks' changes to: a new file for each captured
+//! disk, on top of the frozen ones, which stay as they are.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use crate::guest::VmError;
+use crate::guest::disks::frozen;
+use crate::guest::disks::qcow2::write_overlay;
+use crate::machine::{Disk, DiskFile};
+
+/// The first of the descriptor sets (`-add-fd`) in which QEMU gets overlays without a
+/// name: beyond any number that people choose.
+const FIRST_SET: usize = 900_000;
+
+/// Where overlays go.
+#[derive(Debug, Clone, Default)]
+pub struct OverlayOptions {
+    /// The folder of overlays; none for that of each disk's frozen file.
+    pub folder: Option<PathBuf>,
+    /// What the names of overlays begin with; none for the frozen file's name.
+    pub prefix: Option<String>,
+    /// Overlays have no name and go with QEMU, however it ends.
+    pub ephemeral: bool,
+}
+
+/// An overlay to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// The disk, as people know it.
+    pub disk: String,
+    /// Its file, which does not exist yet; none for one without a name.
+    pub path: Option<PathBuf>,
+    /// Where a file without a name takes its room.
+    folder: PathBuf,
+    /// The descriptor set by which QEMU opens a file without a name.
+    set: usize,
+    /// Size that the guest sees, in bytes.
+    size: u64,
+    /// The frozen files, the one on top first; at least one.
+    chain: Vec<DiskFile>,
+}
+
+impl Overlay {
+    /// Plans the overlay of the disk at this place in the record.
+    pub(in crate::guest) fn new(
+        disk: &Disk,
+        at: usize,
+        chain: Vec<DiskFile>,
+        options: &OverlayOptions,
+    ) -> Result<Overlay, VmError> {
+        let top = match chain.first() {
+            Some(file) => Path::new(&file.path),
+            None => return Err(VmError::DiskNotRecorded { disk: disk.describe() }),
+        };
+        let folder = options.folder.as_deref().or(top.parent()).unwrap_or(Path::new("/"));
+        let folder = std::path::absolute(folder).map_err(|source| VmError::Overlay {
+            disk: disk.describe(),
+            folder: folder.to_owned(),
+            source,
+        })?;
+        let prefix = match &options.prefix {
+            Some(prefix) => prefix.as_bytes(),
+            None => top.file_name().map_or(&b"disk"[..], OsStr::as_bytes),
+        };
+        let path = (!options.ephemeral).then(|| folder.join(file_name(prefix, disk)));
+        Ok(Overlay {
+            disk: disk.describe(),
+            path,
+            folder,
+            set: FIRST_SET + at,
+            size: disk.size,
+            chain,
+        })
+    }
+
+    /// The frozen file right below.
+    pub fn frozen(&self) -> &Path {
+        Path::new(self.chain.first().map_or("", |file| &file.path))
+    }
+
+    /// The overlay and all that is below as `blockdev-add` would have it (QEMU's QMP
+    /// reference, `BlockdevOptions`). Everything below is read only. `aio` is how files
+    /// are read and written, where that was said.
+    pub(in crate::guest) fn node(&self, aio: Option<&str>) -> Result<Map<String, Value>, VmError> {
+        let own = match &self.path {
+            Some(path) => path.to_str().ok_or_else(|| VmError::Path {
+                what: "overlay",
+                path: path.clone(),
+                problem: "it is not UTF-8".to_owned(),
+            })?,
+            None => &format!("/dev/fdset/{}", self.set),
+        };
+        let file = |driver: &str, name: &str, writable: bool| {
+            let mut file = json!({ "driver": driver, "filename": name });
+            file["read-only"] = json!(!writable);
+            // Else QEMU would open it for reading first, which a descriptor set refuses.
+            file["auto-read-only"] = json!(false);
+            if let Some(aio) = aio {
+                file["aio"] = json!(aio);
+            }
+            file
+        };
+        let mut below = Value::Null;
+        for DiskFile { path, format, .. } in self.chain.iter().rev() {
+            let device = fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device());
+            let driver = if device { "host_device" } else { "file" };
+            let mut node = json!({
+                "driver": format, "read-only": true, "file": file(driver, path, false),
+            });
+            if format != "raw" {
+                node["backing"] = below;
+            }
+            below = node;
+        }
+        let mut node = Map::new();
+        node.insert("driver".into(), json!("qcow2"));
+        node.insert("file".into(), file("file", own, true));
+        node.insert("backing".into(), below);
+        Ok(node)
+    }
+
+    /// Makes the file, open for reading and writing.
+    fn make(&self) -> Result<File, VmError> {
+        let failed = |source| VmError::Overlay {
+            disk: self.disk.clone(),
+            folder: self.folder.clone(),
+            source,
+        };
+        let file = match &self.path {
+            Some(path) => new_file(path).map_err(failed)?,
+            None => nameless(&self.folder).map_err(failed)?,
+        };
+        let Some(DiskFile { path, format, .. }) = self.chain.first() else {
+            return Err(VmError::DiskNotRecorded { disk: self.disk.clone() });
+        };
+        let written = write_overlay(&file, self.size, path, format);
+        if written.is_err() {
+            self.path.iter().for_each(|path| drop(fs::remove_file(path)));
+        }
+        written.map_err(failed)?;
+        Ok(file)
+    }
+}
+
+/// Overlays that have been made. Dropping this removes them, unless they are to be kept.
+#[derive(Debug, Default)]
+pub(in crate::guest) struct Overlays {
+    paths: Vec<PathBuf>,
+}
+
+impl Overlays {
+    /// Makes overlays. `inherit` has QEMU inherit those without a name, and gets the
+    /// number of the set in which QEMU looks for each.
+    pub(in crate::guest) fn make(
+        overlays: &[Overlay],
+        mut inherit: impl FnMut(OwnedFd, usize),
+    ) -> Result<Overlays, VmError> {
+        let mut made = Overlays::default();
+        for overlay in overlays {
+            let file = overlay.make()?;
+            match &overlay.path {
+                Some(path) => made.paths.push(path.clone()),
+                None => {
+                    // QEMU from 9.0 on wants one that has O_DIRECT for a disk that is used
+                    // that way (`cache=none`), and one that has not for others.
+                    let direct = direct(&file);
+                    inherit(file.into(), overlay.set);
+                    direct.into_iter().for_each(|file| inherit(file.into(), overlay.set));
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    /// From now on they hold what a guest has written, and stay.
+    pub(in crate::guest) fn keep(&mut self) {
+        self.paths.clear();
+    }
+}
+
+impl Drop for Overlays {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            if let Err(error) = fs::remove_file(path) {
+                tracing::warn!("the overlay `{}` can't be removed: {error}", path.display());
+            }
+        }
+    }
+}
+
+/// `PREFIX.DISK-RANDOM.qcow2`, kept within the 255 bytes that a name may have.
+fn file_name(prefix: &[u8], disk: &Disk) -> PathBuf {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let name = frozen::name(disk);
+    let name = name.trim_start_matches("/machine/").trim_start_matches('#');
+    let name: String = name.chars().map(|c| if is_plain(c) { c } else { '-' }).take(64).collect();
+    let random = Uuid::new_v4().simple().to_string();
+    let end = format!(".{name}-{}.qcow2", &random[..8]);
+    let prefix = &prefix[..prefix.len().min(255 - end.len())];
+    PathBuf::from(OsStr::from_bytes(&[prefix, end.as_bytes()].concat()))
+}
+
+/// A new file that only its owner can read: it holds what a guest writes.
+fn new_file(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// A file that never had a name, or, where the file system can't do that (open(2),
+/// `O_TMPFILE`), has none any more.
+fn nameless(folder: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
+    match options.open(folder).map_err(|e| (e.raw_os_error(), e)) {
+        Ok(file) => Ok(file),
+        Err((Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL), _)) => {
+            let path = folder.join(format!(".snapback-{}", Uuid::new_v4().simple()));
+            let file = new_file(&path)?;
+            fs::remove_file(&path)?;
+            Ok(file)
+        }
+        Err((_, error)) => Err(error),
+    }
+}
+
+/// The same file, opened once more around the page cache; nothing where the file system
+/// can't do that, as QEMU will say itself if it matters.
+fn direct(file: &File) -> Option<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn disk() -> Disk {
+        let file = |path: &str, format: &str| DiskFile {
+            node: "f0".into(),
+            path: path.into(),
+            format: format.into(),
+            stamp: None,
+        };
+        Disk {
+            device: "drive/0".into(),
+            size: 1 << 20,
+            chain: vec![file("/vm/top", "qcow2"), file("/vm/base", "raw")],
+            ..Disk::default()
+        }
+    }
+
+    #[test]
+    fn what_is_below_an_overlay_is_read_only() {
+        let options = OverlayOptions { ephemeral: true, ..OverlayOptions::default() };
+        let overlay = Overlay::new(&disk(), 1, disk().chain, &options).unwrap();
+        let expected = json!({
+            "driver": "qcow2",
+            "file": {
+                "driver": "file", "filename": "/dev/fdset/900001", "read-only": false,
+                "auto-read-only": false, "aio": "native",
+            },
+            "backing": {
+                "driver": "qcow2", "read-only": true,
+                "file": {
+                    "driver": "file", "filename": "/vm/top", "read-only": true,
+                    "auto-read-only": false, "aio": "native",
+                },
+                "backing": {
+                    "driver": "raw", "read-only": true,
+                    "file": {
+                        "driver": "file", "filename": "/vm/base", "read-only": true,
+                        "auto-read-only": false, "aio": "native",
+                    },
+                },
+            },
+        });
+        assert_eq!(Value::Object(overlay.node(Some("native")).unwrap()), expected);
+        assert!(Overlay::new(&disk(), 0, vec![], &options).is_err());
+    }
+
+    #[test]
+    fn overlays_are_private_and_go_unless_they_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = |prefix: &str, ephemeral| OverlayOptions {
+            folder: Some(folder.path().into()),
+            prefix: Some(prefix.into()),
+            ephemeral,
+        };
+        let names = || fs::read_dir(folder.path()).unwrap().count();
+        let plan = |options| Overlay::new(&disk(), 0, disk().chain, &options).unwrap();
+        let named = plan(here(&"x".repeat(255), false));
+        let path = named.path.clone().unwrap();
+        assert!(path.to_str().unwrap().contains(".drive-0-"), "{}", path.display());
+        let no_inheriting = |_, _| panic!("it has a name");
+        let overlays = Overlays::make(std::slice::from_ref(&named), no_inheriting).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        drop(overlays);
+        assert_eq!(names(), 0);
+        Overlays::make(std::slice::from_ref(&named), no_inheriting).unwrap().keep();
+        assert_eq!(names(), 1);
+        // A second one of the same name takes nothing away.
+        assert!(Overlays::make(&[named], no_inheriting).is_err());
+        assert_eq!(names(), 1);
+
+        let mut inherited = Vec::new();
+        let unnamed = plan(here("x", true));
+        Overlays::make(&[unnamed], |fd, set| inherited.push((fd, set))).unwrap();
+        assert_eq!((names(), inherited[0].1), (1, FIRST_SET));
+        assert!(inherited.iter().all(|(_, set)| *set == FIRST_SET));
+        let made = File::from(inherited.remove(0).0).metadata().unwrap();
+        assert!(made.len() > 0 && made.nlink() == 0 && made.mode() & 0o777 == 0o600);
+    }
+
+    #[test]
+    fn a_folder_that_can_not_be_used_is_named() {
+        let folder = Some("/nowhere/at/all".into());
+        for ephemeral in [false, true] {
+            let options = OverlayOptions { folder: folder.clone(), prefix: None, ephemeral };
+            let overlay = Overlay::new(&disk(), 0, disk().chain, &options).unwrap();
+            let error = overlay.make().unwrap_err().to_string();
+            assert!(error.contains("/nowhere/at/all") && error.contains("--overlay-dir"));
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! A QEMU process of ours: started, watched, ended or let go.
+
+use std::fs::{self, File};
+use std::io::{self, Seek};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use crate::guest::VmError;
+use crate::guest::disks::overlay::Overlays;
+use crate::guest::start::rewrite::{CONTROL_ID, StartPlan};
+use crate::host::in_use;
+use crate::host::in_use::Address;
+use crate::host::uffd::pidfd_open;
+use crate::qmp::{Qmp, QmpError};
+
+/// How long QEMU may take from its start until it talks. It takes 40 ms; a host
+/// under load may take far longer, and a QEMU that fails ends the wait at once.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long QEMU may take to end after it has closed its control socket.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The most bytes kept of what QEMU writes. It is the first that count: why it
+/// did not start. What is beyond is refused to QEMU, which does not mind.
+const LOG_CAPACITY: u64 = 1 << 20;
+
+/// The most bytes of the log shown at once.
+const LOG_TAIL: u64 = 4096;
+
+/// A QEMU process. Dropping it kills QEMU and waits until it is gone, unless it has
+/// been [detached]; the overlays that were made for it go too, unless they are kept.
+///
+/// [detached]: Process::detach
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+    log: Log,
+    /// How it ended; `None` while it lives.
+    ended: watch::Receiver<Option<ExitStatus>>,
+    /// The thread that reaps it and cleans up behind it.
+    reaper: Option<JoinHandle<()>>,
+    detached: bool,
+    /// What it writes its disks' changes to.
+    overlays: Overlays,
+}
+
+impl Process {
+    /// Starts QEMU as planned and connects to it.
+    ///
+    /// It runs in a session of its own, so that keys pressed at our terminal
+    /// don't reach it; it inherits our environment, the descriptors named in the
+    /// plan, and nothing else.
+    ///
+    /// # Errors
+    /// [`VmError::Exited`] with QEMU's own words when it ends at once,
+    /// [`VmError::Start`] and [`VmError::WorkingFolder`] when it can't be started.
+    pub async fn start(mut plan: StartPlan) -> Result<(Process, Qmp), VmError> {
+        if let Err(source) = fs::read_dir(&plan.cwd) {
+            return Err(VmError::WorkingFolder { path: plan.cwd, source });
+        }
+        let log = Log::new().map_err(failed_to("keep QEMU's output"))?;
+        let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
+        let overlays = plan.make_overlays()?;
+        let child = spawn(&plan, theirs, &log)?;
+        // Their end of everything inherited has to close with QEMU, not with us.
+        let StartPlan { binary, sockets, .. } = plan;
+        let process = Process::watch(child, log, sockets, overlays)?;
+
+        match Qmp::over(ours, START_TIMEOUT).await {
+            Ok(qmp) => Ok((process, qmp)),
+            Err(source) => Err(process.failed_start(binary, source).await),
+        }
+    }
+
+    /// Watches over a child from now on.
+    fn watch(
+        mut child: Child,
+        log: Log,
+        sockets: Vec<PathBuf>,
+        overlays: Overlays,
+    ) -> Result<Process, VmError> {
+        // A pid is at most 2^22 (proc(5), pid_max).
+        let pid = child.id() as i32;
+        let pidfd = match pidfd_open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(source) => {
+                // Not reaped yet, so the pid is still QEMU's.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(failed_to("open a pidfd of QEMU")(source));
+            }
+        };
+        let (tell, ended) = watch::channel(None);
+        let mut process =
+            Process { pid, pidfd, log, ended, reaper: None, detached: false, overlays };
+        // A thread and not a task: it reaps QEMU even when the runtime has ended.
+        let reaper = move || {
+            let status = child.wait();
+            sockets.iter().for_each(|socket| remove_stale_socket(socket));
+            // `wait` fails only for a child that was reaped by others; there is
+            // no status left to tell, but it has ended.
+            tell.send_replace(Some(status.unwrap_or_default()));
+        };
+        match std::thread::Builder::new().name("qemu-reaper".to_owned()).spawn(reaper) {
+            Ok(reaper) => {
+                process.reaper = Some(reaper);
+                Ok(process)
+            }
+            // Dropping the process kills it; it stays unreaped until we end.
+            Err(source) => Err(failed_to("start a thread that reaps QEMU")(source)),
+        }
+    }
+
+    /// What a failed connection says of the start.
+    async fn failed_start(mut self, binary: PathBuf, source: QmpError) -> VmError {
+        let status = match source {
+            QmpError::NoGreeting { .. } => None,
+            _ => self.wait_exit(END_TIMEOUT).await,
+        };
+        let log = self.log_tail();
+        match status {
+            Some(status) => VmError::Exited { binary, status, log },
+            None => {
+                self.kill().await;
+                VmError::NoControl { binary, source, log }
+            }
+        }
+    }
+
+    /// QEMU's process number.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// A descriptor of QEMU's process (pidfd_open(2)), readable once it has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// How QEMU ended, or `None` while it lives.
+    pub fn has_exited(&self) -> Option<ExitStatus> {
+        *self.ended.borrow()
+    }
+
+    /// Waits until QEMU has ended, `None` when it still lives after `timeout`.
+    /// Safe to cancel.
+    pub async fn wait_exit(&mut self, timeout: Duration) -> Option<ExitStatus> {
+        // Fails when the reaper has gone, which it does only after telling.
+        let _ = tokio::time::timeout(timeout, self.ended.wait_for(Option::is_some)).await;
+        self.has_exited()
+    }
+
+    /// Kills QEMU (SIGKILL) and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.send_sigkill();
+        let _ = self.ended.wait_for(Option::is_some).await;
+    }
+
+    /// The end of what QEMU wrote to its standard output and error. It never
+    /// holds the guest's own output, which a rewritten command line leads
+    /// elsewhere. Only the first MiB that QEMU wrote is kept.
+    pub fn log_tail(&self) -> String {
+        self.log.tail()
+    }
+
+    /// Keeps the overlays of its disks when QEMU ends: a guest has written to them.
+    pub fn keep_overlays(&mut self) {
+        self.overlays.keep();
+    }
+
+    /// Lets QEMU live on after us. It is still reaped while we live.
+    pub fn detach(&mut self) {
+        self.detached = true;
+        self.overlays.keep();
+    }
+
+    fn send_sigkill(&self) {
+        // Fails when it has ended already, which is what we want.
+        let _ = pidfd_kill(&self.pidfd);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.detached {
+            return;
+        }
+        if self.has_exited().is_none() {
+            self.send_sigkill();
+        }
+        // So that nothing is left of it even when the program ends now.
+        if let Some(reaper) = self.reaper.take() {
+            let _ = reaper.join();
+        }
+    }
+}
+
+fn failed_to(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Supervise { what, source }
+}
+
+/// Our end and QEMU's end of the control socket.
+fn control_pair() -> io::Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(ours)?, theirs.into()))
+}
+
+/// Starts QEMU with `control` as its control socket.
+fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, VmError> {
+    let program = plan.argv.first().ok_or(VmError::EmptyCommandLine)?;
+    let keep = log.file.try_clone().and_then(|out| Ok((out, log.file.try_clone()?)));
+    let (stdout, stderr) = keep.map_err(failed_to("keep QEMU's output"))?;
+    let number = control.as_raw_fd();
+    let mut inherited: Vec<RawFd> = plan.inherit.iter().map(AsRawFd::as_raw_fd).collect();
+    inherited.push(number);
+
+    let mut command = Command::new(&plan.binary);
+    command
+        .arg0(program)
+        .args(&plan.argv[1..])
+        .args(["-chardev", &format!("socket,id={CONTROL_ID},fd={number}")])
+        .args(["-mon", &format!("chardev={CONTROL_ID},mode=control")])
+        .current_dir(&plan.cwd)
+        .envs(plan.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(stderr);
+    // SAFETY: between fork and exec the closure makes system calls only, which
+    // are async-signal-safe (signal-safety(7)); it neither allocates nor locks.
+    // The descriptors it names are open in the child, which is a copy of us
+    // while `control` and `plan` are borrowed or owned here.
+    unsafe {
+        command.pre_exec(move || before_exec(&inherited));
+    }
+    command.spawn().map_err(|source| VmError::Start { binary: plan.binary.clone(), source })
+}
+
+/// In the child: a session of its own, and no descriptors but those named.
+/// Allocates nothing, on failure neither.
+fn before_exec(inherited: &[RawFd]) -> io::Result<()> {
+    nix::unistd::setsid()?;
+    let first: libc::c_uint = 3;
+    // SAFETY: close_range(2) with CLOSE_RANGE_CLOEXEC changes flags of this
+    // process's descriptors and nothing else. Linux before 5.11 refuses; what
+    // we opened ourselves is close-on-exec anyway.
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC as libc::c_uint,
+        );
+    }
+    for &fd in inherited {
+        // SAFETY: F_SETFD changes one flag of a descriptor.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// A killed QEMU leaves the files of its listening sockets behind. They go, unless
+/// somebody else listens there by now.
+fn remove_stale_socket(path: &Path) {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let address = Address::Unix(path.to_string_lossy().into_owned());
+    if is_socket && in_use::is_listening(&address, Path::new("/")).is_ok_and(|lives| !lives) {
+        // Best effort: what stays is a file that nobody listens on.
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// SIGKILL by pidfd_send_signal(2), which can't hit a process that has got the
+/// number of one that ended.
+fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
+    let no_info: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: the descriptor is a pidfd that is open; a null siginfo is allowed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            no_info,
+            0 as libc::c_uint,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What QEMU writes, in memory of bounded size that needs no thread to drain it
+/// and goes with the last of us.
+#[derive(Debug)]
+struct Log {
+    file: File,
+}
+
+impl Log {
+    fn new() -> io::Result<Log> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(c"qemu-log", flags)?);
+        file.set_len(LOG_CAPACITY)?;
+        let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        Ok(Log { file })
+    }
+
+    fn tail(&self) -> String {
+        // QEMU writes through copies of our descriptor: the offset is shared.
+        let end = (&self.file).stream_position().unwrap_or(0);
+        let start = end.saturating_sub(LOG_TAIL);
+        let mut bytes = vec![0; (end - start) as usize];
+        match self.file.read_exact_at(&mut bytes, start) {
+            Ok(()) => String::from_utf8_lossy(&bytes).trim().to_owned(),
+            Err(error) => format!("(QEMU's output can't be read: {error})"),
+        }
+    }
+}

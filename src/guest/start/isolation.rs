@@ -1,0 +1,124 @@
+//! A command line cut off from the world: for a guest that is thrown away, and must not
+//! leave a trace on a network, on a disk, or in a file.
+//!
+//! The devices that the guest sees stay as they were; what is behind them goes.
+
+use crate::guest::VmError;
+use crate::guest::command_line::backend::{self, Use};
+use crate::guest::command_line::parameters::{Params, Spec};
+use crate::guest::command_line::{CommandLine, CommandOption};
+
+/// Hubs that nothing else is plugged into: beyond any number that people choose.
+const FIRST_HUB: u32 = 900_000;
+
+/// Cuts the command line off from network, files, sockets and disks.
+///
+/// # Errors
+/// When a disk could not be kept from being written.
+pub(in crate::guest) fn isolate(
+    line: &mut CommandLine,
+    writable_disks: &[String],
+) -> Result<(), VmError> {
+    if !writable_disks.is_empty() && line.has("blockdev") {
+        return Err(VmError::NotIsolated { disks: writable_disks.join(", ") });
+    }
+    line.retain_options(|option| {
+        let watches = matches!(backend::usage(option), Some(Use::Monitor | Use::Debugger));
+        let leads_out = option.name() == "net" && is_old_backend(option);
+        !watches && !leads_out
+    });
+    let mut hub = FIRST_HUB;
+    for option in line.options_mut() {
+        match option.name() {
+            "netdev" | "nic" => {
+                if let Some(value) = unplugged(option, hub) {
+                    option.value = Some(value);
+                    hub += 1;
+                }
+            }
+            "serial" | "parallel" | "debugcon" if is_backend(option) => {
+                option.value = Some("null".to_owned());
+            }
+            "chardev" => {
+                let mux = if Spec::parse(option.value()).flag("mux") == Some(true) {
+                    ",mux=on"
+                } else {
+                    ""
+                };
+                let id = backend::chardev_id(option).unwrap_or_default().replace(',', ",,");
+                option.value = Some(format!("null,id={id}{mux}"));
+            }
+            _ => {}
+        }
+    }
+    if !line.has("nic") && !line.has("net") && !line.has("netdev") && !line.has("nodefaults") {
+        // QEMU would make a card with a user network; this makes the card only.
+        line.push(CommandOption::new("net", "nic"));
+    }
+    // Writes to disks go to temporary files (qemu(1)).
+    line.push(CommandOption::flag("snapshot"));
+    Ok(())
+}
+
+/// Whether a device's option names a backend of its own, not a `-chardev` or nothing.
+fn is_backend(option: &CommandOption) -> bool {
+    !option.value().starts_with("chardev:") && option.value() != "none"
+}
+
+/// Whether a `-net` is a backend, not a card.
+fn is_old_backend(option: &CommandOption) -> bool {
+    !matches!(Params::parse(option.value()).implied(), Some("nic" | "none"))
+}
+
+/// The value of a `-netdev` or `-nic`, plugged into a hub of its own. What else a `-nic`
+/// says of its card is kept; nothing for one that has no card.
+fn unplugged(option: &CommandOption, hub: u32) -> Option<String> {
+    const OF_THE_CARD: [&str; 5] = ["id", "model", "mac", "addr", "vectors"];
+    let spec = Spec::parse(option.value());
+    if spec.get_or_implied("type") == Some("none") {
+        return None;
+    }
+    let mut value = Params::parse(&format!("hubport,hubid={hub}"));
+    for key in OF_THE_CARD {
+        if let Some(text) = spec.get(key) {
+            value.set(key, text);
+        }
+    }
+    Some(value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn isolated(text: &str) -> String {
+        let mut line = CommandLine::parse(text.split_whitespace());
+        isolate(&mut line, &[]).unwrap();
+        line.into_args().join(" ")
+    }
+
+    #[test]
+    fn nothing_leads_out() {
+        let line = isolated(
+            "-nodefaults -netdev tap,id=n0,ifname=t0 -device e1000,netdev=n0 \
+             -nic user,model=e1000,mac=52:54:00:11:22:33,hostfwd=tcp::22-:22 -nic none \
+             -serial unix:/s,server=on -serial chardev:c0 -parallel none \
+             -chardev socket,id=c0,path=/p,server=on,mux=on -qmp unix:/q,server=on",
+        );
+        assert_eq!(
+            line,
+            "-nodefaults -netdev hubport,hubid=900000,id=n0 -device e1000,netdev=n0 \
+             -nic hubport,hubid=900001,model=e1000,mac=52:54:00:11:22:33 -nic none \
+             -serial null -serial chardev:c0 -parallel none -chardev null,id=c0,mux=on -snapshot"
+        );
+        assert_eq!(isolated("-net nic,model=e1000 -net user"), "-net nic,model=e1000 -snapshot");
+        assert_eq!(isolated(""), "-net nic -snapshot");
+    }
+
+    #[test]
+    fn a_disk_that_would_be_written_is_refused() {
+        let mut line = CommandLine::parse(["-blockdev", "file,node-name=d,filename=/d"]);
+        let error = isolate(&mut line, &["virtio0 (/d)".to_owned()]).unwrap_err();
+        assert!(error.to_string().contains("virtio0 (/d)"), "{error}");
+    }
+}

@@ -1,0 +1,5 @@
+//! What the kernel tells and does. Nothing here knows of QEMU or of images.
+
+pub mod in_use;
+pub mod program;
+pub mod uffd;

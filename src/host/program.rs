@@ -1,0 +1,147 @@
+//! Another program run to its end, in bounded time and memory.
+
+use std::io::{self, Read, Write};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use crate::cancel::Stop;
+
+/// The most bytes of a program's output that are read; a program with more to say fails.
+const MAX_SAID: u64 = 4 << 20;
+
+/// How often is looked whether a program has ended, or somebody wants no more of it.
+const NAP: Duration = Duration::from_millis(10);
+
+/// What a program had to say.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub status: ExitStatus,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+}
+
+/// Why a program has given no answer. It is no more then.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProgramError {
+    #[error("can't be run: {0}")]
+    Run(#[from] io::Error),
+    #[error("did not end within {} s", .0.as_secs())]
+    Late(Duration),
+    #[error("was interrupted")]
+    Stopped,
+}
+
+/// Runs a program, which is given `input`, to its end. It is killed once it has taken
+/// `limit`, or once somebody asks to stop.
+///
+/// # Errors
+/// When it can't be run, takes too long, or is to stop; not when it fails.
+pub(crate) fn answer(
+    mut command: Command,
+    input: Vec<u8>,
+    limit: Duration,
+    stop: &Stop,
+) -> Result<Answer, ProgramError> {
+    let deadline = Instant::now() + limit;
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut program = Program(command.spawn()?);
+    if let Some(mut stdin) = program.0.stdin.take() {
+        // A program that does not read on says itself why, or fails.
+        std::thread::spawn(move || drop(stdin.write_all(&input)));
+    }
+    let (stdout, stderr) = (gather(program.0.stdout.take()), gather(program.0.stderr.take()));
+    let mut status = None;
+    while status.is_none() {
+        if stop.is_asked() {
+            return Err(ProgramError::Stopped);
+        }
+        if Instant::now() >= deadline {
+            return Err(ProgramError::Late(limit));
+        }
+        std::thread::sleep(NAP);
+        status = program.0.try_wait()?;
+    }
+    // Others, which it has started, may hold its output open.
+    let said = |output: Receiver<Vec<u8>>| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        output.recv_timeout(left).map_err(|_| ProgramError::Late(limit))
+    };
+    let (stdout, stderr) = (said(stdout)?, said(stderr)?);
+    let status = status.ok_or(ProgramError::Late(limit))?;
+    Ok(Answer { status, stdout, stderr })
+}
+
+/// Reads all of an output, in a thread of its own.
+fn gather(output: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+    let (sender, said) = channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(output) = output {
+            // What was read before an error is what it said.
+            let _ = output.take(MAX_SAID).read_to_end(&mut bytes);
+        }
+        // Fails when nobody waits any more.
+        let _ = sender.send(bytes);
+    });
+    said
+}
+
+/// Dropped before it has ended, a program is killed.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // Does nothing to one that was reaped.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn what_it_reads_and_says_is_passed_on() {
+        let long = vec![b'x'; 1 << 20];
+        let script = shell("cat; echo no >&2; exit 3");
+        let answer = answer(script, long.clone(), HOUR, &Stop::default()).unwrap();
+        assert_eq!((answer.stdout, answer.stderr.as_slice()), (long, &b"no\n"[..]));
+        assert_eq!(answer.status.code(), Some(3));
+    }
+
+    #[test]
+    fn what_does_not_end_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let pid = folder.path().join("pid");
+        let forever = format!("echo $$ >{}; exec sleep 1000", pid.display());
+        let stop = Stop::default();
+        std::thread::scope(|scope| {
+            let run = scope.spawn(|| answer(shell(&forever), Vec::new(), HOUR, &stop));
+            while !fs::read_to_string(&pid).is_ok_and(|pid| pid.ends_with('\n')) {
+                std::thread::sleep(NAP);
+            }
+            stop.ask();
+            assert!(matches!(run.join().unwrap(), Err(ProgramError::Stopped)));
+        });
+        let pid = fs::read_to_string(&pid).unwrap();
+        assert!(!Path::new("/proc").join(pid.trim()).exists());
+
+        let late = answer(shell("exec sleep 1000"), Vec::new(), NAP, &Stop::default());
+        assert!(matches!(late, Err(ProgramError::Late(_))));
+        let none = answer(Command::new("/no/such"), Vec::new(), HOUR, &Stop::default());
+        assert!(matches!(none, Err(ProgramError::Run(_))));
+    }
+}

@@ -1,0 +1,227 @@
+//! What can go wrong with an image, said so that it can be acted upon.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+/// Why an image could not be written, opened or read.
+///
+/// Every message is one complete line: it contains the operating system's error
+/// where there is one, so there is no further `source` to print.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// The operating system refused something.
+    #[error("cannot {doing} {}: {error}", path.display())]
+    Io {
+        /// What was being done, to be followed by the path.
+        doing: &'static str,
+        /// The image's path.
+        path: PathBuf,
+        /// What the operating system said.
+        error: io::Error,
+    },
+    /// The disk or the quota is full.
+    #[error(
+        "no space left to write {}: free some space there or save elsewhere; \
+         nothing was left behind ({error})",
+        path.display()
+    )]
+    NoSpace {
+        /// The image's path.
+        path: PathBuf,
+        /// What the operating system said.
+        error: io::Error,
+    },
+    /// There is a file of that name, and overwriting was not asked for.
+    #[error("{} exists already: choose another name, or overwrite it with force", .0.display())]
+    Exists(PathBuf),
+    /// The path is no regular file, so it is neither read nor overwritten.
+    #[error("{} is not a regular file: an image can only be a regular file", .0.display())]
+    NotRegular(PathBuf),
+    /// The path has no file name at its end.
+    #[error("{} does not name a file to write an image to", .0.display())]
+    NoFileName(PathBuf),
+    /// The writer's options make no sense.
+    #[error("cannot write an image with {0}")]
+    Options(String),
+    /// The list of blocks breaks a rule of the format.
+    #[error("cannot write an image of this machine: {0}")]
+    Blocks(String),
+    /// The index of the machine's pages does not fit into this host.
+    #[error(
+        "cannot write {}: the index of a machine of {ram} bytes takes {index} bytes of memory, and \
+         {limit} (a quarter of this host's) is the most that is given it: use a larger host",
+        path.display()
+    )]
+    IndexTooLarge {
+        /// The image's path.
+        path: PathBuf,
+        /// Bytes of the machine's memory.
+        ram: u64,
+        /// Bytes of the index.
+        index: u64,
+        /// The most that it may have.
+        limit: u64,
+    },
+    /// A part is larger than the format allows.
+    #[error("the {what} of {len} bytes exceeds the format's limit of {limit} bytes")]
+    TooLarge {
+        /// Which part.
+        what: &'static str,
+        /// Its length in bytes.
+        len: u64,
+        /// The most bytes it may have.
+        limit: u64,
+    },
+    /// There is no such page in the machine.
+    #[error("there is no page at block {block}, offset {offset:#x}")]
+    NoSuchPage {
+        /// The block's position in the list, and its name if it has one.
+        block: String,
+        /// Offset in the block in bytes.
+        offset: u64,
+    },
+    /// The writer was to finish before it had been given every page.
+    #[error(
+        "cannot finish {}: {missing} pages were never given, the first of them \
+         block {block}, offset {offset:#x}; save again",
+        path.display()
+    )]
+    PagesMissing {
+        /// The image's path.
+        path: PathBuf,
+        /// Name of the first missing page's block.
+        block: String,
+        /// The first missing page's offset in its block, in bytes.
+        offset: u64,
+        /// How many pages are missing in all.
+        missing: u64,
+    },
+    /// A thread of the writer ended without saying why.
+    #[error("a thread that writes {} ended unexpectedly: save again and report this", .0.display())]
+    ThreadLost(PathBuf),
+    /// The file is something else.
+    #[error("{} is not a snapback image (it does not begin with its magic)", .0.display())]
+    NotAnImage(PathBuf),
+    /// The superblock, which is written last, is all zeros.
+    #[error("{} was never finished (its superblock is empty): save again", .0.display())]
+    Unfinished(PathBuf),
+    /// The file ends too early.
+    #[error(
+        "{} is truncated: {found} of {expected} bytes; copy it again from where it is whole",
+        path.display()
+    )]
+    Truncated {
+        /// The image's path.
+        path: PathBuf,
+        /// Length of the file in bytes.
+        found: u64,
+        /// Length that it should have (at least) in bytes.
+        expected: u64,
+    },
+    /// A later snapback wrote it.
+    #[error(
+        "{} is of format version {version}, this snapback reads version {known}: \
+         use a snapback that knows it",
+        path.display()
+    )]
+    NewerVersion {
+        /// The image's path.
+        path: PathBuf,
+        /// Version found.
+        version: u32,
+        /// Version known.
+        known: u32,
+    },
+    /// It needs features that this snapback does not have.
+    #[error(
+        "{} needs features that this snapback does not know (bits {bits:#x}): \
+         use a newer snapback",
+        path.display()
+    )]
+    UnknownFeatures {
+        /// The image's path.
+        path: PathBuf,
+        /// The unknown ones of the incompatible feature bits.
+        bits: u64,
+    },
+    /// Another image, in which pages of this one lie, is not there or not the same.
+    #[error("{} needs image {identity}: {problem}", path.display())]
+    Layer {
+        /// The path of the image that refers to it.
+        path: PathBuf,
+        /// The other image's identity.
+        identity: Uuid,
+        /// Where it was looked for, what was found there, and what to do.
+        problem: String,
+    },
+    /// An image can't be written on top of another.
+    #[error("cannot save on top of {}: {problem}", path.display())]
+    Parent {
+        /// The other image's path.
+        path: PathBuf,
+        /// Why not, and what to do.
+        problem: String,
+    },
+    /// What is written would replace a file that it is made of.
+    #[error(
+        "cannot write {}: it would replace {}, which it is made of or refers to: give it another \
+         name",
+        path.display(), needed.display()
+    )]
+    Replaces {
+        /// What is to be written.
+        path: PathBuf,
+        /// What it needs.
+        needed: PathBuf,
+    },
+    /// Whoever had it written changed his mind.
+    #[error("interrupted: {} was not written", .0.display())]
+    Interrupted(PathBuf),
+    /// A part of the image is not what was written, or can't be read.
+    #[error("{} is damaged: {place}: {problem}", path.display())]
+    Damaged {
+        /// The image's path.
+        path: PathBuf,
+        /// Which part, and where in the file.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A chunk is not what was written, or can't be read.
+    #[error("{} is damaged: chunk {chunk} at file offset {offset:#x}: {problem}", path.display())]
+    Chunk {
+        /// The image's path.
+        path: PathBuf,
+        /// The chunk's number.
+        chunk: u64,
+        /// Where the chunk is stored, in bytes from the start of the file.
+        offset: u64,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl ImageError {
+    /// An operating system's error; a full disk gets a variant of its own.
+    pub(crate) fn io(doing: &'static str, path: &Path, error: io::Error) -> ImageError {
+        let path = path.to_owned();
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                ImageError::NoSpace { path, error }
+            }
+            _ => ImageError::Io { doing, path, error },
+        }
+    }
+
+    /// Damage to a named place.
+    pub(in crate::image) fn damaged(
+        path: &Path,
+        place: impl Into<String>,
+        problem: impl Into<String>,
+    ) -> ImageError {
+        ImageError::Damaged { path: path.to_owned(), place: place.into(), problem: problem.into() }
+    }
+}

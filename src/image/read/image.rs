@@ -1,0 +1,324 @@
+//! Opening an image, and reading what lies in it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::image::format::error::ImageError;
+use crate::image::format::layout::{ChunkEntry, Codec, LAYERS, PageEntry, Region};
+use crate::image::format::manifest::{Manifest, Sections, check_blocks, check_layers};
+use crate::image::read::layer::{Buffers, Layer, chunk_id, layer_and_number, read_plain};
+use crate::image::read::lineage;
+use crate::image::read::table::Table;
+use crate::image::write::flat::check_places;
+use crate::image::write::writer::no_such_page;
+use crate::page::{
+    Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
+};
+
+/// An open image.
+///
+/// It keeps what has been touched of the page index and the chunk tables: 8 bytes
+/// per target page and 24 bytes per chunk at most. It holds its own file open, and one
+/// for each image that it refers to, at most 255. `Arc<Image>` is a [`PageSource`].
+pub struct Image {
+    /// Its own file, then the others in the order of the manifest: never empty.
+    layers: Vec<Layer>,
+    manifest: Manifest,
+    /// Each block's first entry in the page index.
+    starts: Vec<u64>,
+    pub(in crate::image) pages: Table,
+    /// The most pages that a chunk of any layer holds.
+    chunk_pages: usize,
+}
+
+impl Image {
+    /// Opens an image. Reads the superblock and the manifest, and the superblock of
+    /// each image that it refers to, nothing else: it takes as long for 512 GiB as for
+    /// 512 MiB.
+    ///
+    /// # Errors
+    /// A file that can't be read, is no image, is truncated, damaged, or of a
+    /// later version; an image that it refers to and that is not there, or is another
+    /// one. The message says which and what to do.
+    pub fn open(path: impl AsRef<Path>) -> Result<Arc<Image>, ImageError> {
+        let own = Layer::open(path.as_ref())?;
+        let manifest = read_manifest(&own)?;
+        let others = lineage::open_layers(&own.path, &manifest.layers)?;
+        let starts = manifest
+            .blocks
+            .iter()
+            .scan(0, |next, block| {
+                let start = *next;
+                *next += block.pages();
+                Some(start)
+            })
+            .collect();
+        let pages = Table::new(Region::PageIndex, &own.superblock);
+        let layers: Vec<Layer> = [own].into_iter().chain(others).collect();
+        let chunk_pages = layers.iter().map(|layer| layer.superblock.chunk_pages).max();
+        let chunk_pages = chunk_pages.unwrap_or(1) as usize;
+        Ok(Arc::new(Image { layers, manifest, starts, pages, chunk_pages }))
+    }
+
+    /// What the image says of itself and of the machine.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.own().path
+    }
+
+    /// The files that its pages lie in: its own, and those of the images that it refers to.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.layers.iter().map(|layer| layer.path.as_path())
+    }
+
+    /// Its identity, different for every image written.
+    pub fn identity(&self) -> Uuid {
+        self.own().superblock.identity
+    }
+
+    /// Length of the file in bytes.
+    pub fn file_len(&self) -> u64 {
+        self.own().superblock.file_len
+    }
+
+    /// Number of chunks.
+    pub fn chunk_count(&self) -> u64 {
+        self.own().superblock.chunk_count
+    }
+
+    /// Reads and verifies the parts of the migration stream that are not RAM.
+    ///
+    /// # Errors
+    /// When one can't be read or its checksum does not match.
+    pub fn sections(&self) -> Result<Sections, ImageError> {
+        let read = |region| self.own().read_whole(region);
+        Ok(Sections {
+            config: read(Region::Config)?,
+            devices: read(Region::Devices)?,
+            vmdesc: read(Region::Vmdesc)?,
+        })
+    }
+
+    /// Where a page is stored. Costs two look-ups, and the first time in each
+    /// 4 KiB of the tables a read and a checksum.
+    ///
+    /// # Errors
+    /// A page that does not exist, or damage where the tables speak of it.
+    pub fn find(&self, page: Page) -> Result<Location, ImageError> {
+        let raw = self.entry(page)?;
+        self.check_entry(raw, |_, layer, chunk| layer.chunk(chunk)).map_err(|problem| {
+            let place = format!(
+                "page index of block {:?}, offset {:#x}",
+                self.manifest.blocks[page.block.index()].name,
+                page.offset()
+            );
+            ImageError::damaged(self.path(), place, problem)
+        })
+    }
+
+    /// A page's entry in the index, as it lies there.
+    fn entry(&self, page: Page) -> Result<[u8; 8], ImageError> {
+        let number = page.block.index();
+        let blocks = &self.manifest.blocks;
+        let start = match (blocks.get(number), self.starts.get(number)) {
+            (Some(block), Some(start)) if page.number < block.pages() => start,
+            _ => return Err(no_such_page(blocks, page)),
+        };
+        let own = self.own();
+        self.pages.entry(start + page.number, &own.file, &own.path)
+    }
+
+    /// The block that an entry of the page index belongs to, and the block's first
+    /// entry.
+    pub(in crate::image) fn block_of(&self, entry: u64) -> Option<(&Block, u64)> {
+        // The last block that starts at or before the entry; empty blocks before
+        // it may start there too.
+        let number = self.starts.partition_point(|start| *start <= entry).checked_sub(1)?;
+        self.manifest.blocks.get(number).zip(self.starts.get(number).copied())
+    }
+
+    /// Makes a page's entry in the index its location. `entry_of` is given a layer's
+    /// number, the layer, and the number of a chunk that it has.
+    pub(in crate::image) fn check_entry<'a>(
+        &'a self,
+        raw: [u8; 8],
+        entry_of: impl FnOnce(usize, &'a Layer, u64) -> Result<ChunkEntry, ImageError>,
+    ) -> Result<Location, String> {
+        let (layer, number, slot) = match PageEntry::decode(u64::from_le_bytes(raw))? {
+            PageEntry::Zero => return Ok(Location::Zero),
+            PageEntry::Missing => return Err("the page was never written".into()),
+            PageEntry::Stored { layer, chunk, slot } => (layer, chunk, slot),
+        };
+        let Some(holder) = self.layers.get(usize::from(layer)) else {
+            return Err(format!("it lies in layer {layer}, of {}", self.layers.len() - 1));
+        };
+        let chunks = holder.chunks.entries();
+        if number >= chunks {
+            return Err(format!("chunk {number} does not exist, there are {chunks}"));
+        }
+        let pages = entry_of(usize::from(layer), holder, number).map_err(|e| e.to_string())?.pages;
+        if slot >= pages {
+            return Err(format!("chunk {number} has {pages} pages, not a page {slot}"));
+        }
+        Ok(Location::Stored { chunk: chunk_id(layer, number), slot: usize::from(slot) })
+    }
+
+    /// A chunk's layer and its entry in the table there.
+    pub(in crate::image) fn chunk(
+        &self,
+        chunk: ChunkId,
+    ) -> Result<(&Layer, u64, ChunkEntry), ImageError> {
+        let (layer, number) = layer_and_number(chunk);
+        let layer = self.layers.get(usize::from(layer)).ok_or_else(|| {
+            let problem = format!("there is no layer {layer}");
+            ImageError::damaged(self.path(), format!("chunk {number}"), problem)
+        })?;
+        Ok((layer, number, layer.chunk(number)?))
+    }
+
+    /// Its own file.
+    pub(in crate::image) fn own(&self) -> &Layer {
+        &self.layers[0]
+    }
+
+    /// Its own file, and behind it those that it refers to.
+    pub(in crate::image) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Room for one of its chunks.
+    pub(in crate::image) fn buffers(&self) -> Result<Buffers, ImageError> {
+        Buffers::new(self.chunk_pages, self.path())
+    }
+
+    /// Reads, verifies and drops a section or the manifest.
+    pub(in crate::image) fn check_whole(&self, region: Region) -> Result<(), ImageError> {
+        self.own().read_whole(region).map(drop)
+    }
+}
+
+impl PageSource for Arc<Image> {
+    fn blocks(&self) -> &[Block] {
+        &self.manifest.blocks
+    }
+
+    fn chunk_pages(&self) -> usize {
+        self.chunk_pages
+    }
+
+    fn locate(&self, page: Page) -> Result<Location, SourceError> {
+        Ok(self.find(page)?)
+    }
+
+    fn is_zero(&self, page: Page) -> bool {
+        let decode = |raw| PageEntry::decode(u64::from_le_bytes(raw));
+        self.entry(page).is_ok_and(|raw| matches!(decode(raw), Ok(PageEntry::Zero)))
+    }
+
+    fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+        let buffers = self.buffers()?;
+        let run = Vec::with_capacity(RUN_BYTES / PAGE_SIZE);
+        Ok(Box::new(Reader { image: Arc::clone(self), buffers, run }))
+    }
+}
+
+/// Bytes that are read in one go at most: they are to be in the processor's cache still
+/// when their checksums are made.
+const RUN_BYTES: usize = 256 << 10;
+
+/// One thread's reader of an image's chunks.
+struct Reader {
+    image: Arc<Image>,
+    buffers: Buffers,
+    /// Chunks that are read in one go.
+    run: Vec<ChunkEntry>,
+}
+
+impl ChunkReader for Reader {
+    fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError> {
+        let (layer, number, entry) = self.image.chunk(chunk)?;
+        Ok(self.buffers.read(layer, number, &entry)?)
+    }
+
+    fn read_to(&mut self, chunk: ChunkId, out: &mut [u8]) -> Result<bool, SourceError> {
+        let (layer, number, entry) = self.image.chunk(chunk)?;
+        if entry.plain_len() != out.len() {
+            return Ok(false);
+        }
+        self.buffers.read_to(layer, number, &entry, out)?;
+        Ok(true)
+    }
+
+    fn read_run(
+        &mut self,
+        chunks: &[(ChunkId, usize)],
+        out: &mut [u8],
+    ) -> Result<usize, SourceError> {
+        let Some(&(first, len)) = chunks.first() else { return Ok(0) };
+        let (layer, number, entry) = self.image.chunk(first)?;
+        if entry.plain_len() != len {
+            return Ok(0);
+        }
+        self.run.clear();
+        self.run.push(entry);
+        let mut end = len;
+        for (chunk, len) in &chunks[1..] {
+            if layer_and_number(*chunk).0 != layer_and_number(first).0 || end + len > RUN_BYTES {
+                break;
+            }
+            match self.image.chunk(*chunk) {
+                Ok((_, _, next)) if next.plain_len() == *len && self.run_goes_on(&next) => {
+                    self.run.push(next);
+                    end += len;
+                }
+                _ => break,
+            }
+        }
+        if self.run.len() > 1 {
+            let read = read_plain(layer, &self.run, &mut out[..end]);
+            if read > 0 {
+                return Ok(read);
+            }
+        }
+        // By itself, or to say what is wrong with it.
+        self.buffers.read_to(layer, number, &entry, &mut out[..len])?;
+        Ok(1)
+    }
+}
+
+impl Reader {
+    /// Whether a chunk lies behind the run's last, both as they were.
+    fn run_goes_on(&self, next: &ChunkEntry) -> bool {
+        self.run.last().is_some_and(|last| {
+            let plain = [last, next].iter().all(|entry| entry.codec == Codec::Plain);
+            plain && last.offset + u64::from(last.stored_len) == next.offset
+        })
+    }
+}
+
+/// Reads and verifies the manifest, and holds it against the superblock.
+pub(in crate::image) fn read_manifest(layer: &Layer) -> Result<Manifest, ImageError> {
+    let superblock = &layer.superblock;
+    let bytes = layer.read_whole(Region::Manifest)?;
+    let damaged = |problem: String| ImageError::damaged(&layer.path, "manifest", problem);
+    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    let pages = check_blocks(&manifest.blocks).map_err(damaged)?;
+    if pages != superblock.page_count {
+        return Err(damaged(format!(
+            "its blocks have {pages} pages, the page index has {}",
+            superblock.page_count
+        )));
+    }
+    if manifest.identity != superblock.identity {
+        return Err(damaged("it belongs to another image".into()));
+    }
+    check_places(&manifest, superblock).map_err(damaged)?;
+    check_layers(&manifest, superblock.incompatible & LAYERS != 0).map_err(damaged)?;
+    Ok(manifest)
+}

@@ -1,0 +1,217 @@
+//! One file that holds chunks: an image's own, or one of those that it refers to.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::image::format::error::ImageError;
+use crate::image::format::layout::{ChunkEntry, Codec, Region, SUPERBLOCK_BYTES, Superblock};
+use crate::image::read::table::Table;
+use crate::page::{ChunkId, PAGE_SIZE};
+
+/// Bits of a [`ChunkId`] that are the chunk's number; those above are its layer's.
+const CHUNK_BITS: u32 = 56;
+
+/// The chunk of that number in an image's nth layer, 0 being its own.
+pub(in crate::image) fn chunk_id(layer: u8, number: u64) -> ChunkId {
+    ChunkId(u64::from(layer) << CHUNK_BITS | number)
+}
+
+/// The layer and the number of a chunk.
+pub(in crate::image) fn layer_and_number(chunk: ChunkId) -> (u8, u64) {
+    ((chunk.0 >> CHUNK_BITS) as u8, chunk.0 & ((1 << CHUNK_BITS) - 1))
+}
+
+/// An open file with chunks, and its chunk table.
+pub(in crate::image) struct Layer {
+    pub path: PathBuf,
+    pub file: File,
+    pub superblock: Superblock,
+    pub chunks: Table,
+}
+
+impl Layer {
+    /// Opens an image's file. Reads the superblock, nothing else.
+    ///
+    /// # Errors
+    /// A file that can't be read, is no image, is truncated, damaged, or of a later
+    /// version.
+    pub fn open(path: &Path) -> Result<Layer, ImageError> {
+        let io = |e| ImageError::io("open", path, e);
+        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(nix::libc::O_NONBLOCK)
+            .open(path)
+            .map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(ImageError::NotRegular(path.to_owned()));
+        }
+        let found = metadata.len();
+        let truncated = |expected| ImageError::Truncated { path: path.to_owned(), found, expected };
+        if found < SUPERBLOCK_BYTES as u64 {
+            return Err(truncated(SUPERBLOCK_BYTES as u64));
+        }
+        let mut bytes = [0; SUPERBLOCK_BYTES];
+        file.read_exact_at(&mut bytes, 0).map_err(|e| ImageError::io("read", path, e))?;
+        let superblock = Superblock::decode(&bytes, path)?;
+        if found < superblock.file_len {
+            return Err(truncated(superblock.file_len));
+        }
+        if found > superblock.file_len {
+            let problem = format!("{found} bytes where {} belong to it", superblock.file_len);
+            return Err(ImageError::damaged(path, "file length", problem));
+        }
+        let chunks = Table::new(Region::ChunkTable, &superblock);
+        Ok(Layer { path: path.to_owned(), file, superblock, chunks })
+    }
+
+    /// A chunk's entry in the table.
+    pub fn chunk(&self, number: u64) -> Result<ChunkEntry, ImageError> {
+        if number >= self.chunks.entries() {
+            let problem = format!("it does not exist, there are {}", self.chunks.entries());
+            return Err(ImageError::damaged(&self.path, format!("chunk {number}"), problem));
+        }
+        let raw = self.chunks.entry(number, &self.file, &self.path)?;
+        self.decode_chunk(number, &raw)
+    }
+
+    /// Reads a chunk's entry from the table's bytes.
+    pub fn decode_chunk(&self, number: u64, raw: &[u8; 24]) -> Result<ChunkEntry, ImageError> {
+        ChunkEntry::decode(raw, &self.superblock).map_err(|problem| {
+            ImageError::damaged(&self.path, format!("chunk table entry {number}"), problem)
+        })
+    }
+
+    /// Reads and verifies a region that has one checksum for the whole. Its length,
+    /// which [`Superblock::decode`] has bounded, is what this allocates.
+    pub fn read_whole(&self, region: Region) -> Result<Vec<u8>, ImageError> {
+        let extent = self.superblock.region(region);
+        let damaged = |problem: String| {
+            let place = format!("{} at file offset {:#x}", region.name(), extent.offset);
+            ImageError::damaged(&self.path, place, problem)
+        };
+        let mut bytes = vec![0; extent.len as usize];
+        self.file
+            .read_exact_at(&mut bytes, extent.offset)
+            .map_err(|e| damaged(format!("can't read: {e}")))?;
+        if region.checksum(self.superblock.identity, &bytes) != extent.checksum {
+            return Err(damaged("its checksum does not match".into()));
+        }
+        Ok(bytes)
+    }
+}
+
+/// Reads chunks that lie back to back as they were, in one go, into `out`, which has their
+/// length. Returns how many, from the first on, could be read and are what they should be.
+pub(in crate::image) fn read_plain(layer: &Layer, chunks: &[ChunkEntry], out: &mut [u8]) -> usize {
+    let start = chunks.first().map_or(0, |chunk| chunk.offset);
+    if layer.file.read_exact_at(out, start).is_err() {
+        return 0;
+    }
+    let mut rest = &*out;
+    let is_right = |chunk: &&ChunkEntry| {
+        let (bytes, behind) = rest.split_at(chunk.plain_len());
+        rest = behind;
+        xxh3_64(bytes) == chunk.checksum
+    };
+    chunks.iter().take_while(is_right).count()
+}
+
+/// Room for one chunk, and what reads it.
+pub(in crate::image) struct Buffers {
+    plain: Box<[u8]>,
+    opener: Opener,
+}
+
+/// Reads chunks, with room for the stored form of one.
+struct Opener {
+    stored: Box<[u8]>,
+    zstd: zstd::bulk::Decompressor<'static>,
+}
+
+impl Buffers {
+    /// Room for chunks of so many pages. The path is for the error.
+    pub fn new(chunk_pages: usize, path: &Path) -> Result<Buffers, ImageError> {
+        let len = chunk_pages * PAGE_SIZE;
+        let zstd = zstd::bulk::Decompressor::new()
+            .map_err(|e| ImageError::io("make a decompressor for", path, e))?;
+        let opener = Opener { stored: vec![0; len].into(), zstd };
+        Ok(Buffers { plain: vec![0; len].into(), opener })
+    }
+
+    /// Reads, decompresses and verifies a chunk of at most as many pages as there is
+    /// room for.
+    pub fn read(
+        &mut self,
+        layer: &Layer,
+        chunk: u64,
+        entry: &ChunkEntry,
+    ) -> Result<&[u8], ImageError> {
+        // ChunkEntry::decode has seen that neither length exceeds the buffers'.
+        let plain = &mut self.plain[..entry.plain_len()];
+        self.opener.read(layer, chunk, entry, plain)?;
+        Ok(plain)
+    }
+
+    /// Does the same straight into `out`, which has the chunk's length.
+    pub fn read_to(
+        &mut self,
+        layer: &Layer,
+        chunk: u64,
+        entry: &ChunkEntry,
+        out: &mut [u8],
+    ) -> Result<(), ImageError> {
+        self.opener.read(layer, chunk, entry, out)
+    }
+
+    /// The bytes of the chunk that was read last, if that went well; pages of others
+    /// behind it.
+    pub fn plain(&self) -> &[u8] {
+        &self.plain
+    }
+}
+
+impl Opener {
+    /// Reads, decompresses and verifies a chunk into `plain`, which has its length.
+    fn read(
+        &mut self,
+        layer: &Layer,
+        chunk: u64,
+        entry: &ChunkEntry,
+        plain: &mut [u8],
+    ) -> Result<(), ImageError> {
+        let failed = |problem: String| ImageError::Chunk {
+            path: layer.path.clone(),
+            chunk,
+            offset: entry.offset,
+            problem,
+        };
+        let stored = match entry.codec {
+            Codec::Plain => &mut *plain,
+            Codec::Zstd => &mut self.stored[..entry.stored_len as usize],
+        };
+        layer
+            .file
+            .read_exact_at(stored, entry.offset)
+            .map_err(|e| failed(format!("can't read {} bytes: {e}", entry.stored_len)))?;
+        if entry.codec == Codec::Zstd {
+            let stored = &self.stored[..entry.stored_len as usize];
+            let len = self
+                .zstd
+                .decompress_to_buffer(stored, plain)
+                .map_err(|e| failed(format!("can't decompress {} bytes: {e}", entry.stored_len)))?;
+            if len != entry.plain_len() {
+                let due = entry.plain_len();
+                return Err(failed(format!("decompressed to {len} bytes, not to {due}")));
+            }
+        }
+        if xxh3_64(plain) != entry.checksum {
+            return Err(failed("its checksum does not match".into()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,7 @@
+//! The reading side of images.
+
+pub(super) mod image;
+pub(super) mod layer;
+pub(super) mod lineage;
+pub(super) mod table;
+pub(super) mod verify;

@@ -1,0 +1,112 @@
+//! What an image has in common with the one that it is written on top of: pages with
+//! the same content at the same place.
+//!
+//! Contents are compared byte by byte with what the other image really gives, verified;
+//! checksums prove nothing where a guest's user chooses the bytes. What can't be read
+//! there counts as different: it only makes the new image larger.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::image::format::error::ImageError;
+use crate::image::format::layout::PageEntry;
+use crate::image::format::manifest::LayerRef;
+use crate::image::read::image::Image;
+use crate::image::read::layer::{Buffers, layer_and_number};
+use crate::image::read::lineage::refer_to;
+use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
+
+/// The image on top of which another is written.
+pub(in crate::image) struct Base {
+    image: Arc<Image>,
+    /// What the page index of the new image calls them: 1 is the first.
+    pub layers: Vec<LayerRef>,
+    /// For each block of the new image, that of the same name here.
+    blocks: Vec<Option<BlockId>>,
+    /// It has been told that something can't be read.
+    told: AtomicBool,
+}
+
+impl Base {
+    /// `image` as the base of an image of these blocks that is to be called `target`.
+    pub fn new(image: &Arc<Image>, target: &Path, blocks: &[Block]) -> Result<Base, ImageError> {
+        let theirs = &image.manifest().blocks;
+        let same_name = |block: &Block| {
+            let number = theirs.iter().position(|other| other.name == block.name)?;
+            u16::try_from(number).ok().map(BlockId)
+        };
+        Ok(Base {
+            layers: refer_to(image, target)?,
+            blocks: blocks.iter().map(same_name).collect(),
+            image: Arc::clone(image),
+            told: AtomicBool::new(false),
+        })
+    }
+
+    /// Where a page of the new image lies here, if its place exists and is not zeros.
+    fn find(&self, page: Page) -> Result<Option<(ChunkId, usize)>, ImageError> {
+        let Some(Some(block)) = self.blocks.get(page.block.index()) else { return Ok(None) };
+        if page.number >= self.image.manifest().blocks[block.index()].pages() {
+            return Ok(None);
+        }
+        Ok(match self.image.find(Page { block: *block, number: page.number })? {
+            Location::Zero => None,
+            Location::Stored { chunk, slot } => Some((chunk, slot)),
+        })
+    }
+
+    fn tell(&self, error: &ImageError) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!("what can't be read in the parent is stored again: {error}");
+        }
+    }
+}
+
+/// Compares pages with a base: one thread's share.
+pub(in crate::image) struct Comparer {
+    base: Arc<Base>,
+    buffers: Buffers,
+    /// The chunk in the buffers.
+    held: Option<ChunkId>,
+}
+
+impl Comparer {
+    pub fn new(base: &Arc<Base>) -> Result<Comparer, ImageError> {
+        Ok(Comparer { base: Arc::clone(base), buffers: base.image.buffers()?, held: None })
+    }
+
+    /// The page's entry in the new image's index, if the base has the same bytes at the
+    /// same place.
+    pub fn same(&mut self, page: Page, bytes: &[u8]) -> Option<PageEntry> {
+        match self.compare(page, bytes) {
+            Ok(entry) => entry,
+            Err(error) => {
+                self.base.tell(&error);
+                None
+            }
+        }
+    }
+
+    fn compare(&mut self, page: Page, bytes: &[u8]) -> Result<Option<PageEntry>, ImageError> {
+        let Some((chunk, slot)) = self.base.find(page)? else { return Ok(None) };
+        if self.held != Some(chunk) {
+            self.held = None;
+            let (layer, number, entry) = self.base.image.chunk(chunk)?;
+            self.buffers.read(layer, number, &entry)?;
+            self.held = Some(chunk);
+        }
+        // Image::find has seen that the chunk has such a slot.
+        if self.buffers.plain()[slot * PAGE_SIZE..(slot + 1) * PAGE_SIZE] != *bytes {
+            return Ok(None);
+        }
+        // The base itself is the new image's first layer, its layers follow.
+        let (layer, chunk) = layer_and_number(chunk);
+        let slot = u8::try_from(slot).ok();
+        Ok(layer.checked_add(1).zip(slot).map(|(layer, slot)| PageEntry::Stored {
+            layer,
+            chunk,
+            slot,
+        }))
+    }
+}

@@ -1,0 +1,12 @@
+//! The writing side of images.
+
+pub(super) mod dedupe;
+pub(super) mod delta;
+pub(super) mod flat;
+pub(super) mod flatten;
+pub(super) mod pack;
+pub(super) mod pipeline;
+pub(super) mod sink;
+pub(super) mod tail;
+pub(super) mod target;
+pub(super) mod writer;

@@ -1,0 +1,136 @@
+//! What a writer appends behind the data region: the tables, the manifest and the
+//! sections.
+
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::FileExt;
+
+use uuid::Uuid;
+
+use crate::image::format::error::ImageError;
+use crate::image::format::layout::{
+    ChunkEntry, Extent, LAYERS, MAX_MANIFEST_BYTES, MAX_SECTION_BYTES, PIECE_BYTES,
+    PIECE_CHECKSUM_OFFSET, REGIONS, Region, SUPERBLOCK_BYTES, Superblock, piece_checksum, put,
+};
+use crate::image::format::manifest::{Manifest, Sections};
+use crate::image::write::sink::Sink;
+use crate::image::write::target::Target;
+
+/// Writes what lies behind the data region.
+pub(in crate::image) struct Tail {
+    out: BufWriter<Sink>,
+    identity: Uuid,
+    at: u64,
+    regions: [Extent; REGIONS],
+}
+
+impl Tail {
+    /// Starts behind the last chunk.
+    pub fn new(mut sink: Sink, identity: Uuid) -> Tail {
+        let data_end = sink.at();
+        let mut regions = [Extent::default(); REGIONS];
+        let start = SUPERBLOCK_BYTES as u64;
+        regions[Region::Data as usize] =
+            Extent { offset: start, len: data_end - start, checksum: 0 };
+        let at = data_end.next_multiple_of(PIECE_BYTES as u64);
+        sink.skip_to(at);
+        Tail { out: BufWriter::with_capacity(1 << 20, sink), identity, at, regions }
+    }
+
+    /// A table, in pieces that carry their own checksums.
+    pub fn table<const N: usize>(
+        &mut self,
+        region: Region,
+        entries: impl Iterator<Item = [u8; N]>,
+    ) -> io::Result<()> {
+        let seed = region.seed(self.identity);
+        let mut number = 0;
+        let mut piece = [0; PIECE_BYTES];
+        let mut filled = 0;
+        let mut seal = |out: &mut BufWriter<Sink>, piece: &mut [u8; PIECE_BYTES]| {
+            let checksum = piece_checksum(seed, number, piece);
+            put(piece, PIECE_CHECKSUM_OFFSET, &checksum.to_le_bytes());
+            number += 1;
+            let written = out.write_all(piece);
+            *piece = [0; PIECE_BYTES];
+            written
+        };
+        for entry in entries {
+            if filled + N > PIECE_CHECKSUM_OFFSET {
+                seal(&mut self.out, &mut piece)?;
+                filled = 0;
+            }
+            put(&mut piece, filled, &entry);
+            filled += N;
+        }
+        if filled > 0 {
+            seal(&mut self.out, &mut piece)?;
+        }
+        self.place(region, number * PIECE_BYTES as u64, 0);
+        Ok(())
+    }
+
+    /// A region with one checksum for the whole.
+    pub fn whole(&mut self, region: Region, bytes: &[u8]) -> io::Result<()> {
+        self.out.write_all(bytes)?;
+        self.place(region, bytes.len() as u64, region.checksum(self.identity, bytes));
+        Ok(())
+    }
+
+    fn place(&mut self, region: Region, len: u64, checksum: u64) {
+        self.regions[region as usize] = Extent { offset: self.at, len, checksum };
+        self.at += len;
+    }
+
+    /// Where all regions lie, and the length of the file.
+    pub fn finish(self) -> io::Result<([Extent; REGIONS], u64)> {
+        let sink = self.out.into_inner().map_err(|error| error.into_error())?;
+        sink.finish()?;
+        Ok((self.regions, self.at))
+    }
+}
+
+/// Writes what comes behind the chunks, where `sink` stands, and the superblock; makes the
+/// file durable and gives it its name. Returns its length in bytes.
+pub(in crate::image) fn finish(
+    target: Target,
+    sink: Sink,
+    manifest: &Manifest,
+    sections: &Sections,
+    chunks: &[ChunkEntry],
+    index: &[u64],
+    chunk_pages: u32,
+) -> Result<u64, ImageError> {
+    let io = |e| ImageError::io("write", target.path(), e);
+    let incompatible = if manifest.layers.is_empty() { 0 } else { LAYERS };
+    let identity = manifest.identity;
+    let manifest = serde_json::to_vec(manifest).map_err(|e| io(e.into()))?;
+
+    let mut tail = Tail::new(sink, identity);
+    tail.table(Region::ChunkTable, chunks.iter().map(|entry| entry.encode())).map_err(io)?;
+    tail.table(Region::PageIndex, index.iter().map(|raw| raw.to_le_bytes())).map_err(io)?;
+    for (region, bytes, limit) in [
+        (Region::Manifest, &manifest, MAX_MANIFEST_BYTES),
+        (Region::Config, &sections.config, MAX_SECTION_BYTES),
+        (Region::Devices, &sections.devices, MAX_SECTION_BYTES),
+        (Region::Vmdesc, &sections.vmdesc, MAX_SECTION_BYTES),
+    ] {
+        let len = bytes.len() as u64;
+        if len > limit {
+            return Err(ImageError::TooLarge { what: region.name(), len, limit });
+        }
+        tail.whole(region, bytes).map_err(io)?;
+    }
+    let (regions, file_len) = tail.finish().map_err(io)?;
+    let superblock = Superblock {
+        chunk_pages,
+        incompatible,
+        file_len,
+        identity,
+        chunk_count: chunks.len() as u64,
+        page_count: index.len() as u64,
+        regions,
+    };
+    target.file().write_all_at(&superblock.encode(), 0).map_err(io)?;
+    target.commit()?;
+    Ok(file_len)
+}

@@ -1,0 +1,592 @@
+//! Writing an image in one pass, pages in any order.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::unistd::{SysconfVar, sysconf};
+use uuid::Uuid;
+
+use crate::image::format::error::ImageError;
+use crate::image::format::layout::{MAX_CHUNK_PAGES, MAX_CHUNKS, PageEntry};
+use crate::image::format::manifest::{Details, LayerRef, Manifest, Sections, check_blocks};
+use crate::image::read::image::Image;
+use crate::image::write::delta::Base;
+use crate::image::write::pack::{Job, Packing, Stored};
+use crate::image::write::pipeline::{Buffer, Pipeline};
+use crate::image::write::tail;
+use crate::image::write::target::Target;
+use crate::page::{Block, PAGE_SIZE, Page, PageBytes};
+
+/// Whether and how chunks are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all: fastest to save and to revert.
+    None,
+    /// zstd at a level of -7 (fastest) to 22 (smallest). A chunk that does not
+    /// get smaller is stored plain.
+    Zstd(i32),
+}
+
+/// What becomes of the host's page cache while an image is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheUse {
+    /// The image stays in it as long as there is memory that nobody uses; beyond that, it
+    /// takes 256 MiB at most, and no other file has to give way.
+    WhatIsFree,
+    /// The image does not stay in it.
+    Drop,
+    /// The kernel decides, as for any file.
+    Keep,
+}
+
+/// How an image is to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WriterOptions {
+    /// Whether and how chunks are compressed.
+    pub compression: Compression,
+    /// Pages per chunk: a power of two from 1 to 64.
+    pub chunk_pages: usize,
+    /// Replace an existing file.
+    pub force: bool,
+    /// Bytes of page contents that may be buffered before [`ImageWriter::page`]
+    /// waits for the disk. Raised to what the threads need to keep going: four
+    /// chunks, and two more for each worker.
+    pub memory: usize,
+    /// Threads that checksum and compress, 1 to 64; one more thread writes.
+    pub workers: usize,
+    /// The most bytes a second that are written to the file; as many as can be without.
+    pub bandwidth: Option<u64>,
+    /// What becomes of the host's page cache.
+    pub cache: CacheUse,
+}
+
+impl Default for WriterOptions {
+    /// Plain chunks of 16 KiB, 64 MiB of buffers, a worker for each processor up
+    /// to 4, no overwriting, no limit to the rate, the page cache's free room.
+    fn default() -> WriterOptions {
+        WriterOptions {
+            compression: Compression::None,
+            chunk_pages: 4,
+            force: false,
+            memory: 64 << 20,
+            workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
+            bandwidth: None,
+            cache: CacheUse::WhatIsFree,
+        }
+    }
+}
+
+/// How far a writer has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriterStats {
+    /// Distinct pages given so far that are not all zeros.
+    pub data_pages: u64,
+    /// Distinct pages given so far that are all zeros.
+    pub zero_pages: u64,
+    /// Bytes of chunks written to the file so far (not necessarily to the disk).
+    pub written_bytes: u64,
+    /// Bytes of buffers in use, at most `WriterOptions::memory` (or the floor
+    /// that is stated there).
+    pub buffered_bytes: usize,
+    /// Time that [`ImageWriter::page`] has waited because that bound was reached.
+    pub stalled: Duration,
+}
+
+/// A finished image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Saved {
+    /// The image's identity.
+    pub identity: Uuid,
+    /// Number of pages stored.
+    pub data_pages: u64,
+    /// Number of pages that are all zeros.
+    pub zero_pages: u64,
+    /// Number of pages, among those stored, that were given when their chunk was there
+    /// already. A page that was given twice may count twice.
+    pub repeated_pages: u64,
+    /// Number of pages, among those stored, that lie in other images.
+    pub parent_pages: u64,
+    /// Length of the file in bytes.
+    pub image_bytes: u64,
+}
+
+/// Writes an image.
+///
+/// Pages are collected in aligned groups of as many pages as a chunk holds. A
+/// group whose pages are all known is sent to the threads as one chunk; when too
+/// many are open, the oldest is sent as it is, and what comes later for it makes
+/// another chunk. A chunk that is there already is not stored again.
+///
+/// Memory beside the buffers: 8 bytes per target page, 24 bytes per chunk, up to 48
+/// more per chunk to find it again (168 MiB at most, all together: see `dedupe`), and
+/// per worker a chunk and zstd's own (1 to 3 MiB).
+///
+/// Dropped before [`ImageWriter::finish`], it leaves nothing behind.
+pub struct ImageWriter {
+    // Before `target`: its threads end before the file does.
+    pipeline: Pipeline,
+    target: Target,
+    identity: Uuid,
+    blocks: Vec<Block>,
+    base: Option<Arc<Base>>,
+    /// For each block: its first entry in `index`, and the key of its first group.
+    starts: Vec<(u64, u64)>,
+    chunk_pages: usize,
+    /// The page index. Pages of open groups stand in it, as [`pending`], when the group
+    /// is sent, and in their chunks when its buffer has come back.
+    index: Vec<u64>,
+    /// Open groups by key, without the current one.
+    open: HashMap<u64, Group>,
+    /// The group of the last page: most pages come in ascending order.
+    current: Option<Group>,
+    /// Keys of all open groups, the oldest first.
+    ages: BTreeMap<u64, u64>,
+    next_age: u64,
+    max_open: usize,
+    next_job: u64,
+    data_pages: u64,
+    zero_pages: u64,
+    repeated_pages: u64,
+}
+
+/// The raw entry of a page that is on its way to a chunk, in that job's buffer. No
+/// finished index holds one.
+fn pending(job: u64) -> u64 {
+    const KIND: u64 = 3;
+    KIND | job << 8
+}
+
+/// An aligned group of pages that is being collected.
+struct Group {
+    key: u64,
+    /// Its key in `ages`.
+    age: u64,
+    /// Its first page, and that page's entry in the index.
+    page: Page,
+    first: usize,
+    /// Pages of it that are not known yet.
+    missing: u32,
+    /// Pages whose bytes are in the buffer, each in its place.
+    mask: u64,
+    buffer: Buffer,
+}
+
+/// Where a page belongs.
+struct Place {
+    /// Its group's key.
+    key: u64,
+    /// Its group's first page, that page's entry in the index, and how many there are.
+    page: Page,
+    first: usize,
+    count: usize,
+    /// Its place in the group.
+    slot: usize,
+}
+
+impl ImageWriter {
+    /// Starts an image that will be called `path`, of a machine with these
+    /// blocks.
+    ///
+    /// # Errors
+    /// Options or blocks that the format does not allow, a file that exists, a
+    /// folder that can't be written to, an index that takes more than a quarter of this
+    /// host's memory.
+    pub fn create(
+        path: &Path,
+        options: WriterOptions,
+        blocks: Vec<Block>,
+    ) -> Result<ImageWriter, ImageError> {
+        ImageWriter::start(path, options, blocks, None)
+    }
+
+    /// Starts an image on top of another: pages that `parent` holds at the same place
+    /// of a block of the same name, be it in its own file or in another, are referred
+    /// to and not stored again. Takes as much memory more as `parent` does when it is
+    /// read as a whole.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::create`]; and where the new image would replace one that it
+    /// refers to, or where these are too many.
+    pub fn create_on(
+        path: &Path,
+        options: WriterOptions,
+        blocks: Vec<Block>,
+        parent: &Arc<Image>,
+    ) -> Result<ImageWriter, ImageError> {
+        let base = Base::new(parent, path, &blocks)?;
+        ImageWriter::start(path, options, blocks, Some(Arc::new(base)))
+    }
+
+    fn start(
+        path: &Path,
+        options: WriterOptions,
+        blocks: Vec<Block>,
+        base: Option<Arc<Base>>,
+    ) -> Result<ImageWriter, ImageError> {
+        let WriterOptions { compression, chunk_pages, force, memory, workers, .. } = options;
+        check_options(&options)?;
+        let pages = check_blocks(&blocks).map_err(ImageError::Blocks)?;
+        check_index(path, pages)?;
+        let index = zeroed(pages)?;
+        let target = Target::create(path, force)?;
+        let chunk_bytes = chunk_pages * PAGE_SIZE;
+        let buffers = (memory / chunk_bytes).max(4 + 2 * workers);
+        let packing = Packing::new(compression, chunk_bytes, base.as_ref());
+        let pipeline = Pipeline::start(
+            target.file(),
+            path,
+            packing,
+            workers,
+            buffers,
+            (options.bandwidth, options.cache),
+        )?;
+        let mut starts = Vec::with_capacity(blocks.len());
+        let (mut first_entry, mut first_group) = (0, 0);
+        for block in &blocks {
+            starts.push((first_entry, first_group));
+            first_entry += block.pages();
+            first_group += block.pages().div_ceil(chunk_pages as u64);
+        }
+        Ok(ImageWriter {
+            pipeline,
+            target,
+            identity: Uuid::new_v4(),
+            blocks,
+            base,
+            starts,
+            chunk_pages,
+            index,
+            open: HashMap::new(),
+            current: None,
+            ages: BTreeMap::new(),
+            next_age: 0,
+            // The other half keeps the threads busy, so a wait for a buffer ends.
+            max_open: buffers / 2,
+            next_job: 0,
+            data_pages: 0,
+            zero_pages: 0,
+            repeated_pages: 0,
+        })
+    }
+
+    /// Gives a page's bytes. Given again, the last bytes win. Copies the page and
+    /// returns, unless all buffers are full: then it waits for the disk.
+    ///
+    /// # Errors
+    /// A page that does not exist; or what went wrong on the way to the disk
+    /// since the last call, after which the writer is of no more use.
+    pub fn page(&mut self, page: Page, bytes: &PageBytes) -> Result<(), ImageError> {
+        const ZEROS: PageBytes = [0; PAGE_SIZE];
+        if *bytes == ZEROS {
+            return self.zero(page);
+        }
+        self.pipeline.check()?;
+        let place = self.place(page)?;
+        let mut group = self.take_group(&place)?;
+        self.count(&mut group, place.slot, true);
+        group.mask |= 1 << place.slot;
+        let at = place.slot * PAGE_SIZE;
+        group.buffer[at..at + PAGE_SIZE].copy_from_slice(bytes);
+        self.keep_or_send(group)
+    }
+
+    /// Tells that a page is all zeros. Said again, the last word wins.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::page`].
+    pub fn zero(&mut self, page: Page) -> Result<(), ImageError> {
+        self.pipeline.check()?;
+        let place = self.place(page)?;
+        let entry = place.first + place.slot;
+        let is_current = self.current.as_ref().is_some_and(|group| group.key == place.key);
+        if !is_current && !self.open.contains_key(&place.key) {
+            match self.index[entry] {
+                PageEntry::ZERO => return Ok(()),
+                PageEntry::MISSING => {}
+                _ => self.data_pages -= 1,
+            }
+            self.zero_pages += 1;
+            self.index[entry] = PageEntry::ZERO;
+            return Ok(());
+        }
+        let mut group = self.take_group(&place)?;
+        self.count(&mut group, place.slot, false);
+        group.mask &= !(1 << place.slot);
+        self.index[entry] = PageEntry::ZERO;
+        self.keep_or_send(group)
+    }
+
+    /// How far it has come.
+    pub fn stats(&self) -> WriterStats {
+        WriterStats {
+            data_pages: self.data_pages,
+            zero_pages: self.zero_pages,
+            written_bytes: self.pipeline.written_bytes(),
+            buffered_bytes: self.pipeline.buffered_bytes(),
+            stalled: self.pipeline.stalled(),
+        }
+    }
+
+    /// What ends it from another thread when it is set to true, be it in the middle of
+    /// [`ImageWriter::finish`]: what it was doing then fails with
+    /// [`ImageError::Interrupted`].
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        self.pipeline.stopper()
+    }
+
+    /// Writes what is left, makes the file durable (fsync(2)) and gives it its
+    /// name.
+    ///
+    /// # Errors
+    /// A page that was never given, sections or a manifest that are too large,
+    /// what went wrong on the way to the disk, or a file of that name that has
+    /// appeared meanwhile. Nothing is left behind then.
+    pub fn finish(mut self, details: Details, sections: Sections) -> Result<Saved, ImageError> {
+        // First: a writer that has failed also lacks pages.
+        self.pipeline.check()?;
+        if let Some(group) = self.current.take() {
+            self.open.insert(group.key, group);
+        }
+        while self.send_oldest()? {}
+        let missing = self.index.len() as u64 - self.data_pages - self.zero_pages;
+        if missing != 0 {
+            return Err(self.pages_missing(missing));
+        }
+        let ImageWriter { pipeline, target, identity, mut index, .. } = self;
+        let ImageWriter { data_pages, zero_pages, mut repeated_pages, .. } = self;
+        let stop = pipeline.stopper();
+        let (table, sink) =
+            pipeline.finish(|stored| repeated_pages += resolve(&mut index, &stored))?;
+        let layers = self.base.map(|base| base.layers.clone()).unwrap_or_default();
+        let layers = renumber_layers(layers, &mut index);
+        let parent_pages = layers.iter().map(|layer| layer.pages).sum();
+        let manifest = Manifest {
+            identity,
+            created_by: concat!("snapback ", env!("CARGO_PKG_VERSION")).into(),
+            machine: details.machine,
+            moment_unix_us: details.moment_unix_us,
+            pause_us: details.pause_us,
+            blocks: self.blocks,
+            data_pages,
+            zero_pages,
+            layers,
+            flat: Vec::new(),
+        };
+        let chunk_pages = self.chunk_pages as u32;
+        let path = target.path().to_owned();
+        let written = tail::finish(target, sink, &manifest, &sections, &table, &index, chunk_pages);
+        let image_bytes = written.map_err(|error| match stop.load(Ordering::Relaxed) {
+            true => ImageError::Interrupted(path),
+            false => error,
+        })?;
+        Ok(Saved { identity, data_pages, zero_pages, repeated_pages, parent_pages, image_bytes })
+    }
+
+    /// Where a page belongs.
+    fn place(&self, page: Page) -> Result<Place, ImageError> {
+        let number = page.block.index();
+        let found = self.blocks.get(number).zip(self.starts.get(number));
+        let Some((block, (first_entry, first_group))) =
+            found.filter(|(block, _)| page.number < block.pages())
+        else {
+            return Err(no_such_page(&self.blocks, page));
+        };
+        let per_chunk = self.chunk_pages as u64;
+        let group = page.number / per_chunk;
+        Ok(Place {
+            key: first_group + group,
+            page: Page { number: group * per_chunk, ..page },
+            first: (first_entry + group * per_chunk) as usize,
+            count: per_chunk.min(block.pages() - group * per_chunk) as usize,
+            slot: (page.number % per_chunk) as usize,
+        })
+    }
+
+    /// Takes the open group that a page belongs to, or opens one.
+    fn take_group(&mut self, place: &Place) -> Result<Group, ImageError> {
+        if let Some(group) = self.current.take() {
+            if group.key == place.key {
+                return Ok(group);
+            }
+            self.open.insert(group.key, group);
+        }
+        if let Some(group) = self.open.remove(&place.key) {
+            return Ok(group);
+        }
+        while self.ages.len() >= self.max_open {
+            self.send_oldest()?;
+        }
+        let (buffer, stored) = self.pipeline.buffer()?;
+        if let Some(stored) = stored {
+            self.repeated_pages += resolve(&mut self.index, &stored);
+        }
+        let age = self.next_age;
+        self.next_age += 1;
+        self.ages.insert(age, place.key);
+        let entries = &self.index[place.first..place.first + place.count];
+        let missing = entries.iter().filter(|raw| **raw == PageEntry::MISSING).count() as u32;
+        let Place { key, page, first, .. } = *place;
+        Ok(Group { key, age, page, first, missing, mask: 0, buffer })
+    }
+
+    /// Counts a page of a group that now has data or is all zeros.
+    fn count(&mut self, group: &mut Group, slot: usize, data: bool) {
+        if group.mask & 1 << slot != 0 {
+            self.data_pages -= 1;
+        } else {
+            match self.index[group.first + slot] {
+                PageEntry::MISSING => group.missing -= 1,
+                PageEntry::ZERO => self.zero_pages -= 1,
+                _ => self.data_pages -= 1,
+            }
+        }
+        *(if data { &mut self.data_pages } else { &mut self.zero_pages }) += 1;
+    }
+
+    /// Sends a group whose pages are all known; keeps it otherwise.
+    fn keep_or_send(&mut self, group: Group) -> Result<(), ImageError> {
+        if group.missing == 0 {
+            return self.send(group);
+        }
+        self.current = Some(group);
+        Ok(())
+    }
+
+    /// Sends the oldest group; there may be none.
+    fn send_oldest(&mut self) -> Result<bool, ImageError> {
+        let Some((_, key)) = self.ages.pop_first() else { return Ok(false) };
+        if let Some(group) = self.open.remove(&key) {
+            self.send(group)?;
+        }
+        Ok(true)
+    }
+
+    /// Sends a group's pages on their way to a chunk.
+    fn send(&mut self, group: Group) -> Result<(), ImageError> {
+        self.ages.remove(&group.age);
+        if group.mask == 0 {
+            self.pipeline.give_back(group.buffer);
+            return Ok(());
+        }
+        let job = self.next_job;
+        if job >= MAX_CHUNKS {
+            return Err(ImageError::Options(format!("more than {MAX_CHUNKS} chunks")));
+        }
+        self.next_job += 1;
+        let Group { page, first, mask, buffer, .. } = group;
+        for place in (0..self.chunk_pages).filter(|place| mask & 1 << place != 0) {
+            self.index[first + place] = pending(job);
+        }
+        self.pipeline.submit(Job { number: job, page, first, mask, buffer })
+    }
+
+    fn pages_missing(&self, missing: u64) -> ImageError {
+        let first =
+            self.index.iter().position(|raw| *raw == PageEntry::MISSING).unwrap_or(0) as u64;
+        // The last block that starts at or before the page; empty blocks before
+        // it start there too.
+        let number = self.starts.partition_point(|(start, _)| *start <= first).saturating_sub(1);
+        ImageError::PagesMissing {
+            path: self.target.path().to_owned(),
+            block: self.blocks[number].name.clone(),
+            offset: (first - self.starts[number].0) * PAGE_SIZE as u64,
+            missing,
+        }
+    }
+}
+
+/// Enters pages into the index where they are stored, unless they have been given again
+/// meanwhile. Returns how many of them did not have to be stored.
+fn resolve(index: &mut [u64], stored: &Stored) -> u64 {
+    for (at, entry) in stored.entries() {
+        if index[at] == pending(stored.job) {
+            index[at] = entry.encode();
+        }
+    }
+    if stored.again { u64::from(stored.mask.count_ones()) } else { 0 }
+}
+
+/// Counts the pages that lie in each layer, and drops the layers in which none does,
+/// which the image then does not need.
+fn renumber_layers(layers: Vec<LayerRef>, index: &mut [u64]) -> Vec<LayerRef> {
+    if layers.is_empty() {
+        return layers;
+    }
+    let layer_of = |raw: u64| match PageEntry::decode(raw) {
+        Ok(PageEntry::Stored { layer, .. }) => usize::from(layer),
+        _ => 0,
+    };
+    let mut pages = vec![0u64; layers.len() + 1];
+    index.iter().for_each(|raw| pages[layer_of(*raw)] += 1);
+    let mut numbers = vec![0u8; layers.len() + 1];
+    let mut kept = Vec::new();
+    for (layer, old) in layers.into_iter().zip(1..) {
+        if pages[old] > 0 {
+            kept.push(LayerRef { pages: pages[old], ..layer });
+            numbers[old] = kept.len() as u8;
+        }
+    }
+    for raw in index {
+        if let Ok(PageEntry::Stored { layer, chunk, slot }) = PageEntry::decode(*raw) {
+            let layer = numbers[usize::from(layer)];
+            *raw = PageEntry::Stored { layer, chunk, slot }.encode();
+        }
+    }
+    kept
+}
+
+/// The error for a page outside the blocks.
+pub(in crate::image) fn no_such_page(blocks: &[Block], page: Page) -> ImageError {
+    let block = match blocks.get(page.block.index()) {
+        Some(block) => format!("{:?} of {:#x} bytes", block.name, block.len),
+        None => format!("{} (there are {})", page.block.0, blocks.len()),
+    };
+    ImageError::NoSuchPage { block, offset: page.number.saturating_mul(PAGE_SIZE as u64) }
+}
+
+fn check_options(options: &WriterOptions) -> Result<(), ImageError> {
+    let WriterOptions { compression, chunk_pages, workers, .. } = *options;
+    if !chunk_pages.is_power_of_two() || chunk_pages > MAX_CHUNK_PAGES {
+        return Err(ImageError::Options(format!(
+            "{chunk_pages} pages per chunk: it must be a power of two from 1 to {MAX_CHUNK_PAGES}"
+        )));
+    }
+    if !(1..=64).contains(&workers) {
+        return Err(ImageError::Options(format!("{workers} workers: it must be 1 to 64")));
+    }
+    match compression {
+        Compression::Zstd(level) if !(-7..=22).contains(&level) => {
+            Err(ImageError::Options(format!("zstd level {level}: it must be -7 to 22")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether this host has room for the index of so many pages. A few bytes of a file can
+/// claim any number of them; a machine that a host this size could run or revert stays
+/// far below.
+pub(in crate::image) fn check_index(path: &Path, pages: u64) -> Result<(), ImageError> {
+    let value = |name| sysconf(name).ok().flatten().and_then(|n| u64::try_from(n).ok());
+    let Some((count, bytes)) = value(SysconfVar::_PHYS_PAGES).zip(value(SysconfVar::PAGE_SIZE))
+    else {
+        return Ok(());
+    };
+    let (index, limit) = (pages * size_of::<u64>() as u64, count.saturating_mul(bytes) / 4);
+    if index > limit {
+        let (path, ram) = (path.to_owned(), pages * PAGE_SIZE as u64);
+        return Err(ImageError::IndexTooLarge { path, ram, index, limit });
+    }
+    Ok(())
+}
+
+/// The empty index. Its memory is taken as it is touched, but a length that can't
+/// be had at all must be an error: `vec!` alone would end the process.
+fn zeroed(pages: u64) -> Result<Vec<u64>, ImageError> {
+    Vec::<u64>::new().try_reserve_exact(pages as usize).map_err(|_| {
+        ImageError::Blocks(format!("there is no memory for an index of {pages} pages"))
+    })?;
+    Ok(vec![PageEntry::MISSING; pages as usize])
+}

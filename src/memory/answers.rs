@@ -1,0 +1,231 @@
+//! Answers what the guest waits for, at once.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use super::window::Window;
+use super::{Memory, MemoryError};
+use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
+use crate::transport::PlaceError;
+
+/// Answers requests for pages; one thread's share, with buffers of its own.
+///
+/// An answer takes no lock but what the way of placing needs, and allocates nothing once
+/// what the source keeps of its index has been touched there. A request for a page that somebody else has claimed needs no answer:
+/// whoever claimed it holds its bytes and installs it now.
+pub struct FaultServer {
+    pub(super) memory: Arc<Memory>,
+    pub(super) reader: Box<dyn ChunkReader>,
+    pub(super) window: Window,
+    report: FaultReport,
+    /// Demands are recorded until then.
+    record_until: Option<Instant>,
+}
+
+/// What a server has seen.
+#[derive(Debug, Clone)]
+pub struct FaultReport {
+    /// How long answers took, in nanoseconds from the request being heard to the page
+    /// being on its way. Requests that needed no page are not in it.
+    pub timings: Histogram<u64>,
+    /// The pages that were asked for and had to be brought, with the time, in order.
+    pub demanded: Vec<(Instant, Page)>,
+}
+
+impl FaultReport {
+    /// A report of nothing.
+    pub fn none() -> FaultReport {
+        FaultReport::new()
+    }
+
+    fn new() -> FaultReport {
+        let timings = Histogram::new_with_bounds(1, LONGEST_NS, 3);
+        let timings = timings.unwrap_or_else(|_| unreachable!("the bounds are in order"));
+        FaultReport { timings, demanded: Vec::new() }
+    }
+
+    /// Both reports as one.
+    pub fn merged(mut self, other: FaultReport) -> FaultReport {
+        // Both histograms have the same bounds.
+        let _ = self.timings.add(other.timings);
+        self.demanded.extend(other.demanded);
+        self.demanded.sort_by_key(|(when, _)| *when);
+        self
+    }
+}
+
+/// Demands that one server records at most. Room for them is set aside ahead, so that
+/// recording allocates nothing; memory that is never written to costs nothing.
+const MAX_DEMANDS: usize = 1 << 18;
+
+/// The longest time that the histogram of answers tells from longer ones, in
+/// nanoseconds: a minute.
+const LONGEST_NS: u64 = 60_000_000_000;
+
+/// Tells prefetch to stand aside for as long as it lives.
+struct Urgent<'a>(&'a Memory);
+
+impl<'a> Urgent<'a> {
+    fn new(memory: &'a Memory) -> Urgent<'a> {
+        memory.urgent.fetch_add(1, Ordering::AcqRel);
+        Urgent(memory)
+    }
+}
+
+impl Drop for Urgent<'_> {
+    fn drop(&mut self) {
+        self.0.urgent.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl FaultServer {
+    /// A server for this memory.
+    ///
+    /// # Errors
+    /// When the source can't give a reader.
+    pub fn new(memory: Arc<Memory>) -> Result<FaultServer, MemoryError> {
+        let reader = memory.source.reader().map_err(MemoryError::Reader)?;
+        let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
+        let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
+        let window = Window::new(pages);
+        Ok(FaultServer { memory, reader, window, report: FaultReport::new(), record_until: None })
+    }
+
+    /// Records what is demanded, for so long from now on.
+    pub fn recording(mut self, window: Duration) -> FaultServer {
+        self.report.demanded.reserve_exact(MAX_DEMANDS);
+        self.record_until = Instant::now().checked_add(window);
+        self
+    }
+
+    /// What it has seen.
+    pub fn into_report(self) -> FaultReport {
+        self.report
+    }
+
+    /// Installs the memory that was asked for, and whatever else its chunks hold
+    /// nearby. `offset` and `len` are in bytes, within the block; the answer's time counts
+    /// from `heard`.
+    ///
+    /// # Errors
+    /// When there is no such memory, when the source can't give it, or when it
+    /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
+    pub fn serve(
+        &mut self,
+        block: BlockId,
+        offset: u64,
+        len: u64,
+        heard: Instant,
+    ) -> Result<(), MemoryError> {
+        let memory = Arc::clone(&self.memory);
+        memory.requests.fetch_add(1, Ordering::Relaxed);
+        let _urgent = Urgent::new(&memory);
+        let end = offset.checked_add(len).filter(|end| *end <= memory.block(block).len);
+        let Some(end) = end.filter(|_| len > 0) else {
+            let block = memory.block(block).name.clone();
+            return Err(MemoryError::NoSuchMemory { block, offset, len });
+        };
+        let unit = memory.block(block).pages_per_host_page();
+        let mut number = (offset >> PAGE_SHIFT) & !(unit - 1);
+        while number << PAGE_SHIFT < end {
+            self.serve_host_page(&memory, Page { block, number }, unit, heard)?;
+            number += unit;
+        }
+        Ok(())
+    }
+
+    /// Installs one host page, which begins at target page `page`.
+    fn serve_host_page(
+        &mut self,
+        memory: &Memory,
+        page: Page,
+        unit: u64,
+        heard: Instant,
+    ) -> Result<(), MemoryError> {
+        let host_page = cut(memory, page, unit);
+        let steady = memory.steady();
+        let mut mine = None;
+        memory.claims.claim(host_page, |claimed| {
+            mine = Some(claimed);
+            Ok::<(), MemoryError>(())
+        })?;
+        let Some(mine) = mine else {
+            // It was installed between the fault and now, or will be at once by whoever
+            // has claimed it, who then wakes the waiting thread; except that a change of
+            // layout may make them release it.
+            return match memory.claims.is_present(page.block, page.number) {
+                true => memory.wake(host_page),
+                false if steady.is_some() => {
+                    Err(memory.place_error(host_page, PlaceError::Changing))
+                }
+                false => Ok(()),
+            };
+        };
+
+        // Who comes later must not rely on a claim that nobody fulfils.
+        let content = self.bring(memory, page, mine);
+        content.inspect_err(|_| memory.claims.release(mine))?;
+        self.record(page, heard);
+        let mut installed = mine.count;
+        // Where the layout changes, neighbours may have to be released, and nobody would
+        // come back for them.
+        if steady.is_none() {
+            for (run, content) in self.window.pieces() {
+                installed += memory.install(run, content, || {})?;
+            }
+        }
+        memory.demanded.fetch_add(installed, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Notes that a page is in place which was asked for then.
+    fn record(&mut self, page: Page, heard: Instant) {
+        let report = &mut self.report;
+        report.timings.saturating_record(heard.elapsed().as_nanos() as u64);
+        if self.record_until.is_some_and(|until| heard < until)
+            && report.demanded.len() < MAX_DEMANDS
+        {
+            report.demanded.push((heard, page));
+        }
+    }
+
+    /// Installs the host page `mine`, which is claimed and begins with `page`, and makes
+    /// its neighbours ready.
+    fn bring(&mut self, memory: &Memory, page: Page, mine: Run) -> Result<(), MemoryError> {
+        let unit = memory.block(page.block).pages_per_host_page();
+        let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
+        let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
+        let first = page.number / group * group;
+        let around = cut(memory, Page { block: page.block, number: first }, group);
+        let is_mine = |near: Page| (mine.first..mine.end()).contains(&near.number);
+        self.window.load(
+            memory,
+            &mut *self.reader,
+            around,
+            |near| is_mine(near) || !memory.claims.is_claimed(near.block, near.number),
+            |near, stored| is_mine(near) || together(stored, location),
+            || {},
+        )?;
+
+        // The one that is waited for goes first; its neighbours follow.
+        memory.place_run(mine, mine, self.window.host_page(mine))
+    }
+}
+
+/// `count` pages from `page` on, as far as the block reaches.
+fn cut(memory: &Memory, page: Page, count: u64) -> Run {
+    let pages = memory.block(page.block).pages();
+    Run { block: page.block, first: page.number, count: count.min(pages - page.number) }
+}
+
+/// Whether a page comes for free with another.
+fn together(a: Location, b: Location) -> bool {
+    match (a, b) {
+        (Location::Zero, Location::Zero) => true,
+        (Location::Stored { chunk: a, .. }, Location::Stored { chunk: b, .. }) => a == b,
+        _ => false,
+    }
+}
