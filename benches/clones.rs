@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use guests::{Kind, save, snapback};
-use snapback::cancel::Interrupts;
+use snapback::cancel::Cancellation;
 use snapback::guest::RewriteOptions;
 use snapback::image::Image;
 use snapback::page::PAGE_SIZE;
@@ -140,7 +140,7 @@ impl Running {
             ..RevertOptions::default()
         };
         let (mut ready, mut took) = (Instant::now(), Duration::ZERO);
-        let reverted = revert(&options, Interrupts::never(), |event| match event {
+        let reverted = revert(&options, Cancellation::new(), |event| match event {
             RevertEvent::QemuReady { .. } => ready = Instant::now(),
             RevertEvent::Running { .. } => took = ready.elapsed(),
             _ => {}

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use snapback::cancel::Interrupts;
+use snapback::cancel::Cancellation;
 use snapback::revert::{Progress, RevertEvent, RevertOptions, revert};
 use snapback::save::{SaveEvent, SaveOptions, save};
 use support::{Fill, Guest, GuestOptions, Oracle, Pidfd, Result, SOON, SerialLog};
@@ -139,7 +139,7 @@ async fn take(guest: &Guest, image: &Path) -> Result<Taken> {
     let options = SaveOptions::new(&guest.qmp_path, image);
     let mut taken = Taken::default();
     let start = Instant::now();
-    save(&options, Interrupts::never(), |event| match event {
+    save(&options, Cancellation::new(), |event| match event {
         SaveEvent::Moment { pause_ms, .. } => {
             taken.moment = start.elapsed();
             taken.pause_ms = pause_ms.unwrap_or_default();
@@ -205,7 +205,7 @@ async fn bring_back(image: &Path, log: SerialLog) -> Result<(Back, Ended)> {
         let beat = log.wait_beat(0, SOON)?;
         Ok::<_, support::Error>((beat.number, start.elapsed()))
     });
-    let reverted = revert(&options, Interrupts::never(), |event| match event {
+    let reverted = revert(&options, Cancellation::new(), |event| match event {
         RevertEvent::QemuReady { .. } => back.ready = start.elapsed(),
         RevertEvent::Running { .. } => back.running = start.elapsed(),
         RevertEvent::Resident { progress: Progress { total, requests, .. }, .. } => {

@@ -7,7 +7,7 @@
 
 use std::process::ExitCode;
 
-use snapback::cancel::Interrupts;
+use snapback::cancel::Cancellation;
 use snapback::revert::{RevertError, RevertEvent, RevertOptions, revert};
 
 #[tokio::main]
@@ -28,7 +28,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: &RevertOptions) -> Result<(), RevertError> {
-    let reverted = revert(options, interrupts(), |event| match event {
+    let reverted = revert(options, cancel(), |event| match event {
         RevertEvent::Note { what, why } => println!("note: {what}: {why}"),
         RevertEvent::Disk { disk, overlay: Some(overlay), .. } => {
             println!("what the guest writes to its disk {disk} goes to {}", overlay.display());
@@ -54,12 +54,13 @@ async fn run(options: &RevertOptions) -> Result<(), RevertError> {
 
 /// Ctrl-C as the library wants it. Whoever leaves it out lets Ctrl-C kill the program in
 /// the middle, and the guest waits for ever for what it has not got.
-fn interrupts() -> Interrupts {
-    let (sender, interrupts) = Interrupts::channel();
+fn cancel() -> Cancellation {
+    let cancel = Cancellation::new();
+    let requested = cancel.clone();
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
-            sender.send_modify(|count| *count += 1);
+            requested.request();
         }
     });
-    interrupts
+    cancel
 }

@@ -7,7 +7,7 @@
 
 use std::process::ExitCode;
 
-use snapback::cancel::Interrupts;
+use snapback::cancel::Cancellation;
 use snapback::save::{SaveError, SaveEvent, SaveOptions, save};
 
 #[tokio::main]
@@ -28,7 +28,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: &SaveOptions) -> Result<(), SaveError> {
-    let saved = save(options, interrupts(), |event| match event {
+    let saved = save(options, cancel(), |event| match event {
         SaveEvent::Checked { qemu, ram_bytes, .. } => {
             println!("QEMU {qemu}, {} MiB of RAM: can be saved", ram_bytes >> 20);
         }
@@ -51,12 +51,13 @@ async fn run(options: &SaveOptions) -> Result<(), SaveError> {
 
 /// Ctrl-C as the library wants it. Whoever leaves it out lets Ctrl-C kill the program in
 /// the middle, and the guest may wait for its memory to be taken for ever.
-fn interrupts() -> Interrupts {
-    let (sender, interrupts) = Interrupts::channel();
+fn cancel() -> Cancellation {
+    let cancel = Cancellation::new();
+    let requested = cancel.clone();
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
-            sender.send_modify(|count| *count += 1);
+            requested.request();
         }
     });
-    interrupts
+    cancel
 }

@@ -41,15 +41,22 @@ missing_packages() {
 }
 
 install_packages() {
-    local missing
+    local missing updated=
+    # Twice at most: installing one package may remove another that was there in a version
+    # which goes with a newer QEMU.
+    for _ in 1 2; do
+        missing=$(missing_packages)
+        [ -n "$missing" ] || return 0
+        # shellcheck disable=SC2086 # one word a package
+        set -- $missing
+        say "installing: $*"
+        [ -n "$updated" ] || as_root apt-get update -q
+        updated=yes
+        as_root env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -q --no-install-recommends "$@" </dev/null
+    done
     missing=$(missing_packages)
-    [ -n "$missing" ] || return 0
-    # shellcheck disable=SC2086 # one word a package
-    set -- $missing
-    say "installing: $*"
-    as_root apt-get update -q
-    as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -q --no-install-recommends "$@" </dev/null
+    [ -z "$missing" ] || die "can't be installed together: $missing"
 }
 
 # --- as anybody: packages unpacked into the deps folder -----------------------

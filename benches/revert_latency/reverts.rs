@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use snapback::cancel::Interrupts;
+use snapback::cancel::Cancellation;
 use snapback::guest::{Process, RewriteOptions, rewrite};
 use snapback::image::Image;
 use snapback::revert::{Delivery, Progress, RevertEvent, RevertOptions, Way, revert};
@@ -112,7 +112,7 @@ pub async fn ours(image: &Path, recorded: &Path, way: Way) -> Result<Reverted> {
     let (mut told, mut rss) = (Reverted::default(), Ok(0));
     let start = Instant::now();
     let beat = FirstBeat::watch(place.log(), start);
-    let reverted = revert(&options, Interrupts::never(), |event| match event {
+    let reverted = revert(&options, Cancellation::new(), |event| match event {
         RevertEvent::QemuReady { .. } => told.ready = start.elapsed(),
         RevertEvent::Placing { way, .. } => told.way = way,
         RevertEvent::Running { pid: Some(pid) } => {

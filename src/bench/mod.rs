@@ -32,7 +32,7 @@ pub use summary::{Ratio, Subject, Summary, WaySummary};
 use self::peers::Peer;
 use self::runs::{How, bring_back};
 use self::setup::Setup;
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest::VmError;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
@@ -177,7 +177,7 @@ pub enum BenchError {
 /// When a run fails, or at the first interrupt. QEMUs and files are gone by then.
 pub async fn bench(
     options: &BenchOptions,
-    interrupts: Interrupts,
+    cancel: Cancellation,
     mut on_event: impl FnMut(BenchEvent),
 ) -> Result<Summary, BenchError> {
     let setup = Setup::new(options)?;
@@ -188,14 +188,14 @@ pub async fn bench(
         caches.push(Cache::Cold);
     }
     on_event(BenchEvent::Preparing { what: "recording a working set".into() });
-    let recorded = record(&setup, &interrupts).await?;
+    let recorded = record(&setup, &cancel).await?;
     let mut skipped = recorded.skipped;
     let mut peers = Vec::new();
     if options.peers {
         let making = |way: Method| {
             on_event(BenchEvent::Preparing { what: format!("making what {} loads", way.name()) });
         };
-        let (made, more) = peers::make(&setup, &interrupts, making).await?;
+        let (made, more) = peers::make(&setup, &cancel, making).await?;
         peers = made;
         skipped.extend(more);
     }
@@ -211,10 +211,10 @@ pub async fn bench(
             for entrant in &entrants {
                 let sample = match entrant {
                     Entrant::Snapback(method) => {
-                        runs::measure(&setup, *method, cache, round, &interrupts).await?
+                        runs::measure(&setup, *method, cache, round, &cancel).await?
                     }
                     Entrant::Qemu(peer) => {
-                        peers::measure(&setup, peer, cache, round, &interrupts).await?
+                        peers::measure(&setup, peer, cache, round, &cancel).await?
                     }
                 };
                 on_event(BenchEvent::Run(Box::new(sample.clone())));
@@ -260,14 +260,14 @@ const RECORDINGS: u32 = 2;
 
 /// Records a working set as a user's first reverts would, and finds out which ways
 /// there are and whether the guest gives signs of life.
-async fn record(setup: &Setup<'_>, interrupts: &Interrupts) -> Result<Recorded, BenchError> {
+async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, BenchError> {
     let working_set = setup.working_set();
     let how = How { working_set: Some(working_set.clone()), ..How::default() };
     let (mut placing, mut qemu) = (None, String::new());
     for _ in 0..RECORDINGS {
         let run = setup.run()?;
-        let (mut recorder, mut held) = bring_back(setup, &run, &how, interrupts).await?;
-        let signs = recorder.signs(&mut held.process, interrupts).await;
+        let (mut recorder, mut held) = bring_back(setup, &run, &how, cancel).await?;
+        let signs = recorder.signs(&mut held.process, cancel).await;
         held.process.kill().await;
         signs?;
         let version = held.qmp.version();

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::runs::{How, Recorder, bring_back};
 use super::setup::{Disk, Run, Setup};
 use super::{BenchError, Cache, Method, Sample, Skipped};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest::{Process, rewrite};
 use crate::machine::{DiskRole, QemuVersion};
 use crate::qmp::{Events, Qmp};
@@ -61,13 +61,13 @@ enum From {
 /// Makes the files of all peers, and says which can't be had and why.
 pub(super) async fn make(
     setup: &Setup<'_>,
-    interrupts: &Interrupts,
+    cancel: &Cancellation,
     mut on_making: impl FnMut(Method),
 ) -> Result<(Vec<Peer>, Vec<Skipped>), BenchError> {
     let (mut peers, mut skipped) = (Vec::new(), Vec::new());
     let stream = setup.beside.path().join("stream");
     on_making(Method::Stream);
-    let knows_mapped_ram = make_file(setup, &stream, &[], interrupts).await?;
+    let knows_mapped_ram = make_file(setup, &stream, &[], cancel).await?;
     peers.push(Peer { method: Method::Stream, from: From::File(stream) });
 
     let mapped = [Method::MappedRam, Method::MappedRamMultifd];
@@ -78,7 +78,7 @@ pub(super) async fn make(
         {
             let file = setup.beside.path().join(method.name());
             on_making(method);
-            make_file(setup, &file, capabilities, interrupts).await?;
+            make_file(setup, &file, capabilities, cancel).await?;
             peers.push(Peer { method, from: From::File(file) });
         }
     } else {
@@ -87,7 +87,7 @@ pub(super) async fn make(
     }
 
     on_making(Method::LoadVm);
-    match make_snapshot(setup, interrupts).await? {
+    match make_snapshot(setup, cancel).await? {
         Ok(disks) => peers.push(Peer { method: Method::LoadVm, from: From::Disks(disks) }),
         Err(reason) => skipped.push(Skipped { way: Method::LoadVm, reason }),
     }
@@ -100,14 +100,13 @@ async fn make_file(
     setup: &Setup<'_>,
     file: &Path,
     capabilities: &[&str],
-    interrupts: &Interrupts,
+    cancel: &Cancellation,
 ) -> Result<bool, BenchError> {
     let run = setup.run()?;
-    let (_, mut held) = bring_back(setup, &run, &How::default(), interrupts).await?;
-    let mut interrupts = interrupts.clone();
+    let (_, mut held) = bring_back(setup, &run, &How::default(), cancel).await?;
     let written = tokio::select! {
         written = write_file(&held, file, capabilities) => written,
-        () = interrupts.at_least(1) => Err(BenchError::Interrupted),
+        () = cancel.requested() => Err(BenchError::Interrupted),
     };
     held.process.kill().await;
     written
@@ -196,7 +195,7 @@ fn has_file_uri(version: &QemuVersion) -> bool {
 /// Has QEMU save the guest into copies of its disks. Says why where that can't be.
 async fn make_snapshot(
     setup: &Setup<'_>,
-    interrupts: &Interrupts,
+    cancel: &Cancellation,
 ) -> Result<Result<Vec<Disk>, String>, BenchError> {
     if setup.machine.disks.iter().any(|disk| disk.role == DiskRole::Captured) {
         return Ok(Err("the guest's disks are frozen, and a snapshot is kept in a disk".into()));
@@ -212,11 +211,10 @@ async fn make_snapshot(
     }
     let files = disks.iter().map(|disk| disk.file.as_path());
     let run = setup.run_with(&as_rules(&disks, files))?;
-    let (_, mut held) = bring_back(setup, &run, &How::default(), interrupts).await?;
-    let mut interrupts = interrupts.clone();
+    let (_, mut held) = bring_back(setup, &run, &How::default(), cancel).await?;
     let saved = tokio::select! {
         saved = save_snapshot(&held.qmp) => saved,
-        () = interrupts.at_least(1) => Err(BenchError::Interrupted),
+        () = cancel.requested() => Err(BenchError::Interrupted),
     };
     held.process.kill().await;
     Ok(saved?.map(|()| disks))
@@ -255,7 +253,7 @@ pub(super) async fn measure(
     peer: &Peer,
     cache: Cache,
     round: u32,
-    interrupts: &Interrupts,
+    cancel: &Cancellation,
 ) -> Result<Sample, BenchError> {
     let (run, files) = match &peer.from {
         From::File(file) => (setup.run()?, vec![file.clone()]),
@@ -273,21 +271,20 @@ pub(super) async fn measure(
     };
     setup.settle(cache, &files)?;
     let mut recorder = Recorder::new(setup, &run);
-    let mut stop = interrupts.clone();
     let started = tokio::select! {
         started = start(setup, peer, &run) => started,
-        () = stop.at_least(1) => Err(BenchError::Interrupted),
+        () = cancel.requested() => Err(BenchError::Interrupted),
     };
     let (mut process, qmp) = started?;
     recorder.ready(process.pid());
     let loaded = tokio::select! {
         loaded = load(&qmp, peer, &process) => loaded,
-        () = stop.at_least(1) => Err(BenchError::Interrupted),
+        () = cancel.requested() => Err(BenchError::Interrupted),
     };
     let signs = match loaded {
         Ok(()) => {
             recorder.running_complete();
-            recorder.signs(&mut process, interrupts).await
+            recorder.signs(&mut process, cancel).await
         }
         Err(error) => Err(error),
     };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::setup::{Run, Setup};
 use super::sign::{SignError, Watch};
 use super::{BenchError, Cache, Method, Sample, host};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest::Process;
 use crate::revert::{
     Delivery, Held, Outcome, RevertError, RevertEvent, RevertOptions, Rtc, Way, revert_held,
@@ -42,7 +42,7 @@ pub(super) async fn measure(
     method: Method,
     cache: Cache,
     round: u32,
-    interrupts: &Interrupts,
+    cancel: &Cancellation,
 ) -> Result<Sample, BenchError> {
     let run = setup.run()?;
     // Each run begins with the same working set; what it adds goes with its folder.
@@ -55,8 +55,8 @@ pub(super) async fn measure(
     }
     setup.settle(cache, &setup.image_files)?;
     let how = How::of(method, &working_set);
-    let (mut recorder, mut held) = bring_back(setup, &run, &how, interrupts).await?;
-    let signs = recorder.signs(&mut held.process, interrupts).await;
+    let (mut recorder, mut held) = bring_back(setup, &run, &how, cancel).await?;
+    let signs = recorder.signs(&mut held.process, cancel).await;
     held.process.kill().await;
     if held.outcome.way == Way::Socket && how.way != Way::Socket {
         let reason = recorder.placing.map_or_else(String::new, |(_, reason)| reason);
@@ -70,7 +70,7 @@ pub(super) async fn bring_back(
     setup: &Setup<'_>,
     run: &Run,
     how: &How,
-    interrupts: &Interrupts,
+    cancel: &Cancellation,
 ) -> Result<(Recorder, Held), BenchError> {
     let options = RevertOptions {
         check: false,
@@ -86,19 +86,19 @@ pub(super) async fn bring_back(
         rtc: Rtc::Now,
     };
     let mut recorder = Recorder::new(setup, run);
-    let (ask, asked) = Interrupts::channel();
-    let mut interrupts = interrupts.clone();
+    let ours = Cancellation::new();
     let mut interrupted = false;
     let held = {
-        let revert = revert_held(&options, asked, |event| recorder.hear(&event));
+        let revert = revert_held(&options, ours.clone(), |event| recorder.hear(&event));
         tokio::pin!(revert);
         loop {
             tokio::select! {
                 held = &mut revert => break held,
-                () = interrupts.at_least(1), if !interrupted => {
+                () = cancel.requested(), if !interrupted => {
                     interrupted = true;
                     // Nobody needs this guest: it is ended even if it runs.
-                    ask.send_replace(2);
+                    ours.request();
+                    ours.request();
                 }
             }
         }
@@ -212,17 +212,16 @@ impl Recorder {
     pub async fn signs(
         &mut self,
         process: &mut Process,
-        interrupts: &Interrupts,
+        cancel: &Cancellation,
     ) -> Result<Option<(Instant, Instant)>, BenchError> {
         let Some(watch) = self.watch.take() else { return Ok(None) };
         let mut watch = watch?;
-        let mut interrupts = interrupts.clone();
         tokio::select! {
             signs = watch.wait() => Ok(Some(signs?)),
             Some(_) = process.wait_exit(Duration::MAX) => {
                 Err(BenchError::Ended { log: process.log_tail() })
             }
-            () = interrupts.at_least(1) => Err(BenchError::Interrupted),
+            () = cancel.requested() => Err(BenchError::Interrupted),
         }
     }
 

@@ -7,7 +7,7 @@ use regex::bytes::{Regex, RegexBuilder};
 use serde_json::Value;
 
 use super::output::{Failure, Output, print_line, size};
-use super::{interrupts, parse_path_pair};
+use super::{cancellation, parse_path_pair};
 use crate::bench::tables::{self, Table};
 use crate::bench::{BenchEvent, BenchOptions, Cache, Sample, Sign, Summary, report};
 
@@ -84,7 +84,7 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
         true => output.print_json(&event),
         false => say(&output, &event, options.runs),
     };
-    let summary = crate::bench::bench(&options, interrupts()?, tell).await?;
+    let summary = crate::bench::bench(&options, cancellation()?, tell).await?;
     match args.json {
         true => output.print_json(&with_name(&summary)),
         false => print_summary(&summary),

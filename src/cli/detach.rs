@@ -11,20 +11,20 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::output::{Failure, Output};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::revert::RevertEvent;
 
 /// Starts the server, and returns once the guest runs.
 pub(super) async fn revert(
     log: Option<PathBuf>,
-    mut interrupts: Interrupts,
+    cancel: Cancellation,
     output: &Output,
 ) -> Result<(), Failure> {
     let log = log.map_or_else(default_log, Ok)?;
     let file = create_log(&log)?;
     let server = start_server(file).map_err(|e| Failure::new("starting the server failed", &e));
     let outcome = match server {
-        Ok(server) => pass_on(server, &mut interrupts, output).await,
+        Ok(server) => pass_on(server, &cancel, output).await,
         Err(failure) => Err(failure),
     };
     match outcome {
@@ -43,7 +43,7 @@ pub(super) async fn revert(
 /// Passes the server's events on until the guest runs; returns its process id.
 async fn pass_on(
     mut server: tokio::process::Child,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
     output: &Output,
 ) -> Result<u32, Failure> {
     let pid = server.id().unwrap_or_default();
@@ -55,7 +55,7 @@ async fn pass_on(
     loop {
         let line = tokio::select! {
             line = lines.next_line() => line?,
-            () = interrupts.at_least(1), if !interrupted => {
+            () = cancel.requested(), if !interrupted => {
                 // It says what comes of it.
                 interrupted = true;
                 terminate(pid);
@@ -79,7 +79,7 @@ async fn pass_on(
     Err(Failure::said(format!("the server ended before the guest ran ({status})")))
 }
 
-/// Interrupts the server, which is our child and has not been waited for: its
+/// Cancellation the server, which is our child and has not been waited for: its
 /// process id can't have become another's.
 fn terminate(pid: u32) {
     let pid = nix::unistd::Pid::from_raw(pid as i32);

@@ -1,14 +1,13 @@
 //! `export` and `import`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 use super::output::{Failure, Output};
-use super::{interrupts, parse_compression};
-use crate::cancel::{Interrupts, Stop};
+use super::{cancellation, parse_compression};
+use crate::cancel::Cancellation;
 use crate::exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export as write,
     import as read, words,
@@ -112,7 +111,8 @@ pub(super) async fn export(args: ExportArgs) -> Result<(), Failure> {
         }
     };
     let give_up = options.to.is_none().then_some(CLEAN_UP);
-    run(interrupts()?, give_up, move |stop| write(&options, stop, &mut { tell }).map(drop)).await
+    run(cancellation()?, give_up, move |cancel| write(&options, cancel, &mut { tell }).map(drop))
+        .await
 }
 
 pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
@@ -136,9 +136,10 @@ pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     let is_file = |path: &PathBuf| path.metadata().is_ok_and(|metadata| metadata.is_file());
     let give_up = (!options.from.as_ref().is_some_and(is_file)).then_some(CLEAN_UP);
-    let work =
-        move |stop: &Stop| read(&options, stop, &mut |event| output.exchange(&event)).map(drop);
-    run(interrupts()?, give_up, work).await
+    let work = move |cancel: &Cancellation| {
+        read(&options, cancel, &mut |event| output.exchange(&event)).map(drop)
+    };
+    run(cancellation()?, give_up, work).await
 }
 
 fn read_text(path: &PathBuf) -> std::io::Result<String> {
@@ -151,26 +152,22 @@ fn read_text(path: &PathBuf) -> std::io::Result<String> {
 /// Runs blocking work; an interrupt asks it to stop. It is waited for, since it cleans up
 /// behind itself, or given up after a while if it may never hear of it.
 async fn run(
-    mut interrupts: Interrupts,
+    cancel: Cancellation,
     give_up: Option<Duration>,
-    work: impl FnOnce(&Stop) -> Result<(), ExchangeError> + Send + 'static,
+    work: impl FnOnce(&Cancellation) -> Result<(), ExchangeError> + Send + 'static,
 ) -> Result<(), Failure> {
-    let stop = Arc::new(Stop::default());
     let mut task = tokio::task::spawn_blocking({
-        let stop = Arc::clone(&stop);
-        move || work(&stop)
+        let cancel = cancel.clone();
+        move || work(&cancel)
     });
     let ended = tokio::select! {
         ended = &mut task => ended,
-        () = interrupts.at_least(1) => {
-            stop.ask();
-            match give_up {
-                None => task.await,
-                Some(limit) => match tokio::time::timeout(limit, &mut task).await {
-                    Ok(ended) => ended,
-                    Err(_) => return Err(ExchangeError::Interrupted.into()),
-                },
-            }
+        () = cancel.requested() => match give_up {
+            None => task.await,
+            Some(limit) => match tokio::time::timeout(limit, &mut task).await {
+                Ok(ended) => ended,
+                Err(_) => return Err(ExchangeError::Interrupted.into()),
+            },
         }
     };
     Ok(ended.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?)
@@ -210,6 +207,7 @@ impl Output {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc::channel;
 
@@ -217,28 +215,28 @@ mod tests {
 
     #[tokio::test]
     async fn only_what_may_never_end_is_given_up() {
-        let (ask, interrupts) = Interrupts::channel();
-        ask.send_replace(1);
+        let cancel = Cancellation::new();
+        cancel.request();
         let cleaned_up = Arc::new(AtomicBool::new(false));
         let work = {
             let cleaned_up = Arc::clone(&cleaned_up);
-            move |stop: &Stop| {
-                while !stop.is_asked() {
+            move |cancel: &Cancellation| {
+                while !cancel.is_requested() {
                     std::thread::yield_now();
                 }
                 cleaned_up.store(true, Ordering::Relaxed);
                 Err(ExchangeError::Interrupted)
             }
         };
-        assert!(run(interrupts.clone(), None, work).await.is_err());
+        assert!(run(cancel.clone(), None, work).await.is_err());
         assert!(cleaned_up.load(Ordering::Relaxed));
 
         let (release, held) = channel::<()>();
-        let work = move |_: &Stop| {
+        let work = move |_: &Cancellation| {
             let _ = held.recv();
             Ok(())
         };
-        assert!(run(interrupts, Some(Duration::ZERO), work).await.is_err());
+        assert!(run(cancel, Some(Duration::ZERO), work).await.is_err());
         drop(release);
     }
 }

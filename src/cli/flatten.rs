@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::output::{Failure, Output, size};
-use super::{interrupts, parse_compression};
+use super::{cancellation, parse_compression};
 use crate::image::{Compression, Image, WriterOptions, flatten as flatten_image, flatten_flat};
 use crate::page::PAGE_SIZE;
 
@@ -43,10 +42,9 @@ enum Layout {
 /// Makes one image of an image and of all that it refers to.
 pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
     let output = Arc::new(Output::new(args.json));
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut interrupts = interrupts()?;
+    let cancel = cancellation()?;
     let work = tokio::task::spawn_blocking({
-        let (output, stop) = (Arc::clone(&output), Arc::clone(&stop));
+        let output = Arc::clone(&output);
         move || {
             let image = Image::open(&args.image)?;
             let options = WriterOptions {
@@ -56,7 +54,7 @@ pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
             };
             let progress = |done, total| {
                 output.advance(done, total, String::new());
-                !stop.load(Ordering::Relaxed)
+                !cancel.is_requested()
             };
             match args.layout {
                 Layout::Packed => flatten_image(&image, &args.to, options, progress),
@@ -64,14 +62,8 @@ pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
             }
         }
     });
-    tokio::pin!(work);
-    let done = tokio::select! {
-        done = &mut work => done,
-        () = interrupts.at_least(1) => {
-            stop.store(true, Ordering::Relaxed);
-            work.await
-        }
-    };
+    // Interrupted, it is waited for, since it cleans up behind itself.
+    let done = work.await;
     let saved = done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
     let bytes = |pages: u64| pages * PAGE_SIZE as u64;
     let event = json!({

@@ -18,7 +18,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Failure, Output};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
 use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
@@ -311,7 +311,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         false => Output::new(args.json),
     };
     if args.detach {
-        return detach::revert(args.log, interrupts()?, &output).await;
+        return detach::revert(args.log, cancellation()?, &output).await;
     }
     let rewrite = RewriteOptions {
         qemu: args.qemu,
@@ -333,7 +333,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         rtc: args.rtc.into(),
         check: args.check,
     };
-    crate::revert::revert(&options, interrupts()?, |event| output.revert(&event)).await?;
+    crate::revert::revert(&options, cancellation()?, |event| output.revert(&event)).await?;
     Ok(())
 }
 
@@ -345,7 +345,7 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
         delivery: args.delivery.into(),
         rtc: args.rtc.into(),
     };
-    crate::revert::serve(&options, interrupts()?, |event| output.revert(&event)).await?;
+    crate::revert::serve(&options, cancellation()?, |event| output.revert(&event)).await?;
     Ok(())
 }
 
@@ -355,28 +355,30 @@ async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
         let rewrite = RewriteOptions { qemu: args.qemu, ..RewriteOptions::default() };
         let options =
             RevertOptions { image: args.image.clone(), rewrite, ..RevertOptions::default() };
-        crate::revert::harvest(&options, args.window, interrupts()?, |e| output.revert(&e)).await?;
+        crate::revert::harvest(&options, args.window, cancellation()?, |e| output.revert(&e))
+            .await?;
     }
     report::working_set(&args.image, args.json)
 }
 
-/// Interrupts from the terminal (SIGINT) and from whoever ends us politely (SIGTERM).
-fn interrupts() -> Result<Interrupts, Failure> {
+/// Cancellation from the terminal (SIGINT) and from whoever ends us politely (SIGTERM).
+fn cancellation() -> Result<Cancellation, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let listen = |kind| signal(kind).map_err(|e| Failure::new("listening for signals failed", &e));
     let (mut interrupt, mut terminate) =
         (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
-    let (sender, interrupts) = Interrupts::channel();
+    let cancel = Cancellation::new();
+    let requested = cancel.clone();
     tokio::spawn(async move {
         loop {
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
             }
-            sender.send_modify(|count| *count += 1);
+            requested.request();
         }
     });
-    Ok(interrupts)
+    Ok(cancel)
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
 use super::output::{Failure, Output};
-use super::{interrupts, parse_compression, parse_rate};
-use crate::cancel::Interrupts;
+use super::{cancellation, parse_compression, parse_rate};
+use crate::cancel::Cancellation;
 use crate::image::Compression;
 use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
 
@@ -123,8 +123,8 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         ..args.guest.options(args.image)
     };
     let mut hook = args.on_moment.map(|command| Hook::new(command, &options.image));
-    let interrupts = interrupts()?;
-    let outcome = save(&options, interrupts.clone(), |event| {
+    let cancel = cancellation()?;
+    let outcome = save(&options, cancel.clone(), |event| {
         if let Some(hook) = &mut hook {
             hook.hear(&event);
         }
@@ -132,7 +132,7 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
     });
     let outcome = outcome.await;
     let ended = match hook {
-        Some(hook) => hook.end(interrupts).await,
+        Some(hook) => hook.end(cancel).await,
         None => Ok(()),
     };
     outcome?;
@@ -170,7 +170,7 @@ impl Hook {
 
     /// Waits for the command's end, or for an interrupt, of which the command is told. The
     /// image is whole, whatever has become of it.
-    async fn end(self, mut interrupts: Interrupts) -> Result<(), Failure> {
+    async fn end(self, cancel: Cancellation) -> Result<(), Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             let command = &self.command;
             Failure::said(format!("--on-moment `{command}`: {why}; the image is not affected"))
@@ -184,7 +184,7 @@ impl Hook {
                     Ok(status) => Err(failed(&status)),
                     Err(error) => Err(failed(&error)),
                 },
-                () = interrupts.at_least(1) => {
+                () = cancel.requested() => {
                     // Not reaped yet: the group is the command's.
                     if let Some(pid) = child.id() {
                         let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::ExchangeError;
 use super::patient::Patient;
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 
 /// The most bytes kept of what a program says.
 const MAX_SAID: u64 = 4096;
@@ -38,7 +38,7 @@ impl<'a> Decompressed<'a> {
         tool: &'static str,
         input: File,
         path: &Path,
-        stop: &'a Stop,
+        cancel: &'a Cancellation,
     ) -> Result<Self, ExchangeError> {
         let failed =
             |problem: String| ExchangeError::Decompress { path: path.to_owned(), tool, problem };
@@ -57,7 +57,7 @@ impl<'a> Decompressed<'a> {
             String::from_utf8_lossy(&said).trim().replace('\n', "; ")
         };
         let stderr = Some(std::thread::spawn(listen));
-        let (path, stdout) = (path.to_owned(), Some(Patient::new(stdout, stop)));
+        let (path, stdout) = (path.to_owned(), Some(Patient::new(stdout, cancel)));
         Ok(Decompressed { path, tool, child, stdout, at_end: false, stderr })
     }
 
@@ -141,8 +141,8 @@ mod tests {
             // Until the program has ended.
             let feeding = std::thread::spawn(move || while feed.write_all(&zeros).is_ok() {});
             let input = std::os::fd::OwnedFd::from(input).into();
-            let stop = Stop::default();
-            let mut output = Decompressed::start(tool, input, Path::new("bomb"), &stop).unwrap();
+            let cancel = Cancellation::new();
+            let mut output = Decompressed::start(tool, input, Path::new("bomb"), &cancel).unwrap();
             output.read_exact(&mut [0; 100]).unwrap();
             output.end().unwrap();
             feeding.join().unwrap();
@@ -161,8 +161,8 @@ mod tests {
             let mut input = tempfile::tempfile().unwrap();
             input.write_all(&bytes).unwrap();
             io::Seek::rewind(&mut input).unwrap();
-            let stop = Stop::default();
-            let mut output = Decompressed::start(tool, input, Path::new("cut"), &stop).unwrap();
+            let cancel = Cancellation::new();
+            let mut output = Decompressed::start(tool, input, Path::new("cut"), &cancel).unwrap();
             io::copy(&mut output, &mut io::sink()).unwrap();
             let error = output.end().unwrap_err().to_string();
             assert!(error.contains("cut") && error.contains(tool), "{error}");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::output::Output;
 use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 use crate::image::Image;
 
 /// What an image can be written as.
@@ -54,14 +54,14 @@ pub struct ExportOptions {
 /// When the image is damaged, or what is written can't be. No file is left then.
 pub fn export(
     options: &ExportOptions,
-    stop: &Stop,
+    cancel: &Cancellation,
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;
     if let Some(path) = &options.to {
         image.check_not_replaced(path)?;
     }
-    let mut watch = Watch::new(stop, on_event);
+    let mut watch = Watch::new(cancel, on_event);
     let file_bytes = match (options.format, &options.to) {
         (ExportFormat::Stream, to) => {
             let mut output = match to {

@@ -11,7 +11,7 @@ use super::libvirt::{Compressed, LibvirtHeader};
 use super::patient::Patient;
 use super::stream::{self, Received};
 use super::{ExchangeError, ExchangeEvent, Watch, native};
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 use crate::guest::{describe, describe_foreign, named_machine_type};
 use crate::image::{Compression, Details, ImageError, Saved, WriterOptions, check_replaces_none};
 use crate::machine::Machine;
@@ -48,10 +48,10 @@ pub struct ImportOptions {
 /// line is not the guest's. No image is left then.
 pub fn import(
     options: &ImportOptions,
-    stop: &Stop,
+    cancel: &Cancellation,
     on_event: &mut dyn FnMut(ExchangeEvent),
 ) -> Result<Saved, ExchangeError> {
-    let mut watch = Watch::new(stop, on_event);
+    let mut watch = Watch::new(cancel, on_event);
     let source = Source::open(options.from.as_deref())?;
     check_replaces_none(&options.image, [(source.path.as_path(), &source.input)])?;
     let machine = record(options, &source, &mut watch);
@@ -112,18 +112,18 @@ fn record(
 ) -> Result<Machine, ExchangeError> {
     let qemu = options.qemu.as_deref();
     if !options.command.is_empty() {
-        return Ok(describe(&options.command, qemu, watch.stop)?);
+        return Ok(describe(&options.command, qemu, watch.cancel)?);
     }
     let Some(libvirt) = &source.libvirt else {
         return Err(ExchangeError::NoCommandLine { what: "migration stream", why: String::new() });
     };
-    let words = native::command_line(&libvirt.xml, watch.stop).map_err(|why| {
+    let words = native::command_line(&libvirt.xml, watch.cancel).map_err(|why| {
         let (what, why) = ("guest saved by libvirt", format!("; {why}"));
         ExchangeError::NoCommandLine { what, why }
     })?;
     let what = "the command line is what `virsh domxml-to-native` makes of the guest's XML";
     watch.tell(ExchangeEvent::Note { what: what.into() });
-    Ok(describe_foreign(&words, qemu, watch.stop)?)
+    Ok(describe_foreign(&words, qemu, watch.cancel)?)
 }
 
 /// Device state is right for its own machine type only: whether the command line has
@@ -213,32 +213,32 @@ impl Source {
         check: impl FnOnce(&str) -> Result<(), ExchangeError>,
         watch: &mut Watch<'_>,
     ) -> Result<Received, ExchangeError> {
-        let (path, stop) = (&self.path, watch.stop);
+        let (path, cancel) = (&self.path, watch.cancel);
         match self.libvirt.as_ref().map(|found| found.compressed) {
             None if self.is_file => {
                 let stream = StreamReader::of_file(rewound(&self.input, path)?);
                 stream::read(stream, Some(&self.input), path, image, check, watch)
             }
             None => {
-                let input = Cursor::new(self.begins).chain(Patient::new(self.input, stop));
+                let input = Cursor::new(self.begins).chain(Patient::new(self.input, cancel));
                 stream::read(StreamReader::new(input), None, path, image, check, watch)
             }
             Some(Compressed::Raw) => {
-                let stream = StreamReader::new(Patient::new(self.input, stop));
+                let stream = StreamReader::new(Patient::new(self.input, cancel));
                 stream::read(stream, None, path, image, check, watch)
             }
             Some(Compressed::Zstd) => {
-                let input = zstd::Decoder::new(Patient::new(self.input, stop));
+                let input = zstd::Decoder::new(Patient::new(self.input, cancel));
                 let input = input.map_err(ExchangeError::io("decompress", path))?;
                 stream::read(StreamReader::new(input), None, path, image, check, watch)
             }
             Some(Compressed::By(tool)) => {
-                let mut input = Decompressed::start(tool, self.input, path, stop)?;
+                let mut input = Decompressed::start(tool, self.input, path, cancel)?;
                 let stream = StreamReader::new(&mut input);
                 let received = stream::read(stream, None, path, image, check, watch);
                 // What the program has to say explains why its output was no stream.
                 let ended = matches!(received, Ok(_) | Err(ExchangeError::Stream { .. }));
-                if ended && !stop.is_asked() {
+                if ended && !cancel.is_requested() {
                     input.end()?;
                 }
                 received

@@ -32,7 +32,7 @@ pub use libvirt::{Compressed, LibvirtHeader};
 #[doc(hidden)]
 pub use stream::read_memory;
 
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -77,7 +77,7 @@ pub enum ExchangeEvent {
 
 /// Watches over an export or import: tells its progress, and hears the wish to stop.
 struct Watch<'a> {
-    stop: &'a Stop,
+    cancel: &'a Cancellation,
     on_event: &'a mut dyn FnMut(ExchangeEvent),
     pages: u64,
     total: u64,
@@ -85,8 +85,8 @@ struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    fn new(stop: &'a Stop, on_event: &'a mut dyn FnMut(ExchangeEvent)) -> Watch<'a> {
-        Watch { stop, on_event, pages: 0, total: 0, told: Instant::now() }
+    fn new(cancel: &'a Cancellation, on_event: &'a mut dyn FnMut(ExchangeEvent)) -> Watch<'a> {
+        Watch { cancel, on_event, pages: 0, total: 0, told: Instant::now() }
     }
 
     /// Tells something.
@@ -99,7 +99,7 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// When somebody has asked to stop.
     fn check(&self) -> Result<(), ExchangeError> {
-        if self.stop.is_asked() { Err(ExchangeError::Interrupted) } else { Ok(()) }
+        if self.cancel.is_requested() { Err(ExchangeError::Interrupted) } else { Ok(()) }
     }
 
     /// Counts pages that are done.

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::words;
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 use crate::host::program::answer;
 
 /// The most bytes of a complaint that are passed on.
@@ -18,10 +18,10 @@ const LIMIT: Duration = Duration::from_secs(120);
 ///
 /// # Errors
 /// Says why there is no command line.
-pub(super) fn command_line(xml: &str, stop: &Stop) -> Result<Vec<String>, String> {
+pub(super) fn command_line(xml: &str, cancel: &Cancellation) -> Result<Vec<String>, String> {
     let mut command = Command::new("virsh");
     command.args(["--quiet", "domxml-to-native", "qemu-argv", "--xml", "/dev/stdin"]);
-    let answer = answer(command, xml.as_bytes().to_vec(), LIMIT, stop)
+    let answer = answer(command, xml.as_bytes().to_vec(), LIMIT, cancel)
         .map_err(|error| format!("`virsh` {error}"))?;
     if !answer.status.success() {
         let said = String::from_utf8_lossy(&answer.stderr);

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 
 /// How long a wait goes on without looking whether it is still wanted, in milliseconds.
 const NAP_MS: u16 = 100;
@@ -15,19 +15,19 @@ const NAP_MS: u16 = 100;
 /// read or not.
 pub(super) struct Patient<'a, R> {
     inner: R,
-    stop: &'a Stop,
+    cancel: &'a Cancellation,
 }
 
 impl<'a, R: Read + AsFd> Patient<'a, R> {
-    pub fn new(inner: R, stop: &'a Stop) -> Self {
-        Patient { inner, stop }
+    pub fn new(inner: R, cancel: &'a Cancellation) -> Self {
+        Patient { inner, cancel }
     }
 }
 
 impl<R: Read + AsFd> Read for Patient<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            if self.stop.is_asked() {
+            if self.cancel.is_requested() {
                 return Err(io::Error::other("interrupted"));
             }
             // Files are ready at once, and so is what has ended (poll(2)).
@@ -50,9 +50,9 @@ mod tests {
     #[test]
     fn a_silent_pipe_is_waited_for_until_nobody_wants_it() {
         let (input, mut feed) = io::pipe().unwrap();
-        let stop = Stop::default();
+        let cancel = Cancellation::new();
         std::thread::scope(|scope| {
-            let mut input = Patient::new(input, &stop);
+            let mut input = Patient::new(input, &cancel);
             let (sender, came) = std::sync::mpsc::channel();
             let reading = scope.spawn(move || {
                 let mut bytes = [0; 4];
@@ -62,7 +62,7 @@ mod tests {
             });
             feed.write_all(b"QEVM").unwrap();
             assert_eq!(came.recv().unwrap(), *b"QEVM");
-            stop.ask();
+            cancel.request();
             assert_eq!(reading.join().unwrap(), "interrupted");
         });
         drop(feed);

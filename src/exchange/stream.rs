@@ -9,7 +9,7 @@ use super::mapped_ram;
 use super::output::Output;
 use super::pages::{Piece, for_each};
 use super::{ExchangeError, ExchangeEvent, Watch};
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 use crate::image::{Image, ImageWriter, Sections, WriterOptions};
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
@@ -70,7 +70,8 @@ pub(super) fn read<R: Read>(
     }
     watch.total = blocks.iter().map(|block| block.len / PAGE_SIZE as u64).sum();
     let mut writer = ImageWriter::create(image.0, image.1, with_page_sizes(&blocks))?;
-    watch.stop.pass_on(writer.stopper());
+    let writing = writer.cancellation();
+    watch.cancel.on_request(move || writing.request());
     if let Some(file) = file {
         mapped_ram::read(file, path, &blocks, &mut writer, watch)?;
     }
@@ -100,7 +101,7 @@ pub(super) fn read<R: Read>(
 /// that is never finished and leaves nothing: for whoever looks for faults in that.
 #[doc(hidden)]
 pub fn read_memory(file: &File, path: &Path, image: &Path) -> Result<(), ExchangeError> {
-    let (stop, mut ignore) = (Stop::default(), |_: ExchangeEvent| {});
+    let (stop, mut ignore) = (Cancellation::new(), |_: ExchangeEvent| {});
     let options = WriterOptions { workers: 1, memory: 0, ..WriterOptions::default() };
     let (stream, mut watch) = (StreamReader::of_file(file), Watch::new(&stop, &mut ignore));
     read(stream, Some(file), path, (image, options), |_| Ok(()), &mut watch).map(drop)

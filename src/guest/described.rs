@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 use crate::guest::VmError;
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
@@ -26,7 +26,11 @@ const VERSION_LIMIT: Duration = Duration::from_secs(60);
 /// # Errors
 /// [`VmError::Described`] when that can't be a command line, or its program does not
 /// say that it is QEMU.
-pub fn describe(words: &[String], qemu: Option<&Path>, stop: &Stop) -> Result<Machine, VmError> {
+pub fn describe(
+    words: &[String],
+    qemu: Option<&Path>,
+    cancel: &Cancellation,
+) -> Result<Machine, VmError> {
     let split = words.iter().position(|word| assignment(word).is_none()).unwrap_or(words.len());
     let (assigned, argv) = words.split_at(split);
     let mut argv = argv.to_vec();
@@ -57,7 +61,7 @@ pub fn describe(words: &[String], qemu: Option<&Path>, stop: &Stop) -> Result<Ma
         text.ok_or_else(|| described(format!("{path:?} is not UTF-8")))
     };
     Ok(Machine {
-        qemu: version(&binary, &env, stop)?,
+        qemu: version(&binary, &env, cancel)?,
         binary: text(&binary)?,
         argv: drop_libvirts_own(argv),
         cwd: text(&cwd)?,
@@ -77,7 +81,7 @@ pub fn describe(words: &[String], qemu: Option<&Path>, stop: &Stop) -> Result<Ma
 pub fn describe_foreign(
     words: &[String],
     qemu: Option<&Path>,
-    stop: &Stop,
+    cancel: &Cancellation,
 ) -> Result<Machine, VmError> {
     let split = words.iter().position(|word| assignment(word).is_none()).unwrap_or(words.len());
     let words = &words[split..];
@@ -90,7 +94,7 @@ pub fn describe_foreign(
             words.first().map_or("", String::as_str)
         )));
     }
-    describe(words, qemu, stop)
+    describe(words, qemu, cancel)
 }
 
 /// libvirt's own means of speaking to a QEMU of its own: a key and a monitor in a
@@ -152,14 +156,19 @@ fn find(program: &Path, cwd: &Path) -> Option<PathBuf> {
 }
 
 /// What `--version` says.
-fn version(binary: &Path, env: &[(String, String)], stop: &Stop) -> Result<QemuVersion, VmError> {
+fn version(
+    binary: &Path,
+    env: &[(String, String)],
+    cancel: &Cancellation,
+) -> Result<QemuVersion, VmError> {
     let mut command = Command::new(binary);
     command.arg("--version");
     command.envs(env.iter().map(|(name, value)| (name, value)));
-    let answer = answer(command, Vec::new(), VERSION_LIMIT, stop).map_err(|error| match error {
-        ProgramError::Run(source) => VmError::Start { binary: binary.to_owned(), source },
-        error => described(format!("`{} --version` {error}", binary.display())),
-    })?;
+    let answer =
+        answer(command, Vec::new(), VERSION_LIMIT, cancel).map_err(|error| match error {
+            ProgramError::Run(source) => VmError::Start { binary: binary.to_owned(), source },
+            error => described(format!("`{} --version` {error}", binary.display())),
+        })?;
     let said = String::from_utf8_lossy(&answer.stdout);
     parse_version(&said).ok_or_else(|| {
         let said: String = said.chars().take(200).collect();
@@ -199,7 +208,7 @@ mod tests {
     #[test]
     fn a_machine_is_described_by_its_command_line() {
         let words = ["LC_ALL=C", "QEMU_AUDIO_DRV=none", "qemu-system-x86_64", "-M", "pc", "-S"];
-        let machine = describe(&words.map(String::from), None, &Stop::default()).unwrap();
+        let machine = describe(&words.map(String::from), None, &Cancellation::default()).unwrap();
         assert!(machine.binary.ends_with("/qemu-system-x86_64"), "{machine:?}");
         assert_eq!(machine.argv, words[2..]);
         assert!(machine.env.contains(&("QEMU_AUDIO_DRV".into(), "none".into())));
@@ -233,7 +242,7 @@ mod tests {
     fn a_strangers_line_runs_a_qemu_and_nothing_else() {
         let describe = |words: &[&str], qemu| {
             let words: Vec<_> = words.iter().map(|word| word.to_string()).collect();
-            describe_foreign(&words, qemu, &Stop::default())
+            describe_foreign(&words, qemu, &Cancellation::default())
         };
         let assigned = "QEMU_MODULE_DIR=/strangers/own";
         let machine = describe(&[assigned, "qemu-system-x86_64", "-S"], None).unwrap();
@@ -257,7 +266,7 @@ mod tests {
     fn what_is_no_qemu_is_refused_by_name() {
         let says = |words: &[&str]| {
             let words: Vec<_> = words.iter().map(|word| word.to_string()).collect();
-            describe(&words, None, &Stop::default()).unwrap_err().to_string()
+            describe(&words, None, &Cancellation::default()).unwrap_err().to_string()
         };
         assert!(says(&["-m", "1G"]).contains("--qemu"));
         assert!(says(&[]).contains("--qemu"));

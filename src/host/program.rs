@@ -5,7 +5,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use crate::cancel::Stop;
+use crate::cancel::Cancellation;
 
 /// The most bytes of a program's output that are read; a program with more to say fails.
 const MAX_SAID: u64 = 4 << 20;
@@ -41,7 +41,7 @@ pub(crate) fn answer(
     mut command: Command,
     input: Vec<u8>,
     limit: Duration,
-    stop: &Stop,
+    cancel: &Cancellation,
 ) -> Result<Answer, ProgramError> {
     let deadline = Instant::now() + limit;
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -53,7 +53,7 @@ pub(crate) fn answer(
     let (stdout, stderr) = (gather(program.0.stdout.take()), gather(program.0.stderr.take()));
     let mut status = None;
     while status.is_none() {
-        if stop.is_asked() {
+        if cancel.is_requested() {
             return Err(ProgramError::Stopped);
         }
         if Instant::now() >= deadline {
@@ -117,7 +117,7 @@ mod tests {
     fn what_it_reads_and_says_is_passed_on() {
         let long = vec![b'x'; 1 << 20];
         let script = shell("cat; echo no >&2; exit 3");
-        let answer = answer(script, long.clone(), HOUR, &Stop::default()).unwrap();
+        let answer = answer(script, long.clone(), HOUR, &Cancellation::default()).unwrap();
         assert_eq!((answer.stdout, answer.stderr.as_slice()), (long, &b"no\n"[..]));
         assert_eq!(answer.status.code(), Some(3));
     }
@@ -127,21 +127,21 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pid = folder.path().join("pid");
         let forever = format!("echo $$ >{}; exec sleep 1000", pid.display());
-        let stop = Stop::default();
+        let cancel = Cancellation::new();
         std::thread::scope(|scope| {
-            let run = scope.spawn(|| answer(shell(&forever), Vec::new(), HOUR, &stop));
+            let run = scope.spawn(|| answer(shell(&forever), Vec::new(), HOUR, &cancel));
             while !fs::read_to_string(&pid).is_ok_and(|pid| pid.ends_with('\n')) {
                 std::thread::sleep(NAP);
             }
-            stop.ask();
+            cancel.request();
             assert!(matches!(run.join().unwrap(), Err(ProgramError::Stopped)));
         });
         let pid = fs::read_to_string(&pid).unwrap();
         assert!(!Path::new("/proc").join(pid.trim()).exists());
 
-        let late = answer(shell("exec sleep 1000"), Vec::new(), NAP, &Stop::default());
+        let late = answer(shell("exec sleep 1000"), Vec::new(), NAP, &Cancellation::default());
         assert!(matches!(late, Err(ProgramError::Late(_))));
-        let none = answer(Command::new("/no/such"), Vec::new(), HOUR, &Stop::default());
+        let none = answer(Command::new("/no/such"), Vec::new(), HOUR, &Cancellation::default());
         assert!(matches!(none, Err(ProgramError::Run(_))));
     }
 }

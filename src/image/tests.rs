@@ -572,7 +572,7 @@ fn a_writer_is_stopped_wherever_it_waits() {
     // At this rate it would take six hours.
     for pages in [512, 100] {
         let mut writer = slow(&path, 100);
-        let stop = writer.stopper();
+        let stop = writer.cancellation();
         let stopped = std::thread::scope(|scope| {
             let writing = scope.spawn(move || {
                 for at in 0..512 {
@@ -583,7 +583,7 @@ fn a_writer_is_stopped_wherever_it_waits() {
                 }
                 writer.finish(details(), sections())
             });
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            stop.request();
             writing.join().unwrap()
         });
         assert!(matches!(stopped, Err(ImageError::Interrupted(_))), "{stopped:?}");

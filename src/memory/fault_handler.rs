@@ -10,7 +10,6 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -18,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{FaultReport, FaultServer, Memory, MemoryError};
+use crate::cancel::Cancellation;
 use crate::host::uffd::{EVENTS_AT_ONCE, EventBuffer, Uffd, UffdEvent};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Run};
 use crate::transport::{DirectPlace, PlaceError};
@@ -62,59 +62,50 @@ pub struct Intake {
     memory: Arc<Memory>,
     server: FaultServer,
     uffd: Arc<Uffd>,
-    stop: StopIntake,
+    cancel: Cancellation,
+    /// Readable once it is cancelled: wakes it where it sleeps.
+    wake: Arc<EventFd>,
     /// The blocks by address: first address, address behind the last, block.
     ranges: Vec<(u64, u64, BlockId)>,
     /// Addresses that somebody waits for and nobody has answered, with the time of the event.
     waiting: VecDeque<(u64, Instant)>,
 }
 
-/// Ends an [`Intake`].
-#[derive(Clone)]
-pub struct StopIntake {
-    /// Wakes it where it sleeps.
-    wake: Arc<EventFd>,
-    /// Tells it where it is busy.
-    stopped: Arc<AtomicBool>,
-}
-
-impl StopIntake {
-    /// Makes the intake's `run` return once what it is answering is answered.
-    pub fn stop(&self) {
-        self.stopped.store(true, Ordering::Release);
-        // It fails only when the counter is full, and then it is readable as well.
-        let _ = self.wake.write(1);
-    }
-}
-
 impl Intake {
     /// An intake of the faults that `direct` installs pages for; it must know every
-    /// block, since a fault that is taken here is told to nobody else.
+    /// block, since a fault that is taken here is told to nobody else. `cancel` makes its `run`
+    /// return once what it is answering is answered.
     ///
     /// # Errors
     /// When a reader of the source or a descriptor can't be had.
     pub fn new(
         memory: Arc<Memory>,
         direct: &DirectPlace,
-    ) -> Result<(Intake, StopIntake), MemoryError> {
+        cancel: &Cancellation,
+    ) -> Result<Intake, MemoryError> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| MemoryError::Intake(PlaceError::Io(errno.into())))?;
-        let stop = StopIntake { wake: Arc::new(wake), stopped: Arc::default() };
+        let wake = Arc::new(wake);
+        cancel.on_request({
+            let wake = Arc::clone(&wake);
+            // It fails only when the counter is full, and then it is readable as well.
+            move || _ = wake.write(1)
+        });
         let range = |(index, block): (usize, &crate::page::Block)| {
             let id = BlockId(index as u16);
             direct.address(id).map(|start| (start, start + block.len, id))
         };
         let mut ranges: Vec<_> = memory.blocks().iter().enumerate().filter_map(range).collect();
         ranges.sort_unstable();
-        let intake = Intake {
+        Ok(Intake {
             server: FaultServer::new(Arc::clone(&memory))?,
             memory,
             uffd: Arc::clone(direct.uffd()),
-            stop: stop.clone(),
+            cancel: cancel.clone(),
+            wake,
             ranges,
             waiting: VecDeque::with_capacity(4 * EVENTS_AT_ONCE),
-        };
-        Ok((intake, stop))
+        })
     }
 
     /// Records what is demanded, for so long from now on.
@@ -167,7 +158,7 @@ impl Intake {
         while !self.is_stopped() {
             let mut fds = [
                 PollFd::new(self.uffd.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.stop.wake.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
             ];
             let asleep = Instant::now();
             match poll(&mut fds, PollTimeout::NONE) {
@@ -187,7 +178,7 @@ impl Intake {
     }
 
     fn is_stopped(&self) -> bool {
-        self.stop.stopped.load(Ordering::Acquire)
+        self.cancel.is_requested()
     }
 
     /// Takes the events that are there, and notes what has become of memory before

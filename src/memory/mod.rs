@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 pub use answers::{FaultReport, FaultServer};
 pub use claim::ClaimMap;
-pub use fault_handler::{Intake, StopIntake};
+pub use fault_handler::Intake;
 pub use pace::Pace;
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use working_set::{WorkingSet, WorkingSetError};

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Memory;
+use crate::cancel::Cancellation;
 
 /// How often a wait looks whether it has become needless.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -15,7 +16,7 @@ const MADE_UP: Duration = Duration::from_millis(100);
 /// Holds filling back, speeds it up, or ends it.
 #[derive(Debug)]
 pub struct Pace {
-    stopped: AtomicBool,
+    cancel: Cancellation,
     hurry: AtomicBool,
     start: Instant,
     rate: Option<Mutex<Rate>>,
@@ -47,7 +48,7 @@ impl Pace {
     /// A pace of so many bytes a second at most.
     pub fn new(rate: Option<u64>) -> Pace {
         Pace {
-            stopped: AtomicBool::new(false),
+            cancel: Cancellation::new(),
             hurry: AtomicBool::new(false),
             start: Instant::now(),
             rate: rate.map(|rate| Mutex::new(Rate::new(rate))),
@@ -56,12 +57,12 @@ impl Pace {
 
     /// Ends filling, between two pieces.
     pub fn stop(&self) {
-        self.stopped.store(true, Ordering::Relaxed);
+        self.cancel.request();
     }
 
     /// Whether it has been ended.
     pub fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Relaxed)
+        self.cancel.is_requested()
     }
 
     /// Fills at full speed from now on, waiting for nothing.

@@ -11,7 +11,7 @@ use super::{
     Feed, FeedError, FeedEvent, FeedOptions, Prepared, Progress, RevertError, RevertEvent,
 };
 use super::{Way, feed_error};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::{FaultReport, FillOptions, WorkingSet, WorkingSetError, working_set};
 
@@ -181,14 +181,13 @@ pub(super) async fn follow(
     steps: &mut UnboundedReceiver<FeedEvent>,
     heard: Heard,
     progress_every: Duration,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
     let mut tick = tokio::time::interval(progress_every.max(Duration::from_millis(1)));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = None;
     let mut interrupted = false;
-    let mut again = interrupts.clone();
     let mut way = heard.way.unwrap_or(Way::Socket);
     let mut direct_faults = heard.direct_faults;
     let progress = || {
@@ -218,12 +217,12 @@ pub(super) async fn follow(
                 Some(FeedEvent::Failed(error)) => return Err(feed_error(error)),
                 None => return Err(feed_error(FeedError::HungUp)),
             },
-            () = interrupts.at_least(1), if !interrupted => {
+            () = cancel.requested(), if !interrupted => {
                 interrupted = true;
                 feed.hurry();
                 on_event(RevertEvent::StillNeeded);
             }
-            () = again.at_least(2) => {
+            () = cancel.requested_times(2) => {
                 return Err(RevertError::Interrupted(
                     "the guest was stopped, since its memory was not complete",
                 ));

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Delivery, RevertError, RevertEvent, RevertOptions, revert_held};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::{WorkingSet, working_set};
 
@@ -17,7 +17,7 @@ use crate::memory::{WorkingSet, working_set};
 pub async fn harvest(
     options: &RevertOptions,
     window: Duration,
-    interrupts: Interrupts,
+    cancel: Cancellation,
     on_event: impl FnMut(RevertEvent),
 ) -> Result<WorkingSet, RevertError> {
     let mut options = options.clone();
@@ -25,7 +25,7 @@ pub async fn harvest(
     options.rewrite.overlays.ephemeral = true;
     options.preload = false;
     options.delivery = Delivery { hold: Some(window), working_set: false, ..options.delivery };
-    let mut held = revert_held(&options, interrupts, on_event).await?;
+    let mut held = revert_held(&options, cancel, on_event).await?;
     held.process.kill().await;
 
     let image = Image::open(&options.image)?;

@@ -33,7 +33,7 @@ pub use rtc::Rtc;
 pub use serve::{ServeOptions, serve};
 pub use way::Way;
 
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest::{Note, OverlayOptions, Process, RewriteOptions};
 use crate::image::{Image, Sections, verify_chain, verify_flat};
 use crate::qmp::{Event, Events, Qmp, QmpError};
@@ -167,10 +167,10 @@ pub struct Held {
 /// a guest without its memory is of no use, and must not run on with a wrong one.
 pub async fn revert(
     options: &RevertOptions,
-    interrupts: Interrupts,
+    cancel: Cancellation,
     on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let Held { mut process, outcome, .. } = revert_held(options, interrupts, on_event).await?;
+    let Held { mut process, outcome, .. } = revert_held(options, cancel, on_event).await?;
     process.detach();
     Ok(Reverted { pid: process.pid(), outcome })
 }
@@ -182,7 +182,7 @@ pub async fn revert(
 /// As [`revert`].
 pub async fn revert_held(
     options: &RevertOptions,
-    mut interrupts: Interrupts,
+    cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Held, RevertError> {
     let image = Image::open(&options.image)?;
@@ -195,7 +195,7 @@ pub async fn revert_held(
     if options.check {
         tokio::select! {
             checked = check(&image) => checked?,
-            () = interrupts.at_least(1) => {
+            () = cancel.requested() => {
                 return Err(RevertError::Interrupted("the image was still being checked"));
             }
         }
@@ -233,7 +233,7 @@ pub async fn revert_held(
     });
     let (mut process, qmp) = tokio::select! {
         started = Process::start(plan) => started?,
-        () = interrupts.at_least(1) => return Err(RevertError::Interrupted("QEMU was not up yet")),
+        () = cancel.requested() => return Err(RevertError::Interrupted("QEMU was not up yet")),
     };
     let pid = process.pid();
     on_event(RevertEvent::QemuReady { pid });
@@ -267,7 +267,7 @@ pub async fn revert_held(
         };
         let runs = tokio::select! {
             runs = until_it_runs => runs?,
-            () = interrupts.at_least(1) => {
+            () = cancel.requested() => {
                 return Err(RevertError::Interrupted("the guest did not run yet; it was ended"));
             }
         };
@@ -277,14 +277,8 @@ pub async fn revert_held(
             Runs::Whole(outcome) => outcome,
             Runs::Served(feed, mut steps, heard) => {
                 let every = options.delivery.progress_every;
-                let followed = delivery::follow(
-                    feed,
-                    &mut steps,
-                    heard,
-                    every,
-                    &mut interrupts,
-                    &mut on_event,
-                );
+                let followed =
+                    delivery::follow(feed, &mut steps, heard, every, &cancel, &mut on_event);
                 let outcome = followed.await?;
                 // QEMU has confirmed that it has all of the guest, which depends on nobody
                 // any more: whatever happens from here on, it stays.

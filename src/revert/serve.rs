@@ -11,7 +11,7 @@ use super::{
     Delivery, Feed, FeedError, FeedEvent, Heard, Outcome, RevertError, RevertEvent, Rtc, Way,
 };
 use super::{abandon, delivery, feed_error, prepare};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest::VmError;
 use crate::image::Image;
 
@@ -38,7 +38,7 @@ pub struct ServeOptions {
 /// it pauses the migration, and its guest waits rather than run on wrong memory.
 pub async fn serve(
     options: &ServeOptions,
-    mut interrupts: Interrupts,
+    cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
     if options.delivery.way == Way::Map {
@@ -57,7 +57,7 @@ pub async fn serve(
     let pid = peer_pid(&socket);
     let (feed, mut steps) = options.delivery.start(ready, &image, socket, pid, false)?;
     let every = options.delivery.progress_every;
-    match bring(&feed, &mut steps, every, &mut interrupts, &mut on_event).await {
+    match bring(&feed, &mut steps, every, &cancel, &mut on_event).await {
         Ok(outcome) => {
             options.delivery.remember(&image, &outcome);
             on_event(outcome.resident());
@@ -75,7 +75,7 @@ async fn bring(
     feed: &Feed,
     steps: &mut UnboundedReceiver<FeedEvent>,
     every: Duration,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
     let mut heard = Heard::default();
@@ -89,7 +89,7 @@ async fn bring(
                 Some(FeedEvent::Preloaded) => {}
                 step => break step,
             },
-            () = interrupts.at_least(1) => {
+            () = cancel.requested() => {
                 return Err(RevertError::Interrupted("the guest did not run yet"));
             }
         }
@@ -107,7 +107,7 @@ async fn bring(
             return Err(feed_error(FeedError::HungUp));
         }
     }
-    delivery::follow(feed, steps, heard, every, interrupts, on_event).await
+    delivery::follow(feed, steps, heard, every, cancel, on_event).await
 }
 
 /// The process that listens at the other end (`SO_PEERCRED`, unix(7)).

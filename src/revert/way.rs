@@ -6,7 +6,8 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::feed::{FeedError, FeedEvent, Filling, LastWord, PING_LOADED, PING_PROBED};
-use crate::memory::{FaultReport, FaultServer, Intake, StopIntake};
+use crate::cancel::Cancellation;
+use crate::memory::{FaultReport, FaultServer, Intake};
 use crate::page::BlockId;
 use crate::transport::DirectPlace;
 use crate::transport::proof::{AdoptError, Adopted};
@@ -141,7 +142,8 @@ impl Filling {
         let Some(direct) = self.route.direct().filter(|_| self.takes_faults) else {
             return Ok(None);
         };
-        let (intake, stop) = Intake::new(Arc::clone(&self.memory), direct)?;
+        let cancel = Cancellation::new();
+        let intake = Intake::new(Arc::clone(&self.memory), direct, &cancel)?;
         let intake = intake.recording(self.options.record);
         let events = self.events.clone();
         let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
@@ -157,27 +159,27 @@ impl Filling {
         };
         let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
         let thread = Some(thread.map_err(FeedError::Thread)?);
-        Ok(Some(RunningIntake { stop, thread }))
+        Ok(Some(RunningIntake { cancel, thread }))
     }
 }
 
 /// An intake's thread, ended with this value.
 pub(super) struct RunningIntake {
-    stop: StopIntake,
+    cancel: Cancellation,
     thread: Option<JoinHandle<Option<FaultReport>>>,
 }
 
 impl RunningIntake {
     /// Ends it, and returns what it has seen.
     pub fn finish(mut self) -> Option<FaultReport> {
-        self.stop.stop();
+        self.cancel.request();
         self.thread.take()?.join().ok().flatten()
     }
 }
 
 impl Drop for RunningIntake {
     fn drop(&mut self) {
-        self.stop.stop();
+        self.cancel.request();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -10,7 +10,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::general::{
@@ -18,6 +17,7 @@ use linux_raw_sys::general::{
 };
 
 use super::touch::mappings;
+use crate::cancel::Cancellation;
 use crate::host::uffd::pidfd_open;
 use crate::page::PAGE_SIZE;
 use crate::qmp::RamBlock;
@@ -40,9 +40,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// meanwhile; it waits where it touches the 2 MiB that are being put together, for half a
 /// millisecond.
 ///
-/// A help, no more: where the kernel or our rights don't allow it, nothing happens. `stop`
+/// A help, no more: where the kernel or our rights don't allow it, nothing happens. `cancel`
 /// ends it early.
-pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], stop: &AtomicBool) {
+pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], cancel: &Cancellation) {
     let result = (|| {
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
         let mut worth = Vec::new();
@@ -57,7 +57,7 @@ pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], stop: &AtomicBool) 
         let begun = Instant::now();
         let mut done = 0;
         for address in &worth {
-            if stop.load(Ordering::Relaxed) || begun.elapsed() > LIMIT {
+            if cancel.is_requested() || begun.elapsed() > LIMIT {
                 break;
             }
             done += usize::from(collapse(&process, *address)?);

@@ -7,7 +7,7 @@ use tokio::sync::oneshot::error::TryRecvError;
 use super::checks::Checked;
 use super::receive::Receiving;
 use super::{OUTGOING, SaveError, SaveEvent};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::qmp::Qmp;
 
 /// How long QEMU may take to end a migration that it has been told to end, or whose
@@ -21,7 +21,7 @@ pub(super) async fn end(
     error: SaveError,
     checked: &Checked,
     mut receiving: Receiving,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> SaveError {
     receiving.give_up();
@@ -35,7 +35,7 @@ pub(super) async fn end(
         // other cases there is no such name.
         let _ = qmp.closefd(OUTGOING).await;
         if !checked.must_drain {
-            cancel(qmp).await;
+            cancel_migration(qmp).await;
         }
         if !sent_all {
             // It fails when the stream has ended, as it is to.
@@ -45,7 +45,7 @@ pub(super) async fn end(
     };
     tokio::select! {
         () = end => error,
-        () = interrupts.at_least(2) => SaveError::InterruptedTwice,
+        () = cancel.requested_times(2) => SaveError::InterruptedTwice,
     }
 }
 
@@ -71,7 +71,7 @@ pub(super) async fn wait_end(qmp: &Qmp) -> Result<(), SaveError> {
 
 /// Ends a migration under way and waits until it has ended, so that the guest's
 /// memory is no longer write-protected. An error means that QEMU is gone.
-async fn cancel(qmp: &Qmp) {
+async fn cancel_migration(qmp: &Qmp) {
     if qmp.migrate_cancel().await.is_ok() {
         let _ = wait_end(qmp).await;
     }

@@ -23,8 +23,6 @@ mod undo;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::socket::setsockopt;
@@ -37,7 +35,7 @@ use self::receive::{Received, Receiving};
 use self::settings::Settings;
 use self::steps::step;
 use self::undo::Undo;
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::guest;
 use crate::image::{Compression, ImageError, Saved};
 use crate::machine::Disk;
@@ -145,7 +143,7 @@ pub enum DiskChoice {
 /// [`recover`] does all that.
 pub async fn save(
     options: &SaveOptions,
-    mut interrupts: Interrupts,
+    cancel: Cancellation,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Saved, SaveError> {
     let connect_and_check = async {
@@ -158,7 +156,7 @@ pub async fn save(
     };
     let (qmp, checked) = tokio::select! {
         ready = connect_and_check => ready?,
-        () = interrupts.at_least(1) => return Err(SaveError::Interrupted),
+        () = cancel.requested() => return Err(SaveError::Interrupted),
     };
     let settings = Settings::ask(&qmp, checked.background).await?;
     let mut undo = Undo::begin(settings, options, &checked)?;
@@ -175,12 +173,12 @@ pub async fn save(
         if let Some(says) = checked.irrevertible.clone() {
             on_event(SaveEvent::Warning { says });
         }
-        make_ready(&qmp, &checked, &undo, &mut interrupts, &mut on_event).await?;
+        make_ready(&qmp, &checked, &undo, &cancel, &mut on_event).await?;
         let (received, moment) =
-            take(&qmp, options, &checked, &mut undo, &mut interrupts, &mut on_event).await?;
+            take(&qmp, options, &checked, &mut undo, &cancel, &mut on_event).await?;
         undo.restore_settings(&qmp).await?;
         step("restored");
-        commit(received, moment, &checked, &undo, &mut interrupts).await
+        commit(received, moment, &checked, &undo, &cancel).await
     };
     match outcome.await {
         Ok((saved, stalled)) => {
@@ -209,16 +207,15 @@ async fn make_ready(
     qmp: &Qmp,
     checked: &Checked,
     undo: &Undo,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(), SaveError> {
     overlays::prepare(qmp, checked, undo.overlays()).await?;
     let overlays: Vec<String> =
         undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
 
-    let stop = Arc::new(AtomicBool::new(false));
     let touch = {
-        let (pid, blocks, stop) = (checked.pid, checked.blocks.clone(), Arc::clone(&stop));
+        let (pid, blocks, cancel) = (checked.pid, checked.blocks.clone(), cancel.clone());
         let files: Vec<String> =
             checked.captured().map(|found| found.disk.chain[0].path.clone()).collect();
         let background = checked.background;
@@ -226,10 +223,10 @@ async fn make_ready(
         let touched = background && !overlays.is_empty();
         tokio::task::spawn_blocking(move || {
             if touched {
-                touch::read_memory(pid, &blocks, &stop);
+                touch::read_memory(pid, &blocks, &cancel);
             }
             if background {
-                collapse::collapse_memory(pid, &blocks, &stop);
+                collapse::collapse_memory(pid, &blocks, &cancel);
             }
             // Stopping the guest flushes its disks: it shall find little left to do.
             for file in files {
@@ -242,10 +239,7 @@ async fn make_ready(
     tokio::select! {
         // A help only: whatever has become of it, the save goes on.
         _ = touch => {}
-        () = interrupts.at_least(1) => {
-            stop.store(true, Ordering::Relaxed);
-            return Err(SaveError::Interrupted);
-        }
+        () = cancel.requested() => return Err(SaveError::Interrupted),
     }
     if !overlays.is_empty() {
         on_event(SaveEvent::Ready { overlays });
@@ -260,7 +254,7 @@ async fn take(
     options: &SaveOptions,
     checked: &Checked,
     undo: &mut Undo,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<(Received, Moment), SaveError> {
     let (ours, theirs) = UnixStream::pair().map_err(SaveError::Socket)?;
@@ -270,7 +264,7 @@ async fn take(
     drop(theirs);
     let mut receiving = Receiving::start(ours, options, checked)?;
     let mut events = qmp.events();
-    let frozen = undo.freeze(options, interrupts, on_event).await;
+    let frozen = undo.freeze(options, cancel, on_event).await;
     let mut clock = PauseClock::new(checked.machine.running);
     let outcome = async {
         frozen?;
@@ -279,7 +273,7 @@ async fn take(
         begin(qmp, checked, undo, &mut clock).await?;
         tokio::select! {
             outcome = follow(qmp, &mut events, &mut clock, undo, &mut receiving, on_event) => outcome,
-            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+            () = cancel.requested() => Err(SaveError::Interrupted),
         }
     };
     let error = match outcome.await {
@@ -294,14 +288,13 @@ async fn take(
     // agent has died its memory let go of.
     let mut thawed = false;
     let mut hear = |_| thawed = true;
-    let mut enough = interrupts.clone();
     let thaw = async {
         tokio::select! {
             () = undo.thaw(&mut hear) => {}
-            () = enough.at_least(2) => {}
+            () = cancel.requested_times(2) => {}
         }
     };
-    let end = ending::end(qmp, error, checked, receiving, interrupts, on_event);
+    let end = ending::end(qmp, error, checked, receiving, cancel, on_event);
     let ((), error) = tokio::join!(thaw, end);
     if thawed {
         on_event(SaveEvent::Thawed);
@@ -446,9 +439,9 @@ async fn commit(
     moment: Moment,
     checked: &Checked,
     undo: &Undo,
-    interrupts: &mut Interrupts,
+    cancel: &Cancellation,
 ) -> Result<(Saved, Duration), SaveError> {
-    let (stalled, stop) = (received.stalled(), received.stopper());
+    let (stalled, writing) = (received.stalled(), received.cancellation());
     let mut overlays = undo.overlays().iter();
     let disks = checked.disks.iter().map(|found| {
         let captured = found.disk.role == crate::machine::DiskRole::Captured;
@@ -466,8 +459,8 @@ async fn commit(
     let mut work = tokio::task::spawn_blocking(work);
     let done = tokio::select! {
         done = &mut work => done,
-        () = interrupts.at_least(1) => {
-            stop.store(true, Ordering::Relaxed);
+        () = cancel.requested() => {
+            writing.request();
             work.await
         }
     };

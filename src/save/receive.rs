@@ -9,13 +9,14 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::checks::Checked;
 use super::{Moment, SaveError, SaveEvent, SaveOptions};
+use crate::cancel::Cancellation;
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::machine::Machine;
 use crate::page::{Block, PAGE_SIZE};
@@ -30,7 +31,7 @@ pub(super) struct Receiving {
     /// Closed when the stream has ended.
     pub ended: oneshot::Receiver<()>,
     pub counters: Arc<Counters>,
-    given_up: Arc<AtomicBool>,
+    given_up: Cancellation,
 }
 
 /// How far a stream has come.
@@ -74,7 +75,7 @@ impl Receiving {
         let (ended_sender, ended) = oneshot::channel();
         let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();
         let counters = Arc::new(Counters { total, ..Counters::default() });
-        let given_up = Arc::new(AtomicBool::new(false));
+        let given_up = Cancellation::new();
         let receiver = Receiver {
             path: options.image.clone(),
             options: WriterOptions {
@@ -91,7 +92,7 @@ impl Receiving {
                 .collect(),
             counters: Arc::clone(&counters),
             first_page: Some(first_page_sender),
-            given_up: Arc::clone(&given_up),
+            given_up: given_up.clone(),
         };
         let receive = move || {
             let received = receiver.receive(&socket);
@@ -111,7 +112,7 @@ impl Receiving {
 
     /// Writes nothing more. The thread ends with the stream.
     pub fn give_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
+        self.given_up.request();
     }
 }
 
@@ -128,9 +129,9 @@ impl Received {
         self.writer.stats().stalled
     }
 
-    /// Ends writing when it is set to true, even while it is being committed.
-    pub fn stopper(&self) -> Arc<AtomicBool> {
-        self.writer.stopper()
+    /// Ends writing, even while it is being committed.
+    pub fn cancellation(&self) -> Cancellation {
+        self.writer.cancellation()
     }
 
     /// Makes it an image, whole and under its name.
@@ -157,7 +158,7 @@ struct Receiver {
     page_sizes: HashMap<String, u64>,
     counters: Arc<Counters>,
     first_page: Option<oneshot::Sender<()>>,
-    given_up: Arc<AtomicBool>,
+    given_up: Cancellation,
 }
 
 impl Receiver {
@@ -166,7 +167,7 @@ impl Receiver {
         let mut writer = None;
         let mut tail = None;
         while let Some(item) = stream.next_item()? {
-            if self.given_up.load(Ordering::Relaxed) {
+            if self.given_up.is_requested() {
                 return Err(SaveError::Interrupted);
             }
             match (item, &mut writer) {

@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::io::{self, IoSliceMut};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
+use crate::cancel::Cancellation;
 use crate::page::PAGE_SIZE;
 use crate::qmp::RamBlock;
 
@@ -20,10 +20,10 @@ const AT_ONCE: usize = 1024;
 /// mapped (to a page of zeros, or in memory files to memory of its own), as QEMU would
 /// do by itself at the start of a background snapshot, but the guest standing still.
 ///
-/// A help, no more: what can't be read QEMU reads itself. `stop` ends it early.
-pub(super) fn read_memory(pid: i32, blocks: &[RamBlock], stop: &AtomicBool) {
+/// A help, no more: what can't be read QEMU reads itself. `cancel` ends it early.
+pub(super) fn read_memory(pid: i32, blocks: &[RamBlock], cancel: &Cancellation) {
     for (start, len) in mappings(pid, blocks) {
-        if let Err(error) = read_range(pid, start, len, stop) {
+        if let Err(error) = read_range(pid, start, len, cancel) {
             tracing::debug!("touching memory at {start:#x} ahead failed: {error}");
         }
     }
@@ -45,10 +45,10 @@ pub(super) fn mappings(pid: i32, blocks: &[RamBlock]) -> Vec<(usize, usize)> {
     String::from_utf8_lossy(&maps).lines().filter_map(mapping).collect()
 }
 
-fn read_range(pid: i32, start: usize, len: usize, stop: &AtomicBool) -> io::Result<()> {
+fn read_range(pid: i32, start: usize, len: usize, cancel: &Cancellation) -> io::Result<()> {
     let mut bytes = [0; AT_ONCE];
     let mut done = 0;
-    while done < len && !stop.load(Ordering::Relaxed) {
+    while done < len && !cancel.is_requested() {
         let pages = ((len - done) / PAGE_SIZE).min(AT_ONCE);
         let page = |n| RemoteIoVec { base: start + done + n * PAGE_SIZE, len: 1 };
         let remote: Vec<RemoteIoVec> = (0..pages).map(page).collect();
@@ -75,9 +75,9 @@ mod tests {
         // Longer than what allocators keep: a mapping of its own, of an odd length.
         let map = memmap2::MmapOptions::new().len(len).map_anon().unwrap();
         let pid = std::process::id() as i32;
-        let stop = AtomicBool::new(false);
-        read_range(pid, map.as_ptr() as usize, len, &stop).unwrap();
-        assert!(read_range(pid, 4096, len, &stop).is_err());
+        let cancel = Cancellation::new();
+        read_range(pid, map.as_ptr() as usize, len, &cancel).unwrap();
+        assert!(read_range(pid, 4096, len, &cancel).is_err());
         let block =
             RamBlock { name: "ram".into(), page_size: 4096, used_len: 1, total_len: 12345 << 12 };
         assert_eq!(mappings(pid, &[block]), []);

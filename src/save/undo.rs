@@ -9,7 +9,7 @@ use super::left_over::LeftOver;
 use super::overlays::{self, Overlay};
 use super::settings::Settings;
 use super::{SaveError, SaveEvent, SaveOptions};
-use crate::cancel::Interrupts;
+use crate::cancel::Cancellation;
 use crate::qmp::{Qmp, QmpError};
 
 /// What is to be undone should the save fail, and the journal that says so should it be
@@ -58,7 +58,7 @@ impl Undo {
     pub async fn freeze(
         &mut self,
         options: &SaveOptions,
-        interrupts: &mut Interrupts,
+        cancel: &Cancellation,
         on_event: &mut impl FnMut(SaveEvent),
     ) -> Result<(), SaveError> {
         let Some(socket) = &options.quiesce else { return Ok(()) };
@@ -71,7 +71,7 @@ impl Undo {
         };
         let frozen = tokio::select! {
             frozen = freeze => frozen,
-            () = interrupts.at_least(1) => Err(SaveError::Interrupted),
+            () = cancel.requested() => Err(SaveError::Interrupted),
         };
         if let Err(SaveError::Agent(AgentError::Refused { .. })) = frozen {
             // It has thawed what it had frozen before it failed. It is told again, in case;

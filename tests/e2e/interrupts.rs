@@ -87,7 +87,7 @@ fn wait_without_thread(program: &Running, name: &str) -> Result<()> {
     })
 }
 
-/// Interrupts saves until one comes to nothing by that.
+/// Cancellation saves until one comes to nothing by that.
 fn interrupt_saves(
     dir: &Dir,
     qemu: Qemu,

@@ -9,10 +9,9 @@ mod source;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use snapback::cancel::Cancellation;
 use snapback::host::uffd::Uffd;
-use snapback::memory::{
-    FaultReport, FillOptions, Intake, Memory, MemoryError, Pace, StopIntake, prefetch,
-};
+use snapback::memory::{FaultReport, FillOptions, Intake, Memory, MemoryError, Pace, prefetch};
 use snapback::page::{BlockId, PageSource};
 use snapback::transport::DirectPlace;
 
@@ -31,7 +30,7 @@ pub struct Engine {
 }
 
 struct RunningIntake {
-    stop: StopIntake,
+    cancel: Cancellation,
     thread: JoinHandle<Result<FaultReport, MemoryError>>,
 }
 
@@ -56,10 +55,11 @@ impl Engine {
     /// Starts one more thread that answers faults.
     pub fn start_intake(&mut self) {
         let place = Engine::place(&self.ram, &self.uffd);
-        let (intake, stop) = Intake::new(Arc::clone(&self.memory), &place).unwrap();
+        let cancel = Cancellation::new();
+        let intake = Intake::new(Arc::clone(&self.memory), &place, &cancel).unwrap();
         let named = thread::Builder::new().name("intake".into());
         let thread = named.spawn(move || intake.run()).unwrap();
-        self.intakes.push(RunningIntake { stop, thread });
+        self.intakes.push(RunningIntake { cancel, thread });
     }
 
     /// Brings all memory, with so many threads.
@@ -71,7 +71,7 @@ impl Engine {
     /// Stops the threads that answer faults, and says how they fared.
     pub fn stop_intakes(&mut self) -> Vec<Result<FaultReport, MemoryError>> {
         for intake in &self.intakes {
-            intake.stop.stop();
+            intake.cancel.request();
         }
         self.join_intakes()
     }
@@ -85,7 +85,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         for intake in self.intakes.drain(..) {
-            intake.stop.stop();
+            intake.cancel.request();
             let _ = intake.thread.join();
         }
     }

@@ -11,6 +11,7 @@ use nix::unistd::{Whence, lseek64};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{
     ChunkEntry, Codec, PageEntry, Region, SUPERBLOCK_BYTES, Superblock,
@@ -140,7 +141,7 @@ pub fn flatten_flat(
         flat,
     };
     let file = target.file().try_clone().map_err(io)?;
-    let sink = Sink::new(file, data_end, None, CacheUse::Keep, Arc::default());
+    let sink = Sink::new(file, data_end, None, CacheUse::Keep, Cancellation::new());
     let chunk_pages = CHUNK_PAGES as u32;
     let image_bytes =
         tail::finish(target, sink, &manifest, &sections, &table, &index, chunk_pages)?;

@@ -16,13 +16,14 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, SUPERBLOCK_BYTES};
 use crate::image::write::pack::{Job, NewChunk, Packed, Packer, Packing, Stored};
@@ -47,7 +48,7 @@ pub(in crate::image) struct Returned {
 #[derive(Default)]
 struct Shared {
     /// The threads have failed, or shall stop.
-    stop: Arc<AtomicBool>,
+    stop: Cancellation,
     /// Why they have failed.
     failure: Mutex<Option<io::Error>>,
     /// Bytes written to the data region.
@@ -105,8 +106,8 @@ impl Pipeline {
         let packing = Arc::new(packing);
         let packers: Vec<_> =
             (0..workers).map(|_| Packer::new(&packing, path)).collect::<Result<_, _>>()?;
-        let sink = |file: File, stop: &Arc<AtomicBool>| {
-            Sink::new(file, SUPERBLOCK_BYTES as u64, bandwidth, cache, Arc::clone(stop))
+        let sink = |file: File, stop: &Cancellation| {
+            Sink::new(file, SUPERBLOCK_BYTES as u64, bandwidth, cache, stop.clone())
         };
         let sink = file.try_clone().map(|file| sink(file, &pipeline.shared.stop));
         sink.and_then(|sink| {
@@ -147,7 +148,7 @@ impl Pipeline {
 
     /// Passes on an error of the threads, if there is one.
     pub fn check(&self) -> Result<(), ImageError> {
-        if self.shared.stop.load(Ordering::Relaxed) { Err(self.failure()) } else { Ok(()) }
+        if self.shared.stop.is_requested() { Err(self.failure()) } else { Ok(()) }
     }
 
     /// A buffer for a chunk, and what became of the pages that were in it. Waits while
@@ -195,8 +196,8 @@ impl Pipeline {
     }
 
     /// Ends all writing, from whatever thread.
-    pub fn stopper(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.shared.stop)
+    pub fn cancellation(&self) -> Cancellation {
+        self.shared.stop.clone()
     }
 
     /// Time that was spent waiting for buffers.
@@ -231,9 +232,7 @@ impl Pipeline {
     fn failure(&self) -> ImageError {
         match &*self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(error) => ImageError::io("write", &self.path, same_error(error)),
-            None if self.shared.stop.load(Ordering::Relaxed) => {
-                ImageError::Interrupted(self.path.clone())
-            }
+            None if self.shared.stop.is_requested() => ImageError::Interrupted(self.path.clone()),
             None => ImageError::ThreadLost(self.path.clone()),
         }
     }
@@ -243,7 +242,7 @@ impl Drop for Pipeline {
     fn drop(&mut self) {
         // One that has finished leaves its sink to whoever goes on with it.
         if self.writer.is_some() {
-            self.shared.stop.store(true, Ordering::Relaxed);
+            self.shared.stop.request();
             self.join();
         }
     }
@@ -282,7 +281,7 @@ fn write_chunks(
             let more = bytes < enough && batch.len() < WRITE_CHUNKS;
             next = if more { queue.try_recv().ok() } else { None };
         }
-        if shared.stop.load(Ordering::Relaxed) {
+        if shared.stop.is_requested() {
             break;
         }
         let mut slices: Vec<IoSlice<'_>> = batch
@@ -292,11 +291,11 @@ fn write_chunks(
         let mut offset = sink.at();
         if let Err(error) = sink.write_slices(&mut slices) {
             // Stopped meanwhile by the caller, who needs no reason.
-            if shared.stop.load(Ordering::Relaxed) {
+            if shared.stop.is_requested() {
                 break;
             }
             *shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-            shared.stop.store(true, Ordering::Relaxed);
+            shared.stop.request();
             break;
         }
         for NewChunk { mut entry, buffer, stored } in batch.drain(..) {

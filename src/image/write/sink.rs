@@ -9,14 +9,13 @@
 use std::fs::File;
 use std::io::{self, IoSlice, Write};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::uio::pwritev;
 
+use crate::cancel::Cancellation;
 use crate::image::write::writer::CacheUse;
 
 /// Bytes after which the kernel is told to begin writing them out, and asked how much
@@ -48,7 +47,7 @@ pub(in crate::image) struct Sink {
     dropped: u64,
     pace: Option<Pace>,
     /// Whoever has this written wants no more of it.
-    stop: Arc<AtomicBool>,
+    cancel: Cancellation,
 }
 
 /// Bytes a second.
@@ -59,17 +58,17 @@ struct Pace {
 }
 
 impl Sink {
-    /// Writes to `file` from `at` on, `rate` bytes a second at most. `stop` ends waiting
+    /// Writes to `file` from `at` on, `rate` bytes a second at most. `cancel` ends waiting
     /// for that.
     pub fn new(
         file: File,
         at: u64,
         rate: Option<u64>,
         cache: CacheUse,
-        stop: Arc<AtomicBool>,
+        cancel: Cancellation,
     ) -> Sink {
         let pace = rate.map(|rate| Pace { rate: rate.max(1), due: Instant::now() });
-        Sink { file, at, cache, begun: at, dropped: at, pace, stop }
+        Sink { file, at, cache, begun: at, dropped: at, pace, cancel }
     }
 
     /// Where the next byte goes, in bytes from the start of the file.
@@ -97,7 +96,7 @@ impl Sink {
     /// What the system says, or that nobody wants them any more.
     pub fn write_slices(&mut self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
         self.wait_for_turn();
-        if self.stop.load(Ordering::Relaxed) {
+        if self.cancel.is_requested() {
             return Err(io::Error::other("it was stopped"));
         }
         let start = self.at;
@@ -126,7 +125,7 @@ impl Sink {
 
     fn wait_for_turn(&self) {
         let Some(pace) = &self.pace else { return };
-        while !self.stop.load(Ordering::Relaxed) {
+        while !self.cancel.is_requested() {
             let left = pace.due.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -243,13 +242,13 @@ mod tests {
 
     #[test]
     fn a_wait_for_the_rate_ends_when_nobody_wants_it() {
-        let stop = Arc::new(AtomicBool::new(false));
+        let cancel = Cancellation::new();
         let file = tempfile::tempfile().unwrap();
-        let mut sink = Sink::new(file, 0, Some(1), CacheUse::Keep, Arc::clone(&stop));
+        let mut sink = Sink::new(file, 0, Some(1), CacheUse::Keep, cancel.clone());
         let bytes = [1; 1 << 20];
         sink.write_slices(&mut [IoSlice::new(&bytes)]).unwrap();
         // It would take twelve days.
-        stop.store(true, Ordering::Relaxed);
+        cancel.request();
         assert!(sink.write_slices(&mut [IoSlice::new(&bytes)]).is_err());
         assert_eq!((sink.at(), sink.piece(1 << 20)), (1 << 20, 0));
     }

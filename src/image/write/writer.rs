@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::unistd::{SysconfVar, sysconf};
 use uuid::Uuid;
 
+use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{MAX_CHUNK_PAGES, MAX_CHUNKS, PageEntry};
 use crate::image::format::manifest::{Details, LayerRef, Manifest, Sections, check_blocks};
@@ -333,8 +333,8 @@ impl ImageWriter {
     /// What ends it from another thread when it is set to true, be it in the middle of
     /// [`ImageWriter::finish`]: what it was doing then fails with
     /// [`ImageError::Interrupted`].
-    pub fn stopper(&self) -> Arc<AtomicBool> {
-        self.pipeline.stopper()
+    pub fn cancellation(&self) -> Cancellation {
+        self.pipeline.cancellation()
     }
 
     /// Writes what is left, makes the file durable (fsync(2)) and gives it its
@@ -357,7 +357,7 @@ impl ImageWriter {
         }
         let ImageWriter { pipeline, target, identity, mut index, .. } = self;
         let ImageWriter { data_pages, zero_pages, mut repeated_pages, .. } = self;
-        let stop = pipeline.stopper();
+        let stop = pipeline.cancellation();
         let (table, sink) =
             pipeline.finish(|stored| repeated_pages += resolve(&mut index, &stored))?;
         let layers = self.base.map(|base| base.layers.clone()).unwrap_or_default();
@@ -378,7 +378,7 @@ impl ImageWriter {
         let chunk_pages = self.chunk_pages as u32;
         let path = target.path().to_owned();
         let written = tail::finish(target, sink, &manifest, &sections, &table, &index, chunk_pages);
-        let image_bytes = written.map_err(|error| match stop.load(Ordering::Relaxed) {
+        let image_bytes = written.map_err(|error| match stop.is_requested() {
             true => ImageError::Interrupted(path),
             false => error,
         })?;
