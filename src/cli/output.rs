@@ -200,6 +200,14 @@ impl Output {
         }
     }
 
+    /// The guest of a new image has run, `running_ms` after its revert began.
+    pub fn proved(&self, running_ms: f64) {
+        match self.json {
+            true => self.print_json(&json!({ "event": "proved", "running_ms": running_ms })),
+            false => self.say("proved", &format!("its guest ran again after {running_ms:.1} ms")),
+        }
+    }
+
     /// What became of a save that was killed.
     pub fn recovered(&self, what: &str) {
         match self.json {

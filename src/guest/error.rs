@@ -220,6 +220,27 @@ pub enum VmError {
         other: String,
     },
 
+    /// Devices were plugged in that no option can give.
+    #[error(
+        "a revert can't bring back what was plugged in: {devices}; unplug it first, or save \
+             without it ({advice})"
+    )]
+    NotReplayable {
+        /// The devices, each with the reason.
+        devices: String,
+        /// The options that leave them out.
+        advice: String,
+    },
+
+    /// A device that may be left out is none that was plugged in.
+    #[error("--allow-missing-device {name}: no such device was plugged in; there are: {known}")]
+    NoSuchPlugged {
+        /// What the caller called it.
+        name: String,
+        /// The plugged devices.
+        known: String,
+    },
+
     /// The file for a disk's changes can't be made.
     #[error(
         "the overlay of the disk {disk} can't be made in {folder}: {source}; choose another \

@@ -3,6 +3,7 @@
 
 mod command_line;
 mod described;
+mod devices;
 #[cfg(test)]
 mod disk_tests;
 mod disks;
@@ -16,6 +17,7 @@ mod tests;
 pub use command_line::parameters::{Params, Spec};
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use described::{describe, describe_foreign, named_machine_type};
+pub use devices::record_hotplug;
 pub use disks::attached::{FoundDisk, disks};
 pub use disks::drives::check_given;
 pub use disks::overlay::{Overlay, OverlayOptions};

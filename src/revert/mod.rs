@@ -6,6 +6,7 @@ mod error;
 mod feed;
 mod harvest;
 mod map;
+mod prove;
 mod rtc;
 mod serve;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use error::{feed_error, with_qemus_words};
 pub use feed::{Feed, FeedError, FeedEvent, FeedOptions, Prepared};
 pub use harvest::harvest;
 use map::Mapped;
+pub use prove::prove;
 pub use rtc::Rtc;
 pub use serve::{ServeOptions, serve};
 pub use way::Way;

@@ -13,7 +13,7 @@ use super::{DiskChoice, SaveError, SaveOptions};
 use crate::guest::{self, FoundDisk};
 use crate::host::uffd;
 use crate::image::{Compression, Image};
-use crate::machine::{DiskRole, Machine};
+use crate::machine::{DiskRole, Hotplug, Machine, PluggedDevice};
 use crate::qmp::{Qmp, QmpError, RamBlock};
 
 /// How long QEMU may take to greet us.
@@ -139,7 +139,7 @@ pub enum CheckError {
 #[derive(Debug)]
 pub struct CheckItem {
     /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
-    /// `revert`, `room`, `agent`, `parent` or `background-snapshot`.
+    /// `hotplug`, `revert`, `room`, `agent`, `parent` or `background-snapshot`.
     pub name: &'static str,
     /// What was found, or why a save would not work.
     pub outcome: Result<String, SaveError>,
@@ -239,11 +239,15 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
         Some((pid, machine)) => list.note("disks", check_disks(*pid, qmp, machine, options).await),
         None => None,
     };
-    let (Some(running), Some(blocks), Some((pid, machine)), Some(disks)) =
+    let (Some(running), Some(blocks), Some((pid, mut machine)), Some(mut disks)) =
         (running, blocks, process, disks)
     else {
         return (list.0, None);
     };
+    let plugged = check_hotplug(qmp, &mut machine, &mut disks, options).await;
+    if list.note("hotplug", plugged).is_none() {
+        return (list.0, None);
+    }
     let irrevertible = check_revert(&machine, &disks);
     list.0.push(CheckItem {
         name: "revert",
@@ -384,11 +388,38 @@ async fn check_disks(
     Ok((disks, says))
 }
 
-/// Why a revert won't find its disks where it looks for them.
+/// Brings the record up to date with what was plugged in and out while the guest ran.
+async fn check_hotplug(
+    qmp: &Qmp,
+    machine: &mut Machine,
+    disks: &mut [FoundDisk],
+    options: &SaveOptions,
+) -> Result<((), String), SaveError> {
+    guest::record_hotplug(qmp, machine, disks, &options.allow_missing_devices).await?;
+    let Hotplug { added, removed, missing, .. } = &machine.hotplug;
+    let says = format!(
+        "{} device(s) plugged in, {} left out, {} option(s) without a device",
+        added.len(),
+        missing.len(),
+        removed.len()
+    );
+    Ok(((), says))
+}
+
+/// Why a revert will be refused: disks that it won't find where it looks for them, devices
+/// that it won't bring back.
 fn check_revert(machine: &Machine, disks: &[FoundDisk]) -> Option<String> {
     let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
     let problems = captured.filter_map(|found| guest::check_given(machine, &found.disk).err());
-    let problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
+    let mut problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
+    let missing: Vec<String> =
+        machine.hotplug.missing.iter().map(PluggedDevice::describe).collect();
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
+        problems.push(format!(
+            "QEMU will refuse the image unless it is given what was left out: {missing}"
+        ));
+    }
     (!problems.is_empty()).then(|| problems.join("; "))
 }
 

@@ -83,6 +83,9 @@ pub struct SaveOptions {
     pub overlay_dir: Option<PathBuf>,
     /// Writable disks that are not captured: by the name of a node, drive or device.
     pub exclude_disks: Vec<String>,
+    /// Devices that were plugged in and may be left out if a revert can't bring them back, by
+    /// their ids.
+    pub allow_missing_devices: Vec<String>,
     /// The socket of qemu-guest-agent, to freeze the guest's file systems around the
     /// moment.
     pub quiesce: Option<PathBuf>,
@@ -109,6 +112,7 @@ impl SaveOptions {
             disks: DiskChoice::Overlay,
             overlay_dir: None,
             exclude_disks: Vec::new(),
+            allow_missing_devices: Vec::new(),
             quiesce: None,
             no_wait: false,
             force: false,

@@ -44,6 +44,12 @@ pub enum Obstacle {
          held up; detach it"
     )]
     VhostUser(String),
+    /// Memory of a virtio-mem device, part of which the guest does not have.
+    #[error(
+        "device {0} (virtio-mem) has memory that is not plugged into the guest, which QEMU leaves \
+         out of a background snapshot; plug in all of it (`requested-size`) or detach it"
+    )]
+    Unplugged(String),
     /// Memory on a file that the kernel can't write-protect.
     #[error(
         "memory backend `{id}` lies on {}, a file whose pages Linux can't write-protect \
@@ -64,6 +70,22 @@ struct Property {
     kind: String,
 }
 
+/// A memory device, as `query-memory-devices` lists it.
+#[derive(Deserialize)]
+struct MemoryDevice {
+    #[serde(rename = "type")]
+    kind: String,
+    data: MemoryDeviceData,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct MemoryDeviceData {
+    id: Option<String>,
+    size: u64,
+    max_size: Option<u64>,
+}
+
 /// Looks for devices that can't be saved.
 pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
     let mut obstacles = Vec::new();
@@ -82,6 +104,12 @@ pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
             } else if NON_MIGRATABLE.contains(&kind) && qmp.version().major <= KNOWN_UP_TO {
                 obstacles.push(Obstacle::Device { name, kind: kind.to_owned() });
             }
+        }
+    }
+    let memory: Vec<MemoryDevice> = qmp.query("query-memory-devices", ()).await?;
+    for MemoryDevice { kind, data } in memory {
+        if kind == "virtio-mem" && data.max_size.is_some_and(|max| data.size < max) {
+            obstacles.push(Obstacle::Unplugged(data.id.unwrap_or_else(|| "without an id".into())));
         }
     }
     // Network backends are no objects: only the human monitor tells of them.

@@ -25,6 +25,7 @@ mod database;
 mod disk_reverts;
 mod exchange;
 mod filling;
+mod hotplug;
 mod interrupts;
 mod journeys;
 mod killed;

@@ -69,6 +69,8 @@ pub struct GuestOptions {
     pub beat_ms: u64,
     /// Whether the guest loads the driver of virtio disks (`/dev/vda` and on).
     pub virtio_blk: bool,
+    /// More kernel modules to load, each behind those that it needs, separated by commas.
+    pub modules: &'static str,
     /// Its disks; their files must be there.
     pub disks: Vec<Disk>,
     /// Whether the first disk holds a Debian guest (`tests/debian`), which runs in the
@@ -94,6 +96,7 @@ impl Default for GuestOptions {
             zero_percent: 15,
             beat_ms: 20,
             virtio_blk: false,
+            modules: "",
             disks: Vec::new(),
             debian: false,
             args: Vec::new(),
@@ -174,11 +177,12 @@ impl GuestOptions {
         )
     }
 
-    /// The kernel modules that the disks take, each once.
+    /// The kernel modules that are asked for and that the disks take, each once.
     fn modules(&self) -> String {
         let wanted = self.virtio_blk.then_some(VIRTIO_BLK).into_iter();
         let mut modules: Vec<&str> = Vec::new();
-        for list in wanted.chain(self.disks.iter().map(Disk::modules)) {
+        let disks = self.disks.iter().map(Disk::modules);
+        for list in wanted.chain(disks).chain([self.modules]) {
             for module in list.split(',').filter(|name| !name.is_empty()) {
                 if !modules.contains(&module) {
                     modules.push(module);

@@ -150,8 +150,25 @@ fn blockdev(
     Ok(Arg::Option(CommandOption::new("blockdev", Value::Object(node).to_string())))
 }
 
+/// Whether an option defines a node of this name, at any depth.
+pub(in crate::guest) fn is_node(line: &CommandLine, name: &str) -> bool {
+    let drives = line.options().filter(|option| ["blockdev", "drive"].contains(&option.name()));
+    let mut leaves = drives.flat_map(|option| Spec::parse(option.value()).leaves());
+    leaves.any(|(key, value)| key.rsplit('.').next() == Some("node-name") && value == name)
+}
+
+/// Takes out the nodes below those of these options, as far as nobody uses them.
+pub(in crate::guest) fn take_unused(
+    line: &mut CommandLine,
+    above: &[CommandOption],
+) -> Vec<CommandOption> {
+    let below = above.iter().flat_map(|option| children(&tree(&Spec::parse(option.value()))));
+    drop_unused(line, below.collect())
+}
+
 /// Takes out the nodes of these names, and those below them, that nobody uses.
-fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) {
+fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) -> Vec<CommandOption> {
+    let mut dropped = Vec::new();
     while let Some(name) = names.pop() {
         if is_used(line, &name) {
             continue;
@@ -159,8 +176,10 @@ fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) {
         let Some(at) = find_node(line, &name) else { continue };
         if let Arg::Option(option) = line.args.remove(at) {
             names.extend(children(&tree(&Spec::parse(option.value()))));
+            dropped.push(option);
         }
     }
+    dropped
 }
 
 /// The node in place of `tree`: the overlay, with what was said of how the disk is read
@@ -256,8 +275,9 @@ fn children(tree: &Map<String, Value>) -> Vec<String> {
     names
 }
 
-/// Whether an option speaks of a node, other than by defining it.
-fn is_used(line: &CommandLine, name: &str) -> bool {
+/// Whether an option speaks of a node, or of anything else that has a name, other than by
+/// defining it.
+pub(in crate::guest) fn is_used(line: &CommandLine, name: &str) -> bool {
     line.options().any(|option| {
         let mut leaves = Spec::parse(option.value()).leaves().into_iter();
         option.name() != "append"
