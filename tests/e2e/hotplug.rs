@@ -29,7 +29,7 @@ const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_moder
                        virtio_net,virtio_console,virtio-rng,virtio_mem";
 
 /// Room for vCPUs and memory, controllers, and a network card.
-const COLD: &str = "-smp maxcpus=4 -m 192,slots=4,maxmem=2G -device virtio-scsi-pci,id=scsi0 \
+const COLD: &str = "-smp maxcpus=4 -m 256,slots=4,maxmem=2G -device virtio-scsi-pci,id=scsi0 \
                     -device virtio-serial-pci,id=vser -device nec-usb-xhci,id=xhci \
                     -netdev user,id=n0 -device virtio-net-pci,netdev=n0,id=nic0 \
                     -device virtio-balloon-pci";
@@ -219,7 +219,9 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
     plug_all(dir, &guest)?;
     let cards = if tap().is_some() { 3 } else { 2 };
     wait_devices(&mut guest, 2, cards)?;
-    assert_eq!(guest.oracle.ask("cpus")?, "2");
+    wait_for(SOON, "the guest to find its vCPU", || {
+        Ok((guest.oracle.ask("cpus")? == "2").then_some(()))
+    })?;
     guest.oracle.ask("memory")?;
     guest.oracle.ask("hold 64 7")?;
 

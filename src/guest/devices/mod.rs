@@ -12,6 +12,7 @@
 mod backends;
 mod disk;
 mod peripherals;
+mod pinned;
 mod properties;
 mod refused;
 mod removed;
@@ -49,8 +50,12 @@ pub async fn record_hotplug(
     refused::check_names(allow_missing, &plugged)?;
 
     let present = Present::ask(qmp, devices).await?;
-    let mut hotplug =
-        Hotplug { removed: removed::leave_out(&mut line, &present), ..Hotplug::default() };
+    let (there, gone) = split(removed::devices(&line, &present));
+    if !gone.is_empty() {
+        line = pinned::pinned(qmp, &line, &there).await?;
+    }
+    let removed = removed::leave_out(&mut line, &present, &gone);
+    let mut hotplug = Hotplug { removed, ..Hotplug::default() };
 
     let mut refused = Vec::new();
     let backends = Backends::ask(qmp).await?;
@@ -77,6 +82,18 @@ pub async fn record_hotplug(
         machine.hotplug = hotplug;
     }
     Ok(())
+}
+
+/// Tells the options whose devices are there from those whose devices are gone.
+fn split(options: Vec<(usize, Option<&Peripheral>)>) -> (Vec<(usize, &Peripheral)>, Vec<usize>) {
+    let (mut there, mut gone) = (Vec::new(), Vec::new());
+    for (at, device) in options {
+        match device {
+            Some(device) => there.push((at, device)),
+            None => gone.push(at),
+        }
+    }
+    (there, gone)
 }
 
 /// A plugged device as a command line gives it.

@@ -1,5 +1,7 @@
 //! The devices that people gave a machine: on the command line and by `device_add`.
 
+use serde_json::Value;
+
 use crate::guest::disks::attached::FoundDisk;
 use crate::qmp::{Qmp, QmpError};
 
@@ -67,7 +69,12 @@ pub(super) async fn peripherals(qmp: &Qmp) -> Result<Vec<Peripheral>, QmpError> 
                 id: (folder == FOLDERS[0]).then_some(child.name),
                 driver: child.kind,
                 hotplugged: hotplugged.and_then(|value| value.as_bool()).unwrap_or(false),
-                bus: bus.and_then(|value| value.as_str().map(str::to_owned)),
+                // The path is empty where there is no bus.
+                bus: bus
+                    .as_ref()
+                    .and_then(Value::as_str)
+                    .filter(|bus| !bus.is_empty())
+                    .map(str::to_owned),
                 path,
             });
         }

@@ -9,6 +9,11 @@ use crate::qmp::{DeviceProperty, Qmp, QmpError};
 /// its memory backend.
 const DERIVED: [&str; 3] = ["attached", "busnr", "size"];
 
+/// A PCI device's address on its bus as it is given: slot and function.
+pub(super) fn pci_address(devfn: i64) -> String {
+    format!("{:02x}.{}", devfn >> 3, devfn & 7)
+}
+
 /// What `-device` has to be given for a device like the one there is.
 #[derive(Debug, Default)]
 pub(super) struct Properties {
@@ -61,9 +66,7 @@ impl Properties {
         // A PCI device's address is read as a number and given as text.
         let is_pci_address = name == "addr" && ["int32", "str"].contains(&kind.as_str());
         let value = match value.as_i64() {
-            Some(address) if is_pci_address => {
-                json!(format!("{:02x}.{}", address >> 3, address & 7))
-            }
+            Some(address) if is_pci_address => json!(pci_address(address)),
             _ => value,
         };
         // No ROM at all is not the default; other empty values are.

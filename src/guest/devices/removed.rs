@@ -34,16 +34,15 @@ impl Present {
         Ok(Present { devices, backends })
     }
 
-    /// Whether a device with an id is the one that QEMU was started with, and not another
-    /// that was plugged in under that id.
-    fn has_device(&self, id: &str) -> bool {
-        self.devices.iter().any(|device| device.id.as_deref() == Some(id) && !device.hotplugged)
+    /// The device with this id that QEMU was started with, if it is there and not another that
+    /// was plugged in under that id.
+    fn device(&self, id: &str) -> Option<&Peripheral> {
+        self.cold().find(|device| device.id.as_deref() == Some(id))
     }
 
-    /// The numbers of devices without an id that QEMU was started with.
-    fn numbers(&self) -> HashSet<usize> {
-        let cold = self.devices.iter().filter(|device| device.id.is_none() && !device.hotplugged);
-        cold.filter_map(Peripheral::number).collect()
+    /// The devices that QEMU was started with.
+    fn cold(&self) -> impl Iterator<Item = &Peripheral> {
+        self.devices.iter().filter(|device| !device.hotplugged)
     }
 
     /// Whether a backend is there; of other options, and of a hub's ports, nothing is known.
@@ -65,20 +64,45 @@ pub(super) fn id(option: &CommandOption) -> Option<String> {
     Spec::parse(option.value()).get(key).map(str::to_owned)
 }
 
-/// Leaves out what is not there any more: devices, the disks that belonged to them, and
-/// backends that nothing uses. Gives the options that went.
-pub(super) fn leave_out(line: &mut CommandLine, present: &Present) -> Vec<String> {
-    let anonymous = anonymous_devices(line);
-    let numbers = present.numbers();
-    // Devices that we don't know of would be counted wrongly.
-    let are_known = numbers.iter().all(|number| *number < anonymous.len());
-    let is_gone = |at: usize, option: &CommandOption| match anonymous.iter().position(|a| *a == at)
-    {
-        Some(number) => are_known && !numbers.contains(&number),
-        None if option.name() == "device" => id(option).is_some_and(|id| !present.has_device(&id)),
-        None => false,
+/// The options of a command line that give devices, by their places among its arguments, each
+/// with its device, if that is still there.
+pub(super) fn devices<'a>(
+    line: &CommandLine,
+    present: &'a Present,
+) -> Vec<(usize, Option<&'a Peripheral>)> {
+    let numbered = |number| {
+        let mut cold = present.cold().filter(|device| device.id.is_none());
+        cold.find(|device| device.number() == Some(number))
     };
-    let mut gone = take_out(line, is_gone);
+    let anonymous = anonymous_devices(line);
+    // A number beyond those means a device that we don't know of: then none can be told.
+    let numbers = present.cold().filter(|device| device.id.is_none());
+    let are_known = numbers.filter_map(Peripheral::number).all(|number| number < anonymous.len());
+    let mut found: Vec<_> = anonymous
+        .into_iter()
+        .enumerate()
+        .filter(|_| are_known)
+        .map(|(number, at)| (at, numbered(number)))
+        .collect();
+    for (at, arg) in line.args.iter().enumerate() {
+        if let Arg::Option(option) = arg
+            && option.name() == "device"
+            && let Some(id) = id(option)
+        {
+            found.push((at, present.device(&id)));
+        }
+    }
+    found
+}
+
+/// Leaves out what is not there any more: these devices, the disks that belonged to them, and
+/// backends that nothing uses. Gives the options that went.
+pub(super) fn leave_out(
+    line: &mut CommandLine,
+    present: &Present,
+    devices: &[usize],
+) -> Vec<String> {
+    let mut gone = take_out(line, |at, _| devices.contains(&at));
     // QEMU leaves the node of a disk open when its device goes, and a revert would have to
     // open a file that the guest doesn't use.
     let disks: Vec<String> = gone
@@ -177,7 +201,9 @@ mod tests {
     #[track_caller]
     fn check(text: &str, present: &Present, left: &str, removed: &[&str]) {
         let mut line = CommandLine::parse(text.split_whitespace());
-        assert_eq!(leave_out(&mut line, present), removed);
+        let is_gone = |(at, device): (usize, Option<&Peripheral>)| device.is_none().then_some(at);
+        let gone: Vec<usize> = devices(&line, present).into_iter().filter_map(is_gone).collect();
+        assert_eq!(leave_out(&mut line, present, &gone), removed);
         assert_eq!(line.into_args().join(" "), left);
     }
 
