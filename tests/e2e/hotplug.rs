@@ -13,6 +13,7 @@ use crate::harness::{Dir, in_a_folder, text};
 use crate::shared::options;
 use crate::support::{
     Contact, Error, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, qmp, run, wait_for,
+    wait_until,
 };
 use crate::tests_on_both;
 
@@ -105,6 +106,12 @@ fn wait_devices(guest: &mut Contact, disks: usize, cards: usize) -> Result<Strin
 fn tap() -> Option<String> {
     let opened = std::fs::File::options().read(true).write(true).open("/dev/net/tun");
     opened.ok().map(|_| format!("snap{}", std::process::id()))
+}
+
+/// Waits until the tap is gone with its QEMU, all of whose threads have to end first.
+fn wait_free_tap() -> Result<()> {
+    let Some(name) = tap() else { return Ok(()) };
+    wait_until(SOON, "the tap to go", || !Path::new("/sys/class/net").join(&name).exists())
 }
 
 /// Plugs in one of each kind.
@@ -253,6 +260,7 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
     // A tap serves one guest at a time.
     let from = guest.dir.clone();
     let folder = guest.kill();
+    wait_free_tap()?;
     let mut reverted = dir.reverted(&image, &from, "first")?;
     assert_eq!(reverted.oracle.ask("devices")?, found);
     use_all(&mut reverted, 1)?;
@@ -266,6 +274,7 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
     dir.save(&reverted, "again.snap").succeed()?;
     let from = reverted.dir.clone();
     drop(reverted);
+    wait_free_tap()?;
     let mut third = dir.reverted(&again, &from, "second")?;
     assert_eq!(part(&third.oracle.ask("devices")?, "disks")?, ["sda"]);
     assert_eq!(third.oracle.ask("disk check /dev/sda 64 9")?, "ok");
