@@ -31,6 +31,7 @@ pub use read::verify::{
 };
 pub use write::flat::{flatten_flat, verify_flat};
 pub use write::flatten::flatten;
+pub use write::options::{CacheUse, Compression, Saved, WriterOptions, WriterStats};
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};
-pub use write::writer::{CacheUse, Compression, ImageWriter, Saved, WriterOptions, WriterStats};
+pub use write::writer::ImageWriter;

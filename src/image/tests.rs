@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::image::format::layout::*;
-use crate::image::write::writer::check_index;
+use crate::image::write::index::check_index;
 use crate::machine::{Machine, QemuVersion};
 use crate::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, SourceError};
 

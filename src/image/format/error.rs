@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use crate::page::{Block, PAGE_SIZE, Page};
+
 /// Why an image could not be written, opened or read.
 ///
 /// Every message is one complete line: it contains the operating system's error
@@ -214,6 +216,15 @@ impl ImageError {
             }
             _ => ImageError::Io { doing, path, error },
         }
+    }
+
+    /// A page outside of these blocks.
+    pub(in crate::image) fn no_such_page(blocks: &[Block], page: Page) -> ImageError {
+        let block = match blocks.get(page.block.index()) {
+            Some(block) => format!("{:?} of {:#x} bytes", block.name, block.len),
+            None => format!("{} (there are {})", page.block.0, blocks.len()),
+        };
+        ImageError::NoSuchPage { block, offset: page.number.saturating_mul(PAGE_SIZE as u64) }
     }
 
     /// Damage to a named place.

@@ -6,13 +6,12 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::image::format::error::ImageError;
+use crate::image::format::flat::check_places;
 use crate::image::format::layout::{ChunkEntry, Codec, LAYERS, PageEntry, Region};
 use crate::image::format::manifest::{Manifest, Sections, check_blocks, check_layers};
 use crate::image::read::layer::{Buffers, Layer, chunk_id, layer_and_number, read_plain};
 use crate::image::read::lineage;
 use crate::image::read::table::Table;
-use crate::image::write::flat::check_places;
-use crate::image::write::writer::no_such_page;
 use crate::page::{
     Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
 };
@@ -128,7 +127,7 @@ impl Image {
         let blocks = &self.manifest.blocks;
         let start = match (blocks.get(number), self.starts.get(number)) {
             (Some(block), Some(start)) if page.number < block.pages() => start,
-            _ => return Err(no_such_page(blocks, page)),
+            _ => return Err(ImageError::no_such_page(blocks, page)),
         };
         let own = self.own();
         self.pages.entry(start + page.number, &own.file, &own.path)

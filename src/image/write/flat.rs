@@ -13,62 +13,19 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
-use crate::image::format::layout::{
-    ChunkEntry, Codec, PageEntry, Region, SUPERBLOCK_BYTES, Superblock,
-};
+use crate::image::format::flat::places;
+use crate::image::format::layout::{ChunkEntry, Codec, PageEntry};
 use crate::image::format::manifest::Manifest;
 use crate::image::read::image::Image;
+use crate::image::write::index::check_index;
+use crate::image::write::options::{CacheUse, Saved};
 use crate::image::write::sink::Sink;
 use crate::image::write::tail;
 use crate::image::write::target::Target;
-use crate::image::write::writer::{CacheUse, Saved, check_index};
 use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
-
-/// Where a large block may begin: at a huge page, so that its mapping can have them.
-const LARGE: u64 = 2 << 20;
 
 /// The most pages of a chunk.
 const CHUNK_PAGES: u64 = 16;
-
-/// Where each block begins in the file, and where the last one ends.
-fn places(blocks: &[Block]) -> (Vec<u64>, u64) {
-    let mut end = SUPERBLOCK_BYTES as u64;
-    let place = |block: &Block| {
-        let align = if block.len >= LARGE { LARGE } else { PAGE_SIZE as u64 };
-        let start = end.next_multiple_of(align);
-        end = start + block.len;
-        start
-    };
-    (blocks.iter().map(place).collect(), end)
-}
-
-/// Checks what a manifest says of the places of blocks: none, or one for each, whole
-/// pages within the data region, in order.
-///
-/// # Errors
-/// Says which block's is wrong.
-pub(in crate::image) fn check_places(
-    manifest: &Manifest,
-    superblock: &Superblock,
-) -> Result<(), String> {
-    let Manifest { blocks, flat, .. } = manifest;
-    if flat.is_empty() {
-        return Ok(());
-    }
-    if flat.len() != blocks.len() {
-        return Err(format!("places of {} blocks, where there are {}", flat.len(), blocks.len()));
-    }
-    let data = superblock.region(Region::Data);
-    let mut free = data.offset;
-    for (block, start) in blocks.iter().zip(flat) {
-        let end = start.checked_add(block.len).filter(|end| *end <= data.offset + data.len);
-        match end {
-            Some(end) if *start >= free && start.is_multiple_of(PAGE_SIZE as u64) => free = end,
-            _ => return Err(format!("block {:?} can't lie at file offset {start:#x}", block.name)),
-        }
-    }
-    Ok(())
-}
 
 /// Writes all pages of an image, wherever they lie, into a new image of the flat layout.
 /// The rest is as [`flatten`](super::flatten()) has it.

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use crate::image::format::error::ImageError;
 use crate::image::format::manifest::{Details, Manifest};
 use crate::image::read::image::Image;
-use crate::image::write::writer::{ImageWriter, Saved, WriterOptions};
+use crate::image::write::options::{Saved, WriterOptions};
+use crate::image::write::writer::ImageWriter;
 use crate::page::{BlockId, ChunkId, Location, PAGE_SIZE, Page};
 
 /// Writes all pages of an image, wherever they lie, into a new image that refers to no

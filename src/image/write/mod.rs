@@ -4,6 +4,8 @@ pub(super) mod dedupe;
 pub(super) mod delta;
 pub(super) mod flat;
 pub(super) mod flatten;
+pub(super) mod index;
+pub(super) mod options;
 pub(super) mod pack;
 pub(super) mod pipeline;
 pub(super) mod sink;

@@ -9,9 +9,11 @@ use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, Codec, PageEntry};
 use crate::image::write::dedupe::{Known, Number};
 use crate::image::write::delta::{Base, Comparer};
-use crate::image::write::pipeline::{Buffer, Returned};
-use crate::image::write::writer::Compression;
+use crate::image::write::options::Compression;
 use crate::page::{PAGE_SIZE, Page};
+
+/// Room for one chunk.
+pub(in crate::image) type Buffer = Box<[u8]>;
 
 /// Some pages of an aligned group, to be stored.
 pub(in crate::image) struct Job {
@@ -70,6 +72,12 @@ pub(in crate::image) struct NewChunk {
     /// Its stored bytes, as long as the entry says.
     pub buffer: Buffer,
     /// Its number, and the pages that it is made of.
+    pub stored: Stored,
+}
+
+/// A buffer that goes back to the caller, and what became of the pages in it.
+pub(in crate::image) struct Returned {
+    pub buffer: Buffer,
     pub stored: Stored,
 }
 

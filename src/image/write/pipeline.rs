@@ -26,23 +26,14 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, SUPERBLOCK_BYTES};
-use crate::image::write::pack::{Job, NewChunk, Packed, Packer, Packing, Stored};
+use crate::image::write::options::CacheUse;
+use crate::image::write::pack::{Buffer, Job, NewChunk, Packed, Packer, Packing, Returned, Stored};
 use crate::image::write::sink::Sink;
-use crate::image::write::writer::CacheUse;
 
 /// Bytes that one write gathers, if that many are waiting.
 const WRITE_BYTES: usize = 1 << 20;
 /// Chunks that one write gathers at most; `IOV_MAX` is 1024 (writev(2)).
 const WRITE_CHUNKS: usize = 512;
-
-/// Room for one chunk.
-pub(in crate::image) type Buffer = Box<[u8]>;
-
-/// A buffer that comes back, and what became of the pages in it.
-pub(in crate::image) struct Returned {
-    pub buffer: Buffer,
-    pub stored: Stored,
-}
 
 /// What the caller and the threads share.
 #[derive(Default)]

@@ -3,115 +3,22 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use nix::unistd::{SysconfVar, sysconf};
 use uuid::Uuid;
 
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
-use crate::image::format::layout::{MAX_CHUNK_PAGES, MAX_CHUNKS, PageEntry};
-use crate::image::format::manifest::{Details, LayerRef, Manifest, Sections, check_blocks};
+use crate::image::format::layout::{MAX_CHUNKS, PageEntry};
+use crate::image::format::manifest::{Details, Manifest, Sections, check_blocks};
 use crate::image::read::image::Image;
 use crate::image::write::delta::Base;
-use crate::image::write::pack::{Job, Packing, Stored};
-use crate::image::write::pipeline::{Buffer, Pipeline};
+use crate::image::write::index::{check_index, empty_index, pending, renumber_layers, resolve};
+use crate::image::write::options::{Saved, WriterOptions, WriterStats};
+use crate::image::write::pack::{Buffer, Job, Packing};
+use crate::image::write::pipeline::Pipeline;
 use crate::image::write::tail;
 use crate::image::write::target::Target;
 use crate::page::{Block, PAGE_SIZE, Page, PageBytes};
-
-/// Whether and how chunks are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
-    /// Not at all: fastest to save and to revert.
-    None,
-    /// zstd at a level of -7 (fastest) to 22 (smallest). A chunk that does not
-    /// get smaller is stored plain.
-    Zstd(i32),
-}
-
-/// What becomes of the host's page cache while an image is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheUse {
-    /// The image stays in it as long as there is memory that nobody uses; beyond that, it
-    /// takes 256 MiB at most, and no other file has to give way.
-    WhatIsFree,
-    /// The image does not stay in it.
-    Drop,
-    /// The kernel decides, as for any file.
-    Keep,
-}
-
-/// How an image is to be written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WriterOptions {
-    /// Whether and how chunks are compressed.
-    pub compression: Compression,
-    /// Pages per chunk: a power of two from 1 to 64.
-    pub chunk_pages: usize,
-    /// Replace an existing file.
-    pub force: bool,
-    /// Bytes of page contents that may be buffered before [`ImageWriter::page`]
-    /// waits for the disk. Raised to what the threads need to keep going: four
-    /// chunks, and two more for each worker.
-    pub memory: usize,
-    /// Threads that checksum and compress, 1 to 64; one more thread writes.
-    pub workers: usize,
-    /// The most bytes a second that are written to the file; as many as can be without.
-    pub bandwidth: Option<u64>,
-    /// What becomes of the host's page cache.
-    pub cache: CacheUse,
-}
-
-impl Default for WriterOptions {
-    /// Plain chunks of 16 KiB, 64 MiB of buffers, a worker for each processor up
-    /// to 4, no overwriting, no limit to the rate, the page cache's free room.
-    fn default() -> WriterOptions {
-        WriterOptions {
-            compression: Compression::None,
-            chunk_pages: 4,
-            force: false,
-            memory: 64 << 20,
-            workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
-            bandwidth: None,
-            cache: CacheUse::WhatIsFree,
-        }
-    }
-}
-
-/// How far a writer has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WriterStats {
-    /// Distinct pages given so far that are not all zeros.
-    pub data_pages: u64,
-    /// Distinct pages given so far that are all zeros.
-    pub zero_pages: u64,
-    /// Bytes of chunks written to the file so far (not necessarily to the disk).
-    pub written_bytes: u64,
-    /// Bytes of buffers in use, at most `WriterOptions::memory` (or the floor
-    /// that is stated there).
-    pub buffered_bytes: usize,
-    /// Time that [`ImageWriter::page`] has waited because that bound was reached.
-    pub stalled: Duration,
-}
-
-/// A finished image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Saved {
-    /// The image's identity.
-    pub identity: Uuid,
-    /// Number of pages stored.
-    pub data_pages: u64,
-    /// Number of pages that are all zeros.
-    pub zero_pages: u64,
-    /// Number of pages, among those stored, that were given when their chunk was there
-    /// already. A page that was given twice may count twice.
-    pub repeated_pages: u64,
-    /// Number of pages, among those stored, that lie in other images.
-    pub parent_pages: u64,
-    /// Length of the file in bytes.
-    pub image_bytes: u64,
-}
 
 /// Writes an image.
 ///
@@ -150,13 +57,6 @@ pub struct ImageWriter {
     data_pages: u64,
     zero_pages: u64,
     repeated_pages: u64,
-}
-
-/// The raw entry of a page that is on its way to a chunk, in that job's buffer. No
-/// finished index holds one.
-fn pending(job: u64) -> u64 {
-    const KIND: u64 = 3;
-    KIND | job << 8
 }
 
 /// An aligned group of pages that is being collected.
@@ -227,10 +127,10 @@ impl ImageWriter {
         base: Option<Arc<Base>>,
     ) -> Result<ImageWriter, ImageError> {
         let WriterOptions { compression, chunk_pages, force, memory, workers, .. } = options;
-        check_options(&options)?;
+        options.check()?;
         let pages = check_blocks(&blocks).map_err(ImageError::Blocks)?;
         check_index(path, pages)?;
-        let index = zeroed(pages)?;
+        let index = empty_index(pages)?;
         let target = Target::create(path, force)?;
         let chunk_bytes = chunk_pages * PAGE_SIZE;
         let buffers = (memory / chunk_bytes).max(4 + 2 * workers);
@@ -392,7 +292,7 @@ impl ImageWriter {
         let Some((block, (first_entry, first_group))) =
             found.filter(|(block, _)| page.number < block.pages())
         else {
-            return Err(no_such_page(&self.blocks, page));
+            return Err(ImageError::no_such_page(&self.blocks, page));
         };
         let per_chunk = self.chunk_pages as u64;
         let group = page.number / per_chunk;
@@ -496,97 +396,4 @@ impl ImageWriter {
             missing,
         }
     }
-}
-
-/// Enters pages into the index where they are stored, unless they have been given again
-/// meanwhile. Returns how many of them did not have to be stored.
-fn resolve(index: &mut [u64], stored: &Stored) -> u64 {
-    for (at, entry) in stored.entries() {
-        if index[at] == pending(stored.job) {
-            index[at] = entry.encode();
-        }
-    }
-    if stored.again { u64::from(stored.mask.count_ones()) } else { 0 }
-}
-
-/// Counts the pages that lie in each layer, and drops the layers in which none does,
-/// which the image then does not need.
-fn renumber_layers(layers: Vec<LayerRef>, index: &mut [u64]) -> Vec<LayerRef> {
-    if layers.is_empty() {
-        return layers;
-    }
-    let layer_of = |raw: u64| match PageEntry::decode(raw) {
-        Ok(PageEntry::Stored { layer, .. }) => usize::from(layer),
-        _ => 0,
-    };
-    let mut pages = vec![0u64; layers.len() + 1];
-    index.iter().for_each(|raw| pages[layer_of(*raw)] += 1);
-    let mut numbers = vec![0u8; layers.len() + 1];
-    let mut kept = Vec::new();
-    for (layer, old) in layers.into_iter().zip(1..) {
-        if pages[old] > 0 {
-            kept.push(LayerRef { pages: pages[old], ..layer });
-            numbers[old] = kept.len() as u8;
-        }
-    }
-    for raw in index {
-        if let Ok(PageEntry::Stored { layer, chunk, slot }) = PageEntry::decode(*raw) {
-            let layer = numbers[usize::from(layer)];
-            *raw = PageEntry::Stored { layer, chunk, slot }.encode();
-        }
-    }
-    kept
-}
-
-/// The error for a page outside the blocks.
-pub(in crate::image) fn no_such_page(blocks: &[Block], page: Page) -> ImageError {
-    let block = match blocks.get(page.block.index()) {
-        Some(block) => format!("{:?} of {:#x} bytes", block.name, block.len),
-        None => format!("{} (there are {})", page.block.0, blocks.len()),
-    };
-    ImageError::NoSuchPage { block, offset: page.number.saturating_mul(PAGE_SIZE as u64) }
-}
-
-fn check_options(options: &WriterOptions) -> Result<(), ImageError> {
-    let WriterOptions { compression, chunk_pages, workers, .. } = *options;
-    if !chunk_pages.is_power_of_two() || chunk_pages > MAX_CHUNK_PAGES {
-        return Err(ImageError::Options(format!(
-            "{chunk_pages} pages per chunk: it must be a power of two from 1 to {MAX_CHUNK_PAGES}"
-        )));
-    }
-    if !(1..=64).contains(&workers) {
-        return Err(ImageError::Options(format!("{workers} workers: it must be 1 to 64")));
-    }
-    match compression {
-        Compression::Zstd(level) if !(-7..=22).contains(&level) => {
-            Err(ImageError::Options(format!("zstd level {level}: it must be -7 to 22")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Whether this host has room for the index of so many pages. A few bytes of a file can
-/// claim any number of them; a machine that a host this size could run or revert stays
-/// far below.
-pub(in crate::image) fn check_index(path: &Path, pages: u64) -> Result<(), ImageError> {
-    let value = |name| sysconf(name).ok().flatten().and_then(|n| u64::try_from(n).ok());
-    let Some((count, bytes)) = value(SysconfVar::_PHYS_PAGES).zip(value(SysconfVar::PAGE_SIZE))
-    else {
-        return Ok(());
-    };
-    let (index, limit) = (pages * size_of::<u64>() as u64, count.saturating_mul(bytes) / 4);
-    if index > limit {
-        let (path, ram) = (path.to_owned(), pages * PAGE_SIZE as u64);
-        return Err(ImageError::IndexTooLarge { path, ram, index, limit });
-    }
-    Ok(())
-}
-
-/// The empty index. Its memory is taken as it is touched, but a length that can't
-/// be had at all must be an error: `vec!` alone would end the process.
-fn zeroed(pages: u64) -> Result<Vec<u64>, ImageError> {
-    Vec::<u64>::new().try_reserve_exact(pages as usize).map_err(|_| {
-        ImageError::Blocks(format!("there is no memory for an index of {pages} pages"))
-    })?;
-    Ok(vec![PageEntry::MISSING; pages as usize])
 }
