@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::output::Output;
 use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
 use crate::cancel::Cancellation;
-use crate::image::Image;
+use crate::image::{Image, check_replaces_none};
 
 /// What an image can be written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub fn export(
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;
     if let Some(path) = &options.to {
-        image.check_not_replaced(path)?;
+        check_replaces_none(path, image.files())?;
     }
     let mut watch = Watch::new(cancel, on_event);
     let file_bytes = match (options.format, &options.to) {

@@ -12,10 +12,13 @@
 
 mod format;
 mod read;
+mod store;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_of_chains;
+#[cfg(test)]
+mod tests_of_stores;
 mod write;
 
 pub use format::error::ImageError;
@@ -24,14 +27,16 @@ pub use format::layout::{
     VERSION,
 };
 pub use format::manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
+pub use read::flat::verify_flat;
 pub use read::image::Image;
-pub use read::lineage::{Overview, check_parent, look};
+pub use read::lineage::{Overview, look};
 pub use read::verify::{
     Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify, verify_chain,
 };
-pub use write::flat::{flatten_flat, verify_flat};
+pub use write::flat::flatten_flat;
 pub use write::flatten::flatten;
 pub use write::options::{CacheUse, Compression, Saved, WriterOptions, WriterStats};
+pub use write::parent::check_parent;
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};
 pub use write::writer::ImageWriter;

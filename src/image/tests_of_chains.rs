@@ -17,7 +17,7 @@ use crate::image::format::layout::*;
 use crate::page::{Location, PAGE_SIZE, Page};
 
 /// Writes an image of this memory, of one block for each that occurs, on top of another.
-fn write(
+pub(super) fn write(
     path: &Path,
     memory: &Memory,
     options: WriterOptions,
@@ -42,15 +42,15 @@ fn memory(pages: u64) -> Memory {
 }
 
 /// A folder with a chain of images, `0.snap` the first.
-struct Chain {
+pub(super) struct Chain {
     folder: TempDir,
-    memory: Vec<Memory>,
+    pub memory: Vec<Memory>,
 }
 
 impl Chain {
     /// A first image of 40 pages, and on top of it one more for each of these changes:
     /// pages that get a new content.
-    fn write(changes: &[&[u64]]) -> Chain {
+    pub fn write(changes: &[&[u64]]) -> Chain {
         let folder = tempfile::tempdir().unwrap();
         let mut chain = Chain { folder, memory: vec![memory(40)] };
         let plain = || options(4, Compression::None);
@@ -66,7 +66,7 @@ impl Chain {
         chain
     }
 
-    fn path(&self, n: usize) -> PathBuf {
+    pub fn path(&self, n: usize) -> PathBuf {
         self.folder.path().join(format!("{n}.snap"))
     }
 
@@ -182,7 +182,8 @@ fn a_missing_or_wrong_parent_is_named() {
     }
     let overview = look(chain.path(2)).unwrap();
     assert_eq!(overview.manifest.layers.len(), 2);
-    assert_eq!(overview.layers[0].as_ref().unwrap(), &chain.path(1).canonicalize().unwrap());
+    let found = Path::new(overview.layers[0].as_ref().unwrap());
+    assert_eq!(found, chain.path(1).canonicalize().unwrap());
     assert!(overview.layers[1].is_err());
 
     // Another image of that name.

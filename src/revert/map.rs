@@ -96,7 +96,8 @@ fn mapped_memory(
     if options.rewrite.qemu.is_some() && !wanted {
         return Err("the version of the QEMU given by --qemu is not known".into());
     }
-    let file = std::path::absolute(image.path()).map_err(|e| e.to_string())?;
+    let file = image.path().ok_or("the image is not a file")?;
+    let file = std::path::absolute(file).map_err(|e| e.to_string())?;
     if !wanted && !is_local(&file) {
         return Err("the image is not on a local file system".into());
     }

@@ -222,7 +222,7 @@ fn verify_piece(layer: &Layer, number: u64, buffers: &mut Buffers) -> Found {
     let mut found = Found::default();
     let entries = layer.chunks.entries_of(number);
     found.bytes += size_of::<Piece>() as u64;
-    let piece = match layer.chunks.load(number, &layer.file, &layer.path) {
+    let piece = match layer.chunks.load(number, &*layer.store) {
         Ok(piece) => piece,
         Err(error) => {
             found.bad.push((entries.start, entries.end, error));
@@ -252,7 +252,7 @@ impl Recent {
         let wanted = chunk / Region::ChunkTable.entries_per_piece();
         let piece = match self.0[place].take() {
             Some((number, piece)) if number == wanted => piece,
-            _ => layer.chunks.load(wanted, &layer.file, &layer.path)?,
+            _ => layer.chunks.load(wanted, &*layer.store)?,
         };
         let raw = layer.chunks.entry_in(&piece, chunk);
         self.0[place] = Some((wanted, piece));
@@ -273,7 +273,7 @@ fn verify_index(
     for number in 0..image.pages.pieces() {
         let entries = image.pages.entries_of(number);
         progress(size_of::<Piece>() as u64);
-        let piece = match image.pages.load(number, &own.file, &own.path) {
+        let piece = match image.pages.load(number, &*own.store) {
             Ok(piece) => piece,
             Err(error) => {
                 if let Some(damage) = report.add(error) {
@@ -297,7 +297,7 @@ fn verify_index(
                 Ok(Location::Stored { .. }) => data_pages += 1,
                 Err(problem) => {
                     let place = format!("page index entry {entry}");
-                    let error = ImageError::damaged(&own.path, place, problem);
+                    let error = ImageError::damaged(own.name(), place, problem);
                     if let Some(damage) = report.add(error) {
                         report.damages[damage].affects(image, entry..entry + 1);
                     }
@@ -311,7 +311,7 @@ fn verify_index(
             "it counts {} data and {} zero pages, the page index {data_pages} and {zero_pages}",
             manifest.data_pages, manifest.zero_pages
         );
-        report.add(ImageError::damaged(&own.path, "manifest", problem));
+        report.add(ImageError::damaged(own.name(), "manifest", problem));
     }
 }
 

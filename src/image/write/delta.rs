@@ -14,7 +14,7 @@ use crate::image::format::layout::PageEntry;
 use crate::image::format::manifest::LayerRef;
 use crate::image::read::image::Image;
 use crate::image::read::layer::{Buffers, layer_and_number};
-use crate::image::read::lineage::refer_to;
+use crate::image::write::parent::refer_to;
 use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
 
 /// The image on top of which another is written.

@@ -6,8 +6,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek64};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -21,7 +19,7 @@ use crate::image::write::index::check_index;
 use crate::image::write::options::{CacheUse, Saved};
 use crate::image::write::sink::Sink;
 use crate::image::write::tail;
-use crate::image::write::target::Target;
+use crate::image::write::target::{Target, check_replaces_none};
 use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
 
 /// The most pages of a chunk.
@@ -39,7 +37,7 @@ pub fn flatten_flat(
     mut progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
-    image.check_not_replaced(to)?;
+    check_replaces_none(to, image.files())?;
     check_index(to, blocks.iter().map(Block::pages).sum())?;
     let target = Target::create(to, force)?;
     let io = |e| ImageError::io("write", to, e);
@@ -138,55 +136,4 @@ impl<'a> Pages<'a> {
         out.extend_from_slice(&self.buffers.plain()[slot * PAGE_SIZE..(slot + 1) * PAGE_SIZE]);
         Ok(true)
     }
-}
-
-/// Checks that what would be mapped of a flat image is what its index says: that every
-/// page lies in its place, and that the places of zero pages hold zeros. What its chunks
-/// hold is checked by [`verify()`](super::verify()). Does nothing for other images.
-///
-/// # Errors
-/// Damage, with the block and the offset.
-pub fn verify_flat(image: &Image) -> Result<(), ImageError> {
-    let Manifest { blocks, flat, .. } = image.manifest();
-    let mut bytes = vec![0; PAGE_SIZE];
-    for ((block, id), start) in blocks.iter().zip((0..).map(BlockId)).zip(flat) {
-        // Pages before this one lie in a hole.
-        let mut data_from = 0;
-        for number in 0..block.pages() {
-            let page = Page { block: id, number };
-            let place = start + page.offset();
-            let damaged = |problem: String| {
-                let at = format!("block {:?}, offset {:#x}", block.name, page.offset());
-                ImageError::damaged(image.path(), at, problem)
-            };
-            match image.find(page)? {
-                Location::Stored { chunk, slot } => {
-                    let (layer, _, entry) = image.chunk(chunk)?;
-                    let lies = entry.offset + (slot * PAGE_SIZE) as u64;
-                    let own = layer.path == image.path() && entry.codec == Codec::Plain;
-                    if !own || lies != place {
-                        return Err(damaged(format!("it does not lie in its place, {place:#x}")));
-                    }
-                }
-                Location::Zero if place + PAGE_SIZE as u64 <= data_from => {}
-                Location::Zero => {
-                    let file = &image.own().file;
-                    data_from = match lseek64(file, place as i64, Whence::SeekData) {
-                        Ok(at) => at as u64,
-                        // No data up to the end of the file (lseek(2)).
-                        Err(Errno::ENXIO) => u64::MAX,
-                        Err(errno) => return Err(damaged(format!("can't look for data: {errno}"))),
-                    };
-                    if data_from < place + PAGE_SIZE as u64 {
-                        file.read_exact_at(&mut bytes, place)
-                            .map_err(|e| damaged(format!("can't read: {e}")))?;
-                        if bytes.iter().any(|byte| *byte != 0) {
-                            return Err(damaged("it holds data, where zeros are due".into()));
-                        }
-                    }
-                }
-            }
-        }
-    }
-    Ok(())
 }

@@ -7,6 +7,7 @@ use crate::image::format::error::ImageError;
 use crate::image::format::manifest::{Details, Manifest};
 use crate::image::read::image::Image;
 use crate::image::write::options::{Saved, WriterOptions};
+use crate::image::write::target::check_replaces_none;
 use crate::image::write::writer::ImageWriter;
 use crate::page::{BlockId, ChunkId, Location, PAGE_SIZE, Page};
 
@@ -25,7 +26,7 @@ pub fn flatten(
     mut progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
-    image.check_not_replaced(to)?;
+    check_replaces_none(to, image.files())?;
     let mut writer = ImageWriter::create(to, options, blocks.clone())?;
     let mut buffers = image.buffers()?;
     let mut held: Option<ChunkId> = None;

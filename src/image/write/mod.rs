@@ -7,6 +7,7 @@ pub(super) mod flatten;
 pub(super) mod index;
 pub(super) mod options;
 pub(super) mod pack;
+pub(super) mod parent;
 pub(super) mod pipeline;
 pub(super) mod sink;
 pub(super) mod tail;
