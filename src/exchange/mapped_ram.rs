@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::output::Output;
-use super::pages::{Piece, for_each};
+use super::pages::for_each;
 use super::{ExchangeError, Watch};
-use crate::image::{Image, ImageWriter};
+use crate::image::{Image, ImageWriter, Piece};
 use crate::page::{BlockId, PAGE_SIZE, Page, Run};
 use crate::wire::{MappedLayout, StreamBlock};
 
@@ -39,7 +39,7 @@ pub(super) fn write(
     }
     let mut bitmap = Bitmap::default();
     for_each(image, watch, |piece| {
-        let (Piece::Zeros(run) | Piece::Data(run, _)) = piece;
+        let run = piece.run();
         let (block, mapped) = (&blocks[run.block.index()], &layout.blocks[run.block.index()]);
         if let Piece::Data(_, bytes) = piece {
             output.put_at(bytes, mapped.pages_offset + run.offset())?;

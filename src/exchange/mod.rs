@@ -9,7 +9,6 @@ mod decompress;
 mod elf;
 mod error;
 mod export;
-mod flat;
 mod import;
 mod libvirt;
 mod mapped_ram;
@@ -18,6 +17,7 @@ mod output;
 mod pages;
 mod patient;
 mod physical;
+mod plain_memory;
 mod stream;
 
 use std::time::{Duration, Instant};

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::mapped_ram;
 use super::output::Output;
-use super::pages::{Piece, for_each};
+use super::pages::for_each;
 use super::{ExchangeError, ExchangeEvent, Watch};
 use crate::cancel::Cancellation;
-use crate::image::{Image, ImageWriter, Sections, WriterOptions};
+use crate::image::{Image, ImageWriter, Piece, Sections, WriterOptions};
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
     Frame, Item, StreamBlock, StreamReader, Tail, WireError, end_of_ram, precopy_opening, tail,

@@ -27,15 +27,15 @@ pub use format::layout::{
     VERSION,
 };
 pub use format::manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
+pub(crate) use read::cursor::{Cursor, Piece};
 pub use read::flat::verify_flat;
 pub use read::image::Image;
 pub use read::lineage::{Overview, look};
 pub use read::verify::{
     Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify, verify_chain,
 };
-pub use write::flat::flatten_flat;
 pub use write::flatten::flatten;
-pub use write::options::{CacheUse, Compression, Saved, WriterOptions, WriterStats};
+pub use write::options::{CacheUse, Compression, Layout, Saved, WriterOptions, WriterStats};
 pub use write::parent::check_parent;
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};

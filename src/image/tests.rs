@@ -15,7 +15,9 @@ use super::*;
 use crate::image::format::layout::*;
 use crate::image::write::index::check_index;
 use crate::machine::{Machine, QemuVersion};
-use crate::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, SourceError};
+use crate::page::{
+    Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, Run, SourceError,
+};
 
 pub(super) fn block(name: &str, pages: u64) -> Block {
     Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size: PAGE_SIZE as u64 }
@@ -86,6 +88,25 @@ pub(super) fn read_all(image: &Arc<Image>) -> Result<BTreeMap<Page, PageBytes>, 
                 }
             };
             pages.insert(page, bytes);
+        }
+    }
+    Ok(pages)
+}
+
+/// Reads the rest of a cursor's pages, which come in ascending order.
+fn read_in_order(cursor: &mut Cursor) -> Result<BTreeMap<Page, PageBytes>, ImageError> {
+    let mut pages = BTreeMap::new();
+    while let Some(piece) = cursor.next_piece()? {
+        let run = piece.run();
+        assert!(
+            pages.last_key_value().is_none_or(|(last, _)| *last < page(run.block.0, run.first))
+        );
+        match piece {
+            Piece::Zeros(run) => pages.extend(run.pages().map(|page| (page, [0; PAGE_SIZE]))),
+            Piece::Data(run, bytes) => {
+                assert_eq!(bytes.len() as u64, run.bytes());
+                pages.extend(run.pages().zip(bytes.as_chunks().0.iter().copied()));
+            }
         }
     }
     Ok(pages)
@@ -307,6 +328,7 @@ proptest! {
         prop_assert_eq!(image.sections().unwrap(), sections());
         prop_assert_eq!(&image.manifest().machine, &details().machine);
         prop_assert!(read_all(&image).unwrap() == expected(&memory));
+        prop_assert!(read_in_order(&mut Cursor::over_all(&image).unwrap()).unwrap() == expected(&memory));
         let report = verify(&image, |_, _| {}).unwrap();
         prop_assert!(report.is_whole(), "{:?}", report.damages);
         prop_assert_eq!(report.chunks, image.chunk_count());
@@ -314,6 +336,26 @@ proptest! {
             let given: BTreeSet<u32> = plan.steps().iter().map(|(_, seed)| *seed).collect();
             prop_assert!(image.chunk_count() <= given.len() as u64);
         }
+    }
+}
+
+#[test]
+fn a_cursor_goes_up_to_damage_and_stands_before_it() {
+    let small = small();
+    let image = small.open().unwrap();
+    let some = Run { block: BlockId(2), first: 1, count: 7 };
+    let read = read_in_order(&mut Cursor::over(&image, some).unwrap()).unwrap();
+    let wanted: BTreeMap<_, _> =
+        some.pages().map(|page| (page, contents(small.memory[&page]))).collect();
+    assert!(read == wanted);
+
+    // The entry of the third block's second page.
+    small.edit_table(Region::PageIndex, |piece| piece[6 * PAGE_ENTRY_BYTES] = 9);
+    let mut cursor = Cursor::over_all(&small.open().unwrap()).unwrap();
+    for _ in 0..2 {
+        let error = read_in_order(&mut cursor).unwrap_err().to_string();
+        assert!(error.contains("kind 9 is not known"), "{error}");
+        assert_eq!(cursor.page(), Some(page(2, 1)));
     }
 }
 

@@ -249,8 +249,8 @@ fn an_image_does_not_replace_what_it_refers_to() {
         assert!(error.to_string().contains("give it another name"), "{error}");
         assert!(check_parent(&parent, &chain.path(n)).is_err());
         // Nor is it replaced by what is made of it.
-        let packed = flatten(&parent, &chain.path(n), force(), |_, _| true);
-        let flat = flatten_flat(&parent, &chain.path(n), true, |_, _| true);
+        let packed = flatten(&parent, &chain.path(n), Layout::Packed, force(), |_, _| true);
+        let flat = flatten(&parent, &chain.path(n), Layout::Flat, force(), |_, _| true);
         for made in [packed, flat] {
             assert!(matches!(made, Err(ImageError::Replaces { .. })), "{made:?}");
         }
@@ -281,10 +281,16 @@ fn a_chain_has_a_length_at_which_it_is_flattened() {
 
     let flat = path(1000);
     let mut told = (0, 0);
-    let saved = flatten(&longest, &flat, options(16, Compression::Zstd(1)), |done, total| {
-        told = (done, total);
-        true
-    })
+    let saved = flatten(
+        &longest,
+        &flat,
+        Layout::Packed,
+        options(16, Compression::Zstd(1)),
+        |done, total| {
+            told = (done, total);
+            true
+        },
+    )
     .unwrap();
     assert_eq!((told, saved.data_pages, saved.parent_pages), ((300, 300), 300, 0));
     drop(longest);
@@ -311,7 +317,7 @@ fn a_flattening_can_be_ended() {
     .unwrap();
     let image = Image::open(&path).unwrap();
     let to = folder.path().join("flat.snap");
-    let ended = flatten(&image, &to, options(4, Compression::None), |_, _| false);
+    let ended = flatten(&image, &to, Layout::Packed, options(4, Compression::None), |_, _| false);
     assert!(matches!(ended, Err(ImageError::Interrupted(_))));
     assert_eq!(names(folder.path()), ["0.snap"]);
 }

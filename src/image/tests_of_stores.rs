@@ -106,8 +106,9 @@ fn a_chain_is_read_from_wherever_it_lies() {
     // It is made one image like any other, in either layout.
     let folder = tempfile::tempdir().unwrap();
     let (packed, flat) = (folder.path().join("packed"), folder.path().join("flat"));
-    flatten(&image, &packed, options(4, Compression::Zstd(1)), |_, _| true).unwrap();
-    flatten_flat(&image, &flat, false, |_, _| true).unwrap();
+    flatten(&image, &packed, Layout::Packed, options(4, Compression::Zstd(1)), |_, _| true)
+        .unwrap();
+    flatten(&image, &flat, Layout::Flat, options(4, Compression::None), |_, _| true).unwrap();
     for made in [packed, flat] {
         let made = Image::open(made).unwrap();
         assert!(read_all(&made).unwrap() == expected(&chain.memory[2]));
@@ -141,7 +142,14 @@ fn what_is_mapped_is_checked_without_a_file_too() {
     let (packed, flat) = (folder.path().join("packed"), folder.path().join("flat"));
     let memory = [(page(0, 0), 1), (page(0, 1), 0), (page(0, 2), 3)].into();
     write(&packed, &memory, options(4, Compression::None), None).unwrap();
-    flatten_flat(&Image::open(packed).unwrap(), &flat, false, |_, _| true).unwrap();
+    flatten(
+        &Image::open(packed).unwrap(),
+        &flat,
+        Layout::Flat,
+        options(4, Compression::None),
+        |_, _| true,
+    )
+    .unwrap();
     let bucket = Arc::new(Bucket { readable: u64::MAX.into(), ..Bucket::default() });
     let mut bytes = fs::read(flat).unwrap();
     let place = bucket.put(&bytes).manifest().flat[0] as usize + PAGE_SIZE;

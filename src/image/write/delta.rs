@@ -12,10 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::PageEntry;
 use crate::image::format::manifest::LayerRef;
+use crate::image::read::cursor::Held;
 use crate::image::read::image::Image;
-use crate::image::read::layer::{Buffers, layer_and_number};
+use crate::image::read::layer::layer_and_number;
 use crate::image::write::parent::refer_to;
-use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
+use crate::page::{Block, BlockId, ChunkId, Location, Page};
 
 /// The image on top of which another is written.
 pub(in crate::image) struct Base {
@@ -66,14 +67,12 @@ impl Base {
 /// Compares pages with a base: one thread's share.
 pub(in crate::image) struct Comparer {
     base: Arc<Base>,
-    buffers: Buffers,
-    /// The chunk in the buffers.
-    held: Option<ChunkId>,
+    chunks: Held,
 }
 
 impl Comparer {
     pub fn new(base: &Arc<Base>) -> Result<Comparer, ImageError> {
-        Ok(Comparer { base: Arc::clone(base), buffers: base.image.buffers()?, held: None })
+        Ok(Comparer { base: Arc::clone(base), chunks: Held::new(&base.image)? })
     }
 
     /// The page's entry in the new image's index, if the base has the same bytes at the
@@ -90,14 +89,8 @@ impl Comparer {
 
     fn compare(&mut self, page: Page, bytes: &[u8]) -> Result<Option<PageEntry>, ImageError> {
         let Some((chunk, slot)) = self.base.find(page)? else { return Ok(None) };
-        if self.held != Some(chunk) {
-            self.held = None;
-            let (layer, number, entry) = self.base.image.chunk(chunk)?;
-            self.buffers.read(layer, number, &entry)?;
-            self.held = Some(chunk);
-        }
-        // Image::find has seen that the chunk has such a slot.
-        if self.buffers.plain()[slot * PAGE_SIZE..(slot + 1) * PAGE_SIZE] != *bytes {
+        self.chunks.hold(chunk)?;
+        if self.chunks.pages(slot, 1) != bytes {
             return Ok(None);
         }
         // The base itself is the new image's first layer, its layers follow.

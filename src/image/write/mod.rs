@@ -2,6 +2,7 @@
 
 pub(super) mod dedupe;
 pub(super) mod delta;
+pub(super) mod every_page;
 pub(super) mod flat;
 pub(super) mod flatten;
 pub(super) mod index;

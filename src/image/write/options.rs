@@ -29,6 +29,16 @@ pub enum CacheUse {
     Keep,
 }
 
+/// How an image lays out the pages of its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Layout {
+    /// In chunks, one behind the other in whatever order suits: as small as it gets.
+    Packed,
+    /// As they lie in memory, not compressed, with holes for zeros: it can be mapped.
+    Flat,
+}
+
 /// How an image is to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WriterOptions {
