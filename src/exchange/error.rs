@@ -133,7 +133,7 @@ pub enum ExchangeError {
          found: import it without --run, and let it run with `cont` after a revert"
     )]
     NoRunState,
-    /// Somebody asked to stop.
+    /// It was cancelled.
     #[error("interrupted: nothing was written")]
     Interrupted,
 }

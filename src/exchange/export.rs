@@ -10,6 +10,7 @@ use crate::image::{Image, check_replaces_none};
 
 /// What an image can be written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ExportFormat {
     /// An ordinary migration stream, which every QEMU that knows the machine type
     /// loads with `-incoming`.
@@ -37,6 +38,7 @@ impl fmt::Display for ExportFormat {
 
 /// Which image to write, as what and where.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ExportOptions {
     /// The image.
     pub image: PathBuf,
@@ -46,6 +48,14 @@ pub struct ExportOptions {
     pub to: Option<PathBuf>,
     /// Replace an existing file; a directory is never replaced.
     pub force: bool,
+}
+
+impl ExportOptions {
+    /// Writes `image` as `format` to standard output, or, with [`ExportOptions::to`], to a
+    /// file or directory.
+    pub fn new(image: impl Into<PathBuf>, format: ExportFormat) -> ExportOptions {
+        ExportOptions { image: image.into(), format, to: None, force: false }
+    }
 }
 
 /// Writes an image in another format. Every byte of memory is verified on the way.

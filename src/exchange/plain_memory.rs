@@ -58,10 +58,10 @@ fn file_names(blocks: &[Block]) -> Vec<String> {
     blocks.iter().enumerate().map(name).collect()
 }
 
-/// A directory that gets its name when it is whole, and is no more if it never was.
+/// A directory that gets its name when it is complete, and is removed if it never is.
 struct Directory {
     path: PathBuf,
-    /// Its name until then; none once it has its own.
+    /// Its name until then; none afterwards.
     hidden: Option<PathBuf>,
 }
 
@@ -120,7 +120,7 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
-            // Nobody is left to tell; the name says what the directory was.
+            // The error can't be passed on; the name of what is left says what it was.
             let _ = fs::remove_dir_all(hidden);
         }
     }

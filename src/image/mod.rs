@@ -1,14 +1,19 @@
 //! The snapshot image: a machine's memory and state in one file, written once,
 //! any page of it found in two look-ups and one read.
 //!
-//! `docs/format.md` draws the file byte by byte; `layout` is the same in code.
 //! [`ImageWriter`] writes an image in one pass, [`Image`] reads one and is a
 //! [`PageSource`](crate::page::PageSource), [`verify()`] checks one as a whole.
 //!
-//! Checksums (xxh3-64) protect against damage, not against forgery: who can write
-//! to an image can make it say anything. So whatever is read is checked before it
-//! is used, and nothing in a file makes this module panic or take memory without
-//! bound.
+//! - `format`: the bytes, as `docs/format.md` draws them, and the errors. No I/O.
+//! - `store`: where the bytes lie, read in ranges. A file, so far.
+//! - `read`: images over a store: tables, layers, a cursor over all pages, checks.
+//! - `write`: new images, always in files.
+//!
+//! The reading side knows nothing of the writing side, and neither of QEMU.
+//!
+//! Checksums (xxh3-64) protect against damage, not against forgery: whoever can write
+//! to an image can make it say anything. So everything that is read is checked before it
+//! is used, and nothing in a file makes this module panic or allocate without bound.
 
 mod format;
 mod read;

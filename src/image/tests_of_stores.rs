@@ -104,8 +104,8 @@ fn a_chain_is_read_from_wherever_it_lies() {
     assert!(report.is_whole(), "{:?}", report.damages);
 
     // It is made one image like any other, in either layout.
-    let folder = tempfile::tempdir().unwrap();
-    let (packed, flat) = (folder.path().join("packed"), folder.path().join("flat"));
+    let directory = tempfile::tempdir().unwrap();
+    let (packed, flat) = (directory.path().join("packed"), directory.path().join("flat"));
     flatten(&image, &packed, Layout::Packed, options(4, Compression::Zstd(1)), |_, _| true)
         .unwrap();
     flatten(&image, &flat, Layout::Flat, options(4, Compression::None), |_, _| true).unwrap();
@@ -138,8 +138,8 @@ fn errors_name_the_object_and_the_position() {
 
 #[test]
 fn what_is_mapped_is_checked_without_a_file_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let (packed, flat) = (folder.path().join("packed"), folder.path().join("flat"));
+    let directory = tempfile::tempdir().unwrap();
+    let (packed, flat) = (directory.path().join("packed"), directory.path().join("flat"));
     let memory = [(page(0, 0), 1), (page(0, 1), 0), (page(0, 2), 3)].into();
     write(&packed, &memory, options(4, Compression::None), None).unwrap();
     flatten(

@@ -1,4 +1,4 @@
-//! All pages of an image in order, for whoever reads more than what a guest asks for.
+//! All pages of an image in order.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use crate::image::read::layer::Buffers;
 use crate::page::{BlockId, ChunkId, Location, PAGE_SIZE, Page, Run};
 
 /// The most zero pages that come at once, 16 MiB: it bounds the time between two checks for
-/// cancellation, and the memory of whoever is given them.
+/// cancellation, and the memory of what is made of them.
 const MAX_ZEROS: u64 = 4096;
 
 /// Neighbouring pages of one block.

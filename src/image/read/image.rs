@@ -20,9 +20,9 @@ use crate::page::{
 
 /// An open image.
 ///
-/// It keeps what has been touched of the page index and the chunk tables: 8 bytes
-/// per target page and 24 bytes per chunk at most. It holds its own store open, a file as
-/// a rule, and one for each image that it refers to, at most 255. `Arc<Image>` is a [`PageSource`].
+/// It keeps the parts of the page index and of the chunk tables that were needed: at most 8
+/// bytes per target page and 24 bytes per chunk. It holds its own file open, and one for each
+/// image that it refers to, at most 255. `Arc<Image>` is a [`PageSource`].
 pub struct Image {
     /// Its own, then the others in the order of the manifest: never empty.
     layers: Vec<Layer>,
@@ -135,7 +135,7 @@ impl Image {
         })
     }
 
-    /// A page's entry in the index, as it lies there.
+    /// A page's raw entry in the index.
     fn entry(&self, page: Page) -> Result<[u8; 8], ImageError> {
         let number = page.block.index();
         let blocks = &self.manifest.blocks;
@@ -155,8 +155,8 @@ impl Image {
         self.manifest.blocks.get(number).zip(self.starts.get(number).copied())
     }
 
-    /// Makes a page's entry in the index its location. `entry_of` is given a layer's
-    /// number, the layer, and the number of a chunk that it has.
+    /// Turns a raw entry of the index into a location, and checks it. `entry_of` reads a
+    /// chunk's entry: it gets a layer's number, the layer, and the number of a chunk there.
     pub(in crate::image) fn check_entry<'a>(
         &'a self,
         raw: [u8; 8],
@@ -204,12 +204,12 @@ impl Image {
         &self.layers
     }
 
-    /// Room for one of its chunks.
+    /// Buffers that any of its chunks fits into.
     pub(in crate::image) fn buffers(&self) -> Result<Buffers, ImageError> {
         Buffers::new(self.chunk_pages, self.name())
     }
 
-    /// Reads, verifies and drops a section or the manifest.
+    /// Verifies a section or the manifest.
     pub(in crate::image) fn check_whole(&self, region: Region) -> Result<(), ImageError> {
         self.own().read_whole(region).map(drop)
     }
@@ -240,15 +240,15 @@ impl PageSource for Arc<Image> {
     }
 }
 
-/// Bytes that are read in one go at most: they are to be in the processor's cache still
-/// when their checksums are made.
+/// The most bytes that are read at once, so that they are still in the processor's cache when
+/// their checksums are computed.
 const RUN_BYTES: usize = 256 << 10;
 
 /// One thread's reader of an image's chunks.
 struct Reader {
     image: Arc<Image>,
     buffers: Buffers,
-    /// Chunks that are read in one go.
+    /// The chunks that are read at once.
     run: Vec<ChunkEntry>,
 }
 
@@ -298,14 +298,14 @@ impl ChunkReader for Reader {
                 return Ok(read);
             }
         }
-        // By itself, or to say what is wrong with it.
+        // A single chunk, or one that is damaged: this says how.
         self.buffers.read_to(layer, number, &entry, &mut out[..len])?;
         Ok(1)
     }
 }
 
 impl Reader {
-    /// Whether a chunk lies behind the run's last, both as they were.
+    /// Whether a chunk lies right behind the last one of the run, both uncompressed.
     fn run_goes_on(&self, next: &ChunkEntry) -> bool {
         self.run.last().is_some_and(|last| {
             let plain = [last, next].iter().all(|entry| entry.codec == Codec::Plain);

@@ -1,4 +1,5 @@
-//! One object that holds chunks: an image's own, or one of those that it refers to.
+//! A layer: one store with chunks. An image has its own, and one for each image that it
+//! refers to.
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -25,7 +26,7 @@ pub(in crate::image) fn layer_and_number(chunk: ChunkId) -> (u8, u64) {
     ((chunk.0 >> CHUNK_BITS) as u8, chunk.0 & ((1 << CHUNK_BITS) - 1))
 }
 
-/// An open object with chunks, and its chunk table.
+/// An open image, as far as its chunks are concerned.
 pub(in crate::image) struct Layer {
     pub store: Box<dyn Store>,
     pub superblock: Superblock,
@@ -126,8 +127,8 @@ impl Layer {
     }
 }
 
-/// Reads chunks that lie back to back as they were, in one go, into `out`, which has their
-/// length. Returns how many, from the first on, could be read and are what they should be.
+/// Reads uncompressed chunks that lie back to back at once into `out`, which has their
+/// length. Returns how many of them, from the first on, are what they should be.
 pub(in crate::image) fn read_plain(layer: &Layer, chunks: &[ChunkEntry], out: &mut [u8]) -> usize {
     let start = chunks.first().map_or(0, |chunk| chunk.offset);
     if layer.store.read_at(out, start).is_err() {
@@ -142,20 +143,20 @@ pub(in crate::image) fn read_plain(layer: &Layer, chunks: &[ChunkEntry], out: &m
     chunks.iter().take_while(is_right).count()
 }
 
-/// Room for one chunk, and what reads it.
+/// Reads chunks, with a buffer for one.
 pub(in crate::image) struct Buffers {
     plain: Box<[u8]>,
     opener: Opener,
 }
 
-/// Reads chunks, with room for the stored form of one.
+/// Reads chunks, with a buffer for the stored form of one.
 struct Opener {
     stored: Box<[u8]>,
     zstd: zstd::bulk::Decompressor<'static>,
 }
 
 impl Buffers {
-    /// Room for chunks of so many pages. `image` names it in the error.
+    /// Buffers for chunks of so many pages. The error names `image`.
     pub fn new(chunk_pages: usize, image: &str) -> Result<Buffers, ImageError> {
         let len = chunk_pages * PAGE_SIZE;
         let zstd = zstd::bulk::Decompressor::new()
@@ -164,8 +165,7 @@ impl Buffers {
         Ok(Buffers { plain: vec![0; len].into(), opener })
     }
 
-    /// Reads, decompresses and verifies a chunk of at most as many pages as there is
-    /// room for.
+    /// Reads, decompresses and verifies a chunk of at most as many pages as fit.
     pub fn read(
         &mut self,
         layer: &Layer,
@@ -189,8 +189,8 @@ impl Buffers {
         self.opener.read(layer, chunk, entry, out)
     }
 
-    /// The bytes of the chunk that was read last, if that went well; pages of others
-    /// behind it.
+    /// The bytes of the chunk that [`Buffers::read`] read last, and behind them those of
+    /// earlier ones.
     pub fn plain(&self) -> &[u8] {
         &self.plain
     }

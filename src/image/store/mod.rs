@@ -14,8 +14,8 @@ pub(super) mod file;
 /// One object that holds an image, for example a file. Its contents don't change while it
 /// is open.
 ///
-/// Several threads read at once. The errors are bare causes: whoever reads adds the
-/// object's [name](Store::name), the position, and what was to be read there.
+/// Several threads read at once. Errors of reading are bare causes: the reading side adds
+/// the object's [name](Store::name), the position, and which part of the image lies there.
 pub(in crate::image) trait Store: Send + Sync {
     /// What error messages call the object: a file's path, an object's URL.
     fn name(&self) -> &str;

@@ -1,9 +1,9 @@
 //! What an image has in common with the one that it is written on top of: pages with
 //! the same content at the same place.
 //!
-//! Contents are compared byte by byte with what the other image really gives, verified;
-//! checksums prove nothing where a guest's user chooses the bytes. What can't be read
-//! there counts as different: it only makes the new image larger.
+//! Contents are compared byte by byte with the verified pages of the other image: checksums
+//! prove nothing where a user of the guest chooses the bytes. A page that can't be read there
+//! counts as different, which only makes the new image larger.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,12 +21,12 @@ use crate::page::{Block, BlockId, ChunkId, Location, Page};
 /// The image on top of which another is written.
 pub(in crate::image) struct Base {
     image: Arc<Image>,
-    /// What the page index of the new image calls them: 1 is the first.
+    /// The layers of the new image, in order: its page index numbers them from 1.
     pub layers: Vec<LayerRef>,
-    /// For each block of the new image, that of the same name here.
+    /// For each block of the new image, the base's block of the same name.
     blocks: Vec<Option<BlockId>>,
-    /// It has been told that something can't be read.
-    told: AtomicBool,
+    /// Whether a page that can't be read has been reported.
+    reported: AtomicBool,
 }
 
 impl Base {
@@ -41,11 +41,12 @@ impl Base {
             layers: refer_to(image, target)?,
             blocks: blocks.iter().map(same_name).collect(),
             image: Arc::clone(image),
-            told: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
         })
     }
 
-    /// Where a page of the new image lies here, if its place exists and is not zeros.
+    /// Where the base stores the page at the same place, if it has that place and a page
+    /// there that is not zeros.
     fn find(&self, page: Page) -> Result<Option<(ChunkId, usize)>, ImageError> {
         let Some(Some(block)) = self.blocks.get(page.block.index()) else { return Ok(None) };
         if page.number >= self.image.manifest().blocks[block.index()].pages() {
@@ -57,14 +58,14 @@ impl Base {
         })
     }
 
-    fn tell(&self, error: &ImageError) {
-        if !self.told.swap(true, Ordering::Relaxed) {
+    fn report(&self, error: &ImageError) {
+        if !self.reported.swap(true, Ordering::Relaxed) {
             tracing::warn!("what can't be read in the parent is stored again: {error}");
         }
     }
 }
 
-/// Compares pages with a base: one thread's share.
+/// Compares pages with a base: the state of one thread.
 pub(in crate::image) struct Comparer {
     base: Arc<Base>,
     chunks: Held,
@@ -81,7 +82,7 @@ impl Comparer {
         match self.compare(page, bytes) {
             Ok(entry) => entry,
             Err(error) => {
-                self.base.tell(&error);
+                self.base.report(&error);
                 None
             }
         }

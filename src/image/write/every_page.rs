@@ -1,4 +1,4 @@
-//! Going over an image of which another is made.
+//! Reading an image of which another is made, with progress and cancellation.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -10,9 +10,9 @@ use crate::image::format::manifest::LayerRef;
 use crate::image::write::pack::Stored;
 use crate::page::PAGE_SIZE;
 
-/// Whether this host has room for the index of so many pages. A few bytes of a file can
-/// claim any number of them; a machine that a host this size could run or revert stays
-/// far below.
+/// Checks that the index of so many pages takes no more than a quarter of this host's memory.
+/// A file that is imported can claim any number of pages in a few bytes; a machine that this
+/// host could run stays far below.
 pub(in crate::image) fn check_index(path: &Path, pages: u64) -> Result<(), ImageError> {
     let value = |name| sysconf(name).ok().flatten().and_then(|n| u64::try_from(n).ok());
     let Some((count, bytes)) = value(SysconfVar::_PHYS_PAGES).zip(value(SysconfVar::PAGE_SIZE))
@@ -27,8 +27,8 @@ pub(in crate::image) fn check_index(path: &Path, pages: u64) -> Result<(), Image
     Ok(())
 }
 
-/// The empty index. Its memory is taken as it is touched, but a length that can't
-/// be had at all must be an error: `vec!` alone would end the process.
+/// The empty index. The kernel gives it memory as it is touched, but a length that can't be
+/// allocated must be an error: `vec!` alone would end the process.
 pub(in crate::image) fn empty_index(pages: u64) -> Result<Vec<u64>, ImageError> {
     Vec::<u64>::new().try_reserve_exact(pages as usize).map_err(|_| {
         ImageError::Blocks(format!("there is no memory for an index of {pages} pages"))
@@ -43,8 +43,8 @@ pub(in crate::image) fn pending(job: u64) -> u64 {
     KIND | job << 8
 }
 
-/// Enters pages into the index where they are stored, unless they have been given again
-/// meanwhile. Returns how many of them did not have to be stored.
+/// Enters where pages are stored, unless they have been added again meanwhile. Returns how
+/// many of them were stored already.
 pub(in crate::image) fn resolve(index: &mut [u64], stored: &Stored) -> u64 {
     for (at, entry) in stored.entries() {
         if index[at] == pending(stored.job) {
@@ -54,8 +54,8 @@ pub(in crate::image) fn resolve(index: &mut [u64], stored: &Stored) -> u64 {
     if stored.again { u64::from(stored.mask.count_ones()) } else { 0 }
 }
 
-/// Counts the pages that lie in each layer, and drops the layers in which none does,
-/// which the image then does not need.
+/// Counts the pages that lie in each layer, and drops the layers in which no page lies: the
+/// image does not need them.
 pub(in crate::image) fn renumber_layers(layers: Vec<LayerRef>, index: &mut [u64]) -> Vec<LayerRef> {
     if layers.is_empty() {
         return layers;

@@ -9,6 +9,7 @@ use crate::image::format::layout::MAX_CHUNK_PAGES;
 
 /// Whether and how chunks are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Compression {
     /// Not at all: fastest to save and to revert.
     None,
@@ -19,11 +20,12 @@ pub enum Compression {
 
 /// What becomes of the host's page cache while an image is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CacheUse {
-    /// The image stays in it as long as there is memory that nobody uses; beyond that, it
-    /// takes 256 MiB at most, and no other file has to give way.
+    /// The image stays in the cache as long as half of the host's memory is unused. Beyond
+    /// that it takes 256 MiB at most, and displaces no other file.
     WhatIsFree,
-    /// The image does not stay in it.
+    /// The image does not stay in the cache.
     Drop,
     /// The kernel decides, as for any file.
     Keep,
@@ -33,14 +35,15 @@ pub enum CacheUse {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
-    /// In chunks, one behind the other in whatever order suits: as small as it gets.
+    /// In chunks, one behind the other in any order: as small as possible.
     Packed,
-    /// As they lie in memory, not compressed, with holes for zeros: it can be mapped.
+    /// As they lie in memory, uncompressed, with holes for zeros: QEMU can map them.
     Flat,
 }
 
 /// How an image is to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WriterOptions {
     /// Whether and how chunks are compressed.
     pub compression: Compression,
@@ -48,13 +51,13 @@ pub struct WriterOptions {
     pub chunk_pages: usize,
     /// Replace an existing file.
     pub force: bool,
-    /// Bytes of page contents that may be buffered before [`ImageWriter::page`](super::ImageWriter::page)
-    /// waits for the disk. Raised to what the threads need to keep going: four
-    /// chunks, and two more for each worker.
+    /// Bytes of page contents that may be buffered before
+    /// [`ImageWriter::page`](super::ImageWriter::page) waits for the disk. Raised to four
+    /// chunks, and two more for each worker, which the threads need.
     pub memory: usize,
     /// Threads that checksum and compress, 1 to 64; one more thread writes.
     pub workers: usize,
-    /// The most bytes a second that are written to the file; as many as can be without.
+    /// The most bytes a second that are written to the file; no limit without.
     pub bandwidth: Option<u64>,
     /// What becomes of the host's page cache.
     pub cache: CacheUse,
@@ -62,7 +65,7 @@ pub struct WriterOptions {
 
 impl Default for WriterOptions {
     /// Plain chunks of 16 KiB, 64 MiB of buffers, a worker for each processor up
-    /// to 4, no overwriting, no limit to the rate, the page cache's free room.
+    /// to 4, no overwriting, no limit to the rate, unused memory for the page cache.
     fn default() -> WriterOptions {
         WriterOptions {
             compression: Compression::None,
@@ -77,7 +80,7 @@ impl Default for WriterOptions {
 }
 
 impl WriterOptions {
-    /// Checks what the format and this program allow.
+    /// Checks the ranges that the format and this program allow.
     ///
     /// # Errors
     /// [`ImageError::Options`], which names the option and its range.
@@ -102,22 +105,24 @@ impl WriterOptions {
 
 /// How far a writer has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WriterStats {
-    /// Distinct pages given so far that are not all zeros.
+    /// Distinct pages added so far that are not all zeros.
     pub data_pages: u64,
-    /// Distinct pages given so far that are all zeros.
+    /// Distinct pages added so far that are all zeros.
     pub zero_pages: u64,
     /// Bytes of chunks written to the file so far (not necessarily to the disk).
     pub written_bytes: u64,
     /// Bytes of buffers in use, at most `WriterOptions::memory` (or the floor
     /// that is stated there).
     pub buffered_bytes: usize,
-    /// Time that [`ImageWriter::page`](super::ImageWriter::page) has waited because that bound was reached.
+    /// Time that [`ImageWriter::page`](super::ImageWriter::page) has waited for buffers.
     pub stalled: Duration,
 }
 
 /// A finished image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Saved {
     /// The image's identity.
     pub identity: Uuid,
@@ -125,8 +130,8 @@ pub struct Saved {
     pub data_pages: u64,
     /// Number of pages that are all zeros.
     pub zero_pages: u64,
-    /// Number of pages, among those stored, that were given when their chunk was there
-    /// already. A page that was given twice may count twice.
+    /// Number of pages, among those stored, whose chunk was stored already when they were
+    /// added. A page that was added twice may count twice.
     pub repeated_pages: u64,
     /// Number of pages, among those stored, that lie in other images.
     pub parent_pages: u64,

@@ -24,16 +24,16 @@ use crate::page::{Block, PAGE_SIZE, Page, PageBytes};
 ///
 /// Pages are collected in aligned groups of as many pages as a chunk holds. A
 /// group whose pages are all known is sent to the threads as one chunk; when too
-/// many are open, the oldest is sent as it is, and what comes later for it makes
-/// another chunk. A chunk that is there already is not stored again.
+/// many are open, the oldest is sent incomplete, and its other pages make another chunk
+/// later. A chunk that is known already is not stored again.
 ///
-/// Memory beside the buffers: 8 bytes per target page, 24 bytes per chunk, up to 48
-/// more per chunk to find it again (168 MiB at most, all together: see `dedupe`), and
-/// per worker a chunk and zstd's own (1 to 3 MiB).
+/// Memory in addition to the buffers: 8 bytes per target page, 24 bytes per chunk, up to 48
+/// more per chunk to find duplicates (168 MiB at most in all: see `dedupe`), and per worker
+/// a chunk and zstd's own memory (1 to 3 MiB).
 ///
 /// Dropped before [`ImageWriter::finish`], it leaves nothing behind.
 pub struct ImageWriter {
-    // Before `target`: its threads end before the file does.
+    // Dropped before `target`, so that its threads end while the file still exists.
     pipeline: Pipeline,
     target: Target,
     identity: Uuid,
@@ -42,8 +42,8 @@ pub struct ImageWriter {
     /// For each block: its first entry in `index`, and the key of its first group.
     starts: Vec<(u64, u64)>,
     chunk_pages: usize,
-    /// The page index. Pages of open groups stand in it, as [`pending`], when the group
-    /// is sent, and in their chunks when its buffer has come back.
+    /// The page index. The pages of an open group are entered as [`pending`] when it is sent,
+    /// and with their chunk when its buffer has come back.
     index: Vec<u64>,
     /// Open groups by key, without the current one.
     open: HashMap<u64, Group>,
@@ -92,7 +92,7 @@ impl ImageWriter {
     ///
     /// # Errors
     /// Options or blocks that the format does not allow, a file that exists, a
-    /// folder that can't be written to, an index that takes more than a quarter of this
+    /// directory that can't be written to, an index that takes more than a quarter of this
     /// host's memory.
     pub fn create(
         path: &Path,
@@ -104,8 +104,8 @@ impl ImageWriter {
 
     /// Starts an image on top of another: pages that `parent` holds at the same place
     /// of a block of the same name, be it in its own file or in another, are referred
-    /// to and not stored again. Takes as much memory more as `parent` does when it is
-    /// read as a whole.
+    /// to and not stored again. Takes as much memory in addition as `parent` does when all of
+    /// it is read.
     ///
     /// # Errors
     /// As [`ImageWriter::create`]; and where the new image would replace one that it
@@ -163,7 +163,7 @@ impl ImageWriter {
             current: None,
             ages: BTreeMap::new(),
             next_age: 0,
-            // The other half keeps the threads busy, so a wait for a buffer ends.
+            // The threads have the other half: a wait for a buffer ends when they are done.
             max_open: buffers / 2,
             next_job: 0,
             data_pages: 0,
@@ -172,12 +172,12 @@ impl ImageWriter {
         })
     }
 
-    /// Gives a page's bytes. Given again, the last bytes win. Copies the page and
+    /// Adds a page. When a page is added again, the last one counts. Copies the bytes and
     /// returns, unless all buffers are full: then it waits for the disk.
     ///
     /// # Errors
-    /// A page that does not exist; or what went wrong on the way to the disk
-    /// since the last call, after which the writer is of no more use.
+    /// A page that does not exist; or what the threads have met since the last call, after
+    /// which the writer can't be used any more.
     pub fn page(&mut self, page: Page, bytes: &PageBytes) -> Result<(), ImageError> {
         const ZEROS: PageBytes = [0; PAGE_SIZE];
         if *bytes == ZEROS {
@@ -193,7 +193,7 @@ impl ImageWriter {
         self.keep_or_send(group)
     }
 
-    /// Tells that a page is all zeros. Said again, the last word wins.
+    /// Adds a page that is all zeros. When a page is added again, the last one counts.
     ///
     /// # Errors
     /// As [`ImageWriter::page`].
@@ -230,9 +230,8 @@ impl ImageWriter {
         }
     }
 
-    /// What ends it from another thread when it is set to true, be it in the middle of
-    /// [`ImageWriter::finish`]: what it was doing then fails with
-    /// [`ImageError::Interrupted`].
+    /// Cancels writing from another thread, even within [`ImageWriter::finish`]: the call that
+    /// is under way, or else the next one, fails with [`ImageError::Interrupted`].
     pub fn cancellation(&self) -> Cancellation {
         self.pipeline.cancellation()
     }
@@ -241,11 +240,11 @@ impl ImageWriter {
     /// name.
     ///
     /// # Errors
-    /// A page that was never given, sections or a manifest that are too large,
-    /// what went wrong on the way to the disk, or a file of that name that has
-    /// appeared meanwhile. Nothing is left behind then.
+    /// A page that was never added, sections or a manifest that are too large, an error of
+    /// the disk, or a file of that name that has appeared meanwhile. Nothing is left behind
+    /// then.
     pub fn finish(mut self, details: Details, sections: Sections) -> Result<Saved, ImageError> {
-        // First: a writer that has failed also lacks pages.
+        // Before pages are counted: a writer that has failed also lacks some.
         self.pipeline.check()?;
         if let Some(group) = self.current.take() {
             self.open.insert(group.key, group);
@@ -305,7 +304,7 @@ impl ImageWriter {
         })
     }
 
-    /// Takes the open group that a page belongs to, or opens one.
+    /// Takes the open group of a page out of the others, or opens one.
     fn take_group(&mut self, place: &Place) -> Result<Group, ImageError> {
         if let Some(group) = self.current.take() {
             if group.key == place.key {
@@ -355,7 +354,7 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Sends the oldest group; there may be none.
+    /// Sends the oldest group. False if there is none.
     fn send_oldest(&mut self) -> Result<bool, ImageError> {
         let Some((_, key)) = self.ages.pop_first() else { return Ok(false) };
         if let Some(group) = self.open.remove(&key) {
@@ -364,7 +363,7 @@ impl ImageWriter {
         Ok(true)
     }
 
-    /// Sends a group's pages on their way to a chunk.
+    /// Sends a group's pages to become a chunk.
     fn send(&mut self, group: Group) -> Result<(), ImageError> {
         self.ages.remove(&group.age);
         if group.mask == 0 {
