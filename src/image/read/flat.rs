@@ -15,7 +15,7 @@ use crate::page::{BlockId, Location, PAGE_SIZE, Page};
 
 /// Checks that what would be mapped of an image in the flat layout is what its index says:
 /// that every page lies in its place, and that the places of zero pages hold zeros. What its
-/// chunks hold is checked by [`verify()`](super::verify()). Does nothing for other images.
+/// chunks hold is checked by [`verify()`](crate::image::verify()). Does nothing for other images.
 ///
 /// # Errors
 /// Damage, with the block and the offset.

@@ -23,7 +23,7 @@ pub struct Overview {
 }
 
 /// Looks at an image. Images that it refers to may be missing, unlike for
-/// [`Image::open`](super::Image::open).
+/// [`Image::open`](crate::image::Image::open).
 ///
 /// # Errors
 /// When the image itself can't be read, is none, or is damaged.

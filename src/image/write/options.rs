@@ -52,7 +52,7 @@ pub struct WriterOptions {
     /// Replace an existing file.
     pub force: bool,
     /// Bytes of page contents that may be buffered before
-    /// [`ImageWriter::page`](super::ImageWriter::page) waits for the disk. Raised to four
+    /// [`ImageWriter::page`](crate::image::ImageWriter::page) waits for the disk. Raised to four
     /// chunks, and two more for each worker, which the threads need.
     pub memory: usize,
     /// Threads that checksum and compress, 1 to 64; one more thread writes.
@@ -116,7 +116,7 @@ pub struct WriterStats {
     /// Bytes of buffers in use, at most `WriterOptions::memory` (or the floor
     /// that is stated there).
     pub buffered_bytes: usize,
-    /// Time that [`ImageWriter::page`](super::ImageWriter::page) has waited for buffers.
+    /// Time that [`ImageWriter::page`](crate::image::ImageWriter::page) has waited for buffers.
     pub stalled: Duration,
 }
 
