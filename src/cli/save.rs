@@ -12,7 +12,7 @@ use super::output::{Failure, Output};
 use super::{cancellation, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
-use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
+use crate::save::{DiskChoice, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
 pub(super) struct SaveArgs {
@@ -28,7 +28,7 @@ pub(super) struct SaveArgs {
     /// environment
     #[arg(long, value_name = "COMMAND")]
     on_moment: Option<String>,
-    /// Fail when the guest was reverted and its memory is not complete yet, in place of waiting
+    /// Fail instead of waiting when the guest was reverted and its memory is not complete yet
     #[arg(long)]
     no_wait: bool,
     /// Clean up behind a save of this image that was killed; saves nothing
@@ -104,17 +104,7 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     if args.recover {
         let done = recover(&args.guest.qmp, &args.image, |event| output.save(&event)).await?;
-        output.recovered(&match done {
-            Recovered::Nothing { journal } => format!(
-                "nothing: there is no journal {}, so either no save of this image was killed, or \
-                 the image was called otherwise",
-                journal.display()
-            ),
-            Recovered::Saved => {
-                "saved: the image is whole, the guest goes on in its overlays".into()
-            }
-            Recovered::Undone => "undone: the guest is as it was before the save".into(),
-        });
+        output.recovered(&done);
         return Ok(());
     }
     let options = SaveOptions {

@@ -3,14 +3,13 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
-use serde::Serialize;
 
-use super::SaveEvent;
+use super::event::{PauseParts, SaveEvent};
 use crate::qmp::Event;
 
 /// When the snapshot was taken, and what it cost the guest.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Moment {
+pub(super) struct Moment {
     /// By the host's clock, in microseconds since 1970.
     pub unix_us: u64,
     /// How long the guest stood still, if it ran.
@@ -19,23 +18,8 @@ pub(crate) struct Moment {
     parts: Option<PauseParts>,
 }
 
-/// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct PauseParts {
-    /// From our command to stop until QEMU has stopped the guest and flushed its disks.
-    pub stop_ms: f64,
-    /// Putting the overlays over the disks.
-    pub disks_ms: f64,
-    /// QEMU's walk over guest memory, device state and write protection: from our
-    /// command until the first page came.
-    pub walk_ms: f64,
-    /// Letting the guest go on.
-    pub resume_ms: f64,
-}
-
-/// Puts together the moment from what QEMU's events, its stream and our own commands
-/// tell. The first page comes only after write protection is on, so it proves that the
-/// moment has passed.
+/// Finds out the moment from QEMU's events, its stream and our own commands. The first
+/// page comes only after write protection is on, so it proves that the moment has passed.
 pub(super) struct PauseClock {
     /// Whether the guest ran before.
     running: bool,
@@ -177,7 +161,7 @@ impl PauseClock {
     }
 }
 
-pub(super) fn unix_us() -> u64 {
+fn unix_us() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
