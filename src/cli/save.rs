@@ -51,8 +51,8 @@ pub(super) struct GuestArgs {
     /// Save memory and devices only: the same as --disks none
     #[arg(long, conflicts_with = "disks")]
     memory_only: bool,
-    /// Where the overlays go that the guest writes to from the moment on [default: each beside
-    /// its disk's file]
+    /// The directory of the overlays, to which the guest writes from the moment on [default:
+    /// that of each disk's file]
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
     /// Leave a writable disk out: the name of a node, drive or device
@@ -149,7 +149,7 @@ impl Hook {
         command.arg("-c").arg(&self.command).stdin(Stdio::null());
         // Standard output is ours: whoever reads it expects our events there.
         command.stdout(std::io::stderr());
-        // A group of its own: with a shell, what that has started is told to end.
+        // A process group of its own, so that whatever the shell starts can be told to end.
         command.process_group(0);
         command.env("SNAPBACK_IMAGE", &self.image);
         command.env("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string());
@@ -158,8 +158,8 @@ impl Hook {
         self.running = Some(command.spawn());
     }
 
-    /// Waits for the command's end, or for an interrupt, of which the command is told. The
-    /// image is whole, whatever has become of it.
+    /// Waits for the command's end. An interrupt ends it (SIGTERM). Whatever comes of it, the
+    /// image is whole.
     async fn end(self, cancel: Cancellation) -> Result<(), Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             let command = &self.command;
@@ -175,7 +175,7 @@ impl Hook {
                     Err(error) => Err(failed(&error)),
                 },
                 () = cancel.requested() => {
-                    // Not reaped yet: the group is the command's.
+                    // Not reaped yet, so the group's number is still the command's.
                     if let Some(pid) = child.id() {
                         let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);
                     }

@@ -29,9 +29,9 @@ pub(super) struct PauseClock {
     passed: bool,
     stopped: Option<u64>,
     resumed: Option<u64>,
-    /// We hold the guest, to switch its disks.
+    /// We have stopped the guest to switch its disks.
     held: bool,
-    /// When the parts of a pause of ours began, and the last one ended.
+    /// If we stopped the guest: when the parts of the pause began, and when the last ended.
     steps: Vec<Instant>,
     moment: Option<Moment>,
 }
@@ -96,8 +96,8 @@ impl PauseClock {
         self.moment
     }
 
-    /// The moment at the end of a save that went well. It is told now if it was not yet:
-    /// whatever events were missed, it has passed.
+    /// The moment, at the end of a save that went well: told now if it was not told before,
+    /// since it has passed whatever events were missed.
     pub fn settle(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> Moment {
         self.tell(on_event);
         match self.moment {
@@ -166,7 +166,7 @@ fn unix_us() -> u64 {
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The same time, not long ago, by CLOCK_MONOTONIC.
+/// A time by the host's clock, not long ago, by CLOCK_MONOTONIC.
 fn monotonic_us(unix: u64) -> u64 {
     let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
     let now = u64::try_from(Duration::from(now).as_micros()).unwrap_or(u64::MAX);

@@ -65,7 +65,7 @@ pub enum OverlayError {
 /// A disk's overlay.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Overlay {
-    /// The disk, as people know it.
+    /// The disk, as [`Disk::describe`](crate::machine::Disk::describe) calls it.
     pub disk: String,
     /// The node that is frozen.
     pub frozen: String,
@@ -77,7 +77,7 @@ pub(super) struct Overlay {
 }
 
 impl Overlay {
-    /// Names for the overlays of these disks; nothing is made yet.
+    /// Chooses files and nodes for the overlays of these disks. Nothing is made yet.
     ///
     /// # Errors
     /// When a path can't be told to QEMU.
@@ -86,7 +86,7 @@ impl Overlay {
         directory: Option<&Path>,
         image: &Path,
     ) -> Result<Vec<Overlay>, OverlayError> {
-        // One name for all disks of a snapshot, so that people see what belongs together.
+        // The same tag for all disks of a snapshot, so that people see what belongs together.
         let random = Uuid::new_v4().simple().to_string();
         let tag = &random[..8];
         let mut taken = HashSet::new();
@@ -121,7 +121,7 @@ impl Overlay {
         owner: Owner,
     ) -> Result<(), OverlayError> {
         let (path, disk) = (PathBuf::from(&self.path), self.disk.clone());
-        // Ours to make: QEMU would let others read it.
+        // Not made by QEMU, which would let others read it.
         let mut options = File::options();
         options.write(true).create_new(true).mode(0o600);
         let made = options.open(&path).and_then(|file| {
@@ -148,8 +148,8 @@ impl Overlay {
             mode @ ("on" | "unmap") => mode,
             _ => "off",
         };
-        // What the guest discards is given back, whatever its disk did: the overlay would
-        // only grow otherwise.
+        // What the guest discards is given back even if its disk didn't do that: otherwise
+        // the overlay would only grow.
         qmp.blockdev_add(&json!({
             "driver": "qcow2", "node-name": self.node, "file": self.file_node, "backing": null,
             "cache": cache, "discard": "unmap", "detect-zeroes": zeroes,

@@ -26,8 +26,8 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Asks QEMU for the settings that are to be changed for a save, in the `background` or
-    /// not. Nothing is changed yet.
+    /// Asks QEMU for the settings that have to be changed for a save, by a `background`
+    /// snapshot or by an ordinary migration. Nothing is changed yet.
     pub async fn ask(qmp: &Qmp, background: bool) -> Result<Settings, QmpError> {
         const BACKGROUND: &str = "background-snapshot";
         // Nearly every other capability is refused together with a background
@@ -65,10 +65,10 @@ impl Settings {
         Ok(())
     }
 
-    /// Puts everything back, and forgets it.
+    /// Puts everything back. Nothing is left to put back then.
     ///
     /// # Errors
-    /// When QEMU refuses or is gone. Nothing is forgotten then.
+    /// When QEMU refuses or is gone. Then everything can be put back again.
     pub async fn restore(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
         let none = Settings { capabilities: Vec::new(), parameters: json!({}) };
         if *self == none {

@@ -1,4 +1,4 @@
-//! Whether a snapshot can be taken, asked while the guest runs and is not touched.
+//! The checks: whether a snapshot can be taken, found out without touching the guest.
 
 pub(super) mod error;
 
@@ -79,8 +79,7 @@ async fn try_settings(qmp: &Qmp, background: bool) -> Result<(), SaveError> {
     applied.and(restored)
 }
 
-/// Runs all checks but QEMU's own on `background-snapshot`, which setting the
-/// capability makes.
+/// Runs all checks except QEMU's own, which it makes when `background-snapshot` is set.
 pub(super) async fn check(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, SaveError> {
     let (items, checked) = look(qmp, options).await;
     match items.into_iter().find_map(|item| item.outcome.err()) {
@@ -90,8 +89,8 @@ pub(super) async fn check(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, S
     }
 }
 
-/// Looks at everything, in the order in which it is told. What was found is there when
-/// all could be looked at, even if some of it stands in the way of a save.
+/// Looks at everything, in the order in which it is listed. What was found is returned once
+/// all of it could be looked at, even if some of it stands in the way of a save.
 async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Checked>) {
     let mut list = Checklist(Vec::new());
     let version = qmp.version();
@@ -154,11 +153,11 @@ async fn check_agent(options: &SaveOptions) -> Result<((), String), SaveError> {
     }
 }
 
-/// What has been looked at.
+/// The items that have been looked at.
 struct Checklist(Vec<CheckItem>);
 
 impl Checklist {
-    /// Notes what was found, in words; gives back the value, if there is one.
+    /// Adds an item. Returns the value that was found, if there is one.
     fn note<T>(&mut self, name: &'static str, found: Result<(T, String), SaveError>) -> Option<T> {
         let (value, outcome) = match found {
             Ok((value, says)) => (Some(value), Ok(says)),
@@ -184,6 +183,7 @@ async fn check_state(qmp: &Qmp) -> Result<(bool, String), SaveError> {
     Err(CheckError::State { state, hint }.into())
 }
 
+/// That no migration is under way, and that nothing forbids one.
 async fn check_migration(qmp: &Qmp) -> Result<((), String), SaveError> {
     let info = qmp.migration_info().await?;
     match info.status.as_deref() {
@@ -206,7 +206,7 @@ pub(super) async fn wait_complete(qmp: &Qmp, mut on_wait: impl FnMut()) -> Resul
     let mut told = false;
     loop {
         let status = qmp.migration_info().await?.status.unwrap_or_default();
-        // A paused one waits for another source, and nobody may ever come.
+        // `postcopy-paused` waits for a new source, which may never come.
         if !status.starts_with("postcopy") || status.starts_with("postcopy-paused") {
             return Ok(());
         }

@@ -54,7 +54,7 @@ pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
             }
         }
     }
-    // Network backends are no objects: only the human monitor tells of them.
+    // Network backends are not in the object tree: only the human monitor lists them.
     let arguments = json!({ "command-line": "info network" });
     let networks: String = qmp.query("human-monitor-command", arguments).await?;
     for line in networks.lines().filter(|line| line.contains("type=vhost-user")) {
@@ -72,7 +72,7 @@ struct MemoryBackend {
     id: Option<String>,
 }
 
-/// Looks for memory that can't be write-protected; gives the guest's blocks.
+/// The guest's RAMBlocks; an error if some memory can't be write-protected.
 pub(super) async fn check_memory(
     qmp: &Qmp,
     background: bool,
