@@ -147,7 +147,7 @@ impl Hook {
         let SaveEvent::Moment { unix_us, monotonic_us, pause_ms, .. } = event else { return };
         let mut command = Command::new("sh");
         command.arg("-c").arg(&self.command).stdin(Stdio::null());
-        // Standard output is ours: whoever reads it expects our events there.
+        // Standard output is for our events only.
         command.stdout(std::io::stderr());
         // A process group of its own, so that whatever the shell starts can be told to end.
         command.process_group(0);

@@ -84,8 +84,8 @@ pub enum SaveEvent {
         image_bytes: u64,
         /// How long QEMU had to wait for our disk, in milliseconds.
         stalled_ms: f64,
-        /// The disks that the guest has left for an overlay, in the order of its disks. See
-        /// [`SwitchedDisk`] for what that asks of whoever starts the guest the next time.
+        /// The disks that were switched to overlays, in the order of the guest's disks. The
+        /// guest has to be started from the overlays from now on: see [`SwitchedDisk`].
         disks: Vec<SwitchedDisk>,
     },
     /// Something did not go as it should, but the snapshot is good.

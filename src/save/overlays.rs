@@ -205,7 +205,7 @@ fn stem(path: &Path) -> String {
     stem.chars().take(100).collect()
 }
 
-/// The user whom QEMU opens files as.
+/// The user and group as which QEMU opens files.
 #[derive(Debug, Clone, Copy)]
 struct Owner(Option<(u32, u32)>);
 

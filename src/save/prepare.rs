@@ -1,5 +1,5 @@
-//! Ahead of the pause: QEMU is set up, and whatever the pause would otherwise have to do is
-//! done while the guest runs.
+//! Ahead of the pause: QEMU is set up, and work that would make the pause longer is done
+//! while the guest still runs.
 
 use std::path::Path;
 
@@ -37,7 +37,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             self.undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
         let shorten_the_pause = self.pause_shortener();
         tokio::select! {
-            // A help only: whatever comes of it, the save goes on.
+            // It only shortens the pause: the save goes on even if it has failed.
             _ = tokio::task::spawn_blocking(shorten_the_pause) => {}
             () = self.cancel.requested() => return Err(SaveError::Interrupted),
         }

@@ -31,7 +31,7 @@ pub enum Recovered {
     },
     /// It had come to its end: the image is whole, and the guest goes on in the overlays.
     Saved {
-        /// The disks that the guest has left for an overlay, as in [`SaveEvent::Saved`].
+        /// The disks that were switched to overlays, as in [`SaveEvent::Saved`].
         disks: Vec<SwitchedDisk>,
     },
     /// It was undone: the guest runs on as before.

@@ -18,7 +18,7 @@ use crate::save::undo::journal::Journal;
 const COMPRESSED_SHARE: u64 = 4;
 
 /// Room that an overlay needs at the least, in bytes. What the guest writes while its
-/// memory is saved has to fit as well, but nobody knows how much that is.
+/// memory is saved has to fit as well, but that can't be known ahead.
 const OVERLAY_ROOM: u64 = 16 << 20;
 
 /// Whether image and overlays can be written where they are to be, and fit. An image
@@ -38,7 +38,7 @@ pub(super) fn check_room(
     let share = if options.compression == Compression::None { 1 } else { COMPRESSED_SHARE };
     let ram: u64 = blocks.iter().map(|block| block.used_len).sum();
     let needed = match options.parent {
-        // How much differs from it, nobody can tell.
+        // How much differs from the parent can't be known ahead.
         Some(_) => 0,
         None => ram.min(memory_in_use(pid)) / share,
     };
