@@ -27,7 +27,7 @@ const FILE_MAGIC: u32 = 0x5145_564d;
 const FILE_VERSION: u32 = 3;
 
 /// `QEMU_VM_EOF` and the section types that follow one another in a stream.
-mod section {
+pub(crate) mod section {
     pub const EOF: u8 = 0x00;
     pub const START: u8 = 0x01;
     pub const PART: u8 = 0x02;
@@ -38,6 +38,10 @@ mod section {
     pub const CONFIGURATION: u8 = 0x07;
     pub const COMMAND: u8 = 0x08;
     pub const FOOTER: u8 = 0x7e;
+
+    /// Length in bytes of a section's type and the section number behind it, which is all
+    /// that a footer consists of.
+    pub const MARK_BYTES: usize = 5;
 }
 
 /// `MIG_CMD_*` of `migration/savevm.c`.
