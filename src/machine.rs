@@ -17,7 +17,7 @@ pub struct Machine {
     pub machine_type: String,
     /// The command line, `argv[0]` included.
     pub argv: Vec<String>,
-    /// QEMU's working folder: relative paths in `argv` start here.
+    /// QEMU's working directory: relative paths in `argv` start here.
     pub cwd: String,
     /// The environment variables that change how QEMU finds its parts
     /// (`QEMU_*`, `LD_LIBRARY_PATH`); nothing else of the environment is kept,

@@ -2,11 +2,11 @@
 //!
 //! An image is reverted again and again, by each of snapback's ways and, if wanted, by
 //! QEMU's own, from files made of the same guest. The ways take turns, so that drift of
-//! the machine hits all alike. Each run has a QEMU and a folder of its own, and both are
+//! the machine hits all alike. Each run has a QEMU and a directory of its own, and both are
 //! gone when it ends. `docs/bench.md` says what the numbers mean.
 
 mod cache;
-mod folder;
+mod directory;
 mod host;
 mod peers;
 pub mod report;
@@ -33,7 +33,7 @@ use self::peers::Peer;
 use self::runs::{How, bring_back};
 use self::setup::Setup;
 use crate::cancel::Cancellation;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
@@ -41,6 +41,7 @@ use crate::revert::{RevertError, Way};
 
 /// What to measure.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct BenchOptions {
     /// The image.
     pub image: PathBuf,
@@ -53,7 +54,7 @@ pub struct BenchOptions {
     /// Another QEMU binary than the recorded one.
     pub qemu: Option<PathBuf>,
     /// `(OLD, NEW)`: as [`RewriteOptions::paths`]; `{run}` in NEW stands for each run's
-    /// folder. Sockets and output files that no rule maps go to that folder under their
+    /// directory. Sockets and output files that no rule maps go to that directory under their
     /// own names.
     ///
     /// [`RewriteOptions::paths`]: crate::guest::RewriteOptions::paths
@@ -62,6 +63,22 @@ pub struct BenchOptions {
     pub sign: Option<Sign>,
     /// More arguments for QEMU.
     pub extra: Vec<String>,
+}
+
+impl BenchOptions {
+    /// Ten warm runs of each of snapback's ways, and none of QEMU's own.
+    pub fn new(image: impl Into<PathBuf>) -> BenchOptions {
+        BenchOptions {
+            image: image.into(),
+            runs: 10,
+            peers: false,
+            cold: false,
+            qemu: None,
+            paths: Vec::new(),
+            sign: None,
+            extra: Vec::new(),
+        }
+    }
 }
 
 /// A way that is not measured.
@@ -76,6 +93,7 @@ pub struct Skipped {
 /// What happens during a bench.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum BenchEvent {
     /// The guest is brought back once or more, to find out and to record.
     Preparing {
@@ -90,6 +108,7 @@ pub enum BenchEvent {
 
 /// Why a bench ended early. All QEMUs that it started have been ended.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BenchError {
     /// The image can't be used.
     #[error(transparent)]
@@ -102,12 +121,13 @@ pub enum BenchError {
     /// A run failed.
     #[error(
         "{0}\n(each run starts a QEMU beside those that live; what they must not share can be \
-         given to each by --path OLD={{run}}/NEW, or replaced by arguments after --)"
+         given to each by `BenchOptions::paths` OLD={{run}}/NEW, or overridden by
+         `BenchOptions::extra`)"
     )]
     Revert(#[from] RevertError),
     /// QEMU can't be started as recorded.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(#[from] GuestError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -115,7 +135,9 @@ pub enum BenchError {
     #[error(transparent)]
     Sign(#[from] SignError),
     /// One of QEMU's own ways failed.
-    #[error("QEMU failed to {doing} in a way of its own (measure without --peers): {said}")]
+    #[error(
+        "QEMU failed to {doing} in a way of its own (measure without `BenchOptions::peers`): {said}"
+    )]
     Peer {
         /// What it was to do.
         doing: &'static str,
@@ -141,7 +163,7 @@ pub enum BenchError {
     File {
         /// What was being done.
         doing: &'static str,
-        /// The file or folder.
+        /// The file or directory.
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
@@ -160,7 +182,7 @@ pub enum BenchError {
     /// The guest writes to a disk that runs would change.
     #[error(
         "the guest writes to the disk {disk}, which each run would change and which can't be \
-         copied: give each run its own with --path OLD={{run}}/NEW, or one that may be changed"
+         copied: give each run its own with `BenchOptions::paths` OLD={{run}}/NEW, or one that may be changed"
     )]
     Disk {
         /// The disk as the image names it.

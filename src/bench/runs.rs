@@ -45,7 +45,7 @@ pub(super) async fn measure(
     cancel: &Cancellation,
 ) -> Result<Sample, BenchError> {
     let run = setup.run()?;
-    // Each run begins with the same working set; what it adds goes with its folder.
+    // Each run begins with the same working set; what it adds goes with its directory.
     let working_set = run.path().join("working-set");
     match fs::copy(setup.working_set(), &working_set) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {

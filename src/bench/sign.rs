@@ -24,7 +24,7 @@ pub struct Sign {
     /// A line counts, once, as soon as what there is of it matches.
     pub pattern: Regex,
     /// The file that the guest's serial port is written to, or the Unix socket that it
-    /// listens on. `{run}` stands for the run's folder.
+    /// listens on. `{run}` stands for the run's directory.
     pub path: String,
     /// How many signs are waited for, at least 1.
     pub nth: usize,
@@ -38,6 +38,7 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why signs of life can't be waited for, or did not come.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SignError {
     /// The port can't be watched.
     #[error("the guest's port `{path}` can't be watched for signs of life: {source}", path = path.display())]
@@ -50,7 +51,7 @@ pub enum SignError {
     /// There were too few.
     #[error(
         "the guest gave {seen} of {nth} signs of life within {} s (lines in `{path}` that match \
-         `{pattern}`): ask for fewer with --nth, or for another pattern with --sign",
+         `{pattern}`): ask for fewer in `Sign::nth`, or for another pattern in `Sign::pattern`",
         TIMEOUT.as_secs(), path = path.display()
     )]
     Missing {
@@ -251,8 +252,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_file_is_watched_from_an_offset_on() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("serial");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("serial");
         let mut file = File::create(&path).unwrap();
         writeln!(file, "BEAT old").unwrap();
         let before = Instant::now();
@@ -264,8 +265,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_socket_that_closes_is_an_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("serial");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("serial");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let mut watch = Watch::start(&sign("login:", 2), &path, 0).unwrap();
         let (mut port, _) = listener.accept().unwrap();
@@ -273,7 +274,7 @@ mod tests {
         drop(port);
         let error = watch.wait().await.unwrap_err().to_string();
         assert!(error.contains("QEMU closed it"), "{error}");
-        let missing = Watch::start(&sign("x", 1), &folder.path().join("none"), 0);
+        let missing = Watch::start(&sign("x", 1), &directory.path().join("none"), 0);
         assert!(missing.unwrap_err().to_string().contains("can't be watched"));
     }
 }

@@ -8,8 +8,9 @@ use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 
-/// What an image can be written as.
+/// The formats that an image can be exported to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ExportFormat {
     /// An ordinary migration stream, which every QEMU that knows the machine type
     /// loads with `-incoming`.
@@ -17,7 +18,7 @@ pub enum ExportFormat {
     /// A mapped-ram file, which QEMU 9.0 and later loads with the capability of that
     /// name.
     MappedRam,
-    /// A folder with a sparse file for each block, which holds its memory as it is.
+    /// A directory with a sparse file for each block, which holds its memory as it is.
     Flat,
     /// An ELF core of the guest's physical memory, for `crash`, `gdb` and `readelf`.
     Elf,
@@ -34,17 +35,26 @@ impl fmt::Display for ExportFormat {
     }
 }
 
-/// Which image to write, as what and where.
+/// What to export, and how.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ExportOptions {
     /// The image.
     pub image: PathBuf,
-    /// What it is written as.
+    /// The format to write.
     pub format: ExportFormat,
-    /// The file to write, or the folder; standard output without one, for a stream.
+    /// The file to write, or for [`ExportFormat::Flat`] the directory. `None` is standard
+    /// output, which takes a stream only.
     pub to: Option<PathBuf>,
-    /// Replace an existing file; a folder is never replaced.
+    /// Whether an existing file is replaced; a directory never is.
     pub force: bool,
+}
+
+impl ExportOptions {
+    /// Exports `image` to standard output.
+    pub fn new(image: impl Into<PathBuf>, format: ExportFormat) -> ExportOptions {
+        ExportOptions { image: image.into(), format, to: None, force: false }
+    }
 }
 
 /// Writes an image in another format. Every byte of memory is verified on the way.
@@ -81,7 +91,9 @@ pub fn export(
             elf::write(&image, &output, &mut watch)?;
             output.commit()?
         }
-        (ExportFormat::Flat, Some(_)) if options.force => return Err(ExchangeError::ForceFolder),
+        (ExportFormat::Flat, Some(_)) if options.force => {
+            return Err(ExchangeError::ForceDirectory);
+        }
         (ExportFormat::Flat, Some(path)) => flat::write(&image, path, &mut watch)?,
         (format, None) => return Err(ExchangeError::NeedsFile(format)),
     };

@@ -20,8 +20,9 @@ use crate::wire::{StreamReader, run_state};
 /// First bytes of a migration stream, mapped-ram or not.
 const STREAM_MAGIC: &[u8] = b"QEVM";
 
-/// Which file to make an image of, and how.
+/// What to import, and how.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ImportOptions {
     /// The file: a migration stream, a mapped-ram file, or a guest saved by libvirt.
     /// Standard input without one.
@@ -33,12 +34,28 @@ pub struct ImportOptions {
     pub command: Vec<String>,
     /// The QEMU binary to record instead of the one on the command line.
     pub qemu: Option<PathBuf>,
-    /// Have the guest run after a revert although it was stopped when it was written.
+    /// Whether the guest runs after a revert even if it was stopped when it was written.
     pub run: bool,
     /// How memory is stored.
     pub compression: Compression,
-    /// Replace an existing image.
+    /// Whether an existing image is replaced.
     pub force: bool,
+}
+
+impl ImportOptions {
+    /// Imports from standard input to `image`, compressed by zstd at level 1, with no
+    /// command line given.
+    pub fn new(image: impl Into<PathBuf>) -> ImportOptions {
+        ImportOptions {
+            from: None,
+            image: image.into(),
+            command: Vec::new(),
+            qemu: None,
+            run: false,
+            compression: Compression::Zstd(1),
+            force: false,
+        }
+    }
 }
 
 /// Makes an image of a guest that another program has saved.
@@ -87,7 +104,7 @@ pub fn import(
         watch.tell(ExchangeEvent::Note {
             what: format!(
                 "the guest was `{state}` when it was written, and will be after a revert \
-                 (--run has it run)"
+                 (`ImportOptions::run` has it run)"
             ),
         });
     }

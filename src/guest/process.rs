@@ -16,9 +16,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::disks::overlay::Overlays;
-use crate::guest::start::rewrite::{CONTROL_ID, StartPlan};
+use crate::guest::start::plan::{CONTROL_ID, StartPlan};
 use crate::host::in_use;
 use crate::host::in_use::Address;
 use crate::host::uffd::pidfd_open;
@@ -64,11 +64,11 @@ impl Process {
     /// plan, and nothing else.
     ///
     /// # Errors
-    /// [`VmError::Exited`] with QEMU's own words when it ends at once,
-    /// [`VmError::Start`] and [`VmError::WorkingFolder`] when it can't be started.
-    pub async fn start(mut plan: StartPlan) -> Result<(Process, Qmp), VmError> {
+    /// [`GuestError::Exited`] with QEMU's own words when it ends at once,
+    /// [`GuestError::Start`] and [`GuestError::WorkingDirectory`] when it can't be started.
+    pub async fn start(mut plan: StartPlan) -> Result<(Process, Qmp), GuestError> {
         if let Err(source) = fs::read_dir(&plan.cwd) {
-            return Err(VmError::WorkingFolder { path: plan.cwd, source });
+            return Err(GuestError::WorkingDirectory { path: plan.cwd, source });
         }
         let log = Log::new().map_err(failed_to("keep QEMU's output"))?;
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
@@ -90,7 +90,7 @@ impl Process {
         log: Log,
         sockets: Vec<PathBuf>,
         overlays: Overlays,
-    ) -> Result<Process, VmError> {
+    ) -> Result<Process, GuestError> {
         // A pid is at most 2^22 (proc(5), pid_max).
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -124,17 +124,17 @@ impl Process {
     }
 
     /// What a failed connection says of the start.
-    async fn failed_start(mut self, binary: PathBuf, source: QmpError) -> VmError {
+    async fn failed_start(mut self, binary: PathBuf, source: QmpError) -> GuestError {
         let status = match source {
             QmpError::NoGreeting { .. } => None,
             _ => self.wait_exit(END_TIMEOUT).await,
         };
         let log = self.log_tail();
         match status {
-            Some(status) => VmError::Exited { binary, status, log },
+            Some(status) => GuestError::Exited { binary, status, log },
             None => {
                 self.kill().await;
-                VmError::NoControl { binary, source, log }
+                GuestError::NoControl { binary, source, log }
             }
         }
     }
@@ -207,8 +207,8 @@ impl Drop for Process {
     }
 }
 
-fn failed_to(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
-    move |source| VmError::Supervise { what, source }
+fn failed_to(what: &'static str) -> impl FnOnce(io::Error) -> GuestError {
+    move |source| GuestError::Supervise { what, source }
 }
 
 /// Our end and QEMU's end of the control socket.
@@ -219,8 +219,8 @@ fn control_pair() -> io::Result<(UnixStream, OwnedFd)> {
 }
 
 /// Starts QEMU with `control` as its control socket.
-fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, VmError> {
-    let program = plan.argv.first().ok_or(VmError::EmptyCommandLine)?;
+fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, GuestError> {
+    let program = plan.argv.first().ok_or(GuestError::EmptyCommandLine)?;
     let keep = log.file.try_clone().and_then(|out| Ok((out, log.file.try_clone()?)));
     let (stdout, stderr) = keep.map_err(failed_to("keep QEMU's output"))?;
     let number = control.as_raw_fd();
@@ -245,7 +245,7 @@ fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, VmError
     unsafe {
         command.pre_exec(move || before_exec(&inherited));
     }
-    command.spawn().map_err(|source| VmError::Start { binary: plan.binary.clone(), source })
+    command.spawn().map_err(|source| GuestError::Start { binary: plan.binary.clone(), source })
 }
 
 /// In the child: a session of its own, and no descriptors but those named.

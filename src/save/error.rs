@@ -8,7 +8,7 @@ use super::checks::CheckError;
 use super::journal::JournalError;
 use super::left_over::LeftOver;
 use super::overlays::OverlayError;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::wire::WireError;
@@ -26,7 +26,7 @@ pub enum SaveError {
     Qmp(#[from] QmpError),
     /// The machine could not be looked at.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(#[from] GuestError),
     /// The image could not be written.
     #[error(transparent)]
     Image(#[from] ImageError),

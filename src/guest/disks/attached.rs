@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::CommandLine;
 use crate::guest::command_line::parameters::Spec;
 use crate::host::in_use;
@@ -57,8 +57,8 @@ fn peripheral_id(path: &str) -> Option<&str> {
 /// `query-block`.
 ///
 /// # Errors
-/// [`VmError::Qmp`] when QEMU does not answer.
-pub async fn disks(pid: i32, qmp: &Qmp, machine: &Machine) -> Result<Vec<FoundDisk>, VmError> {
+/// [`GuestError::Qmp`] when QEMU does not answer.
+pub async fn disks(pid: i32, qmp: &Qmp, machine: &Machine) -> Result<Vec<FoundDisk>, GuestError> {
     let devices = qmp.block_devices().await?;
     let graph = BlockGraph { nodes: qmp.block_nodes().await?, edges: qmp.block_edges().await? };
     let named = named_nodes(machine);

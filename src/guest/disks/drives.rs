@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{Arg, CommandLine, CommandOption};
 use crate::guest::disks::overlay::Overlay;
@@ -21,7 +21,7 @@ pub(in crate::guest) fn find(
     line: &CommandLine,
     disk: &Disk,
     cwd: &Path,
-) -> Result<usize, VmError> {
+) -> Result<usize, GuestError> {
     let at = |is_it: &dyn Fn(&CommandOption) -> bool| {
         line.args.iter().position(|arg| matches!(arg, Arg::Option(option) if is_it(option)))
     };
@@ -56,14 +56,14 @@ pub(in crate::guest) fn find(
         })
     };
     let found = by_node().or_else(by_id).or_else(by_file);
-    found.ok_or_else(|| VmError::DiskNotGiven { disk: disk.describe() })
+    found.ok_or_else(|| GuestError::DiskNotGiven { disk: disk.describe() })
 }
 
 /// Whether a revert will find a disk on the machine's command line.
 ///
 /// # Errors
-/// [`VmError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
-pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), VmError> {
+/// [`GuestError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
+pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), GuestError> {
     let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
     find(&line, disk, Path::new(&machine.cwd)).map(drop)
 }
@@ -72,7 +72,7 @@ pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), VmError> {
 pub(in crate::guest) fn put(
     line: &mut CommandLine,
     overlays: &[(usize, Overlay)],
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let mut below = Vec::new();
     for (at, overlay) in overlays {
         line.args[*at] = match &line.args[*at] {
@@ -107,7 +107,7 @@ fn old_option(option: &CommandOption) -> Option<String> {
 }
 
 /// A `-drive` of this value with the overlay as its file.
-fn drive(value: &str, overlay: &Overlay) -> Result<Arg, VmError> {
+fn drive(value: &str, overlay: &Overlay) -> Result<Arg, GuestError> {
     let mut params = Params::parse(value);
     params.items_mut().retain(|item| {
         let key = item.split_once('=').map_or(item.as_str(), |(key, _)| key);
@@ -145,7 +145,7 @@ fn blockdev(
     value: &str,
     overlay: &Overlay,
     below: &mut Vec<String>,
-) -> Result<Arg, VmError> {
+) -> Result<Arg, GuestError> {
     let node = with_overlay(line, &tree(&Spec::parse(value)), overlay, below, 0)?;
     Ok(Arg::Option(CommandOption::new("blockdev", Value::Object(node).to_string())))
 }
@@ -171,7 +171,7 @@ fn with_overlay(
     overlay: &Overlay,
     below: &mut Vec<String>,
     depth: usize,
-) -> Result<Map<String, Value>, VmError> {
+) -> Result<Map<String, Value>, GuestError> {
     const FILTERS: [&str; 2] = ["throttle", "copy-on-read"];
     let driver = tree.get("driver").and_then(Value::as_str).unwrap_or_default();
     if FILTERS.contains(&driver)

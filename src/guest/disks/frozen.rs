@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::disks::stamp::stamp;
 use crate::machine::{Disk, DiskFile, DiskRole, FileStamp};
 
@@ -21,7 +21,7 @@ pub(in crate::guest) fn chain(
     disk: &Disk,
     given: Option<&Path>,
     moved: impl Fn(&str) -> String,
-) -> Result<Vec<DiskFile>, VmError> {
+) -> Result<Vec<DiskFile>, GuestError> {
     let mut chain = disk.chain.clone();
     for (at, file) in chain.iter_mut().enumerate() {
         let (path, trust) = match given.filter(|_| at == 0) {
@@ -29,7 +29,7 @@ pub(in crate::guest) fn chain(
             None => whereabouts(&file.path, &moved),
         };
         check(disk, file, &path, trust, at == 0)?;
-        let path = path.to_str().ok_or_else(|| VmError::Path {
+        let path = path.to_str().ok_or_else(|| GuestError::Path {
             what: "disk",
             path: path.clone(),
             problem: "it is not UTF-8".to_owned(),
@@ -44,7 +44,7 @@ pub(in crate::guest) fn chain(
 pub(in crate::guest) fn check_read_only(
     disk: &Disk,
     moved: impl Fn(&str) -> String,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     disk.chain.iter().try_for_each(|file| {
         let path = PathBuf::from(moved(&file.path));
         // Whoever may write to it may have touched it: only its content counts.
@@ -53,14 +53,14 @@ pub(in crate::guest) fn check_read_only(
 }
 
 /// That every file which the caller names belongs to a captured disk of the image.
-pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), VmError> {
+pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), GuestError> {
     let captured = || disks.iter().filter(|disk| disk.role == DiskRole::Captured);
     match given.iter().find(|(name, _)| !captured().any(|disk| is_called(disk, name))) {
         None => Ok(()),
         Some((name, _)) => {
             let known: Vec<String> = captured().map(Disk::describe).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            Err(VmError::NoSuchDisk { name: name.clone(), known })
+            Err(GuestError::NoSuchDisk { name: name.clone(), known })
         }
     }
 }
@@ -103,18 +103,20 @@ fn check(
     path: &Path,
     trust: Trust,
     on_top: bool,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let advice = || match on_top {
-        true => format!("--disk {}=PATH", name(disk)),
-        false => format!("--path {}=NEW", file.path),
+        true => format!("`RewriteOptions::disks` {}=PATH", name(disk)),
+        false => format!("`RewriteOptions::paths` {}=NEW", file.path),
     };
     let unusable = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => {
-            VmError::DiskMissing { disk: disk.describe(), path: path.to_owned(), advice: advice() }
-        }
-        _ => VmError::DiskUnreadable { disk: disk.describe(), path: path.to_owned(), source },
+        io::ErrorKind::NotFound => GuestError::DiskMissing {
+            disk: disk.describe(),
+            path: path.to_owned(),
+            advice: advice(),
+        },
+        _ => GuestError::DiskUnreadable { disk: disk.describe(), path: path.to_owned(), source },
     };
-    let changed = |how: String| VmError::DiskChanged {
+    let changed = |how: String| GuestError::DiskChanged {
         disk: disk.describe(),
         path: path.to_owned(),
         how,
@@ -195,15 +197,18 @@ mod tests {
         path.to_owned()
     }
 
-    fn refusal(result: Result<Vec<DiskFile>, VmError>) -> String {
+    fn refusal(result: Result<Vec<DiskFile>, GuestError>) -> String {
         result.unwrap_err().to_string()
     }
 
     #[test]
     fn a_disk_is_found_where_it_was_moved_or_is_given() {
-        let folder = tempfile::tempdir().unwrap();
-        let (old, base, new) =
-            (folder.path().join("old"), folder.path().join("base"), folder.path().join("new"));
+        let directory = tempfile::tempdir().unwrap();
+        let (old, base, new) = (
+            directory.path().join("old"),
+            directory.path().join("base"),
+            directory.path().join("new"),
+        );
         fs::write(&old, "content").unwrap();
         fs::write(&base, "below").unwrap();
         let disk = disk(&[&old, &base]);
@@ -224,8 +229,8 @@ mod tests {
 
     #[test]
     fn a_changed_or_missing_disk_is_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let (file, base) = (folder.path().join("file"), folder.path().join("base"));
+        let directory = tempfile::tempdir().unwrap();
+        let (file, base) = (directory.path().join("file"), directory.path().join("base"));
         fs::write(&file, "content").unwrap();
         fs::write(&base, "below").unwrap();
         let disk = disk(&[&file, &base]);
@@ -235,7 +240,7 @@ mod tests {
         fs::File::options().write(true).open(&file).unwrap().set_modified(later).unwrap();
         let refused = refusal(chain(&disk, None, stays));
         assert!(refused.contains("drive0") && refused.contains("was written to"), "{refused}");
-        assert!(refused.contains("--disk drive0=PATH"), "{refused}");
+        assert!(refused.contains("`RewriteOptions::disks` drive0=PATH"), "{refused}");
         // Of one that is only read, samples say enough.
         check_read_only(&disk, stays).unwrap();
         // Whoever points to it vouches for what samples don't show.
@@ -248,18 +253,18 @@ mod tests {
         assert!(refused.contains("14 bytes, not 7"), "{refused}");
         fs::remove_file(&file).unwrap();
         let refused = refusal(chain(&disk, None, stays));
-        assert!(refused.contains("is not there") && refused.contains("--disk"), "{refused}");
+        assert!(refused.contains("is not there") && refused.contains("::disks`"), "{refused}");
 
         let disk = self::disk(&[&base]);
         fs::remove_file(&base).unwrap();
         let error = check_read_only(&disk, stays).unwrap_err().to_string();
-        assert!(error.contains("--path"), "{error}");
+        assert!(error.contains("::paths`"), "{error}");
     }
 
     #[test]
     fn a_name_of_no_disk_is_refused_with_those_there_are() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("file");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
         fs::write(&file, "content").unwrap();
         let disks = [disk(&[&file])];
         check_names(&disks, &[("vda".into(), file.clone())]).unwrap();

@@ -101,8 +101,8 @@ mod tests {
 
     #[test]
     fn qemu_finds_an_overlay_whole_and_what_is_below_in_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
         let (base, overlay, copy) = (path("base, \"é\""), path("overlay"), path("copy"));
         for size in [0, 512, 1 << 20, 513 << 20, (1 << 40) + 512] {
             let content = vec![7; size.min(1 << 20) as usize];

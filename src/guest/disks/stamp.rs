@@ -7,7 +7,7 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::machine::{Disk, DiskRole, FileStamp};
 
 /// Length of a sample in bytes.
@@ -45,15 +45,15 @@ pub fn stamp(path: &Path) -> io::Result<FileStamp> {
 /// crashes), and of a read-only one where they can be read.
 ///
 /// # Errors
-/// [`VmError::DiskUnreadable`] when a file of a captured disk can't be read or written out.
-pub fn stamp_files(disk: &mut Disk) -> Result<(), VmError> {
+/// [`GuestError::DiskUnreadable`] when a file of a captured disk can't be read or written out.
+pub fn stamp_files(disk: &mut Disk) -> Result<(), GuestError> {
     let described = disk.describe();
     for file in &mut disk.chain {
         let path = Path::new(&file.path);
         file.stamp = match disk.role {
             DiskRole::Captured => {
                 let stamped = write_out(path).and_then(|()| stamp(path));
-                Some(stamped.map_err(|source| VmError::DiskUnreadable {
+                Some(stamped.map_err(|source| GuestError::DiskUnreadable {
                     disk: described.clone(),
                     path: path.to_owned(),
                     source,
@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn a_copy_has_the_same_fingerprint_and_a_changed_file_another() {
-        let folder = tempfile::tempdir().unwrap();
-        let (file, copy) = (folder.path().join("disk"), folder.path().join("copy"));
+        let directory = tempfile::tempdir().unwrap();
+        let (file, copy) = (directory.path().join("disk"), directory.path().join("copy"));
         for len in [0, 1, 4096, 1 << 20, (1 << 20) + 1, (5 << 20) + 513] {
             let mut content: Vec<u8> = (0..len).map(|n| (n % 251) as u8).collect();
             fs::write(&file, &content).unwrap();
@@ -128,10 +128,10 @@ mod tests {
 
     #[test]
     fn what_is_no_disk_has_no_stamp() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(stamp(folder.path()).is_err());
-        assert!(stamp(&folder.path().join("missing")).is_err());
-        let pipe = folder.path().join("pipe");
+        let directory = tempfile::tempdir().unwrap();
+        assert!(stamp(directory.path()).is_err());
+        assert!(stamp(&directory.path().join("missing")).is_err());
+        let pipe = directory.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(stamp(&pipe).is_err());
     }

@@ -4,11 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
-use crate::guest::start::rewrite::Note;
+use crate::guest::start::plan::Note;
 use crate::host::in_use::{self, Address, Holder};
 use crate::machine::Machine;
 
@@ -19,7 +19,7 @@ pub(in crate::guest) fn resolve(
     cwd: &Path,
     asked: Option<&Path>,
     notes: &mut Vec<Note>,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     if let Some(path) = asked {
         check_asked_socket(path)?;
     }
@@ -30,10 +30,10 @@ pub(in crate::guest) fn resolve(
 
 /// The caller's own control socket must be free: QEMU unlinks whatever is at the
 /// path before it binds, be it a living listener's socket or a file.
-fn check_asked_socket(path: &Path) -> Result<(), VmError> {
+fn check_asked_socket(path: &Path) -> Result<(), GuestError> {
     use std::os::unix::fs::FileTypeExt;
     let refuse = |problem: &str| {
-        Err(VmError::ControlSocket { path: path.to_owned(), problem: problem.to_owned() })
+        Err(GuestError::ControlSocket { path: path.to_owned(), problem: problem.to_owned() })
     };
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => return refuse("something else is there"),
@@ -54,7 +54,7 @@ fn yield_control_sockets(
     cwd: &Path,
     asked: Option<&Path>,
     notes: &mut Vec<Note>,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let mut gone = Vec::new();
     for option in line.options().filter(|option| is_control(line, option)) {
         let Some(address) = backend::listens_at(option) else { continue };
@@ -65,7 +65,7 @@ fn yield_control_sockets(
         let why = match is_asked {
             true => "the control socket asked for takes its place",
             false if in_use::is_listening(&address, cwd)? => {
-                "a living process listens there now; ask for a control socket with --qmp PATH"
+                "a living process listens there now; for a control socket set `RewriteOptions::qmp`"
             }
             false => continue,
         };
@@ -95,7 +95,7 @@ fn is_control(line: &CommandLine, option: &CommandOption) -> bool {
 /// A socket of the guest's (a serial port, a display) that a living process
 /// listens on: QEMU would unlink it and cut that process off. TCP ports are
 /// left to QEMU, which fails by itself.
-fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
+fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), GuestError> {
     for option in line.options() {
         let address = backend::listens_at(option).or_else(|| other_socket(option));
         let (Some(address @ (Address::Unix(path) | Address::Abstract(path))), option) =
@@ -105,7 +105,7 @@ fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> 
         };
         if in_use::is_listening(address, cwd)? {
             let (option, path) = (option.to_string(), path.clone());
-            return Err(VmError::SocketInUse { option, path });
+            return Err(GuestError::SocketInUse { option, path });
         }
     }
     Ok(())
@@ -167,7 +167,7 @@ struct FileUse {
 
 /// Output files that another process writes, and shared memory that another
 /// process uses: two guests in one memory would destroy each other.
-fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
+fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), GuestError> {
     let uses: Vec<FileUse> = line.options().flat_map(|option| file_uses(option, cwd)).collect();
     if uses.is_empty() {
         return Ok(());
@@ -178,7 +178,7 @@ fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
         let counts = |holder: &&Holder| holder.writes || readers_too;
         if let Some(holder) = holders.get(&path).and_then(|list| list.iter().find(counts)) {
             let (pid, process) = (holder.pid, holder.name.clone());
-            return Err(VmError::FileInUse { option, purpose, path, pid, process });
+            return Err(GuestError::FileInUse { option, purpose, path, pid, process });
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 //!
 //! The devices that the guest sees stay as they were; what is behind them goes.
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
@@ -18,9 +18,9 @@ const FIRST_HUB: u32 = 900_000;
 pub(in crate::guest) fn isolate(
     line: &mut CommandLine,
     writable_disks: &[String],
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     if !writable_disks.is_empty() && line.has("blockdev") {
-        return Err(VmError::NotIsolated { disks: writable_disks.join(", ") });
+        return Err(GuestError::NotIsolated { disks: writable_disks.join(", ") });
     }
     line.retain_options(|option| {
         let watches = matches!(backend::usage(option), Some(Use::Monitor | Use::Debugger));

@@ -4,4 +4,6 @@
 pub(super) mod collisions;
 pub(super) mod isolation;
 pub(super) mod mapping;
+mod paths;
+pub(super) mod plan;
 pub(super) mod rewrite;
