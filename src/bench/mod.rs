@@ -1,9 +1,9 @@
-//! Measures ways of bringing a guest back, on the machine where it matters.
+//! Measures ways of reverting a guest on this machine.
 //!
-//! An image is reverted again and again, by each of snapback's ways and, if wanted, by
-//! QEMU's own, from files made of the same guest. The ways take turns, so that drift of
-//! the machine hits all alike. Each run has a QEMU and a directory of its own, and both are
-//! gone when it ends. `docs/bench.md` says what the numbers mean.
+//! An image is reverted repeatedly, by each of snapback's ways and optionally by QEMU's own, from
+//! files made from the same guest. The ways take turns, so that drift of the machine affects all
+//! alike. Each run has its own QEMU and directory, which are gone when it ends. `docs/bench.md`
+//! explains the quantities.
 
 mod cache;
 mod directory;
@@ -106,7 +106,7 @@ pub enum BenchEvent {
     Run(Box<Sample>),
 }
 
-/// Why a bench ended early. All QEMUs that it started have been ended.
+/// Why a bench failed. All QEMUs that it started have been ended.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BenchError {
@@ -120,9 +120,8 @@ pub enum BenchError {
     Paused,
     /// A run failed.
     #[error(
-        "{0}\n(each run starts a QEMU beside those that live; what they must not share can be \
-         given to each by `BenchOptions::paths` OLD={{run}}/NEW, or overridden by
-         `BenchOptions::extra`)"
+        "{0}\n(each run starts another QEMU on this host; what two QEMUs can't share is replaced by \
+         `BenchOptions::paths`, OLD={{run}}/NEW for a path, HOST:PORT=HOST:OTHER for a port)"
     )]
     Revert(#[from] RevertError),
     /// QEMU can't be started as recorded.
@@ -139,9 +138,9 @@ pub enum BenchError {
         "QEMU failed to {doing} in a way of its own (measure without `BenchOptions::peers`): {said}"
     )]
     Peer {
-        /// What it was to do.
+        /// The operation.
         doing: &'static str,
-        /// What it said.
+        /// QEMU's message.
         said: String,
     },
     /// A run went by another way than those before it.
@@ -161,11 +160,11 @@ pub enum BenchError {
     /// A file of ours can't be used.
     #[error("`{path}` can't be {doing}: {source}", path = path.display())]
     File {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
         /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's reason.
         source: std::io::Error,
     },
     /// A file can't be made cold.
@@ -188,7 +187,7 @@ pub enum BenchError {
         /// The disk as the image names it.
         disk: String,
     },
-    /// Interrupted.
+    /// The bench was cancelled.
     #[error("interrupted: all QEMUs that were started have been ended")]
     Interrupted,
 }
@@ -196,7 +195,7 @@ pub enum BenchError {
 /// Measures an image. `on_event` is called as things happen.
 ///
 /// # Errors
-/// When a run fails, or at the first interrupt. QEMUs and files are gone by then.
+/// When a run fails, or when it is cancelled. All QEMUs and files are gone by then.
 pub async fn bench(
     options: &BenchOptions,
     cancel: Cancellation,
@@ -205,7 +204,7 @@ pub async fn bench(
     let setup = Setup::new(options)?;
     let mut caches = vec![Cache::Warm];
     if options.cold {
-        // A file that stays in the cache is told before hours of runs.
+        // A file that can't be made cold is refused before hours of runs.
         setup.image_files.iter().try_for_each(|file| Cache::Cold.prepare(file))?;
         caches.push(Cache::Cold);
     }
@@ -260,13 +259,13 @@ pub async fn bench(
     Ok(Summary::new(subject, Host::here(), &samples, skipped))
 }
 
-/// One of those that take turns.
+/// One of the ways that take turns.
 enum Entrant {
     Snapback(Method),
     Qemu(Peer),
 }
 
-/// What the first reverts have shown.
+/// What the first reverts found out.
 struct Recorded {
     /// The ways of snapback that work here.
     methods: Vec<Method>,

@@ -1,4 +1,4 @@
-//! One run: a guest brought back by snapback, watched until it is all there.
+//! One run: a guest reverted by snapback, measured until all its memory is in place.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -96,7 +96,7 @@ pub(super) async fn bring_back(
                 held = &mut revert => break held,
                 () = cancel.requested(), if !interrupted => {
                     interrupted = true;
-                    // Nobody needs this guest: it is ended even if it runs.
+                    // The guest of a run is of no use: it is ended even if it runs.
                     ours.request();
                     ours.request();
                 }

@@ -1,4 +1,4 @@
-//! What is the same for all runs, and the private directory of each.
+//! What all runs have in common, and the private directory of each.
 
 use std::collections::HashSet;
 use std::fs;
@@ -65,7 +65,7 @@ impl<'a> Setup<'a> {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        // QEMU, whose working directory is another, is told paths in there.
+        // QEMU has another working directory, so paths for it must be absolute.
         let failed =
             |doing| move |source| BenchError::File { doing, path: directory.into(), source };
         let beside =
@@ -195,8 +195,7 @@ fn own_name(path: &str, taken: &mut HashSet<String>) -> String {
     free
 }
 
-/// The writable disks that runs would change. Whoever maps a disk by a rule of their own
-/// looks after it.
+/// The writable disks that runs would change, except those that a path rule of the user maps.
 fn disks_to_copy(
     machine: &Machine,
     rules: &[(String, String)],

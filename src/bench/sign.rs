@@ -83,7 +83,7 @@ pub(super) struct Watch {
     _stop: UnixStream,
 }
 
-/// Where lines come from, and what tells that there are more.
+/// Where lines are read from, and what reports that there are more.
 enum Port {
     File(File, Inotify),
     Socket(UnixStream),
@@ -107,12 +107,11 @@ impl Watch {
         Ok(Watch { sign: sign.clone(), path: path.to_owned(), seen, _stop: stop })
     }
 
-    /// Waits for the signs that were asked for; gives the times of the first and of
-    /// the Nth.
+    /// Waits for the requested signs; returns the times of the first and of the Nth.
     pub async fn wait(&mut self) -> Result<(Instant, Instant), SignError> {
         let Sign { nth, ref pattern, .. } = self.sign;
         let enough = |seen: &Seen| seen.signs.len() >= nth || seen.failed.is_some();
-        // Fails when the thread has gone, which it does only after telling.
+        // Fails once the thread has ended, which sends its result before.
         let _ = tokio::time::timeout(TIMEOUT, self.seen.wait_for(enough)).await;
         let seen = self.seen.borrow();
         if let (Some(first), Some(last)) = (seen.signs.first(), seen.signs.get(nth - 1)) {
@@ -144,7 +143,7 @@ fn open(path: &Path, offset: u64) -> io::Result<Port> {
     Ok(Port::File(file, inotify))
 }
 
-/// Reads the port until it is told to stop.
+/// Reads the port until `stop` is closed.
 fn follow(
     mut port: Port,
     stop: &UnixStream,
@@ -207,7 +206,7 @@ struct Lines {
 }
 
 impl Lines {
-    /// Takes more bytes, and tells how many more lines match.
+    /// Takes more bytes, and returns how many more lines match.
     fn take(&mut self, bytes: &[u8]) -> usize {
         let mut count = 0;
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {

@@ -28,7 +28,7 @@ pub(super) struct ExportArgs {
     /// The format to write
     #[arg(long = "to", value_name = "FORMAT")]
     format: Format,
-    /// The file to write (for flat: the directory); - for standard output
+    /// The file to write (for memory: the directory); - for standard output
     file: PathBuf,
     #[command(flatten)]
     pub write: WriteArgs,
@@ -64,7 +64,8 @@ enum Format {
     /// A mapped-ram file, which QEMU 9.0 and later loads
     MappedRam,
     /// Plain memory: a directory with a sparse file for each block
-    Flat,
+    #[value(alias = "flat")]
+    Memory,
     /// An ELF core of physical memory, for crash, gdb and readelf
     Elf,
 }
@@ -74,7 +75,7 @@ impl From<Format> for ExportFormat {
         match format {
             Format::Stream => ExportFormat::Stream,
             Format::MappedRam => ExportFormat::MappedRam,
-            Format::Flat => ExportFormat::Flat,
+            Format::Memory => ExportFormat::Memory,
             Format::Elf => ExportFormat::Elf,
         }
     }

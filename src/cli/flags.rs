@@ -1,10 +1,8 @@
-//! The flags that set the library's options: the library's messages name fields, such as
-//! `` `RewriteOptions::paths` ``, and the program prints the flag in their place.
-
-use std::borrow::Cow;
+//! The flags of what the library's messages name: fields of options between backticks, such as
+//! `` `RewriteOptions::paths` ``. Everything that the program prints passes through here.
 
 /// A field as messages of the library name it, and what the user of the program gives.
-const FLAGS: &[(&str, &str)] = &[
+const NAMES: &[(&str, &str)] = &[
     ("in `ImportOptions::command`", "behind `--` (-- qemu-system-x86_64 ARGS…) or with --command"),
     ("in `ImportOptions::qemu`", "with --qemu"),
     ("`ImportOptions::run`", "--run"),
@@ -18,27 +16,36 @@ const FLAGS: &[(&str, &str)] = &[
     ("`Placement::Auto`", "--place auto"),
     ("`BenchOptions::paths`", "--path"),
     ("`BenchOptions::peers`", "--peers"),
-    ("`BenchOptions::extra`", "arguments behind `--`"),
     ("in `Sign::nth`", "with --nth"),
     ("in `Sign::pattern`", "with --sign"),
 ];
 
 /// The message with flags in place of the fields that it names.
-pub(super) fn with_flags(message: &str) -> Cow<'_, str> {
-    // All that the program prints comes through here, and little of it names a field.
-    if !message.contains("::") {
-        return message.into();
-    }
-    let replace = |text: String, (field, flag): &(&str, &str)| text.replace(field, flag);
-    FLAGS.iter().fold(message.to_owned(), replace).into()
+pub(super) fn with_flags(message: &str) -> String {
+    let replace = |text: String, (name, flag): &(&str, &str)| text.replace(name, flag);
+    NAMES.iter().fold(message.to_owned(), replace)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::fs;
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
+
+    use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn the_flags_exist() {
+        let cli = crate::cli::Cli::command();
+        let arguments = cli.get_subcommands().flat_map(|command| command.get_arguments());
+        let known: HashSet<&str> = arguments.filter_map(|argument| argument.get_long()).collect();
+        for (name, flag) in NAMES {
+            let mut longs = flag.split(' ').filter_map(|word| word.strip_prefix("--"));
+            assert!(longs.any(|long| known.contains(long)), "{name}: {flag}");
+        }
+    }
 
     #[test]
     fn fields_become_flags() {
@@ -56,13 +63,13 @@ mod tests {
         let code = code.map(str::trim).filter(|line| !line.starts_with("//"));
         // A text may go on in the next line.
         let code = code.collect::<Vec<_>>().join("\n").replace("\\\n", "");
-        let code = with_flags(&code).into_owned();
+        let code = with_flags(&code);
         let quoted = code.split('`').skip(1).step_by(2);
         let fields = quoted.filter(|quoted| quoted.contains("Options::"));
         fields.map(|field| format!("{}: {field}", file.display())).collect()
     }
 
-    fn sources(directory: &Path) -> Vec<std::path::PathBuf> {
+    fn sources(directory: &Path) -> Vec<PathBuf> {
         let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
         entries
             .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] })
@@ -75,6 +82,6 @@ mod tests {
         let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let files = sources(&src).into_iter().filter(|file| !file.ends_with("flags.rs"));
         let missing: Vec<String> = files.flat_map(|file| without_flag(&file)).collect();
-        assert!(missing.is_empty(), "no flag in FLAGS: {missing:#?}");
+        assert!(missing.is_empty(), "no flag in NAMES: {missing:#?}");
     }
 }

@@ -118,7 +118,7 @@ pub enum ExchangeError {
     },
     /// The guest's physical memory map can't be derived.
     #[error(
-        "the guest's physical memory map can't be derived: {problem}; export it as `flat` instead"
+        "the guest's physical memory map can't be derived: {problem}; export it as `memory` instead"
     )]
     NoLayout {
         /// What is unknown.

@@ -1,10 +1,10 @@
-//! An image written in the format of another program.
+//! An image converted to the format of another program.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use super::output::Output;
-use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
+use super::{ExchangeError, ExchangeEvent, Watch, elf, mapped_ram, memory, stream};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 
@@ -18,8 +18,8 @@ pub enum ExportFormat {
     /// A mapped-ram file, which QEMU 9.0 and later loads with the capability of that
     /// name.
     MappedRam,
-    /// A directory with a sparse file for each block, which holds its memory as it is.
-    Flat,
+    /// Plain memory: a directory with a sparse file for each block.
+    Memory,
     /// An ELF core of the guest's physical memory, for `crash`, `gdb` and `readelf`.
     Elf,
 }
@@ -29,7 +29,7 @@ impl fmt::Display for ExportFormat {
         f.write_str(match self {
             ExportFormat::Stream => "stream",
             ExportFormat::MappedRam => "mapped-ram",
-            ExportFormat::Flat => "flat",
+            ExportFormat::Memory => "memory",
             ExportFormat::Elf => "elf",
         })
     }
@@ -43,7 +43,7 @@ pub struct ExportOptions {
     pub image: PathBuf,
     /// The format to write.
     pub format: ExportFormat,
-    /// The file to write, or for [`ExportFormat::Flat`] the directory. `None` is standard
+    /// The file to write, or for [`ExportFormat::Memory`] the directory. `None` is standard
     /// output, which takes a stream only.
     pub to: Option<PathBuf>,
     /// Whether an existing file is replaced; a directory never is.
@@ -91,10 +91,10 @@ pub fn export(
             elf::write(&image, &output, &mut watch)?;
             output.commit()?
         }
-        (ExportFormat::Flat, Some(_)) if options.force => {
+        (ExportFormat::Memory, Some(_)) if options.force => {
             return Err(ExchangeError::ForceDirectory);
         }
-        (ExportFormat::Flat, Some(path)) => flat::write(&image, path, &mut watch)?,
+        (ExportFormat::Memory, Some(path)) => memory::write(&image, path, &mut watch)?,
         (format, None) => return Err(ExchangeError::NeedsFile(format)),
     };
     let ram_bytes = image.manifest().blocks.iter().map(|block| block.len).sum();

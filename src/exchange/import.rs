@@ -1,4 +1,4 @@
-//! A file of another program made an image.
+//! A file of another program converted to an image.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read};
@@ -58,7 +58,7 @@ impl ImportOptions {
     }
 }
 
-/// Makes an image of a guest that another program has saved.
+/// Converts a guest that another program has saved to an image.
 ///
 /// # Errors
 /// When the file is of no known format, damaged or incomplete, or when the command
@@ -72,7 +72,7 @@ pub fn import(
     let source = Source::open(options.from.as_deref())?;
     check_replaces_none(&options.image, [(source.path.as_path(), &source.input)])?;
     let machine = record(options, &source, &mut watch);
-    // What was ended for it has not failed.
+    // A program that was ended by cancellation has not failed.
     watch.check()?;
     let machine = machine?;
     let moment_unix_us = source.moment();
@@ -120,8 +120,7 @@ pub fn import(
     Ok(saved)
 }
 
-/// The machine, from its command line: the one that was given, or what libvirt makes of
-/// its XML.
+/// The machine, from the given command line, or the one that libvirt derives from its XML.
 fn record(
     options: &ImportOptions,
     source: &Source,
@@ -253,7 +252,7 @@ impl Source {
                 let mut input = Decompressed::start(tool, self.input, path, cancel)?;
                 let stream = StreamReader::new(&mut input);
                 let received = stream::read(stream, None, path, image, check, watch);
-                // What the program has to say explains why its output was no stream.
+                // The program's message explains why its output was no stream.
                 let ended = matches!(received, Ok(_) | Err(ExchangeError::Stream { .. }));
                 if ended && !cancel.is_requested() {
                     input.end()?;

@@ -1,5 +1,5 @@
-//! The record of a machine that does not run: from the command line that its user
-//! gives, and what the QEMU named there says of itself.
+//! The record of a machine that does not run: from a command line, and the version of the
+//! QEMU that it names.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,18 +14,18 @@ use crate::guest::record::{is_recorded, is_system_emulator};
 use crate::host::program::{ProgramError, answer};
 use crate::machine::{Machine, QemuVersion};
 
-/// How long a QEMU may take to tell its version, from the slowest of disks.
+/// How long `qemu --version` may take, with the binary on a slow disk.
 const VERSION_LIMIT: Duration = Duration::from_secs(60);
 
 /// Records a machine by its command line, the program's name first; assignments of
 /// environment variables may stand before it, as in a shell. `qemu` is the program to
 /// use instead of the one that is named there. Relative paths start from our working
-/// directory. The machine type and whether the guest ran are for the caller to add. `stop`
+/// directory. The caller adds the machine type and whether the guest ran. `cancel`
 /// ends the program, which is asked for its version.
 ///
 /// # Errors
-/// [`GuestError::Described`] when that can't be a command line, or its program does not
-/// say that it is QEMU.
+/// [`GuestError::Described`] when the words are no command line, or the program is not
+/// QEMU.
 pub fn describe(
     words: &[String],
     qemu: Option<&Path>,
@@ -43,7 +43,7 @@ pub fn describe(
         argv.insert(0, qemu.display().to_string());
     }
     let cwd = std::env::current_dir()
-        .map_err(|e| described(format!("our working directory can't be found out: {e}")))?;
+        .map_err(|e| described(format!("the working directory can't be determined: {e}")))?;
     let program = qemu.map_or_else(|| PathBuf::from(&argv[0]), Path::to_owned);
     let binary = find(&program, &cwd)
         .ok_or_else(|| described(format!("there is no program `{}`", program.display())))?;
@@ -71,10 +71,10 @@ pub fn describe(
     })
 }
 
-/// Records a machine as [`describe()`] does, by a command line that came with a guest: who
-/// wrote it is not who has us run its program. So it assigns no variables, by which any
-/// program could be made to load other code, and its program is only run if it is called
-/// as QEMU's system emulators are, or if `qemu` is to be used instead.
+/// Records a machine as [`describe()`] does, from a command line that came with a guest and is
+/// not trusted. Its assignments of variables are ignored, since they could make any program
+/// load other code, and its program is run only if it has the name of a QEMU system emulator,
+/// or `qemu` replaces it.
 ///
 /// # Errors
 /// As [`describe()`].
@@ -97,8 +97,8 @@ pub fn describe_foreign(
     describe(words, qemu, cancel)
 }
 
-/// libvirt's own means of speaking to a QEMU of its own: a key and a monitor in a
-/// directory that exists only while libvirt runs the guest. The guest sees none of it.
+/// Drops what libvirt added for its own use: a key and a monitor in a directory that exists
+/// only while libvirt runs the guest. The guest sees neither.
 fn drop_libvirts_own(argv: Vec<String>) -> Vec<String> {
     const KEY: &str = "masterKey0";
     const MONITOR: &str = "charmonitor";
@@ -108,7 +108,7 @@ fn drop_libvirts_own(argv: Vec<String>) -> Vec<String> {
     let id = |option: &CommandOption| Spec::parse(option.value()).get("id").map(str::to_owned);
     let is_key =
         |option: &CommandOption| option.name() == "object" && id(option).as_deref() == Some(KEY);
-    // Where something is encrypted with the key, QEMU will say that it misses it.
+    // If something is encrypted with the key, QEMU will report the missing key itself.
     let key_serves = line.options().any(|o| !is_key(o) && o.value().contains(KEY));
     line.retain_options(|option| match option.name() {
         "object" => key_serves || !is_key(option),
@@ -146,18 +146,18 @@ fn assignment(word: &str) -> Option<(&str, &str)> {
     (starts_well && name.chars().all(is_name)).then_some((name, value))
 }
 
-/// A program's absolute path; a bare name is looked for in PATH.
+/// A program's absolute path; a bare name is searched in PATH.
 fn find(program: &Path, cwd: &Path) -> Option<PathBuf> {
     if program.components().count() > 1 || program.is_absolute() {
         return Some(cwd.join(program)).filter(|path| path.is_file());
     }
-    let directories = std::env::var_os("PATH")?;
-    std::env::split_paths(&directories)
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
         .map(|directory| directory.join(program))
         .find(|path| path.is_file())
 }
 
-/// What `--version` says.
+/// The version that `--version` prints.
 fn version(
     binary: &Path,
     env: &[(String, String)],

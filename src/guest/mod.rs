@@ -1,5 +1,8 @@
-//! A virtual machine as a process: recorded from a living QEMU, its command line
-//! rewritten into that of a guest to be reverted, its disks put on overlays, and started.
+//! A virtual machine as a QEMU process: recorded while it runs, and started from its record.
+//!
+//! [`capture`] takes the record of a running QEMU, [`describe()`] that of a given command line.
+//! [`rewrite()`] makes a [`StartPlan`] from a record: the command line of a guest that waits for
+//! its state, with overlays over its disks. [`Process::start`] carries the plan out.
 
 mod command_line;
 mod described;

@@ -1,4 +1,4 @@
-//! The record of a living QEMU, from /proc (proc(5)) and its control socket.
+//! The record of a running QEMU, from /proc (proc(5)) and its control socket.
 
 use std::fs;
 use std::io;
@@ -15,8 +15,8 @@ use crate::qmp::Qmp;
 ///
 /// # Errors
 /// [`GuestError::NotQemu`] when `pid` is a proxy or manager in front of QEMU,
-/// [`GuestError::ReadProcess`] when the process has gone or belongs to somebody
-/// else, [`GuestError::Qmp`] when QEMU does not answer.
+/// [`GuestError::ReadProcess`] when the process has exited or belongs to another
+/// user, [`GuestError::Qmp`] when QEMU does not answer.
 pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, GuestError> {
     let process = ProcessInfo { pid };
     let argv = process.argv()?;
@@ -37,7 +37,7 @@ pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, GuestError> {
     })
 }
 
-/// Variables that change how QEMU finds its parts.
+/// Whether an environment variable changes how QEMU finds its parts.
 pub(super) fn is_recorded(name: &str) -> bool {
     name.starts_with("QEMU_") || name == "LD_LIBRARY_PATH"
 }
@@ -71,7 +71,7 @@ impl ProcessInfo {
         })
     }
 
-    /// The command line; a process without one is no program.
+    /// The command line; a process without one (a kernel thread) is not QEMU.
     fn argv(&self) -> Result<Vec<String>, GuestError> {
         let what = "the command line";
         let bytes = fs::read(self.path("cmdline")).map_err(self.failed(what))?;
@@ -93,7 +93,7 @@ impl ProcessInfo {
 
     /// The directory that relative paths started from. A QEMU that went to the
     /// background has left it for `/` since (QEMU's `os_setup_post`); the shell's
-    /// `PWD` then still tells it.
+    /// `PWD` still has it then.
     fn cwd(&self, argv: &[String], environ: &[(String, String)]) -> Result<String, GuestError> {
         let what = "the working directory";
         let cwd = fs::read_link(self.path("cwd")).map_err(self.failed(what))?;

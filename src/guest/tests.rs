@@ -189,6 +189,13 @@ fn paths_are_replaced_at_their_boundaries() {
     );
     let untouched = r#"{ "z":1, "a":"/other" }"#;
     assert_eq!(one(untouched, "/vm", "/new"), untouched);
+    // A TCP port is replaced by its text, as docs/bench.md says.
+    let serial = ["-serial", "tcp:127.0.0.1:4444,server=on,wait=off"];
+    let moved = rewritten(&serial, &[("127.0.0.1:4444", "127.0.0.1:4445")]).unwrap();
+    assert_eq!(moved[1], "tcp:127.0.0.1:4445,server=on,wait=off");
+    let forwarded = ["-netdev", "user,id=n,hostfwd=tcp::2222-:22"];
+    let moved = rewritten(&forwarded, &[("tcp::2222-:22", "tcp::2223-:22")]).unwrap();
+    assert_eq!(moved[1], "user,id=n,hostfwd=tcp::2223-:22");
     let swapped = rewritten(&["/a/x", "-hda", "/b/y"], &[("/a", "/b"), ("/b", "/a")]).unwrap();
     assert_eq!(swapped, ["/b/x", "-hda", "/a/y"]);
     let guests = rewritten(&["-kernel", "/vm/k,1", "-append", "root=/vm"], &[("/vm", "/n")]);

@@ -175,7 +175,7 @@ impl Overlay {
             if has_users {
                 in_use = true;
                 // Jobs and nodes have names of their own.
-                qmp.begin_fold(&self.node, &self.node, &self.frozen).await.map_err(text)?;
+                qmp.begin_commit(&self.node, &self.node, &self.frozen).await.map_err(text)?;
                 step("folding");
                 self.end_fold(qmp).await?;
                 step("folded");
@@ -193,7 +193,7 @@ impl Overlay {
 
     /// Waits until the overlay is folded, once that has begun.
     async fn end_fold(&self, qmp: &Qmp) -> Result<(), String> {
-        match tokio::time::timeout(FOLD_TIMEOUT, qmp.end_fold(&self.node)).await {
+        match tokio::time::timeout(FOLD_TIMEOUT, qmp.end_commit(&self.node)).await {
             Ok(folded) => folded.map_err(|e| e.to_string()),
             Err(_) => Err(format!("it has not ended in {FOLD_TIMEOUT:?}, and goes on")),
         }

@@ -1,6 +1,6 @@
-//! The options of a command line by which QEMU gets its disks, and how a captured one is
-//! given its overlay. What the guest sees of a disk (its device) stays as it is; so do
-//! names, by which devices find their disk.
+//! The options of a command line that define disks, and how a captured disk is replaced by its
+//! overlay. The guest's devices stay as they are, and so do the names by which they find their
+//! disk.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::machine::{Disk, Machine};
 /// Deepest nesting of nodes that is followed.
 const MAX_DEPTH: usize = 32;
 
-/// Finds the part of a recorded command line that gives a disk: its place among
+/// Finds the option of a recorded command line that defines a disk: its position in
 /// [`CommandLine::args`].
 pub(in crate::guest) fn find(
     line: &CommandLine,
@@ -40,9 +40,9 @@ pub(in crate::guest) fn find(
             option.name() == "drive" && Params::parse(option.value()).get("id") == Some(id)
         })
     };
-    // QEMU makes up the names of drives that have none: those are told by their file, which
-    // is the topmost that the command line gives. Files further down may be shared with other
-    // drives, as long as nobody writes to them.
+    // QEMU generates names for drives without one. Those are found by their file: the topmost of
+    // the chain that the command line names. Files further down may be shared with other drives,
+    // as long as none writes to them.
     let by_file = || {
         disk.chain.iter().find_map(|of| {
             line.args.iter().position(|arg| {
@@ -68,7 +68,7 @@ pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), GuestError> {
     find(&line, disk, Path::new(&machine.cwd)).map(drop)
 }
 
-/// Gives disks their overlays, each in the place that [`find`] found.
+/// Replaces disks by their overlays, each at the position that [`find`] returned.
 pub(in crate::guest) fn put(
     line: &mut CommandLine,
     overlays: &[(usize, Overlay)],
@@ -88,8 +88,7 @@ pub(in crate::guest) fn put(
     Ok(())
 }
 
-/// What an option that gives nothing but a file means as a `-drive` (`drive_add` in
-/// QEMU's vl.c).
+/// The `-drive` that an option with nothing but a file stands for (`drive_add` in QEMU's vl.c).
 fn old_option(option: &CommandOption) -> Option<String> {
     let drive = match option.name() {
         "hda" | "hdb" | "hdc" | "hdd" => {
@@ -150,7 +149,7 @@ fn blockdev(
     Ok(Arg::Option(CommandOption::new("blockdev", Value::Object(node).to_string())))
 }
 
-/// Takes out the nodes of these names, and those below them, that nobody uses.
+/// Removes the named nodes, and those below them, if no option uses them any more.
 fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) {
     while let Some(name) = names.pop() {
         if is_used(line, &name) {

@@ -1,6 +1,5 @@
-//! The files that a snapshot's disks consist of: where they are now, and whether they
-//! are still what they were. The guest's memory knows what was in them; with other
-//! content beneath it, it would destroy its file systems.
+//! The frozen files of a snapshot's disks: where they are now, and whether they are unchanged.
+//! A guest's memory caches their content; on other content it would destroy its file systems.
 
 use std::fs;
 use std::io;
@@ -12,11 +11,11 @@ use crate::guest::GuestError;
 use crate::guest::disks::stamp::stamp;
 use crate::machine::{Disk, DiskFile, DiskRole, FileStamp};
 
-/// Where the caller says that a disk is: `(name, file)`.
+/// A disk's file as the caller gives it: `(name, file)`.
 pub(in crate::guest) type Given = (String, PathBuf);
 
-/// The files of a captured disk, the one on top first, each looked up and checked.
-/// `moved` tells where a recorded path may be now.
+/// The files of a captured disk, the topmost first, each located and checked. `moved` applies
+/// the caller's path rules to a recorded path.
 pub(in crate::guest) fn chain(
     disk: &Disk,
     given: Option<&Path>,
@@ -47,12 +46,12 @@ pub(in crate::guest) fn check_read_only(
 ) -> Result<(), GuestError> {
     disk.chain.iter().try_for_each(|file| {
         let path = PathBuf::from(moved(&file.path));
-        // Whoever may write to it may have touched it: only its content counts.
+        // Its modification time may have changed without its content, which alone counts.
         check(disk, file, &path, Trust::Either, false)
     })
 }
 
-/// That every file which the caller names belongs to a captured disk of the image.
+/// Checks that every file which the caller gives belongs to a captured disk of the image.
 pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), GuestError> {
     let captured = || disks.iter().filter(|disk| disk.role == DiskRole::Captured);
     match given.iter().find(|(name, _)| !captured().any(|disk| is_called(disk, name))) {
@@ -65,7 +64,7 @@ pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(
     }
 }
 
-/// Whether somebody who says `name` means this disk.
+/// Whether `name` is this disk: its backend, its device, or one of its nodes.
 pub(in crate::guest) fn is_called(disk: &Disk, name: &str) -> bool {
     let short = disk.qdev.as_deref().and_then(|path| {
         // A QOM path such as /machine/peripheral/vda/virtio-backend.
@@ -76,7 +75,7 @@ pub(in crate::guest) fn is_called(disk: &Disk, name: &str) -> bool {
     !name.is_empty() && names.into_iter().chain([nodes]).flatten().any(|known| known == name)
 }
 
-/// What has to agree for a file to pass.
+/// What must agree for a file to count as unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trust {
     /// It is where it was: length and time of the last change, without reading it.
@@ -87,8 +86,8 @@ enum Trust {
     Either,
 }
 
-/// Where a recorded file is now. A rule that moves paths need not mean the disks: where
-/// it leads to nothing, they are looked for where they were.
+/// Where a recorded file is now. A path rule may not be about the disks: if its result does not
+/// exist, the recorded path counts.
 fn whereabouts(recorded: &str, moved: &impl Fn(&str) -> String) -> (PathBuf, Trust) {
     let elsewhere = moved(recorded);
     match elsewhere != recorded && Path::new(&elsewhere).exists() {
@@ -165,7 +164,7 @@ fn utc(unix_ns: i64) -> String {
     time.map_or("an unknown time".into(), |t| humantime::format_rfc3339_millis(t).to_string())
 }
 
-/// A name by which the caller can point to a disk.
+/// A name by which the caller can refer to a disk.
 pub(in crate::guest) fn name(disk: &Disk) -> String {
     let made_up = disk.chain.first().map(|file| &file.node);
     let names = [disk.node.as_ref(), Some(&disk.device), disk.qdev.as_ref(), made_up];
@@ -243,7 +242,7 @@ mod tests {
         assert!(refused.contains("`RewriteOptions::disks` drive0=PATH"), "{refused}");
         // Of one that is only read, samples say enough.
         check_read_only(&disk, stays).unwrap();
-        // Whoever points to it vouches for what samples don't show.
+        // Naming the file accepts what samples don't show.
         chain(&disk, Some(&file), stays).unwrap();
         fs::write(&file, "Content").unwrap();
         let refused = refusal(chain(&disk, Some(&file), stays));

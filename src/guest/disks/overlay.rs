@@ -1,5 +1,5 @@
-//! What a reverted guest writes its disks' changes to: a new file for each captured
-//! disk, on top of the frozen ones, which stay as they are.
+//! The overlays of a reverted guest: a new file for each captured disk, on top of the frozen
+//! ones, which are never written.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -17,30 +17,30 @@ use crate::guest::disks::frozen;
 use crate::guest::disks::qcow2::write_overlay;
 use crate::machine::{Disk, DiskFile};
 
-/// The first of the descriptor sets (`-add-fd`) in which QEMU gets overlays without a
-/// name: beyond any number that people choose.
+/// Number of the first descriptor set (`-add-fd`) by which QEMU gets overlays without a name,
+/// far above any that a command line would use.
 const FIRST_SET: usize = 900_000;
 
 /// Where overlays are created, and how long they stay.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct OverlayOptions {
-    /// The directory of overlays; none for that of each disk's frozen file.
+    /// Where overlays are created; `None` for the directory of each disk's frozen file.
     pub directory: Option<PathBuf>,
-    /// What the names of overlays begin with; none for the frozen file's name.
+    /// What the names of overlays begin with; `None` for the frozen file's name.
     pub prefix: Option<String>,
-    /// Overlays have no name and go with QEMU, however it ends.
+    /// Whether overlays have no name and disappear with QEMU, however it ends.
     pub ephemeral: bool,
 }
 
-/// An overlay to be made.
+/// An overlay to be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
-    /// The disk, as people know it.
+    /// The disk, as [`Disk::describe`] names it.
     pub disk: String,
-    /// Its file, which does not exist yet; none for one without a name.
+    /// Its file, which does not exist yet; `None` for a file without a name.
     pub path: Option<PathBuf>,
-    /// Where a file without a name takes its room.
+    /// The directory on whose file system a file without a name is created.
     directory: PathBuf,
     /// The descriptor set by which QEMU opens a file without a name.
     set: usize,
@@ -51,7 +51,7 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Plans the overlay of the disk at this place in the record.
+    /// Plans the overlay of the disk at position `at` of the record.
     pub(in crate::guest) fn new(
         disk: &Disk,
         at: usize,
@@ -132,7 +132,7 @@ impl Overlay {
         Ok(node)
     }
 
-    /// Makes the file, open for reading and writing.
+    /// Creates the file, open for reading and writing.
     fn make(&self) -> Result<File, GuestError> {
         let failed = |source| GuestError::Overlay {
             disk: self.disk.clone(),
@@ -155,15 +155,15 @@ impl Overlay {
     }
 }
 
-/// Overlays that have been made. Dropping this removes them, unless they are to be kept.
+/// Overlays that were created. Dropping this removes them, unless they are kept.
 #[derive(Debug, Default)]
 pub(in crate::guest) struct Overlays {
     paths: Vec<PathBuf>,
 }
 
 impl Overlays {
-    /// Makes overlays. `inherit` has QEMU inherit those without a name, and gets the
-    /// number of the set in which QEMU looks for each.
+    /// Creates overlays. For those without a name, `inherit` gets a descriptor for QEMU and the
+    /// number of its descriptor set.
     pub(in crate::guest) fn make(
         overlays: &[Overlay],
         mut inherit: impl FnMut(OwnedFd, usize),
@@ -185,7 +185,7 @@ impl Overlays {
         Ok(made)
     }
 
-    /// From now on they hold what a guest has written, and stay.
+    /// Keeps them, since a guest has written to them.
     pub(in crate::guest) fn keep(&mut self) {
         self.paths.clear();
     }
@@ -213,13 +213,13 @@ fn file_name(prefix: &[u8], disk: &Disk) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(&[prefix, end.as_bytes()].concat()))
 }
 
-/// A new file that only its owner can read: it holds what a guest writes.
+/// A new file with mode 0600, since it holds a guest's data.
 fn new_file(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// A file that never had a name, or, where the file system can't do that (open(2),
-/// `O_TMPFILE`), has none any more.
+/// A file without a name: created so (open(2), `O_TMPFILE`), or unlinked at once where the
+/// file system does not support that.
 fn nameless(directory: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
@@ -235,8 +235,8 @@ fn nameless(directory: &Path) -> io::Result<File> {
     }
 }
 
-/// The same file, opened once more around the page cache; nothing where the file system
-/// can't do that, as QEMU will say itself if it matters.
+/// The same file, opened again with O_DIRECT; `None` where the file system does not support
+/// that, which QEMU reports itself if it matters.
 fn direct(file: &File) -> Option<File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).ok()

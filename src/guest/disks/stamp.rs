@@ -1,4 +1,4 @@
-//! How a file of a disk is recognised again.
+//! Stamps, by which an unchanged file of a disk is recognised.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -16,7 +16,7 @@ const SAMPLE: u64 = 4096;
 /// Most samples taken of a file, evenly spaced from its start to its end.
 const SAMPLES: u64 = 256;
 
-/// Makes a file's stamp: its length, the time of its last change, and xxh3-64 (seed 0)
+/// Computes a file's stamp: its length, the time of its last change, and xxh3-64 (seed 0)
 /// over its length (u64, little-endian) and its content. Of a file longer than 1 MiB,
 /// 256 samples of 4096 bytes stand for its content, at the multiples of 4096 next below
 /// `(len - 4096) * n / 255` for n from 0 to 255.
@@ -40,12 +40,12 @@ pub fn stamp(path: &Path) -> io::Result<FileStamp> {
     Ok(FileStamp { len, mtime_ns, fingerprint })
 }
 
-/// Stamps a disk's files, if they are not to change any more: those of a captured disk,
-/// which are written out to storage first (an image must not outlast them when the host
-/// crashes), and of a read-only one where they can be read.
+/// Stamps the files of a disk that must not change any more: a captured one, whose files are
+/// flushed to storage first (an image must not survive a crash of the host that they don't), or a
+/// read-only one, as far as its files can be read.
 ///
 /// # Errors
-/// [`GuestError::DiskUnreadable`] when a file of a captured disk can't be read or written out.
+/// [`GuestError::DiskUnreadable`] when a file of a captured disk can't be read or flushed.
 pub fn stamp_files(disk: &mut Disk) -> Result<(), GuestError> {
     let described = disk.describe();
     for file in &mut disk.chain {
@@ -66,7 +66,7 @@ pub fn stamp_files(disk: &mut Disk) -> Result<(), GuestError> {
     Ok(())
 }
 
-/// Writes what the host holds of a disk's file to storage.
+/// Flushes a disk's file from the host's page cache to storage.
 ///
 /// # Errors
 /// When it can't be opened or written.
@@ -75,7 +75,7 @@ pub fn write_out(path: &Path) -> io::Result<()> {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    // A pipe in its place must not keep us waiting.
+    // Opening a pipe in its place must not block.
     File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 

@@ -15,7 +15,7 @@ const OFFSET: (u32, u32) = (8, 1);
 /// (`readonly=on,rom=off`); before, QEMU opens it for writing, and writes nothing.
 const READ_ONLY: (u32, u32) = (8, 2);
 
-/// Kinds of backends that a file can take the place of.
+/// Kinds of memory backends that the file can replace.
 const KINDS: [&str; 3] = ["memory-backend-ram", "memory-backend-memfd", "memory-backend-file"];
 
 /// Memory that lies in a file as QEMU can map it.
@@ -30,8 +30,8 @@ pub struct MappedMemory {
 }
 
 impl MappedMemory {
-    /// Has the command line's main memory come from the file. Returns the names of the
-    /// blocks that do.
+    /// Maps the command line's main memory from the file. Returns the names of the mapped
+    /// blocks.
     pub(in crate::guest) fn put(&self, line: &mut CommandLine) -> Result<Vec<String>, GuestError> {
         let version = (self.qemu.major, self.qemu.minor);
         if version < OFFSET {
@@ -75,7 +75,7 @@ impl MappedMemory {
         Ok(mapped)
     }
 
-    /// Has main memory that no backend gives come from the file.
+    /// Maps main memory that has no backend on the command line.
     fn put_main(
         &self,
         line: &mut CommandLine,
@@ -116,7 +116,8 @@ impl MappedMemory {
     }
 }
 
-/// Who shares the guest's memory would see the file, and not what the guest writes.
+/// Refuses memory shared with another process, which would see the file and not the guest's
+/// writes.
 fn refuse_shared(line: &CommandLine) -> Result<(), GuestError> {
     match line.options().find(|option| option.value().contains("vhost-user")) {
         Some(option) => Err(not_mapped(format!("{option} shares memory with another process"))),

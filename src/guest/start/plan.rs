@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use crate::guest::GuestError;
 use crate::guest::disks::overlay::{Overlay, Overlays};
 
-/// The id of the character backend that our own control socket hangs on.
+/// The id of the character backend of snapback's own control socket.
 pub(in crate::guest) const CONTROL_ID: &str = "snapback-control";
 
-/// Something that differs from the record, for the caller to tell.
+/// A difference from the record, to be reported to the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
     /// What was changed.
@@ -30,30 +30,30 @@ impl Note {
 pub struct StartPlan {
     /// The program.
     pub binary: PathBuf,
-    /// Its command line, `argv[0]` included, our control socket not.
+    /// Its command line, with `argv[0]` and without snapback's own control socket.
     pub argv: Vec<String>,
     /// Its working directory.
     pub cwd: PathBuf,
     /// Variables to set on top of our own environment.
     pub env: Vec<(String, String)>,
-    /// The control socket that the caller asked for, absolute.
+    /// The control socket that the caller requested, an absolute path.
     pub qmp: Option<PathBuf>,
     /// All Unix sockets on which QEMU will listen, absolute.
     pub sockets: Vec<PathBuf>,
-    /// Whether the guest waits to be told to run.
+    /// Whether the guest stays paused until its user resumes it.
     pub paused: bool,
     /// What differs from the record.
     pub notes: Vec<Note>,
     /// Names of the blocks that it maps from a file.
     pub mapped: Vec<String>,
-    /// The overlays that starting it makes, one for each captured disk.
+    /// The overlays to create before the start, one for each captured disk.
     pub overlays: Vec<Overlay>,
     /// Descriptors to pass on, under the numbers they have here.
     pub(in crate::guest) inherit: Vec<OwnedFd>,
 }
 
 impl StartPlan {
-    /// Makes the overlays that the plan speaks of.
+    /// Creates the overlays of the plan.
     pub(in crate::guest) fn make_overlays(&mut self) -> Result<Overlays, GuestError> {
         let StartPlan { overlays, inherit, argv, .. } = self;
         Overlays::make(overlays, |fd, set| {
@@ -62,7 +62,7 @@ impl StartPlan {
         })
     }
 
-    /// Has QEMU inherit a descriptor. Gives its number there, as in
+    /// Adds a descriptor that QEMU inherits. Returns its number in QEMU, as for
     /// `migrate-incoming fd:NUMBER`.
     pub fn inherit(&mut self, fd: OwnedFd) -> RawFd {
         let number = fd.as_raw_fd();

@@ -1,8 +1,8 @@
 //! A recorded command line turned into that of a guest to be reverted.
 //!
-//! The devices that the guest sees stay exactly as they were; what tied QEMU to
-//! its first start, its terminal or its memory goes. Each rule is one function
-//! that says why it is there.
+//! The devices that the guest sees stay exactly as they were. What belongs to QEMU's first
+//! start, its terminal or its memory is removed. Each rule is one function that gives the
+//! reason.
 
 use std::path::{Path, PathBuf};
 
@@ -25,38 +25,42 @@ pub struct RewriteOptions {
     /// Another QEMU binary than the recorded one; the recorded environment, which
     /// belongs to the recorded binary, is then left out.
     pub qemu: Option<PathBuf>,
-    /// Where a control socket of the caller's shall listen.
+    /// Path of a control socket to create for the caller.
     pub qmp: Option<PathBuf>,
-    /// `(OLD, NEW)`: where the path `OLD` stands in the recorded command line,
-    /// itself or as the beginning of a longer path, `NEW` takes its place.
+    /// `(OLD, NEW)`: `NEW` replaces the path `OLD` in the recorded command line, alone or at the
+    /// beginning of a longer path.
     pub paths: Vec<(String, String)>,
-    /// Arguments to add at the end. They are subject to the same rules.
+    /// Arguments to append. The same rules apply to them.
     pub extra: Vec<String>,
-    /// Whether the guest shall not run until it is told to.
+    /// Whether the guest stays paused after the revert (`-S`).
     pub paused: bool,
     /// Whether the guest is cut off from networks, disks, files and sockets.
     pub isolated: bool,
-    /// Where the changes go that the guest makes to its captured disks.
+    /// Where the overlays of captured disks are created.
     pub overlays: OverlayOptions,
-    /// `(NAME, FILE)`: the frozen file of the disk that is called so is this copy.
+    /// `(NAME, FILE)`: `FILE` is a copy of the frozen file of the disk `NAME`.
     pub disks: Vec<(String, PathBuf)>,
     /// Blocks of memory that QEMU is to map from a file.
     pub mapped: Option<MappedMemory>,
 }
 
 impl RewriteOptions {
-    /// Whether the guest shall not run until its user says so.
+    /// Whether the guest stays paused until its user resumes it: by [`paused`], or by `-S` in
+    /// [`extra`].
+    ///
+    /// [`paused`]: RewriteOptions::paused
+    /// [`extra`]: RewriteOptions::extra
     pub fn stays_paused(&self) -> bool {
         self.paused || CommandLine::parse(&self.extra).has("S")
     }
 }
 
 /// Turns the record of a machine into a plan to start it, waiting for its state
-/// (`-incoming defer`). Looks at what this host has in use, changes nothing.
+/// (`-incoming defer`). Reads what this host has in use, changes nothing.
 ///
 /// # Errors
-/// When a recorded option can't work a second time, or would take from a living
-/// process what that uses; the error names the option and what to do.
+/// When a recorded option can't work a second time, or would take a socket or file from a
+/// running process; the error names the option and the remedy.
 pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan, GuestError> {
     let (program, recorded) = machine.argv.split_first().ok_or(GuestError::EmptyCommandLine)?;
     let rules = paths::rules(&options.paths)?;
@@ -117,8 +121,8 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     })
 }
 
-/// The captured disks' overlays, each with the disk's place on the recorded command line.
-/// The frozen files are looked up and checked.
+/// The overlays of captured disks, each with the disk's position on the recorded command line.
+/// Their frozen files are located and checked.
 fn captured_disks(
     machine: &Machine,
     options: &RewriteOptions,
@@ -148,8 +152,8 @@ fn captured_disks(
     Ok(found)
 }
 
-/// The recorded environment tells the recorded binary where its modules are:
-/// another binary must not load them.
+/// The recorded environment names the modules of the recorded binary, which another binary
+/// must not load: it is used with the recorded binary only.
 fn program_and_environment(
     machine: &Machine,
     options: &RewriteOptions,
@@ -170,7 +174,7 @@ fn program_and_environment(
     }
 }
 
-/// The caller's relative paths start from our working directory, not from QEMU's.
+/// Relative paths of the caller start from our working directory, not from QEMU's.
 fn absolute(what: &'static str, path: &Path) -> Result<PathBuf, GuestError> {
     std::path::absolute(path).map_err(|source| GuestError::Path {
         what,
@@ -179,7 +183,7 @@ fn absolute(what: &'static str, path: &Path) -> Result<PathBuf, GuestError> {
     })
 }
 
-/// The control socket that the caller asked for.
+/// The option for the control socket that the caller requested.
 fn control_socket(path: &Path) -> Result<CommandOption, GuestError> {
     let text = path.to_str().ok_or_else(|| GuestError::Path {
         what: "control socket",
@@ -190,8 +194,8 @@ fn control_socket(path: &Path) -> Result<CommandOption, GuestError> {
     Ok(CommandOption::new("qmp", format!("unix:{escaped},server=on,wait=off")))
 }
 
-/// `pc` and the like, and no `-machine` at all, mean another machine in every
-/// version of QEMU: the recorded type is named instead.
+/// Aliases such as `pc`, and a missing `-machine`, mean another machine in each version of
+/// QEMU: they are replaced by the recorded type.
 fn pin_machine_type(line: &mut CommandLine, machine_type: &str) {
     if machine_type.is_empty() {
         return;
@@ -214,8 +218,8 @@ fn pin_machine_type(line: &mut CommandLine, machine_type: &str) {
     }
 }
 
-/// A guest that was reverted before carries the control socket of that time,
-/// over a descriptor that was ours.
+/// A guest that was reverted before has snapback's control socket of that time on its command
+/// line, by a descriptor that no longer exists.
 fn drop_own_options(line: &mut CommandLine) {
     line.retain_options(|option| {
         backend::chardev_id(option).as_deref() != Some(CONTROL_ID)
@@ -223,16 +227,16 @@ fn drop_own_options(line: &mut CommandLine) {
     });
 }
 
-/// Options that belong to the first start alone: where its state came from, how
-/// it went to the background, who was to find it there.
+/// Options that matter to the first start only: the source of its state, going to the
+/// background, the file for its process id.
 fn drop_start_options(line: &mut CommandLine, notes: &mut Vec<Note>) {
     line.retain_options(|option| {
         let why = match option.name() {
             "incoming" | "S" => return false,
-            "daemonize" => "the reverted guest's process is looked after here",
-            "pidfile" => "it may name another living process",
+            "daemonize" => "snapback supervises the reverted guest's process",
+            "pidfile" => "it may belong to another running process",
             "loadvm" => "the state comes from the image",
-            "preconfig" => "nobody would configure the machine further",
+            "preconfig" => "the machine would wait for further configuration",
             _ => return true,
         };
         notes.push(Note::new(format!("left out {option}"), why));
@@ -240,7 +244,7 @@ fn drop_start_options(line: &mut CommandLine, notes: &mut Vec<Note>) {
     });
 }
 
-/// Descriptors which whoever started QEMU had passed on are not there for us.
+/// Refuses options that use a descriptor which QEMU inherited: it doesn't exist any more.
 fn refuse_inherited_descriptors(line: &CommandLine) -> Result<(), GuestError> {
     const MAY_PASS: &[&str] = &[
         "blockdev", "chardev", "device", "drive", "fsdev", "net", "netdev", "nic", "object",
@@ -264,10 +268,10 @@ fn refuse_inherited_descriptors(line: &CommandLine) -> Result<(), GuestError> {
     }
 }
 
-/// A revert begins with no memory at all; to fill and lock it ahead of that
-/// would take longer than everything else.
+/// A revert begins without any memory: allocating and locking it first would take longer than
+/// the rest of the revert.
 fn take_no_memory_ahead(line: &mut CommandLine, notes: &mut Vec<Note>) {
-    const WHY: &str = "a reverted guest takes its memory as it goes";
+    const WHY: &str = "a reverted guest gets its memory while it runs";
     line.retain_options(|option| {
         let keep = option.name() != "mem-prealloc";
         if !keep {
@@ -290,11 +294,10 @@ fn take_no_memory_ahead(line: &mut CommandLine, notes: &mut Vec<Note>) {
     }
 }
 
-/// The terminal was the first start's. Guest devices keep a backend, one that
-/// leads nowhere; monitors and the debugger's stub, which the guest doesn't see,
-/// go.
+/// The terminal belonged to the first start. Guest devices get a null backend; monitors and
+/// the gdb stub, which the guest doesn't see, are removed.
 fn leave_the_terminal(line: &mut CommandLine, notes: &mut Vec<Note>) {
-    const WHY: &str = "the terminal is not the guest's any more";
+    const WHY: &str = "the terminal belongs to the first start";
     replace_default_serial(line, notes);
     line.retain_options(|option| {
         let keep = !backend::is_stdio(option)
@@ -306,7 +309,7 @@ fn leave_the_terminal(line: &mut CommandLine, notes: &mut Vec<Note>) {
     });
     for option in line.options_mut() {
         if backend::is_stdio(option) {
-            notes.push(Note::new(format!("led {option} nowhere"), WHY));
+            notes.push(Note::new(format!("replaced {option} by a null backend"), WHY));
             backend::to_null(option);
         }
         if option.name() == "display" && Params::parse(option.value()).implied() == Some("curses") {
@@ -318,9 +321,8 @@ fn leave_the_terminal(line: &mut CommandLine, notes: &mut Vec<Note>) {
 
 /// With `-nographic` QEMU gives the default serial port and the default monitor
 /// to the terminal (`qemu_create_default_devices` in QEMU's vl.c). `-nographic`
-/// itself stays, because the guest's firmware sees it. Our own control socket
-/// already keeps QEMU from making a default monitor; a default parallel port
-/// leads nowhere by itself.
+/// itself stays, because the guest's firmware sees it. snapback's control socket already keeps
+/// QEMU from creating a default monitor, and a default parallel port has a null backend.
 fn replace_default_serial(line: &mut CommandLine, notes: &mut Vec<Note>) {
     let is_serial = |option: &CommandOption| {
         let spec = Spec::parse(option.value());
@@ -337,15 +339,15 @@ fn replace_default_serial(line: &mut CommandLine, notes: &mut Vec<Note>) {
     };
     if line.has("nographic") && !line.options().any(is_serial) {
         notes.push(Note::new(
-            "led the serial port of -nographic nowhere",
-            "the terminal is not the guest's any more",
+            "replaced the serial port of -nographic by a null backend",
+            "the terminal belongs to the first start",
         ));
         line.push(CommandOption::new("serial", "null"));
     }
 }
 
-/// A listening socket that waits for its client (the default) would hold up
-/// QEMU's start until somebody comes. Clients may come later.
+/// A listening socket that waits for a client (the default) would block QEMU's start.
+/// Clients can connect later.
 fn wait_for_nobody(line: &mut CommandLine) {
     line.options_mut()
         .filter(|option| backend::waits_for_client(option))

@@ -1,4 +1,4 @@
-//! Memory as it is: a directory with one sparse file for each block.
+//! Plain memory: a directory with one sparse file for each block.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -58,7 +58,7 @@ fn file_names(blocks: &[Block]) -> Vec<String> {
     blocks.iter().enumerate().map(name).collect()
 }
 
-/// A directory that gets its name when it is whole, and is no more if it never was.
+/// A directory that gets its name once it is complete. Dropped before, it is removed.
 struct Directory {
     path: PathBuf,
     /// Its name until then; none once it has its own.
@@ -120,7 +120,7 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
-            // Nobody is left to tell; the name says what the directory was.
+            // A failure can't be reported from here; the directory's name says what it was.
             let _ = fs::remove_dir_all(hidden);
         }
     }
