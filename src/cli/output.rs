@@ -311,3 +311,17 @@ pub(super) fn size(bytes: u64) -> String {
         _ => format!("{value:.1} {}", UNITS[unit]),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_begins_with_its_name_and_time() {
+        let line = json_line(&json!({ "bytes": 1, "event": "verified", "message": "a \"b\"" }));
+        assert!(line.starts_with("{\"event\":\"verified\",\"ms\":"), "{line}");
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert!(event["ms"].is_number(), "{line}");
+        assert_eq!((&event["bytes"], &event["message"]), (&json!(1), &json!("a \"b\"")));
+    }
+}

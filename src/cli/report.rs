@@ -238,3 +238,16 @@ fn utc(unix_us: u64) -> String {
     let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_micros(unix_us));
     time.map_or("unknown".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_can_be_pasted_into_a_shell() {
+        let argv = ["qemu", "-append", "console=ttyS0 quiet", "-drive", "file=/a b,,c"];
+        let words = shell_words(&argv.map(String::from));
+        assert_eq!(shlex::split(&words).unwrap(), argv);
+        assert!(words.starts_with("qemu -append "), "{words}");
+    }
+}

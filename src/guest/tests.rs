@@ -67,7 +67,7 @@ fn what_belongs_to_the_first_start_goes() {
 fn notes_say_what_changed() {
     let plan = rewrite(&machine(&["-daemonize", "-S", "-serial", "stdio"]), &Default::default());
     let notes: Vec<String> = plan.unwrap().notes.into_iter().map(|note| note.what).collect();
-    assert_eq!(notes, ["left out -daemonize", "led -serial stdio nowhere"]);
+    assert_eq!(notes, ["left out -daemonize", "replaced -serial stdio by a null backend"]);
 }
 
 #[test]
