@@ -132,10 +132,11 @@ impl Running {
     async fn start(image: &Path, way: Way, recorded: &Path, place: PathBuf) -> Result<Running> {
         fs::create_dir(&place)?;
         let text = |path: &Path| path.display().to_string();
-        let paths = vec![(text(recorded), text(&place))];
+        let mut rewrite = RewriteOptions::default();
+        rewrite.paths = vec![(text(recorded), text(&place))];
         let options = RevertOptions {
             image: image.into(),
-            rewrite: RewriteOptions { paths, ..RewriteOptions::default() },
+            rewrite,
             delivery: Delivery { way, ..Delivery::default() },
             ..RevertOptions::default()
         };

@@ -1,7 +1,7 @@
-//! The record of a virtual machine: what starting it again needs to know.
+//! The record of a virtual machine: what is needed to start it again.
 //!
-//! Plain data, stored in an image and used to start QEMU. How a record is taken
-//! from a living QEMU, and how a command line is rewritten, is `vm`'s business.
+//! Plain data, stored in an image. [`guest`](crate::guest) records a running QEMU, and
+//! starts one from a record.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,7 @@ pub struct Machine {
     pub machine_type: String,
     /// The command line, `argv[0]` included.
     pub argv: Vec<String>,
-    /// QEMU's working folder: relative paths in `argv` start here.
+    /// QEMU's working directory: relative paths in `argv` start here.
     pub cwd: String,
     /// The environment variables that change how QEMU finds its parts
     /// (`QEMU_*`, `LD_LIBRARY_PATH`); nothing else of the environment is kept,
@@ -25,8 +25,8 @@ pub struct Machine {
     pub env: Vec<(String, String)>,
     /// Whether the guest ran (as opposed to being paused) when it was saved.
     pub running: bool,
-    /// Writable disks that were attached and are not part of the image, as people
-    /// would name them. In images with [`disks`](Machine::disks): those whose role is
+    /// Writable disks that were attached and are not part of the image, as
+    /// [`Disk::describe`] names them. In images with [`disks`](Machine::disks): those whose role is
     /// [`Excluded`](DiskRole::Excluded).
     pub uncaptured_disks: Vec<String>,
     /// All disks and drives, in the order of QEMU's `query-block`. Empty as well in
@@ -59,12 +59,12 @@ pub struct Disk {
     pub node: Option<String>,
     /// Whether the medium can be removed, as of a CD drive.
     pub removable: bool,
-    /// What the snapshot has to do with it.
+    /// Its role in the snapshot.
     pub role: DiskRole,
     /// Size that the guest sees, in bytes.
     pub size: u64,
     /// Its files, the one on top first, each on top of the next. Of a captured disk
-    /// this is what the guest saw at the moment, and nobody writes to it any more.
+    /// this is what the guest saw at the moment, and must not be written any more.
     /// Empty when there is no medium, or when it does not consist of files that we
     /// know (never for a captured disk).
     pub chain: Vec<DiskFile>,
@@ -73,7 +73,7 @@ pub struct Disk {
     pub overlay: Option<String>,
 }
 
-/// What a snapshot has to do with a disk.
+/// The role of a disk in a snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskRole {
@@ -81,8 +81,8 @@ pub enum DiskRole {
     Captured,
     /// The guest can't write to it: recorded, untouched, used as it is.
     ReadOnly,
-    /// Writable, and left out by the wish of whoever made the snapshot: its content is
-    /// whatever it is when it is used again.
+    /// Writable, and left out of the snapshot by its options: its content is whatever it
+    /// is at the time of a revert.
     #[default]
     Excluded,
     /// A drive without a medium.
@@ -103,8 +103,8 @@ pub struct DiskFile {
     pub stamp: Option<FileStamp>,
 }
 
-/// What an unchanged file is recognised by. How it is made is told at
-/// [`vm::stamp`](crate::guest::stamp).
+/// What an unchanged file is recognised by; [`guest::stamp`](crate::guest::stamp) tells how
+/// it is computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileStamp {
     /// Length in bytes.
@@ -118,8 +118,8 @@ pub struct FileStamp {
 }
 
 impl Disk {
-    /// The disk as people know it: the name that they gave it, or the nearest to one,
-    /// and its file.
+    /// The disk as a user knows it: its name on the command line, or else QEMU's name, and
+    /// its file.
     pub fn describe(&self) -> String {
         let names = [Some(&self.device), self.node.as_ref(), self.qdev.as_ref()];
         let name = names.into_iter().flatten().find(|name| !name.is_empty());

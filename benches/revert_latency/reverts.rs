@@ -44,8 +44,9 @@ impl Place {
     fn new(recorded: &Path) -> Result<Place> {
         let folder = tempfile::tempdir()?;
         let text = |path: &Path| path.display().to_string();
-        let paths = vec![(text(recorded), text(folder.path()))];
-        Ok(Place { rewrite: RewriteOptions { paths, ..RewriteOptions::default() }, folder })
+        let mut rewrite = RewriteOptions::default();
+        rewrite.paths = vec![(text(recorded), text(folder.path()))];
+        Ok(Place { rewrite, folder })
     }
 
     fn log(&self) -> SerialLog {

@@ -1,4 +1,4 @@
-//! One run: a guest brought back by snapback, watched until it is all there.
+//! One run: a guest reverted by snapback, measured until all its memory is in place.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ pub(super) async fn measure(
     cancel: &Cancellation,
 ) -> Result<Sample, BenchError> {
     let run = setup.run()?;
-    // Each run begins with the same working set; what it adds goes with its folder.
+    // Each run begins with the same working set; what it adds goes with its directory.
     let working_set = run.path().join("working-set");
     match fs::copy(setup.working_set(), &working_set) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
@@ -96,7 +96,7 @@ pub(super) async fn bring_back(
                 held = &mut revert => break held,
                 () = cancel.requested(), if !interrupted => {
                     interrupted = true;
-                    // Nobody needs this guest: it is ended even if it runs.
+                    // The guest of a run is of no use: it is ended even if it runs.
                     ours.request();
                     ours.request();
                 }

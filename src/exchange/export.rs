@@ -1,14 +1,14 @@
-//! An image written in the format of another program.
+//! An image converted to the format of another program.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use super::output::Output;
-use super::{ExchangeError, ExchangeEvent, Watch, elf, mapped_ram, plain_memory, stream};
+use super::{ExchangeError, ExchangeEvent, Watch, elf, mapped_ram, memory, stream};
 use crate::cancel::Cancellation;
 use crate::image::{Image, check_replaces_none};
 
-/// What an image can be written as.
+/// The formats that an image can be exported to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExportFormat {
@@ -18,9 +18,8 @@ pub enum ExportFormat {
     /// A mapped-ram file, which QEMU 9.0 and later loads with the capability of that
     /// name.
     MappedRam,
-    /// Plain memory: a directory with a sparse file for each block, which holds its bytes.
-    /// The command line calls it `flat`.
-    PlainMemory,
+    /// Plain memory: a directory with a sparse file for each block.
+    Memory,
     /// An ELF core of the guest's physical memory, for `crash`, `gdb` and `readelf`.
     Elf,
 }
@@ -30,29 +29,29 @@ impl fmt::Display for ExportFormat {
         f.write_str(match self {
             ExportFormat::Stream => "stream",
             ExportFormat::MappedRam => "mapped-ram",
-            ExportFormat::PlainMemory => "flat",
+            ExportFormat::Memory => "memory",
             ExportFormat::Elf => "elf",
         })
     }
 }
 
-/// Which image to write, as what and where.
+/// What to export, and how.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ExportOptions {
     /// The image.
     pub image: PathBuf,
-    /// What it is written as.
+    /// The format to write.
     pub format: ExportFormat,
-    /// The file to write, or the directory; standard output without one, for a stream.
+    /// The file to write, or for [`ExportFormat::Memory`] the directory. `None` is standard
+    /// output, which takes a stream only.
     pub to: Option<PathBuf>,
-    /// Replace an existing file; a directory is never replaced.
+    /// Whether an existing file is replaced; a directory never is.
     pub force: bool,
 }
 
 impl ExportOptions {
-    /// Writes `image` as `format` to standard output, or, with [`ExportOptions::to`], to a
-    /// file or directory.
+    /// Exports `image` to standard output.
     pub fn new(image: impl Into<PathBuf>, format: ExportFormat) -> ExportOptions {
         ExportOptions { image: image.into(), format, to: None, force: false }
     }
@@ -92,10 +91,10 @@ pub fn export(
             elf::write(&image, &output, &mut watch)?;
             output.commit()?
         }
-        (ExportFormat::PlainMemory, Some(_)) if options.force => {
+        (ExportFormat::Memory, Some(_)) if options.force => {
             return Err(ExchangeError::ForceDirectory);
         }
-        (ExportFormat::PlainMemory, Some(path)) => plain_memory::write(&image, path, &mut watch)?,
+        (ExportFormat::Memory, Some(path)) => memory::write(&image, path, &mut watch)?,
         (format, None) => return Err(ExchangeError::NeedsFile(format)),
     };
     let ram_bytes = image.manifest().blocks.iter().map(|block| block.len).sum();

@@ -1,7 +1,7 @@
 //! Why a revert fails.
 
 use super::FeedError;
-use crate::guest::{Process, VmError};
+use crate::guest::{GuestError, Process};
 use crate::image::ImageError;
 use crate::memory::WorkingSetError;
 use crate::qmp::QmpError;
@@ -15,7 +15,7 @@ pub enum RevertError {
     Image(#[from] ImageError),
     /// QEMU can't be started as recorded.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(#[from] GuestError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),

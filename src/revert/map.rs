@@ -16,7 +16,7 @@ use super::{
     FeedError, INCOMING, Outcome, Progress, RevertError, RevertEvent, RevertOptions, Start, Way,
     feed_error, socket_pair,
 };
-use crate::guest::{MappedMemory, RewriteOptions, StartPlan, VmError, rewrite};
+use crate::guest::{GuestError, MappedMemory, RewriteOptions, StartPlan, rewrite};
 use crate::image::{Cursor, Image, ImageError, Piece, Sections};
 use crate::memory::FaultReport;
 use crate::page::{BlockId, PAGE_SIZE, PageSource, Run};
@@ -47,7 +47,7 @@ pub(super) fn plan(
 ) -> Result<(StartPlan, Option<String>), RevertError> {
     let machine = &image.manifest().machine;
     let wanted = options.delivery.way == Way::Map;
-    let refused = |problem: String| RevertError::Vm(VmError::NotMapped { problem });
+    let refused = |problem: String| RevertError::Vm(GuestError::NotMapped { problem });
     let without = |reason| Ok((rewrite(machine, &rewriting)?, reason));
     if !wanted && (options.delivery.way != Way::Auto || image.manifest().flat.is_empty()) {
         return without(None);
@@ -61,7 +61,9 @@ pub(super) fn plan(
     let planned = rewrite(machine, &mapped).map_err(RevertError::from);
     match planned.and_then(|plan| left_small(image, plan)) {
         Ok(plan) => Ok((plan, None)),
-        Err(RevertError::Vm(VmError::NotMapped { problem })) if !wanted => without(Some(problem)),
+        Err(RevertError::Vm(GuestError::NotMapped { problem })) if !wanted => {
+            without(Some(problem))
+        }
         Err(error) => Err(error),
     }
 }
@@ -75,7 +77,7 @@ fn left_small(image: &Image, plan: StartPlan) -> Result<StartPlan, RevertError> 
     }
     let names: Vec<&str> = left().filter(|b| b.len >= LARGE).map(|b| b.name.as_str()).collect();
     let problem = format!("the command line gives no place to map {}", names.join(", "));
-    Err(VmError::NotMapped { problem }.into())
+    Err(GuestError::NotMapped { problem }.into())
 }
 
 /// What of an image can be mapped, or why nothing can.

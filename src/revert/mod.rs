@@ -336,11 +336,11 @@ fn abandon(feed: Option<Feed>) {
 /// nothing else was said.
 fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
     let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let folder = options.folder.clone();
+    let folder = options.directory.clone();
     let folder = folder.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
     let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
     OverlayOptions {
-        folder: Some(folder),
+        directory: Some(folder),
         prefix: options.prefix.clone().or_else(name),
         ephemeral: options.ephemeral,
     }

@@ -12,7 +12,7 @@ use super::{
 };
 use super::{abandon, delivery, feed_error, prepare};
 use crate::cancel::Cancellation;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::image::Image;
 
 /// Which image to serve to whom.
@@ -43,7 +43,7 @@ pub async fn serve(
 ) -> Result<Outcome, RevertError> {
     if options.delivery.way == Way::Map {
         let problem = "a QEMU that was started already has its memory".to_owned();
-        return Err(VmError::NotMapped { problem }.into());
+        return Err(GuestError::NotMapped { problem }.into());
     }
     let image = Image::open(&options.image)?;
     let ready = options.delivery.prepare(&image, prepare(&image, options.rtc)?);

@@ -7,7 +7,7 @@ use super::agent::AgentError;
 use super::check::error::CheckError;
 use super::overlays::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::wire::WireError;
@@ -26,7 +26,7 @@ pub enum SaveError {
     Qmp(#[from] QmpError),
     /// The machine could not be looked at.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(#[from] GuestError),
     /// The image could not be written.
     #[error(transparent)]
     Image(#[from] ImageError),

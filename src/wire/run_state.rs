@@ -34,7 +34,7 @@ pub(crate) fn get(devices: &[u8]) -> Option<String> {
     String::from_utf8(name.to_vec()).ok()
 }
 
-/// Makes the guest one that ran. False where its state is not found.
+/// Changes the run state to running. Returns false if there is no run state.
 pub(crate) fn set_running(devices: &mut [u8]) -> bool {
     const RUNNING: &[u8] = b"running\0";
     let Some(place) = find(devices) else { return false };

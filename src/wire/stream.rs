@@ -1,6 +1,6 @@
 //! The migration stream as `migrate` writes it: configuration, RAM, devices.
 //!
-//! Two kinds of stream are understood: the one of `background-snapshot` (RAM in
+//! Two kinds of stream are supported: the one of `background-snapshot` (RAM in
 //! any order, then all devices, no `ram` END section), and an ordinary precopy
 //! stream (the `ram` END section closes RAM). Device state carries no lengths, so
 //! it is taken as a whole: it runs from the first section that isn't `ram` to the
@@ -15,7 +15,7 @@ use super::mapped_ram::MappedBlock;
 use super::{RAM_SECTION_VERSION, WireError, command, ram_flag, section};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Page, PageBytes};
 
-/// The most device state that is believed, in bytes. A machine's device state is
+/// Limit of the device state in bytes. A machine's device state is
 /// a few hundred KiB; its bulk (video memory and the like) travels as RAM.
 const TAIL_MAX_BYTES: usize = 256 << 20;
 
@@ -134,7 +134,7 @@ impl<R: Read> StreamReader<R> {
     /// malformed or holds what is not supported. No item follows an error.
     pub fn next_item(&mut self) -> Result<Option<Item<'_>>, WireError> {
         loop {
-            // Behind an error nothing comes: each step that goes well says what is next.
+            // Nothing follows an error: each step that succeeds sets the next state.
             match std::mem::replace(&mut self.place, Place::Done) {
                 Place::Start => {
                     self.config.read(&mut self.input)?;

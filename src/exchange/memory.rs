@@ -58,10 +58,10 @@ fn file_names(blocks: &[Block]) -> Vec<String> {
     blocks.iter().enumerate().map(name).collect()
 }
 
-/// A directory that gets its name when it is complete, and is removed if it never is.
+/// A directory that gets its name once it is complete. Dropped before, it is removed.
 struct Directory {
     path: PathBuf,
-    /// Its name until then; none afterwards.
+    /// Its name until then; none once it has its own.
     hidden: Option<PathBuf>,
 }
 
@@ -120,7 +120,7 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
-            // The error can't be passed on; the name of what is left says what it was.
+            // A failure can't be reported from here; the directory's name says what it was.
             let _ = fs::remove_dir_all(hidden);
         }
     }
