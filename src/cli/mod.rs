@@ -21,7 +21,7 @@ use self::output::{Failure, Output};
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
+use crate::revert::{Delivery, Placement, RevertOptions, ServeOptions, Target};
 
 /// Exit code of a command that failed.
 const FAILED: u8 = 1;
@@ -107,7 +107,7 @@ struct RevertArgs {
 struct DeliveryArgs {
     /// How memory reaches the guest
     #[arg(long, value_name = "WAY", default_value = "auto")]
-    place: Place,
+    place: PlacementArg,
     /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
     /// what the guest waits for and zeros don't count
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
@@ -123,7 +123,7 @@ struct DeliveryArgs {
 impl From<DeliveryArgs> for Delivery {
     fn from(args: DeliveryArgs) -> Delivery {
         Delivery {
-            way: args.place.into(),
+            placement: args.place.into(),
             fill_rate: args.fill_rate,
             fill_delay: args.fill_delay,
             working_set: !args.no_working_set,
@@ -185,7 +185,7 @@ struct VerifyArgs {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Place {
+enum PlacementArg {
     /// Mapped from a flat image, else straight into its memory, else by QEMU's socket
     Auto,
     /// Straight into its memory, by QEMU's userfaultfd, or fail
@@ -196,13 +196,13 @@ enum Place {
     Map,
 }
 
-impl From<Place> for Way {
-    fn from(place: Place) -> Way {
-        match place {
-            Place::Auto => Way::Auto,
-            Place::Uffd => Way::Uffd,
-            Place::Socket => Way::Socket,
-            Place::Map => Way::Map,
+impl From<PlacementArg> for Placement {
+    fn from(placement: PlacementArg) -> Placement {
+        match placement {
+            PlacementArg::Auto => Placement::Auto,
+            PlacementArg::Uffd => Placement::Uffd,
+            PlacementArg::Socket => Placement::Socket,
+            PlacementArg::Map => Placement::Map,
         }
     }
 }
@@ -326,12 +326,12 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        image: args.image,
         rewrite: args.disks.apply(rewrite),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,
+        ..RevertOptions::new(args.image)
     };
     crate::revert::revert(&options, cancellation()?, |event| output.revert(&event)).await?;
     Ok(())
@@ -340,10 +340,9 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     let options = ServeOptions {
-        image: args.image,
-        to: args.to,
         delivery: args.delivery.into(),
         rtc: args.rtc.into(),
+        ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
     crate::revert::serve(&options, cancellation()?, |event| output.revert(&event)).await?;
     Ok(())
@@ -353,8 +352,7 @@ async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
     if args.harvest {
         let output = Output::new(args.json);
         let rewrite = RewriteOptions { qemu: args.qemu, ..RewriteOptions::default() };
-        let options =
-            RevertOptions { image: args.image.clone(), rewrite, ..RevertOptions::default() };
+        let options = RevertOptions { rewrite, ..RevertOptions::new(&args.image) };
         crate::revert::harvest(&options, args.window, cancellation()?, |e| output.revert(&e))
             .await?;
     }

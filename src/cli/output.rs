@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::page::PAGE_SIZE;
-use crate::revert::{Progress, RevertEvent, Way};
+use crate::revert::{Placement, Progress, RevertEvent};
 use crate::save::{PauseParts, SaveEvent};
 
 /// A command that failed, in words.
@@ -226,10 +226,10 @@ impl Output {
                 self.say("disk", &format!("{disk}: {changes}"));
             }
             RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
-            RevertEvent::Placing { way, reason } => {
-                let way = match way {
-                    Way::Socket => "by QEMU's socket",
-                    Way::Map => "by mapping the image",
+            RevertEvent::Placing { placement, reason } => {
+                let way = match placement {
+                    Placement::Socket => "by QEMU's socket",
+                    Placement::Map => "by mapping the image",
                     _ => "straight into memory, by userfaultfd",
                 };
                 self.say("placing", &format!("{way}: {reason}"));

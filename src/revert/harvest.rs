@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{Delivery, RevertError, RevertEvent, RevertOptions, revert_held};
+use super::error::RevertError;
+use super::event::RevertEvent;
+use super::journey::revert_held;
+use super::options::{Delivery, RevertOptions};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::{WorkingSet, working_set};
@@ -29,8 +32,7 @@ pub async fn harvest(
     held.process.kill().await;
 
     let image = Image::open(&options.image)?;
-    let demanded = held.outcome.faults.demanded.iter().map(|(_, page)| *page);
-    let identity = image.identity();
+    let (identity, demanded) = (image.identity(), held.outcome.demanded());
     let set = WorkingSet::following(None, identity, demanded, &image.manifest().blocks);
     let set = set.ok_or(RevertError::NothingDemanded)?;
     set.store(&working_set::path_for(&options.image))?;
