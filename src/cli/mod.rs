@@ -21,7 +21,7 @@ use self::output::{Failure, Output};
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::revert::{Delivery, Placement, RevertOptions, ServeOptions, Target};
+use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
 
 /// Exit code of a command that failed.
 const FAILED: u8 = 1;
@@ -333,8 +333,8 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         check: args.check,
         ..RevertOptions::new(args.image)
     };
-    crate::revert::revert(&options, cancellation()?, |event| output.revert(&event)).await?;
-    Ok(())
+    let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;
+    reverted.map(drop).map_err(explained)
 }
 
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
@@ -344,8 +344,18 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
         rtc: args.rtc.into(),
         ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
-    crate::revert::serve(&options, cancellation()?, |event| output.revert(&event)).await?;
-    Ok(())
+    let served = crate::revert::serve(&options, cancellation()?, |e| output.revert(&e)).await;
+    served.map(drop).map_err(explained)
+}
+
+/// What failed in a revert, with the argument in place of the option.
+fn explained(error: RevertError) -> Failure {
+    match error {
+        RevertError::Rtc(why) => Failure::said(format!(
+            "the machine's clock can't go on from the moment: {why}; leave out --rtc keep"
+        )),
+        error => error.into(),
+    }
 }
 
 async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {

@@ -59,8 +59,9 @@ pub enum RevertError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The machine's clock can't be kept at the moment's time.
-    #[error("the machine's clock can't go on from the moment: {0}; use `Rtc::Now`")]
+    /// The machine's clock can't go on from the moment, as [`Rtc::Keep`](super::Rtc::Keep)
+    /// wants it.
+    #[error("the machine's clock can't go on from the moment: {0}; `rtc` has to be `Now`")]
     Rtc(&'static str),
     /// The image was to be checked, and is damaged.
     #[error("{0}; `snapback verify` says all that is wrong")]

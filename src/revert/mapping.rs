@@ -20,7 +20,7 @@ use crate::wire::{Frame, end_of_ram, precopy_opening, tail};
 /// Blocks from this length on are mapped, in bytes.
 const LARGE: u64 = 1 << 20;
 
-/// What may be left to be sent while the guest waits for it, in bytes: video memory and
+/// The most bytes that may have to be sent while the guest waits for them: video memory and
 /// firmware.
 const MOST_SENT: u64 = 128 << 20;
 
@@ -29,8 +29,8 @@ const MOST_SENT: u64 = 128 << 20;
 const NOT_LOCAL: [i64; 7] =
     [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
 
-/// Plans the start of QEMU, with the image's memory mapped where that is wanted and can
-/// be had. Returns why it is or is not, where there was a choice.
+/// Plans the start of QEMU, with the image's memory mapped where that is wanted and possible.
+/// Returns also why a flat image is not mapped, where that was left to us.
 pub(super) fn plan(
     image: &Image,
     options: &RevertOptions,
@@ -59,7 +59,7 @@ pub(super) fn plan(
     }
 }
 
-/// Holds a plan to what mapping promises: that hardly anything has to be sent.
+/// Checks that a plan keeps what mapping promises: that hardly anything has to be sent.
 fn left_small(image: &Image, plan: StartPlan) -> Result<StartPlan, RevertError> {
     let blocks = image.manifest().blocks.iter();
     let left = || blocks.clone().filter(|block| !plan.mapped.contains(&block.name));

@@ -1,8 +1,8 @@
 //! Bringing a saved guest back: QEMU starts with device state only, the guest runs
 //! at once, and its memory follows.
 //!
-//! [`revert()`] and [`serve()`] go the whole way. Each is a [session](session) of explicit
-//! states, which can be gone through one by one to hold a guest in one of them.
+//! [`revert()`] and [`serve()`] go all the way. Both are a [`session`] of explicit states,
+//! which can also be gone through one by one: to hold a guest in standby, for example.
 
 mod error;
 mod event;
@@ -25,6 +25,6 @@ pub use options::{Delivery, Placement, RevertOptions, ServeOptions, Target};
 pub use outcome::Outcome;
 pub use rtc::Rtc;
 pub use serve::serve;
-pub use session::{Armed, Held, Launched, Planned, Resident, Running};
+pub use session::Held;
 
 pub use crate::transport::proof::AdoptError;

@@ -23,9 +23,9 @@ pub struct RevertOptions {
     pub delivery: Delivery,
     /// Let the guest run only once its working set is in place.
     pub preload: bool,
-    /// Hold the guest in the state [`Armed`](super::Armed) until
-    /// [`Armed::run`](super::Armed::run): it stands still with its device state in, and
-    /// nothing of its memory is filled.
+    /// Hold the guest in the state [`Armed`](super::session::Armed) until
+    /// [`run`](super::session::Armed::run) is called: it stands still with its device state
+    /// in, and nothing of its memory is filled.
     pub standby: bool,
     /// What the machine's battery-backed clock shows.
     pub rtc: Rtc,
@@ -59,9 +59,9 @@ pub struct ServeOptions {
     pub to: Target,
     /// How its memory is brought.
     pub delivery: Delivery,
-    /// Hold the guest in the state [`Armed`](super::Armed) until
-    /// [`Armed::run`](super::Armed::run). QEMU must have been started with `-S`: without, it
-    /// runs the guest as soon as the device state is in.
+    /// Hold the guest in the state [`Armed`](super::session::Armed) until
+    /// [`run`](super::session::Armed::run) is called. QEMU must have been started with `-S`:
+    /// without it, QEMU runs the guest as soon as the device state is in.
     pub standby: bool,
     /// What the machine's battery-backed clock shows.
     pub rtc: Rtc,
@@ -88,8 +88,8 @@ pub enum Target {
     /// It listens for a migration on this unix socket (`-incoming unix:PATH`, or
     /// `migrate-incoming`), with its capability `postcopy-ram` on.
     Migration(PathBuf),
-    /// It was started with `-incoming defer`, and this unix socket is its QMP: the rest is
-    /// done by us.
+    /// It was started with `-incoming defer`, and listens for QMP on this unix socket. Its
+    /// capabilities and the migration are set up by that.
     Qmp(PathBuf),
 }
 

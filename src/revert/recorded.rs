@@ -7,8 +7,8 @@ use super::outcome::Outcome;
 use crate::image::Image;
 use crate::memory::{WorkingSet, WorkingSetError, working_set};
 
-/// The image's working set, if it is wanted and can be used. That it can't be read is
-/// logged, and no more: it is a hint.
+/// The image's working set, if it is wanted and can be used. It is a hint: a failure to read
+/// it is only logged.
 pub(super) fn recall(delivery: &Delivery, image: &Image) -> Option<WorkingSet> {
     if !delivery.working_set {
         return None;
@@ -24,7 +24,7 @@ pub(super) fn recall(delivery: &Delivery, image: &Image) -> Option<WorkingSet> {
     }
 }
 
-/// Records the working set that a revert has shown. That it can't be written harms nothing.
+/// Records the working set that a revert has shown. A failure to write it is only logged.
 pub(super) fn remember(delivery: &Delivery, image: &Image, outcome: &Outcome) {
     if !delivery.working_set {
         return;

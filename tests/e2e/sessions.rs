@@ -9,9 +9,8 @@ use snapback::cancel::Cancellation;
 use snapback::image::Image;
 use snapback::memory::WorkingSet;
 use snapback::page::{BlockId, Page};
-use snapback::revert::{
-    Armed, Launched, Planned, RevertError, RevertEvent, RevertOptions, ServeOptions, Target,
-};
+use snapback::revert::session::{Armed, Launched, Planned};
+use snapback::revert::{RevertError, RevertEvent, RevertOptions, ServeOptions, Target};
 
 use crate::harness::{Dir, check, text};
 use crate::serving::Waiting;

@@ -7,8 +7,9 @@ use crate::revert::error::RevertError;
 use crate::revert::event::{Progress, RevertEvent};
 
 /// A guest that can run. In standby it stands still with its device state in, its faults
-/// are served and nothing is filled, for as long as its owner likes; without, it runs as
-/// soon as its device state is in. Dropping it ends a QEMU of ours.
+/// are served and nothing is filled, for as long as its owner likes; that its QEMU has died
+/// meanwhile is an error of [`run`](Armed::run). Without standby it runs as soon as its
+/// device state is in. Dropping it ends a QEMU of ours.
 pub struct Armed {
     pub(super) connection: Connection,
 }
@@ -42,8 +43,10 @@ impl Armed {
             connection.advance(on_event).await
         };
         let started = tokio::select! {
-            started = starting => started,
+            // A guest in standby may have been cancelled long ago.
+            biased;
             () = cancelled => Err(connection.cancelled()),
+            started = starting => started,
         };
         if let Err(error) = started {
             return Err(connection.fail(error).await);

@@ -75,7 +75,7 @@ impl Reading {
     }
 }
 
-/// The parts of the stream that are not RAM, with the clock as it shall be.
+/// The parts of the saved stream that are not RAM, with the clock set as `rtc` says.
 fn sections(image: &Image, rtc: Rtc) -> Result<Sections, RevertError> {
     let (mut sections, manifest) = (image.sections()?, image.manifest());
     if rtc == Rtc::Keep {

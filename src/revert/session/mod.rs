@@ -9,13 +9,14 @@
 //! | [`Resident`] | runs | all memory is in place, the guest depends on nobody |
 //!
 //! Each state is left by a method that consumes it and gives the next. One that fails ends
-//! the session: a QEMU of ours is ended, somebody else's is left to its owner. What QEMU and
-//! the postcopy source report is turned into the next state in one place, [`lifecycle`].
+//! the session: a QEMU of ours is ended, somebody else's is left to its owner.
 //!
-//! A session is entered by [`Planned::new`], which starts a QEMU, or by [`Launched::outside`]
-//! for one that somebody else has started. It can be held in [`Armed`]
-//! ([`RevertOptions::standby`](super::RevertOptions::standby)): nothing is filled, and the
-//! guest runs about a millisecond after [`Armed::run`].
+//! A session is entered by [`Planned::new`], which leads to a QEMU of ours, or by
+//! [`Launched::outside`] with a QEMU that somebody else has started. It can be held in
+//! [`Armed`] ([`RevertOptions::standby`](super::RevertOptions::standby)).
+
+// What QEMU and the postcopy source report is turned into the next state in one place:
+// `lifecycle`.
 
 mod armed;
 mod connection;

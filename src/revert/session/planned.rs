@@ -107,8 +107,8 @@ fn tell(plan: &StartPlan, not_mapped: Option<String>, on_event: &mut impl FnMut(
     }
 }
 
-/// Where overlays go and how they are called: beside the image and after it, where
-/// nothing else was said.
+/// Where overlays go and what they are called: beside the image and after its name, unless
+/// the options say otherwise.
 fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
     let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
     let folder = options.folder.clone();
@@ -121,7 +121,7 @@ fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
     }
 }
 
-/// Checks the whole image. When nobody waits any more, it reads on in vain until it is done
+/// Checks the whole image. Cancelled, it goes on reading in the background until it is done
 /// or the program ends.
 async fn check(image: &Arc<Image>) -> Result<(), RevertError> {
     let image = Arc::clone(image);

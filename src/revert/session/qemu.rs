@@ -16,7 +16,7 @@ pub(super) const POSTCOPY: [&str; 2] = ["postcopy-ram", "events"];
 /// How long QEMU may take to end the migration once it has confirmed its end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long it may take until all is read that a QEMU which has ended has said.
+/// How long it may take to read the last events of a QEMU that has ended.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The QEMU of a session.
@@ -87,11 +87,11 @@ impl Qemu {
         }
     }
 
-    /// Keeps the overlays of a QEMU that has been ended if its guest has run: what that may
-    /// have promised to others is not thrown away.
+    /// Keeps the overlays of a QEMU that has been ended if its guest has run: it may have
+    /// told others of data that is in them.
     pub async fn settle_overlays(&mut self) {
         if let Qemu::Ours { process, said, .. } = self {
-            // Now that QEMU has gone, all that it has said can be heard.
+            // With QEMU gone, its events end: all of them can be read.
             let has_run = tokio::time::timeout(LAST_WORDS_TIMEOUT, has_run(said)).await;
             if has_run != Ok(false) {
                 process.keep_overlays();
@@ -102,7 +102,7 @@ impl Qemu {
 
 /// Has QEMU read a migration stream from its end, `theirs`. The commands are sent one behind
 /// the other without waiting for answers: QEMU executes them in that order, and each
-/// way there and back costs a guest that waits to run a good part of a millisecond.
+/// round trip would delay the guest by a good part of a millisecond.
 pub(super) async fn migrate_from(
     qmp: &Qmp,
     capabilities: &[&str],
@@ -125,7 +125,7 @@ pub(super) async fn migrate_from(
     capable.and(given).and(listening)
 }
 
-/// Reads events until one tells that the guest runs, or QEMU has gone and there are no more.
+/// Reads events until one says that the guest runs, or QEMU has gone and there are no more.
 pub(super) async fn has_run(events: &mut Events) -> bool {
     loop {
         match events.next().await {
@@ -138,12 +138,12 @@ pub(super) async fn has_run(events: &mut Events) -> bool {
     }
 }
 
-/// Waits until QEMU has ended the migration, whose end it has confirmed to us, and leaves
-/// its capabilities as a QEMU that was never migrated has them.
+/// Waits until QEMU has ended the migration, whose completion it has confirmed on the return
+/// path, and turns its capabilities off again, as they are in a QEMU that was never migrated.
 pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
     let mut events = qmp.events();
     let status = qmp.migration_info().await?.status.unwrap_or_default();
-    // Any other status is of what came after it: somebody saves this guest, for example.
+    // Any other status belongs to a later migration: somebody saves this guest, for example.
     if status.starts_with("postcopy") {
         let ended =
             |event: &Event| event.name == "MIGRATION" && event.data["status"] == "completed";
@@ -154,7 +154,7 @@ pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
 
 #[cfg(test)]
 mod tests {
-    //! The end of a revert, at which QEMU can't be held up: against a scripted socket.
+    //! The end of a revert against a scripted socket: a real QEMU can't be stopped there.
 
     use serde_json::{Value, json};
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};

@@ -156,7 +156,7 @@ mod tests {
         }
 
         fn locate(&self, _page: Page) -> Result<Location, SourceError> {
-            panic!("as the test wants it")
+            panic!("as the test wants")
         }
 
         fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
@@ -187,7 +187,7 @@ mod tests {
         assert!(error.to_string().contains("was to fill memory panicked"), "{error}");
     }
 
-    /// An image on a disk that has died: who reads waits, until `end` is closed.
+    /// An image on a disk that has died: reads wait until `end` is closed.
     struct DeadDisk {
         blocks: Vec<Block>,
         read: mpsc::Sender<()>,

@@ -91,11 +91,11 @@ impl Sending {
         let opening = |e| PostcopyError::Opening(io_error(e));
         self.route.first().send(&self.device_state.opening).map_err(opening)?;
         self.route.first().send(&self.device_state.package).map_err(opening)?;
-        // What the guest asks for first leaves at once, behind the device state: opening the
-        // direct transport takes longer than it takes the guest to run. No rate holds it
-        // back, nor what the guest waits for.
+        // What the guest is going to ask for first leaves at once, behind the device state: the
+        // guest runs before the direct transport is open. Like all that the guest waits for,
+        // it is not held back by a rate.
         match preload(&self.memory, self.head(), &self.pace) {
-            // QEMU has refused the device state; the other thread hears of it as well.
+            // QEMU has refused the device state; the thread at the return path tells of it.
             Err(MemoryError::Place { source: PlaceError::Gone(_), .. }) => return Ok(()),
             sent => sent?,
         }
