@@ -37,7 +37,7 @@ use crate::guest::GuestError;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
-use crate::revert::{RevertError, Way};
+use crate::revert::{Placement, RevertError};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -298,7 +298,7 @@ async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, Be
     let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload];
     let (mut methods, mut skipped) = (Vec::new(), Vec::new());
     match placing {
-        Some((Way::Uffd, _)) => methods.extend(by_uffd),
+        Some((Placement::Uffd, _)) => methods.extend(by_uffd),
         placing => {
             let reason = placing.map_or_else(String::new, |(_, reason)| reason);
             skipped.extend(by_uffd.map(|way| Skipped { way, reason: reason.clone() }));

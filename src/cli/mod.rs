@@ -23,7 +23,7 @@ use self::output::{Failure, Output};
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
+use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
 
 /// Exit code of a command that failed.
 const FAILED: u8 = 1;
@@ -81,7 +81,7 @@ struct RevertArgs {
     rtc: rtc::RtcArgs,
     /// How memory reaches the guest
     #[arg(long, value_name = "WAY", default_value = "auto")]
-    place: RevertPlace,
+    place: PlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
     /// Let the guest run only once its working set is in place
@@ -124,9 +124,9 @@ struct DeliveryArgs {
 }
 
 impl DeliveryArgs {
-    fn delivery(self, way: Way) -> Delivery {
+    fn delivery(self, placement: Placement) -> Delivery {
         Delivery {
-            way,
+            placement,
             fill_rate: self.fill_rate,
             fill_delay: self.fill_delay,
             working_set: !self.no_working_set,
@@ -147,7 +147,7 @@ struct ServeArgs {
     rtc: rtc::RtcArgs,
     /// How memory reaches the guest
     #[arg(long, value_name = "WAY", default_value = "auto")]
-    place: ServePlace,
+    place: ServePlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
     /// Print one JSON object a line
@@ -203,7 +203,7 @@ struct VerifyArgs {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum RevertPlace {
+enum PlacementArg {
     /// Mapped from a flat image, else directly into its memory, else by QEMU's socket
     Auto,
     /// Directly into its memory, by QEMU's userfaultfd, or fail
@@ -214,20 +214,20 @@ enum RevertPlace {
     Map,
 }
 
-impl From<RevertPlace> for Way {
-    fn from(place: RevertPlace) -> Way {
-        match place {
-            RevertPlace::Auto => Way::Auto,
-            RevertPlace::Uffd => Way::Uffd,
-            RevertPlace::Socket => Way::Socket,
-            RevertPlace::Map => Way::Map,
+impl From<PlacementArg> for Placement {
+    fn from(placement: PlacementArg) -> Placement {
+        match placement {
+            PlacementArg::Auto => Placement::Auto,
+            PlacementArg::Uffd => Placement::Uffd,
+            PlacementArg::Socket => Placement::Socket,
+            PlacementArg::Map => Placement::Map,
         }
     }
 }
 
-/// As [`RevertPlace`], without `map`: a QEMU that runs already has its memory.
+/// As [`PlacementArg`], without `map`: a QEMU that runs already has its memory.
 #[derive(Clone, Copy, ValueEnum)]
-enum ServePlace {
+enum ServePlacementArg {
     /// Directly into its memory where that works, else by QEMU's socket
     Auto,
     /// Directly into its memory, by QEMU's userfaultfd, or fail
@@ -236,12 +236,12 @@ enum ServePlace {
     Socket,
 }
 
-impl From<ServePlace> for Way {
-    fn from(place: ServePlace) -> Way {
-        match place {
-            ServePlace::Auto => Way::Auto,
-            ServePlace::Uffd => Way::Uffd,
-            ServePlace::Socket => Way::Socket,
+impl From<ServePlacementArg> for Placement {
+    fn from(placement: ServePlacementArg) -> Placement {
+        match placement {
+            ServePlacementArg::Auto => Placement::Auto,
+            ServePlacementArg::Uffd => Placement::Uffd,
+            ServePlacementArg::Socket => Placement::Socket,
         }
     }
 }
@@ -365,35 +365,43 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        image: args.image,
         rewrite: args.disks.apply(rewrite),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,
+        ..RevertOptions::new(args.image)
     };
-    crate::revert::revert(&options, cancellation()?, |event| output.revert(&event)).await?;
-    Ok(())
+    let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;
+    reverted.map(drop).map_err(explained)
 }
 
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     let options = ServeOptions {
-        image: args.image,
-        to: args.to,
         delivery: args.delivery.delivery(args.place.into()),
         rtc: args.rtc.into(),
+        ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
-    crate::revert::serve(&options, cancellation()?, |event| output.revert(&event)).await?;
-    Ok(())
+    let served = crate::revert::serve(&options, cancellation()?, |e| output.revert(&e)).await;
+    served.map(drop).map_err(explained)
+}
+
+/// What failed in a revert, with the argument in place of the option.
+fn explained(error: RevertError) -> Failure {
+    match error {
+        RevertError::Rtc(why) => Failure::said(format!(
+            "the machine's clock can't go on from the moment: {why}; leave out --rtc keep"
+        )),
+        error => error.into(),
+    }
 }
 
 async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     if args.harvest {
         let rewrite = RewriteOptions { qemu: args.qemu, ..RewriteOptions::default() };
-        let options =
-            RevertOptions { image: args.image.clone(), rewrite, ..RevertOptions::default() };
+        let options = RevertOptions { rewrite, ..RevertOptions::new(&args.image) };
         crate::revert::harvest(&options, args.window, cancellation()?, |e| output.revert(&e))
             .await?;
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::flags::with_flags;
 use crate::page::PAGE_SIZE;
-use crate::revert::{Progress, RevertEvent, Way};
+use crate::revert::{Placement, Progress, RevertEvent};
 use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
 
 /// When the program began, from which the times of events count.
@@ -273,10 +273,10 @@ impl Output {
                 self.say("disk", &format!("{disk}: {changes}"));
             }
             RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
-            RevertEvent::Placing { way, reason } => {
-                let way = match way {
-                    Way::Socket => "by QEMU's socket",
-                    Way::Map => "by mapping the image",
+            RevertEvent::Placing { placement, reason } => {
+                let way = match placement {
+                    Placement::Socket => "by QEMU's socket",
+                    Placement::Map => "by mapping the image",
                     _ => "directly into memory, by userfaultfd",
                 };
                 self.say("placing", &format!("{way}: {reason}"));

@@ -2,34 +2,25 @@
 //! mapped, some small blocks and the device state, goes as an ordinary (precopy)
 //! migration stream.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::sys::statfs::statfs;
 
-use super::{
-    FeedError, INCOMING, Outcome, Progress, RevertError, RevertEvent, RevertOptions, Start, Way,
-    feed_error, socket_pair,
-};
+use super::error::RevertError;
+use super::options::{Placement, RevertOptions};
 use crate::guest::{GuestError, MappedMemory, RewriteOptions, StartPlan, rewrite};
-use crate::image::{Cursor, Image, ImageError, Piece, Sections};
-use crate::memory::FaultReport;
+use crate::image::{Cursor, Image, ImageError, Piece};
 use crate::page::{BlockId, PAGE_SIZE, PageSource, Run};
-use crate::qmp::Qmp;
 use crate::wire::{Frame, end_of_ram, precopy_opening, tail};
-
-/// How often QEMU is asked how far it is, beside its events.
-const POLL: Duration = Duration::from_millis(5);
 
 /// Blocks from this length on are mapped, in bytes.
 const LARGE: u64 = 1 << 20;
 
-/// What may be left to be sent while the guest waits for it, in bytes: video memory and
+/// The most bytes that may have to be sent while the guest waits for them: video memory and
 /// firmware.
 const MOST_SENT: u64 = 128 << 20;
 
@@ -38,18 +29,20 @@ const MOST_SENT: u64 = 128 << 20;
 const NOT_LOCAL: [i64; 7] =
     [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
 
-/// Plans the start of QEMU, with the image's memory mapped where that is wanted and can
-/// be had. Returns why it is or is not, where there was a choice.
+/// Plans the start of QEMU, with the image's memory mapped where that is wanted and possible.
+/// Returns also why a flat image is not mapped, where that was left to us.
 pub(super) fn plan(
     image: &Image,
     options: &RevertOptions,
     rewriting: RewriteOptions,
 ) -> Result<(StartPlan, Option<String>), RevertError> {
     let machine = &image.manifest().machine;
-    let wanted = options.delivery.way == Way::Map;
+    let wanted = options.delivery.placement == Placement::Map;
     let refused = |problem: String| RevertError::Vm(GuestError::NotMapped { problem });
     let without = |reason| Ok((rewrite(machine, &rewriting)?, reason));
-    if !wanted && (options.delivery.way != Way::Auto || image.manifest().flat.is_empty()) {
+    if !wanted
+        && (options.delivery.placement != Placement::Auto || image.manifest().flat.is_empty())
+    {
         return without(None);
     }
     let memory = match mapped_memory(image, options, wanted) {
@@ -68,7 +61,7 @@ pub(super) fn plan(
     }
 }
 
-/// Holds a plan to what mapping promises: that hardly anything has to be sent.
+/// Checks that a plan keeps what mapping promises: that hardly anything has to be sent.
 fn left_small(image: &Image, plan: StartPlan) -> Result<StartPlan, RevertError> {
     let blocks = image.manifest().blocks.iter();
     let left = || blocks.clone().filter(|block| !plan.mapped.contains(&block.name));
@@ -96,7 +89,7 @@ fn mapped_memory(
         return Err("a working set can only be seen where memory is served".into());
     }
     if options.rewrite.qemu.is_some() && !wanted {
-        return Err("the version of the QEMU given by --qemu is not known".into());
+        return Err("the version of another QEMU than the recorded one is not known".into());
     }
     let file = image.path().ok_or("the image is not a file")?;
     let file = std::path::absolute(file).map_err(|e| e.to_string())?;
@@ -117,19 +110,20 @@ fn is_local(file: &Path) -> bool {
 }
 
 /// The stream for QEMU: everything but the blocks that it maps.
-pub(super) struct Mapped {
+pub(super) struct MappedStream {
     stream: Vec<u8>,
 }
 
-impl Mapped {
-    /// Reads from the image what is sent.
+impl MappedStream {
+    /// Reads from the image what is sent. `config` and `devices` are the saved stream's.
     pub fn new(
         image: &Arc<Image>,
-        sections: &Sections,
+        config: &[u8],
+        devices: &[u8],
         mapped: &[String],
-    ) -> Result<Mapped, ImageError> {
+    ) -> Result<MappedStream, ImageError> {
         let blocks = image.blocks();
-        let mut stream = precopy_opening(&sections.config, blocks);
+        let mut stream = precopy_opening(config, blocks);
         let mut frame = Frame::default();
         for (block, id) in blocks.iter().zip((0..).map(BlockId)) {
             if mapped.contains(&block.name) {
@@ -145,60 +139,20 @@ impl Mapped {
             }
         }
         stream.extend_from_slice(&end_of_ram());
-        stream.extend_from_slice(&tail(&sections.devices, &[]));
-        Ok(Mapped { stream })
+        stream.extend_from_slice(&tail(devices, &[]));
+        Ok(MappedStream { stream })
     }
 
-    /// Writes the stream, and closes it: QEMU would wait for a description behind it.
-    fn send(&self, mut socket: UnixStream) {
-        // That QEMU hangs up is told by QEMU, with its reason.
-        let _ = socket.write_all(&self.stream);
-        let _ = socket.shutdown(Shutdown::Both);
+    /// Has a thread write the stream, and close it: QEMU would wait for a description behind
+    /// it. That QEMU hangs up is told by QEMU, with its reason.
+    ///
+    /// # Errors
+    /// When the thread can't be started.
+    pub fn send(self, mut socket: UnixStream) -> io::Result<()> {
+        let send = move || {
+            let _ = socket.write_all(&self.stream);
+            let _ = socket.shutdown(Shutdown::Both);
+        };
+        std::thread::Builder::new().name("send".into()).spawn(send).map(drop)
     }
-
-    /// Gives QEMU its guest, and returns once that runs, or could.
-    pub async fn bring(
-        self,
-        image: &Image,
-        qmp: &Qmp,
-        start: Start,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<Outcome, RevertError> {
-        let (ours, theirs) = socket_pair()?;
-        let mut events = qmp.events();
-        let sending = std::thread::Builder::new().name("send".into());
-        let sending = sending.spawn(move || self.send(ours)).map_err(FeedError::Thread);
-        sending.map_err(feed_error)?;
-        qmp.getfd(INCOMING, theirs.as_fd()).await?;
-        drop(theirs);
-        qmp.migrate_incoming(&format!("fd:{INCOMING}")).await?;
-        let reason = "the image is flat: nothing is left to serve".to_owned();
-        on_event(RevertEvent::Placing { way: Way::Map, reason });
-        let mut tick = tokio::time::interval(POLL);
-        loop {
-            tokio::select! {
-                event = events.next() => if event?.name == "RESUME" { break },
-                _ = tick.tick() => match qmp.migration_info().await?.status.as_deref() {
-                    Some("completed") => match start {
-                        Start::StaysPaused => break,
-                        Start::WhenPreloaded => qmp.cont().await?,
-                        // QEMU lets the guest go before it says so.
-                        Start::Runs => match qmp.status().await? {
-                            status if status == "running" => break,
-                            status => return Err(not_run(status)),
-                        },
-                    },
-                    Some(status @ "failed") => return Err(not_run(status.into())),
-                    _ => {}
-                },
-            }
-        }
-        let total = image.manifest().blocks.iter().map(|block| block.pages()).sum();
-        let progress = Progress { pages: total, total, requests: 0 };
-        Ok(Outcome { progress, faults: FaultReport::none(), way: Way::Map })
-    }
-}
-
-fn not_run(status: String) -> RevertError {
-    RevertError::NotRun { status, qemu: String::new() }
 }
