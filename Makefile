@@ -58,5 +58,5 @@ BOTH_WAYS := backends:: bare:: chains:: damage:: filling:: interrupts:: journeys
 DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
-# What set-up makes there, by name: the folder may be somebody's own.
+# What set-up makes there, by name: the directory may hold other files.
 MADE := apt debian.raw downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz

@@ -21,10 +21,9 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use guests::{Kind, save, snapback};
 use snapback::cancel::Cancellation;
-use snapback::guest::RewriteOptions;
 use snapback::image::Image;
 use snapback::page::PAGE_SIZE;
-use snapback::revert::{Delivery, RevertEvent, RevertOptions, Way, revert};
+use snapback::revert::{Placement, RevertEvent, RevertOptions, revert};
 use support::{Attached, Qemu, Result};
 
 const MIB: f64 = (1u64 << 20) as f64;
@@ -83,11 +82,12 @@ fn run() -> Result<()> {
          |---|---|---|---|---|---|"
     );
     let runtime = tokio::runtime::Runtime::new()?;
-    for (image, way, name) in [(&flat, Way::Map, "map"), (&packed, Way::Uffd, "uffd")] {
+    let ways = [(&flat, Placement::Map, "map"), (&packed, Placement::Uffd, "uffd")];
+    for (image, placement, name) in ways {
         let mut clones = Vec::new();
         for number in 0..options.clones {
             let place = folder.path().join(format!("{name}-{number}"));
-            clones.push(runtime.block_on(Running::start(image, way, &recorded, place))?);
+            clones.push(runtime.block_on(Running::start(image, placement, &recorded, place))?);
         }
         for clone in &mut clones {
             let verdict = clone.guest.oracle.check()?;
@@ -112,8 +112,8 @@ fn run() -> Result<()> {
             times[0],
             times[count],
             verdict(median <= RUNNING_MS),
-            match way {
-                Way::Map => format!("≤ {bound:.0}: {}", verdict(pss <= bound)),
+            match placement {
+                Placement::Map => format!("≤ {bound:.0}: {}", verdict(pss <= bound)),
                 _ => "-".into(),
             },
         );
@@ -129,16 +129,18 @@ struct Running {
 }
 
 impl Running {
-    async fn start(image: &Path, way: Way, recorded: &Path, place: PathBuf) -> Result<Running> {
+    async fn start(
+        image: &Path,
+        placement: Placement,
+        recorded: &Path,
+        place: PathBuf,
+    ) -> Result<Running> {
         fs::create_dir(&place)?;
         let text = |path: &Path| path.display().to_string();
         let paths = vec![(text(recorded), text(&place))];
-        let options = RevertOptions {
-            image: image.into(),
-            rewrite: RewriteOptions { paths, ..RewriteOptions::default() },
-            delivery: Delivery { way, ..Delivery::default() },
-            ..RevertOptions::default()
-        };
+        let mut options = RevertOptions::new(image);
+        options.rewrite.paths = paths;
+        options.delivery.placement = placement;
         let (mut ready, mut took) = (Instant::now(), Duration::ZERO);
         let reverted = revert(&options, Cancellation::new(), |event| match event {
             RevertEvent::QemuReady { .. } => ready = Instant::now(),

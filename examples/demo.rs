@@ -7,7 +7,7 @@
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -198,7 +198,7 @@ impl Drop for Ended {
 }
 
 async fn bring_back(image: &Path, log: SerialLog) -> Result<(Back, Ended)> {
-    let options = RevertOptions { image: PathBuf::from(image), ..RevertOptions::default() };
+    let options = RevertOptions::new(image);
     let mut back = Back::default();
     let start = Instant::now();
     let first_beat = tokio::task::spawn_blocking(move || {

@@ -17,7 +17,7 @@ async fn main() -> ExitCode {
         eprintln!("usage: revert IMAGE");
         return ExitCode::from(2);
     };
-    let options = RevertOptions { image: image.into(), ..RevertOptions::default() };
+    let options = RevertOptions::new(image);
     match run(&options).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -46,6 +46,7 @@ async fn run(options: &RevertOptions) -> Result<(), RevertError> {
         RevertEvent::Resident { progress, .. } => {
             println!("all memory is there; the guest asked for {} of it", progress.requests);
         }
+        _ => {}
     })
     .await?;
     println!("QEMU lives on as process {}", reverted.pid);

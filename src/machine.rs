@@ -1,7 +1,7 @@
-//! The record of a virtual machine: what starting it again needs to know.
+//! The record of a virtual machine: what is needed to start it again.
 //!
-//! Plain data, stored in an image and used to start QEMU. How a record is taken
-//! from a living QEMU, and how a command line is rewritten, is `vm`'s business.
+//! Plain data, stored in an image. [`guest`](crate::guest) records a running QEMU, and
+//! starts one from a record.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +18,7 @@ pub struct Machine {
     /// The command line that starts the machine as it was at the moment, `argv[0]`
     /// included: QEMU's own, changed by what [`hotplug`](Machine::hotplug) lists.
     pub argv: Vec<String>,
-    /// QEMU's working folder: relative paths in `argv` start here.
+    /// QEMU's working directory: relative paths in `argv` start here.
     pub cwd: String,
     /// The environment variables that change how QEMU finds its parts
     /// (`QEMU_*`, `LD_LIBRARY_PATH`); nothing else of the environment is kept,
@@ -26,8 +26,8 @@ pub struct Machine {
     pub env: Vec<(String, String)>,
     /// Whether the guest ran (as opposed to being paused) when it was saved.
     pub running: bool,
-    /// Writable disks that were attached and are not part of the image, as people
-    /// would name them. In images with [`disks`](Machine::disks): those whose role is
+    /// Writable disks that were attached and are not part of the image, as
+    /// [`Disk::describe`] names them. In images with [`disks`](Machine::disks): those whose role is
     /// [`Excluded`](DiskRole::Excluded).
     pub uncaptured_disks: Vec<String>,
     /// All disks and drives, in the order of QEMU's `query-block`. Empty as well in
@@ -94,7 +94,7 @@ impl PluggedDevice {
 ///
 /// To find its option in [`Machine::argv`]: [`node`](Disk::node) is the `node-name` of a
 /// `-blockdev` (or of a `-drive` that has one); without, [`device`](Disk::device) is
-/// the name of a `-drive`. A disk that was plugged in later is in neither.
+/// the name of a `-drive`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Disk {
@@ -110,12 +110,12 @@ pub struct Disk {
     pub node: Option<String>,
     /// Whether the medium can be removed, as of a CD drive.
     pub removable: bool,
-    /// What the snapshot has to do with it.
+    /// Its role in the snapshot.
     pub role: DiskRole,
     /// Size that the guest sees, in bytes.
     pub size: u64,
     /// Its files, the one on top first, each on top of the next. Of a captured disk
-    /// this is what the guest saw at the moment, and nobody writes to it any more.
+    /// this is what the guest saw at the moment, and must not be written any more.
     /// Empty when there is no medium, or when it does not consist of files that we
     /// know (never for a captured disk).
     pub chain: Vec<DiskFile>,
@@ -124,7 +124,7 @@ pub struct Disk {
     pub overlay: Option<String>,
 }
 
-/// What a snapshot has to do with a disk.
+/// The role of a disk in a snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskRole {
@@ -132,8 +132,8 @@ pub enum DiskRole {
     Captured,
     /// The guest can't write to it: recorded, untouched, used as it is.
     ReadOnly,
-    /// Writable, and left out by the wish of whoever made the snapshot: its content is
-    /// whatever it is when it is used again.
+    /// Writable, and left out of the snapshot by its options: its content is whatever it
+    /// is at the time of a revert.
     #[default]
     Excluded,
     /// A drive without a medium.
@@ -154,8 +154,8 @@ pub struct DiskFile {
     pub stamp: Option<FileStamp>,
 }
 
-/// What an unchanged file is recognised by. How it is made is told at
-/// [`vm::stamp`](crate::guest::stamp).
+/// What an unchanged file is recognised by; [`guest::stamp`](crate::guest::stamp) tells how
+/// it is computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileStamp {
     /// Length in bytes.
@@ -169,14 +169,28 @@ pub struct FileStamp {
 }
 
 impl Disk {
-    /// The disk as people know it: the name that they gave it, or the nearest to one,
-    /// and its file.
+    /// The disk as a user knows it: its name on the command line, or else QEMU's name, and
+    /// its file.
     pub fn describe(&self) -> String {
         let names = [Some(&self.device), self.node.as_ref(), self.qdev.as_ref()];
         let name = names.into_iter().flatten().find(|name| !name.is_empty());
         let file = self.chain.first().map(|file| format!(" ({})", file.path));
         format!("{}{}", name.map_or("unnamed", String::as_str), file.unwrap_or_default())
     }
+
+    /// Whether `name` means this disk: the name of its backend, its device (as an id or a
+    /// QOM path), its node or that of its topmost file.
+    pub fn is_called(&self, name: &str) -> bool {
+        let id = self.qdev.as_deref().and_then(peripheral_id);
+        let names = [Some(self.device.as_str()), self.node.as_deref(), self.qdev.as_deref(), id];
+        let file = self.chain.first().map(|file| file.node.as_str());
+        !name.is_empty() && names.into_iter().chain([file]).flatten().any(|known| known == name)
+    }
+}
+
+/// The id in a QOM path such as `/machine/peripheral/vda/virtio-backend`.
+fn peripheral_id(path: &str) -> Option<&str> {
+    path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 
 /// A QEMU version.
@@ -201,6 +215,22 @@ impl std::fmt::Display for QemuVersion {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_goes_by_any_of_its_names() {
+        let disk = Disk {
+            device: "drive0".into(),
+            qdev: Some("/machine/peripheral/vda/virtio-backend".into()),
+            chain: vec![DiskFile { node: "#block1".into(), ..DiskFile::default() }],
+            ..Disk::default()
+        };
+        for name in ["drive0", "vda", "#block1", "/machine/peripheral/vda/virtio-backend"] {
+            assert!(disk.is_called(name), "{name}");
+        }
+        for name in ["", "drive1", "vdb", "peripheral"] {
+            assert!(!disk.is_called(name), "{name}");
+        }
+    }
 
     #[test]
     fn a_machine_without_hotplug_is_recorded_as_ever() {

@@ -1,5 +1,5 @@
-//! The words that everything else speaks: blocks, pages, runs of pages, and the
-//! one trait of whoever can give a page's bytes.
+//! The vocabulary of the crate: blocks, pages, runs of pages, and the trait of a source
+//! of pages.
 
 use std::fmt;
 
@@ -112,12 +112,12 @@ impl fmt::Display for Run {
     }
 }
 
-/// A stored chunk's number: what pages that are stored together have in common.
+/// The number of a stored chunk, which holds one or more pages.
 /// Meaningful only to the [`PageSource`] that gave it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkId(pub u64);
 
-/// Where a page's bytes are to be had.
+/// Where a page's bytes are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Location {
     /// The page is all zeros; nothing is stored for it.
@@ -131,11 +131,11 @@ pub enum Location {
     },
 }
 
-/// Why a source could not give a page. It names the source and the place in it;
-/// whoever asked adds which page it was for.
+/// Why a source could not read a page. It names the source and the position in it; the
+/// caller adds the page.
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Whoever can give the bytes of a machine's pages, verified.
+/// A source of a machine's pages, which are verified.
 pub trait PageSource: Send + Sync {
     /// The machine's blocks; [`BlockId`]s index this list.
     fn blocks(&self) -> &[Block];
@@ -144,14 +144,14 @@ pub trait PageSource: Send + Sync {
     /// are likely to be stored together.
     fn chunk_pages(&self) -> usize;
 
-    /// Where the page is stored. Reads no more than the index where it speaks of it, once.
+    /// Where the page is stored. Reads at most the page's part of the index, once.
     ///
     /// # Errors
-    /// When the page does not exist, or the index is damaged where it speaks of it.
+    /// When the page does not exist, or its part of the index is damaged.
     fn locate(&self, page: Page) -> Result<Location, SourceError>;
 
     /// Whether the page is all zeros. Cheaper than [`PageSource::locate`] where it is not;
-    /// false where that can't be told.
+    /// false if that is unknown.
     fn is_zero(&self, page: Page) -> bool {
         matches!(self.locate(page), Ok(Location::Zero))
     }

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use snapback::revert::Way;
+use snapback::revert::Placement;
 
 use crate::support::{Pidfd, Result, SOON, spawn_bound};
 
@@ -27,11 +27,16 @@ impl Drop for Server {
 }
 
 /// The share of a core that the server of a revert takes over so long a time, in percent.
-pub fn server_cpu(image: &Path, recorded: &Path, way: Way, time: Duration) -> Result<f64> {
+pub fn server_cpu(
+    image: &Path,
+    recorded: &Path,
+    placement: Placement,
+    time: Duration,
+) -> Result<f64> {
     let folder = tempfile::tempdir()?;
     let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
     command.args(["revert", "--json", "--no-working-set", "--fill-delay", "100000", "--place"]);
-    command.arg(format!("{way:?}").to_lowercase()).arg("--path");
+    command.arg(format!("{placement:?}").to_lowercase()).arg("--path");
     command.arg(format!("{}={}", recorded.display(), folder.path().display()));
     command.arg(image).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut server = Server(spawn_bound(command)?);

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use snapback::image::Image;
 use snapback::page::PAGE_SIZE;
-use snapback::revert::Way;
+use snapback::revert::Placement;
 use support::{Fill, Guest, GuestOptions, Qemu, Result};
 use table::{Figures, Reverts, Saves};
 use tokio::signal::unix::{SignalKind, signal};
@@ -45,8 +45,8 @@ struct Options {
     /// For how long a server is watched whose guest is at rest; 0 for not at all.
     idle: Duration,
     qemu: Qemu,
-    /// The way that memory goes in our reverts.
-    way: Way,
+    /// By which transport memory goes in our reverts.
+    placement: Placement,
     /// How our images are compressed.
     compress: String,
 }
@@ -59,7 +59,7 @@ impl Options {
             pairs: 5,
             idle: Duration::from_secs(10),
             qemu: Qemu::V7,
-            way: Way::Auto,
+            placement: Placement::Auto,
             compress: "none".into(),
         };
         while let Some(name) = args.next() {
@@ -78,9 +78,9 @@ impl Options {
                 ("--idle", seconds) => options.idle = Duration::from_secs(seconds.parse()?),
                 ("--qemu", "7") => options.qemu = Qemu::V7,
                 ("--qemu", "10") => options.qemu = Qemu::V10,
-                ("--place", "auto") => options.way = Way::Auto,
-                ("--place", "uffd") => options.way = Way::Uffd,
-                ("--place", "socket") => options.way = Way::Socket,
+                ("--place", "auto") => options.placement = Placement::Auto,
+                ("--place", "uffd") => options.placement = Placement::Uffd,
+                ("--place", "socket") => options.placement = Placement::Socket,
                 ("--compress", how) => options.compress = how.into(),
                 _ => return Err(USAGE.into()),
             }
@@ -192,10 +192,10 @@ async fn measure(
     reverts::warm(&image)?;
     let data_mib = data_mib(&image)?;
     for _ in 0..options.runs {
-        let ours = reverts::ours(&image, &recorded, options.way).await?;
+        let ours = reverts::ours(&image, &recorded, options.placement).await?;
         note_revert(&mut figures.ours, &ours);
         figures.beside_data.push(ours.rss_complete as f64 / 1024.0 - data_mib);
-        *figures.ways.entry(format!("{:?}", ours.way)).or_default() += 1;
+        *figures.ways.entry(format!("{:?}", ours.placement)).or_default() += 1;
         figures.qemu_start.push(millis(ours.ready));
         figures.requests.push(ours.requests as f64);
         let peer = reverts::peer(&image, &stream, &recorded).await?;
@@ -203,8 +203,9 @@ async fn measure(
     }
     if !options.idle.is_zero() {
         tell("watching a server whose guest is at rest");
-        let (image, way, idle) = (image.clone(), options.way, options.idle);
-        let cpu = spawn_blocking(move || idle::server_cpu(&image, &recorded, way, idle)).await??;
+        let (image, placement, idle) = (image.clone(), options.placement, options.idle);
+        let cpu =
+            spawn_blocking(move || idle::server_cpu(&image, &recorded, placement, idle)).await??;
         figures.idle_cpu.push(cpu);
     }
     let version = Image::open(&image)?.manifest().machine.qemu.to_string();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use snapback::cancel::Cancellation;
 use snapback::guest::{Process, RewriteOptions, rewrite};
 use snapback::image::Image;
-use snapback::revert::{Delivery, Progress, RevertEvent, RevertOptions, Way, revert};
+use snapback::revert::{Placement, Progress, RevertEvent, RevertOptions, revert};
 use tempfile::TempDir;
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -29,8 +29,8 @@ pub struct Reverted {
     pub rss_running: u64,
     pub rss_complete: u64,
     pub requests: u64,
-    /// The way that memory went.
-    pub way: Way,
+    /// By which transport memory went.
+    pub placement: Placement,
 }
 
 /// A place for the reverted guest's sockets and log, which its command line had in
@@ -44,8 +44,9 @@ impl Place {
     fn new(recorded: &Path) -> Result<Place> {
         let folder = tempfile::tempdir()?;
         let text = |path: &Path| path.display().to_string();
-        let paths = vec![(text(recorded), text(folder.path()))];
-        Ok(Place { rewrite: RewriteOptions { paths, ..RewriteOptions::default() }, folder })
+        let mut rewrite = RewriteOptions::default();
+        rewrite.paths = vec![(text(recorded), text(folder.path()))];
+        Ok(Place { rewrite, folder })
     }
 
     fn log(&self) -> SerialLog {
@@ -100,21 +101,19 @@ impl Drop for Ended {
 }
 
 /// Reverts by the library. The guest is ended when its memory is complete.
-pub async fn ours(image: &Path, recorded: &Path, way: Way) -> Result<Reverted> {
+pub async fn ours(image: &Path, recorded: &Path, placement: Placement) -> Result<Reverted> {
     let place = Place::new(recorded)?;
-    let options = RevertOptions {
-        image: image.into(),
-        rewrite: place.rewrite.clone(),
-        // Each revert as the first one: a working set from earlier ones would help.
-        delivery: Delivery { way, working_set: false, ..Delivery::default() },
-        ..RevertOptions::default()
-    };
+    let mut options = RevertOptions::new(image);
+    options.rewrite = place.rewrite.clone();
+    options.delivery.placement = placement;
+    // Each revert as the first one: a working set from earlier ones would help.
+    options.delivery.working_set = false;
     let (mut told, mut rss) = (Reverted::default(), Ok(0));
     let start = Instant::now();
     let beat = FirstBeat::watch(place.log(), start);
     let reverted = revert(&options, Cancellation::new(), |event| match event {
         RevertEvent::QemuReady { .. } => told.ready = start.elapsed(),
-        RevertEvent::Placing { way, .. } => told.way = way,
+        RevertEvent::Placing { placement, .. } => told.placement = placement,
         RevertEvent::Running { pid: Some(pid) } => {
             told.running = start.elapsed();
             rss = resident_kib(pid as u32);

@@ -38,7 +38,7 @@ impl Cache {
             Cache::Cold => {
                 drop_pages(path).map_err(failed("dropped from the page cache"))?;
                 match cached_percent(path).map_err(failed("looked up in the page cache"))? {
-                    // A page or two that somebody touches at this moment.
+                    // Tolerates a page or two that another process touches at this moment.
                     0 => Ok(()),
                     percent => Err(BenchError::NotCold { path: path.into(), percent }),
                 }

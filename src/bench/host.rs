@@ -1,4 +1,4 @@
-//! What the operating system knows: of a process, and of the machine below it.
+//! Facts of the operating system about a process and the machine.
 
 use std::fs;
 use std::io;
@@ -14,7 +14,7 @@ use crate::page::PAGE_SIZE;
 /// The machine on which runs were measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Host {
-    /// The processor's name as the kernel gives it.
+    /// The processor's name, from /proc/cpuinfo.
     pub cpu: String,
     /// Processors that this program may use.
     pub cpus: usize,

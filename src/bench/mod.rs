@@ -1,12 +1,12 @@
-//! Measures ways of bringing a guest back, on the machine where it matters.
+//! Measures ways of reverting a guest on this machine.
 //!
-//! An image is reverted again and again, by each of snapback's ways and, if wanted, by
-//! QEMU's own, from files made of the same guest. The ways take turns, so that drift of
-//! the machine hits all alike. Each run has a QEMU and a folder of its own, and both are
-//! gone when it ends. `docs/bench.md` says what the numbers mean.
+//! An image is reverted repeatedly, by each of snapback's ways and optionally by QEMU's own, from
+//! files made from the same guest. The ways take turns, so that drift of the machine affects all
+//! alike. Each run has its own QEMU and directory, which are gone when it ends. `docs/bench.md`
+//! explains the quantities.
 
 mod cache;
-mod folder;
+mod directory;
 mod host;
 mod peers;
 pub mod report;
@@ -33,14 +33,15 @@ use self::peers::Peer;
 use self::runs::{How, bring_back};
 use self::setup::Setup;
 use crate::cancel::Cancellation;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
-use crate::revert::{RevertError, Way};
+use crate::revert::{Placement, RevertError};
 
 /// What to measure.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct BenchOptions {
     /// The image.
     pub image: PathBuf,
@@ -53,7 +54,7 @@ pub struct BenchOptions {
     /// Another QEMU binary than the recorded one.
     pub qemu: Option<PathBuf>,
     /// `(OLD, NEW)`: as [`RewriteOptions::paths`]; `{run}` in NEW stands for each run's
-    /// folder. Sockets and output files that no rule maps go to that folder under their
+    /// directory. Sockets and output files that no rule maps go to that directory under their
     /// own names.
     ///
     /// [`RewriteOptions::paths`]: crate::guest::RewriteOptions::paths
@@ -62,6 +63,22 @@ pub struct BenchOptions {
     pub sign: Option<Sign>,
     /// More arguments for QEMU.
     pub extra: Vec<String>,
+}
+
+impl BenchOptions {
+    /// Ten warm runs of each of snapback's ways, and none of QEMU's own.
+    pub fn new(image: impl Into<PathBuf>) -> BenchOptions {
+        BenchOptions {
+            image: image.into(),
+            runs: 10,
+            peers: false,
+            cold: false,
+            qemu: None,
+            paths: Vec::new(),
+            sign: None,
+            extra: Vec::new(),
+        }
+    }
 }
 
 /// A way that is not measured.
@@ -76,6 +93,7 @@ pub struct Skipped {
 /// What happens during a bench.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum BenchEvent {
     /// The guest is brought back once or more, to find out and to record.
     Preparing {
@@ -88,8 +106,9 @@ pub enum BenchEvent {
     Run(Box<Sample>),
 }
 
-/// Why a bench ended early. All QEMUs that it started have been ended.
+/// Why a bench failed. All QEMUs that it started have been ended.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BenchError {
     /// The image can't be used.
     #[error(transparent)]
@@ -101,13 +120,13 @@ pub enum BenchError {
     Paused,
     /// A run failed.
     #[error(
-        "{0}\n(each run starts a QEMU beside those that live; what they must not share can be \
-         given to each by --path OLD={{run}}/NEW, or replaced by arguments after --)"
+        "{0}\n(each run starts another QEMU on this host; what two QEMUs can't share is replaced by \
+         `BenchOptions::paths`, OLD={{run}}/NEW for a path, HOST:PORT=HOST:OTHER for a port)"
     )]
     Revert(#[from] RevertError),
     /// QEMU can't be started as recorded.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(#[from] GuestError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -115,11 +134,13 @@ pub enum BenchError {
     #[error(transparent)]
     Sign(#[from] SignError),
     /// One of QEMU's own ways failed.
-    #[error("QEMU failed to {doing} in a way of its own (measure without --peers): {said}")]
+    #[error(
+        "QEMU failed to {doing} in a way of its own (measure without `BenchOptions::peers`): {said}"
+    )]
     Peer {
-        /// What it was to do.
+        /// The operation.
         doing: &'static str,
-        /// What it said.
+        /// QEMU's message.
         said: String,
     },
     /// A run went by another way than those before it.
@@ -139,11 +160,11 @@ pub enum BenchError {
     /// A file of ours can't be used.
     #[error("`{path}` can't be {doing}: {source}", path = path.display())]
     File {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// The file or folder.
+        /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's reason.
         source: std::io::Error,
     },
     /// A file can't be made cold.
@@ -160,13 +181,13 @@ pub enum BenchError {
     /// The guest writes to a disk that runs would change.
     #[error(
         "the guest writes to the disk {disk}, which each run would change and which can't be \
-         copied: give each run its own with --path OLD={{run}}/NEW, or one that may be changed"
+         copied: give each run its own with `BenchOptions::paths` OLD={{run}}/NEW, or one that may be changed"
     )]
     Disk {
         /// The disk as the image names it.
         disk: String,
     },
-    /// Interrupted.
+    /// The bench was cancelled.
     #[error("interrupted: all QEMUs that were started have been ended")]
     Interrupted,
 }
@@ -174,7 +195,7 @@ pub enum BenchError {
 /// Measures an image. `on_event` is called as things happen.
 ///
 /// # Errors
-/// When a run fails, or at the first interrupt. QEMUs and files are gone by then.
+/// When a run fails, or when it is cancelled. All QEMUs and files are gone by then.
 pub async fn bench(
     options: &BenchOptions,
     cancel: Cancellation,
@@ -183,7 +204,7 @@ pub async fn bench(
     let setup = Setup::new(options)?;
     let mut caches = vec![Cache::Warm];
     if options.cold {
-        // A file that stays in the cache is told before hours of runs.
+        // A file that can't be made cold is refused before hours of runs.
         setup.image_files.iter().try_for_each(|file| Cache::Cold.prepare(file))?;
         caches.push(Cache::Cold);
     }
@@ -238,13 +259,13 @@ pub async fn bench(
     Ok(Summary::new(subject, Host::here(), &samples, skipped))
 }
 
-/// One of those that take turns.
+/// One of the ways that take turns.
 enum Entrant {
     Snapback(Method),
     Qemu(Peer),
 }
 
-/// What the first reverts have shown.
+/// What the first reverts found out.
 struct Recorded {
     /// The ways of snapback that work here.
     methods: Vec<Method>,
@@ -277,7 +298,7 @@ async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, Be
     let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload];
     let (mut methods, mut skipped) = (Vec::new(), Vec::new());
     match placing {
-        Some((Way::Uffd, _)) => methods.extend(by_uffd),
+        Some((Placement::Uffd, _)) => methods.extend(by_uffd),
         placing => {
             let reason = placing.map_or_else(String::new, |(_, reason)| reason);
             skipped.extend(by_uffd.map(|way| Skipped { way, reason: reason.clone() }));

@@ -29,7 +29,7 @@ const TIMEOUT: Duration = Duration::from_secs(1800);
 /// How often QEMU is asked how far it is, where no time is taken.
 const POLL: Duration = Duration::from_millis(20);
 
-/// As many bytes a second as may be, for a migration that nobody waits behind.
+/// The highest bandwidth in bytes a second: no other traffic competes with the migration.
 const UNLIMITED: u64 = 1 << 40;
 
 /// The highest `downtime-limit`, in milliseconds (`MAX_MIGRATE_DOWNTIME` in QEMU).
@@ -58,7 +58,7 @@ enum From {
     Disks(Vec<Disk>),
 }
 
-/// Makes the files of all peers, and says which can't be had and why.
+/// Makes the files of all of QEMU's own ways; reports those that don't work here, with the reason.
 pub(super) async fn make(
     setup: &Setup<'_>,
     cancel: &Cancellation,
@@ -122,7 +122,7 @@ async fn write_file(held: &Held, path: &Path, capabilities: &[&str]) -> Result<b
         &[("max-bandwidth", UNLIMITED), ("downtime-limit", ANY_DOWNTIME_MS)],
     )
     .await?;
-    // Made by us, that nobody else can read it.
+    // Created here, with mode 0600.
     let file = File::options().write(true).create_new(true).mode(0o600).open(path);
     let file =
         file.map_err(|source| BenchError::File { doing: "made", path: path.into(), source })?;
@@ -171,8 +171,8 @@ async fn configure(
     Ok(())
 }
 
-/// Waits until QEMU has put away what it had for the migration that brought the guest:
-/// another one begun before that fails.
+/// Waits until QEMU has cleaned up after its incoming migration: another migration that starts
+/// before that fails.
 async fn incoming_gone(qmp: &Qmp) -> Result<(), BenchError> {
     let gone = async {
         loop {

@@ -1,4 +1,4 @@
-//! One run: a guest brought back by snapback, watched until it is all there.
+//! One run: a guest reverted by snapback, measured until all its memory is in place.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use super::{BenchError, Cache, Method, Sample, host};
 use crate::cancel::Cancellation;
 use crate::guest::Process;
 use crate::revert::{
-    Delivery, Held, Outcome, RevertError, RevertEvent, RevertOptions, Rtc, Way, revert_held,
+    Delivery, Held, Outcome, Placement, RevertError, RevertEvent, RevertOptions, revert_held,
 };
 
 /// How snapback brings a guest back.
 #[derive(Debug, Clone, Default)]
 pub(super) struct How {
-    pub way: Way,
+    pub placement: Placement,
     /// The file of the working set, which is used and recorded.
     pub working_set: Option<PathBuf>,
     pub preload: bool,
@@ -31,7 +31,7 @@ impl How {
             Method::Uffd => How::default(),
             Method::UffdWorkingSet => How { working_set: recorded(), ..How::default() },
             Method::UffdPreload => How { working_set: recorded(), preload: true, ..How::default() },
-            _ => How { way: Way::Socket, ..How::default() },
+            _ => How { placement: Placement::Socket, ..How::default() },
         }
     }
 }
@@ -45,7 +45,7 @@ pub(super) async fn measure(
     cancel: &Cancellation,
 ) -> Result<Sample, BenchError> {
     let run = setup.run()?;
-    // Each run begins with the same working set; what it adds goes with its folder.
+    // Each run begins with the same working set; what it adds goes with its directory.
     let working_set = run.path().join("working-set");
     match fs::copy(setup.working_set(), &working_set) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
@@ -58,7 +58,7 @@ pub(super) async fn measure(
     let (mut recorder, mut held) = bring_back(setup, &run, &how, cancel).await?;
     let signs = recorder.signs(&mut held.process, cancel).await;
     held.process.kill().await;
-    if held.outcome.way == Way::Socket && how.way != Way::Socket {
+    if held.outcome.placement == Placement::Socket && how.placement != Placement::Socket {
         let reason = recorder.placing.map_or_else(String::new, |(_, reason)| reason);
         return Err(BenchError::WayLost { way: method, reason });
     }
@@ -73,17 +73,15 @@ pub(super) async fn bring_back(
     cancel: &Cancellation,
 ) -> Result<(Recorder, Held), BenchError> {
     let options = RevertOptions {
-        check: false,
-        image: setup.options.image.clone(),
         rewrite: run.rewrite(setup.options),
         delivery: Delivery {
-            way: how.way,
+            placement: how.placement,
             working_set: how.working_set.is_some(),
             working_set_file: how.working_set.clone(),
             ..Delivery::default()
         },
         preload: how.preload,
-        rtc: Rtc::Now,
+        ..RevertOptions::new(&setup.options.image)
     };
     let mut recorder = Recorder::new(setup, run);
     let ours = Cancellation::new();
@@ -96,7 +94,7 @@ pub(super) async fn bring_back(
                 held = &mut revert => break held,
                 () = cancel.requested(), if !interrupted => {
                     interrupted = true;
-                    // Nobody needs this guest: it is ended even if it runs.
+                    // The guest of a run is of no use: it is ended even if it runs.
                     ours.request();
                     ours.request();
                 }
@@ -149,7 +147,7 @@ pub(super) struct Recorder {
     complete: Option<Mark>,
     watch: Option<Result<Watch, SignError>>,
     /// By which way memory came, and why.
-    pub placing: Option<(Way, String)>,
+    pub placing: Option<(Placement, String)>,
 }
 
 impl Recorder {
@@ -177,7 +175,9 @@ impl Recorder {
     fn hear(&mut self, event: &RevertEvent) {
         match event {
             RevertEvent::QemuReady { pid } => self.ready(*pid),
-            RevertEvent::Placing { way, reason } => self.placing = Some((*way, reason.clone())),
+            RevertEvent::Placing { placement, reason } => {
+                self.placing = Some((*placement, reason.clone()));
+            }
             RevertEvent::Running { .. } => self.running(),
             RevertEvent::Resident { .. } => self.complete(),
             _ => {}

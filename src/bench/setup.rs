@@ -1,17 +1,17 @@
-//! What is the same for all runs, and the private folder of each.
+//! What all runs have in common, and the private directory of each.
 
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::folder::Folder;
+use super::directory::Directory;
 use super::{BenchError, BenchOptions, Cache, host};
 use crate::guest::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths};
 use crate::image::Image;
 use crate::machine::Machine;
 use crate::page::PAGE_SIZE;
 
-/// What stands for a run's folder in paths.
+/// What stands for a run's directory in paths.
 const RUN: &str = "{run}";
 
 /// What all runs have in common.
@@ -24,8 +24,8 @@ pub(super) struct Setup<'a> {
     pub data_bytes: u64,
     /// The image's file and those of the images that it refers to.
     pub image_files: Vec<PathBuf>,
-    /// A folder beside the image, for files that are as large.
-    pub beside: Folder,
+    /// A directory beside the image, for files that are as large.
+    pub beside: Directory,
     /// How recorded paths are changed, with [`RUN`] in them.
     rules: Vec<(String, String)>,
     /// Writable disks that the image does not hold.
@@ -43,9 +43,9 @@ pub(super) struct Disk {
     pub name: String,
 }
 
-/// One run's own folder, and the paths that go with it.
+/// One run's own directory, and the paths that go with it.
 pub(super) struct Run {
-    folder: Folder,
+    directory: Directory,
     rules: Vec<(String, String)>,
     cwd: PathBuf,
     /// Where its guest's disks take room for what it writes.
@@ -61,14 +61,16 @@ impl<'a> Setup<'a> {
         if !machine.running || CommandLine::parse(&options.extra).has("S") {
             return Err(BenchError::Paused);
         }
-        let folder = match options.image.parent() {
+        let directory = match options.image.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        // QEMU, whose working folder is another, is told paths in there.
-        let failed = |doing| move |source| BenchError::File { doing, path: folder.into(), source };
-        let beside = std::path::absolute(folder).and_then(|folder| Folder::new(&folder));
-        let beside = beside.map_err(failed("used for a private folder"))?;
+        // QEMU has another working directory, so paths for it must be absolute.
+        let failed =
+            |doing| move |source| BenchError::File { doing, path: directory.into(), source };
+        let beside =
+            std::path::absolute(directory).and_then(|directory| Directory::new(&directory));
+        let beside = beside.map_err(failed("used for a private directory"))?;
         let mut rules = options.paths.clone();
         let mut names = HashSet::new();
         for path in exclusive_paths(&machine) {
@@ -83,7 +85,7 @@ impl<'a> Setup<'a> {
             image_bytes: image.file_len(),
             memory_bytes: bytes(manifest.data_pages + manifest.zero_pages),
             data_bytes: bytes(manifest.data_pages),
-            image_files: image.files().map(Path::to_owned).collect(),
+            image_files: image.files().map(|(path, _)| path.to_owned()).collect(),
             machine,
             beside,
             rules,
@@ -91,31 +93,31 @@ impl<'a> Setup<'a> {
         })
     }
 
-    /// A new run's folder, with copies of the disks in it, made before time is taken.
+    /// A new run's directory, with copies of the disks in it, made before time is taken.
     pub fn run(&self) -> Result<Run, BenchError> {
         let mut run = self.run_with(&[])?;
         for disk in &self.disks {
-            let copy = run.folder.path().join(&disk.name);
+            let copy = run.directory.path().join(&disk.name);
             disk.copy_to(&copy)?;
             run.rules.push((disk.recorded.clone(), copy.display().to_string()));
         }
         Ok(run)
     }
 
-    /// A new run's folder, with disks that are already there: `(recorded path, file)`.
+    /// A new run's directory, with disks that are already there: `(recorded path, file)`.
     pub fn run_with(&self, disks: &[(String, String)]) -> Result<Run, BenchError> {
         let parent = std::env::temp_dir();
-        let folder = Folder::new(&parent).map_err(|source| BenchError::File {
-            doing: "used for a private folder",
+        let directory = Directory::new(&parent).map_err(|source| BenchError::File {
+            doing: "used for a private directory",
             path: parent,
             source,
         })?;
-        let here = folder.path().display().to_string();
+        let here = directory.path().display().to_string();
         let in_here = |(old, new): &(String, String)| (old.clone(), new.replace(RUN, &here));
         let mut rules: Vec<_> = self.rules.iter().map(in_here).collect();
         rules.extend_from_slice(disks);
         let overlays = self.beside.path().to_owned();
-        Ok(Run { folder, rules, cwd: self.machine.cwd.clone().into(), overlays })
+        Ok(Run { directory, rules, cwd: self.machine.cwd.clone().into(), overlays })
     }
 
     /// Makes the machine ready for a run that reads these files.
@@ -135,7 +137,7 @@ impl<'a> Setup<'a> {
 
 impl Run {
     pub fn path(&self) -> &Path {
-        self.folder.path()
+        self.directory.path()
     }
 
     /// How the recorded command line is changed for this run.
@@ -146,7 +148,7 @@ impl Run {
             extra: options.extra.clone(),
             // The disks that the image holds are only read.
             overlays: OverlayOptions {
-                folder: Some(self.overlays.clone()),
+                directory: Some(self.overlays.clone()),
                 prefix: None,
                 ephemeral: true,
             },
@@ -154,8 +156,8 @@ impl Run {
         }
     }
 
-    /// Where a recorded path, or one in the run's folder, is in this run. It may be given
-    /// as the command line has it, or as seen from our own working folder.
+    /// Where a recorded path, or one in the run's directory, is in this run. It may be given
+    /// as the command line has it, or as seen from our own working directory.
     pub fn place(&self, path: &str) -> PathBuf {
         let path = path.replace(RUN, &self.path().display().to_string());
         let seen = std::path::absolute(&path).unwrap_or_else(|_| path.clone().into());
@@ -193,8 +195,7 @@ fn own_name(path: &str, taken: &mut HashSet<String>) -> String {
     free
 }
 
-/// The writable disks that runs would change. Whoever maps a disk by a rule of their own
-/// looks after it.
+/// The writable disks that runs would change, except those that a path rule of the user maps.
 fn disks_to_copy(
     machine: &Machine,
     rules: &[(String, String)],
@@ -227,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_in_a_runs_folder_are_different() {
+    fn names_in_a_runs_directory_are_different() {
         let mut taken = HashSet::new();
         let names = ["/a/x", "/b/x", "x", "/a/y", "/"].map(|path| own_name(path, &mut taken));
         assert_eq!(names, ["x", "x-2", "x-3", "y", "file"]);
@@ -235,8 +236,8 @@ mod tests {
 
     #[test]
     fn a_recorded_path_is_found_in_the_run() {
-        let folder = Folder::new(&std::env::temp_dir()).unwrap();
-        let here = folder.path().to_owned();
+        let directory = Directory::new(&std::env::temp_dir()).unwrap();
+        let here = directory.path().to_owned();
         let seen = std::path::absolute("seen").unwrap();
         let in_here = |name: &str| here.join(name).display().to_string();
         let rules = vec![
@@ -245,7 +246,7 @@ mod tests {
             ("relative".into(), "other".into()),
             (seen.display().to_string(), in_here("seen")),
         ];
-        let run = Run { folder, rules, cwd: "/somewhere".into(), overlays: here.clone() };
+        let run = Run { directory, rules, cwd: "/somewhere".into(), overlays: here.clone() };
         assert_eq!(run.place("/vm/port"), here.join("vm/port"));
         assert_eq!(run.place("serial.log"), here.join("serial.log"));
         assert_eq!(run.place("{run}/port"), here.join("port"));
@@ -258,8 +259,8 @@ mod tests {
 
     #[test]
     fn a_disk_is_copied_unless_its_user_looks_after_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let disk = folder.path().join("disk.qcow2").display().to_string();
+        let directory = tempfile::tempdir().unwrap();
+        let disk = directory.path().join("disk.qcow2").display().to_string();
         fs::write(&disk, "x").unwrap();
         let machine = Machine {
             argv: vec!["qemu".into(), "-drive".into(), format!("file={disk},if=virtio")],
@@ -268,10 +269,10 @@ mod tests {
         };
         let copied = disks_to_copy(&machine, &[], &mut HashSet::new()).unwrap();
         assert_eq!((copied.len(), copied[0].name.as_str()), (1, "disk.qcow2"));
-        let rules = [(folder.path().display().to_string(), "{run}".to_owned())];
+        let rules = [(directory.path().display().to_string(), "{run}".to_owned())];
         assert!(disks_to_copy(&machine, &rules, &mut HashSet::new()).unwrap().is_empty());
         fs::remove_file(&disk).unwrap();
         let error = disks_to_copy(&machine, &[], &mut HashSet::new()).unwrap_err().to_string();
-        assert!(error.contains("virtio0") && error.contains("--path"), "{error}");
+        assert!(error.contains("virtio0") && error.contains("::paths`"), "{error}");
     }
 }

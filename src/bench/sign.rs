@@ -24,7 +24,7 @@ pub struct Sign {
     /// A line counts, once, as soon as what there is of it matches.
     pub pattern: Regex,
     /// The file that the guest's serial port is written to, or the Unix socket that it
-    /// listens on. `{run}` stands for the run's folder.
+    /// listens on. `{run}` stands for the run's directory.
     pub path: String,
     /// How many signs are waited for, at least 1.
     pub nth: usize,
@@ -38,6 +38,7 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why signs of life can't be waited for, or did not come.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SignError {
     /// The port can't be watched.
     #[error("the guest's port `{path}` can't be watched for signs of life: {source}", path = path.display())]
@@ -50,7 +51,7 @@ pub enum SignError {
     /// There were too few.
     #[error(
         "the guest gave {seen} of {nth} signs of life within {} s (lines in `{path}` that match \
-         `{pattern}`): ask for fewer with --nth, or for another pattern with --sign",
+         `{pattern}`): ask for fewer in `Sign::nth`, or for another pattern in `Sign::pattern`",
         TIMEOUT.as_secs(), path = path.display()
     )]
     Missing {
@@ -82,7 +83,7 @@ pub(super) struct Watch {
     _stop: UnixStream,
 }
 
-/// Where lines come from, and what tells that there are more.
+/// Where lines are read from, and what reports that there are more.
 enum Port {
     File(File, Inotify),
     Socket(UnixStream),
@@ -106,12 +107,11 @@ impl Watch {
         Ok(Watch { sign: sign.clone(), path: path.to_owned(), seen, _stop: stop })
     }
 
-    /// Waits for the signs that were asked for; gives the times of the first and of
-    /// the Nth.
+    /// Waits for the requested signs; returns the times of the first and of the Nth.
     pub async fn wait(&mut self) -> Result<(Instant, Instant), SignError> {
         let Sign { nth, ref pattern, .. } = self.sign;
         let enough = |seen: &Seen| seen.signs.len() >= nth || seen.failed.is_some();
-        // Fails when the thread has gone, which it does only after telling.
+        // Fails once the thread has ended, which sends its result before.
         let _ = tokio::time::timeout(TIMEOUT, self.seen.wait_for(enough)).await;
         let seen = self.seen.borrow();
         if let (Some(first), Some(last)) = (seen.signs.first(), seen.signs.get(nth - 1)) {
@@ -143,7 +143,7 @@ fn open(path: &Path, offset: u64) -> io::Result<Port> {
     Ok(Port::File(file, inotify))
 }
 
-/// Reads the port until it is told to stop.
+/// Reads the port until `stop` is closed.
 fn follow(
     mut port: Port,
     stop: &UnixStream,
@@ -206,7 +206,7 @@ struct Lines {
 }
 
 impl Lines {
-    /// Takes more bytes, and tells how many more lines match.
+    /// Takes more bytes, and returns how many more lines match.
     fn take(&mut self, bytes: &[u8]) -> usize {
         let mut count = 0;
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
@@ -251,8 +251,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_file_is_watched_from_an_offset_on() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("serial");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("serial");
         let mut file = File::create(&path).unwrap();
         writeln!(file, "BEAT old").unwrap();
         let before = Instant::now();
@@ -264,8 +264,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_socket_that_closes_is_an_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("serial");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("serial");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let mut watch = Watch::start(&sign("login:", 2), &path, 0).unwrap();
         let (mut port, _) = listener.accept().unwrap();
@@ -273,7 +273,7 @@ mod tests {
         drop(port);
         let error = watch.wait().await.unwrap_err().to_string();
         assert!(error.contains("QEMU closed it"), "{error}");
-        let missing = Watch::start(&sign("x", 1), &folder.path().join("none"), 0);
+        let missing = Watch::start(&sign("x", 1), &directory.path().join("none"), 0);
         assert!(missing.unwrap_err().to_string().contains("can't be watched"));
     }
 }

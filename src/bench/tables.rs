@@ -1,4 +1,4 @@
-//! A summary as tables, for whoever shows them.
+//! A summary as tables, for the terminal and the report.
 
 use super::sample::COMPARED;
 use super::{Cache, METRICS, Method, Metric, Ratio, Spread, Summary, Unit, WaySummary};

@@ -29,7 +29,7 @@ pub(super) struct BenchArgs {
     /// Measure each way with a cold page cache too
     #[arg(long)]
     cold: bool,
-    /// Write a report there, a page for a browser
+    /// Write a report to this file, as an HTML page
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
     /// Print one JSON object a line
@@ -38,8 +38,8 @@ pub(super) struct BenchArgs {
     /// The QEMU binary to use instead of the recorded one
     #[arg(long, value_name = "BIN")]
     qemu: Option<PathBuf>,
-    /// Use path NEW wherever the recorded command line names OLD, or something below it; in
-    /// NEW, {run} stands for a folder that each run has for itself
+    /// Use the path NEW wherever the recorded command line names OLD or a path below it; in
+    /// NEW, {run} stands for a private directory of each run
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
     /// A line that matches this regular expression is a sign of life of the guest
@@ -71,7 +71,6 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
     }
     let sign = args.sign.zip(args.sign_in);
     let options = BenchOptions {
-        image: args.image,
         runs: args.runs,
         peers: args.peers,
         cold: args.cold,
@@ -79,6 +78,7 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
         paths: args.paths,
         sign: sign.map(|(pattern, path)| Sign { pattern, path, nth: args.nth as usize }),
         extra: args.extra,
+        ..BenchOptions::new(args.image)
     };
     let tell = |event: BenchEvent| match args.json {
         true => output.print_json(&event),
@@ -97,14 +97,14 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A report that can't be written is told before the runs, not after.
+/// A report that can't be written is refused before the runs, not after them.
 fn check_report(path: &std::path::Path) -> Result<(), Failure> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let is_folder = folder.is_none_or(|folder| folder.is_dir());
-    match is_folder && !path.is_dir() {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let has_parent = parent.is_none_or(|parent| parent.is_dir());
+    match has_parent && !path.is_dir() {
         true => Ok(()),
         false => {
-            Err(Failure::said(format!("the report `{}` can't be a file there", path.display())))
+            Err(Failure::said(format!("the report `{}` can't be written there", path.display())))
         }
     }
 }

@@ -33,7 +33,7 @@ pub(super) async fn revert(
             Ok(())
         }
         Err(failure) => {
-            // All it said has been passed on.
+            // All its events have been passed on.
             let _ = std::fs::remove_file(&log);
             Err(failure)
         }
@@ -56,7 +56,7 @@ async fn pass_on(
         let line = tokio::select! {
             line = lines.next_line() => line?,
             () = cancel.requested(), if !interrupted => {
-                // It says what comes of it.
+                // The server's own events tell how it ends.
                 interrupted = true;
                 terminate(pid);
                 continue;
@@ -79,15 +79,15 @@ async fn pass_on(
     Err(Failure::said(format!("the server ended before the guest ran ({status})")))
 }
 
-/// Cancellation the server, which is our child and has not been waited for: its
-/// process id can't have become another's.
+/// Cancels the server. It is our child and has not been waited for, so that its process id
+/// can't have been given to another process.
 fn terminate(pid: u32) {
     let pid = nix::unistd::Pid::from_raw(pid as i32);
     let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
 }
 
-/// This program again, with the same arguments but `--detach`, in a session of its
-/// own so that the terminal's signals do not reach it.
+/// Starts this program again, with the same arguments except `--detach`, in a session of its
+/// own so that the terminal's signals don't reach it.
 fn start_server(log: File) -> io::Result<tokio::process::Child> {
     let mut before_extra = true;
     let arguments = std::env::args_os().skip(1).filter(|argument| {
@@ -116,20 +116,20 @@ fn create_log(path: &Path) -> Result<File, Failure> {
         .map_err(|e| Failure::new(&format!("the log `{}` can't be written", path.display()), &e))
 }
 
-/// A new file in the user's runtime folder, or in a private folder below /tmp.
+/// A new file in the user's runtime directory, or in a private directory below /tmp.
 fn default_log() -> Result<PathBuf, Failure> {
     let uid = nix::unistd::getuid().as_raw();
-    let folder = match std::env::var_os("XDG_RUNTIME_DIR") {
+    let directory = match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(runtime) if Path::new(&runtime).is_absolute() => Path::new(&runtime).join("snapback"),
         _ => PathBuf::from(format!("/tmp/snapback-{uid}")),
     };
     let failed = |e: &dyn std::fmt::Display| {
-        Failure::new(&format!("the log folder `{}` can't be used", folder.display()), e)
+        Failure::new(&format!("the log directory `{}` can't be used", directory.display()), e)
     };
-    DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(|e| failed(&e))?;
-    let meta = std::fs::symlink_metadata(&folder).map_err(|e| failed(&e))?;
+    DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(|e| failed(&e))?;
+    let meta = std::fs::symlink_metadata(&directory).map_err(|e| failed(&e))?;
     if !meta.is_dir() || meta.uid() != uid || meta.mode() & 0o077 != 0 {
-        return Err(failed(&"it must be a folder of yours that nobody else can enter (mode 0700)"));
+        return Err(failed(&"it must be your own, with mode 0700"));
     }
-    Ok(folder.join(format!("revert-{}.log", std::process::id())))
+    Ok(directory.join(format!("revert-{}.log", std::process::id())))
 }

@@ -1,4 +1,4 @@
-//! The arguments by which a revert deals with disks.
+//! The arguments of a revert about disks.
 
 use std::path::PathBuf;
 
@@ -6,13 +6,13 @@ use clap::Args;
 
 use crate::guest::{OverlayOptions, RewriteOptions};
 
-/// What becomes of disks that are part of the snapshot.
+/// How the captured disks are brought back.
 #[derive(Args)]
 pub(super) struct RevertDisksArgs {
-    /// Put the files for the disks' changes there [default: beside the image]
+    /// Create the disks' overlays in this directory [default: beside the image]
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
-    /// Throw the disks' changes away when QEMU ends
+    /// Discard the disks' changes when QEMU ends
     #[arg(long)]
     ephemeral: bool,
     /// Use PATH, an unchanged copy, as the frozen file of a disk
@@ -21,11 +21,11 @@ pub(super) struct RevertDisksArgs {
 }
 
 impl RevertDisksArgs {
-    /// Puts them where a revert looks for them.
+    /// Adds them to a revert's options.
     pub(super) fn apply(self, options: RewriteOptions) -> RewriteOptions {
         RewriteOptions {
             overlays: OverlayOptions {
-                folder: self.overlay_dir,
+                directory: self.overlay_dir,
                 prefix: None,
                 ephemeral: self.ephemeral,
             },

@@ -5,37 +5,33 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+use super::cancellation;
 use super::output::{Failure, Output};
-use super::{cancellation, parse_compression};
+use super::writing::{WriteArgs, WriteImageArgs};
 use crate::cancel::Cancellation;
 use crate::exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export as write,
     import as read, words,
 };
-use crate::image::Compression;
 
-/// How long an interrupted export or import that goes through a pipe has to end: longer
-/// only if it waits for a pipe that nobody moves.
+/// How long an interrupted export or import through a pipe has to end. It takes longer only
+/// where it waits for the other end of the pipe, which may never come.
 const CLEAN_UP: Duration = Duration::from_secs(2);
 
-/// The longest file with a command line that is believed, in bytes.
+/// The longest file with a command line that is read, in bytes; the rest is ignored.
 const MAX_COMMAND_BYTES: u64 = 4 << 20;
 
 #[derive(Args)]
 pub(super) struct ExportArgs {
     /// The image
     image: PathBuf,
-    /// What it is written as
+    /// The format to write
     #[arg(long = "to", value_name = "FORMAT")]
     format: Format,
-    /// The file to write (for flat: the folder); - for standard output
+    /// The file to write (for memory: the directory); - for standard output
     file: PathBuf,
-    /// Replace an existing file
-    #[arg(long)]
-    force: bool,
-    /// Print one JSON object a line
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub write: WriteArgs,
 }
 
 #[derive(Args)]
@@ -51,18 +47,11 @@ pub(super) struct ImportArgs {
     /// The QEMU binary to record instead of the one on the command line
     #[arg(long, value_name = "BIN")]
     qemu: Option<PathBuf>,
-    /// Have the guest run after a revert although it was stopped when it was written
+    /// Let the guest run after a revert even if it was stopped when it was written
     #[arg(long)]
     run: bool,
-    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
-    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
-    compress: Compression,
-    /// Replace an existing image
-    #[arg(long)]
-    force: bool,
-    /// Print one JSON object a line
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub written: WriteImageArgs,
     /// QEMU's command line, as the guest had it
     #[arg(last = true, value_name = "QEMU ARGS")]
     words: Vec<String>,
@@ -74,8 +63,9 @@ enum Format {
     Stream,
     /// A mapped-ram file, which QEMU 9.0 and later loads
     MappedRam,
-    /// A folder with a sparse file of memory for each block
-    Flat,
+    /// Plain memory: a directory with a sparse file for each block
+    #[value(alias = "flat")]
+    Memory,
     /// An ELF core of physical memory, for crash, gdb and readelf
     Elf,
 }
@@ -85,7 +75,7 @@ impl From<Format> for ExportFormat {
         match format {
             Format::Stream => ExportFormat::Stream,
             Format::MappedRam => ExportFormat::MappedRam,
-            Format::Flat => ExportFormat::Flat,
+            Format::Memory => ExportFormat::Memory,
             Format::Elf => ExportFormat::Elf,
         }
     }
@@ -98,13 +88,12 @@ fn named(path: PathBuf) -> Option<PathBuf> {
 
 pub(super) async fn export(args: ExportArgs) -> Result<(), Failure> {
     let options = ExportOptions {
-        image: args.image,
-        format: args.format.into(),
         to: named(args.file),
-        force: args.force,
+        force: args.write.force,
+        ..ExportOptions::new(args.image, args.format.into())
     };
     // Standard output is either the export's or the messages'.
-    let output = options.to.is_some().then(|| Output::new(args.json));
+    let output = options.to.is_some().then(|| Output::new(args.write.json));
     let tell = move |event| {
         if let Some(output) = &output {
             output.exchange(&event);
@@ -126,14 +115,14 @@ pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
     };
     let options = ImportOptions {
         from: named(args.file),
-        image: args.image,
         command,
         qemu: args.qemu,
         run: args.run,
-        compression: args.compress,
-        force: args.force,
+        compression: args.written.compress,
+        force: args.written.write.force,
+        ..ImportOptions::new(args.image)
     };
-    let output = Output::new(args.json);
+    let output = Output::new(args.written.write.json);
     let is_file = |path: &PathBuf| path.metadata().is_ok_and(|metadata| metadata.is_file());
     let give_up = (!options.from.as_ref().is_some_and(is_file)).then_some(CLEAN_UP);
     let work = move |cancel: &Cancellation| {
@@ -149,8 +138,8 @@ fn read_text(path: &PathBuf) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Runs blocking work; an interrupt asks it to stop. It is waited for, since it cleans up
-/// behind itself, or given up after a while if it may never hear of it.
+/// Runs blocking work; an interrupt cancels it. The work is waited for, since it removes what
+/// it has written; for `give_up` at most where it may never notice.
 async fn run(
     cancel: Cancellation,
     give_up: Option<Duration>,

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::cancellation;
 use super::output::{Failure, Output, size};
-use super::{cancellation, parse_compression};
-use crate::image::{Compression, Image, WriterOptions, flatten as flatten_image, flatten_flat};
+use super::writing::{WriteArgs, WriteImageArgs};
+use crate::image::{self, Image, WriterOptions};
 use crate::page::PAGE_SIZE;
 
 #[derive(Args)]
@@ -20,46 +21,38 @@ pub(super) struct FlattenArgs {
     /// How the image is laid out
     #[arg(long, value_name = "LAYOUT", default_value = "packed")]
     layout: Layout,
-    /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19); always none in a flat image
-    #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
-    compress: Compression,
-    /// Replace an existing image
-    #[arg(long)]
-    force: bool,
-    /// Print one JSON object a line
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub written: WriteImageArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Layout {
-    /// As small as it gets
+    /// Chunks back to back, compressed: the smallest
     Packed,
-    /// As it lies in memory, to be mapped: revert --place map
+    /// As it lies in memory, never compressed, to be mapped: revert --place map
     Flat,
 }
 
 /// Makes one image of an image and of all that it refers to.
 pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
-    let output = Arc::new(Output::new(args.json));
+    let WriteImageArgs { compress, write: WriteArgs { force, json } } = args.written;
+    let output = Arc::new(Output::new(json));
     let cancel = cancellation()?;
     let work = tokio::task::spawn_blocking({
         let output = Arc::clone(&output);
         move || {
             let image = Image::open(&args.image)?;
-            let options = WriterOptions {
-                compression: args.compress,
-                force: args.force,
-                ..WriterOptions::default()
-            };
+            let options =
+                WriterOptions { compression: compress, force, ..WriterOptions::default() };
             let progress = |done, total| {
                 output.advance(done, total, String::new());
                 !cancel.is_requested()
             };
-            match args.layout {
-                Layout::Packed => flatten_image(&image, &args.to, options, progress),
-                Layout::Flat => flatten_flat(&image, &args.to, args.force, progress),
-            }
+            let layout = match args.layout {
+                Layout::Packed => image::Layout::Packed,
+                Layout::Flat => image::Layout::Flat,
+            };
+            image::flatten(&image, &args.to, layout, options, progress)
         }
     });
     // Interrupted, it is waited for, since it cleans up behind itself.

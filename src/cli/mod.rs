@@ -5,11 +5,13 @@ mod check;
 mod detach;
 mod disks;
 mod exchange;
+mod flags;
 mod flatten;
 mod output;
 mod report;
 mod rtc;
 mod save;
+mod writing;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,7 +23,7 @@ use self::output::{Failure, Output};
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::revert::{Delivery, RevertOptions, ServeOptions, Way};
+use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
 
 /// Exit code of a command that failed.
 const FAILED: u8 = 1;
@@ -38,13 +40,13 @@ struct Cli {
 enum Command {
     /// Take a snapshot of a running guest: memory, devices and disks
     Save(save::SaveArgs),
-    /// Ask whether a save would work, without touching the guest
+    /// Tell whether a save would work, without touching the guest
     Check(check::CheckArgs),
-    /// Start a saved guest again, and let it run at once
+    /// Start a saved guest, which runs at once
     Revert(RevertArgs),
-    /// Give a saved guest to a QEMU that waits for an incoming migration
+    /// Bring a saved guest to a QEMU that waits for an incoming migration
     Serve(ServeArgs),
-    /// Show or make an image's working set: what a revert brings first
+    /// Show or record an image's working set: the pages that a revert brings first
     WorkingSet(WorkingSetArgs),
     /// Show what an image holds
     Info(ImageArgs),
@@ -54,7 +56,7 @@ enum Command {
     Import(exchange::ImportArgs),
     /// Check every checksum of an image
     Verify(VerifyArgs),
-    /// Make one image of an image and of all that it refers to
+    /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
@@ -67,29 +69,32 @@ struct RevertArgs {
     /// The QEMU binary to use instead of the recorded one
     #[arg(long, value_name = "BIN")]
     qemu: Option<PathBuf>,
-    /// Make QEMU listen for QMP there (a unix socket)
+    /// Create a QMP socket there (a Unix socket)
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
-    /// Use path NEW wherever the recorded command line names OLD, or something below it
+    /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
     #[command(flatten)]
     disks: disks::RevertDisksArgs,
     #[command(flatten)]
     rtc: rtc::RtcArgs,
+    /// How memory reaches the guest
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    place: PlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
     /// Let the guest run only once its working set is in place
     #[arg(long, conflicts_with = "no_working_set")]
     preload: bool,
-    /// Check the whole image first; memory that is mapped is checked in no other way
+    /// Verify the whole image first; with --place map nothing else verifies it
     #[arg(long)]
     check: bool,
     /// Return as soon as the guest runs; memory is filled in the background
     #[arg(long)]
     detach: bool,
     /// With --detach: the log file of the background server [default: a new file in a
-    /// private folder, which is named]
+    /// private directory, which is named]
     #[arg(long, value_name = "FILE", requires = "detach")]
     log: Option<PathBuf>,
     /// Print one JSON object a line
@@ -103,16 +108,14 @@ struct RevertArgs {
     extra: Vec<String>,
 }
 
+/// How memory is brought, in whatever way it reaches the guest.
 #[derive(Args)]
 struct DeliveryArgs {
-    /// How memory reaches the guest
-    #[arg(long, value_name = "WAY", default_value = "auto")]
-    place: Place,
     /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
-    /// what the guest waits for and zeros don't count
+    /// what the guest waits for does not count, and neither do zeros
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     fill_rate: Option<u64>,
-    /// Fill memory only once the guest has not asked for any for so many seconds
+    /// Fill memory only once the guest has asked for none for so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     fill_delay: Option<Duration>,
     /// Neither use nor record the image's working set
@@ -120,27 +123,31 @@ struct DeliveryArgs {
     no_working_set: bool,
 }
 
-impl From<DeliveryArgs> for Delivery {
-    fn from(args: DeliveryArgs) -> Delivery {
+impl DeliveryArgs {
+    fn delivery(self, placement: Placement) -> Delivery {
         Delivery {
-            way: args.place.into(),
-            fill_rate: args.fill_rate,
-            fill_delay: args.fill_delay,
-            working_set: !args.no_working_set,
+            placement,
+            fill_rate: self.fill_rate,
+            fill_delay: self.fill_delay,
+            working_set: !self.no_working_set,
             ..Delivery::default()
         }
     }
 }
 
 #[derive(Args)]
+#[command(after_help = SERVE_HELP)]
 struct ServeArgs {
     /// The image
     image: PathBuf,
-    /// Where QEMU waits: unix:PATH
+    /// The socket on which QEMU waits for the migration
     #[arg(long, value_name = "unix:PATH", value_parser = parse_unix_address)]
     to: PathBuf,
     #[command(flatten)]
     rtc: rtc::RtcArgs,
+    /// How memory reaches the guest
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    place: ServePlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
     /// Print one JSON object a line
@@ -148,11 +155,22 @@ struct ServeArgs {
     json: bool,
 }
 
+/// What has to be done before `serve`.
+const SERVE_HELP: &str = "\
+Before, start QEMU with the machine, the devices and the disks that the guest was saved with
+(`snapback info` shows its command line) and with `-incoming defer`, and tell it by QMP:
+
+  {\"execute\": \"migrate-set-capabilities\", \"arguments\":
+    {\"capabilities\": [{\"capability\": \"postcopy-ram\", \"state\": true}]}}
+  {\"execute\": \"migrate-incoming\", \"arguments\": {\"uri\": \"unix:PATH\"}}
+
+Never start it on a frozen disk itself: give it an overlay over each.";
+
 #[derive(Args)]
 struct WorkingSetArgs {
     /// The image
     image: PathBuf,
-    /// Make one by a revert that is thrown away, without network and without disk writes
+    /// Record one by a revert that is discarded, without network and without disk writes
     #[arg(long)]
     harvest: bool,
     /// With --harvest: how long the guest is watched
@@ -179,16 +197,16 @@ struct ImageArgs {
 struct VerifyArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// Check the images that it refers to as well
+    /// Check its parents as well
     #[arg(long)]
     chain: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Place {
-    /// Mapped from a flat image, else straight into its memory, else by QEMU's socket
+enum PlacementArg {
+    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket
     Auto,
-    /// Straight into its memory, by QEMU's userfaultfd, or fail
+    /// Directly into its memory, by QEMU's userfaultfd, or fail
     Uffd,
     /// By QEMU's postcopy socket
     Socket,
@@ -196,13 +214,34 @@ enum Place {
     Map,
 }
 
-impl From<Place> for Way {
-    fn from(place: Place) -> Way {
-        match place {
-            Place::Auto => Way::Auto,
-            Place::Uffd => Way::Uffd,
-            Place::Socket => Way::Socket,
-            Place::Map => Way::Map,
+impl From<PlacementArg> for Placement {
+    fn from(placement: PlacementArg) -> Placement {
+        match placement {
+            PlacementArg::Auto => Placement::Auto,
+            PlacementArg::Uffd => Placement::Uffd,
+            PlacementArg::Socket => Placement::Socket,
+            PlacementArg::Map => Placement::Map,
+        }
+    }
+}
+
+/// As [`PlacementArg`], without `map`: a QEMU that runs already has its memory.
+#[derive(Clone, Copy, ValueEnum)]
+enum ServePlacementArg {
+    /// Directly into its memory where that works, else by QEMU's socket
+    Auto,
+    /// Directly into its memory, by QEMU's userfaultfd, or fail
+    Uffd,
+    /// By QEMU's postcopy socket
+    Socket,
+}
+
+impl From<ServePlacementArg> for Placement {
+    fn from(placement: ServePlacementArg) -> Placement {
+        match placement {
+            ServePlacementArg::Auto => Placement::Auto,
+            ServePlacementArg::Uffd => Placement::Uffd,
+            ServePlacementArg::Socket => Placement::Socket,
         }
     }
 }
@@ -251,8 +290,8 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Runs the program with the arguments that it was given. Wrong usage ends it with
-/// exit code 2 and a message, here and now.
+/// Runs the program with its arguments. Wrong usage ends it here, with a message and exit
+/// code 2.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
@@ -266,13 +305,13 @@ pub fn main() -> ExitCode {
         }
     };
     let code = runtime.block_on(run(cli.command));
-    // A blocking call that is still under way (a read of a dead disk) must not keep
-    // the program from ending.
+    // A blocking call that is stuck, such as a read of a failed disk, must not keep the
+    // program from ending.
     runtime.shutdown_background();
     code
 }
 
-/// Diagnostics go to stderr; the variable SNAPBACK_LOG asks for more than warnings.
+/// Diagnostics go to stderr: warnings, or what the variable SNAPBACK_LOG asks for.
 fn init_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("SNAPBACK_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
@@ -287,14 +326,14 @@ async fn run(command: Command) -> ExitCode {
         Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),
-        Command::Info(args) => (args.json, report::info(&args.image, args.json)),
-        Command::Export(args) => (args.json, exchange::export(args).await),
-        Command::Import(args) => (args.json, exchange::import(args).await),
+        Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
+        Command::Export(args) => (args.write.json, exchange::export(args).await),
+        Command::Import(args) => (args.written.write.json, exchange::import(args).await),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
-            (args.json, report::verify(&args.image, chain, args.json))
+            (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
         }
-        Command::Flatten(args) => (args.json, flatten::flatten(args).await),
+        Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -320,48 +359,56 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
-    let mut delivery: Delivery = args.delivery.into();
+    let mut delivery = args.delivery.delivery(args.place.into());
     if args.serving_detached {
-        // It goes to a log, which nobody empties.
+        // Its events go to a log that grows for as long as it runs.
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        image: args.image,
         rewrite: args.disks.apply(rewrite),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,
+        ..RevertOptions::new(args.image)
     };
-    crate::revert::revert(&options, cancellation()?, |event| output.revert(&event)).await?;
-    Ok(())
+    let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;
+    reverted.map(drop).map_err(explained)
 }
 
 async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     let options = ServeOptions {
-        image: args.image,
-        to: args.to,
-        delivery: args.delivery.into(),
+        delivery: args.delivery.delivery(args.place.into()),
         rtc: args.rtc.into(),
+        ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
-    crate::revert::serve(&options, cancellation()?, |event| output.revert(&event)).await?;
-    Ok(())
+    let served = crate::revert::serve(&options, cancellation()?, |e| output.revert(&e)).await;
+    served.map(drop).map_err(explained)
+}
+
+/// What failed in a revert, with the argument in place of the option.
+fn explained(error: RevertError) -> Failure {
+    match error {
+        RevertError::Rtc(why) => Failure::said(format!(
+            "the machine's clock can't go on from the moment: {why}; leave out --rtc keep"
+        )),
+        error => error.into(),
+    }
 }
 
 async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
+    let output = Output::new(args.json);
     if args.harvest {
-        let output = Output::new(args.json);
         let rewrite = RewriteOptions { qemu: args.qemu, ..RewriteOptions::default() };
-        let options =
-            RevertOptions { image: args.image.clone(), rewrite, ..RevertOptions::default() };
+        let options = RevertOptions { rewrite, ..RevertOptions::new(&args.image) };
         crate::revert::harvest(&options, args.window, cancellation()?, |e| output.revert(&e))
             .await?;
     }
-    report::working_set(&args.image, args.json)
+    report::working_set(&args.image, &output)
 }
 
-/// Cancellation from the terminal (SIGINT) and from whoever ends us politely (SIGTERM).
+/// Cancellation by an interrupt from the terminal (SIGINT) or by SIGTERM.
 fn cancellation() -> Result<Cancellation, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let listen = |kind| signal(kind).map_err(|e| Failure::new("listening for signals failed", &e));

@@ -2,30 +2,40 @@
 
 use std::fmt;
 use std::io::{IsTerminal, Write};
-use std::time::Instant;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::flags::with_flags;
 use crate::page::PAGE_SIZE;
-use crate::revert::{Progress, RevertEvent, Way};
-use crate::save::{PauseParts, SaveEvent};
+use crate::revert::{Placement, Progress, RevertEvent};
+use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
 
-/// A command that failed, in words.
+/// When the program began, from which the times of events count.
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// Milliseconds since the program began, to the microsecond.
+fn ms() -> f64 {
+    (START.elapsed().as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Why a command failed.
 pub(super) struct Failure {
     message: String,
-    /// It has been printed already, by whoever did the work.
+    /// Whether it has been printed already.
     pub printed: bool,
 }
 
 impl Failure {
-    /// Something that failed on our side.
+    /// A failure of an operation, named as in "starting the server failed".
     pub fn new(doing: &str, error: &dyn fmt::Display) -> Failure {
         Failure { message: format!("{doing}: {error}"), printed: false }
     }
 
-    /// A failure in words that say all.
+    /// A failure with a message that says everything.
     pub fn said(message: String) -> Failure {
         Failure { message, printed: false }
     }
@@ -37,27 +47,27 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-/// Prints a failure where its reader looks for it.
+/// Prints a failure to stderr, and as an event too where events are printed.
 pub(super) fn print_failure(failure: &Failure, json: bool) {
     if failure.printed {
         return;
     }
     if json {
-        print_line(&json!({ "event": "error", "message": failure.message }).to_string());
+        print_line(&json_line(&json!({ "event": "error", "message": failure.message })));
     }
-    let _ = writeln!(std::io::stderr(), "snapback: {}", failure.message);
+    let _ = writeln!(std::io::stderr(), "snapback: {}", with_flags(&failure.message));
 }
 
-/// Prints one line. A reader that has gone away is not our failure.
+/// Prints one line, with flags for the fields that it names. Nothing is done about a reader
+/// that has gone away.
 pub(super) fn print_line(line: &str) {
     let mut stdout = std::io::stdout().lock();
-    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+    let _ = writeln!(stdout, "{}", with_flags(line)).and_then(|()| stdout.flush());
 }
 
-/// Prints events as they come.
+/// Prints events as they happen.
 pub(super) struct Output {
     json: bool,
-    start: Instant,
     bar: ProgressBar,
     /// Whether events go to stderr too.
     log: bool,
@@ -69,37 +79,29 @@ impl Output {
             true => ProgressBar::new(0).with_style(bar_style()),
             false => ProgressBar::hidden(),
         };
-        Output { json, start: Instant::now(), bar, log: false }
+        LazyLock::force(&START);
+        Output { json, bar, log: false }
     }
 
-    /// The output of a server in the background: JSON for whoever started it, for as
+    /// The output of a server in the background: JSON to the process that started it, for as
     /// long as that reads, and the same to the log.
     pub fn of_server() -> Output {
-        Output { json: true, start: Instant::now(), bar: ProgressBar::hidden(), log: true }
+        LazyLock::force(&START);
+        Output { json: true, bar: ProgressBar::hidden(), log: true }
     }
 
-    fn ms(&self) -> f64 {
-        (self.start.elapsed().as_secs_f64() * 1e6).round() / 1e3
-    }
-
-    /// One object: the event's name and time first, for whoever reads along.
+    /// Prints an event as one JSON object.
     pub fn print_json(&self, event: &impl Serialize) {
-        let Ok(Value::Object(mut fields)) = serde_json::to_value(event) else { return };
-        let name = fields.remove("event").unwrap_or_default();
-        let mut line = format!("{{\"event\":{name},\"ms\":{}", self.ms());
-        for (key, value) in fields {
-            line.push_str(&format!(",\"{key}\":{value}"));
-        }
-        line.push('}');
+        let line = json_line(event);
         print_line(&line);
         if self.log {
-            let _ = writeln!(std::io::stderr(), "{line}");
+            let _ = writeln!(std::io::stderr(), "{}", with_flags(&line));
         }
     }
 
     pub fn say(&self, what: &str, details: &str) {
-        let line = format!("{:>10.1} ms  {what:<11}{details}", self.ms());
-        // A bar that has not begun is not drawn yet, and suspending it would do that.
+        let line = format!("{:>10.1} ms  {what:<11}{details}", ms());
+        // Suspending a bar draws it, which is too early before it has a length.
         match self.bar.length() {
             None | Some(0) => print_line(line.trim_end()),
             Some(_) => self.bar.suspend(|| print_line(line.trim_end())),
@@ -110,12 +112,12 @@ impl Output {
         self.json
     }
 
-    /// Takes the bar away, for what is said last.
+    /// Removes the bar, before the last lines are printed.
     pub fn finish_bar(&self) {
         self.bar.finish_and_clear();
     }
 
-    /// The end of a command: an event for programs, words for people.
+    /// Reports the end of a command: as an event, or in words.
     pub fn done(&self, event: &Value, what: &str, details: &str) {
         self.bar.finish_and_clear();
         match self.json {
@@ -124,10 +126,16 @@ impl Output {
         }
     }
 
+    /// Moves the bar to `done` of `total` pages.
     pub fn advance(&self, done: u64, total: u64, message: String) {
-        self.bar.set_length(total * PAGE_SIZE as u64);
-        self.bar.set_position(done * PAGE_SIZE as u64);
+        self.advance_bytes(done * PAGE_SIZE as u64, total * PAGE_SIZE as u64);
         self.bar.set_message(message);
+    }
+
+    /// Moves the bar to `done` of `total` bytes.
+    pub fn advance_bytes(&self, done: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(done);
     }
 
     pub fn save(&self, event: &SaveEvent) {
@@ -155,8 +163,8 @@ impl Output {
             }
             SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
-            SaveEvent::Folded { disk } => {
-                self.say("folded", &format!("the overlay back into disk {disk}"));
+            SaveEvent::Committed { disk } => {
+                self.say("committed", &format!("the overlay back into disk {disk}"));
             }
             SaveEvent::Moment { pause_ms: Some(pause), pause_parts, .. } => {
                 let parts = pause_parts.map(|parts| {
@@ -179,7 +187,13 @@ impl Output {
                 self.advance(*pages, *total, format!("{} written", size(*image_bytes)));
             }
             SaveEvent::Saved {
-                bytes, zero_pages, parent_pages, image_bytes, stalled_ms, ..
+                bytes,
+                zero_pages,
+                parent_pages,
+                image_bytes,
+                stalled_ms,
+                disks,
+                ..
             } => {
                 self.bar.finish_and_clear();
                 let zero = size(zero_pages * PAGE_SIZE as u64);
@@ -196,28 +210,62 @@ impl Output {
                     "saved",
                     &format!("{data}{parent} and {zero} of zeros in {image}{stalled}"),
                 );
+                self.switched(disks);
             }
         }
     }
 
-    /// The guest of a new image has run, `running_ms` after its revert began.
-    pub fn proved(&self, running_ms: f64) {
+    /// Tells last, where it is seen, that the guest's disks are other files from now on; for
+    /// each disk a line that can be pasted into whatever starts the guest.
+    fn switched(&self, disks: &[SwitchedDisk]) {
+        if disks.is_empty() {
+            return;
+        }
+        self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
+        let detail = |text: &str| print_line(&format!("{:26}{text}", ""));
+        detail("Started from an old file again, it loses all that it has written since, and");
+        detail("destroys this snapshot.");
+        for SwitchedDisk { frozen, option, .. } in disks {
+            detail(&format!("Instead of {frozen} and its format:"));
+            print_line(&shlex::try_quote(option).unwrap_or(option.into()));
+        }
+    }
+
+    /// The guest of a new image has run again, so long after its revert began.
+    pub fn proved(&self, after: Duration) {
+        let ms = after.as_secs_f64() * 1e3;
         match self.json {
-            true => self.print_json(&json!({ "event": "proved", "running_ms": running_ms })),
-            false => self.say("proved", &format!("its guest ran again after {running_ms:.1} ms")),
+            true => self.print_json(&json!({ "event": "proved", "running_ms": ms })),
+            false => self.say("proved", &format!("its guest ran again after {ms:.1} ms")),
         }
     }
 
     /// What became of a save that was killed.
-    pub fn recovered(&self, what: &str) {
-        match self.json {
-            true => {
-                let (outcome, says) = what.split_once(": ").unwrap_or((what, ""));
-                let event = json!({ "event": "recovered", "outcome": outcome, "says": says });
-                self.print_json(&event);
+    pub fn recovered(&self, done: &Recovered) {
+        let (outcome, says, disks) = match done {
+            Recovered::Nothing { journal } => {
+                let journal = journal.display();
+                let says = format!(
+                    "there is no journal {journal}, so either no save of this image was killed, \
+                     or the image was called otherwise"
+                );
+                ("nothing", says, &[][..])
             }
-            false => self.say("recovered", what),
+            Recovered::Saved { disks } => {
+                let says = "the image is whole, the guest goes on in its overlays".to_owned();
+                ("saved", says, &disks[..])
+            }
+            Recovered::Undone => {
+                ("undone", "the guest is as it was before the save".to_owned(), &[][..])
+            }
+        };
+        if self.json {
+            return self.print_json(&json!({
+                "event": "recovered", "outcome": outcome, "says": says, "disks": disks,
+            }));
         }
+        self.say("recovered", &format!("{outcome}: {says}"));
+        self.switched(disks);
     }
 
     pub fn revert(&self, event: &RevertEvent) {
@@ -234,11 +282,11 @@ impl Output {
                 self.say("disk", &format!("{disk}: {changes}"));
             }
             RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
-            RevertEvent::Placing { way, reason } => {
-                let way = match way {
-                    Way::Socket => "by QEMU's socket",
-                    Way::Map => "by mapping the image",
-                    _ => "straight into memory, by userfaultfd",
+            RevertEvent::Placing { placement, reason } => {
+                let way = match placement {
+                    Placement::Socket => "by QEMU's socket",
+                    Placement::Map => "by mapping the image",
+                    _ => "directly into memory, by userfaultfd",
                 };
                 self.say("placing", &format!("{way}: {reason}"));
             }
@@ -276,6 +324,22 @@ impl Output {
     }
 }
 
+/// An event as one JSON object, its name and time first.
+fn json_line(event: &impl Serialize) -> String {
+    let fields = match serde_json::to_value(event) {
+        Ok(Value::Object(fields)) => fields,
+        // Every event is a struct or a struct-like variant.
+        _ => serde_json::Map::new(),
+    };
+    let name = fields.get("event").unwrap_or(&Value::Null);
+    let mut line = format!("{{\"event\":{name},\"ms\":{}", ms());
+    for (key, value) in fields.iter().filter(|(key, _)| *key != "event") {
+        line.push_str(&format!(",\"{key}\":{value}"));
+    }
+    line.push('}');
+    line
+}
+
 fn bar_style() -> ProgressStyle {
     ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
@@ -293,5 +357,19 @@ pub(super) fn size(bytes: u64) -> String {
     match unit {
         0 => format!("{bytes} B"),
         _ => format!("{value:.1} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_begins_with_its_name_and_time() {
+        let line = json_line(&json!({ "bytes": 1, "event": "verified", "message": "a \"b\"" }));
+        assert!(line.starts_with("{\"event\":\"verified\",\"ms\":"), "{line}");
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert!(event["ms"].is_number(), "{line}");
+        assert_eq!((&event["bytes"], &event["message"]), (&json!(1), &json!("a \"b\"")));
     }
 }

@@ -1,11 +1,11 @@
-//! `info` and `verify`.
+//! `info`, `verify` and `working-set`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
-use super::output::{Failure, print_line, size};
+use super::output::{Failure, Output, print_line, size};
 use crate::image::{
     Damage, DamagedRange, Image, ImageError, LayerRef, Overview, look, verify as verify_image,
     verify_chain, verify_flat,
@@ -15,7 +15,7 @@ use crate::memory::{WorkingSet, working_set};
 use crate::page::PAGE_SIZE;
 
 /// Shows what an image holds.
-pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
+pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
     let Overview { manifest, file_len, layers } = look(path)?;
     let machine = &manifest.machine;
     let data_bytes = manifest.data_pages * PAGE_SIZE as u64;
@@ -23,7 +23,7 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
     let parent_pages: u64 = manifest.layers.iter().map(|layer| layer.pages).sum();
     let layout = if manifest.flat.is_empty() { "packed" } else { "flat" };
     let ratio = (data_bytes + zero_bytes) as f64 / file_len as f64;
-    if json {
+    if output.is_json() {
         let blocks: Vec<_> = manifest
             .blocks
             .iter()
@@ -35,7 +35,8 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
             .zip(&layers)
             .map(|(layer, found)| layer_json(layer, found))
             .collect();
-        let report = json!({
+        output.print_json(&json!({
+            "event": "info",
             "identity": manifest.identity.to_string(),
             "created_by": manifest.created_by,
             "moment_unix_us": manifest.moment_unix_us,
@@ -60,8 +61,7 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
             "data_bytes": data_bytes,
             "image_bytes": file_len,
             "ratio": ratio,
-        });
-        print_line(&report.to_string());
+        }));
         return Ok(());
     }
     let line = |what: &str, value: &str| print_line(&format!("{what:<13}{value}"));
@@ -72,10 +72,11 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
         None => "the guest was paused".into(),
     };
     line("moment", &format!("{}; {pause}", utc(manifest.moment_unix_us)));
-    line(
-        "qemu",
-        &format!("{} ({}), {}", machine.qemu, machine.qemu.package.trim(), machine.binary),
-    );
+    let package = match machine.qemu.package.trim() {
+        "" => String::new(),
+        package => format!(" ({package})"),
+    };
+    line("qemu", &format!("{}{package}, {}", machine.qemu, machine.binary));
     line("machine", &machine.machine_type);
     for block in &manifest.blocks {
         let page_size = match block.page_size {
@@ -85,14 +86,14 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
         line("block", &format!("{} {}{page_size}", block.name, size(block.len)));
     }
     line("memory", &format!("{} of data, {} of zeros", size(data_bytes), size(zero_bytes)));
-    line("file", &format!("{}, 1/{ratio:.1} of memory", size(file_len)));
+    line("file", &format!("{}, {:.1} % of memory", size(file_len), 100.0 / ratio));
     let to_be_mapped = if layout == "flat" { ", to be mapped (revert --place map)" } else { "" };
     line("layout", &format!("{layout}{to_be_mapped}"));
     for (layer, found) in manifest.layers.iter().zip(&layers) {
         let bytes = size(layer.pages * PAGE_SIZE as u64);
         match found {
             Ok(path) => {
-                let (path, identity) = (path.display(), layer.identity);
+                let identity = layer.identity;
                 line("parent", &format!("{bytes} of the data lie in {path} ({identity})"));
             }
             Err(error) => line("parent", &format!("MISSING, with {bytes} of the data: {error}")),
@@ -126,14 +127,20 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
         line("not included", &format!("device {device}: QEMU has to be given it for a revert"));
     }
     line("started in", &machine.cwd);
-    line("started as", &machine.argv.join(" "));
+    line("started as", &shell_words(&machine.argv));
     Ok(())
 }
 
-fn layer_json(layer: &LayerRef, found: &Result<PathBuf, ImageError>) -> serde_json::Value {
+/// A command line to be pasted into a shell.
+fn shell_words(argv: &[String]) -> String {
+    // No argument of a process has a NUL in it, which is all that can't be quoted.
+    shlex::try_join(argv.iter().map(String::as_str)).unwrap_or_else(|_| argv.join(" "))
+}
+
+fn layer_json(layer: &LayerRef, found: &Result<String, ImageError>) -> serde_json::Value {
     json!({
         "identity": layer.identity.to_string(),
-        "path": found.as_ref().ok().map(|path| path.display().to_string()),
+        "path": found.as_ref().ok(),
         "problem": found.as_ref().err().map(|error| error.to_string()),
         "relative": layer.relative,
         "absolute": layer.absolute,
@@ -143,23 +150,22 @@ fn layer_json(layer: &LayerRef, found: &Result<PathBuf, ImageError>) -> serde_js
 }
 
 /// Shows an image's working set.
-pub(super) fn working_set(path: &Path, json: bool) -> Result<(), Failure> {
+pub(super) fn working_set(path: &Path, output: &Output) -> Result<(), Failure> {
     let image = Image::open(path)?;
     let manifest = image.manifest();
     let file = working_set::path_for(path);
     let set = WorkingSet::load(&file, image.identity(), &manifest.blocks)?;
     let pages = set.pages.len() as u64;
     let share = pages as f64 / (manifest.data_pages + manifest.zero_pages).max(1) as f64;
-    if json {
-        let report = json!({
+    if output.is_json() {
+        output.print_json(&json!({
             "event": "working_set",
             "path": file.display().to_string(),
             "identity": set.identity.to_string(),
             "recorded_unix": set.recorded_unix,
             "pages": pages,
             "share": share,
-        });
-        print_line(&report.to_string());
+        }));
         return Ok(());
     }
     let bytes = size(pages * PAGE_SIZE as u64);
@@ -170,27 +176,29 @@ pub(super) fn working_set(path: &Path, json: bool) -> Result<(), Failure> {
 }
 
 /// Checks every checksum of an image, and with `chain` of those that it refers to.
-pub(super) fn verify(path: &Path, chain: bool, json: bool) -> Result<(), Failure> {
+pub(super) fn verify(path: &Path, chain: bool, output: &Output) -> Result<(), Failure> {
     let image = Image::open(path)?;
     let others = image.manifest().layers.len();
-    let mut report = match chain {
-        true => verify_chain(&image, |_, _| {})?,
-        false => verify_image(&image, |_, _| {})?,
+    let progress = |done, total| output.advance_bytes(done, total);
+    let verified = match chain {
+        true => verify_chain(&image, progress),
+        false => verify_image(&image, progress),
     };
+    output.finish_bar();
+    let mut report = verified?;
     if let Err(error) = verify_flat(&image) {
         report.damages.push(Damage { error, ranges: Vec::new(), bytes: 0 });
     }
     if report.is_whole() {
         let checked = if chain { others } else { 0 };
-        if json {
-            let report = json!({
+        if output.is_json() {
+            output.print_json(&json!({
                 "event": "verified",
                 "pages": report.pages,
                 "chunks": report.chunks,
                 "parents": others,
                 "parents_checked": checked,
-            });
-            print_line(&report.to_string());
+            }));
             return Ok(());
         }
         let parents = match (others, chain) {
@@ -207,14 +215,14 @@ pub(super) fn verify(path: &Path, chain: bool, json: bool) -> Result<(), Failure
         return Ok(());
     }
     for damage in &report.damages {
-        match json {
-            true => print_line(&damage_json(damage).to_string()),
+        match output.is_json() {
+            true => output.print_json(&damage_json(damage)),
             false => print_damage(damage),
         }
     }
     let count = report.damages.len() as u64 + report.more_damages;
     Err(Failure::said(format!(
-        "{} is damaged in {count} place(s): take another image; memory elsewhere in it is intact",
+        "{} is damaged in {count} place(s): use another image; the rest of it is intact",
         path.display()
     )))
 }
@@ -236,8 +244,21 @@ fn damage_json(damage: &Damage) -> serde_json::Value {
     })
 }
 
-/// A time in microseconds since 1970 as people read it, in UTC.
+/// A time in microseconds since 1970, in UTC, by RFC 3339.
 fn utc(unix_us: u64) -> String {
     let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_micros(unix_us));
     time.map_or("unknown".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_can_be_pasted_into_a_shell() {
+        let argv = ["qemu", "-append", "console=ttyS0 quiet", "-drive", "file=/a b,,c"];
+        let words = shell_words(&argv.map(String::from));
+        assert_eq!(shlex::split(&words).unwrap(), argv);
+        assert!(words.starts_with("qemu -append "), "{words}");
+    }
 }

@@ -4,19 +4,20 @@ use clap::{Args, ValueEnum};
 
 use crate::revert::Rtc;
 
-/// What the guest finds on the machine's clock.
+/// The time that the machine's clock shows after a revert.
 #[derive(Args)]
 pub(super) struct RtcArgs {
-    /// What the machine's battery-backed clock shows; the guest's own goes on from the moment
+    /// What the machine's battery-backed clock (RTC) shows; the guest's own clock always goes on
+    /// from the moment of the snapshot
     #[arg(long, value_name = "TIME", default_value = "now")]
     rtc: RtcTime,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum RtcTime {
-    /// The time of now
+    /// The present time
     Now,
-    /// The time of the snapshot's moment, from which it goes on
+    /// The time of the snapshot, from which it goes on
     Keep,
 }
 

@@ -1,12 +1,11 @@
-//! A command line as people keep them: in a shell script, in libvirt's log, or
-//! copied from /proc.
+//! A command line from a shell script, from libvirt's log, or copied from /proc.
 
 /// The words of a command line. Words are split as a POSIX shell splits them, with
 /// quotes, backslashes and comments, but nothing is expanded; a text with zero bytes
 /// in it is taken as /proc/PID/cmdline (proc_pid_cmdline(5)) and split at these.
 ///
 /// # Errors
-/// Says what can't be understood.
+/// When the text can't be parsed; says why.
 pub fn words(text: &str) -> Result<Vec<String>, String> {
     if text.contains('\0') {
         let text = text.strip_suffix('\0').unwrap_or(text);

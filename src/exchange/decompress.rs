@@ -13,10 +13,10 @@ use super::ExchangeError;
 use super::patient::Patient;
 use crate::cancel::Cancellation;
 
-/// The most bytes kept of what a program says.
+/// The most bytes kept of a program's messages.
 const MAX_SAID: u64 = 4096;
 
-/// How long a program may take to end once nobody reads its output any more.
+/// How long a program may take to end once its output is no longer read.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// The output of a program that decompresses. Dropping it ends the program.
@@ -24,7 +24,7 @@ pub(super) struct Decompressed<'a> {
     path: PathBuf,
     tool: &'static str,
     child: Child,
-    /// Until nobody wants more.
+    /// Ends a read that waits.
     stdout: Option<Patient<'a, ChildStdout>>,
     /// It has given all that it will.
     at_end: bool,
@@ -32,8 +32,8 @@ pub(super) struct Decompressed<'a> {
 }
 
 impl<'a> Decompressed<'a> {
-    /// Has `tool` decompress what is left of `input`, which messages name `path`. Reading
-    /// its output fails once somebody asks to stop.
+    /// Starts `tool` to decompress the rest of `input`, which messages name `path`. Reading its
+    /// output fails once cancellation is requested.
     pub fn start(
         tool: &'static str,
         input: File,

@@ -1,22 +1,21 @@
-//! What can go wrong with an export or import.
+//! Errors of an export or import.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ExportFormat;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::image::ImageError;
-use crate::page::SourceError;
 use crate::wire::WireError;
 
-/// Why an export or import failed. Nothing is left behind then.
+/// Why an export or import failed. It leaves no file behind.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExchangeError {
     /// An image can't be read or written.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// The migration stream to import can't be understood.
+    /// The migration stream to import can't be parsed.
     #[error("`{}`: {error}", path.display())]
     Stream {
         /// The file.
@@ -37,20 +36,20 @@ pub enum ExchangeError {
     /// The operating system refused something.
     #[error("can't {doing} `{}`: {source}", path.display())]
     Io {
-        /// What was being done, to be followed by the path.
+        /// The operation, a verb that the path follows.
         doing: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's reason.
         source: io::Error,
     },
-    /// Standard output can't take the export.
+    /// The export can't be written to standard output.
     #[error("can't write to standard output: {0}")]
     Output(String),
-    /// The format needs a file.
+    /// The format can't be written to a pipe.
     #[error("the format {0} needs a file: only a stream can go to a pipe")]
     NeedsFile(ExportFormat),
-    /// The file is of no known format.
+    /// The file has no known format.
     #[error(
         "`{}` begins with {begins:?}: that is neither a migration stream (QEVM) nor a guest saved \
          by libvirt (LibvirtQemudSave)",
@@ -62,7 +61,7 @@ pub enum ExchangeError {
         /// Its first bytes, as text.
         begins: String,
     },
-    /// The file says that libvirt saved it, and is not as libvirt writes it.
+    /// The file has libvirt's magic, but not libvirt's format.
     #[error("`{}` is a guest saved by libvirt, but {problem}", path.display())]
     Libvirt {
         /// The file.
@@ -70,7 +69,7 @@ pub enum ExchangeError {
         /// What is wrong, and what to do.
         problem: String,
     },
-    /// A program that decompresses is missing or failed.
+    /// The decompression program is missing or failed.
     #[error("decompressing `{}` with `{tool}` failed: {problem}", path.display())]
     Decompress {
         /// The file.
@@ -80,24 +79,21 @@ pub enum ExchangeError {
         /// What went wrong.
         problem: String,
     },
-    /// The file does not hold the command line, and none was given.
-    #[error(
-        "a {what} does not hold QEMU's command line: give it behind `--` (-- qemu-system-x86_64 \
-         ARGS…) or in a file with --command{why}"
-    )]
+    /// The file does not hold QEMU's command line, and none was given.
+    #[error("a {what} does not hold QEMU's command line: give it in `ImportOptions::command`{why}")]
     NoCommandLine {
         /// Which kind of file.
         what: &'static str,
-        /// Why it was not made of what the file holds; begins with a semicolon.
+        /// Why it could not be derived from the file; begins with a semicolon, or is empty.
         why: String,
     },
-    /// The command line that was given can't be used.
-    #[error("the command line that was given can't be used: {0}")]
+    /// The given command line can't be used.
+    #[error("the given command line can't be used: {0}")]
     CommandLine(String),
-    /// The machine that was given can't be recorded.
+    /// The machine can't be recorded.
     #[error(transparent)]
-    Vm(#[from] VmError),
-    /// The command line is another machine's.
+    Vm(#[from] GuestError),
+    /// The command line names another machine type than the stream.
     #[error(
         "the command line names the machine type `{given}`, but the guest is a `{stream}`: device \
          state fits its own machine type only; give the command line that the guest had"
@@ -108,46 +104,50 @@ pub enum ExchangeError {
         /// The machine type in the stream.
         stream: String,
     },
-    /// QEMU is older than the guest.
+    /// QEMU is too old for the guest's machine type.
     #[error(
-        "the guest is a `{machine_type}`, which QEMU {qemu} does not know: name a newer one with \
-         --qemu"
+        "the guest is a `{machine_type}`, which QEMU {qemu} does not know: name a newer one in \
+         `ImportOptions::qemu`"
     )]
     OldQemu {
         /// The guest's machine type.
         machine_type: String,
-        /// The QEMU that was given.
+        /// The version of the given QEMU.
         qemu: String,
     },
-    /// The guest's physical memory map is not known.
-    #[error("where the guest's memory lies can't be told: {problem}; export it as `flat` instead")]
+    /// The guest's physical memory map can't be derived.
+    #[error(
+        "the guest's physical memory map can't be derived: {problem}; export it as `memory` instead"
+    )]
     NoLayout {
         /// What is unknown.
         problem: String,
     },
-    /// A folder is not replaced.
-    #[error("--force does not replace a folder: remove it, or choose another name")]
-    ForceFolder,
-    /// The guest's run state is not where it should be in its device state.
+    /// An existing directory is never replaced.
     #[error(
-        "the guest was stopped when it was written, and where its device state says so was not \
-         found: import it without --run, and let it run with `cont` after a revert"
+        "`ExportOptions::force` does not replace a directory: remove it, or choose another name"
+    )]
+    ForceDirectory,
+    /// The device state has no run state at its known place.
+    #[error(
+        "the guest was stopped when it was written, and its device state has no run state that \
+         could be changed: import it without `ImportOptions::run`, and resume it with `cont` after a revert"
     )]
     NoRunState,
-    /// Somebody asked to stop.
+    /// The export or import was cancelled.
     #[error("interrupted: nothing was written")]
     Interrupted,
 }
 
 impl ExchangeError {
-    /// For `map_err`: what was being done to which file.
+    /// For `map_err`: adds the operation and the file.
     pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ExchangeError {
         let path = path.to_owned();
         move |source| ExchangeError::Io { doing, path, source }
     }
 
-    /// For `map_err`: what a page source said of a page.
-    pub(super) fn memory(block: &str, offset: u64, error: &SourceError) -> ExchangeError {
+    /// For `map_err`: what an image said of a page.
+    pub(super) fn memory(block: &str, offset: u64, error: &ImageError) -> ExchangeError {
         ExchangeError::Memory { block: block.to_owned(), offset, problem: error.to_string() }
     }
 }

@@ -1,15 +1,16 @@
-//! An image written in the format of another program.
+//! An image converted to the format of another program.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use super::output::Output;
-use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
+use super::{ExchangeError, ExchangeEvent, Watch, elf, mapped_ram, memory, stream};
 use crate::cancel::Cancellation;
-use crate::image::Image;
+use crate::image::{Image, check_replaces_none};
 
-/// What an image can be written as.
+/// The formats that an image can be exported to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ExportFormat {
     /// An ordinary migration stream, which every QEMU that knows the machine type
     /// loads with `-incoming`.
@@ -17,8 +18,8 @@ pub enum ExportFormat {
     /// A mapped-ram file, which QEMU 9.0 and later loads with the capability of that
     /// name.
     MappedRam,
-    /// A folder with a sparse file for each block, which holds its memory as it is.
-    Flat,
+    /// Plain memory: a directory with a sparse file for each block.
+    Memory,
     /// An ELF core of the guest's physical memory, for `crash`, `gdb` and `readelf`.
     Elf,
 }
@@ -28,23 +29,32 @@ impl fmt::Display for ExportFormat {
         f.write_str(match self {
             ExportFormat::Stream => "stream",
             ExportFormat::MappedRam => "mapped-ram",
-            ExportFormat::Flat => "flat",
+            ExportFormat::Memory => "memory",
             ExportFormat::Elf => "elf",
         })
     }
 }
 
-/// Which image to write, as what and where.
+/// What to export, and how.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ExportOptions {
     /// The image.
     pub image: PathBuf,
-    /// What it is written as.
+    /// The format to write.
     pub format: ExportFormat,
-    /// The file to write, or the folder; standard output without one, for a stream.
+    /// The file to write, or for [`ExportFormat::Memory`] the directory. `None` is standard
+    /// output, which takes a stream only.
     pub to: Option<PathBuf>,
-    /// Replace an existing file; a folder is never replaced.
+    /// Whether an existing file is replaced; a directory never is.
     pub force: bool,
+}
+
+impl ExportOptions {
+    /// Exports `image` to standard output.
+    pub fn new(image: impl Into<PathBuf>, format: ExportFormat) -> ExportOptions {
+        ExportOptions { image: image.into(), format, to: None, force: false }
+    }
 }
 
 /// Writes an image in another format. Every byte of memory is verified on the way.
@@ -59,7 +69,7 @@ pub fn export(
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;
     if let Some(path) = &options.to {
-        image.check_not_replaced(path)?;
+        check_replaces_none(path, image.files())?;
     }
     let mut watch = Watch::new(cancel, on_event);
     let file_bytes = match (options.format, &options.to) {
@@ -81,8 +91,10 @@ pub fn export(
             elf::write(&image, &output, &mut watch)?;
             output.commit()?
         }
-        (ExportFormat::Flat, Some(_)) if options.force => return Err(ExchangeError::ForceFolder),
-        (ExportFormat::Flat, Some(path)) => flat::write(&image, path, &mut watch)?,
+        (ExportFormat::Memory, Some(_)) if options.force => {
+            return Err(ExchangeError::ForceDirectory);
+        }
+        (ExportFormat::Memory, Some(path)) => memory::write(&image, path, &mut watch)?,
         (format, None) => return Err(ExchangeError::NeedsFile(format)),
     };
     let ram_bytes = image.manifest().blocks.iter().map(|block| block.len).sum();

@@ -1,4 +1,4 @@
-//! A file of another program made an image.
+//! A file of another program converted to an image.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read};
@@ -20,8 +20,9 @@ use crate::wire::{StreamReader, run_state};
 /// First bytes of a migration stream, mapped-ram or not.
 const STREAM_MAGIC: &[u8] = b"QEVM";
 
-/// Which file to make an image of, and how.
+/// What to import, and how.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ImportOptions {
     /// The file: a migration stream, a mapped-ram file, or a guest saved by libvirt.
     /// Standard input without one.
@@ -33,15 +34,31 @@ pub struct ImportOptions {
     pub command: Vec<String>,
     /// The QEMU binary to record instead of the one on the command line.
     pub qemu: Option<PathBuf>,
-    /// Have the guest run after a revert although it was stopped when it was written.
+    /// Whether the guest runs after a revert even if it was stopped when it was written.
     pub run: bool,
     /// How memory is stored.
     pub compression: Compression,
-    /// Replace an existing image.
+    /// Whether an existing image is replaced.
     pub force: bool,
 }
 
-/// Makes an image of a guest that another program has saved.
+impl ImportOptions {
+    /// Imports from standard input to `image`, compressed by zstd at level 1, with no
+    /// command line given.
+    pub fn new(image: impl Into<PathBuf>) -> ImportOptions {
+        ImportOptions {
+            from: None,
+            image: image.into(),
+            command: Vec::new(),
+            qemu: None,
+            run: false,
+            compression: Compression::Zstd(1),
+            force: false,
+        }
+    }
+}
+
+/// Converts a guest that another program has saved to an image.
 ///
 /// # Errors
 /// When the file is of no known format, damaged or incomplete, or when the command
@@ -55,7 +72,7 @@ pub fn import(
     let source = Source::open(options.from.as_deref())?;
     check_replaces_none(&options.image, [(source.path.as_path(), &source.input)])?;
     let machine = record(options, &source, &mut watch);
-    // What was ended for it has not failed.
+    // A program that was ended by cancellation has not failed.
     watch.check()?;
     let machine = machine?;
     let moment_unix_us = source.moment();
@@ -87,7 +104,7 @@ pub fn import(
         watch.tell(ExchangeEvent::Note {
             what: format!(
                 "the guest was `{state}` when it was written, and will be after a revert \
-                 (--run has it run)"
+                 (`ImportOptions::run` has it run)"
             ),
         });
     }
@@ -103,8 +120,7 @@ pub fn import(
     Ok(saved)
 }
 
-/// The machine, from its command line: the one that was given, or what libvirt makes of
-/// its XML.
+/// The machine, from the given command line, or the one that libvirt derives from its XML.
 fn record(
     options: &ImportOptions,
     source: &Source,
@@ -236,7 +252,7 @@ impl Source {
                 let mut input = Decompressed::start(tool, self.input, path, cancel)?;
                 let stream = StreamReader::new(&mut input);
                 let received = stream::read(stream, None, path, image, check, watch);
-                // What the program has to say explains why its output was no stream.
+                // The program's message explains why its output was no stream.
                 let ended = matches!(received, Ok(_) | Err(ExchangeError::Stream { .. }));
                 if ended && !cancel.is_requested() {
                     input.end()?;

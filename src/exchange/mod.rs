@@ -1,18 +1,18 @@
-//! Images to and from the formats of other programs: migration streams and
-//! mapped-ram files of QEMU's, libvirt's saved guests, plain memory, ELF cores.
+//! Conversion between images and the formats of other programs: QEMU's migration streams
+//! and mapped-ram files, guests saved by libvirt, plain memory, ELF cores.
 //!
-//! Each format has its file; [`export`] and [`import`] choose among them. Everything
-//! here blocks, and tells its progress to a function of the caller's.
+//! There is one file for each format; [`export`] and [`import`] choose among them.
+//! Everything here blocks, and reports its progress to a function of the caller's.
 
 mod command;
 mod decompress;
 mod elf;
 mod error;
 mod export;
-mod flat;
 mod import;
 mod libvirt;
 mod mapped_ram;
+mod memory;
 mod native;
 mod output;
 mod pages;
@@ -34,19 +34,20 @@ pub use stream::read_memory;
 
 use crate::cancel::Cancellation;
 
-/// How often progress is told.
+/// The least time between two progress events.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// What happens during an export or import, in this order.
+/// Events of an export or import, in the order in which they come.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum ExchangeEvent {
-    /// Something that whoever asked should know.
+    /// Something that the user should know.
     Note {
         /// What it is.
         what: String,
     },
-    /// How far memory has come.
+    /// Progress, ten times a second at most.
     Progress {
         /// Pages of 4096 bytes done; a stream may bring a page several times.
         pages: u64,
@@ -75,7 +76,7 @@ pub enum ExchangeEvent {
     },
 }
 
-/// Watches over an export or import: tells its progress, and hears the wish to stop.
+/// An export or import under way: reports its progress, and notices cancellation.
 struct Watch<'a> {
     cancel: &'a Cancellation,
     on_event: &'a mut dyn FnMut(ExchangeEvent),
@@ -89,27 +90,27 @@ impl<'a> Watch<'a> {
         Watch { cancel, on_event, pages: 0, total: 0, told: Instant::now() }
     }
 
-    /// Tells something.
+    /// Reports an event.
     fn tell(&mut self, event: ExchangeEvent) {
         (self.on_event)(event);
     }
 
-    /// Whether to go on.
+    /// Fails once cancellation is requested.
     ///
     /// # Errors
-    /// When somebody has asked to stop.
+    /// [`ExchangeError::Interrupted`].
     fn check(&self) -> Result<(), ExchangeError> {
         if self.cancel.is_requested() { Err(ExchangeError::Interrupted) } else { Ok(()) }
     }
 
-    /// Counts pages that are done.
+    /// Counts pages that are done, and checks for cancellation now and then.
     ///
     /// # Errors
-    /// When somebody has asked to stop.
+    /// [`ExchangeError::Interrupted`] once cancellation is requested.
     fn done(&mut self, pages: u64) -> Result<(), ExchangeError> {
         let before = self.pages;
         self.pages += pages;
-        // The clock costs more than most pages do.
+        // Reading the clock costs more than handling most pages: every 256th is enough.
         if before >> 8 == self.pages >> 8 {
             return Ok(());
         }

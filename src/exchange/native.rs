@@ -1,4 +1,4 @@
-//! QEMU's command line of a domain that libvirt describes: libvirt itself makes it.
+//! QEMU's command line of a libvirt domain, translated by libvirt itself.
 
 use std::process::Command;
 use std::time::Duration;
@@ -7,13 +7,13 @@ use super::words;
 use crate::cancel::Cancellation;
 use crate::host::program::answer;
 
-/// The most bytes of a complaint that are passed on.
+/// The most bytes of virsh's message that are passed on.
 const MAX_SAID: usize = 500;
 
 /// How long `virsh` may take. It may ask a libvirt on another host.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Has `virsh` translate a domain's XML. It asks the libvirt that its user uses by
+/// Translates a domain's XML by `virsh`. It asks the libvirt that its user uses by
 /// default (`LIBVIRT_DEFAULT_URI`, virsh(1)).
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! Where an export goes: a file that gets its name when it is whole, or a pipe.
+//! Where an export is written: a file that gets its name once it is complete, or a pipe.
 
 use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal, Write};
@@ -12,7 +12,7 @@ use crate::image::{ImageError, Target};
 /// Bytes that are gathered before they are written.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// An export under way. Dropped before [`Output::commit`], its file is no more.
+/// An export under way. Dropped before [`Output::commit`], its file is removed.
 pub(super) struct Output {
     writer: BufWriter<File>,
     /// Bytes written in order.
@@ -51,7 +51,7 @@ impl Output {
         self.writer.write_all(bytes).map_err(|e| self.failed(e))
     }
 
-    /// Writes to a place of a file. What no write reaches is a hole and reads as zeros.
+    /// Writes at an offset of a file. Ranges that are never written are holes and read as zeros.
     pub fn put_at(&self, bytes: &[u8], offset: u64) -> Result<(), ExchangeError> {
         self.writer.get_ref().write_all_at(bytes, offset).map_err(|e| self.failed(e))
     }

@@ -1,4 +1,4 @@
-//! Reading what may never come: a pipe is waited for until somebody wants no more.
+//! Reads from a pipe that may stay silent for ever, until they are cancelled.
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
@@ -8,11 +8,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::cancel::Cancellation;
 
-/// How long a wait goes on without looking whether it is still wanted, in milliseconds.
+/// How long a wait goes on before cancellation is looked at again, in milliseconds.
 const NAP_MS: u16 = 100;
 
-/// Reads a file or a pipe. A read fails once somebody asks to stop, be there something to
-/// read or not.
+/// Reads a file or a pipe. Every read fails once cancellation is requested, whether there
+/// is something to read or not.
 pub(super) struct Patient<'a, R> {
     inner: R,
     cancel: &'a Cancellation,

@@ -1,5 +1,5 @@
-//! The record of a machine that does not run: from the command line that its user
-//! gives, and what the QEMU named there says of itself.
+//! The record of a machine that does not run: from a command line, and the version of the
+//! QEMU that it names.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,43 +7,43 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::cancel::Cancellation;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
 use crate::guest::record::{is_recorded, is_system_emulator};
 use crate::host::program::{ProgramError, answer};
 use crate::machine::{Machine, QemuVersion};
 
-/// How long a QEMU may take to tell its version, from the slowest of disks.
+/// How long `qemu --version` may take, with the binary on a slow disk.
 const VERSION_LIMIT: Duration = Duration::from_secs(60);
 
 /// Records a machine by its command line, the program's name first; assignments of
 /// environment variables may stand before it, as in a shell. `qemu` is the program to
 /// use instead of the one that is named there. Relative paths start from our working
-/// folder. The machine type and whether the guest ran are for the caller to add. `stop`
+/// directory. The caller adds the machine type and whether the guest ran. `cancel`
 /// ends the program, which is asked for its version.
 ///
 /// # Errors
-/// [`VmError::Described`] when that can't be a command line, or its program does not
-/// say that it is QEMU.
+/// [`GuestError::Described`] when the words are no command line, or the program is not
+/// QEMU.
 pub fn describe(
     words: &[String],
     qemu: Option<&Path>,
     cancel: &Cancellation,
-) -> Result<Machine, VmError> {
+) -> Result<Machine, GuestError> {
     let split = words.iter().position(|word| assignment(word).is_none()).unwrap_or(words.len());
     let (assigned, argv) = words.split_at(split);
     let mut argv = argv.to_vec();
     if argv.first().is_none_or(|first| first.starts_with('-')) {
         let Some(qemu) = qemu else {
             return Err(described(
-                "it names no program: begin it with one, or name it with --qemu",
+                "it names no program: begin it with one, or name it in `ImportOptions::qemu`",
             ));
         };
         argv.insert(0, qemu.display().to_string());
     }
     let cwd = std::env::current_dir()
-        .map_err(|e| described(format!("our working folder can't be found out: {e}")))?;
+        .map_err(|e| described(format!("the working directory can't be determined: {e}")))?;
     let program = qemu.map_or_else(|| PathBuf::from(&argv[0]), Path::to_owned);
     let binary = find(&program, &cwd)
         .ok_or_else(|| described(format!("there is no program `{}`", program.display())))?;
@@ -71,10 +71,10 @@ pub fn describe(
     })
 }
 
-/// Records a machine as [`describe()`] does, by a command line that came with a guest: who
-/// wrote it is not who has us run its program. So it assigns no variables, by which any
-/// program could be made to load other code, and its program is only run if it is called
-/// as QEMU's system emulators are, or if `qemu` is to be used instead.
+/// Records a machine as [`describe()`] does, from a command line that came with a guest and is
+/// not trusted. Its assignments of variables are ignored, since they could make any program
+/// load other code, and its program is run only if it has the name of a QEMU system emulator,
+/// or `qemu` replaces it.
 ///
 /// # Errors
 /// As [`describe()`].
@@ -82,7 +82,7 @@ pub fn describe_foreign(
     words: &[String],
     qemu: Option<&Path>,
     cancel: &Cancellation,
-) -> Result<Machine, VmError> {
+) -> Result<Machine, GuestError> {
     let split = words.iter().position(|word| assignment(word).is_none()).unwrap_or(words.len());
     let words = &words[split..];
     let name = words.first().and_then(|program| Path::new(program).file_name());
@@ -90,15 +90,15 @@ pub fn describe_foreign(
     if qemu.is_none() && !is_system_emulator(&name) {
         return Err(described(format!(
             "its program `{}` is not called as a QEMU is (qemu-system-…), and is not run: name \
-             the QEMU to use with --qemu",
+             the QEMU to use in `ImportOptions::qemu`",
             words.first().map_or("", String::as_str)
         )));
     }
     describe(words, qemu, cancel)
 }
 
-/// libvirt's own means of speaking to a QEMU of its own: a key and a monitor in a
-/// folder that exists only while libvirt runs the guest. The guest sees none of it.
+/// Drops what libvirt added for its own use: a key and a monitor in a directory that exists
+/// only while libvirt runs the guest. The guest sees neither.
 fn drop_libvirts_own(argv: Vec<String>) -> Vec<String> {
     const KEY: &str = "masterKey0";
     const MONITOR: &str = "charmonitor";
@@ -108,7 +108,7 @@ fn drop_libvirts_own(argv: Vec<String>) -> Vec<String> {
     let id = |option: &CommandOption| Spec::parse(option.value()).get("id").map(str::to_owned);
     let is_key =
         |option: &CommandOption| option.name() == "object" && id(option).as_deref() == Some(KEY);
-    // Where something is encrypted with the key, QEMU will say that it misses it.
+    // If something is encrypted with the key, QEMU will report the missing key itself.
     let key_serves = line.options().any(|o| !is_key(o) && o.value().contains(KEY));
     line.retain_options(|option| match option.name() {
         "object" => key_serves || !is_key(option),
@@ -134,8 +134,8 @@ pub fn named_machine_type(argv: &[String]) -> Option<String> {
         .last()
 }
 
-fn described(problem: impl Into<String>) -> VmError {
-    VmError::Described { problem: problem.into() }
+fn described(problem: impl Into<String>) -> GuestError {
+    GuestError::Described { problem: problem.into() }
 }
 
 /// `NAME=value` before a command.
@@ -146,27 +146,29 @@ fn assignment(word: &str) -> Option<(&str, &str)> {
     (starts_well && name.chars().all(is_name)).then_some((name, value))
 }
 
-/// A program's absolute path; a bare name is looked for in PATH.
+/// A program's absolute path; a bare name is searched in PATH.
 fn find(program: &Path, cwd: &Path) -> Option<PathBuf> {
     if program.components().count() > 1 || program.is_absolute() {
         return Some(cwd.join(program)).filter(|path| path.is_file());
     }
-    let folders = std::env::var_os("PATH")?;
-    std::env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file())
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file())
 }
 
-/// What `--version` says.
+/// The version that `--version` prints.
 fn version(
     binary: &Path,
     env: &[(String, String)],
     cancel: &Cancellation,
-) -> Result<QemuVersion, VmError> {
+) -> Result<QemuVersion, GuestError> {
     let mut command = Command::new(binary);
     command.arg("--version");
     command.envs(env.iter().map(|(name, value)| (name, value)));
     let answer =
         answer(command, Vec::new(), VERSION_LIMIT, cancel).map_err(|error| match error {
-            ProgramError::Run(source) => VmError::Start { binary: binary.to_owned(), source },
+            ProgramError::Run(source) => GuestError::Start { binary: binary.to_owned(), source },
             error => described(format!("`{} --version` {error}", binary.display())),
         })?;
     let said = String::from_utf8_lossy(&answer.stdout);
@@ -249,17 +251,17 @@ mod tests {
         assert_eq!(machine.argv, ["qemu-system-x86_64", "-S"]);
         assert!(machine.env.iter().all(|(_, value)| value != "/strangers/own"));
         // It would leave a file if it were run.
-        let folder = tempfile::tempdir().unwrap();
-        let (program, trace) = (folder.path().join("program"), folder.path().join("trace"));
+        let directory = tempfile::tempdir().unwrap();
+        let (program, trace) = (directory.path().join("program"), directory.path().join("trace"));
         let script = format!("#!/bin/sh\ntouch {}\n", trace.display());
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
         let words = ["QEMU_A=b", program.to_str().unwrap(), "-S"];
         let error = describe(&words, None).unwrap_err().to_string();
-        assert!(error.contains("--qemu") && error.contains(words[1]), "{error}");
+        assert!(error.contains("::qemu`") && error.contains(words[1]), "{error}");
         assert!(!trace.exists());
         assert!(describe(&words, Some(Path::new("qemu-system-x86_64"))).is_ok());
-        assert!(describe(&[], None).unwrap_err().to_string().contains("--qemu"));
+        assert!(describe(&[], None).unwrap_err().to_string().contains("::qemu`"));
     }
 
     #[test]
@@ -268,8 +270,8 @@ mod tests {
             let words: Vec<_> = words.iter().map(|word| word.to_string()).collect();
             describe(&words, None, &Cancellation::default()).unwrap_err().to_string()
         };
-        assert!(says(&["-m", "1G"]).contains("--qemu"));
-        assert!(says(&[]).contains("--qemu"));
+        assert!(says(&["-m", "1G"]).contains("::qemu`"));
+        assert!(says(&[]).contains("::qemu`"));
         assert!(says(&["no-such-program"]).contains("no-such-program"));
         assert!(says(&["/bin/true"]).contains("does not say that it is QEMU"));
     }

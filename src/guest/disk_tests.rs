@@ -13,8 +13,8 @@ use crate::qmp::Qmp;
 const MIB: u64 = 1 << 20;
 
 /// A machine with one disk: qcow2 on top of raw, as after an earlier snapshot.
-fn machine(folder: &Path, device: &str, node: Option<&str>, args: &str) -> Machine {
-    let (base, top) = (folder.join("base.raw"), folder.join("top.qcow2"));
+fn machine(directory: &Path, device: &str, node: Option<&str>, args: &str) -> Machine {
+    let (base, top) = (directory.join("base.raw"), directory.join("top.qcow2"));
     if !top.exists() {
         fs::write(&base, vec![1; MIB as usize]).unwrap();
         let mut create = Command::new("qemu-img");
@@ -32,7 +32,7 @@ fn machine(folder: &Path, device: &str, node: Option<&str>, args: &str) -> Machi
     Machine {
         binary: "/usr/bin/qemu-system-x86_64".into(),
         argv: argv.split_whitespace().map(String::from).collect(),
-        cwd: folder.to_str().unwrap().into(),
+        cwd: directory.to_str().unwrap().into(),
         disks: vec![Disk {
             device: device.into(),
             node: node.map(String::from),
@@ -45,10 +45,10 @@ fn machine(folder: &Path, device: &str, node: Option<&str>, args: &str) -> Machi
     }
 }
 
-fn in_folder(folder: &Path, ephemeral: bool) -> RewriteOptions {
-    let folder = Some(folder.to_owned());
+fn in_directory(directory: &Path, ephemeral: bool) -> RewriteOptions {
+    let directory = Some(directory.to_owned());
     RewriteOptions {
-        overlays: OverlayOptions { folder, prefix: Some("vm.snap".into()), ephemeral },
+        overlays: OverlayOptions { directory, prefix: Some("vm.snap".into()), ephemeral },
         ..RewriteOptions::default()
     }
 }
@@ -77,9 +77,9 @@ async fn layers(qmp: &Qmp) -> Vec<(String, String, bool)> {
 
 #[tokio::test]
 async fn a_disk_gets_its_overlay_however_it_is_given_and_others_may_have_theirs() {
-    let folder = tempfile::tempdir().unwrap();
-    let base = folder.path().join("base.raw").display().to_string();
-    let text = |name: &str| folder.path().join(name).display().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let base = directory.path().join("base.raw").display().to_string();
+    let text = |name: &str| directory.path().join(name).display().to_string();
     let device = "-device virtio-blk-pci,drive=d";
     let json =
         json!({"driver": "raw", "node-name": "d", "file": {"driver": "file", "filename": base}});
@@ -113,9 +113,9 @@ async fn a_disk_gets_its_overlay_however_it_is_given_and_others_may_have_theirs(
     ];
     let mut running = Vec::new();
     for (name, node, args) in ways {
-        let machine = machine(folder.path(), name, node, &args);
+        let machine = machine(directory.path(), name, node, &args);
         for ephemeral in [false, true] {
-            let plan = rewrite(&machine, &in_folder(folder.path(), ephemeral)).unwrap();
+            let plan = rewrite(&machine, &in_directory(directory.path(), ephemeral)).unwrap();
             let path = plan.overlays[0].path.clone();
             let (process, qmp) = Process::start(plan).await.unwrap();
             let mut layers = layers(&qmp).await;
@@ -134,7 +134,7 @@ async fn a_disk_gets_its_overlay_however_it_is_given_and_others_may_have_theirs(
             running.push((process, qmp));
         }
     }
-    let count = || fs::read_dir(folder.path()).unwrap().count();
+    let count = || fs::read_dir(directory.path()).unwrap().count();
     assert_eq!(count(), 2 + running.len() / 2);
     drop(running);
     assert_eq!(count(), 2);
@@ -142,17 +142,17 @@ async fn a_disk_gets_its_overlay_however_it_is_given_and_others_may_have_theirs(
 
 #[tokio::test]
 async fn an_overlay_goes_with_a_qemu_that_fails_and_stays_with_one_that_is_let_go() {
-    let folder = tempfile::tempdir().unwrap();
-    let names = || fs::read_dir(folder.path()).unwrap().count();
+    let directory = tempfile::tempdir().unwrap();
+    let names = || fs::read_dir(directory.path()).unwrap().count();
     let disk = "-drive if=virtio,file=base.raw,format=raw";
-    let fails = machine(folder.path(), "virtio0", None, &format!("{disk} -no-such-option"));
-    let plan = rewrite(&fails, &in_folder(folder.path(), false)).unwrap();
+    let fails = machine(directory.path(), "virtio0", None, &format!("{disk} -no-such-option"));
+    let plan = rewrite(&fails, &in_directory(directory.path(), false)).unwrap();
     Process::start(plan).await.unwrap_err();
     assert_eq!(names(), 2);
 
-    let works = machine(folder.path(), "virtio0", None, disk);
+    let works = machine(directory.path(), "virtio0", None, disk);
     for ephemeral in [false, true] {
-        let plan = rewrite(&works, &in_folder(folder.path(), ephemeral)).unwrap();
+        let plan = rewrite(&works, &in_directory(directory.path(), ephemeral)).unwrap();
         let (mut process, _qmp) = Process::start(plan).await.unwrap();
         process.keep_overlays();
         process.kill().await;
@@ -160,18 +160,18 @@ async fn an_overlay_goes_with_a_qemu_that_fails_and_stays_with_one_that_is_let_g
         assert_eq!(names(), 3);
     }
     // A thrown-away guest writes to no disk at all.
-    let isolated = RewriteOptions { isolated: true, ..in_folder(folder.path(), true) };
+    let isolated = RewriteOptions { isolated: true, ..in_directory(directory.path(), true) };
     let plan = rewrite(&works, &isolated).unwrap();
     let (_process, _qmp) = Process::start(plan).await.unwrap();
 }
 
 #[test]
 fn two_disks_are_not_given_as_one() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut machine =
-        machine(folder.path(), "virtio0", None, "-drive if=virtio,file=base.raw,format=raw");
+        machine(directory.path(), "virtio0", None, "-drive if=virtio,file=base.raw,format=raw");
     let other = Disk { device: "virtio1".into(), ..machine.disks[0].clone() };
     machine.disks.push(other);
-    let refusal = rewrite(&machine, &in_folder(folder.path(), true)).unwrap_err().to_string();
+    let refusal = rewrite(&machine, &in_directory(directory.path(), true)).unwrap_err().to_string();
     assert!(refusal.contains("virtio0") && refusal.contains("virtio1"), "{refusal}");
 }

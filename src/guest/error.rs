@@ -1,4 +1,4 @@
-//! What can go wrong with a virtual machine's record or process.
+//! Errors of a guest's record, command line, disks and process.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,21 +6,22 @@ use std::process::ExitStatus;
 
 use crate::qmp::QmpError;
 
-/// Why a machine could not be captured, rewritten or started.
+/// Why a guest could not be recorded, or a recorded one not be started.
 #[derive(Debug, thiserror::Error)]
-pub enum VmError {
-    /// Something about a process can't be read.
+#[non_exhaustive]
+pub enum GuestError {
+    /// An entry of a process in /proc can't be read.
     #[error("can't read {what} of process {pid}: {source}; it takes the same user or root")]
     ReadProcess {
         /// The process.
         pid: i32,
-        /// What was to be read.
+        /// The entry, in words.
         what: &'static str,
         /// The operating system's reason.
         source: io::Error,
     },
 
-    /// The process that made the control socket is not a QEMU system emulator.
+    /// The process at the other end of the control socket is not a QEMU system emulator.
     #[error(
         "process {pid} ({exe}), which owns the control socket, is not a QEMU system \
              emulator; connect to QEMU itself, not to a proxy or manager in front of it"
@@ -32,14 +33,14 @@ pub enum VmError {
         exe: String,
     },
 
-    /// A text that has to be recorded is not UTF-8.
+    /// Text to be recorded is not UTF-8.
     #[error("{what} of process {pid} is not UTF-8: {text:?}; start QEMU with names that are")]
     NotUtf8 {
         /// The process.
         pid: i32,
         /// What is not UTF-8.
         what: &'static str,
-        /// The text with what can't be shown replaced.
+        /// The text, each invalid sequence replaced by U+FFFD.
         text: String,
     },
 
@@ -51,8 +52,8 @@ pub enum VmError {
     #[error("the recorded command line is empty")]
     EmptyCommandLine,
 
-    /// A command line that was given can't be a machine's record.
-    #[error("the command line that was given can't be used: {problem}")]
+    /// A given command line can't serve as a machine's record.
+    #[error("the given command line can't be used: {problem}")]
     Described {
         /// What is wrong with it.
         problem: String,
@@ -60,14 +61,14 @@ pub enum VmError {
 
     /// Memory can't be mapped from the image.
     #[error(
-        "the guest's memory can't be mapped from the image: {problem}; revert with --place auto"
+        "the guest's memory can't be mapped from the image: {problem}; revert with `Placement::Auto`"
     )]
     NotMapped {
         /// What stands in the way.
         problem: String,
     },
 
-    /// A path that goes on a command line can't be written there.
+    /// A path can't be written on a command line.
     #[error("the {what} {path:?} can't be put on a command line: {problem}")]
     Path {
         /// What the path is for.
@@ -78,50 +79,51 @@ pub enum VmError {
         problem: String,
     },
 
-    /// A rule for replacing paths that would replace nothing or everything.
-    #[error("--path {old}={new} replaces no path: both sides need a path other than /")]
+    /// A path rule that would replace nothing or everything.
+    #[error(
+        "`RewriteOptions::paths` {old}={new} replaces no path: both sides need a path other than /"
+    )]
     PathRule {
-        /// What was to be replaced.
+        /// The path to replace.
         old: String,
-        /// What was to take its place.
+        /// Its replacement.
         new: String,
     },
 
-    /// The recorded command line used descriptors that its starter passed on.
+    /// The recorded command line uses descriptors that QEMU inherited.
     #[error(
-        "the recorded option {option} uses a file descriptor which whoever started QEMU \
-             passed on to it, and that can't be passed again from a record; start QEMU yourself \
-             with -incoming defer and use `snapback serve`"
+        "the recorded option {option} uses a file descriptor that QEMU inherited, which a record \
+         can't hold; start QEMU yourself with -incoming defer and use `snapback serve`"
     )]
     InheritedDescriptor {
         /// The option.
         option: String,
     },
 
-    /// A recorded listening socket belongs to a living process.
+    /// Another process listens on a recorded socket.
     #[error(
-        "the recorded option {option} listens at {path}, where a living process listens \
-             now; give it another place with --path {path}=NEW"
+        "the recorded option {option} listens on {path}, where a living process listens now; \
+         move it with `RewriteOptions::paths` {path}=NEW"
     )]
     SocketInUse {
         /// The option.
         option: String,
-        /// Where it listens.
+        /// The socket's path.
         path: String,
     },
 
-    /// The control socket that was asked for can't be made.
-    #[error("--qmp {path}: {problem}; choose another path", path = path.display())]
+    /// The requested control socket can't be made.
+    #[error("`RewriteOptions::qmp` {path}: {problem}; choose another path", path = path.display())]
     ControlSocket {
         /// The socket's path.
         path: PathBuf,
-        /// What is there.
+        /// What is in the way.
         problem: String,
     },
 
-    /// A recorded file is in use.
+    /// Another process has a recorded file open.
     #[error("the recorded option {option} {purpose} {path}, which process {pid} ({process}) has \
-             open; give it another place with --path {path}=NEW", path = path.display())]
+             open; move it with `RewriteOptions::paths` {path}=NEW", path = path.display())]
     FileInUse {
         /// The option.
         option: String,
@@ -135,7 +137,7 @@ pub enum VmError {
         process: String,
     },
 
-    /// A file of a captured disk is gone.
+    /// A file of a captured disk is missing.
     #[error(
         "the disk {disk} is part of the snapshot, and its file {path} is not there; put it back, \
              or say where it is with {advice}", path = path.display()
@@ -145,14 +147,14 @@ pub enum VmError {
         disk: String,
         /// The file.
         path: PathBuf,
-        /// The option that points elsewhere.
+        /// The option that names another file.
         advice: String,
     },
 
-    /// A file of a captured disk is not what it was.
+    /// A file of a captured disk has changed since the snapshot.
     #[error(
-        "the disk {disk} is part of the snapshot, and its file {path} was changed since: {how}; \
-             the guest would destroy what is on it. Put back an unchanged copy, or say where one \
+        "the disk {disk} is part of the snapshot, and its file {path} has changed since: {how}; \
+             running the guest on it would destroy its file systems. Put back an unchanged copy, or say where one \
              is with {advice}", path = path.display()
     )]
     DiskChanged {
@@ -160,15 +162,15 @@ pub enum VmError {
         disk: String,
         /// The file.
         path: PathBuf,
-        /// What is different.
+        /// The difference.
         how: String,
-        /// The option that points elsewhere.
+        /// The option that names another file.
         advice: String,
     },
 
-    /// A file of a captured disk can't be looked at, or not be written out to storage.
+    /// A file of a captured disk can't be read, or can't be flushed to storage.
     #[error(
-        "the file {path} of the disk {disk} can't be read or written out: {source}",
+        "the file {path} of the disk {disk} can't be read or flushed: {source}",
         path = path.display()
     )]
     DiskUnreadable {
@@ -180,47 +182,7 @@ pub enum VmError {
         source: io::Error,
     },
 
-    /// A disk that the caller points to is none of the image's.
-    #[error("--disk {name}=…: the image has no captured disk of that name; it has: {known}")]
-    NoSuchDisk {
-        /// What the caller called it.
-        name: String,
-        /// The captured disks.
-        known: String,
-    },
-
-    /// A captured disk is recorded without its files.
-    #[error("the image does not say what the disk {disk} consists of: take another image")]
-    DiskNotRecorded {
-        /// The disk.
-        disk: String,
-    },
-
-    /// No option of the recorded command line gives a captured disk.
-    #[error(
-        "the disk {disk} is not on the recorded command line, so it was plugged in later, and a \
-             revert can't do that: start QEMU yourself with such a disk, -incoming defer, and use \
-             `snapback serve`"
-    )]
-    DiskNotGiven {
-        /// The disk.
-        disk: String,
-    },
-
-    /// One option of the recorded command line would give two captured disks.
-    #[error(
-        "the disks {disk} and {other} can't be told apart on the recorded command line: start \
-             QEMU yourself with both, -incoming defer, and use `snapback serve` (disks whose \
-             -drive has an id, or whose -blockdev a node-name, are told apart by these)"
-    )]
-    DisksGivenAsOne {
-        /// The one disk.
-        disk: String,
-        /// The other.
-        other: String,
-    },
-
-    /// Devices were plugged in that no option can give.
+    /// No options can define some devices that were plugged in.
     #[error(
         "a revert can't bring back what was plugged in: {devices}; unplug it first, or save \
              without it ({advice})"
@@ -228,59 +190,104 @@ pub enum VmError {
     NotReplayable {
         /// The devices, each with the reason.
         devices: String,
-        /// The options that leave them out.
+        /// How to leave them out.
         advice: String,
     },
 
-    /// A device that may be left out is none that was plugged in.
-    #[error("--allow-missing-device {name}: no such device was plugged in; there are: {known}")]
+    /// The caller names a device that was not plugged in.
+    #[error(
+        "`SaveOptions::allow_missing_devices` {name}: no such device was plugged in; there are: \
+             {known}"
+    )]
     NoSuchPlugged {
-        /// What the caller called it.
+        /// The name that the caller gave.
         name: String,
         /// The plugged devices.
         known: String,
     },
 
-    /// The file for a disk's changes can't be made.
+    /// The caller names a disk that the image doesn't have.
     #[error(
-        "the overlay of the disk {disk} can't be made in {folder}: {source}; choose another \
-             folder with --overlay-dir", folder = folder.display()
+        "`RewriteOptions::disks` {name}=…: the image has no captured disk of that name; it has: {known}"
+    )]
+    NoSuchDisk {
+        /// The name that the caller gave.
+        name: String,
+        /// The captured disks.
+        known: String,
+    },
+
+    /// The record of a captured disk lists no files.
+    #[error("the image does not name the files of the disk {disk}: use another image")]
+    DiskNotRecorded {
+        /// The disk.
+        disk: String,
+    },
+
+    /// No option of the recorded command line defines a captured disk.
+    #[error(
+        "the disk {disk} is not on the recorded command line: it was plugged in later, which a \
+             revert can't repeat; start QEMU yourself with such a disk, -incoming defer, and use \
+             `snapback serve`"
+    )]
+    DiskNotGiven {
+        /// The disk.
+        disk: String,
+    },
+
+    /// Two captured disks match the same option of the recorded command line.
+    #[error(
+        "the disks {disk} and {other} can't be told apart on the recorded command line: start \
+             QEMU yourself with both, -incoming defer, and use `snapback serve` (disks whose \
+             -drive has an id, or whose -blockdev a node-name, are told apart by these)"
+    )]
+    DisksGivenAsOne {
+        /// One of the disks.
+        disk: String,
+        /// The other.
+        other: String,
+    },
+
+    /// A disk's overlay can't be created.
+    #[error(
+        "the overlay of the disk {disk} can't be created in {directory}: {source}; choose \
+             another with `OverlayOptions::directory`", directory = directory.display()
     )]
     Overlay {
         /// The disk.
         disk: String,
-        /// The folder.
-        folder: PathBuf,
+        /// The directory.
+        directory: PathBuf,
         /// The operating system's reason.
         source: io::Error,
     },
 
-    /// A guest that is thrown away would write to its disks.
+    /// A guest to be discarded would write to its disks.
     #[error(
-        "the guest can't be kept from writing to its disks ({disks}), which were given by \
-             -blockdev: harvest from an image of a guest without writable disks"
+        "the guest can't be kept from writing to its disks ({disks}), which are defined by \
+             -blockdev; harvest from an image of a guest without writable disks"
     )]
     NotIsolated {
         /// The disks.
         disks: String,
     },
 
-    /// The state of this host can't be looked up.
+    /// What this host has in use can't be found out.
     #[error(transparent)]
     ReadHost(#[from] crate::host::in_use::ReadError),
 
-    /// The folder that relative paths start from is not there.
-    #[error("can't start QEMU in its recorded working folder {path}: {source}; make it, or give \
-             another with --path {path}=NEW", path = path.display())]
-    WorkingFolder {
-        /// The folder.
+    /// QEMU's recorded working directory can't be entered.
+    #[error("can't start QEMU in its recorded working directory {path}: {source}; create it, or \
+             move it with `RewriteOptions::paths` {path}=NEW", path = path.display())]
+    WorkingDirectory {
+        /// The directory.
         path: PathBuf,
         /// The operating system's reason.
         source: io::Error,
     },
 
-    /// QEMU could not be started at all.
-    #[error("can't start {binary}: {source}; name another QEMU with --qemu",
+    /// The QEMU binary can't be executed.
+    #[error("can't start {binary}: {source}; name another QEMU with `RewriteOptions::qemu`",
             binary = binary.display())]
     Start {
         /// The program.
@@ -289,7 +296,7 @@ pub enum VmError {
         source: io::Error,
     },
 
-    /// A part of starting or watching QEMU failed on our side.
+    /// A system call for starting or supervising QEMU failed.
     #[error("can't {what}: {source}")]
     Supervise {
         /// What was being done.
@@ -298,26 +305,26 @@ pub enum VmError {
         source: io::Error,
     },
 
-    /// QEMU ended before it spoke.
-    #[error("{binary} ended at once ({status}); it said: {log}", binary = binary.display())]
+    /// QEMU exited before it answered on its control socket.
+    #[error("{binary} ended at once ({status}); its output: {log}", binary = binary.display())]
     Exited {
         /// The program.
         binary: PathBuf,
-        /// How it ended.
+        /// Its exit status.
         status: ExitStatus,
-        /// The end of what it wrote.
+        /// The end of its output.
         log: String,
     },
 
-    /// QEMU lives but did not speak over its control socket.
-    #[error("{binary} started but does not talk: {source}; it said: {log}",
+    /// QEMU runs but did not answer on its control socket.
+    #[error("{binary} started but does not answer on its control socket: {source}; its output: {log}",
             binary = binary.display())]
     NoControl {
         /// The program.
         binary: PathBuf,
         /// What went wrong.
         source: QmpError,
-        /// The end of what it wrote.
+        /// The end of its output.
         log: String,
     },
 }

@@ -1,5 +1,8 @@
-//! A virtual machine as a process: recorded from a living QEMU, its command line
-//! rewritten into that of a guest to be reverted, its disks put on overlays, and started.
+//! A virtual machine as a QEMU process: recorded while it runs, and started from its record.
+//!
+//! [`capture`] takes the record of a running QEMU, [`describe()`] that of a given command line.
+//! [`rewrite()`] makes a [`StartPlan`] from a record: the command line of a guest that waits for
+//! its state, with overlays over its disks. [`Process::start`] carries the plan out.
 
 mod command_line;
 mod described;
@@ -23,9 +26,10 @@ pub use disks::drives::check_given;
 pub use disks::overlay::{Overlay, OverlayOptions};
 pub use disks::qcow2::write_overlay;
 pub use disks::stamp::{stamp, stamp_files, write_out};
-pub use error::VmError;
+pub use error::GuestError;
 pub use process::Process;
 pub use record::capture;
 pub use start::collisions::exclusive_paths;
 pub use start::mapping::MappedMemory;
-pub use start::rewrite::{Note, RewriteOptions, StartPlan, rewrite};
+pub use start::plan::{Note, StartPlan};
+pub use start::rewrite::{RewriteOptions, rewrite};

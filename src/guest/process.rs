@@ -1,4 +1,4 @@
-//! A QEMU process of ours: started, watched, ended or let go.
+//! A QEMU process: started, supervised, ended or detached.
 
 use std::fs::{self, File};
 use std::io::{self, Seek};
@@ -16,23 +16,23 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::disks::overlay::Overlays;
-use crate::guest::start::rewrite::{CONTROL_ID, StartPlan};
+use crate::guest::start::plan::{CONTROL_ID, StartPlan};
 use crate::host::in_use;
 use crate::host::in_use::Address;
 use crate::host::uffd::pidfd_open;
 use crate::qmp::{Qmp, QmpError};
 
-/// How long QEMU may take from its start until it talks. It takes 40 ms; a host
-/// under load may take far longer, and a QEMU that fails ends the wait at once.
+/// How long QEMU may take from its start until it answers on QMP. It takes 40 ms; a loaded
+/// host may take far longer, and a QEMU that fails ends the wait at once.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take to end after it has closed its control socket.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most bytes kept of what QEMU writes. It is the first that count: why it
-/// did not start. What is beyond is refused to QEMU, which does not mind.
+/// The most bytes of QEMU's output that are kept. The first ones matter: why QEMU did not
+/// start. Further writes fail, which QEMU ignores.
 const LOG_CAPACITY: u64 = 1 << 20;
 
 /// The most bytes of the log shown at once.
@@ -47,34 +47,33 @@ pub struct Process {
     pid: i32,
     pidfd: OwnedFd,
     log: Log,
-    /// How it ended; `None` while it lives.
+    /// Its exit status; `None` while it runs.
     ended: watch::Receiver<Option<ExitStatus>>,
     /// The thread that reaps it and cleans up behind it.
     reaper: Option<JoinHandle<()>>,
     detached: bool,
-    /// What it writes its disks' changes to.
+    /// The overlays that it writes to.
     overlays: Overlays,
 }
 
 impl Process {
     /// Starts QEMU as planned and connects to it.
     ///
-    /// It runs in a session of its own, so that keys pressed at our terminal
-    /// don't reach it; it inherits our environment, the descriptors named in the
-    /// plan, and nothing else.
+    /// It runs in a session of its own, so that signals of our terminal don't reach it. It
+    /// inherits our environment and the descriptors named in the plan, and nothing else.
     ///
     /// # Errors
-    /// [`VmError::Exited`] with QEMU's own words when it ends at once,
-    /// [`VmError::Start`] and [`VmError::WorkingFolder`] when it can't be started.
-    pub async fn start(mut plan: StartPlan) -> Result<(Process, Qmp), VmError> {
+    /// [`GuestError::Exited`] with QEMU's own words when it ends at once,
+    /// [`GuestError::Start`] and [`GuestError::WorkingDirectory`] when it can't be started.
+    pub async fn start(mut plan: StartPlan) -> Result<(Process, Qmp), GuestError> {
         if let Err(source) = fs::read_dir(&plan.cwd) {
-            return Err(VmError::WorkingFolder { path: plan.cwd, source });
+            return Err(GuestError::WorkingDirectory { path: plan.cwd, source });
         }
         let log = Log::new().map_err(failed_to("keep QEMU's output"))?;
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
         let overlays = plan.make_overlays()?;
         let child = spawn(&plan, theirs, &log)?;
-        // Their end of everything inherited has to close with QEMU, not with us.
+        // QEMU's end of everything inherited has to close with QEMU, not with us.
         let StartPlan { binary, sockets, .. } = plan;
         let process = Process::watch(child, log, sockets, overlays)?;
 
@@ -84,13 +83,13 @@ impl Process {
         }
     }
 
-    /// Watches over a child from now on.
+    /// Supervises a child from now on.
     fn watch(
         mut child: Child,
         log: Log,
         sockets: Vec<PathBuf>,
         overlays: Overlays,
-    ) -> Result<Process, VmError> {
+    ) -> Result<Process, GuestError> {
         // A pid is at most 2^22 (proc(5), pid_max).
         let pid = child.id() as i32;
         let pidfd = match pidfd_open(pid) {
@@ -109,8 +108,8 @@ impl Process {
         let reaper = move || {
             let status = child.wait();
             sockets.iter().for_each(|socket| remove_stale_socket(socket));
-            // `wait` fails only for a child that was reaped by others; there is
-            // no status left to tell, but it has ended.
+            // `wait` fails only if other code has reaped the child: its status is lost then,
+            // but it has ended.
             tell.send_replace(Some(status.unwrap_or_default()));
         };
         match std::thread::Builder::new().name("qemu-reaper".to_owned()).spawn(reaper) {
@@ -123,18 +122,18 @@ impl Process {
         }
     }
 
-    /// What a failed connection says of the start.
-    async fn failed_start(mut self, binary: PathBuf, source: QmpError) -> VmError {
+    /// The error of a start whose connection failed.
+    async fn failed_start(mut self, binary: PathBuf, source: QmpError) -> GuestError {
         let status = match source {
             QmpError::NoGreeting { .. } => None,
             _ => self.wait_exit(END_TIMEOUT).await,
         };
         let log = self.log_tail();
         match status {
-            Some(status) => VmError::Exited { binary, status, log },
+            Some(status) => GuestError::Exited { binary, status, log },
             None => {
                 self.kill().await;
-                VmError::NoControl { binary, source, log }
+                GuestError::NoControl { binary, source, log }
             }
         }
     }
@@ -149,15 +148,14 @@ impl Process {
         self.pidfd.as_fd()
     }
 
-    /// How QEMU ended, or `None` while it lives.
+    /// QEMU's exit status, or `None` while it runs.
     pub fn has_exited(&self) -> Option<ExitStatus> {
         *self.ended.borrow()
     }
 
-    /// Waits until QEMU has ended, `None` when it still lives after `timeout`.
-    /// Safe to cancel.
+    /// Waits until QEMU has ended; `None` if it still runs after `timeout`. Cancel-safe.
     pub async fn wait_exit(&mut self, timeout: Duration) -> Option<ExitStatus> {
-        // Fails when the reaper has gone, which it does only after telling.
+        // Fails once the reaper has ended, which stores the status before.
         let _ = tokio::time::timeout(timeout, self.ended.wait_for(Option::is_some)).await;
         self.has_exited()
     }
@@ -168,19 +166,18 @@ impl Process {
         let _ = self.ended.wait_for(Option::is_some).await;
     }
 
-    /// The end of what QEMU wrote to its standard output and error. It never
-    /// holds the guest's own output, which a rewritten command line leads
-    /// elsewhere. Only the first MiB that QEMU wrote is kept.
+    /// The last 4 KiB of QEMU's standard output and error, of which the first MiB is kept. It
+    /// holds no output of the guest, which a rewritten command line directs elsewhere.
     pub fn log_tail(&self) -> String {
         self.log.tail()
     }
 
-    /// Keeps the overlays of its disks when QEMU ends: a guest has written to them.
+    /// Keeps the overlays of its disks when QEMU ends, since a guest has written to them.
     pub fn keep_overlays(&mut self) {
         self.overlays.keep();
     }
 
-    /// Lets QEMU live on after us. It is still reaped while we live.
+    /// Lets QEMU run on after this process. Until then it is still reaped.
     pub fn detach(&mut self) {
         self.detached = true;
         self.overlays.keep();
@@ -200,15 +197,15 @@ impl Drop for Process {
         if self.has_exited().is_none() {
             self.send_sigkill();
         }
-        // So that nothing is left of it even when the program ends now.
+        // QEMU and its sockets are gone even if the program ends right after this.
         if let Some(reaper) = self.reaper.take() {
             let _ = reaper.join();
         }
     }
 }
 
-fn failed_to(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
-    move |source| VmError::Supervise { what, source }
+fn failed_to(what: &'static str) -> impl FnOnce(io::Error) -> GuestError {
+    move |source| GuestError::Supervise { what, source }
 }
 
 /// Our end and QEMU's end of the control socket.
@@ -219,8 +216,8 @@ fn control_pair() -> io::Result<(UnixStream, OwnedFd)> {
 }
 
 /// Starts QEMU with `control` as its control socket.
-fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, VmError> {
-    let program = plan.argv.first().ok_or(VmError::EmptyCommandLine)?;
+fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, GuestError> {
+    let program = plan.argv.first().ok_or(GuestError::EmptyCommandLine)?;
     let keep = log.file.try_clone().and_then(|out| Ok((out, log.file.try_clone()?)));
     let (stdout, stderr) = keep.map_err(failed_to("keep QEMU's output"))?;
     let number = control.as_raw_fd();
@@ -245,11 +242,11 @@ fn spawn(plan: &StartPlan, control: OwnedFd, log: &Log) -> Result<Child, VmError
     unsafe {
         command.pre_exec(move || before_exec(&inherited));
     }
-    command.spawn().map_err(|source| VmError::Start { binary: plan.binary.clone(), source })
+    command.spawn().map_err(|source| GuestError::Start { binary: plan.binary.clone(), source })
 }
 
-/// In the child: a session of its own, and no descriptors but those named.
-/// Allocates nothing, on failure neither.
+/// In the child: a session of its own, and no descriptors except those named. Allocates
+/// nothing, not even on failure.
 fn before_exec(inherited: &[RawFd]) -> io::Result<()> {
     nix::unistd::setsid()?;
     let first: libc::c_uint = 3;
@@ -273,19 +270,19 @@ fn before_exec(inherited: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// A killed QEMU leaves the files of its listening sockets behind. They go, unless
-/// somebody else listens there by now.
+/// Removes the socket file that a killed QEMU leaves behind, unless another process
+/// listens there by now.
 fn remove_stale_socket(path: &Path) {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     let address = Address::Unix(path.to_string_lossy().into_owned());
     if is_socket && in_use::is_listening(&address, Path::new("/")).is_ok_and(|lives| !lives) {
-        // Best effort: what stays is a file that nobody listens on.
+        // If this fails, a socket file without a listener stays, which harms nothing.
         let _ = fs::remove_file(path);
     }
 }
 
-/// SIGKILL by pidfd_send_signal(2), which can't hit a process that has got the
-/// number of one that ended.
+/// SIGKILL by pidfd_send_signal(2), which can't hit another process that has reused the
+/// process id.
 fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
     let no_info: *const libc::siginfo_t = std::ptr::null();
     // SAFETY: the descriptor is a pidfd that is open; a null siginfo is allowed.
@@ -301,8 +298,8 @@ fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// What QEMU writes, in memory of bounded size that needs no thread to drain it
-/// and goes with the last of us.
+/// QEMU's output, in a memfd of bounded size: it needs no thread to drain it, and is freed
+/// with its last descriptor.
 #[derive(Debug)]
 struct Log {
     file: File,

@@ -1,11 +1,11 @@
-//! The record of a living QEMU, from /proc (proc(5)) and its control socket.
+//! The record of a running QEMU, from /proc (proc(5)) and its control socket.
 
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::CommandLine;
 use crate::machine::{Hotplug, Machine};
 use crate::qmp::Qmp;
@@ -14,10 +14,10 @@ use crate::qmp::Qmp;
 /// for the caller to add.
 ///
 /// # Errors
-/// [`VmError::NotQemu`] when `pid` is a proxy or manager in front of QEMU,
-/// [`VmError::ReadProcess`] when the process has gone or belongs to somebody
-/// else, [`VmError::Qmp`] when QEMU does not answer.
-pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, VmError> {
+/// [`GuestError::NotQemu`] when `pid` is a proxy or manager in front of QEMU,
+/// [`GuestError::ReadProcess`] when the process has exited or belongs to another
+/// user, [`GuestError::Qmp`] when QEMU does not answer.
+pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, GuestError> {
     let process = ProcessInfo { pid };
     let argv = process.argv()?;
     let environ = process.environ()?;
@@ -38,7 +38,7 @@ pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, VmError> {
     })
 }
 
-/// Variables that change how QEMU finds its parts.
+/// Whether an environment variable changes how QEMU finds its parts.
 pub(super) fn is_recorded(name: &str) -> bool {
     name.starts_with("QEMU_") || name == "LD_LIBRARY_PATH"
 }
@@ -59,31 +59,31 @@ impl ProcessInfo {
         PathBuf::from(format!("/proc/{}/{entry}", self.pid))
     }
 
-    fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> GuestError {
         let pid = self.pid;
-        move |source| VmError::ReadProcess { pid, what, source }
+        move |source| GuestError::ReadProcess { pid, what, source }
     }
 
-    fn utf8(&self, what: &'static str, bytes: Vec<u8>) -> Result<String, VmError> {
-        String::from_utf8(bytes).map_err(|error| VmError::NotUtf8 {
+    fn utf8(&self, what: &'static str, bytes: Vec<u8>) -> Result<String, GuestError> {
+        String::from_utf8(bytes).map_err(|error| GuestError::NotUtf8 {
             pid: self.pid,
             what,
             text: String::from_utf8_lossy(error.as_bytes()).into_owned(),
         })
     }
 
-    /// The command line; a process without one is no program.
-    fn argv(&self) -> Result<Vec<String>, VmError> {
+    /// The command line; a process without one (a kernel thread) is not QEMU.
+    fn argv(&self) -> Result<Vec<String>, GuestError> {
         let what = "the command line";
         let bytes = fs::read(self.path("cmdline")).map_err(self.failed(what))?;
         let Some(bytes) = bytes.strip_suffix(b"\0") else {
-            return Err(VmError::NotQemu { pid: self.pid, exe: "no command line".to_owned() });
+            return Err(GuestError::NotQemu { pid: self.pid, exe: "no command line".to_owned() });
         };
         bytes.split(|&byte| byte == 0).map(|arg| self.utf8(what, arg.to_vec())).collect()
     }
 
     /// The environment; what is not UTF-8 in it is none of ours.
-    fn environ(&self) -> Result<Vec<(String, String)>, VmError> {
+    fn environ(&self) -> Result<Vec<(String, String)>, GuestError> {
         let bytes = fs::read(self.path("environ")).map_err(self.failed("the environment"))?;
         let variable = |entry: &[u8]| {
             let (name, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
@@ -92,11 +92,11 @@ impl ProcessInfo {
         Ok(bytes.split(|&byte| byte == 0).filter_map(variable).collect())
     }
 
-    /// The folder that relative paths started from. A QEMU that went to the
+    /// The directory that relative paths started from. A QEMU that went to the
     /// background has left it for `/` since (QEMU's `os_setup_post`); the shell's
-    /// `PWD` then still tells it.
-    fn cwd(&self, argv: &[String], environ: &[(String, String)]) -> Result<String, VmError> {
-        let what = "the working folder";
+    /// `PWD` still has it then.
+    fn cwd(&self, argv: &[String], environ: &[(String, String)]) -> Result<String, GuestError> {
+        let what = "the working directory";
         let cwd = fs::read_link(self.path("cwd")).map_err(self.failed(what))?;
         let daemonized =
             CommandLine::parse(argv.iter().skip(1).map(String::as_str)).has("daemonize");
@@ -111,7 +111,7 @@ impl ProcessInfo {
 
     /// The program's absolute path. An upgrade deletes the running program's
     /// file, often with a new one in its place.
-    fn binary(&self, argv: &[String], cwd: &str) -> Result<String, VmError> {
+    fn binary(&self, argv: &[String], cwd: &str) -> Result<String, GuestError> {
         let what = "the executable";
         let link = fs::read_link(self.path("exe")).map_err(self.failed(what))?;
         let bytes = link.as_os_str().as_bytes();
@@ -122,7 +122,7 @@ impl ProcessInfo {
         let name = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
         let program = argv.first().map(String::as_str).unwrap_or_default();
         if !is_system_emulator(&name(&exe)) && !is_system_emulator(&name(program)) {
-            return Err(VmError::NotQemu { pid: self.pid, exe });
+            return Err(GuestError::NotQemu { pid: self.pid, exe });
         }
         if Path::new(&exe).is_file() {
             return Ok(exe);
@@ -161,8 +161,8 @@ mod tests {
     fn another_process_is_not_taken_for_qemu() {
         let us = ProcessInfo { pid: std::process::id() as i32 };
         let argv = us.argv().unwrap();
-        assert!(matches!(us.binary(&argv, "/"), Err(VmError::NotQemu { .. })));
+        assert!(matches!(us.binary(&argv, "/"), Err(GuestError::NotQemu { .. })));
         let gone = ProcessInfo { pid: i32::MAX };
-        assert!(matches!(gone.argv(), Err(VmError::ReadProcess { .. })));
+        assert!(matches!(gone.argv(), Err(GuestError::ReadProcess { .. })));
     }
 }

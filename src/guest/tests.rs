@@ -26,7 +26,7 @@ fn machine(args: &[&str]) -> Machine {
     }
 }
 
-fn try_rewritten(args: &[&str], options: &RewriteOptions) -> Result<Vec<String>, VmError> {
+fn try_rewritten(args: &[&str], options: &RewriteOptions) -> Result<Vec<String>, GuestError> {
     rewrite(&machine(args), options).map(|plan| plan.argv[1..].to_vec())
 }
 
@@ -59,7 +59,7 @@ fn what_belongs_to_the_first_start_goes() {
     assert_eq!(try_rewritten(&["-S"], &options).unwrap(), ["-S", "-incoming", "defer"]);
     assert!(matches!(
         rewrite(&Machine::default(), &options).unwrap_err(),
-        VmError::EmptyCommandLine
+        GuestError::EmptyCommandLine
     ));
 }
 
@@ -67,7 +67,7 @@ fn what_belongs_to_the_first_start_goes() {
 fn notes_say_what_changed() {
     let plan = rewrite(&machine(&["-daemonize", "-S", "-serial", "stdio"]), &Default::default());
     let notes: Vec<String> = plan.unwrap().notes.into_iter().map(|note| note.what).collect();
-    assert_eq!(notes, ["left out -daemonize", "led -serial stdio nowhere"]);
+    assert_eq!(notes, ["left out -daemonize", "replaced -serial stdio by a null backend"]);
 }
 
 #[test]
@@ -189,12 +189,19 @@ fn paths_are_replaced_at_their_boundaries() {
     );
     let untouched = r#"{ "z":1, "a":"/other" }"#;
     assert_eq!(one(untouched, "/vm", "/new"), untouched);
+    // A TCP port is replaced by its text, as docs/bench.md says.
+    let serial = ["-serial", "tcp:127.0.0.1:4444,server=on,wait=off"];
+    let moved = rewritten(&serial, &[("127.0.0.1:4444", "127.0.0.1:4445")]).unwrap();
+    assert_eq!(moved[1], "tcp:127.0.0.1:4445,server=on,wait=off");
+    let forwarded = ["-netdev", "user,id=n,hostfwd=tcp::2222-:22"];
+    let moved = rewritten(&forwarded, &[("tcp::2222-:22", "tcp::2223-:22")]).unwrap();
+    assert_eq!(moved[1], "user,id=n,hostfwd=tcp::2223-:22");
     let swapped = rewritten(&["/a/x", "-hda", "/b/y"], &[("/a", "/b"), ("/b", "/a")]).unwrap();
     assert_eq!(swapped, ["/b/x", "-hda", "/a/y"]);
     let guests = rewritten(&["-kernel", "/vm/k,1", "-append", "root=/vm"], &[("/vm", "/n")]);
     assert_eq!(guests.unwrap(), ["-kernel", "/n/k,1", "-append", "root=/vm"]);
     for (old, new) in [("", "/x"), ("/", "/x"), ("/x", "/")] {
-        assert!(matches!(rewritten(&[], &[(old, new)]), Err(VmError::PathRule { .. })));
+        assert!(matches!(rewritten(&[], &[(old, new)]), Err(GuestError::PathRule { .. })));
     }
     let mut machine = machine(&[]);
     machine.cwd = "/vm/here".to_owned();
@@ -260,15 +267,15 @@ fn a_line_as_libvirt_writes_it_stays_as_it_is() {
 }
 
 /// A socket on which a living process, this one, listens.
-fn listening(folder: &Path) -> (UnixListener, String) {
-    let path = folder.join("socket");
+fn listening(directory: &Path) -> (UnixListener, String) {
+    let path = directory.join("socket");
     (UnixListener::bind(&path).unwrap(), path.to_str().unwrap().to_owned())
 }
 
 #[test]
 fn control_sockets_in_use_give_way() {
-    let folder = tempfile::tempdir().unwrap();
-    let (listener, path) = listening(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, path) = listening(directory.path());
     let server = format!("unix:{path},server=on,wait=off");
     for option in ["-qmp", "-monitor", "--qmp-pretty"] {
         check(&[option, &server, "-m", "1G"], &["-m", "1G"]);
@@ -287,8 +294,8 @@ fn control_sockets_in_use_give_way() {
 
 #[test]
 fn other_sockets_in_use_are_refused_by_name() {
-    let folder = tempfile::tempdir().unwrap();
-    let (listener, path) = listening(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, path) = listening(directory.path());
     for (option, value) in [
         ("-serial", format!("unix:{path},server=on,wait=off")),
         ("-serial", format!("mon:unix:{path},server,nowait")),
@@ -304,7 +311,7 @@ fn other_sockets_in_use_are_refused_by_name() {
         ("-spice", format!("unix=on,addr={path}")),
         ("-netdev", format!("stream,id=n,server=on,addr.type=unix,addr.path={path}")),
     ] {
-        refused(&[option, &value], &format!("--path {path}=NEW"));
+        refused(&[option, &value], &format!("`RewriteOptions::paths` {path}=NEW"));
         // The way out that the error names is one.
         let paths = vec![(path.clone(), "/nonexistent/new".to_owned())];
         let options = RewriteOptions { paths, ..Default::default() };
@@ -325,8 +332,8 @@ fn other_sockets_in_use_are_refused_by_name() {
 
 #[test]
 fn files_in_use_are_refused_by_name() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("file").to_str().unwrap().to_owned();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file").to_str().unwrap().to_owned();
     let memory = format!("memory-backend-file,id=m,size=1M,share=on,mem-path={path}");
     let json = format!(
         r#"{{"qom-type":"memory-backend-file","id":"m","size":1,"share":true,"mem-path":"{path}"}}"#
@@ -386,8 +393,8 @@ async fn until(mut condition: impl FnMut() -> bool) {
 
 #[tokio::test]
 async fn a_rewritten_machine_starts_talks_and_dies() {
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("qmp,1");
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("qmp,1");
     let options = RewriteOptions { qmp: Some(socket.clone()), ..Default::default() };
     let plan = small(&["-S", "-serial", "stdio"], &options);
     let (mut process, qmp) = Process::start(plan).await.unwrap();
@@ -433,18 +440,18 @@ async fn only_named_descriptors_are_inherited() {
 async fn a_qemu_that_fails_is_told_in_its_own_words() {
     let plan = small(&["-device", "no-such-device"], &RewriteOptions::default());
     let error = Process::start(plan).await.unwrap_err();
-    assert!(matches!(error, VmError::Exited { .. }), "{error}");
+    assert!(matches!(error, GuestError::Exited { .. }), "{error}");
     assert!(error.to_string().contains("'no-such-device' is not a valid device"), "{error}");
 
     let qemu = Some(PathBuf::from("/nonexistent/qemu"));
     let options = RewriteOptions { qemu, ..Default::default() };
     let error = Process::start(small(&[], &options)).await.unwrap_err();
-    assert!(matches!(&error, VmError::Start { .. }), "{error}");
+    assert!(matches!(&error, GuestError::Start { .. }), "{error}");
 
     let mut plan = small(&[], &RewriteOptions::default());
     plan.cwd = "/nonexistent".into();
     let error = Process::start(plan).await.unwrap_err();
-    assert!(matches!(error, VmError::WorkingFolder { .. }), "{error}");
+    assert!(matches!(error, GuestError::WorkingDirectory { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -506,7 +513,7 @@ async fn a_machine_is_captured_as_it_was_started_and_starts_again() {
     assert_eq!(&machine.qemu, qmp.version());
     assert!(matches!(
         capture(std::process::id() as i32, &qmp).await.unwrap_err(),
-        VmError::NotQemu { .. }
+        GuestError::NotQemu { .. }
     ));
 
     // Beside the living one, with our control socket of now and not of then.

@@ -11,7 +11,7 @@ use super::{Qmp, QmpError};
 /// How often a job is asked for its state.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
-/// The command that folds an overlay into the node below it.
+/// The command that commits an overlay to the node below it.
 const BLOCK_COMMIT: &str = "block-commit";
 
 /// A node of the block graph: a file, or a format over one (`query-named-block-nodes`).
@@ -75,7 +75,7 @@ impl Qmp {
     }
 
     /// Who uses which node of the block graph (`x-debug-query-block-graph`, QEMU 4.0
-    /// and later: nothing else tells the connections on all versions).
+    /// and later: no other command shows the connections on all versions).
     pub async fn block_edges(&self) -> Result<Vec<BlockEdge>, QmpError> {
         let graph: Graph = self.query("x-debug-query-block-graph", ()).await?;
         let name = |id| {
@@ -107,18 +107,18 @@ impl Qmp {
         self.execute("transaction", json!({ "actions": actions })).await.map(drop)
     }
 
-    /// Begins to write what an overlay holds into the node below it, the guest running or
-    /// not: as a job of that name, to be ended by [`Qmp::end_fold`].
-    pub async fn begin_fold(&self, job: &str, overlay: &str, base: &str) -> Result<(), QmpError> {
+    /// Starts to commit an overlay to the node below it, whether the guest runs or not, as a job
+    /// of that name. [`Qmp::end_commit`] ends it.
+    pub async fn begin_commit(&self, job: &str, overlay: &str, base: &str) -> Result<(), QmpError> {
         let arguments = json!({
             "job-id": job, "device": overlay, "base-node": base, "auto-dismiss": false,
         });
         self.execute(BLOCK_COMMIT, arguments).await.map(drop)
     }
 
-    /// Waits for a job of [`Qmp::begin_fold`], whoever began it, and takes the overlay away.
-    /// It stays open.
-    pub async fn end_fold(&self, job: &str) -> Result<(), QmpError> {
+    /// Waits for a job of [`Qmp::begin_commit`], even one of another process, and removes the
+    /// overlay from the chain. Its node stays open.
+    pub async fn end_commit(&self, job: &str) -> Result<(), QmpError> {
         let mut told = false;
         loop {
             match self.job(job).await? {
@@ -144,7 +144,7 @@ impl Qmp {
     }
 }
 
-/// What became of a job: its failure, as that of the command which began it.
+/// The outcome of a job, as the outcome of the command that started it.
 fn concluded(command: &str, error: Option<String>) -> Result<(), QmpError> {
     match error {
         None => Ok(()),

@@ -18,14 +18,13 @@ pub struct MigrationInfo {
     pub status: Option<String>,
     /// Why it failed, in QEMU's words.
     pub error_desc: Option<String>,
-    /// What stands in the way of any migration, such as a device that can't be
-    /// migrated.
+    /// What blocks any migration, such as a device that can't be migrated.
     pub blocked_reasons: Vec<String>,
-    /// How much memory went over; absent before the first migration.
+    /// How much memory was sent; absent before the first migration.
     pub ram: Option<RamInfo>,
 }
 
-/// How much memory a migration has carried (`MigrationStats`).
+/// How much memory a migration has sent (`MigrationStats`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RamInfo {
@@ -98,8 +97,8 @@ impl Qmp {
         self.execute("cont", ()).await.map(drop)
     }
 
-    /// Ends QEMU. A connection that closes without an answer is success: QEMU 11
-    /// may go before it has answered.
+    /// Ends QEMU. A connection that closes without an answer is success: QEMU 11 may exit before
+    /// it has answered.
     pub async fn quit(&self) -> Result<(), QmpError> {
         match self.execute("quit", ()).await {
             Ok(_) | Err(QmpError::Gone { .. }) => Ok(()),
@@ -140,7 +139,7 @@ impl Qmp {
         self.execute("migrate-set-capabilities", arguments).await.map(drop)
     }
 
-    /// How the current or last migration stands.
+    /// The state of the current or last migration.
     pub async fn migration_info(&self) -> Result<MigrationInfo, QmpError> {
         self.query("query-migrate", ()).await
     }
@@ -161,12 +160,12 @@ impl Qmp {
         self.execute("migrate_cancel", ()).await.map(drop)
     }
 
-    /// Gives QEMU a copy of a descriptor under a name, for `fd:NAME`.
+    /// Passes a copy of a descriptor to QEMU under a name, for `fd:NAME`.
     pub async fn getfd(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
         self.execute_with_fd("getfd", json!({ "fdname": name }), fd).await.map(drop)
     }
 
-    /// Closes a descriptor that [`Qmp::getfd`] gave and nothing has taken yet.
+    /// Closes a descriptor that was passed by [`Qmp::getfd`] and not used yet.
     pub async fn closefd(&self, name: &str) -> Result<(), QmpError> {
         self.execute("closefd", json!({ "fdname": name })).await.map(drop)
     }
@@ -197,7 +196,7 @@ impl Qmp {
         Ok(list.into_iter().map(BlockDevice::from).collect())
     }
 
-    /// Carries out a command whose answer has the form of `T`.
+    /// Executes a command whose result has the form of `T`.
     ///
     /// # Errors
     /// As [`Qmp::execute`], and [`QmpError::UnexpectedAnswer`].

@@ -1,9 +1,9 @@
-//! What can go wrong between us and a QEMU's control socket.
+//! Errors of a QEMU's control socket.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why a QMP connection could not be made or a command not carried out.
+/// Why a QMP connection or a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// The socket can't be connected to.
@@ -20,7 +20,7 @@ pub enum QmpError {
     #[error("can't use the control socket: {0}")]
     Socket(std::io::Error),
 
-    /// Somebody listens, but said nothing in time.
+    /// The socket was connected, but no greeting came in time.
     #[error(
         "the control socket did not greet within {after:?}: QEMU serves one client at a time \
              on a control socket, so another client (libvirt, a script) may hold this one; end \
@@ -31,20 +31,20 @@ pub enum QmpError {
         after: Duration,
     },
 
-    /// The other side speaks, but not QMP.
+    /// The peer does not speak QMP.
     #[error(
         "the control socket answered, but not as QMP: it said {got:?}; a human monitor \
              (-monitor) or a guest agent won't do, it has to be a -qmp socket"
     )]
     NotQmp {
-        /// The beginning of what it said.
+        /// The beginning of what it sent.
         got: String,
     },
 
     /// The connection ended before the greeting.
     #[error("the control socket was closed before it greeted: {reason}")]
     ClosedBeforeGreeting {
-        /// What is known of why.
+        /// The reason, as far as it is known.
         reason: String,
     },
 
@@ -75,7 +75,7 @@ pub enum QmpError {
         reason: String,
     },
 
-    /// The arguments can't be written as JSON.
+    /// The arguments can't be serialised as JSON.
     #[error("can't write the arguments of {command} as JSON: {source}")]
     Arguments {
         /// The command's name.
@@ -89,7 +89,7 @@ pub enum QmpError {
     UnexpectedAnswer {
         /// The command's name.
         command: String,
-        /// What was not as expected.
+        /// What was unexpected.
         problem: String,
     },
 
@@ -106,7 +106,7 @@ pub enum QmpError {
 }
 
 impl QmpError {
-    /// Whether QEMU does not know the command at all.
+    /// Whether QEMU does not know the command.
     pub fn is_command_not_found(&self) -> bool {
         matches!(self, QmpError::Command { class, .. } if class == "CommandNotFound")
     }

@@ -1,4 +1,4 @@
-//! Events: what QEMU says unasked.
+//! Events that QEMU sends by itself.
 
 use std::time::Duration;
 
@@ -12,15 +12,15 @@ use super::QmpError;
 /// (which [`Events::next`] then reports).
 pub const EVENT_QUEUE: usize = 4096;
 
-/// Something QEMU reports unasked, such as `STOP` or `MIGRATION`.
+/// An event that QEMU sends, such as `STOP` or `MIGRATION`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     /// The event's name, in capitals.
     pub name: String,
-    /// What it says; an empty object when it says nothing.
+    /// Its data; an empty object if it has none.
     pub data: Value,
     /// When it happened by QEMU's clock, in microseconds since the epoch; 0 when
-    /// QEMU could not tell.
+    /// QEMU does not know it.
     pub timestamp: u64,
 }
 

@@ -4,7 +4,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 
 /// The most bytes one message may have. QEMU's largest answers (such as
-/// `query-qmp-schema`) are below 1 MiB; what is far larger is not QEMU.
+/// `query-qmp-schema`) are below 1 MiB.
 pub const MAX_MESSAGE: usize = 64 << 20;
 
 /// Why no further message can be read.
@@ -62,7 +62,7 @@ impl<R: AsyncRead + Unpin> Messages<R> {
         }
     }
 
-    /// The beginning of what was read of an unfinished message, for a person to read.
+    /// The beginning of an unfinished message, for an error message.
     pub(super) fn start(&self) -> String {
         String::from_utf8_lossy(&self.message[..self.message.len().min(80)]).trim().to_owned()
     }

@@ -1,9 +1,8 @@
 //! One QEMU's control socket: commands, answers and events.
 //!
-//! Speaks the QEMU Machine Protocol, "QMP" (QEMU's `docs/interop/qmp-spec`). The
-//! socket is read all the time by a task of its own, so events are never stuck
-//! behind an answer that nobody waits for, and an answer that comes after its
-//! timeout does no harm.
+//! The protocol is the QEMU Machine Protocol, QMP (QEMU's `docs/interop/qmp-spec`). A task of
+//! its own always reads the socket, so that events are never stuck behind an unawaited answer,
+//! and an answer that arrives after its time limit does no harm.
 
 mod block;
 mod commands;
@@ -90,7 +89,7 @@ impl Ending {
     }
 }
 
-/// What the reader task shares with those who wait.
+/// What the reader task shares with the callers.
 #[derive(Debug)]
 struct State {
     ending: Ending,
@@ -99,7 +98,7 @@ struct State {
 
 #[derive(Debug)]
 struct Live {
-    /// Who waits for which answer.
+    /// The callers that wait, by the id of their command.
     waiting: HashMap<u64, oneshot::Sender<Value>>,
     /// `None` once the connection has ended, so that receivers see the end.
     events: Option<broadcast::Sender<Event>>,
@@ -111,12 +110,12 @@ impl State {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands a message to whom it concerns.
+    /// Delivers a message to its receiver.
     fn dispatch(&self, mut message: Value) {
         let mut live = self.live();
         if let Some(event) = Event::from_message(&mut message) {
             if let Some(events) = &live.events {
-                // Fails when nobody listens, which is their choice.
+                // Fails when there is no receiver, which is no error.
                 let _ = events.send(event);
             }
             return;
@@ -124,13 +123,13 @@ impl State {
         let waiting =
             message.get("id").and_then(Value::as_u64).and_then(|id| live.waiting.remove(&id));
         match waiting {
-            // Fails when the caller has given up waiting.
+            // Fails when the caller has stopped waiting.
             Some(waiting) => drop(waiting.send(message)),
             None => tracing::debug!("a QMP answer that nobody waits for"),
         }
     }
 
-    /// Ends the connection: whoever waits is told. The first reason stays.
+    /// Ends the connection for all callers. The first reason stays.
     fn end(&self, reason: String) {
         let _ = self.ending.0.set(reason);
         let mut live = self.live();
@@ -139,7 +138,7 @@ impl State {
     }
 }
 
-/// Removes a waiter whose caller has gone, so that none pile up.
+/// Removes a caller's entry when it stops waiting, so that entries don't pile up.
 struct Waiter<'a> {
     state: &'a State,
     id: u64,
@@ -156,7 +155,7 @@ impl Qmp {
     /// connection and the greeting together; commands have [`DEFAULT_TIMEOUT`].
     ///
     /// # Errors
-    /// [`QmpError::Connect`] when nobody listens, [`QmpError::NoGreeting`] when
+    /// [`QmpError::Connect`] when no process listens, [`QmpError::NoGreeting`] when
     /// the socket's only place is taken, [`QmpError::NotQmp`] when it is another
     /// kind of socket, and as [`Qmp::execute`] for `qmp_capabilities`.
     pub async fn connect(path: impl AsRef<Path>, timeout: Duration) -> Result<Qmp, QmpError> {
@@ -207,7 +206,7 @@ impl Qmp {
         Qmp { connection: self.connection.clone(), timeout }
     }
 
-    /// QEMU's version as its greeting told it.
+    /// QEMU's version, from its greeting.
     pub fn version(&self) -> &QemuVersion {
         &self.connection.version
     }
@@ -220,9 +219,8 @@ impl Qmp {
         self.connection.peer_pid.filter(|&pid| pid > 0)
     }
 
-    /// Carries out a command and gives what it returns. Arguments that become
-    /// JSON `null`, such as `()`, are left out. Safe to cancel: the command is
-    /// then either sent whole or not at all.
+    /// Executes a command and returns its result. Arguments that serialise to JSON `null`, such
+    /// as `()`, are omitted. Cancel-safe: the command is sent completely or not at all.
     ///
     /// # Errors
     /// [`QmpError::Command`] with QEMU's own words, [`QmpError::Timeout`],
@@ -309,7 +307,7 @@ fn request(command: &str, arguments: impl Serialize, id: u64) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
-/// What an answer says of its command.
+/// The result or the error in an answer.
 fn outcome(command: &str, mut answer: Value) -> Result<Value, QmpError> {
     if let Some(value) = answer.get_mut("return") {
         return Ok(value.take());
@@ -328,7 +326,7 @@ fn outcome(command: &str, mut answer: Value) -> Result<Value, QmpError> {
     }
 }
 
-/// The version that a greeting tells.
+/// The version in a greeting.
 fn greeted(greeting: Result<Value, ReadError>) -> Result<QemuVersion, QmpError> {
     let greeting = match greeting {
         Ok(greeting) => greeting,
@@ -350,7 +348,7 @@ fn greeted(greeting: Result<Value, ReadError>) -> Result<QemuVersion, QmpError> 
     }
 }
 
-/// The reader task: messages go where they belong until the connection ends.
+/// The reader task: delivers messages until the connection ends.
 async fn read_messages(mut messages: Messages<OwnedReadHalf>, state: Arc<State>) {
     loop {
         match messages.next().await {
@@ -360,8 +358,8 @@ async fn read_messages(mut messages: Messages<OwnedReadHalf>, state: Arc<State>)
     }
 }
 
-/// The writer task. Being a task of its own, it finishes a message even when
-/// the caller who sent it has stopped waiting.
+/// The writer task. As a task of its own it completes a message even if its caller has stopped
+/// waiting.
 async fn write_messages(
     socket: OwnedWriteHalf,
     mut queue: mpsc::UnboundedReceiver<Outgoing>,

@@ -15,16 +15,16 @@ use super::*;
 
 const LONG: Duration = Duration::from_secs(60);
 
-/// A real QEMU with a control socket in a folder of its own; ended when dropped.
+/// A real QEMU with a control socket in a directory of its own; ended when dropped.
 struct RealQemu {
     child: Child,
-    folder: TempDir,
+    directory: TempDir,
 }
 
 impl RealQemu {
     async fn start(extra: &[&str]) -> (RealQemu, Qmp) {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("qmp");
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("qmp");
         let child = Command::new("qemu-system-x86_64")
             .args(["-S", "-nodefaults", "-display", "none", "-machine", "pc", "-m", "32"])
             .arg("-qmp")
@@ -34,7 +34,7 @@ impl RealQemu {
             .process_group(0)
             .spawn()
             .unwrap();
-        let qemu = RealQemu { child, folder };
+        let qemu = RealQemu { child, directory };
         while !socket.exists() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -49,7 +49,7 @@ impl RealQemu {
     }
 
     fn socket(&self) -> std::path::PathBuf {
-        self.folder.path().join("qmp")
+        self.directory.path().join("qmp")
     }
 }
 
@@ -157,8 +157,8 @@ async fn a_second_client_is_told_that_the_place_is_taken() {
 
 #[tokio::test]
 async fn a_human_monitor_is_not_taken_for_qmp() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("hmp");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("hmp");
     let monitor = format!("unix:{},server=on,wait=off", path.display());
     let (_qemu, _qmp) = RealQemu::start(&["-monitor", &monitor]).await;
     let error = Qmp::connect(&path, LONG).await.unwrap_err();
@@ -167,8 +167,8 @@ async fn a_human_monitor_is_not_taken_for_qmp() {
 
 #[tokio::test]
 async fn a_pretty_printing_socket_works_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("pretty");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pretty");
     let pretty = format!("unix:{},server=on,wait=off", path.display());
     let (_qemu, _qmp) = RealQemu::start(&["-qmp-pretty", &pretty]).await;
     let qmp = Qmp::connect(&path, LONG).await.unwrap();
@@ -211,8 +211,8 @@ where
     F: FnOnce(UnixStream) -> T + Send + 'static,
     T: Future<Output = ()> + Send,
 {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let listener = UnixListener::bind(&path).unwrap();
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();

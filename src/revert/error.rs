@@ -1,29 +1,31 @@
 //! Why a revert fails.
 
-use super::FeedError;
-use crate::guest::{Process, VmError};
+use crate::guest::GuestError;
 use crate::image::ImageError;
-use crate::memory::WorkingSetError;
+use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
+use crate::transport::proof::AdoptError;
+use crate::wire::WireError;
 
 /// Why a revert failed. The QEMU that it started has been ended. Overlays of disks stay if
 /// the guest has run; [`RevertEvent::Disk`](super::RevertEvent::Disk) has told where they are.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RevertError {
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// QEMU can't be started as recorded.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(#[from] GuestError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
     /// The guest's memory or device state could not be delivered.
     #[error("{error}{qemu}")]
-    Feed {
+    Postcopy {
         /// What failed.
-        error: FeedError,
+        error: PostcopyError,
         /// What QEMU itself had to say; empty when nothing.
         qemu: String,
     },
@@ -35,6 +37,12 @@ pub enum RevertError {
         /// What QEMU itself had to say; empty when nothing.
         qemu: String,
     },
+    /// A guest that was to be held in standby runs already.
+    #[error(
+        "QEMU ran the guest, which was to wait in standby: start QEMU with `-S` beside \
+         `-incoming defer`"
+    )]
+    NotHeld,
     /// QEMU ended while it was given the guest.
     #[error("{error}{qemu}")]
     Died {
@@ -51,8 +59,9 @@ pub enum RevertError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The machine's clock can't be kept at the moment's time.
-    #[error("the machine's clock can't go on from the moment: {0}; leave out --rtc keep")]
+    /// The machine's clock can't go on from the moment, as [`Rtc::Keep`](super::Rtc::Keep)
+    /// wants it.
+    #[error("the machine's clock can't go on from the moment: {0}; `rtc` has to be `Now`")]
     Rtc(&'static str),
     /// The image was to be checked, and is damaged.
     #[error("{0}; `snapback verify` says all that is wrong")]
@@ -63,30 +72,80 @@ pub enum RevertError {
     /// A guest that was to show its working set asked for nothing.
     #[error("the guest asked for no memory in that time: give it longer, or let it do something")]
     NothingDemanded,
-    /// Interrupted before the guest's memory was complete.
+    /// Cancelled before the guest's memory was complete.
     #[error("interrupted: {0}")]
     Interrupted(&'static str),
 }
 
-pub(super) fn feed_error(error: FeedError) -> RevertError {
-    RevertError::Feed { error, qemu: String::new() }
+impl From<PostcopyError> for RevertError {
+    fn from(error: PostcopyError) -> RevertError {
+        RevertError::Postcopy { error, qemu: String::new() }
+    }
 }
 
-/// QEMU tells why it ended a migration only on its standard error. Where we ended it,
-/// what it says there is not the reason.
-pub(super) fn with_qemus_words(error: RevertError, process: &Process) -> RevertError {
-    use FeedError::{HungUp, Opening, Refused};
-    let words = process.log_tail();
-    if words.is_empty() {
-        return error;
+impl RevertError {
+    /// QEMU leaves the guest in this run state.
+    pub(super) fn not_run(status: String) -> RevertError {
+        RevertError::NotRun { status, qemu: String::new() }
     }
-    let qemu = format!("; QEMU says: {words}");
-    match error {
-        RevertError::Feed { error: error @ (HungUp | Opening(_) | Refused(_)), .. } => {
-            RevertError::Feed { error, qemu }
+
+    /// The same with what QEMU wrote to its standard error: only there does it tell why it
+    /// ended a migration. Where we ended it, what it says there is not the reason.
+    pub(super) fn with_words_of_qemu(self, words: &str) -> RevertError {
+        use PostcopyError::{HungUp, Opening, Refused};
+        if words.is_empty() {
+            return self;
         }
-        RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
-        RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
-        error => error,
+        let qemu = format!("; QEMU says: {words}");
+        match self {
+            RevertError::Postcopy { error: error @ (HungUp | Opening(_) | Refused(_)), .. } => {
+                RevertError::Postcopy { error, qemu }
+            }
+            RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
+            RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
+            error => error,
+        }
     }
+}
+
+/// Why the source's side of a postcopy migration ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PostcopyError {
+    /// Memory could not be brought.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The return path could not be understood.
+    #[error("QEMU's return path: {0}")]
+    Wire(#[from] WireError),
+    /// The opening could not be sent.
+    #[error("QEMU closed the migration stream while it was given the device state ({0})")]
+    Opening(std::io::Error),
+    /// Pages can't be installed directly, though nothing else was asked for.
+    #[error("memory can't be installed by userfaultfd: {0}")]
+    Adopt(#[from] AdoptError),
+    /// Some blocks can't be installed directly, though nothing else was asked for.
+    #[error("memory can't be installed by userfaultfd: these blocks were not found in QEMU: {0}")]
+    Unproven(String),
+    /// QEMU hung up.
+    #[error("QEMU closed the return path before its memory was complete")]
+    HungUp,
+    /// QEMU reported a failure.
+    #[error("QEMU ended the migration with status {0}")]
+    Refused(u32),
+    /// The migration socket could not be shared between threads.
+    #[error(
+        "duplicating the descriptor of the migration socket failed: {0} (is the limit of open \
+         files too low?)"
+    )]
+    Duplicate(std::io::Error),
+    /// A thread could not be started.
+    #[error("starting a thread failed: {0}")]
+    Thread(std::io::Error),
+    /// A thread of ours panicked.
+    #[error(
+        "the thread that was to {0} panicked: that is a bug of snapback, whose message is on \
+         standard error"
+    )]
+    Panicked(&'static str),
 }

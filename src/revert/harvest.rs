@@ -1,16 +1,18 @@
-//! A working set from a revert that is thrown away.
+//! A working set recorded by a revert that is thrown away.
 
 use std::time::Duration;
 
-use super::{Delivery, RevertError, RevertEvent, RevertOptions, revert_held};
+use super::error::RevertError;
+use super::event::RevertEvent;
+use super::journey::revert_held;
+use super::options::{Delivery, RevertOptions};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::{WorkingSet, working_set};
 
-/// Reverts an image for the sake of what its guest asks for in the first `window`, and
-/// records that as the image's working set in place of an older one. The guest is cut
-/// off: no network, no disk is written, its serial ports lead nowhere. It is ended when
-/// its memory is complete.
+/// Reverts an image, and records what its guest asks for in the first `window` as the image's
+/// working set, in place of an older one. The guest is isolated: it has no network, writes no
+/// disk, and its serial ports lead nowhere. It is ended when its memory is complete.
 ///
 /// # Errors
 /// As for [`revert`](super::revert()); also when the working set can't be written.
@@ -24,13 +26,13 @@ pub async fn harvest(
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
     options.preload = false;
+    options.standby = false;
     options.delivery = Delivery { hold: Some(window), working_set: false, ..options.delivery };
     let mut held = revert_held(&options, cancel, on_event).await?;
     held.process.kill().await;
 
     let image = Image::open(&options.image)?;
-    let demanded = held.outcome.faults.demanded.iter().map(|(_, page)| *page);
-    let identity = image.identity();
+    let (identity, demanded) = (image.identity(), held.outcome.demanded());
     let set = WorkingSet::following(None, identity, demanded, &image.manifest().blocks);
     let set = set.ok_or(RevertError::NothingDemanded)?;
     set.store(&working_set::path_for(&options.image))?;

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::error::with_qemus_words;
-use super::{Delivery, RevertError, RevertEvent, RevertOptions, revert_held};
+use super::error::RevertError;
+use super::event::RevertEvent;
+use super::journey::revert_held;
+use super::options::{Delivery, RevertOptions};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 
@@ -22,6 +24,7 @@ pub async fn prove(
     let mut options = options.clone();
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
+    options.standby = false;
     options.delivery = Delivery { working_set: false, ..options.delivery };
 
     let start = Instant::now();
@@ -35,11 +38,11 @@ pub async fn prove(
     let mut held = revert_held(&options, cancel, hear).await?;
     let status = held.qmp.status().await?;
     let was_running = Image::open(&options.image)?.manifest().machine.running;
+    let words = held.process.log_tail();
     let outcome = match was_running && status != "running" {
-        true => Err(RevertError::NotRun { status, qemu: String::new() }),
+        true => Err(RevertError::not_run(status).with_words_of_qemu(&words)),
         false => Ok(ran_after),
     };
-    let outcome = outcome.map_err(|error| with_qemus_words(error, &held.process));
     held.process.kill().await;
     outcome
 }

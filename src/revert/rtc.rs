@@ -8,6 +8,8 @@
 
 use std::ops::Range;
 
+use crate::wire::section::{FOOTER, FULL, SUBSECTION};
+
 /// What the clock shows after a revert.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Rtc {
@@ -17,11 +19,6 @@ pub enum Rtc {
     /// The time of the moment, from which it goes on.
     Keep,
 }
-
-/// Type of the section that holds one device's state, and of what can follow its body.
-const SECTION_FULL: u8 = 0x04;
-const SUBSECTION: u8 = 0x05;
-const FOOTER: u8 = 0x7e;
 
 /// The section's name with its length, instance and version, as they follow its number.
 const NAME: &[u8] = b"\x0bmc146818rtc\0\0\0\0\0\0\0\x03";
@@ -71,7 +68,7 @@ fn body(devices: &[u8]) -> Option<Range<usize>> {
             Some(&SUBSECTION) => devices.get(at - 4..*at),
             _ => None,
         };
-        devices[at - 5] == SECTION_FULL && ends == devices.get(at - 4..*at)
+        devices[at - 5] == FULL && ends == devices.get(at - 4..*at)
     };
     let mut places = devices.windows(NAME.len()).enumerate().skip(5);
     let at = places.find(|(at, window)| *window == NAME && is_it(at))?.0;

@@ -6,8 +6,8 @@ use super::input::Input;
 use super::{FILE_MAGIC, FILE_VERSION, WireError, section};
 use crate::page::PAGE_SHIFT;
 
-/// The longest machine name and the largest configuration section that are
-/// believed; real ones have some dozens of bytes.
+/// Limit in bytes of a machine name and of a configuration section; real ones have some dozens
+/// of bytes.
 const MAX_BYTES: usize = 64 << 10;
 
 /// The subsection that names the capabilities on which both ends must agree.
@@ -17,7 +17,7 @@ const MAPPED_RAM: &str = "mapped-ram";
 /// The capability that leaves shared memory out of the stream.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 
-/// What stands before everything else in a stream (`vmstate_configuration` in
+/// The beginning of a stream (`vmstate_configuration` in
 /// `migration/savevm.c`).
 #[derive(Debug, Default)]
 pub(super) struct Config {

@@ -4,8 +4,8 @@ use std::io::{ErrorKind, Read};
 
 use super::WireError;
 
-/// Bytes taken from the peer in one call, at most. Large enough that a page
-/// costs a small part of a system call.
+/// The most bytes read from the peer in one call: enough that a page costs a small part of a
+/// system call.
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// Passes over so many bytes of what is read.
@@ -37,7 +37,7 @@ impl<R: Read> Input<R> {
         Input { inner, skip, buffer: vec![0; BUFFER_BYTES].into(), start: 0, end: 0, at: 0 }
     }
 
-    /// Goes on at `offset` of the stream, which does not lie before here.
+    /// Continues at `offset` of the stream, which is not before the current position.
     pub fn skip_to(&mut self, offset: u64, inside: &'static str) -> Result<(), WireError> {
         let at = self.at;
         let Some(count) = offset.checked_sub(at) else {
@@ -105,7 +105,7 @@ impl<R: Read> Input<R> {
         Ok(&self.buffer[taken])
     }
 
-    /// Takes what is there, waiting only when there is nothing; empty at the end.
+    /// Takes the bytes that are available, and waits only if there are none; empty at the end.
     pub fn take_some(&mut self) -> Result<&[u8], WireError> {
         if self.start == self.end {
             self.refill()?;

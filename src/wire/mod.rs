@@ -1,7 +1,7 @@
 //! QEMU's migration stream and its return path: bytes to values and back.
 //!
-//! No policy lives here: who reads a socket, when, and what to do about an error
-//! is decided elsewhere. The formats are described in QEMU's
+//! There is no policy here: other rooms decide when a socket is read and how an error is
+//! handled. The formats are described in QEMU's
 //! `docs/devel/migration/main.rst` and defined by `migration/savevm.c`,
 //! `migration/ram.c` and `migration/qemu-file.c`. All integers are big-endian.
 
@@ -27,7 +27,7 @@ const FILE_MAGIC: u32 = 0x5145_564d;
 const FILE_VERSION: u32 = 3;
 
 /// `QEMU_VM_EOF` and the section types that follow one another in a stream.
-mod section {
+pub(crate) mod section {
     pub const EOF: u8 = 0x00;
     pub const START: u8 = 0x01;
     pub const PART: u8 = 0x02;
@@ -38,6 +38,10 @@ mod section {
     pub const CONFIGURATION: u8 = 0x07;
     pub const COMMAND: u8 = 0x08;
     pub const FOOTER: u8 = 0x7e;
+
+    /// Length in bytes of a section's type and the section number behind it, which is all
+    /// that a footer consists of.
+    pub const MARK_BYTES: usize = 5;
 }
 
 /// `MIG_CMD_*` of `migration/savevm.c`.
@@ -69,8 +73,8 @@ mod ram_flag {
 /// The version of the `ram` section (`register_savevm_live("ram", 0, 4, …)`).
 const RAM_SECTION_VERSION: u32 = 4;
 
-/// A migration stream or a return path that can't be understood. `at` is the
-/// offset in bytes from the start of what was read.
+/// Why a migration stream or a return path can't be parsed. `at` is the offset in bytes from the
+/// start of what was read.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     /// The peer's bytes could not be read.
@@ -78,10 +82,10 @@ pub enum WireError {
     Io {
         /// Where in the stream.
         at: u64,
-        /// What the system said.
+        /// The operating system's reason.
         source: std::io::Error,
     },
-    /// The stream stopped short.
+    /// The stream ends too early.
     #[error(
         "the migration stream ended at byte {at}, inside {inside}: QEMU died, was told to cancel, \
          or the stream is truncated"
@@ -108,7 +112,7 @@ pub enum WireError {
         /// What is wrong.
         what: String,
     },
-    /// Something a stream may hold, and that is not supported.
+    /// The stream holds something valid that is not supported.
     #[error("the migration stream holds at byte {at} what snapback does not support: {what}")]
     Unsupported {
         /// Where in the stream.

@@ -1,4 +1,4 @@
-//! The return path: what a destination tells its source while it runs.
+//! The return path: what a migration's destination sends to its source.
 
 use std::io::Read;
 
@@ -13,7 +13,7 @@ pub enum ReturnPathMessage {
     Shut(u32),
     /// The answer to a PING with the same value.
     Pong(u32),
-    /// Somebody waits for these bytes of a block.
+    /// The guest waits for these bytes of a block.
     RequestPages {
         /// The block's name, or `None` for the block of the last request.
         block: Option<String>,
@@ -22,7 +22,7 @@ pub enum ReturnPathMessage {
         /// Length in bytes.
         len: u32,
     },
-    /// A message that a source like ours has no use for, by its type.
+    /// A message that a postcopy source can ignore, by its type.
     Other(u16),
 }
 

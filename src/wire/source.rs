@@ -51,8 +51,7 @@ pub struct Opening<'a> {
     pub blocks: &'a [Block],
     /// The value of the PING, which comes back as a PONG.
     pub ping: u32,
-    /// The host's page size in bytes: a block's page size is told only where it
-    /// differs from this (`ram_save_setup` in `migration/ram.c`).
+    /// The host's page size in bytes: a block's page size is sent only if it differs from this (`ram_save_setup` in `migration/ram.c`).
     pub host_page_size: u64,
 }
 
@@ -98,7 +97,7 @@ pub(super) fn push_ram_start(out: &mut Vec<u8>, blocks: &[Block]) {
     out.extend_from_slice(&(total | ram_flag::MEM_SIZE).to_be_bytes());
 }
 
-/// What an ordinary (precopy) stream has before its pages. It tells no page sizes.
+/// What an ordinary (precopy) stream has before its pages. It holds no page sizes.
 pub fn precopy_opening(config: &[u8], blocks: &[Block]) -> Vec<u8> {
     let mut out = config.to_vec();
     push_ram_start(&mut out, blocks);
@@ -148,8 +147,7 @@ pub fn package(devices: &[u8], listening: u32, loaded: u32) -> Vec<u8> {
     out
 }
 
-/// A PING, which comes back as a PONG once all that was sent before it has been
-/// taken in.
+/// A PING, which is answered by a PONG once everything sent before it has been loaded.
 pub fn ping(value: u32) -> Vec<u8> {
     let mut out = Vec::new();
     push_command(&mut out, command::PING, &value.to_be_bytes());
@@ -163,7 +161,7 @@ pub fn closing() -> Vec<u8> {
     out
 }
 
-/// A `ram` PART section in the making, in a buffer that is used again and again.
+/// Builds `ram` PART sections, in a buffer that is reused.
 #[derive(Debug, Default)]
 pub struct Frame {
     bytes: Vec<u8>,

@@ -1,6 +1,6 @@
 //! The migration stream as `migrate` writes it: configuration, RAM, devices.
 //!
-//! Two kinds of stream are understood: the one of `background-snapshot` (RAM in
+//! Two kinds of stream are supported: the one of `background-snapshot` (RAM in
 //! any order, then all devices, no `ram` END section), and an ordinary precopy
 //! stream (the `ram` END section closes RAM). Device state carries no lengths, so
 //! it is taken as a whole: it runs from the first section that isn't `ram` to the
@@ -15,7 +15,7 @@ use super::mapped_ram::MappedBlock;
 use super::{RAM_SECTION_VERSION, WireError, command, ram_flag, section};
 use crate::page::{BlockId, PAGE_SHIFT, PAGE_SIZE, Page, PageBytes};
 
-/// The most device state that is believed, in bytes. A machine's device state is
+/// Limit of the device state in bytes. A machine's device state is
 /// a few hundred KiB; its bulk (video memory and the like) travels as RAM.
 const TAIL_MAX_BYTES: usize = 256 << 20;
 
@@ -134,7 +134,7 @@ impl<R: Read> StreamReader<R> {
     /// malformed or holds what is not supported. No item follows an error.
     pub fn next_item(&mut self) -> Result<Option<Item<'_>>, WireError> {
         loop {
-            // Behind an error nothing comes: each step that goes well says what is next.
+            // Nothing follows an error: each step that succeeds sets the next state.
             match std::mem::replace(&mut self.place, Place::Done) {
                 Place::Start => {
                     self.config.read(&mut self.input)?;
@@ -378,9 +378,6 @@ enum Record {
     End,
 }
 
-/// Length in bytes of the mark that ends a device section: a type and the section's number.
-const FOOTER_BYTES: usize = 5;
-
 impl Tail {
     /// Splits the end of a stream into device sections and description. The
     /// description's text differs between versions, so it is found by its length:
@@ -412,12 +409,14 @@ impl Tail {
 /// stream with a configuration section has footers. What is cut short passes only behind
 /// bytes of a section that are by chance its own footer.
 fn ends_a_section(devices: &[u8]) -> bool {
-    let Some((body, footer)) = devices.split_last_chunk::<FOOTER_BYTES>() else {
+    let Some((body, footer)) = devices.split_last_chunk::<{ section::MARK_BYTES }>() else {
         return devices.is_empty();
     };
     let begins = |at: usize| {
         let behind_another = at == 0
-            || at.checked_sub(FOOTER_BYTES).is_some_and(|mark| body[mark] == section::FOOTER);
+            || at
+                .checked_sub(section::MARK_BYTES)
+                .is_some_and(|mark| body[mark] == section::FOOTER);
         behind_another && body[at] == section::FULL && has_name(&body[at + 1..])
     };
     let last = (0..body.len()).rev().find(|&at| begins(at));

@@ -219,7 +219,7 @@ fn what_is_not_supported_is_named() {
 
     let mut compressed = block_list(&config("pc"), &[block("pc.ram", 1)]);
     compressed.push(section::PART);
-    compressed.extend_from_slice(&2u32.to_be_bytes());
+    compressed.extend_from_slice(&source::RAM_SECTION.to_be_bytes());
     compressed.extend_from_slice(&0x100u64.to_be_bytes());
     let error = read_all(Cursor::new(compressed)).unwrap_err().to_string();
     assert!(error.contains("RAM records with flags 0x100"), "{error}");

@@ -33,6 +33,7 @@ mod libvirt;
 mod mapping;
 mod moments;
 mod serving;
+mod sessions;
 mod trouble;
 
 /// Makes tests of functions of a folder.

@@ -84,15 +84,27 @@ fn a_detached_revert_that_fails_leaves_no_log(dir: &Dir) -> Result<()> {
 }
 
 /// A QEMU of the shared guest's machine, its files in a folder of the test's.
-struct Waiting {
-    qemu: std::process::Child,
-    folder: PathBuf,
-    /// Where it waits for its migration.
-    socket: PathBuf,
+pub struct Waiting {
+    pub qemu: std::process::Child,
+    pub folder: PathBuf,
+    /// Where it waits for its migration, once it has been told to.
+    pub socket: PathBuf,
 }
 
 impl Waiting {
-    fn start(dir: &Dir, shared: &Shared, postcopy: bool, args: &[&str]) -> Result<Waiting> {
+    /// One that listens for its migration.
+    pub fn start(dir: &Dir, shared: &Shared, postcopy: bool, args: &[&str]) -> Result<Waiting> {
+        let waiting = Waiting::deferred(dir, shared, args)?;
+        let mut monitor = Qmp::connect(&waiting.qmp_path())?;
+        let capabilities = json!([{"capability": "postcopy-ram", "state": postcopy}]);
+        monitor.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
+        let address = format!("unix:{}", text(&waiting.socket));
+        monitor.execute("migrate-incoming", json!({"uri": address}))?;
+        Ok(waiting)
+    }
+
+    /// One that has not been told yet where its migration comes from.
+    pub fn deferred(dir: &Dir, shared: &Shared, args: &[&str]) -> Result<Waiting> {
         let folder = dir.make("reverted")?;
         let info = dir.snapback(&["info", text(&shared.image)]).succeed()?.events.remove(0);
         let line = info["command_line"].as_array().ok_or("no command line")?;
@@ -104,14 +116,15 @@ impl Waiting {
         command.envs(Qemu::ALL.into_iter().flat_map(Qemu::env));
         command.current_dir(&folder).stderr(Stdio::null());
         let qemu = spawn_bound(command)?;
-        let socket = dir.path("migration.sock");
-        let waiting = Waiting { qemu, folder, socket };
-        let mut monitor = Qmp::connect(&waiting.folder.join("qmp.sock"))?;
-        let capabilities = json!([{"capability": "postcopy-ram", "state": postcopy}]);
-        monitor.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
-        let address = format!("unix:{}", text(&waiting.socket));
-        monitor.execute("migrate-incoming", json!({"uri": address}))?;
+        let waiting = Waiting { qemu, folder, socket: dir.path("migration.sock") };
+        // It is there once its QMP answers.
+        Qmp::connect(&waiting.qmp_path())?;
         Ok(waiting)
+    }
+
+    /// Its QMP socket.
+    pub fn qmp_path(&self) -> PathBuf {
+        self.folder.join("qmp.sock")
     }
 }
 

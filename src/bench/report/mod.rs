@@ -10,7 +10,7 @@ use super::{Summary, Unit};
 
 const STYLE: &str = include_str!("style.css");
 
-/// How it was measured, for whoever was not there.
+/// The conditions of the measurement.
 const HOW: &str = "Each run starts a QEMU of its own from the recorded command line, beside \
 nothing else that this program started, and ends it. The ways take turns, run by run, so that \
 drift of the machine hits all alike. <em>Ready</em> is when QEMU answers on its control socket; \
@@ -77,7 +77,7 @@ fn facts(summary: &Summary) -> String {
             "Sign of life",
             match (&subject.sign, subject.nth) {
                 (Some(sign), Some(nth)) => format!("lines that match “{sign}”, {nth} of them"),
-                _ => "not watched for (--sign)".into(),
+                _ => "not watched for".into(),
             },
         ),
         (

@@ -1,14 +1,14 @@
-//! Character backends: where serial ports, monitors and the like lead to,
-//! whichever of QEMU's three spellings names them.
+//! Character backends of serial ports, monitors and the like, in each of QEMU's three
+//! spellings.
 
 use super::CommandOption;
 use super::parameters::{Params, Spec};
 use crate::host::in_use::Address;
 
-/// Options that give a guest device a character backend.
+/// Options that define the character backend of a guest device.
 const DEVICES: &[&str] = &["serial", "parallel", "debugcon"];
 
-/// Options that give a monitor a character backend.
+/// Options that define the character backend of a monitor.
 const MONITORS: &[&str] = &["monitor", "qmp", "qmp-pretty"];
 
 /// What an option's character backend is for.
@@ -20,7 +20,7 @@ pub(in crate::guest) enum Use {
     Monitor,
     /// The debugger's stub.
     Debugger,
-    /// Whatever refers to the `-chardev`.
+    /// The option that refers to the `-chardev`.
     Chardev,
 }
 
@@ -70,7 +70,7 @@ pub(in crate::guest) fn is_stdio(option: &CommandOption) -> bool {
     }
 }
 
-/// The same option with a backend that leads nowhere.
+/// Replaces the option's backend by a null backend.
 pub(in crate::guest) fn to_null(option: &mut CommandOption) {
     let value = match usage(option) {
         Some(Use::Chardev) => match Spec::parse(option.value()) {
@@ -137,7 +137,7 @@ fn chardev_listens_at(spec: &Spec) -> Option<Address> {
     spec.get(&part("port")).map(|port| Address::Tcp(port.to_owned()))
 }
 
-/// Whether QEMU's start would wait until somebody connects to the backend.
+/// Whether QEMU's start would wait for a client of the backend.
 pub(in crate::guest) fn waits_for_client(option: &CommandOption) -> bool {
     if listens_at(option).is_none() {
         return false;
@@ -152,7 +152,7 @@ pub(in crate::guest) fn waits_for_client(option: &CommandOption) -> bool {
     }
 }
 
-/// The same option, listening without waiting.
+/// Makes the option's backend listen without waiting for a client.
 pub(in crate::guest) fn without_waiting(option: &mut CommandOption) {
     let mut spec = match usage(option) {
         Some(Use::Chardev) => Spec::parse(option.value()),

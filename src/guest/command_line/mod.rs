@@ -1,4 +1,4 @@
-//! A QEMU command line taken apart, and put together again unchanged.
+//! A QEMU command line, parsed without loss.
 
 pub(super) mod backend;
 pub(super) mod parameters;
@@ -53,7 +53,7 @@ pub struct CommandLine {
 /// One part of a command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Arg {
-    /// Stands alone: a disk image, as `-hda` would name it.
+    /// A disk image without an option, the same as with `-hda`.
     Image(String),
     /// An option with its value, if it takes one.
     Option(CommandOption),
@@ -101,9 +101,8 @@ impl fmt::Display for CommandOption {
 }
 
 impl CommandLine {
-    /// Takes arguments (without the program's name) apart, by the rules of
-    /// QEMU's `lookup_opt`. Any list of arguments can be taken apart; whether
-    /// QEMU accepts it is QEMU's to say.
+    /// Parses arguments (without the program's name) by the rules of QEMU's `lookup_opt`. Any
+    /// list of arguments can be parsed; whether it is valid is for QEMU to decide.
     pub fn parse<I>(args: I) -> CommandLine
     where
         I: IntoIterator,
@@ -200,7 +199,7 @@ mod tests {
         assert!(line.has("name") && !line.has("x"));
     }
 
-    /// What this QEMU wants a value for, we give a value, and the other way round.
+    /// The table agrees with the installed QEMU on which options take a value.
     #[test]
     fn the_table_agrees_with_the_installed_qemu() {
         let run = |args: &[&str]| {

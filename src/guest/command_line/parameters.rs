@@ -49,7 +49,7 @@ impl Params {
         self.items.iter().rev().find_map(|item| item.strip_prefix(key)?.strip_prefix('='))
     }
 
-    /// What `key` is switched to, by `key=on`, or a lone `key` or `nokey`.
+    /// What `key` is set to, by `key=on`, or a lone `key` or `nokey`.
     /// `None` when it is not given.
     pub fn flag(&self, key: &str) -> Option<bool> {
         self.items.iter().rev().find_map(|item| match item.split_once('=') {
@@ -61,20 +61,20 @@ impl Params {
         })
     }
 
-    /// Gives `key` this value, where it stood first or else at the end.
+    /// Sets `key` to this value, at its first position or else at the end.
     pub fn set(&mut self, key: &str, value: &str) {
         let at = self.items.iter().position(|item| names(item, key)).unwrap_or(self.items.len());
         self.remove(key);
         self.items.insert(at, format!("{key}={value}"));
     }
 
-    /// Takes out every item about `key`, `nokey` included.
+    /// Removes every item about `key`, including `nokey`.
     pub fn remove(&mut self, key: &str) {
         self.items.retain(|item| !names(item, key));
     }
 }
 
-/// Whether an item speaks of `key`.
+/// Whether an item is about `key`.
 fn names(item: &str, key: &str) -> bool {
     match item.split_once('=') {
         Some((found, _)) => found == key,

@@ -24,7 +24,7 @@ use self::peripherals::{Peripheral, in_order, peripherals};
 use self::properties::Properties;
 use self::refused::Refused;
 use self::removed::Present;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::{CommandLine, CommandOption};
 use crate::guest::disks::attached::FoundDisk;
 use crate::machine::{Hotplug, Machine, PluggedDevice};
@@ -35,14 +35,14 @@ use crate::qmp::{Qmp, QmpError};
 /// line. `allow_missing` names devices that may be left out if no option can give them.
 ///
 /// # Errors
-/// [`VmError::NotReplayable`] names the devices that no option can give,
-/// [`VmError::NoSuchPlugged`] a name in `allow_missing` of no plugged device.
+/// [`GuestError::NotReplayable`] names the devices that no option can give,
+/// [`GuestError::NoSuchPlugged`] a name in `allow_missing` of no plugged device.
 pub async fn record_hotplug(
     qmp: &Qmp,
     machine: &mut Machine,
     disks: &mut [FoundDisk],
     allow_missing: &[String],
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let Some((program, args)) = machine.argv.split_first() else { return Ok(()) };
     let mut line = CommandLine::parse(args);
     let devices = peripherals(qmp).await?;

@@ -1,7 +1,7 @@
 //! Plugged devices that no option can give.
 
 use super::peripherals::Peripheral;
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::machine::PluggedDevice;
 
 /// A device, and why it can't be given.
@@ -20,14 +20,14 @@ impl Refused<'_> {
 }
 
 /// That every name is one of a plugged device.
-pub(super) fn check_names(names: &[String], plugged: &[Peripheral]) -> Result<(), VmError> {
+pub(super) fn check_names(names: &[String], plugged: &[Peripheral]) -> Result<(), GuestError> {
     let is_known = |name: &str| plugged.iter().any(|device| device.name() == name);
     match names.iter().find(|name| !is_known(name)) {
         None => Ok(()),
         Some(name) => {
             let known: Vec<&str> = plugged.iter().map(Peripheral::name).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            Err(VmError::NoSuchPlugged { name: name.clone(), known })
+            Err(GuestError::NoSuchPlugged { name: name.clone(), known })
         }
     }
 }
@@ -36,7 +36,7 @@ pub(super) fn check_names(names: &[String], plugged: &[Peripheral]) -> Result<()
 pub(super) fn allowed(
     refused: &[Refused<'_>],
     names: &[String],
-) -> Result<Vec<PluggedDevice>, VmError> {
+) -> Result<Vec<PluggedDevice>, GuestError> {
     let is_allowed = |one: &&Refused<'_>| names.iter().any(|name| name == one.device.name());
     let (allowed, rest): (Vec<_>, Vec<_>) = refused.iter().partition(is_allowed);
     if rest.is_empty() {
@@ -44,7 +44,9 @@ pub(super) fn allowed(
     }
     let told: Vec<String> =
         rest.iter().map(|one| format!("{}: {}", one.record().describe(), one.reason)).collect();
-    let advice: Vec<String> =
-        rest.iter().map(|one| format!("--allow-missing-device {}", one.device.name())).collect();
-    Err(VmError::NotReplayable { devices: told.join("; "), advice: advice.join(" ") })
+    let advice: Vec<String> = rest
+        .iter()
+        .map(|one| format!("`SaveOptions::allow_missing_devices` {}", one.device.name()))
+        .collect();
+    Err(GuestError::NotReplayable { devices: told.join("; "), advice: advice.join(" ") })
 }

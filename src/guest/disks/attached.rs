@@ -1,4 +1,4 @@
-//! The disks of a living QEMU: how it knows them, and the files they consist of.
+//! The disks of a running QEMU: their names, and the files that they consist of.
 
 use std::collections::HashSet;
 use std::fs;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::CommandLine;
 use crate::guest::command_line::parameters::Spec;
 use crate::host::in_use;
@@ -17,7 +17,7 @@ use crate::qmp::{BlockDevice, BlockEdge, BlockNode, Qmp};
 /// Longest chain that is followed: QEMU has no limit of its own.
 const MAX_CHAIN: usize = 1024;
 
-/// A disk of a living QEMU.
+/// A disk of a running QEMU.
 #[derive(Debug, Clone)]
 pub struct FoundDisk {
     /// Its record. The role is [`Excluded`](DiskRole::Excluded) when it is writable;
@@ -37,28 +37,19 @@ impl FoundDisk {
         self.disk.role == DiskRole::Excluded
     }
 
-    /// Whether somebody who names `name` means this disk: by its backend's name, its
-    /// device's, or that of one of its nodes.
+    /// Whether `name` means this disk: by [`Disk::is_called`], or as the name of any of
+    /// its nodes.
     pub fn is_called(&self, name: &str) -> bool {
-        let disk = &self.disk;
-        let short = disk.qdev.as_deref().and_then(peripheral_id);
-        let names = [Some(disk.device.as_str()), disk.node.as_deref(), disk.qdev.as_deref(), short];
-        let nodes = self.nodes.iter().map(String::as_str);
-        !name.is_empty() && names.into_iter().flatten().chain(nodes).any(|known| known == name)
+        self.disk.is_called(name) || self.nodes.iter().any(|node| node == name)
     }
-}
-
-/// The id in a QOM path such as `/machine/peripheral/vda/virtio-backend`.
-fn peripheral_id(path: &str) -> Option<&str> {
-    path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 
 /// Finds the disks of the machine that process `pid` runs, in the order of QEMU's
 /// `query-block`.
 ///
 /// # Errors
-/// [`VmError::Qmp`] when QEMU does not answer.
-pub async fn disks(pid: i32, qmp: &Qmp, machine: &Machine) -> Result<Vec<FoundDisk>, VmError> {
+/// [`GuestError::Qmp`] when QEMU does not answer.
+pub async fn disks(pid: i32, qmp: &Qmp, machine: &Machine) -> Result<Vec<FoundDisk>, GuestError> {
     let devices = qmp.block_devices().await?;
     let graph = BlockGraph { nodes: qmp.block_nodes().await?, edges: qmp.block_edges().await? };
     let named = named_nodes(machine);
@@ -66,7 +57,7 @@ pub async fn disks(pid: i32, qmp: &Qmp, machine: &Machine) -> Result<Vec<FoundDi
     Ok(devices.into_iter().map(|device| view.disk(device)).collect())
 }
 
-/// The nodes that a command line names, in whichever of the forms.
+/// The nodes that a command line names, in any spelling.
 fn named_nodes(machine: &Machine) -> HashSet<String> {
     let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
     let drives = line.options().filter(|option| ["blockdev", "drive"].contains(&option.name()));
@@ -95,7 +86,7 @@ impl BlockGraph {
     }
 }
 
-/// What disks are looked at with.
+/// The context in which disks are examined.
 struct View<'a> {
     pid: i32,
     cwd: &'a Path,
@@ -164,7 +155,7 @@ impl View<'_> {
         walked
     }
 
-    /// Notes what stands in the way of putting this node into an image's record.
+    /// Records why this node can't be part of a snapshot, if so.
     fn check_format(&self, node: &BlockNode, format: &str, walked: &mut Walked) {
         let name = &node.name;
         if !["raw", "qcow2"].contains(&format) {
@@ -230,14 +221,14 @@ fn is_protocol(driver: &str) -> bool {
     ["file", "host_device", "host_cdrom"].contains(&driver)
 }
 
-/// The file that QEMU's description names.
+/// The file named by QEMU's description, which may be `json:`.
 fn file_name(described: &str) -> PathBuf {
     let options = described.strip_prefix("json:").and_then(|json| serde_json::from_str(json).ok());
     let named = options.as_ref().and_then(|options: &Value| options["filename"].as_str());
     PathBuf::from(named.unwrap_or(described))
 }
 
-/// What following a disk has found.
+/// The result of following a disk.
 #[derive(Default)]
 struct Walked {
     chain: Vec<DiskFile>,
@@ -247,7 +238,7 @@ struct Walked {
 }
 
 impl Walked {
-    /// Notes a problem; the first is the one that is told.
+    /// Records a problem; the first one is reported.
     fn fails(&mut self, problem: String) {
         self.problem.get_or_insert(problem);
     }

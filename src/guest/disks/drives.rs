@@ -1,12 +1,12 @@
-//! The options of a command line by which QEMU gets its disks, and how a captured one is
-//! given its overlay. What the guest sees of a disk (its device) stays as it is; so do
-//! names, by which devices find their disk.
+//! The options of a command line that define disks, and how a captured disk is replaced by its
+//! overlay. The guest's devices stay as they are, and so do the names by which they find their
+//! disk.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{Arg, CommandLine, CommandOption};
 use crate::guest::disks::overlay::Overlay;
@@ -15,13 +15,13 @@ use crate::machine::{Disk, Machine};
 /// Deepest nesting of nodes that is followed.
 const MAX_DEPTH: usize = 32;
 
-/// Finds the part of a recorded command line that gives a disk: its place among
+/// Finds the option of a recorded command line that defines a disk: its position in
 /// [`CommandLine::args`].
 pub(in crate::guest) fn find(
     line: &CommandLine,
     disk: &Disk,
     cwd: &Path,
-) -> Result<usize, VmError> {
+) -> Result<usize, GuestError> {
     let at = |is_it: &dyn Fn(&CommandOption) -> bool| {
         line.args.iter().position(|arg| matches!(arg, Arg::Option(option) if is_it(option)))
     };
@@ -40,9 +40,9 @@ pub(in crate::guest) fn find(
             option.name() == "drive" && Params::parse(option.value()).get("id") == Some(id)
         })
     };
-    // QEMU makes up the names of drives that have none: those are told by their file, which
-    // is the topmost that the command line gives. Files further down may be shared with other
-    // drives, as long as nobody writes to them.
+    // QEMU generates names for drives without one. Those are found by their file: the topmost of
+    // the chain that the command line names. Files further down may be shared with other drives,
+    // as long as none writes to them.
     let by_file = || {
         disk.chain.iter().find_map(|of| {
             line.args.iter().position(|arg| {
@@ -56,23 +56,23 @@ pub(in crate::guest) fn find(
         })
     };
     let found = by_node().or_else(by_id).or_else(by_file);
-    found.ok_or_else(|| VmError::DiskNotGiven { disk: disk.describe() })
+    found.ok_or_else(|| GuestError::DiskNotGiven { disk: disk.describe() })
 }
 
 /// Whether a revert will find a disk on the machine's command line.
 ///
 /// # Errors
-/// [`VmError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
-pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), VmError> {
+/// [`GuestError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
+pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), GuestError> {
     let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
     find(&line, disk, Path::new(&machine.cwd)).map(drop)
 }
 
-/// Gives disks their overlays, each in the place that [`find`] found.
+/// Replaces disks by their overlays, each at the position that [`find`] returned.
 pub(in crate::guest) fn put(
     line: &mut CommandLine,
     overlays: &[(usize, Overlay)],
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let mut below = Vec::new();
     for (at, overlay) in overlays {
         line.args[*at] = match &line.args[*at] {
@@ -88,8 +88,7 @@ pub(in crate::guest) fn put(
     Ok(())
 }
 
-/// What an option that gives nothing but a file means as a `-drive` (`drive_add` in
-/// QEMU's vl.c).
+/// The `-drive` that an option with nothing but a file stands for (`drive_add` in QEMU's vl.c).
 fn old_option(option: &CommandOption) -> Option<String> {
     let drive = match option.name() {
         "hda" | "hdb" | "hdc" | "hdd" => {
@@ -107,7 +106,7 @@ fn old_option(option: &CommandOption) -> Option<String> {
 }
 
 /// A `-drive` of this value with the overlay as its file.
-fn drive(value: &str, overlay: &Overlay) -> Result<Arg, VmError> {
+fn drive(value: &str, overlay: &Overlay) -> Result<Arg, GuestError> {
     let mut params = Params::parse(value);
     params.items_mut().retain(|item| {
         let key = item.split_once('=').map_or(item.as_str(), |(key, _)| key);
@@ -145,7 +144,7 @@ fn blockdev(
     value: &str,
     overlay: &Overlay,
     below: &mut Vec<String>,
-) -> Result<Arg, VmError> {
+) -> Result<Arg, GuestError> {
     let node = with_overlay(line, &tree(&Spec::parse(value)), overlay, below, 0)?;
     Ok(Arg::Option(CommandOption::new("blockdev", Value::Object(node).to_string())))
 }
@@ -157,7 +156,8 @@ pub(in crate::guest) fn is_node(line: &CommandLine, name: &str) -> bool {
     leaves.any(|(key, value)| key.rsplit('.').next() == Some("node-name") && value == name)
 }
 
-/// Takes out the nodes below those of these options, as far as nobody uses them.
+/// Removes the nodes below those that these options define, if no option uses them any more.
+/// Returns the options that are gone.
 pub(in crate::guest) fn take_unused(
     line: &mut CommandLine,
     above: &[CommandOption],
@@ -166,7 +166,8 @@ pub(in crate::guest) fn take_unused(
     drop_unused(line, below.collect())
 }
 
-/// Takes out the nodes of these names, and those below them, that nobody uses.
+/// Removes the named nodes, and those below them, if no option uses them any more. Returns the
+/// options that are gone.
 fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) -> Vec<CommandOption> {
     let mut dropped = Vec::new();
     while let Some(name) = names.pop() {
@@ -190,7 +191,7 @@ fn with_overlay(
     overlay: &Overlay,
     below: &mut Vec<String>,
     depth: usize,
-) -> Result<Map<String, Value>, VmError> {
+) -> Result<Map<String, Value>, GuestError> {
     const FILTERS: [&str; 2] = ["throttle", "copy-on-read"];
     let driver = tree.get("driver").and_then(Value::as_str).unwrap_or_default();
     if FILTERS.contains(&driver)
@@ -275,8 +276,7 @@ fn children(tree: &Map<String, Value>) -> Vec<String> {
     names
 }
 
-/// Whether an option speaks of a node, or of anything else that has a name, other than by
-/// defining it.
+/// Whether an option speaks of a node, other than by defining it.
 pub(in crate::guest) fn is_used(line: &CommandLine, name: &str) -> bool {
     line.options().any(|option| {
         let mut leaves = Spec::parse(option.value()).leaves().into_iter();

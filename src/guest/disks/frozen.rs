@@ -1,6 +1,5 @@
-//! The files that a snapshot's disks consist of: where they are now, and whether they
-//! are still what they were. The guest's memory knows what was in them; with other
-//! content beneath it, it would destroy its file systems.
+//! The frozen files of a snapshot's disks: where they are now, and whether they are unchanged.
+//! A guest's memory caches their content; on other content it would destroy its file systems.
 
 use std::fs;
 use std::io;
@@ -8,20 +7,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::disks::stamp::stamp;
 use crate::machine::{Disk, DiskFile, DiskRole, FileStamp};
 
-/// Where the caller says that a disk is: `(name, file)`.
+/// A disk's file as the caller gives it: `(name, file)`.
 pub(in crate::guest) type Given = (String, PathBuf);
 
-/// The files of a captured disk, the one on top first, each looked up and checked.
-/// `moved` tells where a recorded path may be now.
+/// The files of a captured disk, the topmost first, each located and checked. `moved` applies
+/// the caller's path rules to a recorded path.
 pub(in crate::guest) fn chain(
     disk: &Disk,
     given: Option<&Path>,
     moved: impl Fn(&str) -> String,
-) -> Result<Vec<DiskFile>, VmError> {
+) -> Result<Vec<DiskFile>, GuestError> {
     let mut chain = disk.chain.clone();
     for (at, file) in chain.iter_mut().enumerate() {
         let (path, trust) = match given.filter(|_| at == 0) {
@@ -29,7 +28,7 @@ pub(in crate::guest) fn chain(
             None => whereabouts(&file.path, &moved),
         };
         check(disk, file, &path, trust, at == 0)?;
-        let path = path.to_str().ok_or_else(|| VmError::Path {
+        let path = path.to_str().ok_or_else(|| GuestError::Path {
             what: "disk",
             path: path.clone(),
             problem: "it is not UTF-8".to_owned(),
@@ -44,39 +43,28 @@ pub(in crate::guest) fn chain(
 pub(in crate::guest) fn check_read_only(
     disk: &Disk,
     moved: impl Fn(&str) -> String,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     disk.chain.iter().try_for_each(|file| {
         let path = PathBuf::from(moved(&file.path));
-        // Whoever may write to it may have touched it: only its content counts.
+        // Its modification time may have changed without its content, which alone counts.
         check(disk, file, &path, Trust::Either, false)
     })
 }
 
-/// That every file which the caller names belongs to a captured disk of the image.
-pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), VmError> {
+/// Checks that every file which the caller gives belongs to a captured disk of the image.
+pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), GuestError> {
     let captured = || disks.iter().filter(|disk| disk.role == DiskRole::Captured);
-    match given.iter().find(|(name, _)| !captured().any(|disk| is_called(disk, name))) {
+    match given.iter().find(|(name, _)| !captured().any(|disk| disk.is_called(name))) {
         None => Ok(()),
         Some((name, _)) => {
             let known: Vec<String> = captured().map(Disk::describe).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            Err(VmError::NoSuchDisk { name: name.clone(), known })
+            Err(GuestError::NoSuchDisk { name: name.clone(), known })
         }
     }
 }
 
-/// Whether somebody who says `name` means this disk.
-pub(in crate::guest) fn is_called(disk: &Disk, name: &str) -> bool {
-    let short = disk.qdev.as_deref().and_then(|path| {
-        // A QOM path such as /machine/peripheral/vda/virtio-backend.
-        path.strip_prefix("/machine/peripheral/")?.split('/').next()
-    });
-    let names = [Some(disk.device.as_str()), disk.node.as_deref(), disk.qdev.as_deref(), short];
-    let nodes = disk.chain.first().map(|file| file.node.as_str());
-    !name.is_empty() && names.into_iter().chain([nodes]).flatten().any(|known| known == name)
-}
-
-/// What has to agree for a file to pass.
+/// What must agree for a file to count as unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trust {
     /// It is where it was: length and time of the last change, without reading it.
@@ -87,8 +75,8 @@ enum Trust {
     Either,
 }
 
-/// Where a recorded file is now. A rule that moves paths need not mean the disks: where
-/// it leads to nothing, they are looked for where they were.
+/// Where a recorded file is now. A path rule may not be about the disks: if its result does not
+/// exist, the recorded path counts.
 fn whereabouts(recorded: &str, moved: &impl Fn(&str) -> String) -> (PathBuf, Trust) {
     let elsewhere = moved(recorded);
     match elsewhere != recorded && Path::new(&elsewhere).exists() {
@@ -103,18 +91,20 @@ fn check(
     path: &Path,
     trust: Trust,
     on_top: bool,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let advice = || match on_top {
-        true => format!("--disk {}=PATH", name(disk)),
-        false => format!("--path {}=NEW", file.path),
+        true => format!("`RewriteOptions::disks` {}=PATH", name(disk)),
+        false => format!("`RewriteOptions::paths` {}=NEW", file.path),
     };
     let unusable = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => {
-            VmError::DiskMissing { disk: disk.describe(), path: path.to_owned(), advice: advice() }
-        }
-        _ => VmError::DiskUnreadable { disk: disk.describe(), path: path.to_owned(), source },
+        io::ErrorKind::NotFound => GuestError::DiskMissing {
+            disk: disk.describe(),
+            path: path.to_owned(),
+            advice: advice(),
+        },
+        _ => GuestError::DiskUnreadable { disk: disk.describe(), path: path.to_owned(), source },
     };
-    let changed = |how: String| VmError::DiskChanged {
+    let changed = |how: String| GuestError::DiskChanged {
         disk: disk.describe(),
         path: path.to_owned(),
         how,
@@ -163,7 +153,7 @@ fn utc(unix_ns: i64) -> String {
     time.map_or("an unknown time".into(), |t| humantime::format_rfc3339_millis(t).to_string())
 }
 
-/// A name by which the caller can point to a disk.
+/// A name by which the caller can refer to a disk.
 pub(in crate::guest) fn name(disk: &Disk) -> String {
     let made_up = disk.chain.first().map(|file| &file.node);
     let names = [disk.node.as_ref(), Some(&disk.device), disk.qdev.as_ref(), made_up];
@@ -195,15 +185,18 @@ mod tests {
         path.to_owned()
     }
 
-    fn refusal(result: Result<Vec<DiskFile>, VmError>) -> String {
+    fn refusal(result: Result<Vec<DiskFile>, GuestError>) -> String {
         result.unwrap_err().to_string()
     }
 
     #[test]
     fn a_disk_is_found_where_it_was_moved_or_is_given() {
-        let folder = tempfile::tempdir().unwrap();
-        let (old, base, new) =
-            (folder.path().join("old"), folder.path().join("base"), folder.path().join("new"));
+        let directory = tempfile::tempdir().unwrap();
+        let (old, base, new) = (
+            directory.path().join("old"),
+            directory.path().join("base"),
+            directory.path().join("new"),
+        );
         fs::write(&old, "content").unwrap();
         fs::write(&base, "below").unwrap();
         let disk = disk(&[&old, &base]);
@@ -217,15 +210,15 @@ mod tests {
         assert_eq!(chain(&disk, Some(&new), stays).unwrap(), moved);
         assert_eq!(moved[1], disk.chain[1]);
         for name in ["drive0", "vda", "#block1", "/machine/peripheral/vda/virtio-backend"] {
-            assert!(is_called(&disk, name), "{name}");
+            assert!(disk.is_called(name), "{name}");
         }
-        assert!(!is_called(&disk, "") && !is_called(&disk, "drive1"));
+        assert!(!disk.is_called("") && !disk.is_called("drive1"));
     }
 
     #[test]
     fn a_changed_or_missing_disk_is_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let (file, base) = (folder.path().join("file"), folder.path().join("base"));
+        let directory = tempfile::tempdir().unwrap();
+        let (file, base) = (directory.path().join("file"), directory.path().join("base"));
         fs::write(&file, "content").unwrap();
         fs::write(&base, "below").unwrap();
         let disk = disk(&[&file, &base]);
@@ -235,10 +228,10 @@ mod tests {
         fs::File::options().write(true).open(&file).unwrap().set_modified(later).unwrap();
         let refused = refusal(chain(&disk, None, stays));
         assert!(refused.contains("drive0") && refused.contains("was written to"), "{refused}");
-        assert!(refused.contains("--disk drive0=PATH"), "{refused}");
+        assert!(refused.contains("`RewriteOptions::disks` drive0=PATH"), "{refused}");
         // Of one that is only read, samples say enough.
         check_read_only(&disk, stays).unwrap();
-        // Whoever points to it vouches for what samples don't show.
+        // Naming the file accepts what samples don't show.
         chain(&disk, Some(&file), stays).unwrap();
         fs::write(&file, "Content").unwrap();
         let refused = refusal(chain(&disk, Some(&file), stays));
@@ -248,18 +241,18 @@ mod tests {
         assert!(refused.contains("14 bytes, not 7"), "{refused}");
         fs::remove_file(&file).unwrap();
         let refused = refusal(chain(&disk, None, stays));
-        assert!(refused.contains("is not there") && refused.contains("--disk"), "{refused}");
+        assert!(refused.contains("is not there") && refused.contains("::disks`"), "{refused}");
 
         let disk = self::disk(&[&base]);
         fs::remove_file(&base).unwrap();
         let error = check_read_only(&disk, stays).unwrap_err().to_string();
-        assert!(error.contains("--path"), "{error}");
+        assert!(error.contains("::paths`"), "{error}");
     }
 
     #[test]
     fn a_name_of_no_disk_is_refused_with_those_there_are() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("file");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
         fs::write(&file, "content").unwrap();
         let disks = [disk(&[&file])];
         check_names(&disks, &[("vda".into(), file.clone())]).unwrap();

@@ -1,5 +1,5 @@
-//! What a reverted guest writes its disks' changes to: a new file for each captured
-//! disk, on top of the frozen ones, which stay as they are.
+//! The overlays of a reverted guest: a new file for each captured disk, on top of the frozen
+//! ones, which are never written.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,35 +12,36 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::disks::frozen;
 use crate::guest::disks::qcow2::write_overlay;
 use crate::machine::{Disk, DiskFile};
 
-/// The first of the descriptor sets (`-add-fd`) in which QEMU gets overlays without a
-/// name: beyond any number that people choose.
+/// Number of the first descriptor set (`-add-fd`) by which QEMU gets overlays without a name,
+/// far above any that a command line would use.
 const FIRST_SET: usize = 900_000;
 
-/// Where overlays go.
+/// Where overlays are created, and how long they stay.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct OverlayOptions {
-    /// The folder of overlays; none for that of each disk's frozen file.
-    pub folder: Option<PathBuf>,
-    /// What the names of overlays begin with; none for the frozen file's name.
+    /// Where overlays are created; `None` for the directory of each disk's frozen file.
+    pub directory: Option<PathBuf>,
+    /// What the names of overlays begin with; `None` for the frozen file's name.
     pub prefix: Option<String>,
-    /// Overlays have no name and go with QEMU, however it ends.
+    /// Whether overlays have no name and disappear with QEMU, however it ends.
     pub ephemeral: bool,
 }
 
-/// An overlay to be made.
+/// An overlay to be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
-    /// The disk, as people know it.
+    /// The disk, as [`Disk::describe`] names it.
     pub disk: String,
-    /// Its file, which does not exist yet; none for one without a name.
+    /// Its file, which does not exist yet; `None` for a file without a name.
     pub path: Option<PathBuf>,
-    /// Where a file without a name takes its room.
-    folder: PathBuf,
+    /// The directory on whose file system a file without a name is created.
+    directory: PathBuf,
     /// The descriptor set by which QEMU opens a file without a name.
     set: usize,
     /// Size that the guest sees, in bytes.
@@ -50,32 +51,32 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Plans the overlay of the disk at this place in the record.
+    /// Plans the overlay of the disk at position `at` of the record.
     pub(in crate::guest) fn new(
         disk: &Disk,
         at: usize,
         chain: Vec<DiskFile>,
         options: &OverlayOptions,
-    ) -> Result<Overlay, VmError> {
+    ) -> Result<Overlay, GuestError> {
         let top = match chain.first() {
             Some(file) => Path::new(&file.path),
-            None => return Err(VmError::DiskNotRecorded { disk: disk.describe() }),
+            None => return Err(GuestError::DiskNotRecorded { disk: disk.describe() }),
         };
-        let folder = options.folder.as_deref().or(top.parent()).unwrap_or(Path::new("/"));
-        let folder = std::path::absolute(folder).map_err(|source| VmError::Overlay {
+        let directory = options.directory.as_deref().or(top.parent()).unwrap_or(Path::new("/"));
+        let directory = std::path::absolute(directory).map_err(|source| GuestError::Overlay {
             disk: disk.describe(),
-            folder: folder.to_owned(),
+            directory: directory.to_owned(),
             source,
         })?;
         let prefix = match &options.prefix {
             Some(prefix) => prefix.as_bytes(),
             None => top.file_name().map_or(&b"disk"[..], OsStr::as_bytes),
         };
-        let path = (!options.ephemeral).then(|| folder.join(file_name(prefix, disk)));
+        let path = (!options.ephemeral).then(|| directory.join(file_name(prefix, disk)));
         Ok(Overlay {
             disk: disk.describe(),
             path,
-            folder,
+            directory,
             set: FIRST_SET + at,
             size: disk.size,
             chain,
@@ -90,9 +91,12 @@ impl Overlay {
     /// The overlay and all that is below as `blockdev-add` would have it (QEMU's QMP
     /// reference, `BlockdevOptions`). Everything below is read only. `aio` is how files
     /// are read and written, where that was said.
-    pub(in crate::guest) fn node(&self, aio: Option<&str>) -> Result<Map<String, Value>, VmError> {
+    pub(in crate::guest) fn node(
+        &self,
+        aio: Option<&str>,
+    ) -> Result<Map<String, Value>, GuestError> {
         let own = match &self.path {
-            Some(path) => path.to_str().ok_or_else(|| VmError::Path {
+            Some(path) => path.to_str().ok_or_else(|| GuestError::Path {
                 what: "overlay",
                 path: path.clone(),
                 problem: "it is not UTF-8".to_owned(),
@@ -128,19 +132,19 @@ impl Overlay {
         Ok(node)
     }
 
-    /// Makes the file, open for reading and writing.
-    fn make(&self) -> Result<File, VmError> {
-        let failed = |source| VmError::Overlay {
+    /// Creates the file, open for reading and writing.
+    fn make(&self) -> Result<File, GuestError> {
+        let failed = |source| GuestError::Overlay {
             disk: self.disk.clone(),
-            folder: self.folder.clone(),
+            directory: self.directory.clone(),
             source,
         };
         let file = match &self.path {
             Some(path) => new_file(path).map_err(failed)?,
-            None => nameless(&self.folder).map_err(failed)?,
+            None => nameless(&self.directory).map_err(failed)?,
         };
         let Some(DiskFile { path, format, .. }) = self.chain.first() else {
-            return Err(VmError::DiskNotRecorded { disk: self.disk.clone() });
+            return Err(GuestError::DiskNotRecorded { disk: self.disk.clone() });
         };
         let written = write_overlay(&file, self.size, path, format);
         if written.is_err() {
@@ -151,19 +155,19 @@ impl Overlay {
     }
 }
 
-/// Overlays that have been made. Dropping this removes them, unless they are to be kept.
+/// Overlays that were created. Dropping this removes them, unless they are kept.
 #[derive(Debug, Default)]
 pub(in crate::guest) struct Overlays {
     paths: Vec<PathBuf>,
 }
 
 impl Overlays {
-    /// Makes overlays. `inherit` has QEMU inherit those without a name, and gets the
-    /// number of the set in which QEMU looks for each.
+    /// Creates overlays. For those without a name, `inherit` gets a descriptor for QEMU and the
+    /// number of its descriptor set.
     pub(in crate::guest) fn make(
         overlays: &[Overlay],
         mut inherit: impl FnMut(OwnedFd, usize),
-    ) -> Result<Overlays, VmError> {
+    ) -> Result<Overlays, GuestError> {
         let mut made = Overlays::default();
         for overlay in overlays {
             let file = overlay.make()?;
@@ -181,7 +185,7 @@ impl Overlays {
         Ok(made)
     }
 
-    /// From now on they hold what a guest has written, and stay.
+    /// Keeps them, since a guest has written to them.
     pub(in crate::guest) fn keep(&mut self) {
         self.paths.clear();
     }
@@ -209,20 +213,20 @@ fn file_name(prefix: &[u8], disk: &Disk) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(&[prefix, end.as_bytes()].concat()))
 }
 
-/// A new file that only its owner can read: it holds what a guest writes.
+/// A new file with mode 0600, since it holds a guest's data.
 fn new_file(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// A file that never had a name, or, where the file system can't do that (open(2),
-/// `O_TMPFILE`), has none any more.
-fn nameless(folder: &Path) -> io::Result<File> {
+/// A file without a name: created so (open(2), `O_TMPFILE`), or unlinked at once where the
+/// file system does not support that.
+fn nameless(directory: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
-    match options.open(folder).map_err(|e| (e.raw_os_error(), e)) {
+    match options.open(directory).map_err(|e| (e.raw_os_error(), e)) {
         Ok(file) => Ok(file),
         Err((Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL), _)) => {
-            let path = folder.join(format!(".snapback-{}", Uuid::new_v4().simple()));
+            let path = directory.join(format!(".snapback-{}", Uuid::new_v4().simple()));
             let file = new_file(&path)?;
             fs::remove_file(&path)?;
             Ok(file)
@@ -231,8 +235,8 @@ fn nameless(folder: &Path) -> io::Result<File> {
     }
 }
 
-/// The same file, opened once more around the page cache; nothing where the file system
-/// can't do that, as QEMU will say itself if it matters.
+/// The same file, opened again with O_DIRECT; `None` where the file system does not support
+/// that, which QEMU reports itself if it matters.
 fn direct(file: &File) -> Option<File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).ok()
@@ -290,13 +294,13 @@ mod tests {
 
     #[test]
     fn overlays_are_private_and_go_unless_they_are_kept() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let here = |prefix: &str, ephemeral| OverlayOptions {
-            folder: Some(folder.path().into()),
+            directory: Some(directory.path().into()),
             prefix: Some(prefix.into()),
             ephemeral,
         };
-        let names = || fs::read_dir(folder.path()).unwrap().count();
+        let names = || fs::read_dir(directory.path()).unwrap().count();
         let plan = |options| Overlay::new(&disk(), 0, disk().chain, &options).unwrap();
         let named = plan(here(&"x".repeat(255), false));
         let path = named.path.clone().unwrap();
@@ -322,13 +326,15 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_can_not_be_used_is_named() {
-        let folder = Some("/nowhere/at/all".into());
+    fn a_directory_that_can_not_be_used_is_named() {
+        let directory = Some("/nowhere/at/all".into());
         for ephemeral in [false, true] {
-            let options = OverlayOptions { folder: folder.clone(), prefix: None, ephemeral };
+            let options = OverlayOptions { directory: directory.clone(), prefix: None, ephemeral };
             let overlay = Overlay::new(&disk(), 0, disk().chain, &options).unwrap();
             let error = overlay.make().unwrap_err().to_string();
-            assert!(error.contains("/nowhere/at/all") && error.contains("--overlay-dir"));
+            assert!(
+                error.contains("/nowhere/at/all") && error.contains("`OverlayOptions::directory`")
+            );
         }
     }
 }

@@ -1,6 +1,5 @@
-//! A new qcow2 file on top of another file: nothing in it yet, so that all the guest
-//! reads comes from below. Written by hand because a revert waits for it: starting
-//! `qemu-img` would cost it more than 10 ms a disk.
+//! An empty qcow2 overlay over another file. It is written here, without `qemu-img`, because
+//! a revert waits for it: starting `qemu-img` takes more than 10 ms for each disk.
 //!
 //! The format is QEMU's docs/interop/qcow2.txt, version 3; all integers big-endian.
 
@@ -25,7 +24,7 @@ const MAX_NAME: usize = 1023;
 /// Bytes of the header itself.
 const HEADER: usize = 104;
 
-/// The header extension that tells the backing file's format.
+/// The header extension that holds the backing file's format.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
 /// Writes an empty overlay to an empty file: `size` bytes as the guest sees them, all
@@ -35,8 +34,8 @@ const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// table, one refcount block, L1 table; each begins a cluster.
 ///
 /// # Errors
-/// When it can't be written, when the name is too long for a qcow2 file, or the size
-/// is none that a disk can have.
+/// When it can't be written, when the name is too long for a qcow2 file, or when the size is
+/// not a multiple of 512 bytes or too large.
 pub fn write_overlay(file: &File, size: u64, backing: &str, format: &str) -> io::Result<()> {
     let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     if backing.len() > MAX_NAME || format.len() > MAX_NAME {
@@ -101,8 +100,8 @@ mod tests {
 
     #[test]
     fn qemu_finds_an_overlay_whole_and_what_is_below_in_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
         let (base, overlay, copy) = (path("base, \"é\""), path("overlay"), path("copy"));
         for size in [0, 512, 1 << 20, 513 << 20, (1 << 40) + 512] {
             let content = vec![7; size.min(1 << 20) as usize];

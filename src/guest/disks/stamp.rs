@@ -1,4 +1,4 @@
-//! How a file of a disk is recognised again.
+//! Stamps, by which an unchanged file of a disk is recognised.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::machine::{Disk, DiskRole, FileStamp};
 
 /// Length of a sample in bytes.
@@ -16,7 +16,7 @@ const SAMPLE: u64 = 4096;
 /// Most samples taken of a file, evenly spaced from its start to its end.
 const SAMPLES: u64 = 256;
 
-/// Makes a file's stamp: its length, the time of its last change, and xxh3-64 (seed 0)
+/// Computes a file's stamp: its length, the time of its last change, and xxh3-64 (seed 0)
 /// over its length (u64, little-endian) and its content. Of a file longer than 1 MiB,
 /// 256 samples of 4096 bytes stand for its content, at the multiples of 4096 next below
 /// `(len - 4096) * n / 255` for n from 0 to 255.
@@ -40,20 +40,20 @@ pub fn stamp(path: &Path) -> io::Result<FileStamp> {
     Ok(FileStamp { len, mtime_ns, fingerprint })
 }
 
-/// Stamps a disk's files, if they are not to change any more: those of a captured disk,
-/// which are written out to storage first (an image must not outlast them when the host
-/// crashes), and of a read-only one where they can be read.
+/// Stamps the files of a disk that must not change any more: a captured one, whose files are
+/// flushed to storage first (an image must not survive a crash of the host that they don't), or a
+/// read-only one, as far as its files can be read.
 ///
 /// # Errors
-/// [`VmError::DiskUnreadable`] when a file of a captured disk can't be read or written out.
-pub fn stamp_files(disk: &mut Disk) -> Result<(), VmError> {
+/// [`GuestError::DiskUnreadable`] when a file of a captured disk can't be read or flushed.
+pub fn stamp_files(disk: &mut Disk) -> Result<(), GuestError> {
     let described = disk.describe();
     for file in &mut disk.chain {
         let path = Path::new(&file.path);
         file.stamp = match disk.role {
             DiskRole::Captured => {
                 let stamped = write_out(path).and_then(|()| stamp(path));
-                Some(stamped.map_err(|source| VmError::DiskUnreadable {
+                Some(stamped.map_err(|source| GuestError::DiskUnreadable {
                     disk: described.clone(),
                     path: path.to_owned(),
                     source,
@@ -66,7 +66,7 @@ pub fn stamp_files(disk: &mut Disk) -> Result<(), VmError> {
     Ok(())
 }
 
-/// Writes what the host holds of a disk's file to storage.
+/// Flushes a disk's file from the host's page cache to storage.
 ///
 /// # Errors
 /// When it can't be opened or written.
@@ -75,7 +75,7 @@ pub fn write_out(path: &Path) -> io::Result<()> {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    // A pipe in its place must not keep us waiting.
+    // Opening a pipe in its place must not block.
     File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn a_copy_has_the_same_fingerprint_and_a_changed_file_another() {
-        let folder = tempfile::tempdir().unwrap();
-        let (file, copy) = (folder.path().join("disk"), folder.path().join("copy"));
+        let directory = tempfile::tempdir().unwrap();
+        let (file, copy) = (directory.path().join("disk"), directory.path().join("copy"));
         for len in [0, 1, 4096, 1 << 20, (1 << 20) + 1, (5 << 20) + 513] {
             let mut content: Vec<u8> = (0..len).map(|n| (n % 251) as u8).collect();
             fs::write(&file, &content).unwrap();
@@ -128,10 +128,10 @@ mod tests {
 
     #[test]
     fn what_is_no_disk_has_no_stamp() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(stamp(folder.path()).is_err());
-        assert!(stamp(&folder.path().join("missing")).is_err());
-        let pipe = folder.path().join("pipe");
+        let directory = tempfile::tempdir().unwrap();
+        assert!(stamp(directory.path()).is_err());
+        assert!(stamp(&directory.path().join("missing")).is_err());
+        let pipe = directory.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(stamp(&pipe).is_err());
     }

@@ -1,25 +1,25 @@
-//! What a recorded command line would take from the living: sockets, files and
-//! memory that another process, often the machine the record was taken from,
-//! uses now. Control sockets give way; for all else the caller decides.
+//! Collisions of a recorded command line with running processes: sockets, files and shared
+//! memory in use, often by the very guest that was recorded. Monitors are dropped; everything
+//! else is refused, and the caller decides.
 
 use std::path::{Path, PathBuf};
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
-use crate::guest::start::rewrite::Note;
+use crate::guest::start::plan::Note;
 use crate::host::in_use::{self, Address, Holder};
 use crate::machine::Machine;
 
-/// Applies the rules of this module. `asked` is the control socket that the
-/// caller wants, absolute.
+/// Resolves or refuses all collisions. `asked` is the control socket that the caller
+/// requested, an absolute path.
 pub(in crate::guest) fn resolve(
     line: &mut CommandLine,
     cwd: &Path,
     asked: Option<&Path>,
     notes: &mut Vec<Note>,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     if let Some(path) = asked {
         check_asked_socket(path)?;
     }
@@ -28,12 +28,12 @@ pub(in crate::guest) fn resolve(
     refuse_files_in_use(line, cwd)
 }
 
-/// The caller's own control socket must be free: QEMU unlinks whatever is at the
-/// path before it binds, be it a living listener's socket or a file.
-fn check_asked_socket(path: &Path) -> Result<(), VmError> {
+/// The path of the requested control socket must be free: QEMU unlinks whatever is there
+/// before it binds, even another process's socket or a file.
+fn check_asked_socket(path: &Path) -> Result<(), GuestError> {
     use std::os::unix::fs::FileTypeExt;
     let refuse = |problem: &str| {
-        Err(VmError::ControlSocket { path: path.to_owned(), problem: problem.to_owned() })
+        Err(GuestError::ControlSocket { path: path.to_owned(), problem: problem.to_owned() })
     };
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => return refuse("something else is there"),
@@ -47,14 +47,14 @@ fn check_asked_socket(path: &Path) -> Result<(), VmError> {
     }
 }
 
-/// Drops monitors whose socket is in use, or is the one that the caller asks
-/// for: a monitor is no part of the guest, and the caller has a control socket.
+/// Drops monitors whose socket is in use, or is the one that the caller requested: a monitor is
+/// not part of the guest, and the caller has a control socket.
 fn yield_control_sockets(
     line: &mut CommandLine,
     cwd: &Path,
     asked: Option<&Path>,
     notes: &mut Vec<Note>,
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     let mut gone = Vec::new();
     for option in line.options().filter(|option| is_control(line, option)) {
         let Some(address) = backend::listens_at(option) else { continue };
@@ -63,9 +63,9 @@ fn yield_control_sockets(
             _ => false,
         };
         let why = match is_asked {
-            true => "the control socket asked for takes its place",
+            true => "the requested control socket replaces it",
             false if in_use::is_listening(&address, cwd)? => {
-                "a living process listens there now; ask for a control socket with --qmp PATH"
+                "a living process listens there now; for a control socket set `RewriteOptions::qmp`"
             }
             false => continue,
         };
@@ -92,10 +92,10 @@ fn is_control(line: &CommandLine, option: &CommandOption) -> bool {
     }
 }
 
-/// A socket of the guest's (a serial port, a display) that a living process
-/// listens on: QEMU would unlink it and cut that process off. TCP ports are
-/// left to QEMU, which fails by itself.
-fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
+/// Refuses sockets of guest devices (a serial port, a display) on which another process
+/// listens: QEMU would unlink them and cut that process off. For TCP ports QEMU fails by
+/// itself.
+fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), GuestError> {
     for option in line.options() {
         let address = backend::listens_at(option).or_else(|| other_socket(option));
         let (Some(address @ (Address::Unix(path) | Address::Abstract(path))), option) =
@@ -105,7 +105,7 @@ fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> 
         };
         if in_use::is_listening(address, cwd)? {
             let (option, path) = (option.to_string(), path.clone());
-            return Err(VmError::SocketInUse { option, path });
+            return Err(GuestError::SocketInUse { option, path });
         }
     }
     Ok(())
@@ -121,7 +121,7 @@ pub(in crate::guest) fn sockets(line: &CommandLine, cwd: &Path) -> Vec<PathBuf> 
     line.options().filter_map(address).filter_map(path).collect()
 }
 
-/// Unix sockets which options that are no character backends listen on.
+/// The Unix socket on which an option that is no character backend listens.
 fn other_socket(option: &CommandOption) -> Option<Address> {
     let spec = Spec::parse(option.value());
     let unix = |text: &str| Some(Address::Unix(text.strip_prefix("unix:")?.to_owned()));
@@ -138,8 +138,7 @@ fn other_socket(option: &CommandOption) -> Option<Address> {
     }
 }
 
-/// The paths in a record's command line, as written there, that each QEMU needs for
-/// itself: Unix sockets that it listens on, and files that it writes. Devices below
+/// The paths in a record's command line, as written there, that no two QEMUs can share: Unix sockets that it listens on, and files that it writes. Devices below
 /// /dev are not among them.
 pub fn exclusive_paths(machine: &Machine) -> Vec<String> {
     let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
@@ -156,18 +155,18 @@ pub fn exclusive_paths(machine: &Machine) -> Vec<String> {
     paths
 }
 
-/// What an option does with a file that nobody else may have open.
+/// A file of an option that no other process may have open.
 struct FileUse {
     option: String,
     path: PathBuf,
     purpose: &'static str,
-    /// Whether those count who only read.
+    /// Whether processes that only read it count.
     readers_too: bool,
 }
 
-/// Output files that another process writes, and shared memory that another
-/// process uses: two guests in one memory would destroy each other.
-fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
+/// Refuses output files that another process writes, and shared memory that another process
+/// uses: two guests in one memory would destroy each other.
+fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), GuestError> {
     let uses: Vec<FileUse> = line.options().flat_map(|option| file_uses(option, cwd)).collect();
     if uses.is_empty() {
         return Ok(());
@@ -178,7 +177,7 @@ fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), VmError> {
         let counts = |holder: &&Holder| holder.writes || readers_too;
         if let Some(holder) = holders.get(&path).and_then(|list| list.iter().find(counts)) {
             let (pid, process) = (holder.pid, holder.name.clone());
-            return Err(VmError::FileInUse { option, purpose, path, pid, process });
+            return Err(GuestError::FileInUse { option, purpose, path, pid, process });
         }
     }
     Ok(())

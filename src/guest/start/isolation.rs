@@ -1,26 +1,27 @@
-//! A command line cut off from the world: for a guest that is thrown away, and must not
-//! leave a trace on a network, on a disk, or in a file.
+//! A command line without network, files, sockets and disk writes: for a guest that is
+//! discarded and must not leave a trace.
 //!
-//! The devices that the guest sees stay as they were; what is behind them goes.
+//! The devices that the guest sees stay as they were; their backends are replaced.
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
 
-/// Hubs that nothing else is plugged into: beyond any number that people choose.
+/// Number of the first hub used, far above any that a command line would use. Each network card
+/// gets a hub of its own.
 const FIRST_HUB: u32 = 900_000;
 
-/// Cuts the command line off from network, files, sockets and disks.
+/// Isolates the command line from network, files, sockets and disks.
 ///
 /// # Errors
-/// When a disk could not be kept from being written.
+/// [`GuestError::NotIsolated`] when writes to a disk can't be prevented.
 pub(in crate::guest) fn isolate(
     line: &mut CommandLine,
     writable_disks: &[String],
-) -> Result<(), VmError> {
+) -> Result<(), GuestError> {
     if !writable_disks.is_empty() && line.has("blockdev") {
-        return Err(VmError::NotIsolated { disks: writable_disks.join(", ") });
+        return Err(GuestError::NotIsolated { disks: writable_disks.join(", ") });
     }
     line.retain_options(|option| {
         let watches = matches!(backend::usage(option), Some(Use::Monitor | Use::Debugger));
@@ -56,7 +57,7 @@ pub(in crate::guest) fn isolate(
         }
     }
     if !line.has("nic") && !line.has("net") && !line.has("netdev") && !line.has("nodefaults") {
-        // QEMU would make a card with a user network.
+        // QEMU would create a network card with a user network.
         line.push(CommandOption::new("net", "nic"));
         line.push(CommandOption::new("net", "user,restrict=on"));
     }
@@ -65,7 +66,7 @@ pub(in crate::guest) fn isolate(
     Ok(())
 }
 
-/// Whether a device's option names a backend of its own, not a `-chardev` or nothing.
+/// Whether a device's option defines its backend, rather than naming a `-chardev` or none.
 fn is_backend(option: &CommandOption) -> bool {
     !option.value().starts_with("chardev:") && option.value() != "none"
 }
@@ -113,8 +114,8 @@ fn paravirtual_cards(line: &CommandLine) -> Vec<String> {
         .collect()
 }
 
-/// The value of a `-netdev` or `-nic`, unplugged: on a hub of its own, or a new tap that is on
-/// no bridge. What else a `-nic` says of its card is kept; nothing for one that has no card.
+/// The value of a `-netdev` or `-nic`, connected to a hub of its own instead, or to a new tap
+/// that is on no bridge. A `-nic` keeps its card's properties; `None` for one without a card.
 fn unplugged(option: &CommandOption, hub: u32, paravirtual: &[String]) -> Option<String> {
     const OF_THE_CARD: [&str; 5] = ["id", "model", "mac", "addr", "vectors"];
     const OF_A_TAP: [&str; 2] = ["queues", "vnet_hdr"];

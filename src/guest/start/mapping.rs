@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use crate::guest::VmError;
+use crate::guest::GuestError;
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
 use crate::machine::QemuVersion;
@@ -15,7 +15,7 @@ const OFFSET: (u32, u32) = (8, 1);
 /// (`readonly=on,rom=off`); before, QEMU opens it for writing, and writes nothing.
 const READ_ONLY: (u32, u32) = (8, 2);
 
-/// Kinds of backends that a file can take the place of.
+/// Kinds of memory backends that the file can replace.
 const KINDS: [&str; 3] = ["memory-backend-ram", "memory-backend-memfd", "memory-backend-file"];
 
 /// Memory that lies in a file as QEMU can map it.
@@ -30,14 +30,14 @@ pub struct MappedMemory {
 }
 
 impl MappedMemory {
-    /// Has the command line's main memory come from the file. Returns the names of the
-    /// blocks that do.
-    pub(in crate::guest) fn put(&self, line: &mut CommandLine) -> Result<Vec<String>, VmError> {
+    /// Maps the command line's main memory from the file. Returns the names of the mapped
+    /// blocks.
+    pub(in crate::guest) fn put(&self, line: &mut CommandLine) -> Result<Vec<String>, GuestError> {
         let version = (self.qemu.major, self.qemu.minor);
         if version < OFFSET {
             let problem =
                 format!("QEMU {} maps whole files only (8.1 and later map parts)", self.qemu);
-            return Err(VmError::NotMapped { problem });
+            return Err(GuestError::NotMapped { problem });
         }
         refuse_shared(line)?;
         let mut mapped = Vec::new();
@@ -75,8 +75,12 @@ impl MappedMemory {
         Ok(mapped)
     }
 
-    /// Has main memory that no backend gives come from the file.
-    fn put_main(&self, line: &mut CommandLine, block: &(String, u64, u64)) -> Result<(), VmError> {
+    /// Maps main memory that has no backend on the command line.
+    fn put_main(
+        &self,
+        line: &mut CommandLine,
+        block: &(String, u64, u64),
+    ) -> Result<(), GuestError> {
         if line.has("mem-path") || line.has("numa") {
             return Err(not_mapped("its memory is given by -mem-path or -numa without a backend"));
         }
@@ -96,7 +100,7 @@ impl MappedMemory {
         Ok(())
     }
 
-    fn backend(&self, (name, len, offset): &(String, u64, u64)) -> Result<String, VmError> {
+    fn backend(&self, (name, len, offset): &(String, u64, u64)) -> Result<String, GuestError> {
         let file = self.file.to_str().ok_or_else(|| not_mapped("its path is not UTF-8"))?;
         let mut params = Params::parse("memory-backend-file");
         params.set("id", name);
@@ -112,16 +116,17 @@ impl MappedMemory {
     }
 }
 
-/// Who shares the guest's memory would see the file, and not what the guest writes.
-fn refuse_shared(line: &CommandLine) -> Result<(), VmError> {
+/// Refuses memory shared with another process, which would see the file and not the guest's
+/// writes.
+fn refuse_shared(line: &CommandLine) -> Result<(), GuestError> {
     match line.options().find(|option| option.value().contains("vhost-user")) {
         Some(option) => Err(not_mapped(format!("{option} shares memory with another process"))),
         None => Ok(()),
     }
 }
 
-fn not_mapped(problem: impl Into<String>) -> VmError {
-    VmError::NotMapped { problem: problem.into() }
+fn not_mapped(problem: impl Into<String>) -> GuestError {
+    GuestError::NotMapped { problem: problem.into() }
 }
 
 #[cfg(test)]

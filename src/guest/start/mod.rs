@@ -1,7 +1,10 @@
-//! How a recorded guest is started again: its command line rewritten, what would collide
-//! with living processes resolved or refused, cut off from the world, or its memory mapped.
+//! How a recorded guest is started: [`rewrite`] turns its command line into a [`plan`] by
+//! replacing [`paths`], resolving [`collisions`] with running processes, and where asked by
+//! [`isolation`] from network and disks or by [`mapping`] its memory.
 
 pub(super) mod collisions;
 pub(super) mod isolation;
 pub(super) mod mapping;
+mod paths;
+pub(super) mod plan;
 pub(super) mod rewrite;

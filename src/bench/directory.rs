@@ -1,4 +1,4 @@
-//! Private folders that go with their owner.
+//! Private directories that go with their owner.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-/// A new folder that only its owner may enter (0700). Dropping it removes it with all
+/// A new directory that only its owner may enter (0700). Dropping it removes it with all
 /// that is in it.
 #[derive(Debug)]
-pub(super) struct Folder(PathBuf);
+pub(super) struct Directory(PathBuf);
 
-impl Folder {
+impl Directory {
     /// Makes one in `parent`. Its name is short, for sockets in it: the path of a Unix
     /// socket has at most 107 bytes (unix(7)).
-    pub fn new(parent: &Path) -> io::Result<Folder> {
+    pub fn new(parent: &Path) -> io::Result<Directory> {
         let unique = Uuid::new_v4().simple().to_string();
         let path = parent.join(format!(".snapback-{}", &unique[..12]));
         DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Folder(path))
+        Ok(Directory(path))
     }
 
     pub fn path(&self) -> &Path {
@@ -27,10 +27,10 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for Directory {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::warn!("the folder `{}` can't be removed: {error}", self.0.display());
+            tracing::warn!("the directory `{}` can't be removed: {error}", self.0.display());
         }
     }
 }

@@ -1,0 +1,56 @@
+//! The whole way of a guest of ours, from the image to a guest that depends on nobody.
+
+use super::error::RevertError;
+use super::event::RevertEvent;
+use super::options::RevertOptions;
+use super::outcome::Outcome;
+use super::session::{Held, Planned};
+use crate::cancel::Cancellation;
+
+/// A guest that has been brought back.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Reverted {
+    /// QEMU's process id.
+    pub pid: i32,
+    /// How its memory came.
+    pub outcome: Outcome,
+}
+
+/// Brings a guest back and returns once all its memory is in place. QEMU then runs
+/// on by itself. `on_event` is called as things happen.
+///
+/// The first request of `cancel` ends a revert whose guest does not run yet, and is otherwise
+/// answered with [`RevertEvent::StillNeeded`]; the second ends it in any case.
+///
+/// # Errors
+/// When the image, QEMU or what connects them fails. QEMU has then been ended:
+/// a guest without its memory is of no use, and must not run on with a wrong one.
+pub async fn revert(
+    options: &RevertOptions,
+    cancel: Cancellation,
+    on_event: impl FnMut(RevertEvent),
+) -> Result<Reverted, RevertError> {
+    let Held { mut process, outcome, .. } = revert_held(options, cancel, on_event).await?;
+    process.detach();
+    Ok(Reverted { pid: process.pid(), outcome })
+}
+
+/// As [`revert`], but QEMU does not outlive what is returned. Overlays of its disks stay,
+/// unless they are ephemeral.
+///
+/// # Errors
+/// As [`revert`].
+pub async fn revert_held(
+    options: &RevertOptions,
+    cancel: Cancellation,
+    mut on_event: impl FnMut(RevertEvent),
+) -> Result<Held, RevertError> {
+    let planned = Planned::new(options, cancel, &mut on_event).await?;
+    let launched = planned.launch(&mut on_event).await?;
+    let armed = launched.arm(&mut on_event).await?;
+    let running = armed.run(&mut on_event).await?;
+    let resident = running.fill(&mut on_event).await?;
+    let held = resident.into_held();
+    Ok(held.unwrap_or_else(|| unreachable!("a session that was planned has a QEMU of ours")))
+}

@@ -1,0 +1,158 @@
+//! A guest whose memory QEMU maps from a flat image: nobody serves it. What is not
+//! mapped, some small blocks and the device state, goes as an ordinary (precopy)
+//! migration stream.
+
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::sys::statfs::statfs;
+
+use super::error::RevertError;
+use super::options::{Placement, RevertOptions};
+use crate::guest::{GuestError, MappedMemory, RewriteOptions, StartPlan, rewrite};
+use crate::image::{Cursor, Image, ImageError, Piece};
+use crate::page::{BlockId, PAGE_SIZE, PageSource, Run};
+use crate::wire::{Frame, end_of_ram, precopy_opening, tail};
+
+/// Blocks from this length on are mapped, in bytes.
+const LARGE: u64 = 1 << 20;
+
+/// The most bytes that may have to be sent while the guest waits for them: video memory and
+/// firmware.
+const MOST_SENT: u64 = 128 << 20;
+
+/// File systems whose files come over a network or from another program (statfs(2)):
+/// mapped memory would hang or fault where these do.
+const NOT_LOCAL: [i64; 7] =
+    [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
+
+/// Plans the start of QEMU, with the image's memory mapped where that is wanted and possible.
+/// Returns also why a flat image is not mapped, where that was left to us.
+pub(super) fn plan(
+    image: &Image,
+    options: &RevertOptions,
+    rewriting: RewriteOptions,
+) -> Result<(StartPlan, Option<String>), RevertError> {
+    let machine = &image.manifest().machine;
+    let wanted = options.delivery.placement == Placement::Map;
+    let refused = |problem: String| RevertError::Vm(GuestError::NotMapped { problem });
+    let without = |reason| Ok((rewrite(machine, &rewriting)?, reason));
+    if !wanted
+        && (options.delivery.placement != Placement::Auto || image.manifest().flat.is_empty())
+    {
+        return without(None);
+    }
+    let memory = match mapped_memory(image, options, wanted) {
+        Ok(memory) => memory,
+        Err(problem) if wanted => return Err(refused(problem)),
+        Err(problem) => return without(Some(problem)),
+    };
+    let mapped = RewriteOptions { mapped: Some(memory), ..rewriting.clone() };
+    let planned = rewrite(machine, &mapped).map_err(RevertError::from);
+    match planned.and_then(|plan| left_small(image, plan)) {
+        Ok(plan) => Ok((plan, None)),
+        Err(RevertError::Vm(GuestError::NotMapped { problem })) if !wanted => {
+            without(Some(problem))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Checks that a plan keeps what mapping promises: that hardly anything has to be sent.
+fn left_small(image: &Image, plan: StartPlan) -> Result<StartPlan, RevertError> {
+    let blocks = image.manifest().blocks.iter();
+    let left = || blocks.clone().filter(|block| !plan.mapped.contains(&block.name));
+    if left().map(|block| block.len).sum::<u64>() <= MOST_SENT {
+        return Ok(plan);
+    }
+    let names: Vec<&str> = left().filter(|b| b.len >= LARGE).map(|b| b.name.as_str()).collect();
+    let problem = format!("the command line gives no place to map {}", names.join(", "));
+    Err(GuestError::NotMapped { problem }.into())
+}
+
+/// What of an image can be mapped, or why nothing can.
+fn mapped_memory(
+    image: &Image,
+    options: &RevertOptions,
+    wanted: bool,
+) -> Result<MappedMemory, String> {
+    let manifest = image.manifest();
+    if manifest.flat.is_empty() {
+        return Err("the image has another layout (`snapback flatten --layout flat` makes a flat \
+                    one of it)"
+            .into());
+    }
+    if options.rewrite.isolated || options.delivery.hold.is_some() {
+        return Err("a working set can only be seen where memory is served".into());
+    }
+    if options.rewrite.qemu.is_some() && !wanted {
+        return Err("the version of another QEMU than the recorded one is not known".into());
+    }
+    let file = image.path().ok_or("the image is not a file")?;
+    let file = std::path::absolute(file).map_err(|e| e.to_string())?;
+    if !wanted && !is_local(&file) {
+        return Err("the image is not on a local file system".into());
+    }
+    let small_pages = |page_size: u64| page_size == PAGE_SIZE as u64;
+    let blocks = manifest.blocks.iter().zip(&manifest.flat);
+    let blocks = blocks
+        .filter(|(block, _)| block.len >= LARGE && small_pages(block.page_size))
+        .map(|(block, offset)| (block.name.clone(), block.len, *offset))
+        .collect();
+    Ok(MappedMemory { file, qemu: manifest.machine.qemu.clone(), blocks })
+}
+
+fn is_local(file: &Path) -> bool {
+    statfs(file).is_ok_and(|fs| !NOT_LOCAL.contains(&fs.filesystem_type().0))
+}
+
+/// The stream for QEMU: everything but the blocks that it maps.
+pub(super) struct MappedStream {
+    stream: Vec<u8>,
+}
+
+impl MappedStream {
+    /// Reads from the image what is sent. `config` and `devices` are the saved stream's.
+    pub fn new(
+        image: &Arc<Image>,
+        config: &[u8],
+        devices: &[u8],
+        mapped: &[String],
+    ) -> Result<MappedStream, ImageError> {
+        let blocks = image.blocks();
+        let mut stream = precopy_opening(config, blocks);
+        let mut frame = Frame::default();
+        for (block, id) in blocks.iter().zip((0..).map(BlockId)) {
+            if mapped.contains(&block.name) {
+                continue;
+            }
+            let all = Run { block: id, first: 0, count: block.pages() };
+            let mut pages = Cursor::over(image, all)?;
+            while let Some(piece) = pages.next_piece()? {
+                stream.extend_from_slice(match piece {
+                    Piece::Zeros(run) => frame.zeros(block, run),
+                    Piece::Data(run, bytes) => frame.pages(block, run, bytes.as_chunks().0.iter()),
+                });
+            }
+        }
+        stream.extend_from_slice(&end_of_ram());
+        stream.extend_from_slice(&tail(devices, &[]));
+        Ok(MappedStream { stream })
+    }
+
+    /// Has a thread write the stream, and close it: QEMU would wait for a description behind
+    /// it. That QEMU hangs up is told by QEMU, with its reason.
+    ///
+    /// # Errors
+    /// When the thread can't be started.
+    pub fn send(self, mut socket: UnixStream) -> io::Result<()> {
+        let send = move || {
+            let _ = socket.write_all(&self.stream);
+            let _ = socket.shutdown(Shutdown::Both);
+        };
+        std::thread::Builder::new().name("send".into()).spawn(send).map(drop)
+    }
+}

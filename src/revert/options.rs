@@ -1,0 +1,149 @@
+//! What a user chooses: which guest to bring back, and how its memory travels.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::rtc::Rtc;
+use crate::guest::RewriteOptions;
+
+/// How often progress is told, by default.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// Which guest to bring back, and how.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RevertOptions {
+    /// The image.
+    pub image: PathBuf,
+    /// How the recorded command line is changed.
+    pub rewrite: RewriteOptions,
+    /// How its memory is brought.
+    pub delivery: Delivery,
+    /// Let the guest run only once its working set is in place.
+    pub preload: bool,
+    /// Hold the guest in the state [`Armed`](super::session::Armed) until
+    /// [`run`](super::session::Armed::run) is called: it stands still with its device state
+    /// in, and nothing of its memory is filled.
+    pub standby: bool,
+    /// What the machine's battery-backed clock shows.
+    pub rtc: Rtc,
+    /// Check the whole image before anything of it is used. Memory that is mapped is
+    /// checked in no other way.
+    pub check: bool,
+}
+
+impl RevertOptions {
+    /// Brings back the guest of this image as it was recorded.
+    pub fn new(image: impl Into<PathBuf>) -> RevertOptions {
+        RevertOptions {
+            image: image.into(),
+            rewrite: RewriteOptions::default(),
+            delivery: Delivery::default(),
+            preload: false,
+            standby: false,
+            rtc: Rtc::default(),
+            check: false,
+        }
+    }
+}
+
+/// Which image to serve to whom.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ServeOptions {
+    /// The image.
+    pub image: PathBuf,
+    /// The QEMU that waits for it.
+    pub to: Target,
+    /// How its memory is brought.
+    pub delivery: Delivery,
+    /// Hold the guest in the state [`Armed`](super::session::Armed) until
+    /// [`run`](super::session::Armed::run) is called. QEMU must have been started with `-S`:
+    /// without it, QEMU runs the guest as soon as the device state is in.
+    pub standby: bool,
+    /// What the machine's battery-backed clock shows.
+    pub rtc: Rtc,
+}
+
+impl ServeOptions {
+    /// Serves this image to that QEMU.
+    pub fn new(image: impl Into<PathBuf>, to: Target) -> ServeOptions {
+        ServeOptions {
+            image: image.into(),
+            to,
+            delivery: Delivery::default(),
+            standby: false,
+            rtc: Rtc::default(),
+        }
+    }
+}
+
+/// A QEMU that somebody else started as the machine that was saved, and that waits for its
+/// state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Target {
+    /// It listens for a migration on this unix socket (`-incoming unix:PATH`, or
+    /// `migrate-incoming`), with its capability `postcopy-ram` on.
+    Migration(PathBuf),
+    /// It was started with `-incoming defer`, and listens for QMP on this unix socket. Its
+    /// capabilities and the migration are set up by that.
+    Qmp(PathBuf),
+}
+
+/// How a guest's memory is brought.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Delivery {
+    /// By which transport pages reach the guest.
+    pub placement: Placement,
+    /// The most bytes a second that filling brings; unlimited without. What the guest asks
+    /// for or waits for (a `preload`, and the first MiB of any working set) is not held
+    /// back, and zeros, which are read from nowhere, don't count.
+    pub fill_rate: Option<u64>,
+    /// Filling, beyond the working set, waits until the guest has not asked for memory
+    /// for so long.
+    pub fill_delay: Option<Duration>,
+    /// Whether the recorded working set is brought first, and recorded anew.
+    pub working_set: bool,
+    /// Nothing is filled for so long, while what the guest asks for is recorded.
+    pub hold: Option<Duration>,
+    /// The file of the working set; beside the image without.
+    pub working_set_file: Option<PathBuf>,
+    /// The shortest time between two reports of progress; it is reported only where there
+    /// is some.
+    pub progress_every: Duration,
+}
+
+impl Default for Delivery {
+    fn default() -> Delivery {
+        Delivery {
+            placement: Placement::Auto,
+            fill_rate: None,
+            fill_delay: None,
+            working_set: true,
+            hold: None,
+            working_set_file: None,
+            progress_every: PROGRESS_EVERY,
+        }
+    }
+}
+
+/// By which transport pages reach the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Placement {
+    /// Mapped from a flat image, else straight into memory by QEMU's userfaultfd, else by
+    /// the socket: the first of these that can be had.
+    #[default]
+    Auto,
+    /// By userfaultfd for every block, or not at all.
+    Uffd,
+    /// By QEMU's postcopy socket.
+    Socket,
+    /// By a private mapping of a flat image, which QEMU makes itself.
+    Map,
+}

@@ -1,0 +1,64 @@
+//! Armed: the device state is given, faults are served, nothing is filled.
+
+use super::connection::Connection;
+use super::running::Running;
+use crate::qmp::Qmp;
+use crate::revert::error::RevertError;
+use crate::revert::event::{Progress, RevertEvent};
+
+/// A guest that can run. In standby it stands still with its device state in, its faults
+/// are served and nothing is filled, for as long as its owner likes; that its QEMU has died
+/// meanwhile is an error of [`run`](Armed::run). Without standby it runs as soon as its
+/// device state is in. Dropping it ends a QEMU of ours.
+pub struct Armed {
+    pub(super) connection: Connection,
+}
+
+impl Armed {
+    /// QEMU's process id, where it is known.
+    pub fn pid(&self) -> Option<i32> {
+        self.connection.qemu.pid()
+    }
+
+    /// QEMU's control socket, if we speak to it.
+    pub fn qmp(&self) -> Option<&Qmp> {
+        self.connection.qemu.qmp()
+    }
+
+    /// How much of its memory is in place.
+    pub fn progress(&self) -> Progress {
+        self.connection.progress()
+    }
+
+    /// Lets the guest run, or waits until it does, and has its memory filled from then on.
+    /// A guest that was saved paused, or that only its owner can tell to run, stays paused.
+    ///
+    /// # Errors
+    /// When QEMU does not run the guest, or the session is cancelled.
+    pub async fn run(self, on_event: &mut impl FnMut(RevertEvent)) -> Result<Running, RevertError> {
+        let Armed { mut connection } = self;
+        let cancelled = connection.cancel.requested();
+        let starting = async {
+            connection.release()?;
+            connection.advance(on_event).await
+        };
+        let started = tokio::select! {
+            // A guest in standby may have been cancelled long ago.
+            biased;
+            () = cancelled => Err(connection.cancelled()),
+            started = starting => started,
+        };
+        if let Err(error) = started {
+            return Err(connection.fail(error).await);
+        }
+        connection.qemu.keep_overlays();
+        let pid = connection.qemu.pid().filter(|_| connection.qemu.is_ours());
+        on_event(RevertEvent::Running { pid });
+        Ok(Running { connection })
+    }
+
+    /// Ends the session without the guest having run. A QEMU of ours ends with it.
+    pub async fn end(mut self) {
+        self.connection.end().await;
+    }
+}

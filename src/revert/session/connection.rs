@@ -1,0 +1,286 @@
+//! A session's QEMU and what brings its guest's memory: what the states from Launched on
+//! have in common.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::Interval;
+
+use super::contents::Contents;
+use super::lifecycle::{Lifecycle, Next, Told};
+use super::qemu::{POSTCOPY, Qemu, has_run, migrate_from};
+use crate::cancel::Cancellation;
+use crate::image::Image;
+use crate::memory::working_set::RECORD_WINDOW;
+use crate::qmp::{Events, Qmp, QmpError};
+use crate::revert::error::{PostcopyError, RevertError};
+use crate::revert::event::{Progress, RevertEvent};
+use crate::revert::options::Delivery;
+use crate::revert::source::{PostcopyEvent, PostcopyOptions, PostcopySource};
+
+/// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
+/// comes only with the capability `events`.
+const POLL: Duration = Duration::from_millis(5);
+
+/// What the states from Launched on have in common.
+pub(super) struct Connection {
+    // Dropped before the source: a guest whose source has ended would only wait.
+    pub qemu: Qemu,
+    /// None before the guest is armed, and where QEMU maps its memory.
+    source: Option<PostcopySource>,
+    reports: Reports,
+    pub lifecycle: Lifecycle,
+    pub image: Arc<Image>,
+    pub delivery: Delivery,
+    pub cancel: Cancellation,
+}
+
+/// Where QEMU and the source report.
+#[derive(Default)]
+struct Reports {
+    events: Option<Events>,
+    source: Option<UnboundedReceiver<PostcopyEvent>>,
+    poll: Option<Interval>,
+}
+
+impl Connection {
+    pub fn new(
+        qemu: Qemu,
+        lifecycle: Lifecycle,
+        image: Arc<Image>,
+        delivery: Delivery,
+        cancel: Cancellation,
+    ) -> Connection {
+        let events = qemu.qmp().map(Qmp::events);
+        Connection {
+            qemu,
+            source: None,
+            reports: Reports { events, ..Reports::default() },
+            lifecycle,
+            image,
+            delivery,
+            cancel,
+        }
+    }
+
+    /// Gives QEMU its guest, by this socket or else by one that it is handed by QMP.
+    pub async fn begin(
+        &mut self,
+        contents: Contents,
+        socket: Option<UnixStream>,
+    ) -> Result<(), RevertError> {
+        let qmp = self.qemu.qmp().cloned();
+        let (ours, theirs) = match socket {
+            Some(socket) => (socket, None),
+            None => socket_pair().map(|(ours, theirs)| (ours, qmp.zip(Some(theirs))))?,
+        };
+        let capabilities: &[&str] = match contents {
+            Contents::Postcopy { .. } => &POSTCOPY,
+            Contents::Mapped(_) => &[],
+        };
+        let connect = async {
+            match theirs {
+                Some((qmp, theirs)) => migrate_from(&qmp, capabilities, theirs).await,
+                None => Ok(()),
+            }
+        };
+        // While QEMU gets ready, what it reads first is put there for it.
+        let (connected, sending) =
+            tokio::join!(biased; connect, async { self.send(contents, ours) });
+        sending?;
+        Ok(connected?)
+    }
+
+    /// Begins to send a guest's contents.
+    fn send(&mut self, contents: Contents, socket: UnixStream) -> Result<(), RevertError> {
+        match contents {
+            Contents::Mapped(stream) => {
+                stream.send(socket).map_err(PostcopyError::Thread)?;
+                self.reports.poll = Some(tokio::time::interval(POLL));
+            }
+            Contents::Postcopy { device_state, fill } => {
+                let options = PostcopyOptions {
+                    placement: self.delivery.placement,
+                    pid: self.qemu.pid(),
+                    fill,
+                    preload: self.lifecycle.preloads(),
+                    standby: self.lifecycle.is_held(),
+                    record: match (self.delivery.hold, self.delivery.working_set) {
+                        (Some(hold), _) => hold,
+                        (None, true) => RECORD_WINDOW,
+                        (None, false) => Duration::ZERO,
+                    },
+                };
+                let pages = Arc::new(Arc::clone(&self.image));
+                let (source, reports) =
+                    PostcopySource::start(device_state, pages, socket, options)?;
+                self.source = Some(source);
+                self.reports.source = Some(reports);
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on to the session's next state, doing what has to be done before.
+    pub async fn advance(
+        &mut self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<(), RevertError> {
+        loop {
+            match self.next().await? {
+                Next::Placing { placement, reason } => {
+                    on_event(RevertEvent::Placing { placement, reason });
+                }
+                Next::Continue => {
+                    if let Some(qmp) = self.qemu.qmp() {
+                        qmp.cont().await?;
+                    }
+                    self.lifecycle.hear(Told::Resumed)?;
+                }
+                Next::AskStatus => {
+                    let told = self.ask_status().await?;
+                    self.lifecycle.hear(told)?;
+                }
+                Next::Armed | Next::Running | Next::Resident => return Ok(()),
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Result<Next, RevertError> {
+        loop {
+            if let Some(next) = self.lifecycle.next() {
+                return Ok(next);
+            }
+            let told = self.listen().await?;
+            self.lifecycle.hear(told)?;
+        }
+    }
+
+    /// Waits for the next report of QEMU or the source. Safe to cancel.
+    async fn listen(&mut self) -> Result<Told, RevertError> {
+        let Connection { qemu, reports, lifecycle, .. } = self;
+        let Reports { events, source, poll } = reports;
+        let awaits_qemu = lifecycle.awaits_qemu();
+        tokio::select! {
+            told = resumed(events), if awaits_qemu => Ok(told?),
+            told = migration(poll, qemu.qmp()), if awaits_qemu => Ok(told?),
+            event = reported(source), if !lifecycle.is_finished() => Ok(Told::Source(event)),
+        }
+    }
+
+    async fn ask_status(&mut self) -> Result<Told, RevertError> {
+        let (Some(qmp), Some(events)) = (self.qemu.qmp(), &mut self.reports.events) else {
+            return Ok(Told::Resumed);
+        };
+        let status = qmp.status().await?;
+        // It may have run and stand still again; its events came ahead of the answer.
+        let has_run = tokio::time::timeout(Duration::ZERO, has_run(events)).await == Ok(true);
+        Ok(Told::Status { status, has_run })
+    }
+
+    /// Lets a guest in standby go on, and its memory be filled.
+    pub fn release(&mut self) -> Result<(), RevertError> {
+        if let Some(source) = &self.source {
+            source.release();
+        }
+        self.lifecycle.hear(Told::Released)
+    }
+
+    /// Fills memory at full speed from now on.
+    pub fn hurry(&self) {
+        if let Some(source) = &self.source {
+            source.hurry();
+        }
+    }
+
+    /// How far memory has come.
+    pub fn progress(&self) -> Progress {
+        match &self.source {
+            Some(source) => {
+                let counts = source.memory().counts();
+                Progress { pages: counts.present, total: counts.total, requests: counts.requests }
+            }
+            None => {
+                let total = self.image.manifest().blocks.iter().map(|block| block.pages()).sum();
+                let pages = if self.lifecycle.is_finished() { total } else { 0 };
+                Progress { pages, total, requests: 0 }
+            }
+        }
+    }
+
+    /// That the session was cancelled before its guest ran.
+    pub fn cancelled(&self) -> RevertError {
+        RevertError::Interrupted(match self.qemu.is_ours() {
+            true => "the guest did not run yet; it was ended",
+            false => "the guest did not run yet",
+        })
+    }
+
+    /// Ends a session that has failed: its QEMU as well, if it is ours. Returns the error with
+    /// what QEMU had to say.
+    pub async fn fail(mut self, error: RevertError) -> RevertError {
+        let error = match self.qemu.is_ours() {
+            true => error.with_words_of_qemu(&self.qemu.words()),
+            false if self.lifecycle.has_loaded() => error,
+            false => refusal(error),
+        };
+        self.end().await;
+        error
+    }
+
+    /// Ends a session: its QEMU as well, if it is ours.
+    pub async fn end(&mut self) {
+        self.qemu.kill().await;
+        if let Some(source) = self.source.take() {
+            source.abandon();
+        }
+        self.qemu.settle_overlays().await;
+    }
+}
+
+/// What a QEMU of somebody else's means that hangs up while it is given the guest. Its own
+/// words don't come to us.
+fn refusal(error: RevertError) -> RevertError {
+    let RevertError::Postcopy { error: PostcopyError::HungUp | PostcopyError::Opening(_), .. } =
+        error
+    else {
+        return error;
+    };
+    let what = "QEMU refused the migration: it must be the machine that was saved, with the \
+                capability `postcopy-ram` on; its standard error says more";
+    let source = std::io::ErrorKind::ConnectionAborted.into();
+    RevertError::Socket { what: what.into(), source }
+}
+
+/// The two ends of the migration stream.
+fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
+    UnixStream::pair().map_err(|source| RevertError::Socket {
+        what: "making a socket for the migration stream failed".into(),
+        source,
+    })
+}
+
+/// Waits until QEMU says that the guest runs.
+async fn resumed(events: &mut Option<Events>) -> Result<Told, QmpError> {
+    let Some(events) = events else { return std::future::pending().await };
+    while events.next().await?.name != "RESUME" {}
+    Ok(Told::Resumed)
+}
+
+/// Waits for the next time to ask how QEMU's migration stands, and asks.
+async fn migration(poll: &mut Option<Interval>, qmp: Option<&Qmp>) -> Result<Told, QmpError> {
+    let (Some(poll), Some(qmp)) = (poll, qmp) else { return std::future::pending().await };
+    poll.tick().await;
+    let status = qmp.migration_info().await?.status;
+    Ok(Told::Migration(status.unwrap_or_default()))
+}
+
+/// Waits for the source's next report; nothing when there are no more.
+async fn reported(source: &mut Option<UnboundedReceiver<PostcopyEvent>>) -> Option<PostcopyEvent> {
+    match source {
+        Some(source) => source.recv().await,
+        None => std::future::pending().await,
+    }
+}

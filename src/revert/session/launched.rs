@@ -1,0 +1,124 @@
+//! Launched: QEMU's QMP answers, or somebody else's QEMU waits for its guest.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::armed::Armed;
+use super::connection::Connection;
+use super::contents::Reading;
+use super::lifecycle::{Lifecycle, Start};
+use super::qemu::Qemu;
+use crate::cancel::Cancellation;
+use crate::guest::GuestError;
+use crate::image::Image;
+use crate::qmp::Qmp;
+use crate::revert::error::RevertError;
+use crate::revert::event::RevertEvent;
+use crate::revert::options::{Placement, ServeOptions, Target};
+
+/// How long somebody else's QEMU may take to greet.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A QEMU that waits for its guest. Dropping it ends a QEMU of ours.
+pub struct Launched {
+    pub(super) connection: Connection,
+    pub(super) contents: Reading,
+    /// The migration socket, where QEMU listens on it; else it is handed one by QMP.
+    pub(super) socket: Option<UnixStream>,
+}
+
+impl Launched {
+    /// Enters a session with a QEMU that somebody else has started. `cancel` holds for the
+    /// whole session.
+    ///
+    /// # Errors
+    /// When the image can't be used, or nobody waits there.
+    pub async fn outside(
+        options: &ServeOptions,
+        cancel: Cancellation,
+    ) -> Result<Launched, RevertError> {
+        let ServeOptions { image, to, delivery, standby, rtc } = options;
+        if delivery.placement == Placement::Map {
+            let problem = "a QEMU that was started already has its memory".to_owned();
+            return Err(GuestError::NotMapped { problem }.into());
+        }
+        let image = Image::open(image)?;
+        // A QEMU that waits is not disturbed for an image that can't be read.
+        let contents = Reading::start(&image, delivery, *rtc, &[]).finish().await?;
+        let (qemu, socket) = match to {
+            Target::Migration(path) => {
+                let socket = connect(path)?;
+                (Qemu::Theirs { qmp: None, pid: peer_pid(&socket) }, Some(socket))
+            }
+            Target::Qmp(path) => {
+                let qmp = Qmp::connect(path, GREETING_TIMEOUT).await?;
+                let pid = qmp.peer_pid();
+                (Qemu::Theirs { qmp: Some(qmp), pid }, None)
+            }
+        };
+        // Without QMP we can neither see nor say when it runs, and without standby it is not
+        // for us to say.
+        let start = match (qemu.qmp(), standby) {
+            (Some(_), true) => Start::Continued { preload: false },
+            _ => Start::LeftToOwner,
+        };
+        let lifecycle = Lifecycle::new(start, *standby);
+        let connection = Connection::new(qemu, lifecycle, image, delivery.clone(), cancel);
+        Ok(Launched { connection, contents: Reading::Done(contents), socket })
+    }
+
+    /// Gives QEMU the guest's device state and serves its faults. A guest in standby is
+    /// armed when its device state is in; any other doesn't stop here, and may run already
+    /// when this returns.
+    ///
+    /// # Errors
+    /// When QEMU refuses the guest, or the session is cancelled.
+    pub async fn arm(self, on_event: &mut impl FnMut(RevertEvent)) -> Result<Armed, RevertError> {
+        let Launched { mut connection, contents, socket } = self;
+        let cancelled = connection.cancel.requested();
+        let arming = async {
+            connection.begin(contents.finish().await?, socket).await?;
+            connection.advance(on_event).await?;
+            match connection.lifecycle.is_held() {
+                true => check_held(&connection.qemu).await,
+                false => Ok(()),
+            }
+        };
+        let armed = tokio::select! {
+            armed = arming => armed,
+            () = cancelled => Err(connection.cancelled()),
+        };
+        match armed {
+            Ok(()) => Ok(Armed { connection }),
+            Err(error) => Err(connection.fail(error).await),
+        }
+    }
+}
+
+/// Looks whether QEMU holds a guest that is in standby, where we can ask it.
+async fn check_held(qemu: &Qemu) -> Result<(), RevertError> {
+    let Some(qmp) = qemu.qmp() else { return Ok(()) };
+    match qmp.status().await?.as_str() {
+        "running" => Err(RevertError::NotHeld),
+        _ => Ok(()),
+    }
+}
+
+fn connect(path: &Path) -> Result<UnixStream, RevertError> {
+    UnixStream::connect(path).map_err(|source| RevertError::Socket {
+        what: format!(
+            "connecting to `{}` failed (QEMU must wait there: `-incoming unix:…`)",
+            path.display()
+        ),
+        source,
+    })
+}
+
+/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
+fn peer_pid(socket: &UnixStream) -> Option<i32> {
+    let credentials = getsockopt(socket, PeerCredentials).ok()?;
+    Some(credentials.pid()).filter(|pid| *pid > 0)
+}

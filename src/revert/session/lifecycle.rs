@@ -1,0 +1,337 @@
+//! What QEMU and the postcopy source report, turned into what a session does next.
+//!
+//! A pure state machine: [`Lifecycle::hear`] takes in what was reported, [`Lifecycle::next`]
+//! says what follows from all that has been heard so far. The order of reports from two
+//! sources is anybody's guess (QEMU may tell of RESUME after the source has finished), so
+//! facts are kept, and each step is taken when all that it needs has become true.
+
+use crate::memory::FaultReport;
+use crate::revert::error::{PostcopyError, RevertError};
+use crate::revert::options::Placement;
+use crate::revert::source::PostcopyEvent;
+
+/// When the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// QEMU runs it as soon as its device state is in.
+    ByItself,
+    /// We have QEMU run it, where `preload` is set once its working set is in place.
+    Continued { preload: bool },
+    /// When its owner says so: it counts as running when it could.
+    LeftToOwner,
+}
+
+/// Something that was reported.
+#[derive(Debug)]
+pub(super) enum Told {
+    /// By QEMU: the guest runs.
+    Resumed,
+    /// By QEMU, asked: how the migration of a mapped guest stands.
+    Migration(String),
+    /// By QEMU, asked: its run state, and whether the guest has run before.
+    Status { status: String, has_run: bool },
+    /// By the postcopy source; nothing when it has ended without a word.
+    Source(Option<PostcopyEvent>),
+    /// By whoever holds the guest in standby: it may go on.
+    Released,
+}
+
+/// What a session does next.
+#[derive(Debug, PartialEq)]
+pub(super) enum Next {
+    /// Tell by which transport memory goes.
+    Placing { placement: Placement, reason: String },
+    /// It is armed.
+    Armed,
+    /// Have QEMU run the guest.
+    Continue,
+    /// Ask QEMU for its run state.
+    AskStatus,
+    /// The guest runs, or could.
+    Running,
+    /// All memory is in place.
+    Resident,
+}
+
+/// The state that a session is in, as far as this machine tells them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Launched,
+    Armed,
+    Running,
+    Resident,
+}
+
+/// All that a session has heard.
+#[derive(Debug)]
+pub(super) struct Lifecycle {
+    start: Start,
+    stage: Stage,
+    /// Whether memory is a mapping: it is whole once QEMU has loaded the device state.
+    mapped: bool,
+    /// Whether the guest may leave [`Stage::Armed`].
+    released: bool,
+    loaded: bool,
+    preloaded: bool,
+    resumed: bool,
+    placing: Option<(Placement, String)>,
+    placement: Placement,
+    /// What was seen of faults that came from userfaultfd.
+    direct_faults: Option<FaultReport>,
+    /// What was seen of requests; there once all memory is in place.
+    finished: Option<FaultReport>,
+}
+
+impl Lifecycle {
+    /// A session that has been launched. In `standby` it waits to be released.
+    pub fn new(start: Start, standby: bool) -> Lifecycle {
+        Lifecycle {
+            start,
+            stage: Stage::Launched,
+            mapped: false,
+            released: !standby,
+            loaded: false,
+            preloaded: false,
+            resumed: false,
+            placing: None,
+            placement: Placement::Socket,
+            direct_faults: None,
+            finished: None,
+        }
+    }
+
+    /// The same for a guest whose memory QEMU maps.
+    pub fn mapped(self) -> Lifecycle {
+        let reason = "the image is flat: nothing is left to serve".to_owned();
+        let placing = Some((Placement::Map, reason));
+        Lifecycle { mapped: true, placement: Placement::Map, placing, ..self }
+    }
+
+    /// Takes in a report.
+    pub fn hear(&mut self, told: Told) -> Result<(), RevertError> {
+        match told {
+            Told::Resumed => self.resumes(),
+            Told::Migration(status) => match status.as_str() {
+                "completed" => self.is_whole(),
+                "failed" => return Err(RevertError::not_run(status)),
+                _ => {}
+            },
+            Told::Status { status, has_run } => match has_run || status == "running" {
+                true => self.resumes(),
+                false => return Err(RevertError::not_run(status)),
+            },
+            Told::Released => self.released = true,
+            Told::Source(None) => return Err(PostcopyError::HungUp.into()),
+            Told::Source(Some(event)) => match event {
+                PostcopyEvent::Placing { placement, reason } => {
+                    self.placement = placement;
+                    self.placing = Some((placement, reason));
+                }
+                PostcopyEvent::Loaded => self.loaded = true,
+                PostcopyEvent::Preloaded => self.preloaded = true,
+                PostcopyEvent::Faults(report) => self.direct_faults = report,
+                PostcopyEvent::Finished(report) => self.finished = Some(report),
+                PostcopyEvent::Failed(error) => return Err(error.into()),
+            },
+        }
+        Ok(())
+    }
+
+    fn resumes(&mut self) {
+        self.resumed = true;
+        if self.mapped {
+            // QEMU runs it behind the end of the stream.
+            self.is_whole();
+        }
+    }
+
+    /// QEMU has loaded a guest whose memory it maps.
+    fn is_whole(&mut self) {
+        (self.loaded, self.preloaded) = (true, true);
+        self.finished.get_or_insert_with(FaultReport::none);
+    }
+
+    /// What follows from all that has been heard; nothing until more is.
+    pub fn next(&mut self) -> Option<Next> {
+        if let Some((placement, reason)) = self.placing.take() {
+            return Some(Next::Placing { placement, reason });
+        }
+        let next = match self.stage {
+            Stage::Launched if self.released || self.loaded => Next::Armed,
+            Stage::Armed if self.released => self.behind_armed()?,
+            Stage::Running if self.finished.is_some() => Next::Resident,
+            _ => return None,
+        };
+        self.stage = match next {
+            Next::Armed => Stage::Armed,
+            Next::Running => Stage::Running,
+            Next::Resident => Stage::Resident,
+            _ => self.stage,
+        };
+        Some(next)
+    }
+
+    fn behind_armed(&self) -> Option<Next> {
+        match self.start {
+            _ if self.resumed => Some(Next::Running),
+            Start::LeftToOwner if self.loaded => Some(Next::Running),
+            // QEMU answers once it has finished loading, RUN included.
+            Start::Continued { preload } if self.loaded && (self.preloaded || !preload) => {
+                Some(Next::Continue)
+            }
+            // All is over, and QEMU has not said that the guest runs: does it?
+            Start::ByItself if self.finished.is_some() => Some(Next::AskStatus),
+            _ => None,
+        }
+    }
+
+    /// Whether the guest is in standby: it is, or will be, held in Armed.
+    pub fn is_held(&self) -> bool {
+        !self.released
+    }
+
+    /// Whether the guest's working set goes ahead of its first instruction.
+    pub fn preloads(&self) -> bool {
+        self.start == Start::Continued { preload: true }
+    }
+
+    /// Whether QEMU's reports still matter: once the guest runs, those of the source do.
+    pub fn awaits_qemu(&self) -> bool {
+        matches!(self.stage, Stage::Launched | Stage::Armed)
+    }
+
+    /// Whether the device state is in.
+    pub fn has_loaded(&self) -> bool {
+        self.loaded
+    }
+
+    /// Whether all memory is in place.
+    pub fn is_finished(&self) -> bool {
+        self.finished.is_some()
+    }
+
+    /// By which transport memory came, and what was seen of faults.
+    pub fn into_result(self) -> (Placement, FaultReport) {
+        let faults = self.finished.unwrap_or_else(FaultReport::none);
+        let faults = match self.direct_faults {
+            Some(direct) => faults.merged(direct),
+            None => faults,
+        };
+        (self.placement, faults)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(event: PostcopyEvent) -> Told {
+        Told::Source(Some(event))
+    }
+
+    fn loaded() -> Told {
+        source(PostcopyEvent::Loaded)
+    }
+
+    fn finished() -> Told {
+        source(PostcopyEvent::Finished(FaultReport::none()))
+    }
+
+    /// What follows from these reports, one after the other.
+    fn steps(mut session: Lifecycle, reports: Vec<Told>) -> Vec<Next> {
+        let mut steps: Vec<_> = std::iter::from_fn(|| session.next()).collect();
+        for told in reports {
+            session.hear(told).unwrap();
+            // Asked again, it would say the same until the answer is heard.
+            match session.next() {
+                Some(step @ (Next::Continue | Next::AskStatus)) => steps.push(step),
+                Some(step) => {
+                    steps.push(step);
+                    steps.extend(std::iter::from_fn(|| session.next()));
+                }
+                None => {}
+            }
+        }
+        steps
+    }
+
+    #[test]
+    fn a_guest_runs_when_qemu_says_so_and_is_resident_when_the_source_does() {
+        let orders = [
+            vec![loaded(), Told::Resumed, finished()],
+            // QEMU's event may come before the source's.
+            vec![Told::Resumed, loaded(), finished()],
+        ];
+        for reports in orders {
+            let steps = steps(Lifecycle::new(Start::ByItself, false), reports);
+            assert_eq!(steps, [Next::Armed, Next::Running, Next::Resident]);
+        }
+    }
+
+    #[test]
+    fn a_guest_whose_memory_is_complete_before_qemu_said_that_it_runs_is_asked_for() {
+        let reports = || vec![loaded(), finished()];
+        let told = |status: &str, has_run| Told::Status { status: status.into(), has_run };
+        for answer in [told("running", false), told("paused", true)] {
+            let reports = reports().into_iter().chain([answer]).collect();
+            let steps = steps(Lifecycle::new(Start::ByItself, false), reports);
+            assert_eq!(steps, [Next::Armed, Next::AskStatus, Next::Running, Next::Resident]);
+        }
+        let mut session = Lifecycle::new(Start::ByItself, false);
+        let error = session.hear(told("prelaunch", false)).unwrap_err();
+        assert!(matches!(&error, RevertError::NotRun { status, .. } if status == "prelaunch"));
+    }
+
+    #[test]
+    fn a_preloaded_guest_is_continued_and_one_left_to_its_owner_is_not() {
+        let preloaded = || source(PostcopyEvent::Preloaded);
+        let reports = vec![preloaded(), loaded(), Told::Resumed];
+        let steps_of = |start, reports| steps(Lifecycle::new(start, false), reports);
+        let steps = steps_of(Start::Continued { preload: true }, reports);
+        assert_eq!(steps, [Next::Armed, Next::Continue, Next::Running]);
+        assert_eq!(steps_of(Start::LeftToOwner, vec![loaded()]), [Next::Armed, Next::Running]);
+    }
+
+    #[test]
+    fn a_guest_in_standby_waits_until_it_is_released() {
+        let continued = |preload| (Start::Continued { preload }, Next::Continue);
+        let left = (Start::LeftToOwner, Next::Running);
+        for (start, last) in [continued(true), continued(false), left] {
+            let reports = vec![loaded(), source(PostcopyEvent::Preloaded), Told::Released];
+            assert_eq!(steps(Lifecycle::new(start, true), reports), [Next::Armed, last]);
+        }
+        let mut waiting = Lifecycle::new(Start::LeftToOwner, true);
+        assert_eq!(waiting.next(), None, "the device state is not in");
+        waiting.hear(loaded()).unwrap();
+        assert_eq!((waiting.next(), waiting.next()), (Some(Next::Armed), None));
+    }
+
+    #[test]
+    fn a_mapped_guest_is_whole_as_soon_as_it_is_loaded() {
+        let mapped = |start| Lifecycle::new(start, false).mapped();
+        let completed = || Told::Migration("completed".into());
+        let names = |steps: Vec<Next>| steps.into_iter().skip(1).collect::<Vec<_>>();
+        assert_eq!(
+            names(steps(mapped(Start::ByItself), vec![Told::Resumed])),
+            [Next::Armed, Next::Running, Next::Resident]
+        );
+        assert_eq!(
+            names(steps(mapped(Start::LeftToOwner), vec![completed()])),
+            [Next::Armed, Next::Running, Next::Resident]
+        );
+        assert_eq!(
+            names(steps(mapped(Start::ByItself), vec![completed()])),
+            [Next::Armed, Next::AskStatus]
+        );
+        let failed = mapped(Start::ByItself).hear(Told::Migration("failed".into()));
+        assert!(matches!(failed, Err(RevertError::NotRun { .. })));
+    }
+
+    #[test]
+    fn a_source_that_ends_without_a_word_is_an_error() {
+        let ended = Lifecycle::new(Start::ByItself, false).hear(Told::Source(None));
+        let hung_up =
+            matches!(ended, Err(RevertError::Postcopy { error: PostcopyError::HungUp, .. }));
+        assert!(hung_up);
+    }
+}

@@ -1,0 +1,35 @@
+//! A revert is a session that goes through five states, one type each:
+//!
+//! | state | the guest | what has been done |
+//! |---|---|---|
+//! | [`Planned`] | not there | the command line is rewritten, nothing is touched |
+//! | [`Launched`] | not there | QEMU's QMP answers |
+//! | [`Armed`] | stands still, or is about to run | device state is given, faults are served |
+//! | [`Running`] | runs | memory follows |
+//! | [`Resident`] | runs | all memory is in place, the guest depends on nobody |
+//!
+//! Each state is left by a method that consumes it and gives the next. One that fails ends
+//! the session: a QEMU of ours is ended, somebody else's is left to its owner.
+//!
+//! A session is entered by [`Planned::new`], which leads to a QEMU of ours, or by
+//! [`Launched::outside`] with a QEMU that somebody else has started. It can be held in
+//! [`Armed`] ([`RevertOptions::standby`](super::RevertOptions::standby)).
+
+// What QEMU and the postcopy source report is turned into the next state in one place:
+// `lifecycle`.
+
+mod armed;
+mod connection;
+mod contents;
+mod launched;
+mod lifecycle;
+mod planned;
+mod qemu;
+mod resident;
+mod running;
+
+pub use armed::Armed;
+pub use launched::Launched;
+pub use planned::Planned;
+pub use resident::{Held, Resident};
+pub use running::Running;

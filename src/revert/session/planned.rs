@@ -1,0 +1,137 @@
+//! Planned: the command line is rewritten, nothing is touched.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::connection::Connection;
+use super::contents::Reading;
+use super::launched::Launched;
+use super::lifecycle::{Lifecycle, Start};
+use super::qemu::Qemu;
+use crate::cancel::Cancellation;
+use crate::guest::{Note, OverlayOptions, Process, RewriteOptions, StartPlan};
+use crate::image::{Image, verify_chain, verify_flat};
+use crate::revert::error::RevertError;
+use crate::revert::event::RevertEvent;
+use crate::revert::mapping;
+use crate::revert::options::RevertOptions;
+
+/// A guest that could be brought back: the command line is rewritten, nothing is touched.
+pub struct Planned {
+    image: Arc<Image>,
+    plan: StartPlan,
+    start: Start,
+    options: RevertOptions,
+    cancel: Cancellation,
+}
+
+impl Planned {
+    /// Plans how the guest of an image is brought back, and tells what differs from the
+    /// record. `cancel` holds for the whole session.
+    ///
+    /// # Errors
+    /// When the image can't be used, or QEMU not be started as recorded.
+    pub async fn new(
+        options: &RevertOptions,
+        cancel: Cancellation,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Planned, RevertError> {
+        let image = Image::open(&options.image)?;
+        let machine = &image.manifest().machine;
+        let stays_paused = options.rewrite.stays_paused() || !machine.running;
+        let paused = stays_paused || options.preload || options.standby;
+        let overlays = overlays_beside(&options.image, &options.rewrite.overlays);
+        let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
+        let (plan, not_mapped) = mapping::plan(&image, options, rewriting)?;
+        if options.check {
+            tokio::select! {
+                checked = check(&image) => checked?,
+                () = cancel.requested() => {
+                    return Err(RevertError::Interrupted("the image was still being checked"));
+                }
+            }
+        }
+        tell(&plan, not_mapped, on_event);
+        let start = match (plan.paused, stays_paused) {
+            (false, _) => Start::ByItself,
+            (true, false) => Start::Continued { preload: options.preload },
+            (true, true) => Start::LeftToOwner,
+        };
+        Ok(Planned { image, plan, start, options: options.clone(), cancel })
+    }
+
+    /// Starts QEMU, while what it is given is read from the image.
+    ///
+    /// # Errors
+    /// When QEMU does not start, or the session is cancelled.
+    pub async fn launch(
+        self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Launched, RevertError> {
+        let Planned { image, plan, start, options, cancel } = self;
+        let RevertOptions { delivery, standby, rtc, .. } = options;
+        // QEMU's start takes tens of milliseconds.
+        let contents = Reading::start(&image, &delivery, rtc, &plan.mapped);
+        let lifecycle = Lifecycle::new(start, standby);
+        let lifecycle = match plan.mapped.is_empty() {
+            true => lifecycle,
+            false => lifecycle.mapped(),
+        };
+        let (process, qmp) = tokio::select! {
+            started = Process::start(plan) => started?,
+            () = cancel.requested() => {
+                return Err(RevertError::Interrupted("QEMU was not up yet"));
+            }
+        };
+        on_event(RevertEvent::QemuReady { pid: process.pid() });
+        let qemu = Qemu::ours(process, qmp);
+        let connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        Ok(Launched { connection, contents, socket: None })
+    }
+}
+
+/// Tells what differs from the record.
+fn tell(plan: &StartPlan, not_mapped: Option<String>, on_event: &mut impl FnMut(RevertEvent)) {
+    for Note { what, why } in plan.notes.clone() {
+        on_event(RevertEvent::Note { what, why });
+    }
+    if let Some(why) = not_mapped {
+        on_event(RevertEvent::Note { what: "served memory instead of mapping it".into(), why });
+    }
+    for disk in &plan.overlays {
+        on_event(RevertEvent::Disk {
+            disk: disk.disk.clone(),
+            frozen: disk.frozen().to_owned(),
+            overlay: disk.path.clone(),
+        });
+    }
+}
+
+/// Where overlays go and what they are called: beside the image and after its name, unless
+/// the options say otherwise.
+fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
+    let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = options.directory.clone();
+    let directory = directory.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
+    let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
+    OverlayOptions {
+        directory: Some(directory),
+        prefix: options.prefix.clone().or_else(name),
+        ephemeral: options.ephemeral,
+    }
+}
+
+/// Checks the whole image. Cancelled, it goes on reading in the background until it is done
+/// or the program ends.
+async fn check(image: &Arc<Image>) -> Result<(), RevertError> {
+    let image = Arc::clone(image);
+    let checked = tokio::task::spawn_blocking(move || {
+        let report = verify_chain(&image, |_, _| {})?;
+        verify_flat(&image)?;
+        match report.damages.first() {
+            Some(damage) => Err(RevertError::Damaged(damage.error.to_string())),
+            None => Ok(()),
+        }
+    });
+    checked.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+}

@@ -1,0 +1,233 @@
+//! The QEMU of a session: ours, or somebody else's.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use crate::guest::Process;
+use crate::qmp::{Event, Events, Qmp, QmpError};
+
+/// The name under which QEMU is given its end of the migration stream.
+const INCOMING: &str = "snapback-incoming";
+
+/// The migration capabilities that a postcopy turns on, and off again at its end.
+pub(super) const POSTCOPY: [&str; 2] = ["postcopy-ram", "events"];
+
+/// How long QEMU may take to end the migration once it has confirmed its end.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long it may take to read the last events of a QEMU that has ended.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The QEMU of a session.
+pub(super) enum Qemu {
+    /// One that we have started, and that ends with the session unless it is let go.
+    Ours {
+        process: Process,
+        qmp: Qmp,
+        /// All its events from its start on.
+        said: Events,
+    },
+    /// One that somebody else has started.
+    Theirs {
+        /// Its QMP, where that is how we have come to it.
+        qmp: Option<Qmp>,
+        /// Its process id, where it is known.
+        pid: Option<i32>,
+    },
+}
+
+impl Qemu {
+    /// One that we have started.
+    pub fn ours(process: Process, qmp: Qmp) -> Qemu {
+        let said = qmp.events();
+        Qemu::Ours { process, qmp, said }
+    }
+
+    /// Its QMP, if we speak to it.
+    pub fn qmp(&self) -> Option<&Qmp> {
+        match self {
+            Qemu::Ours { qmp, .. } => Some(qmp),
+            Qemu::Theirs { qmp, .. } => qmp.as_ref(),
+        }
+    }
+
+    /// Its process id, where it is known.
+    pub fn pid(&self) -> Option<i32> {
+        match self {
+            Qemu::Ours { process, .. } => Some(process.pid()),
+            Qemu::Theirs { pid, .. } => *pid,
+        }
+    }
+
+    /// Whether we have started it.
+    pub fn is_ours(&self) -> bool {
+        matches!(self, Qemu::Ours { .. })
+    }
+
+    /// Keeps the overlays of its disks from now on: its guest writes to them.
+    pub fn keep_overlays(&mut self) {
+        if let Qemu::Ours { process, .. } = self {
+            process.keep_overlays();
+        }
+    }
+
+    /// What it has written to its standard error, as far as that comes to us.
+    pub fn words(&self) -> String {
+        match self {
+            Qemu::Ours { process, .. } => process.log_tail(),
+            Qemu::Theirs { .. } => String::new(),
+        }
+    }
+
+    /// Ends it, if it is ours.
+    pub async fn kill(&mut self) {
+        if let Qemu::Ours { process, .. } = self {
+            process.kill().await;
+        }
+    }
+
+    /// Keeps the overlays of a QEMU that has been ended if its guest has run: it may have
+    /// told others of data that is in them.
+    pub async fn settle_overlays(&mut self) {
+        if let Qemu::Ours { process, said, .. } = self {
+            // With QEMU gone, its events end: all of them can be read.
+            let has_run = tokio::time::timeout(LAST_WORDS_TIMEOUT, has_run(said)).await;
+            if has_run != Ok(false) {
+                process.keep_overlays();
+            }
+        }
+    }
+}
+
+/// Has QEMU read a migration stream from its end, `theirs`. The commands are sent one behind
+/// the other without waiting for answers: QEMU executes them in that order, and each
+/// round trip would delay the guest by a good part of a millisecond.
+pub(super) async fn migrate_from(
+    qmp: &Qmp,
+    capabilities: &[&str],
+    theirs: UnixStream,
+) -> Result<(), QmpError> {
+    let capabilities: Vec<_> = capabilities.iter().map(|name| (*name, true)).collect();
+    let capable = async {
+        match capabilities.is_empty() {
+            true => Ok(()),
+            false => qmp.set_migration_capabilities(&capabilities).await,
+        }
+    };
+    let incoming = format!("fd:{INCOMING}");
+    let (capable, given, listening) = tokio::join!(
+        biased;
+        capable,
+        qmp.getfd(INCOMING, theirs.as_fd()),
+        qmp.migrate_incoming(&incoming),
+    );
+    capable.and(given).and(listening)
+}
+
+/// Reads events until one says that the guest runs, or QEMU has gone and there are no more.
+pub(super) async fn has_run(events: &mut Events) -> bool {
+    loop {
+        match events.next().await {
+            Ok(event) if event.name == "RESUME" => return true,
+            Ok(_) => {}
+            // It may be among those that are lost.
+            Err(QmpError::EventsLost(_)) => return true,
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Waits until QEMU has ended the migration, whose completion it has confirmed on the return
+/// path, and turns its capabilities off again, as they are in a QEMU that was never migrated.
+pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
+    let mut events = qmp.events();
+    let status = qmp.migration_info().await?.status.unwrap_or_default();
+    // Any other status belongs to a later migration: somebody saves this guest, for example.
+    if status.starts_with("postcopy") {
+        let ended =
+            |event: &Event| event.name == "MIGRATION" && event.data["status"] == "completed";
+        events.wait(ended, END_TIMEOUT).await?;
+    }
+    qmp.set_migration_capabilities(&POSTCOPY.map(|name| (name, false))).await
+}
+
+#[cfg(test)]
+mod tests {
+    //! The end of a revert against a scripted socket: a real QEMU can't be stopped there.
+
+    use serde_json::{Value, json};
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::UnixStream;
+
+    use super::{Qmp, QmpError, finish_postcopy, has_run};
+    use std::time::Duration;
+
+    /// A QEMU's control socket: `answer` gives what is sent for each command.
+    async fn scripted(mut answer: impl FnMut(&str) -> Vec<Value> + Send + 'static) -> Qmp {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        tokio::spawn(async move {
+            let (commands, mut answers) = theirs.into_split();
+            let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
+            let mut said = vec![json!({"QMP": {"version": version, "capabilities": []}})];
+            let mut commands = BufReader::new(commands).lines();
+            loop {
+                for message in said.drain(..) {
+                    answers.write_all(format!("{message}\r\n").as_bytes()).await.unwrap();
+                }
+                let Ok(Some(line)) = commands.next_line().await else { return };
+                let command: Value = serde_json::from_str(&line).unwrap();
+                said = match command["execute"].as_str().unwrap() {
+                    "qmp_capabilities" => vec![json!({"return": {}})],
+                    name => answer(name),
+                };
+                // Events go without an id; an answer may be any of the messages.
+                for message in said.iter_mut().filter(|message| message.get("event").is_none()) {
+                    message["id"] = command["id"].clone();
+                }
+            }
+        });
+        Qmp::over(ours, Duration::from_secs(60)).await.unwrap()
+    }
+
+    fn migration(status: &str) -> Value {
+        json!({"event": "MIGRATION", "data": {"status": status},
+               "timestamp": {"seconds": 1, "microseconds": 1}})
+    }
+
+    #[tokio::test]
+    async fn the_end_is_waited_for_by_its_event() {
+        let qmp = scripted(|command| match command {
+            "query-migrate" => vec![
+                json!({"return": {"status": "postcopy-active"}}),
+                migration("device"),
+                migration("completed"),
+            ],
+            _ => vec![json!({"return": {}})],
+        });
+        finish_postcopy(&qmp.await).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_save_that_has_begun_meanwhile_is_not_waited_for() {
+        let qmp = scripted(|command| match command {
+            "query-migrate" => vec![json!({"return": {"status": "active"}})],
+            _ => vec![json!({"error": {"class": "GenericError", "desc": "there is a migration"}})],
+        });
+        let error = finish_postcopy(&qmp.await).await.unwrap_err();
+        assert!(matches!(&error, QmpError::Command { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn whether_the_guest_has_run_is_known_when_qemu_is_gone() {
+        let resume = json!({"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 1}});
+        for (said, has) in [(migration("active"), false), (resume, true)] {
+            let qmp = scripted(move |_| vec![said.clone(), json!({"return": {}})]).await;
+            let mut events = qmp.events();
+            qmp.execute("quit", ()).await.unwrap();
+            // It closes the connection.
+            drop(qmp);
+            assert_eq!(has_run(&mut events).await, has);
+        }
+    }
+}

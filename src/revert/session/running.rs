@@ -1,0 +1,102 @@
+//! Running: the guest runs, its memory follows.
+
+use std::time::Duration;
+
+use tokio::time::MissedTickBehavior;
+
+use super::connection::Connection;
+use super::qemu::finish_postcopy;
+use super::resident::Resident;
+use crate::revert::error::RevertError;
+use crate::revert::event::{Progress, RevertEvent};
+use crate::revert::options::Placement;
+use crate::revert::outcome::Outcome;
+use crate::revert::recorded;
+
+/// A guest that runs, or could, and depends on the image being served. Dropping it ends a
+/// QEMU of ours.
+pub struct Running {
+    pub(super) connection: Connection,
+}
+
+impl Running {
+    /// QEMU's process id, where it is known.
+    pub fn pid(&self) -> Option<i32> {
+        self.connection.qemu.pid()
+    }
+
+    /// How much of its memory is in place.
+    pub fn progress(&self) -> Progress {
+        self.connection.progress()
+    }
+
+    /// Serves the guest until all its memory is in place.
+    ///
+    /// The first request of the session's cancellation is answered with
+    /// [`RevertEvent::StillNeeded`], and memory is filled at full speed; the second ends the
+    /// session.
+    ///
+    /// # Errors
+    /// When memory can't be brought, or the session is cancelled.
+    pub async fn fill(
+        self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Resident, RevertError> {
+        let Running { mut connection } = self;
+        if let Err(error) = follow(&mut connection, on_event).await {
+            return Err(connection.fail(error).await);
+        }
+        let progress = connection.progress();
+        let Connection { qemu, lifecycle, image, delivery, .. } = connection;
+        let (placement, faults) = lifecycle.into_result();
+        let outcome = Outcome { progress, placement, faults };
+        if let (Some(qmp), true) = (qemu.qmp(), placement != Placement::Map)
+            // QEMU has confirmed that it has all of the guest, which depends on nobody
+            // any more: whatever happens from here on, it stays.
+            && let Err(error) = finish_postcopy(qmp).await
+        {
+            tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
+        }
+        on_event(outcome.resident());
+        if placement != Placement::Map {
+            recorded::remember(&delivery, &image, &outcome);
+        }
+        Ok(Resident { qemu, outcome })
+    }
+}
+
+/// Follows what brings memory to its end, telling its progress.
+async fn follow(
+    connection: &mut Connection,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<(), RevertError> {
+    let cancel = connection.cancel.clone();
+    let every = connection.delivery.progress_every.max(Duration::from_millis(1));
+    let mut tick = tokio::time::interval(every);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut told = None;
+    let mut hurried = false;
+    loop {
+        tokio::select! {
+            // A guest that has all its memory is not given up.
+            biased;
+            followed = connection.advance(on_event) => return followed,
+            () = cancel.requested(), if !hurried => {
+                hurried = true;
+                connection.hurry();
+                on_event(RevertEvent::StillNeeded);
+            }
+            () = cancel.requested_times(2) => {
+                return Err(RevertError::Interrupted(
+                    "the guest was stopped, since its memory was not complete",
+                ));
+            }
+            _ = tick.tick() => {
+                let now = connection.progress();
+                if told.replace(now) != Some(now) {
+                    on_event(RevertEvent::Progress(now));
+                }
+            }
+        }
+    }
+}

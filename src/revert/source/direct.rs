@@ -1,0 +1,170 @@
+//! How the direct transport is opened: QEMU's userfaultfd is copied, and where each block
+//! lies in QEMU's memory is proven by a page that arrives there.
+
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::event::{LastWord, PostcopyEvent};
+use super::pings::{PROBED, Pongs};
+use crate::cancel::Cancellation;
+use crate::memory::{FaultReport, FaultServer, Intake, Memory};
+use crate::page::BlockId;
+use crate::revert::error::PostcopyError;
+use crate::transport::proof::{AdoptError, Adopted};
+use crate::transport::{DirectPlace, Route, SocketPlace};
+use crate::wire::ping;
+
+/// The route of a source's pages: the socket, and beside it the direct transport.
+pub(super) type SourceRoute = Route<SocketPlace<UnixStream>>;
+
+/// What came of opening it.
+pub(super) enum Opened {
+    /// It leads to every block but those named, whose place was not found.
+    Found { direct: DirectPlace, unproven: Vec<String> },
+    /// It can't be had.
+    Refused(AdoptError),
+    /// The source has ended meanwhile.
+    Ended,
+}
+
+/// What opening it needs of the source.
+pub(super) struct Opener<'a> {
+    pub memory: &'a Arc<Memory>,
+    pub route: &'a SourceRoute,
+    pub pongs: &'a mut Pongs,
+}
+
+impl Opener<'_> {
+    /// Opens it. QEMU, process `pid` where that is known, must have loaded the device state.
+    pub fn open(mut self, pid: Option<i32>) -> Result<Opened, PostcopyError> {
+        let blocks = self.memory.blocks();
+        let adopted = pid.ok_or(AdoptError::Unseen).and_then(|pid| Adopted::adopt(pid, blocks));
+        let adopted = match adopted {
+            Ok(adopted) => adopted,
+            Err(reason) => return Ok(Opened::Refused(reason)),
+        };
+        let Some(addresses) = self.find_blocks(&adopted)? else { return Ok(Opened::Ended) };
+        let unproven = blocks.iter().zip(&addresses).enumerate();
+        let unproven = unproven
+            .filter(|(index, (_, address))| address.is_none() && self.needs_address(*index))
+            .map(|(_, (block, _))| block.name.clone())
+            .collect();
+        // SAFETY: each address has been proven to be the block's, in the process whose
+        // userfaultfd this is. QEMU has registered all its RAMBlocks with it when it
+        // answered the PING behind LISTEN, and the kernel refuses to install anything
+        // elsewhere (ENOENT, UFFDIO_COPY(2const)).
+        let direct = unsafe { DirectPlace::new(Arc::new(adopted.uffd), addresses) };
+        Ok(Opened::Found { direct, unproven })
+    }
+
+    /// The blocks' addresses, as far as they can be proven; nothing when the source has
+    /// ended.
+    fn find_blocks(
+        &mut self,
+        adopted: &Adopted,
+    ) -> Result<Option<Vec<Option<u64>>>, PostcopyError> {
+        let mut server = FaultServer::new(Arc::clone(self.memory))?;
+        let mut addresses = vec![None; self.memory.blocks().len()];
+        let all = 0..addresses.len();
+        if !self.prove(adopted, &mut server, all.clone(), &mut addresses)? {
+            return Ok(None);
+        }
+        // Blocks that look alike where they were probed (the ROMs of two network cards,
+        // zeros) were each found in the other's place as well. Alone, each is found in its
+        // own: there the other's page lies already.
+        for index in all {
+            if addresses[index].is_none()
+                && self.needs_address(index)
+                && !self.prove(adopted, &mut server, index..index + 1, &mut addresses)?
+            {
+                return Ok(None);
+            }
+        }
+        Ok(Some(addresses))
+    }
+
+    /// Sends a page of each of these blocks by the socket, and notes the addresses that
+    /// are proven once they have arrived. False when the source has ended.
+    fn prove(
+        &mut self,
+        adopted: &Adopted,
+        server: &mut FaultServer,
+        indices: Range<usize>,
+        addresses: &mut [Option<u64>],
+    ) -> Result<bool, PostcopyError> {
+        let blocks = self.memory.blocks();
+        let mut probes = Vec::new();
+        for index in indices {
+            server.probe(BlockId(index as u16), |offset, content| {
+                let probe = adopted.probe(&blocks[index], offset, content);
+                probes.extend(probe.map(|probe| (index, probe)));
+            })?;
+        }
+        self.route.first().send(&ping(PROBED)).map_err(|_| PostcopyError::HungUp)?;
+        if !self.pongs.probed() {
+            return Ok(false);
+        }
+        adopted.prove_all(blocks, &probes, addresses);
+        Ok(true)
+    }
+
+    /// Whether anything of the block is left to be installed.
+    fn needs_address(&self, index: usize) -> bool {
+        !self.memory.is_settled(BlockId(index as u16))
+    }
+}
+
+/// The thread that takes faults from userfaultfd, beside QEMU's own. It must be started
+/// only where the direct transport leads to every block: QEMU does not hear of an event
+/// that we take.
+pub(super) struct FaultThread {
+    cancel: Cancellation,
+    thread: Option<JoinHandle<Option<FaultReport>>>,
+}
+
+impl FaultThread {
+    /// Starts to take faults, and records them for so long.
+    pub fn start(
+        memory: &Arc<Memory>,
+        direct: &DirectPlace,
+        record: Duration,
+        events: UnboundedSender<PostcopyEvent>,
+    ) -> Result<FaultThread, PostcopyError> {
+        let cancel = Cancellation::new();
+        let handler = Intake::new(Arc::clone(memory), direct, &cancel)?.recording(record);
+        let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
+        let run = move || {
+            let _last = last;
+            match handler.run() {
+                Ok(report) => Some(report),
+                Err(error) => {
+                    let _ = events.send(PostcopyEvent::Failed(error.into()));
+                    None
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
+        let thread = Some(thread.map_err(PostcopyError::Thread)?);
+        Ok(FaultThread { cancel, thread })
+    }
+
+    /// Ends it, and returns what it has seen.
+    pub fn finish(mut self) -> Option<FaultReport> {
+        self.cancel.request();
+        self.thread.take()?.join().ok().flatten()
+    }
+}
+
+impl Drop for FaultThread {
+    fn drop(&mut self) {
+        self.cancel.request();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

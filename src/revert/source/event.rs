@@ -1,0 +1,45 @@
+//! What a postcopy source reports to whoever follows it.
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::memory::FaultReport;
+use crate::revert::error::PostcopyError;
+use crate::revert::options::Placement;
+
+/// What a postcopy source reports.
+#[derive(Debug)]
+pub(in crate::revert) enum PostcopyEvent {
+    /// By which transport pages go from now on.
+    Placing {
+        /// The transport.
+        placement: Placement,
+        /// Why.
+        reason: String,
+    },
+    /// The device state is in; QEMU runs the guest next, unless it was told to wait.
+    Loaded,
+    /// The working set is in place.
+    Preloaded,
+    /// What was seen of faults that came from userfaultfd, if anything.
+    Faults(Option<FaultReport>),
+    /// QEMU has confirmed that it has everything. The last event, with what requests by
+    /// the return path have shown.
+    Finished(FaultReport),
+    /// The source has ended before that. The last event.
+    Failed(PostcopyError),
+}
+
+/// Reports that a thread panicked: whoever follows the source would wait forever.
+pub(super) struct LastWord {
+    pub events: UnboundedSender<PostcopyEvent>,
+    /// What the thread does.
+    pub doing: &'static str,
+}
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.events.send(PostcopyEvent::Failed(PostcopyError::Panicked(self.doing)));
+        }
+    }
+}

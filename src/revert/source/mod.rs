@@ -1,0 +1,241 @@
+//! The source's side of a postcopy migration: device state first, then memory as
+//! the guest asks for it, then the rest, then the end.
+//!
+//! Plain threads: one sends the opening and then fills memory ([`sending`]), one reads the
+//! return path and answers requests ([`requests`]), and where pages go straight into QEMU's
+//! memory, one more takes faults from its userfaultfd ([`direct`]). Whoever follows the
+//! source hears of its steps through a channel ([`event`]).
+
+mod direct;
+mod event;
+mod pings;
+mod requests;
+mod sending;
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+pub(super) use event::PostcopyEvent;
+pub(super) use sending::{DeviceState, PostcopyOptions};
+
+use super::error::PostcopyError;
+use crate::memory::{FaultServer, Memory, Pace};
+use crate::page::PageSource;
+use crate::transport::{Route, SocketPlace};
+use crate::wire::ReturnPath;
+use pings::Pongs;
+use requests::Requests;
+use sending::Sending;
+
+/// A postcopy source at work. Dropping it ends it and waits for its threads.
+pub(super) struct PostcopySource {
+    memory: Arc<Memory>,
+    socket: UnixStream,
+    pace: Arc<Pace>,
+    /// Tells the thread that sends to fill memory; dropped, it tells it to end.
+    release: Option<mpsc::Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl PostcopySource {
+    /// Begins to send to the QEMU at the other end of `socket`. What happens comes
+    /// through the receiver.
+    ///
+    /// # Errors
+    /// When the socket can't be shared or a thread can't be started.
+    pub fn start(
+        device_state: DeviceState,
+        pages: Arc<dyn PageSource>,
+        socket: UnixStream,
+        options: PostcopyOptions,
+    ) -> Result<(PostcopySource, UnboundedReceiver<PostcopyEvent>), PostcopyError> {
+        let share = || socket.try_clone().map_err(PostcopyError::Duplicate);
+        let route = Arc::new(Route::new(SocketPlace::new(share()?)));
+        let memory = Arc::new(Memory::new(pages, Box::new(Arc::clone(&route))));
+        let pace = Arc::new(Pace::new(options.fill.rate));
+        let (events, receiver) = unbounded_channel();
+        let (pongs, heard) = mpsc::channel();
+        let (release, released) = mpsc::channel();
+
+        let requests = Requests {
+            server: FaultServer::new(Arc::clone(&memory))?.recording(options.record),
+            path: ReturnPath::new(share()?),
+            memory: Arc::clone(&memory),
+            events: events.clone(),
+            pongs,
+        };
+        let standby = options.standby;
+        let sending = Sending {
+            device_state,
+            options,
+            route,
+            memory: Arc::clone(&memory),
+            pace: Arc::clone(&pace),
+            pongs: Pongs::new(heard),
+            released,
+            events,
+        };
+        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            let thread = std::thread::Builder::new().name(name.into()).spawn(body);
+            thread.map_err(PostcopyError::Thread)
+        };
+        let mut source =
+            PostcopySource { memory, socket, pace, release: Some(release), threads: Vec::new() };
+        if !standby {
+            source.release();
+        }
+        source.threads.push(spawn("faults", Box::new(move || requests.run()))?);
+        source.threads.push(spawn("fill", Box::new(move || sending.run()))?);
+        Ok((source, receiver))
+    }
+
+    /// The memory under way.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Lets the source of a guest in standby fill memory.
+    pub fn release(&self) {
+        // It fails when the thread has ended, which has told why.
+        let _ = self.release.as_ref().map(|release| release.send(()));
+    }
+
+    /// Fills at full speed from now on.
+    pub fn hurry(&self) {
+        self.pace.hurry();
+    }
+
+    /// Ends a source that has failed, without waiting for its threads: one may be stuck in
+    /// a read of a disk that has died.
+    pub fn abandon(self) {
+        let thread = std::thread::Builder::new().name("abandoned".into());
+        if let Err(error) = thread.spawn(move || drop(self)) {
+            tracing::debug!("no thread to wait for those of a postcopy source: {error}");
+        }
+    }
+}
+
+impl Drop for PostcopySource {
+    fn drop(&mut self) {
+        self.pace.stop();
+        self.release = None;
+        // Wakes the threads out of their reads and writes. QEMU may be gone already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::memory::FillOptions;
+    use crate::page::{Block, BlockId, ChunkId, ChunkReader, Location, Page, SourceError};
+    use crate::revert::options::Placement;
+
+    /// Memory whose index makes a thread panic.
+    struct Dreadful([Block; 1]);
+
+    struct Unused;
+
+    impl PageSource for Dreadful {
+        fn blocks(&self) -> &[Block] {
+            &self.0
+        }
+
+        fn chunk_pages(&self) -> usize {
+            4
+        }
+
+        fn locate(&self, _page: Page) -> Result<Location, SourceError> {
+            panic!("as the test wants")
+        }
+
+        fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+            Ok(Box::new(Unused))
+        }
+    }
+
+    impl ChunkReader for Unused {
+        fn read(&mut self, _chunk: ChunkId) -> Result<&[u8], SourceError> {
+            Ok(&[])
+        }
+    }
+
+    #[test]
+    fn a_panic_is_told_to_whoever_follows() {
+        let source = Dreadful([Block { name: "pc.ram".into(), len: 4096, page_size: 4096 }]);
+        let state = DeviceState::new(&[], &[], &source.0);
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let working_set = vec![Page { block: BlockId(0), number: 0 }];
+        let fill = FillOptions { working_set, ..FillOptions::default() };
+        let placement = Placement::Socket;
+        let options = PostcopyOptions { placement, fill, ..PostcopyOptions::default() };
+        let (_source, mut told) =
+            PostcopySource::start(state, Arc::new(source), ours, options).unwrap();
+        let Some(PostcopyEvent::Failed(error)) = told.blocking_recv() else {
+            panic!("nothing told")
+        };
+        assert!(error.to_string().contains("was to fill memory panicked"), "{error}");
+    }
+
+    /// An image on a disk that has died: reads wait until `end` is closed.
+    struct DeadDisk {
+        blocks: Vec<Block>,
+        read: mpsc::Sender<()>,
+        end: Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl PageSource for DeadDisk {
+        fn blocks(&self) -> &[Block] {
+            &self.blocks
+        }
+
+        fn chunk_pages(&self) -> usize {
+            1
+        }
+
+        fn locate(&self, _: Page) -> Result<Location, SourceError> {
+            self.read.send(()).unwrap();
+            let _ = self.end.lock().unwrap().recv();
+            Ok(Location::Zero)
+        }
+
+        fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+            struct None;
+            impl ChunkReader for None {
+                fn read(&mut self, _: ChunkId) -> Result<&[u8], SourceError> {
+                    unreachable!("all pages are zero")
+                }
+            }
+            Ok(Box::new(None))
+        }
+    }
+
+    #[test]
+    fn a_source_that_hangs_in_a_read_is_not_waited_for() {
+        let block = Block { name: "ram".into(), len: 4096, page_size: 4096 };
+        let ((read, has_read), (end, ends)) = (mpsc::channel(), mpsc::channel());
+        let disk = DeadDisk { blocks: vec![block], read, end: Mutex::new(ends) };
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let state = DeviceState::new(&[], &[], &disk.blocks);
+        let options =
+            PostcopyOptions { placement: Placement::Socket, ..PostcopyOptions::default() };
+        let (source, _events) =
+            PostcopySource::start(state, Arc::new(disk), ours, options).unwrap();
+        // REQ_PAGES_ID: what follows is 16 bytes; offset, length, the block's name.
+        theirs.write_all(&[0, 3, 0, 16]).unwrap();
+        theirs.write_all(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 3, b'r', b'a', b'm']).unwrap();
+        has_read.recv().unwrap();
+        source.abandon();
+        drop(end);
+    }
+}

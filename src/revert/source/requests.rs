@@ -1,0 +1,86 @@
+//! The thread that reads the return path and answers QEMU's requests for pages.
+
+use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::event::{LastWord, PostcopyEvent};
+use super::pings;
+use crate::memory::{FaultServer, Memory, MemoryError};
+use crate::page::BlockId;
+use crate::revert::error::PostcopyError;
+use crate::wire::{ReturnPath, ReturnPathMessage, WireError};
+
+pub(super) struct Requests {
+    pub server: FaultServer,
+    pub path: ReturnPath<UnixStream>,
+    pub memory: Arc<Memory>,
+    pub events: UnboundedSender<PostcopyEvent>,
+    pub pongs: mpsc::Sender<u32>,
+}
+
+impl Requests {
+    pub fn run(mut self) {
+        let _last = LastWord { events: self.events.clone(), doing: "answer QEMU's requests" };
+        let last = match self.answer() {
+            Ok(()) => PostcopyEvent::Finished(self.server.into_report()),
+            Err(error) => PostcopyEvent::Failed(error),
+        };
+        let _ = self.events.send(last);
+    }
+
+    fn answer(&mut self) -> Result<(), PostcopyError> {
+        let mut block = None;
+        while let Some(message) = self.path.next_message().map_err(hung_up)? {
+            let heard = Instant::now();
+            match message {
+                ReturnPathMessage::RequestPages { block: name, offset, len } => {
+                    if let Some(name) = name {
+                        block = Some(self.find(&name, offset, len)?);
+                    }
+                    let block = block.ok_or_else(|| PostcopyError::Wire(nameless(offset)))?;
+                    self.server.serve(block, offset, u64::from(len), heard)?;
+                }
+                ReturnPathMessage::Pong(value) => {
+                    if value == pings::LOADED {
+                        let _ = self.events.send(PostcopyEvent::Loaded);
+                    }
+                    let _ = self.pongs.send(value);
+                }
+                ReturnPathMessage::Shut(0) => return Ok(()),
+                ReturnPathMessage::Shut(status) => return Err(PostcopyError::Refused(status)),
+                ReturnPathMessage::Other(_) => {}
+            }
+        }
+        Err(PostcopyError::HungUp)
+    }
+
+    fn find(&self, name: &str, offset: u64, len: u32) -> Result<BlockId, MemoryError> {
+        let found = self.memory.blocks().iter().position(|block| block.name == name);
+        found.map(|index| BlockId(index as u16)).ok_or_else(|| MemoryError::NoSuchMemory {
+            block: name.into(),
+            offset,
+            len: u64::from(len),
+        })
+    }
+}
+
+/// A QEMU that ends without having read all that we sent resets the connection.
+fn hung_up(error: WireError) -> PostcopyError {
+    match error {
+        WireError::Io { source, .. } if source.kind() == ErrorKind::ConnectionReset => {
+            PostcopyError::HungUp
+        }
+        other => other.into(),
+    }
+}
+
+fn nameless(offset: u64) -> WireError {
+    WireError::Malformed {
+        at: 0,
+        what: format!("a request for offset {offset:#x} of the block before, and there was none"),
+    }
+}
