@@ -1,15 +1,15 @@
 //! A guest's memory on its way back: which page goes when, and who brings it.
 //!
 //! [`Memory`] ties together where pages come from (a
-//! [`PageSource`]), how they travel (a [`Place`]), and
+//! [`PageSource`]), how they travel (a [`Transport`]), and
 //! who takes which page ([`claim`]). [`faults`] answers what the guest waits for,
 //! [`mod@prefetch`] brings the rest. Neither knows by which way a page travels, and
 //! nothing here knows of images or of how QEMU was started.
 
-pub mod answers;
 pub mod claim;
 mod fault_handler;
 mod pace;
+pub mod pager;
 pub mod prefetch;
 mod probe;
 mod window;
@@ -19,18 +19,18 @@ pub mod working_set;
 mod tests;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-pub use answers::{FaultReport, FaultServer};
 pub use claim::ClaimMap;
-pub use fault_handler::Intake;
+pub use fault_handler::FaultHandler;
 pub use pace::Pace;
+pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use working_set::{WorkingSet, WorkingSetError};
 
 use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
-use crate::transport::{Place, PlaceError};
+use crate::transport::{Transport, TransportError};
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -47,20 +47,20 @@ pub enum MemoryError {
     },
     /// A page could not be installed.
     #[error("installing memory at offset {offset:#x} of block `{block}` failed: {source}")]
-    Place {
+    Install {
         /// The block's name.
         block: String,
         /// Offset in the block, in bytes.
         offset: u64,
         /// What went wrong.
-        source: PlaceError,
+        source: TransportError,
     },
     /// The source can't be read at all.
     #[error("no reader for the guest's memory: {0}")]
     Reader(SourceError),
     /// Faults can't be taken from userfaultfd.
     #[error("taking the guest's faults failed: {0}")]
-    Intake(PlaceError),
+    FaultHandler(TransportError),
     /// QEMU asked for memory that its machine does not have.
     #[error(
         "QEMU asked for {len} bytes at offset {offset:#x} of block `{block}`, which the image \
@@ -74,14 +74,6 @@ pub enum MemoryError {
         /// Length in bytes.
         len: u64,
     },
-}
-
-impl MemoryError {
-    /// Whether the same thing may go well in a moment, once somebody has read the event
-    /// that tells how the memory's layout is changing.
-    fn is_passing(&self) -> bool {
-        matches!(self, MemoryError::Place { source: PlaceError::Changing, .. })
-    }
 }
 
 /// How far a guest's memory has come.
@@ -101,7 +93,7 @@ pub struct Counts {
 /// One guest's memory on its way.
 pub struct Memory {
     source: Arc<dyn PageSource>,
-    place: Box<dyn Place>,
+    transport: Box<dyn Transport>,
     claims: ClaimMap,
     /// Faults that are being answered now; prefetch stands aside while there are any.
     urgent: AtomicUsize,
@@ -115,12 +107,12 @@ pub struct Memory {
 
 impl Memory {
     /// The memory that `source` holds, none of it in place, to be brought by `place`.
-    pub fn new(source: Arc<dyn PageSource>, place: Box<dyn Place>) -> Memory {
+    pub fn new(source: Arc<dyn PageSource>, transport: Box<dyn Transport>) -> Memory {
         let claims = ClaimMap::new(source.blocks());
         let complete = (Mutex::new(claims.total() == 0), Condvar::new());
         Memory {
             source,
-            place,
+            transport,
             claims,
             urgent: AtomicUsize::new(0),
             filling: AtomicUsize::new(0),
@@ -169,13 +161,8 @@ impl Memory {
         &self.source.blocks()[id.index()]
     }
 
-    /// [`Place::steady`].
-    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.place.steady()
-    }
-
     /// Claims the pages of `run` that nobody has, and installs those, in pieces as
-    /// large as the way of placing likes. Each piece is claimed just before it goes,
+    /// large as the transport likes. Each piece is claimed just before it goes,
     /// and `pause` is called before each, so that whoever isn't urgent can stand
     /// aside while holding nothing.
     fn install(
@@ -186,8 +173,8 @@ impl Memory {
     ) -> Result<u64, MemoryError> {
         let unit = self.block(run.block).pages_per_host_page();
         let step = unit.max(match content {
-            Content::Zero => self.place.zero_step_pages(run.block),
-            Content::Bytes(_) => self.place.step_pages(run.block),
+            Content::Zero => self.transport.zero_step_pages(run.block),
+            Content::Bytes(_) => self.transport.step_pages(run.block),
         });
         let mut installed = 0;
         let mut first = run.first;
@@ -196,9 +183,8 @@ impl Memory {
             let end = run.end().min((first / step + 1) * step);
             pause();
             let piece = Run { block: run.block, first, count: end - first };
-            let _steady = self.steady();
             self.claims.claim(piece, |claimed| {
-                self.place_run(run, claimed, content)?;
+                self.install_claimed(run, claimed, content)?;
                 installed += claimed.count;
                 Ok(())
             })?;
@@ -208,16 +194,21 @@ impl Memory {
     }
 
     /// Installs pages that the caller has claimed.
-    fn place_run(&self, whole: Run, run: Run, content: Content<'_>) -> Result<(), MemoryError> {
+    fn install_claimed(
+        &self,
+        whole: Run,
+        run: Run,
+        content: Content<'_>,
+    ) -> Result<(), MemoryError> {
         let block = self.block(run.block);
         let placed = match content {
-            Content::Zero => self.place.zero(block, run),
+            Content::Zero => self.transport.zero(block, run),
             Content::Bytes(bytes) => {
                 let start = (run.offset() - whole.offset()) as usize;
-                self.place.copy(block, run, &bytes[start..start + run.bytes() as usize])
+                self.transport.copy(block, run, &bytes[start..start + run.bytes() as usize])
             }
         };
-        placed.map_err(|source| self.place_error(run, source))?;
+        placed.map_err(|source| self.transport_error(run, source))?;
         self.arrived(run);
         Ok(())
     }
@@ -234,22 +225,12 @@ impl Memory {
     /// Wakes whoever waits for a page that is in place.
     fn wake(&self, run: Run) -> Result<(), MemoryError> {
         let block = self.block(run.block);
-        self.place.wake(block, run).map_err(|source| self.place_error(run, source))
+        self.transport.wake(block, run).map_err(|source| self.transport_error(run, source))
     }
 
-    /// Takes pages as done that their owner has given back or unmapped. Nobody installs
-    /// anything meanwhile, or old content could arrive after this.
-    fn give_up(&self, run: Run) {
-        let done = self.claims.claim(run, |absent| {
-            self.arrived(absent);
-            Ok::<(), std::convert::Infallible>(())
-        });
-        let Ok(()) = done;
-    }
-
-    fn place_error(&self, run: Run, source: PlaceError) -> MemoryError {
+    fn transport_error(&self, run: Run, source: TransportError) -> MemoryError {
         let block = self.block(run.block).name.clone();
-        MemoryError::Place { block, offset: run.offset(), source }
+        MemoryError::Install { block, offset: run.offset(), source }
     }
 
     fn source_error(&self, run: Run, source: SourceError) -> MemoryError {
@@ -264,7 +245,7 @@ impl Memory {
     fn likes_large_zeros(&self, block: BlockId) -> bool {
         // A huge page may be zero in parts, and is then not a matter of zeros.
         let small = self.block(block).page_size == PAGE_SIZE as u64;
-        small && self.place.zero_step_pages(block) > self.place.step_pages(block)
+        small && self.transport.zero_step_pages(block) > self.transport.step_pages(block)
     }
 
     /// Whether somebody brings what nobody has asked for yet.

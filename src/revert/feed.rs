@@ -17,11 +17,11 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::way::Way;
 use crate::memory::{
-    FaultReport, FaultServer, FillOptions, Memory, MemoryError, Pace, prefetch, preload,
+    FaultReport, FillOptions, Memory, MemoryError, Pace, Pager, prefetch, preload,
 };
 use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource};
-use crate::transport::proof::AdoptError;
-use crate::transport::{PlaceError, Route, SocketPlace};
+use crate::transport::proof::AttachError;
+use crate::transport::{Route, SocketTransport, TransportError};
 use crate::wire::{Opening, ReturnPath, ReturnPathMessage, WireError, closing, package};
 
 /// PINGs, told apart by their values.
@@ -72,7 +72,7 @@ pub enum FeedError {
     Opening(std::io::Error),
     /// Pages can't be installed directly, though nothing else was asked for.
     #[error("memory can't be installed by userfaultfd: {0}")]
-    Adopt(#[from] AdoptError),
+    Adopt(#[from] AttachError),
     /// Some blocks can't be installed directly, though nothing else was asked for.
     #[error("memory can't be installed by userfaultfd: these blocks were not found in QEMU: {0}")]
     Unproven(String),
@@ -149,7 +149,7 @@ pub struct FeedOptions {
 }
 
 /// The route of this feed's pages.
-pub(super) type FeedRoute = Route<SocketPlace<UnixStream>>;
+pub(super) type FeedRoute = Route<SocketTransport<UnixStream>>;
 
 /// A feed under way. Dropping it ends it and waits for its threads.
 pub struct Feed {
@@ -172,14 +172,14 @@ impl Feed {
         options: FeedOptions,
     ) -> Result<(Feed, UnboundedReceiver<FeedEvent>), FeedError> {
         let share = || socket.try_clone().map_err(FeedError::Thread);
-        let route = Arc::new(Route::new(SocketPlace::new(share()?)));
+        let route = Arc::new(Route::new(SocketTransport::new(share()?)));
         let memory = Arc::new(Memory::new(source, Box::new(Arc::clone(&route))));
         let pace = Arc::new(Pace::new(options.fill.rate));
         let (events, receiver) = unbounded_channel();
         let (pongs, heard) = mpsc::channel();
 
         let answering = Answering {
-            server: FaultServer::new(Arc::clone(&memory))?.recording(options.record),
+            server: Pager::new(Arc::clone(&memory))?.recording(options.record),
             path: ReturnPath::new(share()?),
             memory: Arc::clone(&memory),
             events: events.clone(),
@@ -258,7 +258,7 @@ impl Filling {
         // the guest waits for.
         match preload(&self.memory, self.head(), &self.pace) {
             // QEMU has refused the device state; the other thread hears of it as well.
-            Err(MemoryError::Place { source: PlaceError::Gone(_), .. }) => return Ok(()),
+            Err(MemoryError::Install { source: TransportError::Gone(_), .. }) => return Ok(()),
             sent => sent?,
         }
         // The other thread's end means an end of the feed, and is told by that thread.
@@ -303,16 +303,15 @@ impl Filling {
     }
 }
 
-fn io_error(error: PlaceError) -> std::io::Error {
+fn io_error(error: TransportError) -> std::io::Error {
     match error {
-        PlaceError::Gone(error) | PlaceError::Io(error) => error,
-        changing @ PlaceError::Changing => std::io::Error::other(changing),
+        TransportError::Gone(error) | TransportError::Io(error) => error,
     }
 }
 
 /// The thread that reads the return path.
 struct Answering {
-    server: FaultServer,
+    server: Pager,
     path: ReturnPath<UnixStream>,
     memory: Arc<Memory>,
     events: UnboundedSender<FeedEvent>,

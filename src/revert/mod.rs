@@ -21,7 +21,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub use crate::transport::proof::AdoptError;
+pub use crate::transport::proof::AttachError;
 use delivery::Heard;
 pub use delivery::{Delivery, Outcome};
 pub use error::RevertError;

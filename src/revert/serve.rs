@@ -4,7 +4,6 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{
@@ -13,6 +12,7 @@ use super::{
 use super::{abandon, delivery, feed_error, prepare};
 use crate::cancel::Cancellation;
 use crate::guest::VmError;
+use crate::host::pidfd::peer_pid;
 use crate::image::Image;
 
 /// Which image to serve to whom.
@@ -108,10 +108,4 @@ async fn bring(
         }
     }
     delivery::follow(feed, steps, heard, every, cancel, on_event).await
-}
-
-/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
-fn peer_pid(socket: &UnixStream) -> Option<i32> {
-    let credentials = getsockopt(socket, PeerCredentials).ok()?;
-    Some(credentials.pid()).filter(|pid| *pid > 0)
 }

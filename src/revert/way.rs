@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::feed::{FeedError, FeedEvent, Filling, LastWord, PING_LOADED, PING_PROBED};
 use crate::cancel::Cancellation;
-use crate::memory::{FaultReport, FaultServer, Intake};
+use crate::memory::{FaultHandler, FaultReport, Pager};
 use crate::page::BlockId;
-use crate::transport::DirectPlace;
-use crate::transport::proof::{AdoptError, Adopted};
+use crate::transport::DirectTransport;
+use crate::transport::proof::{AttachError, Locator};
 use crate::wire::ping;
 
 /// By which way pages reach the guest.
@@ -43,20 +43,20 @@ impl Filling {
         if !self.wait_pong(PING_LOADED) {
             return Ok(None);
         }
-        let adopted = self
+        let locator = self
             .options
             .pid
-            .ok_or(AdoptError::Unseen)
-            .and_then(|pid| Adopted::adopt(pid, self.memory.blocks()));
-        let adopted = match adopted {
-            Ok(adopted) => adopted,
+            .ok_or(AttachError::Unseen)
+            .and_then(|pid| Locator::attach(pid, self.memory.blocks()));
+        let locator = match locator {
+            Ok(locator) => locator,
             Err(reason) if self.options.way == Way::Uffd => return Err(reason.into()),
             Err(reason) => {
                 self.tell(Way::Socket, &reason.to_string());
                 return Ok(Some(true));
             }
         };
-        let Some(addresses) = self.find_blocks(&adopted)? else { return Ok(None) };
+        let Some(addresses) = self.find_blocks(&locator)? else { return Ok(None) };
         let blocks = self.memory.blocks().iter().zip(&addresses).enumerate();
         let unproven: Vec<_> = blocks
             .filter(|(index, (_, address))| address.is_none() && self.needs_address(*index))
@@ -75,17 +75,17 @@ impl Filling {
         // userfaultfd this is. QEMU has registered all its RAMBlocks with it when it
         // answered the PING behind LISTEN, and the kernel refuses to install anything
         // elsewhere (ENOENT, UFFDIO_COPY(2const)).
-        let direct = unsafe { DirectPlace::new(Arc::new(adopted.uffd), addresses) };
+        let direct = unsafe { DirectTransport::new(Arc::new(locator.uffd), addresses) };
         self.route.open_direct(direct);
         Ok(Some(true))
     }
 
     /// The blocks' addresses, as far as they can be proven; nothing when the feed has ended.
-    fn find_blocks(&self, adopted: &Adopted) -> Result<Option<Vec<Option<u64>>>, FeedError> {
-        let mut server = FaultServer::new(Arc::clone(&self.memory))?;
+    fn find_blocks(&self, locator: &Locator) -> Result<Option<Vec<Option<u64>>>, FeedError> {
+        let mut server = Pager::new(Arc::clone(&self.memory))?;
         let mut addresses = vec![None; self.memory.blocks().len()];
         let all = 0..addresses.len();
-        if !self.prove(adopted, &mut server, all.clone(), &mut addresses)? {
+        if !self.prove(locator, &mut server, all.clone(), &mut addresses)? {
             return Ok(None);
         }
         // Blocks that look alike where they were probed (the ROMs of two network cards,
@@ -94,7 +94,7 @@ impl Filling {
         for index in all {
             if addresses[index].is_none()
                 && self.needs_address(index)
-                && !self.prove(adopted, &mut server, index..index + 1, &mut addresses)?
+                && !self.prove(locator, &mut server, index..index + 1, &mut addresses)?
             {
                 return Ok(None);
             }
@@ -106,8 +106,8 @@ impl Filling {
     /// are proven when they have arrived. False when the feed has ended.
     fn prove(
         &self,
-        adopted: &Adopted,
-        server: &mut FaultServer,
+        locator: &Locator,
+        server: &mut Pager,
         indices: std::ops::Range<usize>,
         addresses: &mut [Option<u64>],
     ) -> Result<bool, FeedError> {
@@ -115,7 +115,7 @@ impl Filling {
         let mut probes = Vec::new();
         for index in indices {
             server.probe(BlockId(index as u16), |offset, content| {
-                let probe = adopted.probe(&blocks[index], offset, content);
+                let probe = locator.probe(&blocks[index], offset, content);
                 probes.extend(probe.map(|probe| (index, probe)));
             })?;
         }
@@ -123,7 +123,7 @@ impl Filling {
         if !self.wait_pong(PING_PROBED) {
             return Ok(false);
         }
-        adopted.prove_all(blocks, &probes, addresses);
+        locator.locate(blocks, &probes, addresses);
         Ok(true)
     }
 
@@ -143,7 +143,7 @@ impl Filling {
             return Ok(None);
         };
         let cancel = Cancellation::new();
-        let intake = Intake::new(Arc::clone(&self.memory), direct, &cancel)?;
+        let intake = FaultHandler::new(Arc::clone(&self.memory), direct, &cancel)?;
         let intake = intake.recording(self.options.record);
         let events = self.events.clone();
         let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };

@@ -7,10 +7,11 @@ use std::time::Duration;
 use super::agent;
 use super::journal::Journal;
 use super::obstacles::{self, Obstacle};
-use super::overlays::{overlay_folder, owner};
+use super::overlays::overlay_folder;
 use super::settings::Settings;
 use super::{DiskChoice, SaveError, SaveOptions};
 use crate::guest::{self, FoundDisk};
+use crate::host::procfs::{memory_in_use, owner, sysctl};
 use crate::host::uffd;
 use crate::image::{Compression, Image};
 use crate::machine::{DiskRole, Machine};
@@ -444,19 +445,6 @@ fn check_free(
     Ok(free)
 }
 
-/// Bytes of memory that a process uses, in RAM, in huge pages and swapped out
-/// (proc_pid_status(5)). Nothing where that can't be read: then the check that wanted
-/// it has no opinion.
-fn memory_in_use(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let kib = |line: &str| {
-        let (name, value) = line.split_once(':')?;
-        let counts = ["VmRSS", "VmSwap", "HugetlbPages"].contains(&name);
-        value.trim().strip_suffix(" kB")?.parse::<u64>().ok().filter(|_| counts)
-    };
-    status.lines().filter_map(kib).sum::<u64>() << 10
-}
-
 /// The error for QEMU's refusal of `background-snapshot`, with what the host says.
 pub(super) fn refused(qmp: &Qmp, error: QmpError) -> SaveError {
     let QmpError::Command { desc: refusal, .. } = error else { return error.into() };
@@ -472,9 +460,9 @@ pub(super) fn refused(qmp: &Qmp, error: QmpError) -> SaveError {
 /// (userfaultfd(2)), where its user is the reason.
 fn lacks_rights(pid: i32) -> Option<String> {
     const SWITCH: &str = "vm.unprivileged_userfaultfd";
-    let switch = std::fs::read_to_string(Path::new("/proc/sys").join(SWITCH.replace('.', "/")));
+    let forbidden = sysctl(SWITCH).is_some_and(|switch| switch == "0");
     let (user, _) = owner(pid)?;
-    (user != 0 && switch.is_ok_and(|switch| switch.trim() == "0")).then(|| {
+    (user != 0 && forbidden).then(|| {
         format!(
             "QEMU runs as user {user}, who has no right to userfaultfd: `sysctl {SWITCH}=1` gives it"
         )

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::overlays::Overlay;
 use super::settings::Settings;
+use crate::host::procfs::started;
 
 /// The longest journal that is read, in bytes: far more than any save writes.
 const MAX_BYTES: u64 = 16 << 20;
@@ -182,17 +183,6 @@ pub(super) fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
     }
 }
 
-/// When a process was started, in clock ticks since boot: with its id, what tells it
-/// from all others (proc_pid_stat(5), field 22). None for one that has ended, even if its
-/// parent has not asked for its exit code yet.
-pub(super) fn started(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; field 3, the state, follows it.
-    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-    let ended = matches!(fields.first(), Some(&("Z" | "X")));
-    fields.get(22 - 3).filter(|_| !ended)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,12 +211,5 @@ mod tests {
 
         fs::write(folder.path().join(".vm.snap.journal"), "{").unwrap();
         assert!(matches!(Journal::read(&image), Err(JournalError::Unreadable { .. })));
-    }
-
-    #[test]
-    fn a_process_is_known_by_its_start() {
-        let us = std::process::id() as i32;
-        assert!(started(us).is_some_and(|ticks| ticks > 0));
-        assert_eq!((started(us), started(i32::MAX)), (started(us), None));
     }
 }

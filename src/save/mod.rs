@@ -12,12 +12,12 @@ mod left_over;
 mod moment;
 mod obstacles;
 mod overlays;
+mod prefault;
 mod receive;
 mod recover;
 mod release;
 mod settings;
 mod steps;
-mod touch;
 mod undo;
 
 use std::os::fd::AsFd;
@@ -223,7 +223,7 @@ async fn make_ready(
         let touched = background && !overlays.is_empty();
         tokio::task::spawn_blocking(move || {
             if touched {
-                touch::read_memory(pid, &blocks, &cancel);
+                prefault::prefault(pid, &blocks, &cancel);
             }
             if background {
                 collapse::collapse_memory(pid, &blocks, &cancel);

@@ -17,6 +17,7 @@ use super::checks::Checked;
 use super::left_over::LeftOver;
 use super::steps::step;
 use crate::guest::{FoundDisk, write_overlay};
+use crate::host::procfs;
 use crate::qmp::{BlockEdge, Qmp, QmpError};
 
 /// How long folding one overlay back may take: it holds what the guest has written
@@ -264,7 +265,7 @@ pub(super) async fn prepare(
     checked: &Checked,
     overlays: &[Overlay],
 ) -> Result<(), OverlayError> {
-    let owner = Owner(owner(checked.pid));
+    let owner = Owner(procfs::owner(checked.pid));
     for (number, (overlay, found)) in overlays.iter().zip(checked.captured()).enumerate() {
         overlay.prepare(qmp, found, owner).await?;
         step(&format!("overlay {number}"));
@@ -318,12 +319,6 @@ fn stem(path: &Path) -> String {
         None => name.rsplit_once('.').map_or(name.as_str(), |(stem, _)| stem),
     };
     stem.chars().take(100).collect()
-}
-
-/// The owner of a process's folder in /proc: its effective user and group, also where the
-/// kernel gives all that is in the folder to root, since the process has changed its user.
-pub(super) fn owner(pid: i32) -> Option<(u32, u32)> {
-    fs::metadata(format!("/proc/{pid}")).ok().map(|meta| (meta.uid(), meta.gid()))
 }
 
 /// The user whom QEMU opens files as.

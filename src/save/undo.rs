@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use super::agent::{self, Agent, AgentError, PATIENCE};
 use super::checks::Checked;
-use super::journal::{Journal, Plan, file_identity, started};
+use super::journal::{Journal, Plan, file_identity};
 use super::left_over::LeftOver;
 use super::overlays::{self, Overlay};
 use super::settings::Settings;
 use super::{SaveError, SaveEvent, SaveOptions};
 use crate::cancel::Cancellation;
+use crate::host::procfs::started;
 use crate::qmp::{Qmp, QmpError};
 
 /// What is to be undone should the save fail, and the journal that says so should it be

@@ -1,8 +1,8 @@
 //! Pages straight into memory, by a userfaultfd that this memory is registered with.
 
-use std::sync::{Arc, OnceLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock};
 
-use super::{Place, PlaceError};
+use super::{Transport, TransportError};
 use crate::host::uffd::{Uffd, UffdError};
 use crate::page::{Block, BlockId, PAGE_SIZE, Run};
 
@@ -18,13 +18,13 @@ const ZERO_STEP_PAGES: u64 = 512;
 static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
 
 /// Installs pages by userfaultfd, in this process's memory or in another's.
-pub struct DirectPlace {
+pub struct DirectTransport {
     uffd: Arc<Uffd>,
     /// Where each block lies, if that is known.
     addresses: Vec<Option<u64>>,
 }
 
-impl DirectPlace {
+impl DirectTransport {
     /// Installs pages by `uffd`. `addresses` says for each block where its first byte
     /// lies, or nothing for a block that is not to be installed this way.
     ///
@@ -32,8 +32,8 @@ impl DirectPlace {
     /// Each address must truly be that block's, in the process whose memory `uffd`
     /// serves, and the block's whole length be registered with it: bytes installed at a
     /// wrong address are memory corrupted in another process.
-    pub unsafe fn new(uffd: Arc<Uffd>, addresses: Vec<Option<u64>>) -> DirectPlace {
-        DirectPlace { uffd, addresses }
+    pub unsafe fn new(uffd: Arc<Uffd>, addresses: Vec<Option<u64>>) -> DirectTransport {
+        DirectTransport { uffd, addresses }
     }
 
     /// The userfaultfd.
@@ -46,14 +46,15 @@ impl DirectPlace {
         self.addresses.get(block.index()).copied().flatten()
     }
 
-    fn at(&self, run: Run) -> Result<u64, PlaceError> {
-        let unknown = || PlaceError::Io(std::io::Error::other("the block's address is not known"));
+    fn at(&self, run: Run) -> Result<u64, TransportError> {
+        let unknown =
+            || TransportError::Io(std::io::Error::other("the block's address is not known"));
         Ok(self.address(run.block).ok_or_else(unknown)? + run.offset())
     }
 }
 
-impl Place for DirectPlace {
-    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
+impl Transport for DirectTransport {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError> {
         let at = self.at(run)?;
         // SAFETY: the address is the block's, as `new` was promised, and the run lies
         // within the block; the caller has claimed the run, so that nobody else
@@ -61,7 +62,7 @@ impl Place for DirectPlace {
         Ok(unsafe { self.uffd.copy(at, bytes, block.page_size) }?)
     }
 
-    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         if block.page_size != PAGE_SIZE as u64 {
             // There is no zero page of the size of hugetlbfs's.
             return match ZEROS.get(..run.bytes() as usize) {
@@ -74,22 +75,8 @@ impl Place for DirectPlace {
         Ok(unsafe { self.uffd.zero(at, run.bytes(), block.page_size) }?)
     }
 
-    fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
-        if self.uffd.tells_of_layout() {
-            // Where a page is in place, this only wakes. Where one was given back, zeros
-            // are what it holds. Where it was unmapped, nobody waits.
-            return match self.zero(block, run) {
-                Err(PlaceError::Gone(error)) if error.raw_os_error() == Some(libc::ENOENT) => {
-                    Ok(())
-                }
-                done => done,
-            };
-        }
+    fn wake(&self, _block: &Block, run: Run) -> Result<(), TransportError> {
         Ok(self.uffd.wake(self.at(run)?, run.bytes())?)
-    }
-
-    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.uffd.steady()
     }
 
     fn step_pages(&self, _block: BlockId) -> u64 {
@@ -101,12 +88,11 @@ impl Place for DirectPlace {
     }
 }
 
-impl From<UffdError> for PlaceError {
-    fn from(error: UffdError) -> PlaceError {
+impl From<UffdError> for TransportError {
+    fn from(error: UffdError) -> TransportError {
         match error {
-            UffdError::Gone { source, .. } => PlaceError::Gone(source),
-            UffdError::Changing { .. } => PlaceError::Changing,
-            other => PlaceError::Io(std::io::Error::other(other)),
+            UffdError::Gone { source, .. } => TransportError::Gone(source),
+            other => TransportError::Io(std::io::Error::other(other)),
         }
     }
 }
@@ -116,17 +102,17 @@ impl From<UffdError> for PlaceError {
 /// between loses or doubles nothing.
 pub struct Route<P> {
     first: P,
-    direct: OnceLock<DirectPlace>,
+    direct: OnceLock<DirectTransport>,
 }
 
-impl<P: Place> Route<P> {
+impl<P: Transport> Route<P> {
     /// All blocks by `first`, for now.
     pub fn new(first: P) -> Route<P> {
         Route { first, direct: OnceLock::new() }
     }
 
     /// Opens the direct way, once.
-    pub fn open_direct(&self, direct: DirectPlace) {
+    pub fn open_direct(&self, direct: DirectTransport) {
         // A second opening is ignored: it could only lead to the same places.
         let _ = self.direct.set(direct);
     }
@@ -137,11 +123,11 @@ impl<P: Place> Route<P> {
     }
 
     /// The direct way, once it is open.
-    pub fn direct(&self) -> Option<&DirectPlace> {
+    pub fn direct(&self) -> Option<&DirectTransport> {
         self.direct.get()
     }
 
-    fn way(&self, block: BlockId) -> &dyn Place {
+    fn way(&self, block: BlockId) -> &dyn Transport {
         match self.direct.get() {
             Some(direct) if direct.address(block).is_some() => direct,
             _ => &self.first,
@@ -149,21 +135,17 @@ impl<P: Place> Route<P> {
     }
 }
 
-impl<P: Place> Place for Arc<Route<P>> {
-    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
+impl<P: Transport> Transport for Arc<Route<P>> {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError> {
         self.way(run.block).copy(block, run, bytes)
     }
 
-    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         self.way(run.block).zero(block, run)
     }
 
-    fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn wake(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         self.way(run.block).wake(block, run)
-    }
-
-    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.direct()?.steady()
     }
 
     fn step_pages(&self, block: BlockId) -> u64 {

@@ -9,14 +9,14 @@ use hdrhistogram::Histogram;
 use super::window::Window;
 use super::{Memory, MemoryError};
 use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
-use crate::transport::PlaceError;
 
 /// Answers requests for pages; one thread's share, with buffers of its own.
 ///
-/// An answer takes no lock but what the way of placing needs, and allocates nothing once
-/// what the source keeps of its index has been touched there. A request for a page that somebody else has claimed needs no answer:
-/// whoever claimed it holds its bytes and installs it now.
-pub struct FaultServer {
+/// An answer takes no lock but what the transport needs, and allocates nothing once the
+/// source has read the part of its index that tells of the page. A request for a page that
+/// somebody else has claimed needs no answer: whoever claimed it holds its bytes and installs
+/// it now.
+pub struct Pager {
     pub(super) memory: Arc<Memory>,
     pub(super) reader: Box<dyn ChunkReader>,
     pub(super) window: Window,
@@ -25,7 +25,7 @@ pub struct FaultServer {
     record_until: Option<Instant>,
 }
 
-/// What a server has seen.
+/// What a pager has seen.
 #[derive(Debug, Clone)]
 pub struct FaultReport {
     /// How long answers took, in nanoseconds from the request being heard to the page
@@ -57,7 +57,7 @@ impl FaultReport {
     }
 }
 
-/// Demands that one server records at most. Room for them is set aside ahead, so that
+/// Demands that one pager records at most. Room for them is set aside ahead, so that
 /// recording allocates nothing; memory that is never written to costs nothing.
 const MAX_DEMANDS: usize = 1 << 18;
 
@@ -81,21 +81,21 @@ impl Drop for Urgent<'_> {
     }
 }
 
-impl FaultServer {
-    /// A server for this memory.
+impl Pager {
+    /// A pager for this memory.
     ///
     /// # Errors
     /// When the source can't give a reader.
-    pub fn new(memory: Arc<Memory>) -> Result<FaultServer, MemoryError> {
+    pub fn new(memory: Arc<Memory>) -> Result<Pager, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
         let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
         let window = Window::new(pages);
-        Ok(FaultServer { memory, reader, window, report: FaultReport::new(), record_until: None })
+        Ok(Pager { memory, reader, window, report: FaultReport::new(), record_until: None })
     }
 
     /// Records what is demanded, for so long from now on.
-    pub fn recording(mut self, window: Duration) -> FaultServer {
+    pub fn recording(mut self, window: Duration) -> Pager {
         self.report.demanded.reserve_exact(MAX_DEMANDS);
         self.record_until = Instant::now().checked_add(window);
         self
@@ -146,7 +146,6 @@ impl FaultServer {
         heard: Instant,
     ) -> Result<(), MemoryError> {
         let host_page = cut(memory, page, unit);
-        let steady = memory.steady();
         let mut mine = None;
         memory.claims.claim(host_page, |claimed| {
             mine = Some(claimed);
@@ -154,13 +153,9 @@ impl FaultServer {
         })?;
         let Some(mine) = mine else {
             // It was installed between the fault and now, or will be at once by whoever
-            // has claimed it, who then wakes the waiting thread; except that a change of
-            // layout may make them release it.
+            // has claimed it, who then wakes the waiting thread.
             return match memory.claims.is_present(page.block, page.number) {
                 true => memory.wake(host_page),
-                false if steady.is_some() => {
-                    Err(memory.place_error(host_page, PlaceError::Changing))
-                }
                 false => Ok(()),
             };
         };
@@ -170,12 +165,8 @@ impl FaultServer {
         content.inspect_err(|_| memory.claims.release(mine))?;
         self.record(page, heard);
         let mut installed = mine.count;
-        // Where the layout changes, neighbours may have to be released, and nobody would
-        // come back for them.
-        if steady.is_none() {
-            for (run, content) in self.window.pieces() {
-                installed += memory.install(run, content, || {})?;
-            }
+        for (run, content) in self.window.pieces() {
+            installed += memory.install(run, content, || {})?;
         }
         memory.demanded.fetch_add(installed, Ordering::Relaxed);
         Ok(())
@@ -211,7 +202,7 @@ impl FaultServer {
         )?;
 
         // The one that is waited for goes first; its neighbours follow.
-        memory.place_run(mine, mine, self.window.host_page(mine))
+        memory.install_claimed(mine, mine, self.window.host_page(mine))
     }
 }
 
