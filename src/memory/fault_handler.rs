@@ -24,13 +24,13 @@ use crate::transport::{DirectTransport, TransportError};
 /// The longest time to spin without an event.
 const SPIN_MAX: Duration = Duration::from_micros(200);
 
-/// The same while memory is being filled: the processors are busy then, and whoever has
-/// just been given a page may be waiting for the one that spins (on two processors, one
-/// fault in a hundred waited out all of [`SPIN_MAX`]).
+/// The same while memory is being filled: the processors are busy then, and a thread that has
+/// just been given a page may wait for the processor on which we spin (on two processors, one
+/// fault in a hundred waited for all of [`SPIN_MAX`]).
 const SPIN_MAX_FILLING: Duration = Duration::from_micros(60);
 
-/// The shortest time to spin. It is what tells that faults have begun to come in bursts
-/// where they come too fast to be slept between.
+/// The shortest time to spin. Without any, faults that come too fast to sleep in between
+/// would never be seen to come in bursts.
 const SPIN_MIN: Duration = Duration::from_micros(5);
 
 /// How long to spin before the next sleep.
@@ -38,17 +38,17 @@ const SPIN_MIN: Duration = Duration::from_micros(5);
 struct Spin(Duration);
 
 impl Spin {
-    /// Spinning has caught an event.
+    /// A fault came while spinning.
     fn caught(&mut self) {
         self.0 = (self.0 * 2).min(SPIN_MAX);
     }
 
-    /// Spinning has caught nothing.
+    /// No fault came while spinning.
     fn in_vain(&mut self) {
         self.0 = (self.0 / 2).max(SPIN_MIN);
     }
 
-    /// An event came, so long after the handler went to sleep: would spinning have caught it?
+    /// A fault came this long after the handler went to sleep.
     fn woken(&mut self, after: Duration) {
         if after <= SPIN_MAX {
             self.caught();
@@ -56,13 +56,13 @@ impl Spin {
     }
 }
 
-/// The thread that takes faults; one of possibly several readers of a userfaultfd.
+/// Takes faults from a userfaultfd, of which others may be readers as well.
 pub struct FaultHandler {
     memory: Arc<Memory>,
     pager: Pager,
     uffd: Arc<Uffd>,
     cancel: Cancellation,
-    /// Readable once it is cancelled: wakes it where it sleeps.
+    /// Becomes readable by cancelling, to end its sleep.
     wake: Arc<EventFd>,
     /// The blocks by address: first address, address behind the last, block.
     ranges: Vec<(u64, u64, BlockId)>,
@@ -72,9 +72,11 @@ pub struct FaultHandler {
 }
 
 impl FaultHandler {
-    /// A handler of the faults that `direct` installs pages for; it must know every
-    /// block, since a fault that is taken here is told to nobody else. `cancel` makes its `run`
-    /// return once what it is answering is answered.
+    /// A handler of the faults in the memory that `direct` serves. That must be every block,
+    /// since no other reader hears of a fault that is read here. `cancel` ends [`run`], behind
+    /// the faults that it has read.
+    ///
+    /// [`run`]: FaultHandler::run
     ///
     /// # Errors
     /// When a reader of the source or a descriptor can't be had.
@@ -113,12 +115,12 @@ impl FaultHandler {
         FaultHandler { pager: self.pager.recording(window), ..self }
     }
 
-    /// Takes and answers faults until it is stopped; that the process has gone whose
-    /// memory it is shows only when a page is installed. Returns what was seen; an
-    /// answer's time runs from the event being read to the page being in place.
+    /// Takes and answers faults until it is cancelled. That the guest's process has ended shows
+    /// only when a page is installed. In the report, an answer's time runs from reading the
+    /// fault to the page being in place.
     ///
     /// # Errors
-    /// When a fault could not be answered; whoever waits for it waits forever.
+    /// When a fault could not be answered; the thread that waits for it waits forever.
     pub fn run(mut self) -> Result<FaultReport, MemoryError> {
         let mut buffer = FaultBuffer::default();
         let mut spin = Spin(SPIN_MAX);
@@ -130,8 +132,7 @@ impl FaultHandler {
         Ok(self.pager.into_report())
     }
 
-    /// Waits until somebody waits for memory and returns when that was heard; nothing when
-    /// it is time to stop.
+    /// Waits for faults, and returns when they were read; nothing once it is cancelled.
     fn wait(
         &mut self,
         buffer: &mut FaultBuffer,
@@ -175,8 +176,7 @@ impl FaultHandler {
         self.cancel.is_requested()
     }
 
-    /// Takes the faults that are there, and returns when they were heard; nothing when
-    /// there are none.
+    /// Reads the faults that are there, and returns when; nothing when there are none.
     fn take(&mut self, buffer: &mut FaultBuffer) -> Result<Option<Instant>, MemoryError> {
         let faults =
             self.uffd.read_faults(buffer).map_err(|e| MemoryError::FaultHandler(e.into()))?;
@@ -193,8 +193,8 @@ impl FaultHandler {
 
     fn answer(&mut self, address: u64, heard: Instant) -> Result<(), MemoryError> {
         let Some((start, block)) = self.find(address) else {
-            // Not memory of the guest's: whoever waits there is told to look again, and
-            // the owner of the userfaultfd hears of it next time.
+            // Not memory of the guest's. The thread is woken and faults again; the owner of the
+            // userfaultfd may read that fault.
             let page = address & !(PAGE_SIZE as u64 - 1);
             return self
                 .uffd

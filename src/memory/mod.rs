@@ -1,10 +1,9 @@
-//! A guest's memory on its way back: which page goes when, and who brings it.
+//! Bringing a guest's memory back: which page when, and by whom.
 //!
-//! [`Memory`] ties together where pages come from (a
-//! [`PageSource`]), how they travel (a [`Transport`]), and
-//! who takes which page ([`claim`]). [`faults`] answers what the guest waits for,
-//! [`mod@prefetch`] brings the rest. Neither knows by which way a page travels, and
-//! nothing here knows of images or of how QEMU was started.
+//! [`Memory`] ties together where pages come from (a [`PageSource`]), how they travel (a
+//! [`Transport`]), and who brings which page ([`claim`]). A [`FaultHandler`] takes the guest's
+//! faults, a [`Pager`] brings what is asked for, [`mod@prefetch`] brings the rest. None of them
+//! knows how a page travels, and nothing here knows of images or of how QEMU was started.
 
 pub mod claim;
 mod fault_handler;
@@ -76,28 +75,27 @@ pub enum MemoryError {
     },
 }
 
-/// How far a guest's memory has come.
+/// How much of a guest's memory is in place.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Pages that are in place.
     pub present: u64,
     /// Pages of the machine.
     pub total: u64,
-    /// Requests received from the guest's side, those for pages already on their
-    /// way included.
+    /// Requests of the guest's, including those for pages that were already being installed.
     pub requests: u64,
-    /// Pages installed because of a request, neighbours included.
+    /// Pages installed because of a request, including their neighbours.
     pub demanded: u64,
 }
 
-/// One guest's memory on its way.
+/// One guest's memory while it is brought back.
 pub struct Memory {
     source: Arc<dyn PageSource>,
     transport: Box<dyn Transport>,
     claims: ClaimMap,
-    /// Faults that are being answered now; prefetch stands aside while there are any.
+    /// Requests that are being answered now; prefetch stands aside while there are any.
     urgent: AtomicUsize,
-    /// Those who fill memory now.
+    /// Prefetchers at work.
     filling: AtomicUsize,
     requests: AtomicU64,
     demanded: AtomicU64,
@@ -106,7 +104,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The memory that `source` holds, none of it in place, to be brought by `place`.
+    /// The memory that `source` holds, none of it in place yet. Pages go by `transport`.
     pub fn new(source: Arc<dyn PageSource>, transport: Box<dyn Transport>) -> Memory {
         let claims = ClaimMap::new(source.blocks());
         let complete = (Mutex::new(claims.total() == 0), Condvar::new());
@@ -132,7 +130,7 @@ impl Memory {
         self.source.chunk_pages()
     }
 
-    /// How far it has come.
+    /// How much is in place.
     pub fn counts(&self) -> Counts {
         Counts {
             present: self.claims.present(),
@@ -142,7 +140,7 @@ impl Memory {
         }
     }
 
-    /// Whether nothing of this block is left to be brought by anybody.
+    /// Whether every page of this block is in place or being installed.
     pub fn is_settled(&self, block: BlockId) -> bool {
         self.claims.all_claimed(block)
     }
@@ -161,10 +159,9 @@ impl Memory {
         &self.source.blocks()[id.index()]
     }
 
-    /// Claims the pages of `run` that nobody has, and installs those, in pieces as
-    /// large as the transport likes. Each piece is claimed just before it goes,
-    /// and `pause` is called before each, so that whoever isn't urgent can stand
-    /// aside while holding nothing.
+    /// Claims the absent pages of `run` and installs them, in pieces of the transport's
+    /// preferred size. Each piece is claimed just before it is installed. `pause` is called
+    /// before that, while nothing is held, so that prefetch can stand aside.
     fn install(
         &self,
         run: Run,
@@ -213,7 +210,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Notes that claimed pages are in place, and tells whoever waits for the last.
+    /// Marks claimed pages as present; wakes [`Memory::wait_complete`] behind the last one.
     fn arrived(&self, run: Run) {
         if self.claims.mark_present(run) {
             let (done, signal) = &self.complete;
@@ -222,7 +219,7 @@ impl Memory {
         }
     }
 
-    /// Wakes whoever waits for a page that is in place.
+    /// Wakes the threads that wait for pages which are in place.
     fn wake(&self, run: Run) -> Result<(), MemoryError> {
         let block = self.block(run.block);
         self.transport.wake(block, run).map_err(|source| self.transport_error(run, source))
@@ -248,14 +245,15 @@ impl Memory {
         small && self.transport.zero_step_pages(block) > self.transport.step_pages(block)
     }
 
-    /// Whether somebody brings what nobody has asked for yet.
+    /// Whether a prefetcher is at work.
     fn is_filling(&self) -> bool {
         self.filling.load(Ordering::Relaxed) > 0
     }
 
-    /// Stands aside for a fault that is being answered now. It mostly takes some tens of
-    /// microseconds, for which giving up the time slice is enough; one that waits for a disk
-    /// takes longer, and isn't served sooner by keeping others from reading too.
+    /// Stands aside for a fault that is being answered now, and returns whether it has been. An
+    /// answer mostly takes some tens of microseconds, for which giving up the time slice is
+    /// enough. One that waits for a disk takes longer, and would not be sooner if nobody else
+    /// read meanwhile.
     fn stand_aside_briefly(&self) -> bool {
         let start = Instant::now();
         while self.urgent.load(Ordering::Acquire) > 0 {
@@ -267,8 +265,8 @@ impl Memory {
         true
     }
 
-    /// Stands aside while faults are being answered: after a while asleep, and not forever,
-    /// since where there are always some, memory would never be whole.
+    /// Stands aside while faults are being answered: asleep after a while, and for a limited
+    /// time, since memory would never become whole where there are always some.
     fn stand_aside(&self) {
         if self.stand_aside_briefly() {
             return;
@@ -280,11 +278,11 @@ impl Memory {
     }
 }
 
-/// How long whoever fills memory gives up its time slices for faults, and then sleeps at a
-/// time: longer than a fault takes on busy processors, shorter than a disk.
+/// How long prefetch gives up its time slices for faults, and then sleeps at a time: longer
+/// than a fault takes on busy processors, shorter than a read from a disk.
 const BRIEFLY: Duration = Duration::from_millis(1);
 
-/// How long it stands aside for them in all, between two pieces.
+/// How long it stands aside in all before a piece.
 const AT_MOST: Duration = Duration::from_millis(10);
 
 /// What a run of pages holds.

@@ -1,4 +1,4 @@
-//! Answers what the guest waits for, at once.
+//! Demand paging: brings the pages that the guest waits for.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,7 +10,7 @@ use super::window::Window;
 use super::{Memory, MemoryError};
 use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
 
-/// Answers requests for pages; one thread's share, with buffers of its own.
+/// Answers requests for pages. Each thread that does so has a pager, with buffers of its own.
 ///
 /// An answer takes no lock but what the transport needs, and allocates nothing once the
 /// source has read the part of its index that tells of the page. A request for a page that
@@ -21,17 +21,18 @@ pub struct Pager {
     pub(super) reader: Box<dyn ChunkReader>,
     pub(super) window: Window,
     report: FaultReport,
-    /// Demands are recorded until then.
+    /// Until when demands are recorded.
     record_until: Option<Instant>,
 }
 
-/// What a pager has seen.
+/// What a pager has answered.
 #[derive(Debug, Clone)]
 pub struct FaultReport {
-    /// How long answers took, in nanoseconds from the request being heard to the page
-    /// being on its way. Requests that needed no page are not in it.
+    /// How long answers took, in nanoseconds, from reading the request to handing the page to
+    /// the transport. Requests that needed no page are not counted.
     pub timings: Histogram<u64>,
-    /// The pages that were asked for and had to be brought, with the time, in order.
+    /// The pages that were requested and had to be brought, each with the time of its request,
+    /// in that order.
     pub demanded: Vec<(Instant, Page)>,
 }
 
@@ -57,15 +58,14 @@ impl FaultReport {
     }
 }
 
-/// Demands that one pager records at most. Room for them is set aside ahead, so that
-/// recording allocates nothing; memory that is never written to costs nothing.
+/// Demands that one pager records at most. They are allocated ahead, so that recording
+/// allocates nothing; pages of it that are never written to take no memory.
 const MAX_DEMANDS: usize = 1 << 18;
 
-/// The longest time that the histogram of answers tells from longer ones, in
-/// nanoseconds: a minute.
+/// The longest time that the histogram distinguishes, in nanoseconds: a minute.
 const LONGEST_NS: u64 = 60_000_000_000;
 
-/// Tells prefetch to stand aside for as long as it lives.
+/// Makes prefetch stand aside as long as it lives.
 struct Urgent<'a>(&'a Memory);
 
 impl<'a> Urgent<'a> {
@@ -94,25 +94,26 @@ impl Pager {
         Ok(Pager { memory, reader, window, report: FaultReport::new(), record_until: None })
     }
 
-    /// Records what is demanded, for so long from now on.
+    /// Records the demands of the next `window`.
     pub fn recording(mut self, window: Duration) -> Pager {
         self.report.demanded.reserve_exact(MAX_DEMANDS);
         self.record_until = Instant::now().checked_add(window);
         self
     }
 
-    /// What it has seen.
+    /// What it has answered.
     pub fn into_report(self) -> FaultReport {
         self.report
     }
 
-    /// Installs the memory that was asked for, and whatever else its chunks hold
-    /// nearby. `offset` and `len` are in bytes, within the block; the answer's time counts
-    /// from `heard`.
+    /// Installs the memory that was requested, with its neighbours in the same chunks.
+    /// `offset` and `len` are in bytes, within the block; the answer's time counts from
+    /// `heard`.
     ///
     /// # Errors
     /// When there is no such memory, when the source can't give it, or when it
-    /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
+    /// can't be installed. The thread that waits for it then waits forever: the error is
+    /// fatal.
     pub fn serve(
         &mut self,
         block: BlockId,
@@ -172,7 +173,7 @@ impl Pager {
         Ok(())
     }
 
-    /// Notes that a page is in place which was asked for then.
+    /// Records that a page has been brought which was requested at `heard`.
     fn record(&mut self, page: Page, heard: Instant) {
         let report = &mut self.report;
         report.timings.saturating_record(heard.elapsed().as_nanos() as u64);

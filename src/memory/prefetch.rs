@@ -1,5 +1,5 @@
-//! Brings everything that nobody has asked for yet, in the order in which the guest is
-//! likely to want it.
+//! Brings all pages that were not requested yet, in the order in which the guest is likely
+//! to use them.
 //!
 //! 1. The working set, as it was first touched in an earlier revert.
 //! 2. Zero ranges, in large calls, where the transport can do that.
@@ -111,7 +111,7 @@ fn bring_set(
     Ok(())
 }
 
-/// Tells that memory is being filled, for as long as it lives.
+/// Counts as a prefetcher at work as long as it lives.
 struct Filling<'a>(&'a Memory);
 
 impl<'a> Filling<'a> {
@@ -127,7 +127,7 @@ impl Drop for Filling<'_> {
     }
 }
 
-/// Does the same work on several threads, this one among them, unless there is none.
+/// Does `work` on several threads, this one among them. Without pieces there is nothing to do.
 fn in_parallel(
     threads: usize,
     pieces: usize,

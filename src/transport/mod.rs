@@ -12,7 +12,7 @@ use crate::page::{Block, BlockId, Run};
 /// Why pages could not be installed.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// QEMU is gone, or has closed the way.
+    /// QEMU is gone, or has closed the connection.
     #[error("QEMU is gone ({0})")]
     Gone(std::io::Error),
     /// Something else.
@@ -30,27 +30,27 @@ impl From<std::io::Error> for TransportError {
     }
 }
 
-/// A way for pages to reach a guest's memory. Whoever calls has claimed the pages;
-/// a page that is handed over is installed exactly once.
+/// Brings pages to a guest's memory. The caller has claimed the pages; a page that is handed
+/// over is installed exactly once.
 pub trait Transport: Send + Sync {
-    /// Installs the run's bytes; `bytes.len()` is `run.bytes()`. Returns once they
-    /// are on their way for good and the guest, if it waits for them, will wake.
+    /// Installs the run's bytes; `bytes.len()` is `run.bytes()`. When it returns, they are in
+    /// place or cannot be overtaken, and the guest will wake if it waits for them.
     ///
     /// # Errors
-    /// When the way is broken.
+    /// When the transport is broken.
     fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError>;
 
     /// Installs zeros.
     ///
     /// # Errors
-    /// When the way is broken.
+    /// When the transport is broken.
     fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError>;
 
-    /// Wakes whoever waits for pages that are in place already. Where waiters look
-    /// again by themselves there is nothing to do.
+    /// Wakes the threads that wait for pages which are in place already. There is nothing to
+    /// do where QEMU wakes them itself.
     ///
     /// # Errors
-    /// When the way is broken.
+    /// When the transport is broken.
     fn wake(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         let _ = (block, run);
         Ok(())

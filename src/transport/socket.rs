@@ -7,15 +7,15 @@ use super::{Transport, TransportError};
 use crate::page::{Block, BlockId, PAGE_SIZE, Run};
 use crate::wire::Frame;
 
-/// Pages in one section at most. An urgent page waits behind at most this much
-/// and what the socket's buffer holds; smaller sections cost throughput.
+/// Pages in one section at most. An urgent page waits behind one section and what the
+/// socket's buffer holds; smaller sections cost throughput.
 const STEP_PAGES: u64 = 16;
 
 /// Sends pages down a socket that a QEMU destination reads.
 ///
-/// The stream is one sequence of bytes, so its sections are written one at a time
-/// under a lock; that is the only lock on the path of a fault, and prefetch lets go
-/// of it between any two sections and stands aside while a fault is being answered.
+/// The stream is one sequence of bytes, so its sections are written one at a time under a
+/// lock. It is the only lock on the path of a fault; prefetch releases it between two
+/// sections, and stands aside while a fault is being answered.
 pub struct SocketTransport<W> {
     stream: Mutex<Stream<W>>,
 }
@@ -31,7 +31,7 @@ impl<W: Write + Send> SocketTransport<W> {
         SocketTransport { stream: Mutex::new(Stream { socket, frame: Frame::default() }) }
     }
 
-    /// Sends something else than pages, between two sections.
+    /// Sends something other than pages, between two sections.
     ///
     /// # Errors
     /// When the socket is broken.
@@ -40,8 +40,8 @@ impl<W: Write + Send> SocketTransport<W> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Stream<W>> {
-        // A poisoned lock means a thread died inside a section; the write of the
-        // next one will fail at QEMU's end, which is the error to report.
+        // A thread that panicked here may have left half a section. QEMU refuses what follows,
+        // and that is the error to report.
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
