@@ -1,5 +1,5 @@
-//! The failure that this tells of: an answer to a fault that waits for memory of our own.
-//! Alone in its program, whose every allocation counts.
+//! Answering a fault allocates nothing: it must not wait for memory of our own. This test is
+//! alone in its program, since every allocation of the program counts.
 
 #[path = "harness/mod.rs"]
 mod harness;

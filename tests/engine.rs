@@ -1,6 +1,5 @@
-//! The failures that this tells of: a page that is wrong, missing, or overwritten; a
-//! thread that waits forever; an error that nobody hears. Each on real memory, under a
-//! real userfaultfd.
+//! The memory engine on real memory, under a real userfaultfd: no page is wrong, missing or
+//! overwritten, no thread waits forever, and no error is lost.
 
 #[path = "harness/mod.rs"]
 mod harness;
@@ -17,7 +16,7 @@ use snapback::page::{
     Block, BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
 };
 
-/// Longer than anything here takes; a test that waits so long has failed.
+/// Longer than anything here takes: a test that waits so long has failed.
 const FOREVER: Duration = Duration::from_secs(60);
 
 const WORDS: usize = PAGE_SIZE / 8;

@@ -1,6 +1,5 @@
-//! The failures that this tells of: a page that is overwritten, a waiting thread that is
-//! forgotten, half a run installed and called done, a process that died and was taken for
-//! something else.
+//! userfaultfd as the engine uses it: no page is overwritten, no waiting thread is forgotten,
+//! a run is installed as a whole, and the end of a process is told apart from other errors.
 
 #[path = "harness/mod.rs"]
 mod harness;
