@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use crate::cancel::Cancellation;
@@ -48,9 +49,9 @@ pub(crate) fn answer(
     let mut program = Program(command.spawn()?);
     if let Some(mut stdin) = program.0.stdin.take() {
         // That the program does not read all of it is no error of ours.
-        std::thread::spawn(move || drop(stdin.write_all(&input)));
+        Builder::new().spawn(move || drop(stdin.write_all(&input)))?;
     }
-    let (stdout, stderr) = (gather(program.0.stdout.take()), gather(program.0.stderr.take()));
+    let (stdout, stderr) = (gather(program.0.stdout.take())?, gather(program.0.stderr.take())?);
     let mut status = None;
     while status.is_none() {
         if cancel.is_requested() {
@@ -73,9 +74,9 @@ pub(crate) fn answer(
 }
 
 /// Reads all of an output, in a thread of its own.
-fn gather(output: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+fn gather(output: Option<impl Read + Send + 'static>) -> io::Result<Receiver<Vec<u8>>> {
     let (sender, said) = channel();
-    std::thread::spawn(move || {
+    Builder::new().spawn(move || {
         let mut bytes = Vec::new();
         if let Some(output) = output {
             // What was read before an error is what it said.
@@ -83,8 +84,8 @@ fn gather(output: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
         }
         // Fails when `answer` has returned.
         let _ = sender.send(bytes);
-    });
-    said
+    })?;
+    Ok(said)
 }
 
 /// A program that is killed on drop, unless it has ended.
