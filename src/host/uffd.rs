@@ -2,8 +2,8 @@
 //! a call that did a part is repeated for the rest, and a page that is there already is left
 //! alone.
 //!
-//! Two things are ours, since the crate lacks them: [`zeropage`], whose partial results it
-//! drops, and [`by_system_call`], for hosts on which `/dev/userfaultfd` is not for us.
+//! Two things are ours, since the crate lacks them: `zeropage`, whose partial results it
+//! drops, and `by_system_call`, for hosts on which `/dev/userfaultfd` is not for us.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
