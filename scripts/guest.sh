@@ -7,7 +7,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 deps=${SNAPBACK_DEPS:-$here/../.deps}
 target=x86_64-unknown-linux-gnu
-modules="virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk \
+modules="virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk virtio_balloon \
     scsi_common scsi_mod sd_mod virtio_scsi libata ata_piix"
 
 [ -e "$deps/vmlinuz" ] || {
