@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use harness::{Backing, Engine, Ram, Random};
 use hdrhistogram::Histogram;
-use snapback::host::uffd::{EventBuffer, Uffd, UffdEvent};
+use snapback::host::uffd::{FaultBuffer, Uffd};
 use snapback::image::{Compression, Details, Image, ImageWriter, Sections, WriterOptions};
 use snapback::memory::Pace;
 use snapback::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageSource};
@@ -222,21 +222,21 @@ fn touch(ram: &Ram, pages: impl Iterator<Item = Page>, pause: Duration) -> Histo
 /// The least there can be: a loop that spins on the userfaultfd and installs one page.
 fn bare_faults(pages: u64, touches: Touches) -> (Histogram<u64>, Histogram<u64>) {
     let ram = ram(pages);
-    let uffd = Uffd::create(0).expect("a userfaultfd");
+    let uffd = Uffd::create().expect("a userfaultfd");
     ram.register(&uffd);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let handler = scope.spawn(|| {
             let page = [7; PAGE_SIZE];
             let mut answers = histogram();
-            let mut events = EventBuffer::default();
+            let mut buffer = FaultBuffer::default();
             while !done.load(Ordering::Relaxed) {
-                if !uffd.read(&mut events).expect("events") {
+                let mut faults = uffd.read_faults(&mut buffer).expect("faults").peekable();
+                if faults.peek().is_none() {
                     std::hint::spin_loop();
                 }
                 let heard = Instant::now();
-                for event in events.events() {
-                    let UffdEvent::Fault { address } = event else { continue };
+                for address in faults {
                     let at = address & !(PAGE_SIZE as u64 - 1);
                     // SAFETY: memory of ours, registered, that holds nothing yet.
                     unsafe { uffd.copy(at, &page, PAGE_SIZE as u64) }.expect("a page");
@@ -255,10 +255,14 @@ fn bare_faults(pages: u64, touches: Touches) -> (Histogram<u64>, Histogram<u64>)
 fn engine_faults(image: &Arc<Image>, touches: Touches) -> (Histogram<u64>, Histogram<u64>) {
     let pages = image.manifest().blocks[0].pages();
     let ram = ram(pages);
-    let mut engine = Engine::new(&ram, Arc::new(Arc::clone(image)), 0);
-    engine.start_intake();
+    let mut engine = Engine::new(&ram, Arc::new(Arc::clone(image)));
+    engine.start_fault_handler();
     let waits = touch(&ram, touches.pages(pages, touches.faults), touches.pause);
-    let report = engine.stop_intakes().pop().expect("one intake").expect("all faults answered");
+    let report = engine
+        .stop_fault_handlers()
+        .pop()
+        .expect("one fault handler")
+        .expect("all faults answered");
     (waits, report.timings)
 }
 
@@ -285,8 +289,8 @@ fn faults_while_filling(
 ) -> Histogram<u64> {
     let pages = image.manifest().blocks[0].pages();
     let ram = ram(pages);
-    let mut engine = Engine::new(&ram, Arc::new(Arc::clone(image)), 0);
-    engine.start_intake();
+    let mut engine = Engine::new(&ram, Arc::new(Arc::clone(image)));
+    engine.start_fault_handler();
     let filled = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -311,7 +315,7 @@ fn fill(image: &Arc<Image>, threads: usize) -> f64 {
 
 /// GiB that the engine fills in a second with nobody waiting.
 fn fill_into(ram: &Arc<Ram>, image: &Arc<Image>, threads: usize) -> f64 {
-    let engine = Engine::new(ram, Arc::new(Arc::clone(image)), 0);
+    let engine = Engine::new(ram, Arc::new(Arc::clone(image)));
     let start = Instant::now();
     engine.fill(threads, &Pace::new(None)).expect("memory is filled");
     per_second(engine.memory.counts().total, start)
@@ -334,7 +338,7 @@ fn on_threads(threads: usize, count: usize, work: impl Fn(&mut dyn Iterator<Item
 fn bare_copy(pages: u64, threads: usize) -> f64 {
     const STEP: usize = 2 << 20;
     let ram = ram(pages);
-    let uffd = Uffd::create(0).expect("a userfaultfd");
+    let uffd = Uffd::create().expect("a userfaultfd");
     ram.register(&uffd);
     let start = Instant::now();
     on_threads(threads, (pages as usize * PAGE_SIZE) / STEP, |steps| {
@@ -351,7 +355,7 @@ fn bare_copy(pages: u64, threads: usize) -> f64 {
 /// GiB that UFFDIO_ZEROPAGE makes in a second, 2 MiB a call.
 fn bare_zero(pages: u64, threads: usize) -> f64 {
     let ram = ram(pages);
-    let uffd = Uffd::create(0).expect("a userfaultfd");
+    let uffd = Uffd::create().expect("a userfaultfd");
     ram.register(&uffd);
     let start = Instant::now();
     on_threads(threads, pages as usize / 512, |steps| {

@@ -11,6 +11,7 @@ pub mod machine;
 pub mod memory;
 pub mod page;
 pub mod qmp;
+mod rate;
 pub mod revert;
 pub mod save;
 pub mod transport;

@@ -1,5 +1,5 @@
-//! The failure that this tells of: an answer to a fault that waits for memory of our own.
-//! Alone in its program, whose every allocation counts.
+//! Answering a fault allocates nothing: it must not wait for memory of our own. This test is
+//! alone in its program, since every allocation of the program counts.
 
 #[path = "harness/mod.rs"]
 mod harness;
@@ -44,8 +44,8 @@ fn an_answer_allocates_nothing() {
         let pages = ram.pages();
         // What the image keeps of its index is there from now on.
         pages.iter().for_each(|page| _ = image.locate(*page).unwrap());
-        let mut engine = Engine::new(&ram, Arc::new(image), 0);
-        engine.start_intake();
+        let mut engine = Engine::new(&ram, Arc::new(image));
+        engine.start_fault_handler();
         let touch = |page: &Page| ram.word(*page, 0).load(Ordering::Relaxed);
         // The decompressor makes its room at the first chunk.
         pages[..64].iter().for_each(|page| _ = touch(page));
@@ -55,7 +55,7 @@ fn an_answer_allocates_nothing() {
         let answered = engine.memory.counts().requests - asked.requests;
         assert!(answered > 1000, "{answered} answers");
         assert_eq!(allocated, 0, "in {answered} answers from the {name} image");
-        for report in engine.stop_intakes() {
+        for report in engine.stop_fault_handlers() {
             report.unwrap();
         }
     }

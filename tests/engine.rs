@@ -1,6 +1,5 @@
-//! The failures that this tells of: a page that is wrong, missing, or overwritten; a
-//! thread that waits forever; an error that nobody hears. Each on real memory, under a
-//! real userfaultfd.
+//! The memory engine on real memory, under a real userfaultfd: no page is wrong, missing or
+//! overwritten, no thread waits forever, and no error is lost.
 
 #[path = "harness/mod.rs"]
 mod harness;
@@ -11,14 +10,13 @@ use std::thread;
 use std::time::Duration;
 
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
-use snapback::host::uffd::feature;
 use snapback::image::{Compression, Image};
 use snapback::memory::{MemoryError, Pace, preload};
 use snapback::page::{
     Block, BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
 };
 
-/// Longer than anything here takes; a test that waits so long has failed.
+/// Longer than anything here takes: a test that waits so long has failed.
 const FOREVER: Duration = Duration::from_secs(60);
 
 const WORDS: usize = PAGE_SIZE / 8;
@@ -67,20 +65,20 @@ fn check_all(ram: &Ram, pattern: &Pattern, written_to: bool) {
     }
 }
 
-/// Guests, prefetch and intakes all at once, until all memory is there.
+/// Guests, prefetch and handlers all at once, until all memory is there.
 fn bring_back(
     ram: &Arc<Ram>,
     pattern: &Pattern,
     source: Arc<dyn PageSource>,
     guests: u64,
     fillers: usize,
-    intakes: usize,
+    handlers: usize,
     seed: u64,
 ) {
     thread::scope(|scope| {
         // Dropped before the scope ends, whatever happens: that frees who waits.
-        let mut engine = Engine::new(ram, source, 0);
-        (0..intakes).for_each(|_| engine.start_intake());
+        let mut engine = Engine::new(ram, source);
+        (0..handlers).for_each(|_| engine.start_fault_handler());
         let guests: Vec<_> = (0..guests)
             .map(|n| scope.spawn(move || run_guest(ram, pattern, n, guests, seed)))
             .collect();
@@ -92,7 +90,7 @@ fn bring_back(
         }
         assert!(engine.memory.wait_complete(FOREVER), "{:?}", engine.memory.counts());
         assert_eq!(engine.memory.counts().present, engine.memory.counts().total);
-        for report in engine.stop_intakes() {
+        for report in engine.stop_fault_handlers() {
             report.unwrap();
         }
         check_all(ram, pattern, !guests_are_none(seed));
@@ -118,9 +116,9 @@ fn every_page_is_right_whoever_brings_it() {
     for seed in 1..=12 {
         let ram = Arc::new(Ram::new(&BLOCKS).unwrap());
         let pattern = Pattern::new(ram.blocks(), 1 << (seed % 7));
-        let (guests, fillers, intakes) = (1 + seed % 4, 1 + seed as usize / 2 % 4, 1 + seed % 2);
+        let (guests, fillers, handlers) = (1 + seed % 4, 1 + seed as usize / 2 % 4, 1 + seed % 2);
         let source = Arc::new(pattern.clone());
-        bring_back(&ram, &pattern, source, guests, fillers, intakes as usize, seed);
+        bring_back(&ram, &pattern, source, guests, fillers, handlers as usize, seed);
     }
 }
 
@@ -234,9 +232,9 @@ fn a_teardown_at_any_point_frees_everybody_and_leaves_no_wrong_page() {
         let stop_at = Random::new(seed).below(total);
         let torn_down = AtomicBool::new(false);
         thread::scope(|scope| {
-            let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
-            engine.start_intake();
-            engine.start_intake();
+            let mut engine = Engine::new(&ram, Arc::new(pattern.clone()));
+            engine.start_fault_handler();
+            engine.start_fault_handler();
             let pace = Pace::new(None);
             for guest in 0..3 {
                 let (ram, pattern, torn_down) = (&ram, &pattern, &torn_down);
@@ -259,7 +257,7 @@ fn a_teardown_at_any_point_frees_everybody_and_leaves_no_wrong_page() {
                 pace.stop();
                 filler.join().unwrap().unwrap();
             });
-            for report in engine.stop_intakes() {
+            for report in engine.stop_fault_handlers() {
                 report.unwrap();
             }
             torn_down.store(true, Ordering::Release);
@@ -268,14 +266,14 @@ fn a_teardown_at_any_point_frees_everybody_and_leaves_no_wrong_page() {
 }
 
 #[test]
-fn an_intake_hears_that_it_shall_stop_while_faults_keep_coming() {
+fn a_fault_handler_hears_that_it_shall_stop_while_faults_keep_coming() {
     let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 64)]).unwrap());
     let pattern = Pattern::new(ram.blocks(), 16).dense();
-    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
+    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()));
     engine.fill(1, &Pace::new(None)).unwrap();
     // Nobody told the engine: it wakes whoever asks for this page, who asks again.
     ram.give_back(page(0, 7), 1);
-    engine.start_intake();
+    engine.start_fault_handler();
     let guest = thread::spawn({
         let ram = Arc::clone(&ram);
         move || ram.word(page(0, 7), 0).load(Ordering::Relaxed)
@@ -283,7 +281,7 @@ fn an_intake_hears_that_it_shall_stop_while_faults_keep_coming() {
     while engine.memory.counts().requests < 1000 {
         thread::yield_now();
     }
-    for report in engine.stop_intakes() {
+    for report in engine.stop_fault_handlers() {
         report.unwrap();
     }
     drop(engine);
@@ -296,7 +294,7 @@ fn a_chunk_that_is_broken_is_a_loud_failure_of_whoever_needs_it() {
     let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 2048), (Backing::Memfd, 512)]).unwrap());
     let pattern = Pattern::new(ram.blocks(), 16).dense();
     let source = Arc::new(pattern.clone().broken_at(broken));
-    let mut engine = Engine::new(&ram, source, 0);
+    let mut engine = Engine::new(&ram, source);
 
     // Prefetch brings the windows of 2 MiB in which nothing is broken, and fails then.
     let error = engine.fill(2, &Pace::new(None)).unwrap_err();
@@ -308,20 +306,20 @@ fn a_chunk_that_is_broken_is_a_loud_failure_of_whoever_needs_it() {
     assert!(engine.memory.counts().present >= 2048);
     assert!(!engine.memory.wait_complete(Duration::ZERO));
 
-    // A fault on it ends the intake, and the page stays missing rather than wrong.
+    // A fault on it ends the fault handler, and the page stays missing rather than wrong.
     for _ in 0..2 {
-        engine.start_intake();
+        engine.start_fault_handler();
         let guest = thread::spawn({
             let ram = Arc::clone(&ram);
             move || ram.word(broken, 0).load(Ordering::Relaxed)
         });
-        let reports = engine.join_intakes();
+        let reports = engine.join_fault_handlers();
         let error = reports.into_iter().next().unwrap().unwrap_err();
         assert!(matches!(&error, MemoryError::Source { block, .. } if block == "Anonymous 0"));
         assert!(!guest.is_finished());
         // Who asked is not forgotten because somebody has failed: it's loud every time.
         assert_eq!(engine.fill(2, &Pace::new(None)).unwrap_err().to_string(), expected);
-        // The guest's event is gone with the intake that took it; the next one gets its own.
+        // The guest's event is gone with the handler that took it; the next one gets its own.
         engine.uffd.wake(ram.address(broken.block) + broken.offset(), PAGE_SIZE as u64).unwrap();
         drop(guest);
     }
@@ -329,110 +327,6 @@ fn a_chunk_that_is_broken_is_a_loud_failure_of_whoever_needs_it() {
         assert!(ram.read(page) == pattern.page(page), "{page:?} is wrong");
     }
     // Dropping the engine frees the guests.
-}
-
-/// Gives memory back while it is being filled and touched.
-fn give_back_while_filling(seed: u64, intakes: usize, fillers: usize) {
-    const PAGES: u64 = 4096;
-    /// Pages from here on are given back; those before belong to other threads.
-    const FROM: u64 = 1024;
-    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, PAGES)]).unwrap());
-    let pattern = Pattern::new(ram.blocks(), 16).dense();
-    let features = feature::EVENT_REMOVE | feature::EVENT_UNMAP;
-    let given_back = thread::scope(|scope| {
-        let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), features);
-        (0..intakes).for_each(|_| engine.start_intake());
-        let guest = scope.spawn(|| {
-            for number in Random::new(seed).order(FROM) {
-                let word = ram.word(page(0, number), 0).load(Ordering::Relaxed);
-                assert_eq!(word, pattern.word(page(0, number), 0), "page {number}");
-            }
-        });
-        // Others look at what is being given back, and see it before or after.
-        let onlooker = scope.spawn(|| {
-            for number in Random::new(seed + 1).order(PAGES) {
-                let word = ram.word(page(0, number), 0).load(Ordering::Relaxed);
-                let given_back = word == 0 && number >= FROM;
-                assert!(given_back || word == pattern.word(page(0, number), 0), "page {number}");
-            }
-        });
-        let owner = scope.spawn(|| {
-            let mut random = Random::new(seed);
-            let mut given_back = vec![false; PAGES as usize];
-            for _ in 0..40 {
-                let first = FROM + random.below(PAGES - FROM - 64);
-                let count = 1 + random.below(64);
-                // Some of it is in place before, some never was.
-                if random.below(2) == 0 {
-                    let number = first + random.below(count);
-                    let word = ram.word(page(0, number), 0).load(Ordering::Relaxed);
-                    let zeros = given_back[number as usize] && word == 0;
-                    assert!(zeros || word == pattern.word(page(0, number), 0), "page {number}");
-                }
-                ram.give_back(page(0, first), count);
-                given_back[first as usize..(first + count) as usize].fill(true);
-                for number in first..first + count {
-                    assert_eq!(ram.word(page(0, number), 0).load(Ordering::Relaxed), 0);
-                }
-            }
-            given_back
-        });
-        engine.fill(fillers, &Pace::new(None)).unwrap();
-        guest.join().unwrap();
-        onlooker.join().unwrap();
-        let given_back = owner.join().unwrap();
-        assert!(engine.memory.wait_complete(FOREVER), "{:?}", engine.memory.counts());
-        for (number, given_back) in given_back.iter().enumerate() {
-            let found = ram.read(page(0, number as u64));
-            match given_back {
-                true => assert!(found == [0; PAGE_SIZE], "page {number} was filled again"),
-                false => assert!(found == pattern.page(page(0, number as u64)), "page {number}"),
-            }
-        }
-        for report in engine.stop_intakes() {
-            report.unwrap();
-        }
-        given_back
-    });
-    assert!(given_back.contains(&true));
-}
-
-#[test]
-fn memory_that_was_given_back_stays_zeros() {
-    for seed in 1..=8 {
-        give_back_while_filling(seed, 1 + seed as usize % 2, 1 + seed as usize % 3);
-    }
-}
-
-#[test]
-fn memory_that_was_unmapped_is_not_waited_for() {
-    for seed in 1..=8 {
-        let ram =
-            Arc::new(Ram::new(&[(Backing::Anonymous, 2048), (Backing::Anonymous, 512)]).unwrap());
-        let pattern = Pattern::new(ram.blocks(), 16).dense();
-        let kept = Random::new(seed).below(2048);
-        let mut engine = Engine::new(
-            &ram,
-            Arc::new(pattern.clone()),
-            feature::EVENT_REMOVE | feature::EVENT_UNMAP,
-        );
-        engine.start_intake();
-        thread::scope(|scope| {
-            let filler = scope.spawn(|| engine.fill(2, &Pace::new(None)));
-            while engine.memory.counts().present < seed * 100 {
-                thread::yield_now();
-            }
-            ram.unmap_from(page(0, kept));
-            filler.join().unwrap().unwrap();
-        });
-        assert!(engine.memory.wait_complete(FOREVER));
-        for page in ram.pages().into_iter().filter(|p| p.block.0 == 1 || p.number < kept) {
-            assert!(ram.read(page) == pattern.page(page), "{page:?} is wrong");
-        }
-        for report in engine.stop_intakes() {
-            report.unwrap();
-        }
-    }
 }
 
 /// A source whose first read of one chunk takes until it is let go, as if from a slow disk.
@@ -492,8 +386,8 @@ fn memory_is_filled_while_a_fault_waits_for_a_slow_disk() {
     let Ok(Location::Stored { chunk, .. }) = pattern.locate(slow) else { panic!("not stored") };
     let gate = Arc::new(Gate::default());
     let source = Slow { pattern: pattern.clone(), chunk, gate: Arc::clone(&gate) };
-    let mut engine = Engine::new(&ram, Arc::new(source), 0);
-    engine.start_intake();
+    let mut engine = Engine::new(&ram, Arc::new(source));
+    engine.start_fault_handler();
     thread::scope(|scope| {
         let guest = scope.spawn(|| ram.word(slow, 0).load(Ordering::Relaxed));
         while !gate.reached.load(Ordering::Acquire) {
@@ -524,8 +418,8 @@ fn a_rate_holds_back_what_nobody_waits_for() {
     let (zeros, data): (Vec<Page>, Vec<Page>) =
         ram.pages().into_iter().partition(|page| pattern.is_zero(*page));
     let pace = Pace::new(HARDLY);
-    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
-    engine.start_intake();
+    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()));
+    engine.start_fault_handler();
     thread::scope(|scope| {
         let filler = scope.spawn(|| engine.fill(2, &pace));
         // Zeros are read from nowhere: all of them come.
@@ -559,9 +453,9 @@ fn pages_never_change_once_they_are_there() {
     let reads = AtomicU64::new(0);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let mut engine = Engine::new(&ram, Arc::new(pattern.clone()), 0);
-        engine.start_intake();
-        engine.start_intake();
+        let mut engine = Engine::new(&ram, Arc::new(pattern.clone()));
+        engine.start_fault_handler();
+        engine.start_fault_handler();
         for guest in 0..2 {
             let (ram, pattern, reads, done) = (&ram, &pattern, &reads, &done);
             scope.spawn(move || {

@@ -1,24 +1,23 @@
-//! The failures that this tells of: a page that is overwritten, a waiting thread that is
-//! forgotten, half a run installed and called done, a process that died and was taken for
-//! something else.
+//! userfaultfd as the engine uses it: no page is overwritten, no waiting thread is forgotten,
+//! a run is installed as a whole, and the end of a process is told apart from other errors.
 
 #[path = "harness/mod.rs"]
 mod harness;
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 
 use harness::{Backing, Engine, Pattern, Ram};
-use linux_raw_sys::{general as sys, ioctl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use snapback::host::uffd::{EventBuffer, Uffd, UffdError, UffdEvent, feature};
+use snapback::host::pidfd::Pidfd;
+use snapback::host::uffd::{FaultBuffer, Uffd, UffdError};
 use snapback::memory::{Memory, MemoryError, Pace, prefetch};
 use snapback::page::{BlockId, PAGE_SIZE, Page};
-use snapback::transport::{DirectPlace, PlaceError};
+use snapback::transport::{DirectTransport, TransportError};
 
 const SMALL: u64 = PAGE_SIZE as u64;
 
@@ -27,9 +26,9 @@ fn page(number: u64) -> Page {
 }
 
 /// Eight pages of either kind, registered.
-fn registered(backing: Backing, features: u64) -> (Arc<Ram>, Uffd) {
+fn registered(backing: Backing) -> (Arc<Ram>, Uffd) {
     let ram = Arc::new(Ram::new(&[(backing, 8)]).unwrap());
-    let uffd = Uffd::create(features).unwrap();
+    let uffd = Uffd::create().unwrap();
     ram.register(&uffd);
     (ram, uffd)
 }
@@ -46,27 +45,22 @@ fn copy(uffd: &Uffd, ram: &Ram, first: u64, bytes: &[u8]) -> Result<(), UffdErro
 /// Installs a page and wakes nobody, as an installation does that has come between a
 /// fault and its answer.
 fn copy_silently(uffd: &Uffd, ram: &Ram, number: u64, bytes: &[u8; PAGE_SIZE]) {
-    let mut copy = sys::uffdio_copy {
-        dst: ram.address(BlockId(0)) + number * SMALL,
-        src: bytes.as_ptr() as u64,
-        len: SMALL,
-        mode: u64::from(sys::UFFDIO_COPY_MODE_DONTWAKE),
-        copy: 0,
+    let fd = uffd.as_fd().try_clone_to_owned().unwrap();
+    let target = ram.address(BlockId(0)) + number * SMALL;
+    // SAFETY: a copy of a userfaultfd, which is nobody else's; `bytes` are copied to memory of
+    // the test's own.
+    let copied = unsafe {
+        let uffd = userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd());
+        uffd.copy(bytes.as_ptr().cast(), target as *mut _, PAGE_SIZE, false)
     };
-    // SAFETY: reads and writes one `uffdio_copy`, whose source is `bytes` and whose
-    // destination is memory of the test's own.
-    let done = unsafe {
-        libc::ioctl(uffd.as_fd().as_raw_fd(), ioctl::UFFDIO_COPY as libc::Ioctl, &raw mut copy)
-    };
-    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    assert_eq!(copied.unwrap(), PAGE_SIZE);
 }
 
-/// The first event; the test hangs without one.
-fn event(uffd: &Uffd) -> UffdEvent {
-    let mut events = EventBuffer::default();
+/// The address of the first fault; the test hangs without one.
+fn fault(uffd: &Uffd) -> u64 {
+    let mut faults = FaultBuffer::default();
     wait_readable(uffd);
-    assert!(uffd.read(&mut events).unwrap());
-    events.events().next().unwrap()
+    uffd.read_faults(&mut faults).unwrap().next().unwrap()
 }
 
 fn wait_readable(uffd: &Uffd) {
@@ -82,13 +76,13 @@ fn first_words(ram: &Ram) -> Vec<u64> {
 #[test]
 fn a_page_that_is_there_is_left_alone_and_its_waiters_are_woken() {
     for backing in [Backing::Anonymous, Backing::Memfd] {
-        let (ram, uffd) = registered(backing, 0);
+        let (ram, uffd) = registered(backing);
         let guest = thread::spawn({
             let ram = Arc::clone(&ram);
             move || ram.word(page(3), 0).load(Ordering::Relaxed) & 0xff
         });
         let address = ram.address(BlockId(0)) + 3 * SMALL;
-        assert_eq!(event(&uffd), UffdEvent::Fault { address });
+        assert_eq!(fault(&uffd), address);
         copy_silently(&uffd, &ram, 3, &[77; PAGE_SIZE]);
         copy(&uffd, &ram, 3, &[88; PAGE_SIZE]).unwrap();
         assert_eq!(guest.join().unwrap(), 77);
@@ -98,13 +92,13 @@ fn a_page_that_is_there_is_left_alone_and_its_waiters_are_woken() {
 #[test]
 fn a_run_with_pages_that_are_there_is_filled_around_them() {
     for backing in [Backing::Anonymous, Backing::Memfd] {
-        let (ram, uffd) = registered(backing, 0);
+        let (ram, uffd) = registered(backing);
         copy(&uffd, &ram, 2, &[102; PAGE_SIZE]).unwrap();
         copy(&uffd, &ram, 5, &[105; 2 * PAGE_SIZE]).unwrap();
         copy(&uffd, &ram, 0, &bytes(0..8)).unwrap();
         assert_eq!(first_words(&ram), [1, 2, 102, 4, 5, 105, 105, 8]);
 
-        let (ram, uffd) = registered(backing, 0);
+        let (ram, uffd) = registered(backing);
         copy(&uffd, &ram, 0, &[100; PAGE_SIZE]).unwrap();
         copy(&uffd, &ram, 7, &[107; PAGE_SIZE]).unwrap();
         // SAFETY: memory of the test's own.
@@ -115,32 +109,11 @@ fn a_run_with_pages_that_are_there_is_filled_around_them() {
 
 #[test]
 fn memory_that_is_not_registered_is_gone() {
-    for features in [0, feature::EVENT_REMOVE] {
-        let (_registered, uffd) = registered(Backing::Anonymous, features);
-        let other = Ram::new(&[(Backing::Anonymous, 8)]).unwrap();
-        let error = copy(&uffd, &other, 1, &bytes(0..2)).unwrap_err();
-        let at = other.address(BlockId(0)) + SMALL;
-        assert!(matches!(error, UffdError::Gone { address, .. } if address == at), "{error}");
-    }
-}
-
-#[test]
-fn nothing_is_installed_while_the_layout_changes() {
-    let (ram, uffd) = registered(Backing::Anonymous, feature::EVENT_REMOVE);
-    copy(&uffd, &ram, 0, &bytes(0..8)).unwrap();
-    let owner = thread::spawn({
-        let ram = Arc::clone(&ram);
-        move || ram.give_back(page(2), 3)
-    });
-    wait_readable(&uffd);
-    let error = copy(&uffd, &ram, 1, &[9; PAGE_SIZE]).unwrap_err();
-    assert!(matches!(error, UffdError::Changing { .. }), "{error}");
-    let start = ram.address(BlockId(0)) + 2 * SMALL;
-    assert_eq!(event(&uffd), UffdEvent::Removed { start, end: start + 3 * SMALL });
-    owner.join().unwrap();
-    // SAFETY: memory of the test's own.
-    unsafe { uffd.zero(start, 3 * SMALL, SMALL) }.unwrap();
-    assert_eq!(first_words(&ram), [1, 2, 0, 0, 0, 6, 7, 8]);
+    let (_registered, uffd) = registered(Backing::Anonymous);
+    let other = Ram::new(&[(Backing::Anonymous, 8)]).unwrap();
+    let error = copy(&uffd, &other, 1, &bytes(0..2)).unwrap_err();
+    let at = other.address(BlockId(0)) + SMALL;
+    assert!(matches!(error, UffdError::Gone { address, .. } if address == at), "{error}");
 }
 
 /// A process of its own, with memory that is missing.
@@ -165,7 +138,9 @@ impl Other {
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
         let line = lines.next().unwrap().unwrap();
         let (fd, address) = line.split_once(' ').unwrap();
-        let uffd = Arc::new(Uffd::from_fd(copy_fd(process.id() as i32, fd.parse().unwrap())));
+        let pidfd = Pidfd::open(process.id() as i32).unwrap();
+        let copied = pidfd.copy_descriptor(fd.parse().unwrap()).unwrap();
+        let uffd = Arc::new(Uffd::from_fd(copied));
         Other { process, lines, uffd, address: address.parse().unwrap() }
     }
 
@@ -173,8 +148,8 @@ impl Other {
         let addresses = vec![Some(self.address)];
         // SAFETY: the other process has told where its only block lies, and lives for
         // this test only.
-        let place = unsafe { DirectPlace::new(Arc::clone(&self.uffd), addresses) };
-        Arc::new(Memory::new(Arc::new(pattern.clone()), Box::new(place)))
+        let transport = unsafe { DirectTransport::new(Arc::clone(&self.uffd), addresses) };
+        Arc::new(Memory::new(Arc::new(pattern.clone()), Box::new(transport)))
     }
 
     fn kill(&mut self) {
@@ -190,17 +165,6 @@ impl Drop for Other {
     }
 }
 
-fn copy_fd(pid: i32, fd: i32) -> OwnedFd {
-    // SAFETY: both calls take numbers only; the descriptors that they return are new, and
-    // nobody else's.
-    unsafe {
-        let pidfd = OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_open, pid, 0) as i32);
-        let copy = libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0);
-        assert!(copy >= 0, "{}", std::io::Error::last_os_error());
-        OwnedFd::from_raw_fd(copy as i32)
-    }
-}
-
 fn pattern(ram: &Ram) -> Pattern {
     Pattern::new(ram.blocks(), 16).dense()
 }
@@ -209,7 +173,7 @@ fn pattern(ram: &Ram) -> Pattern {
 #[ignore = "the other process of other tests"]
 fn other_process() {
     let ram = Arc::new(Ram::new(&[(Backing::Anonymous, OTHER_PAGES)]).unwrap());
-    let uffd = Uffd::create(0).unwrap();
+    let uffd = Uffd::create().unwrap();
     ram.register(&uffd);
     eprintln!("{} {}", uffd.as_fd().as_raw_fd(), ram.address(BlockId(0)));
     let right = |page: &Page| ram.read(*page) == pattern(&ram).page(*page);
@@ -233,7 +197,7 @@ fn another_process_gets_its_memory_and_its_end_is_told_apart() {
     let memory = other.memory(&pattern(&model));
     other.kill();
     let error = prefetch(&memory, &options, &Pace::new(None)).unwrap_err();
-    let gone = matches!(&error, MemoryError::Place { source: PlaceError::Gone(_), .. });
+    let gone = matches!(&error, MemoryError::Install { source: TransportError::Gone(_), .. });
     assert!(gone, "{error}");
     // SAFETY: nobody has this memory any more.
     let error = unsafe { other.uffd.zero(other.address, SMALL, SMALL) }.unwrap_err();
@@ -248,7 +212,7 @@ fn another_process_gets_its_memory_and_its_end_is_told_apart() {
 #[test]
 fn an_engine_that_goes_frees_its_guests() {
     let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 8)]).unwrap());
-    let engine = Engine::new(&ram, Arc::new(pattern(&ram)), 0);
+    let engine = Engine::new(&ram, Arc::new(pattern(&ram)));
     let guest = thread::spawn({
         let ram = Arc::clone(&ram);
         move || ram.word(page(0), 0).load(Ordering::Relaxed)

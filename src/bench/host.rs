@@ -1,6 +1,5 @@
 //! Facts of the operating system about a process and the machine.
 
-use std::fs;
 use std::io;
 use std::time::Duration;
 
@@ -9,6 +8,7 @@ use nix::time::ClockId;
 use nix::unistd::Pid;
 use serde::Serialize;
 
+use crate::host::procfs::{MemInfo, cpu_model};
 use crate::page::PAGE_SIZE;
 
 /// The machine on which runs were measured.
@@ -30,14 +30,7 @@ impl Host {
     /// The machine that this program runs on. What can't be found out is called
     /// `unknown`, or is 0.
     pub(super) fn here() -> Host {
-        let field = |file: &str, name: &str| {
-            let text = fs::read_to_string(file).unwrap_or_default();
-            let line = text.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| Some(line.split_once(':')?.1.trim().to_owned()))
-        };
         let unknown = || "unknown".to_owned();
-        let kib = field("/proc/meminfo", "MemTotal").unwrap_or_default();
-        let kib = kib.trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0);
         let kernel = nix::sys::utsname::uname().map_or_else(
             |_| unknown(),
             |names| {
@@ -47,10 +40,10 @@ impl Host {
         );
         let build = if cfg!(debug_assertions) { " (not optimized)" } else { "" };
         Host {
-            cpu: field("/proc/cpuinfo", "model name").unwrap_or_else(unknown),
+            cpu: cpu_model().unwrap_or_else(unknown),
             cpus: std::thread::available_parallelism().map_or(1, |n| n.get()),
             kernel,
-            ram_bytes: kib << 10,
+            ram_bytes: MemInfo::read().map_or(0, |memory| memory.total),
             snapback: format!("{}{build}", env!("CARGO_PKG_VERSION")),
         }
     }
@@ -62,10 +55,7 @@ impl Host {
 /// wait for it to come back, or not, depending on what was freed just before.
 pub(super) fn touch_memory(bytes: u64) -> io::Result<()> {
     const LEAVE: u64 = 256 << 20;
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    let free = kib.unwrap_or(0) << 10;
+    let free = MemInfo::read()?.free;
     let bytes = bytes.min(free.saturating_sub(LEAVE));
     if bytes > 0 {
         let mut memory = MmapMut::map_anon(bytes as usize)?;
@@ -84,13 +74,4 @@ pub(super) fn cpu_time_of(pid: i32) -> io::Result<Duration> {
 /// The CPU time that all threads of this process have used.
 pub(super) fn own_cpu_time() -> io::Result<Duration> {
     Ok(Duration::from(ClockId::CLOCK_PROCESS_CPUTIME_ID.now()?))
-}
-
-/// A process's resident memory in bytes (`/proc/PID/statm`, proc_pid_statm(5)). Memory
-/// on hugetlbfs is not counted.
-pub(super) fn resident_bytes(pid: i32) -> io::Result<u64> {
-    let statm = fs::read_to_string(format!("/proc/{pid}/statm"))?;
-    let pages = statm.split_whitespace().nth(1).and_then(|field| field.parse::<u64>().ok());
-    let page_size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096);
-    Ok(pages.ok_or(io::ErrorKind::InvalidData)? * page_size as u64)
 }

@@ -9,6 +9,7 @@ use super::sign::{SignError, Watch};
 use super::{BenchError, Cache, Method, Sample, host};
 use crate::cancel::Cancellation;
 use crate::guest::Process;
+use crate::host::procfs::resident_memory;
 use crate::revert::{
     Delivery, Held, Outcome, Placement, RevertError, RevertEvent, RevertOptions, revert_held,
 };
@@ -126,7 +127,7 @@ impl Mark {
     fn now(pid: i32) -> Mark {
         Mark {
             at: Instant::now(),
-            rss: host::resident_bytes(pid).ok(),
+            rss: resident_memory(pid).ok(),
             qemu_cpu: host::cpu_time_of(pid).ok(),
             own_cpu: host::own_cpu_time().ok(),
         }

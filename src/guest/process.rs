@@ -21,7 +21,7 @@ use crate::guest::disks::overlay::Overlays;
 use crate::guest::start::plan::{CONTROL_ID, StartPlan};
 use crate::host::in_use;
 use crate::host::in_use::Address;
-use crate::host::uffd::pidfd_open;
+use crate::host::pidfd::Pidfd;
 use crate::qmp::{Qmp, QmpError};
 
 /// How long QEMU may take from its start until it answers on QMP. It takes 40 ms; a loaded
@@ -45,7 +45,7 @@ const LOG_TAIL: u64 = 4096;
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
-    pidfd: OwnedFd,
+    pidfd: Pidfd,
     log: Log,
     /// Its exit status; `None` while it runs.
     ended: watch::Receiver<Option<ExitStatus>>,
@@ -92,7 +92,7 @@ impl Process {
     ) -> Result<Process, GuestError> {
         // A pid is at most 2^22 (proc(5), pid_max).
         let pid = child.id() as i32;
-        let pidfd = match pidfd_open(pid) {
+        let pidfd = match Pidfd::open(pid) {
             Ok(pidfd) => pidfd,
             Err(source) => {
                 // Not reaped yet, so the pid is still QEMU's.
@@ -185,7 +185,7 @@ impl Process {
 
     fn send_sigkill(&self) {
         // Fails when it has ended already, which is what we want.
-        let _ = pidfd_kill(&self.pidfd);
+        let _ = self.pidfd.kill();
     }
 }
 
@@ -279,23 +279,6 @@ fn remove_stale_socket(path: &Path) {
         // If this fails, a socket file without a listener stays, which harms nothing.
         let _ = fs::remove_file(path);
     }
-}
-
-/// SIGKILL by pidfd_send_signal(2), which can't hit another process that has reused the
-/// process id.
-fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
-    let no_info: *const libc::siginfo_t = std::ptr::null();
-    // SAFETY: the descriptor is a pidfd that is open; a null siginfo is allowed.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            libc::SIGKILL,
-            no_info,
-            0 as libc::c_uint,
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// QEMU's output, in a memfd of bounded size: it needs no thread to drain it, and is freed

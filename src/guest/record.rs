@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::guest::GuestError;
 use crate::guest::command_line::CommandLine;
+use crate::host::procfs;
 use crate::machine::{Hotplug, Machine};
 use crate::qmp::Qmp;
 
@@ -56,7 +57,7 @@ struct ProcessInfo {
 
 impl ProcessInfo {
     fn path(&self, entry: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/{entry}", self.pid))
+        procfs::path(self.pid, entry)
     }
 
     fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> GuestError {

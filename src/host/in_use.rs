@@ -1,5 +1,5 @@
 //! What is in use on this host right now, read from /proc (proc(5)). Nothing is
-//! connected to or opened for that: it could disturb what we only ask about.
+//! connected to or opened for that, which could disturb what we only ask about.
 //!
 //! Processes of other users can't be looked into without root; what only they
 //! use is not seen.
@@ -9,6 +9,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use super::procfs::{self, Mapping, descriptor_link, descriptors, processes};
 
 /// Something of /proc could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +22,7 @@ pub struct ReadError {
     pub source: io::Error,
 }
 
-/// A place where a socket listens.
+/// An address that a socket listens on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// A Unix socket's path, as written.
@@ -70,11 +72,11 @@ pub fn is_listening(address: &Address, cwd: &Path) -> Result<bool, ReadError> {
         } else if bound.file_name() != wanted.file_name() {
             false
         } else {
-            // A daemon has left the folder that its paths started from: then
+            // A daemon has left the directory that its paths started from: then
             // only the spelling is left to compare.
-            match working_folder_of_socket(listener.inode) {
-                Some(folder) if folder != Path::new("/") => {
-                    canonical(&folder.join(bound)) == wanted
+            match working_directory_of_socket(listener.inode) {
+                Some(directory) if directory != Path::new("/") => {
+                    canonical(&directory.join(bound)) == wanted
                 }
                 _ => listener.path == *path,
             }
@@ -86,11 +88,11 @@ pub fn is_listening(address: &Address, cwd: &Path) -> Result<bool, ReadError> {
     Ok(false)
 }
 
-/// The path with links resolved as far as its folder exists; the last part may
+/// The path with links resolved as far as its directory exists; the last part may
 /// be missing or a socket.
 fn canonical(path: &Path) -> PathBuf {
     match (path.parent().map(fs::canonicalize), path.file_name()) {
-        (Some(Ok(folder)), Some(name)) => folder.join(name),
+        (Some(Ok(directory)), Some(name)) => directory.join(name),
         _ => path.to_owned(),
     }
 }
@@ -145,26 +147,17 @@ fn tcp_port_listens(port: &str) -> Result<bool, ReadError> {
     Ok(false)
 }
 
-/// The processes that can be seen, by number.
-fn processes() -> impl Iterator<Item = i32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+/// The working directory of the process that holds the socket.
+fn working_directory_of_socket(inode: u64) -> Option<PathBuf> {
+    let link = PathBuf::from(format!("socket:[{inode}]"));
+    let is_socket = |pid, fd| descriptor_link(pid, fd).is_ok_and(|to| to == link);
+    let pid = processes().find(|pid| seen_descriptors(*pid).any(|fd| is_socket(*pid, fd)))?;
+    fs::read_link(procfs::path(pid, "cwd")).ok()
 }
 
 /// The numbers of a process's descriptors; none when it may not be looked into.
-fn descriptors(pid: i32) -> impl Iterator<Item = u32> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
-/// The working folder of the process that holds the socket.
-fn working_folder_of_socket(inode: u64) -> Option<PathBuf> {
-    let link = PathBuf::from(format!("socket:[{inode}]"));
-    let pid = processes().find(|pid| {
-        descriptors(*pid)
-            .any(|fd| fs::read_link(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|to| to == link))
-    })?;
-    fs::read_link(format!("/proc/{pid}/cwd")).ok()
+fn seen_descriptors(pid: i32) -> impl Iterator<Item = i32> {
+    descriptors(pid).unwrap_or_default().into_iter()
 }
 
 /// Who has which of these files open or mapped; files that don't exist, or are
@@ -183,7 +176,7 @@ pub fn holders(files: &[PathBuf]) -> HashMap<PathBuf, Vec<Holder>> {
     for pid in processes() {
         for (id, writes) in open_files(pid).chain(mapped_files(pid, &wanted)) {
             for file in wanted.get(&id).into_iter().flatten() {
-                let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+                let name = fs::read_to_string(procfs::path(pid, "comm")).unwrap_or_default();
                 let holder = Holder { pid, name: name.trim_end().to_owned(), writes };
                 found.entry((*file).clone()).or_default().push(holder);
             }
@@ -199,12 +192,12 @@ pub fn has_open(pid: i32, file: FileId) -> bool {
 
 /// The files that a process has open, and whether for writing.
 fn open_files(pid: i32) -> impl Iterator<Item = (FileId, bool)> {
-    descriptors(pid).filter_map(move |fd| {
-        let meta = fs::metadata(format!("/proc/{pid}/fd/{fd}")).ok()?;
+    seen_descriptors(pid).filter_map(move |fd| {
+        let meta = fs::metadata(procfs::path(pid, &format!("fd/{fd}"))).ok()?;
         if !meta.is_file() {
             return None;
         }
-        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+        let info = fs::read_to_string(procfs::path(pid, &format!("fdinfo/{fd}"))).ok()?;
         let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
         let flags = i32::from_str_radix(flags.trim(), 8).ok()?;
         Some(((meta.dev(), meta.ino()), flags & libc::O_ACCMODE != libc::O_RDONLY))
@@ -214,25 +207,17 @@ fn open_files(pid: i32) -> impl Iterator<Item = (FileId, bool)> {
 /// Which of the wanted files a process has mapped *shared*. A private mapping
 /// writes nothing to the file.
 fn mapped_files(pid: i32, wanted: &HashMap<FileId, Vec<&PathBuf>>) -> Vec<(FileId, bool)> {
-    let Ok(maps) = fs::read(format!("/proc/{pid}/maps")) else { return Vec::new() };
-    let mapped = |line: &str| {
-        // address perms offset dev inode path
-        let mut fields = line.split_whitespace();
-        let perms = fields.nth(1)?;
-        let inode: u64 = fields.nth(2)?.parse().ok()?;
-        if inode == 0 || !perms.ends_with('s') {
-            return None;
-        }
-        let path = line.get(line.find('/')?..)?;
-        // The device shown here differs from stat(2)'s on some file systems, so
-        // the path confirms the inode instead.
+    let mapped = |mapping: Mapping| {
+        let path = mapping.path.filter(|_| mapping.shared && mapping.inode != 0)?;
+        // The device shown in maps differs from stat(2)'s on some file systems, so the path
+        // confirms the inode instead.
         let same = |id: &FileId, file: &Path| {
-            id.1 == inode && fs::canonicalize(file).is_ok_and(|full| full == Path::new(path))
+            id.1 == mapping.inode && fs::canonicalize(file).is_ok_and(|full| full == path)
         };
         let (id, _) = wanted.iter().find(|(id, files)| files.iter().any(|file| same(id, file)))?;
-        Some((*id, perms.contains('w')))
+        Some((*id, mapping.writable))
     };
-    String::from_utf8_lossy(&maps).lines().filter_map(mapped).collect()
+    Mapping::all_of(pid).unwrap_or_default().into_iter().filter_map(mapped).collect()
 }
 
 #[cfg(test)]

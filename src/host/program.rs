@@ -3,17 +3,18 @@
 use std::io::{self, Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use crate::cancel::Cancellation;
 
-/// The most bytes of a program's output that are read; a program with more to say fails.
+/// The most bytes of output that are read. A program that writes more gets SIGPIPE.
 const MAX_SAID: u64 = 4 << 20;
 
-/// How often is looked whether a program has ended, or somebody wants no more of it.
+/// How often we look whether the program has ended or was cancelled.
 const NAP: Duration = Duration::from_millis(10);
 
-/// What a program had to say.
+/// What a program returned.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub status: ExitStatus,
@@ -21,7 +22,7 @@ pub(crate) struct Answer {
     pub stderr: Vec<u8>,
 }
 
-/// Why a program has given no answer. It is no more then.
+/// Why there is no answer. The program has been killed by then.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProgramError {
     #[error("can't be run: {0}")]
@@ -32,11 +33,11 @@ pub(crate) enum ProgramError {
     Stopped,
 }
 
-/// Runs a program, which is given `input`, to its end. It is killed once it has taken
-/// `limit`, or once somebody asks to stop.
+/// Runs a program to its end, with `input` as its standard input. It is killed after `limit`,
+/// or when it is cancelled.
 ///
 /// # Errors
-/// When it can't be run, takes too long, or is to stop; not when it fails.
+/// When it can't be run, takes too long, or is cancelled. A program that fails is no error.
 pub(crate) fn answer(
     mut command: Command,
     input: Vec<u8>,
@@ -47,10 +48,10 @@ pub(crate) fn answer(
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut program = Program(command.spawn()?);
     if let Some(mut stdin) = program.0.stdin.take() {
-        // A program that does not read on says itself why, or fails.
-        std::thread::spawn(move || drop(stdin.write_all(&input)));
+        // That the program does not read all of it is no error of ours.
+        Builder::new().spawn(move || drop(stdin.write_all(&input)))?;
     }
-    let (stdout, stderr) = (gather(program.0.stdout.take()), gather(program.0.stderr.take()));
+    let (stdout, stderr) = (gather(program.0.stdout.take())?, gather(program.0.stderr.take())?);
     let mut status = None;
     while status.is_none() {
         if cancel.is_requested() {
@@ -62,7 +63,7 @@ pub(crate) fn answer(
         std::thread::sleep(NAP);
         status = program.0.try_wait()?;
     }
-    // Others, which it has started, may hold its output open.
+    // Processes that it started may still hold its output open.
     let said = |output: Receiver<Vec<u8>>| {
         let left = deadline.saturating_duration_since(Instant::now());
         output.recv_timeout(left).map_err(|_| ProgramError::Late(limit))
@@ -73,21 +74,21 @@ pub(crate) fn answer(
 }
 
 /// Reads all of an output, in a thread of its own.
-fn gather(output: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+fn gather(output: Option<impl Read + Send + 'static>) -> io::Result<Receiver<Vec<u8>>> {
     let (sender, said) = channel();
-    std::thread::spawn(move || {
+    Builder::new().spawn(move || {
         let mut bytes = Vec::new();
         if let Some(output) = output {
             // What was read before an error is what it said.
             let _ = output.take(MAX_SAID).read_to_end(&mut bytes);
         }
-        // Fails when nobody waits any more.
+        // Fails when `answer` has returned.
         let _ = sender.send(bytes);
-    });
-    said
+    })?;
+    Ok(said)
 }
 
-/// Dropped before it has ended, a program is killed.
+/// A program that is killed on drop, unless it has ended.
 struct Program(Child);
 
 impl Drop for Program {

@@ -1,10 +1,9 @@
-//! Who takes which page: absent, then claimed, then present, once and for all.
+//! The state of each page: absent, then claimed, then present.
 //!
-//! A page that is installed twice is lost twice over: QEMU fails the migration,
-//! or a page that the guest has meanwhile written is overwritten. So whoever wants
-//! to install a page claims it first, and only the one who gets the claim installs
-//! it. Two bits a host page (the unit that userfaultfd installs), in words that are
-//! changed atomically; nobody ever waits.
+//! A page must not be installed twice: QEMU would fail the migration, or what the guest has
+//! written since would be overwritten. So a thread claims a page before it installs it, and
+//! only one thread gets the claim. There are two bits per host page (the unit that
+//! userfaultfd installs), in words that are changed atomically; no thread ever waits.
 
 use self::sync::{AtomicU64, Ordering};
 use crate::page::{Block, BlockId, Run};
@@ -31,9 +30,9 @@ struct BlockClaims {
     pages: u64,
     /// log2 of the target pages in one unit, which is one host page.
     unit_shift: u32,
-    /// One bit a unit: somebody has taken it.
+    /// One bit per unit: it is claimed or present.
     claimed: Box<[AtomicU64]>,
-    /// One bit a unit: it is in place. Never set before its bit in `claimed`.
+    /// One bit per unit: it is present. Never set before its bit in `claimed`.
     present: Box<[AtomicU64]>,
 }
 
@@ -69,13 +68,13 @@ impl ClaimMap {
         self.present.load(Ordering::Acquire)
     }
 
-    /// Whether somebody has taken the host page that holds this target page.
+    /// Whether the host page that holds this target page is claimed or present.
     pub fn is_claimed(&self, block: BlockId, page: u64) -> bool {
         let claims = &self.blocks[block.index()];
         claims.is_set(&claims.claimed, page)
     }
 
-    /// Whether somebody has taken every page of the block.
+    /// Whether every page of the block is claimed or present.
     pub fn all_claimed(&self, block: BlockId) -> bool {
         let claims = &self.blocks[block.index()];
         let all = Run { block, first: 0, count: claims.pages };
@@ -85,20 +84,19 @@ impl ClaimMap {
         claims.words(all).all(taken)
     }
 
-    /// Whether the host page that holds this target page is in place.
+    /// Whether the host page that holds this target page is present.
     pub fn is_present(&self, block: BlockId, page: u64) -> bool {
         let claims = &self.blocks[block.index()];
         claims.is_set(&claims.present, page)
     }
 
-    /// Claims what is absent in `run` and hands each piece that was got to `got`, in
-    /// order. The caller must install a piece that it got, then call
-    /// [`mark_present`](ClaimMap::mark_present); or else
+    /// Claims what is absent in `run` and calls `got` with each piece of it, in order. The
+    /// caller must install a piece, then call [`mark_present`](ClaimMap::mark_present); or else
     /// [`release`](ClaimMap::release) it. `run` must consist of whole host pages.
     ///
     /// # Errors
-    /// The first error of `got`; what it was called for, and all behind it, is absent
-    /// again.
+    /// The first error of `got`. The piece for which it was called, and all behind it, are
+    /// absent again.
     pub fn claim<E>(&self, run: Run, mut got: impl FnMut(Run) -> Result<(), E>) -> Result<(), E> {
         let claims = &self.blocks[run.block.index()];
         let mut pending: Option<Run> = None;
@@ -131,7 +129,7 @@ impl ClaimMap {
         pending.map_or(Ok(()), give)
     }
 
-    /// Makes pages absent again that the caller has claimed and could not install.
+    /// Makes pages absent again that the caller has claimed but could not install.
     pub fn release(&self, run: Run) {
         let claims = &self.blocks[run.block.index()];
         for (word, mask) in claims.words(run) {
@@ -140,8 +138,8 @@ impl ClaimMap {
         }
     }
 
-    /// Notes that pages which the caller had claimed are in place. True for the one
-    /// call that makes the machine's memory complete.
+    /// Marks pages that the caller has claimed as present. True for the one call that makes
+    /// the machine's memory complete.
     pub fn mark_present(&self, run: Run) -> bool {
         let claims = &self.blocks[run.block.index()];
         for (word, mask) in claims.words(run) {

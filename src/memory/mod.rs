@@ -1,15 +1,14 @@
-//! A guest's memory on its way back: which page goes when, and who brings it.
+//! Bringing a guest's memory back: which page when, and by whom.
 //!
-//! [`Memory`] ties together where pages come from (a
-//! [`PageSource`]), how they travel (a [`Place`]), and
-//! who takes which page ([`claim`]). [`faults`] answers what the guest waits for,
-//! [`mod@prefetch`] brings the rest. Neither knows by which way a page travels, and
-//! nothing here knows of images or of how QEMU was started.
+//! [`Memory`] ties together where pages come from (a [`PageSource`]), how they travel (a
+//! [`Transport`]), and who brings which page ([`claim`]). A [`FaultHandler`] takes the guest's
+//! faults, a [`Pager`] brings what is asked for, [`mod@prefetch`] brings the rest. None of them
+//! knows how a page travels, and nothing here knows of images or of how QEMU was started.
 
-pub mod answers;
 pub mod claim;
 mod fault_handler;
 mod pace;
+pub mod pager;
 pub mod prefetch;
 mod probe;
 mod window;
@@ -19,18 +18,18 @@ pub mod working_set;
 mod tests;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-pub use answers::{FaultReport, FaultServer};
 pub use claim::ClaimMap;
-pub use fault_handler::Intake;
+pub use fault_handler::FaultHandler;
 pub use pace::Pace;
+pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use working_set::{WorkingSet, WorkingSetError};
 
 use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
-use crate::transport::{Place, PlaceError};
+use crate::transport::{Transport, TransportError};
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -47,20 +46,20 @@ pub enum MemoryError {
     },
     /// A page could not be installed.
     #[error("installing memory at offset {offset:#x} of block `{block}` failed: {source}")]
-    Place {
+    Install {
         /// The block's name.
         block: String,
         /// Offset in the block, in bytes.
         offset: u64,
         /// What went wrong.
-        source: PlaceError,
+        source: TransportError,
     },
     /// The source can't be read at all.
     #[error("no reader for the guest's memory: {0}")]
     Reader(SourceError),
     /// Faults can't be taken from userfaultfd.
     #[error("taking the guest's faults failed: {0}")]
-    Intake(PlaceError),
+    FaultHandler(TransportError),
     /// QEMU asked for memory that its machine does not have.
     #[error(
         "QEMU asked for {len} bytes at offset {offset:#x} of block `{block}`, which the image \
@@ -76,36 +75,27 @@ pub enum MemoryError {
     },
 }
 
-impl MemoryError {
-    /// Whether the same thing may go well in a moment, once somebody has read the event
-    /// that tells how the memory's layout is changing.
-    fn is_passing(&self) -> bool {
-        matches!(self, MemoryError::Place { source: PlaceError::Changing, .. })
-    }
-}
-
-/// How far a guest's memory has come.
+/// How much of a guest's memory is in place.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Pages that are in place.
     pub present: u64,
     /// Pages of the machine.
     pub total: u64,
-    /// Requests received from the guest's side, those for pages already on their
-    /// way included.
+    /// Requests of the guest's, including those for pages that were already being installed.
     pub requests: u64,
-    /// Pages installed because of a request, neighbours included.
+    /// Pages installed because of a request, including their neighbours.
     pub demanded: u64,
 }
 
-/// One guest's memory on its way.
+/// One guest's memory while it is brought back.
 pub struct Memory {
     source: Arc<dyn PageSource>,
-    place: Box<dyn Place>,
+    transport: Box<dyn Transport>,
     claims: ClaimMap,
-    /// Faults that are being answered now; prefetch stands aside while there are any.
+    /// Requests that are being answered now; prefetch stands aside while there are any.
     urgent: AtomicUsize,
-    /// Those who fill memory now.
+    /// Prefetchers at work.
     filling: AtomicUsize,
     requests: AtomicU64,
     demanded: AtomicU64,
@@ -114,13 +104,13 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The memory that `source` holds, none of it in place, to be brought by `place`.
-    pub fn new(source: Arc<dyn PageSource>, place: Box<dyn Place>) -> Memory {
+    /// The memory that `source` holds, none of it in place yet. Pages go by `transport`.
+    pub fn new(source: Arc<dyn PageSource>, transport: Box<dyn Transport>) -> Memory {
         let claims = ClaimMap::new(source.blocks());
         let complete = (Mutex::new(claims.total() == 0), Condvar::new());
         Memory {
             source,
-            place,
+            transport,
             claims,
             urgent: AtomicUsize::new(0),
             filling: AtomicUsize::new(0),
@@ -140,7 +130,7 @@ impl Memory {
         self.source.chunk_pages()
     }
 
-    /// How far it has come.
+    /// How much is in place.
     pub fn counts(&self) -> Counts {
         Counts {
             present: self.claims.present(),
@@ -150,7 +140,7 @@ impl Memory {
         }
     }
 
-    /// Whether nothing of this block is left to be brought by anybody.
+    /// Whether every page of this block is in place or being installed.
     pub fn is_settled(&self, block: BlockId) -> bool {
         self.claims.all_claimed(block)
     }
@@ -169,15 +159,9 @@ impl Memory {
         &self.source.blocks()[id.index()]
     }
 
-    /// [`Place::steady`].
-    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.place.steady()
-    }
-
-    /// Claims the pages of `run` that nobody has, and installs those, in pieces as
-    /// large as the way of placing likes. Each piece is claimed just before it goes,
-    /// and `pause` is called before each, so that whoever isn't urgent can stand
-    /// aside while holding nothing.
+    /// Claims the absent pages of `run` and installs them, in pieces of the transport's
+    /// preferred size. Each piece is claimed just before it is installed. `pause` is called
+    /// before that, while nothing is held, so that prefetch can stand aside.
     fn install(
         &self,
         run: Run,
@@ -186,8 +170,8 @@ impl Memory {
     ) -> Result<u64, MemoryError> {
         let unit = self.block(run.block).pages_per_host_page();
         let step = unit.max(match content {
-            Content::Zero => self.place.zero_step_pages(run.block),
-            Content::Bytes(_) => self.place.step_pages(run.block),
+            Content::Zero => self.transport.zero_step_pages(run.block),
+            Content::Bytes(_) => self.transport.step_pages(run.block),
         });
         let mut installed = 0;
         let mut first = run.first;
@@ -196,9 +180,8 @@ impl Memory {
             let end = run.end().min((first / step + 1) * step);
             pause();
             let piece = Run { block: run.block, first, count: end - first };
-            let _steady = self.steady();
             self.claims.claim(piece, |claimed| {
-                self.place_run(run, claimed, content)?;
+                self.install_claimed(run, claimed, content)?;
                 installed += claimed.count;
                 Ok(())
             })?;
@@ -208,21 +191,26 @@ impl Memory {
     }
 
     /// Installs pages that the caller has claimed.
-    fn place_run(&self, whole: Run, run: Run, content: Content<'_>) -> Result<(), MemoryError> {
+    fn install_claimed(
+        &self,
+        whole: Run,
+        run: Run,
+        content: Content<'_>,
+    ) -> Result<(), MemoryError> {
         let block = self.block(run.block);
         let placed = match content {
-            Content::Zero => self.place.zero(block, run),
+            Content::Zero => self.transport.zero(block, run),
             Content::Bytes(bytes) => {
                 let start = (run.offset() - whole.offset()) as usize;
-                self.place.copy(block, run, &bytes[start..start + run.bytes() as usize])
+                self.transport.copy(block, run, &bytes[start..start + run.bytes() as usize])
             }
         };
-        placed.map_err(|source| self.place_error(run, source))?;
+        placed.map_err(|source| self.transport_error(run, source))?;
         self.arrived(run);
         Ok(())
     }
 
-    /// Notes that claimed pages are in place, and tells whoever waits for the last.
+    /// Marks claimed pages as present; wakes [`Memory::wait_complete`] behind the last one.
     fn arrived(&self, run: Run) {
         if self.claims.mark_present(run) {
             let (done, signal) = &self.complete;
@@ -231,25 +219,15 @@ impl Memory {
         }
     }
 
-    /// Wakes whoever waits for a page that is in place.
+    /// Wakes the threads that wait for pages which are in place.
     fn wake(&self, run: Run) -> Result<(), MemoryError> {
         let block = self.block(run.block);
-        self.place.wake(block, run).map_err(|source| self.place_error(run, source))
+        self.transport.wake(block, run).map_err(|source| self.transport_error(run, source))
     }
 
-    /// Takes pages as done that their owner has given back or unmapped. Nobody installs
-    /// anything meanwhile, or old content could arrive after this.
-    fn give_up(&self, run: Run) {
-        let done = self.claims.claim(run, |absent| {
-            self.arrived(absent);
-            Ok::<(), std::convert::Infallible>(())
-        });
-        let Ok(()) = done;
-    }
-
-    fn place_error(&self, run: Run, source: PlaceError) -> MemoryError {
+    fn transport_error(&self, run: Run, source: TransportError) -> MemoryError {
         let block = self.block(run.block).name.clone();
-        MemoryError::Place { block, offset: run.offset(), source }
+        MemoryError::Install { block, offset: run.offset(), source }
     }
 
     fn source_error(&self, run: Run, source: SourceError) -> MemoryError {
@@ -264,17 +242,18 @@ impl Memory {
     fn likes_large_zeros(&self, block: BlockId) -> bool {
         // A huge page may be zero in parts, and is then not a matter of zeros.
         let small = self.block(block).page_size == PAGE_SIZE as u64;
-        small && self.place.zero_step_pages(block) > self.place.step_pages(block)
+        small && self.transport.zero_step_pages(block) > self.transport.step_pages(block)
     }
 
-    /// Whether somebody brings what nobody has asked for yet.
+    /// Whether a prefetcher is at work.
     fn is_filling(&self) -> bool {
         self.filling.load(Ordering::Relaxed) > 0
     }
 
-    /// Stands aside for a fault that is being answered now. It mostly takes some tens of
-    /// microseconds, for which giving up the time slice is enough; one that waits for a disk
-    /// takes longer, and isn't served sooner by keeping others from reading too.
+    /// Stands aside for a fault that is being answered now, and returns whether it has been. An
+    /// answer mostly takes some tens of microseconds, for which giving up the time slice is
+    /// enough. One that waits for a disk takes longer, and would not be sooner if nobody else
+    /// read meanwhile.
     fn stand_aside_briefly(&self) -> bool {
         let start = Instant::now();
         while self.urgent.load(Ordering::Acquire) > 0 {
@@ -286,8 +265,8 @@ impl Memory {
         true
     }
 
-    /// Stands aside while faults are being answered: after a while asleep, and not forever,
-    /// since where there are always some, memory would never be whole.
+    /// Stands aside while faults are being answered: asleep after a while, and for a limited
+    /// time, since memory would never become whole where there are always some.
     fn stand_aside(&self) {
         if self.stand_aside_briefly() {
             return;
@@ -299,11 +278,11 @@ impl Memory {
     }
 }
 
-/// How long whoever fills memory gives up its time slices for faults, and then sleeps at a
-/// time: longer than a fault takes on busy processors, shorter than a disk.
+/// How long prefetch gives up its time slices for faults, and then sleeps at a time: longer
+/// than a fault takes on busy processors, shorter than a read from a disk.
 const BRIEFLY: Duration = Duration::from_millis(1);
 
-/// How long it stands aside for them in all, between two pieces.
+/// How long it stands aside in all before a piece.
 const AT_MOST: Duration = Duration::from_millis(10);
 
 /// What a run of pages holds.

@@ -1,8 +1,8 @@
-//! Brings everything that nobody has asked for yet, in the order in which the guest is
-//! likely to want it.
+//! Brings all pages that were not requested yet, in the order in which the guest is likely
+//! to use them.
 //!
 //! 1. The working set, as it was first touched in an earlier revert.
-//! 2. Zero ranges, in large calls, where the way of placing can do that.
+//! 2. Zero ranges, in large calls, where the transport can do that.
 //! 3. The rest, in windows of 2 MiB.
 //!
 //! Threads take the next window from a shared list, read and decompress a part of it at
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use super::window::Window;
-use super::{Content, FaultServer, Memory, MemoryError};
+use super::{Content, Memory, MemoryError, Pager};
 use crate::page::{Block, BlockId, ChunkReader, PAGE_SHIFT, PAGE_SIZE, Page, Run};
 
 /// Bytes that a thread takes on at once: memory that one table of pages maps, so that
@@ -111,7 +111,7 @@ fn bring_set(
     Ok(())
 }
 
-/// Tells that memory is being filled, for as long as it lives.
+/// Counts as a prefetcher at work as long as it lives.
 struct Filling<'a>(&'a Memory);
 
 impl<'a> Filling<'a> {
@@ -127,7 +127,7 @@ impl Drop for Filling<'_> {
     }
 }
 
-/// Does the same work on several threads, this one among them, unless there is none.
+/// Does `work` on several threads, this one among them. Without pieces there is nothing to do.
 fn in_parallel(
     threads: usize,
     pieces: usize,
@@ -153,14 +153,13 @@ fn in_parallel(
     })
 }
 
-/// What can't be read, or not be installed just now, is passed over here.
+/// What can't be read is passed over here.
 fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
     match result {
         Err(MemoryError::Source { block, offset, source }) => {
             tracing::warn!("prefetch passes over offset {offset:#x} of `{block}`: {source}");
             Ok(())
         }
-        Err(error) if error.is_passing() => Ok(()),
         other => other,
     }
 }
@@ -196,7 +195,7 @@ fn fill_rest(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Memo
 
 /// Asks for every page that is still absent.
 fn demand_the_rest(memory: &Arc<Memory>, pace: &Pace) -> Result<(), MemoryError> {
-    let mut server = None;
+    let mut pager = None;
     let windows = Windows::new(memory, |_| true);
     while let Some(window) = windows.next() {
         for page in window.pages() {
@@ -206,17 +205,12 @@ fn demand_the_rest(memory: &Arc<Memory>, pace: &Pace) -> Result<(), MemoryError>
             if pace.is_stopped() {
                 return Ok(());
             }
-            let server = match &mut server {
-                Some(server) => server,
-                none => none.insert(FaultServer::new(Arc::clone(memory))?),
+            let pager = match &mut pager {
+                Some(pager) => pager,
+                none => none.insert(Pager::new(Arc::clone(memory))?),
             };
             let (offset, len, asked) = (page.offset(), PAGE_SIZE as u64, Instant::now());
-            while let Err(error) = server.serve(page.block, offset, len, asked) {
-                if !error.is_passing() || pace.is_stopped() {
-                    return Err(error);
-                }
-                std::thread::yield_now();
-            }
+            pager.serve(page.block, offset, len, asked)?;
         }
     }
     Ok(())

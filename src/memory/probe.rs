@@ -1,18 +1,17 @@
-//! Sends one page of a block ahead of all others, so that the block can be found.
+//! Sends one page of a block ahead of all others, which proves where the block lies.
 
 use std::sync::Arc;
 
-use super::{Content, FaultServer, Memory, MemoryError};
+use super::{Content, Memory, MemoryError, Pager};
 use crate::page::{BlockId, Location, PAGE_SIZE, Page, PageBytes, Run};
 
-/// Host pages of a block that are looked at for one worth sending.
+/// Host pages of a block that are looked at.
 const TRIES: u64 = 64;
 
-impl FaultServer {
-    /// Installs one host page of the block that nobody has asked for yet, preferably one
-    /// that is not zero. Before that, `before` is told its offset in the block in bytes
-    /// and its first [`PAGE_SIZE`] bytes. False when every page that was looked at is
-    /// taken.
+impl Pager {
+    /// Installs one host page of the block that is still absent, preferably one that is not
+    /// zero. `before` is called ahead of that with its offset in the block, in bytes, and its
+    /// first [`PAGE_SIZE`] bytes. False when no page that was looked at is absent.
     ///
     /// # Errors
     /// When the page can't be had or installed.
@@ -31,7 +30,7 @@ impl FaultServer {
                 before(run.offset(), bytes.first_chunk().unwrap_or(&[0; PAGE_SIZE]));
             }
         }
-        memory.place_run(run, run, content)?;
+        memory.install_claimed(run, run, content)?;
         Ok(true)
     }
 }

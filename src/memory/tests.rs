@@ -1,4 +1,4 @@
-//! The engine against a source and a way of placing that live in this process:
+//! The engine against a source and a transport that live in this process:
 //! every page arrives once, whole and right, whoever brings it.
 
 use std::sync::Mutex;
@@ -95,8 +95,8 @@ struct Shelf {
     pages: Mutex<std::collections::HashMap<(String, u64), Vec<u8>>>,
 }
 
-impl Place for Arc<Shelf> {
-    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
+impl Transport for Arc<Shelf> {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError> {
         assert_eq!(run.first % block.pages_per_host_page(), 0, "a host page was cut");
         let mut pages = self.pages.lock().unwrap();
         for (page, bytes) in run.pages().zip(bytes.chunks_exact(PAGE_SIZE)) {
@@ -106,7 +106,7 @@ impl Place for Arc<Shelf> {
         Ok(())
     }
 
-    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         self.copy(block, run, &vec![0; run.bytes() as usize])
     }
 
@@ -151,18 +151,18 @@ proptest! {
             .collect();
         let computed = |blocks| Computed { blocks, chunk_pages: 1 << chunk_shift, broken: None };
         let shelf = Arc::new(Shelf::default());
-        let place = Box::new(Arc::clone(&shelf));
-        let memory = Arc::new(Memory::new(Arc::new(computed(blocks.clone())), place));
+        let transport = Box::new(Arc::clone(&shelf));
+        let memory = Arc::new(Memory::new(Arc::new(computed(blocks.clone())), transport));
         std::thread::scope(|scope| {
             for half in asked.chunks(asked.len().div_ceil(2).max(1)) {
-                let mut server = FaultServer::new(Arc::clone(&memory)).unwrap();
+                let mut pager = Pager::new(Arc::clone(&memory)).unwrap();
                 let blocks = &blocks;
                 scope.spawn(move || for (b, n) in half {
                     let id = usize::from(*b) % blocks.len();
                     let unit = blocks[id].pages_per_host_page();
                     let offset = (n % blocks[id].pages()) / unit * blocks[id].page_size;
                     let len = blocks[id].page_size.min(blocks[id].len - offset);
-                    server.serve(BlockId(id as u16), offset, len, Instant::now()).unwrap();
+                    pager.serve(BlockId(id as u16), offset, len, Instant::now()).unwrap();
                 });
             }
             prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap();
@@ -192,9 +192,9 @@ fn a_request_outside_the_machine_is_refused() {
     let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 16, broken: None };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(shelf)));
-    let mut server = FaultServer::new(Arc::clone(&memory)).unwrap();
+    let mut pager = Pager::new(Arc::clone(&memory)).unwrap();
     for (offset, len) in [(4 * 4096, 4096), (0, 5 * 4096), (u64::MAX - 4095, 4096), (0, 0)] {
-        let error = server.serve(BlockId(0), offset, len, Instant::now()).unwrap_err();
+        let error = pager.serve(BlockId(0), offset, len, Instant::now()).unwrap_err();
         assert!(matches!(error, MemoryError::NoSuchMemory { .. }), "{error}");
     }
     assert_eq!(memory.counts().present, 0);
@@ -204,10 +204,10 @@ fn a_request_outside_the_machine_is_refused() {
 fn an_answers_time_counts_from_the_event_and_not_from_its_turn() {
     let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 4, broken: None };
     let memory = Memory::new(Arc::new(source), Box::new(Arc::new(Shelf::default())));
-    let mut server = FaultServer::new(Arc::new(memory)).unwrap();
+    let mut pager = Pager::new(Arc::new(memory)).unwrap();
     let waited = Duration::from_millis(500);
     let heard = Instant::now().checked_sub(waited).unwrap();
-    server.serve(BlockId(0), 0, 4096, heard).unwrap();
-    let answers = server.into_report().timings;
+    pager.serve(BlockId(0), 0, 4096, heard).unwrap();
+    let answers = pager.into_report().timings;
     assert!(answers.len() == 1 && answers.max() >= waited.as_nanos() as u64, "{answers:?}");
 }

@@ -1,9 +1,9 @@
-//! A stretch of memory being made ready: looked up, read, and put in order.
+//! A run of pages made ready to be installed: looked up, read, and put in order.
 
 use super::{Content, Memory, MemoryError};
 use crate::page::{BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, Run};
 
-/// Buffers for some neighbouring pages of one block, used again and again.
+/// Buffers for neighbouring pages of one block, which are reused.
 pub(super) struct Window {
     run: Run,
     /// The pages' bytes, one after the other.
@@ -16,7 +16,7 @@ pub(super) struct Window {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Slot {
-    /// Not wanted: somebody else brings it, or has brought it.
+    /// Not wanted: it is claimed or present.
     Skip,
     /// All zeros.
     Zero,
@@ -39,9 +39,8 @@ impl Window {
         (self.bytes.len() / PAGE_SIZE) as u64
     }
 
-    /// Reads those pages of `run` that are `absent` and lie where it suits, each chunk
-    /// once. `pause` is called before each read, so that whoever isn't urgent can stand
-    /// aside.
+    /// Reads those pages of `run` for which `absent` and `suits` hold, each chunk once. `pause`
+    /// is called before each read, so that prefetch can stand aside.
     pub fn load(
         &mut self,
         memory: &Memory,
@@ -76,8 +75,8 @@ impl Window {
         Ok(())
     }
 
-    /// Reads the chunk of one page and takes from it whatever else is near; reads the chunks
-    /// behind it as well where they are wanted whole.
+    /// Reads the chunk of one page, with the chunks behind it where all of them are wanted as a
+    /// whole, and takes from it all pages of the window.
     fn read_chunks_of(
         &mut self,
         at: usize,
@@ -120,8 +119,8 @@ impl Window {
         Ok(())
     }
 
-    /// Notes the chunks that the slots from `at` on hold in their order, each with its length
-    /// in bytes as far as can be seen here.
+    /// Lists the chunks that the slots from `at` on hold as a whole and in order, each with the
+    /// bytes of it that the window shows.
     fn find_whole_chunks(&mut self, at: usize) {
         self.whole.clear();
         for slot in &self.slots[at..] {
@@ -162,7 +161,7 @@ impl Window {
         }
     }
 
-    /// The stretches of pages that are ready, each with what it holds.
+    /// The runs of pages that are ready, each with its content.
     pub fn pieces(&self) -> impl Iterator<Item = (Run, Content<'_>)> {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -177,7 +176,7 @@ impl Window {
         })
     }
 
-    /// What one host page holds that was wanted and has been loaded.
+    /// The content of one host page that was wanted and has been loaded.
     pub fn host_page(&self, run: Run) -> Content<'_> {
         self.content(run, self.slots[(run.first - self.run.first) as usize])
     }

@@ -37,6 +37,7 @@ pub use error::QmpError;
 pub use event::{EVENT_QUEUE, Event, Events};
 pub use message::MAX_MESSAGE;
 
+use crate::host::pidfd::peer_pid;
 use crate::machine::QemuVersion;
 use message::{Messages, ReadError};
 
@@ -174,7 +175,7 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::connect`].
     pub async fn over(stream: UnixStream, timeout: Duration) -> Result<Qmp, QmpError> {
-        let peer_pid = stream.peer_cred().map_err(QmpError::Socket)?.pid();
+        let peer_pid = peer_pid(&stream);
         let (read_half, write_half) = stream.into_split();
         let mut messages = Messages::new(read_half);
         let version = match tokio::time::timeout(timeout, messages.next()).await {
@@ -216,7 +217,7 @@ impl Qmp {
     /// who called socketpair(2), which then is *not* QEMU. `None` when it lives
     /// in a PID namespace that is not visible from here.
     pub fn peer_pid(&self) -> Option<i32> {
-        self.connection.peer_pid.filter(|&pid| pid > 0)
+        self.connection.peer_pid
     }
 
     /// Executes a command and returns its result. Arguments that serialise to JSON `null`, such

@@ -4,7 +4,7 @@ use crate::guest::GuestError;
 use crate::image::ImageError;
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
-use crate::transport::proof::AdoptError;
+use crate::transport::proof::AttachError;
 use crate::wire::WireError;
 
 /// Why a revert failed. The QEMU that it started has been ended. Overlays of disks stay if
@@ -123,7 +123,7 @@ pub enum PostcopyError {
     Opening(std::io::Error),
     /// Pages can't be installed directly, though nothing else was asked for.
     #[error("memory can't be installed by userfaultfd: {0}")]
-    Adopt(#[from] AdoptError),
+    Adopt(#[from] AttachError),
     /// Some blocks can't be installed directly, though nothing else was asked for.
     #[error("memory can't be installed by userfaultfd: these blocks were not found in QEMU: {0}")]
     Unproven(String),

@@ -29,4 +29,4 @@ pub use rtc::Rtc;
 pub use serve::serve;
 pub use session::Held;
 
-pub use crate::transport::proof::AdoptError;
+pub use crate::transport::proof::AttachError;

@@ -14,15 +14,14 @@ mod moment;
 mod options;
 mod overlays;
 mod pause;
+mod prefault;
 mod prepare;
-mod process;
 mod receive;
 mod recover;
 mod release;
 mod saving;
 mod settings;
 mod take;
-mod touch;
 mod undo;
 
 use self::finish::Written;

@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::checked::Checked;
 use super::failpoints::failpoint;
-use super::process::owner;
 use crate::guest::{FoundDisk, write_overlay};
+use crate::host::procfs::owner;
 use crate::qmp::{Qmp, QmpError};
 
 /// Why disks could not be switched to overlays.

@@ -7,7 +7,7 @@ use super::error::SaveError;
 use super::event::SaveEvent;
 use super::failpoints::failpoint;
 use super::saving::Saving;
-use super::{collapse, overlays, touch};
+use super::{collapse, overlays, prefault};
 use crate::guest;
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {
@@ -58,7 +58,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let cancel = self.cancel.clone();
         move || {
             if prefault {
-                touch::read_memory(pid, &blocks, &cancel);
+                prefault::prefault(pid, &blocks, &cancel);
             }
             if background {
                 collapse::collapse_memory(pid, &blocks, &cancel);

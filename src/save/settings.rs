@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::check::error::CheckError;
 use super::error::SaveError;
-use super::process::owner;
+use crate::host::procfs::owner;
 use crate::host::uffd;
 use crate::qmp::{Qmp, QmpError};
 

@@ -1,39 +1,38 @@
-//! Pages straight into memory, by a userfaultfd that this memory is registered with.
+//! Pages installed directly in memory, by the userfaultfd that it is registered with.
 
-use std::sync::{Arc, OnceLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock};
 
-use super::{Place, PlaceError};
+use super::{Transport, TransportError};
 use crate::host::uffd::{Uffd, UffdError};
 use crate::page::{Block, BlockId, PAGE_SIZE, Run};
 
-/// Pages in one call at most: 256 KiB. The rate of copying is within some percent of
-/// that of larger calls, and a fault that comes meanwhile waits a quarter as long for
-/// the processor.
+/// Pages in one call at most: 256 KiB. Copying is within a few percent as fast as in calls of
+/// 1 MiB, and a fault that comes meanwhile waits a quarter as long for the processor.
 const STEP_PAGES: u64 = 64;
 
 /// Zero pages in one call at most: 2 MiB, which takes about 12 µs.
 const ZERO_STEP_PAGES: u64 = 512;
 
-/// The zeros of a huge page of the usual size, so that a fault allocates nothing.
+/// A huge page of the usual size, so that a fault allocates nothing.
 static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
 
 /// Installs pages by userfaultfd, in this process's memory or in another's.
-pub struct DirectPlace {
+pub struct DirectTransport {
     uffd: Arc<Uffd>,
-    /// Where each block lies, if that is known.
+    /// The address of each block's first byte, if it is known.
     addresses: Vec<Option<u64>>,
 }
 
-impl DirectPlace {
-    /// Installs pages by `uffd`. `addresses` says for each block where its first byte
-    /// lies, or nothing for a block that is not to be installed this way.
+impl DirectTransport {
+    /// Installs pages by `uffd`. `addresses` holds the address of each block's first byte, or
+    /// nothing for a block that this transport doesn't serve.
     ///
     /// # Safety
-    /// Each address must truly be that block's, in the process whose memory `uffd`
-    /// serves, and the block's whole length be registered with it: bytes installed at a
-    /// wrong address are memory corrupted in another process.
-    pub unsafe fn new(uffd: Arc<Uffd>, addresses: Vec<Option<u64>>) -> DirectPlace {
-        DirectPlace { uffd, addresses }
+    /// Each address must be that block's in the process whose memory `uffd` serves, and the
+    /// whole block must be registered with it: bytes installed at a wrong address corrupt the
+    /// memory of that process.
+    pub unsafe fn new(uffd: Arc<Uffd>, addresses: Vec<Option<u64>>) -> DirectTransport {
+        DirectTransport { uffd, addresses }
     }
 
     /// The userfaultfd.
@@ -41,19 +40,20 @@ impl DirectPlace {
         &self.uffd
     }
 
-    /// Where the block's first byte lies.
+    /// The address of the block's first byte, if this transport serves the block.
     pub fn address(&self, block: BlockId) -> Option<u64> {
         self.addresses.get(block.index()).copied().flatten()
     }
 
-    fn at(&self, run: Run) -> Result<u64, PlaceError> {
-        let unknown = || PlaceError::Io(std::io::Error::other("the block's address is not known"));
+    fn at(&self, run: Run) -> Result<u64, TransportError> {
+        let unknown =
+            || TransportError::Io(std::io::Error::other("the block's address is not known"));
         Ok(self.address(run.block).ok_or_else(unknown)? + run.offset())
     }
 }
 
-impl Place for DirectPlace {
-    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
+impl Transport for DirectTransport {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError> {
         let at = self.at(run)?;
         // SAFETY: the address is the block's, as `new` was promised, and the run lies
         // within the block; the caller has claimed the run, so that nobody else
@@ -61,7 +61,7 @@ impl Place for DirectPlace {
         Ok(unsafe { self.uffd.copy(at, bytes, block.page_size) }?)
     }
 
-    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         if block.page_size != PAGE_SIZE as u64 {
             // There is no zero page of the size of hugetlbfs's.
             return match ZEROS.get(..run.bytes() as usize) {
@@ -74,22 +74,8 @@ impl Place for DirectPlace {
         Ok(unsafe { self.uffd.zero(at, run.bytes(), block.page_size) }?)
     }
 
-    fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
-        if self.uffd.tells_of_layout() {
-            // Where a page is in place, this only wakes. Where one was given back, zeros
-            // are what it holds. Where it was unmapped, nobody waits.
-            return match self.zero(block, run) {
-                Err(PlaceError::Gone(error)) if error.raw_os_error() == Some(libc::ENOENT) => {
-                    Ok(())
-                }
-                done => done,
-            };
-        }
+    fn wake(&self, _block: &Block, run: Run) -> Result<(), TransportError> {
         Ok(self.uffd.wake(self.at(run)?, run.bytes())?)
-    }
-
-    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.uffd.steady()
     }
 
     fn step_pages(&self, _block: BlockId) -> u64 {
@@ -101,47 +87,46 @@ impl Place for DirectPlace {
     }
 }
 
-impl From<UffdError> for PlaceError {
-    fn from(error: UffdError) -> PlaceError {
+impl From<UffdError> for TransportError {
+    fn from(error: UffdError) -> TransportError {
         match error {
-            UffdError::Gone { source, .. } => PlaceError::Gone(source),
-            UffdError::Changing { .. } => PlaceError::Changing,
-            other => PlaceError::Io(std::io::Error::other(other)),
+            UffdError::Gone { source, .. } => TransportError::Gone(source),
+            other => TransportError::Io(std::io::Error::other(other)),
         }
     }
 }
 
-/// Two ways at once: every block goes by the first until the second is known to lead
-/// there. A page that has been claimed goes one way only, so a change of ways in
-/// between loses or doubles nothing.
-pub struct Route<P> {
-    first: P,
-    direct: OnceLock<DirectPlace>,
+/// Two transports at once: all blocks go by the first, until the direct one is open for those
+/// whose addresses it knows. A page is claimed before it is sent, so none is lost or sent
+/// twice by the change.
+pub struct Route<T> {
+    first: T,
+    direct: OnceLock<DirectTransport>,
 }
 
-impl<P: Place> Route<P> {
-    /// All blocks by `first`, for now.
-    pub fn new(first: P) -> Route<P> {
+impl<T: Transport> Route<T> {
+    /// Sends all blocks by `first`, for now.
+    pub fn new(first: T) -> Route<T> {
         Route { first, direct: OnceLock::new() }
     }
 
-    /// Opens the direct way, once.
-    pub fn open_direct(&self, direct: DirectPlace) {
-        // A second opening is ignored: it could only lead to the same places.
+    /// Sends by `direct` the blocks that it serves, from now on.
+    pub fn open_direct(&self, direct: DirectTransport) {
+        // A second call changes nothing: the addresses would be the same.
         let _ = self.direct.set(direct);
     }
 
-    /// The first way.
-    pub fn first(&self) -> &P {
+    /// The first transport.
+    pub fn first(&self) -> &T {
         &self.first
     }
 
-    /// The direct way, once it is open.
-    pub fn direct(&self) -> Option<&DirectPlace> {
+    /// The direct transport, once it is open.
+    pub fn direct(&self) -> Option<&DirectTransport> {
         self.direct.get()
     }
 
-    fn way(&self, block: BlockId) -> &dyn Place {
+    fn transport_of(&self, block: BlockId) -> &dyn Transport {
         match self.direct.get() {
             Some(direct) if direct.address(block).is_some() => direct,
             _ => &self.first,
@@ -149,28 +134,24 @@ impl<P: Place> Route<P> {
     }
 }
 
-impl<P: Place> Place for Arc<Route<P>> {
-    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
-        self.way(run.block).copy(block, run, bytes)
+impl<T: Transport> Transport for Arc<Route<T>> {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError> {
+        self.transport_of(run.block).copy(block, run, bytes)
     }
 
-    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
-        self.way(run.block).zero(block, run)
+    fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError> {
+        self.transport_of(run.block).zero(block, run)
     }
 
-    fn wake(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
-        self.way(run.block).wake(block, run)
-    }
-
-    fn steady(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        self.direct()?.steady()
+    fn wake(&self, block: &Block, run: Run) -> Result<(), TransportError> {
+        self.transport_of(run.block).wake(block, run)
     }
 
     fn step_pages(&self, block: BlockId) -> u64 {
-        self.way(block).step_pages(block)
+        self.transport_of(block).step_pages(block)
     }
 
     fn zero_step_pages(&self, block: BlockId) -> u64 {
-        self.way(block).zero_step_pages(block)
+        self.transport_of(block).zero_step_pages(block)
     }
 }

@@ -3,20 +3,20 @@
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Place, PlaceError};
+use super::{Transport, TransportError};
 use crate::page::{Block, BlockId, PAGE_SIZE, Run};
 use crate::wire::Frame;
 
-/// Pages in one section at most. An urgent page waits behind at most this much
-/// and what the socket's buffer holds; smaller sections cost throughput.
+/// Pages in one section at most. An urgent page waits behind one section and what the
+/// socket's buffer holds; smaller sections cost throughput.
 const STEP_PAGES: u64 = 16;
 
 /// Sends pages down a socket that a QEMU destination reads.
 ///
-/// The stream is one sequence of bytes, so its sections are written one at a time
-/// under a lock; that is the only lock on the path of a fault, and prefetch lets go
-/// of it between any two sections and stands aside while a fault is being answered.
-pub struct SocketPlace<W> {
+/// The stream is one sequence of bytes, so its sections are written one at a time under a
+/// lock. It is the only lock on the path of a fault; prefetch releases it between two
+/// sections, and stands aside while a fault is being answered.
+pub struct SocketTransport<W> {
     stream: Mutex<Stream<W>>,
 }
 
@@ -25,36 +25,36 @@ struct Stream<W> {
     frame: Frame,
 }
 
-impl<W: Write + Send> SocketPlace<W> {
+impl<W: Write + Send> SocketTransport<W> {
     /// Sends down `socket`, on which the package has already been sent.
-    pub fn new(socket: W) -> SocketPlace<W> {
-        SocketPlace { stream: Mutex::new(Stream { socket, frame: Frame::default() }) }
+    pub fn new(socket: W) -> SocketTransport<W> {
+        SocketTransport { stream: Mutex::new(Stream { socket, frame: Frame::default() }) }
     }
 
-    /// Sends something else than pages, between two sections.
+    /// Sends something other than pages, between two sections.
     ///
     /// # Errors
     /// When the socket is broken.
-    pub fn send(&self, bytes: &[u8]) -> Result<(), PlaceError> {
+    pub fn send(&self, bytes: &[u8]) -> Result<(), TransportError> {
         Ok(self.lock().socket.write_all(bytes)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Stream<W>> {
-        // A poisoned lock means a thread died inside a section; the write of the
-        // next one will fail at QEMU's end, which is the error to report.
+        // A thread that panicked here may have left half a section. QEMU refuses what follows,
+        // and that is the error to report.
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<W: Write + Send> Place for SocketPlace<W> {
-    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), PlaceError> {
+impl<W: Write + Send> Transport for SocketTransport<W> {
+    fn copy(&self, block: &Block, run: Run, bytes: &[u8]) -> Result<(), TransportError> {
         let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
         let stream = &mut *self.lock();
         let section = stream.frame.pages(block, run, pages.iter());
         Ok(stream.socket.write_all(section)?)
     }
 
-    fn zero(&self, block: &Block, run: Run) -> Result<(), PlaceError> {
+    fn zero(&self, block: &Block, run: Run) -> Result<(), TransportError> {
         let stream = &mut *self.lock();
         let section = stream.frame.zeros(block, run);
         Ok(stream.socket.write_all(section)?)

@@ -1,17 +1,19 @@
 //! In what order memory is filled, how fast, and what is remembered of it.
 
 use std::fs;
+use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{Dir, Reverted, check, text};
-use crate::shared::{copy, options, shared};
-use crate::support::{Guest, GuestOptions, Qemu, Result, SOON};
+use crate::shared::{MIB, copy, options, shared};
+use crate::support::{Guest, GuestOptions, Qemu, Qmp, Result, SOON, wait_for};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_working_set_is_recorded_and_brought_first
     a_working_set_is_harvested_from_a_guest_that_is_thrown_away
+    a_balloon_may_inflate_while_memory_is_filled
 }
 
 tests! {
@@ -121,6 +123,53 @@ fn filling_waits_for_a_quiet_guest_and_hurries_when_interrupted(dir: &Dir) -> Re
     server.wait("still_needed")?;
     reverted.resident()?;
     reverted.check(&shared.nonce)
+}
+
+/// QEMU keeps what the guest puts into its balloon as long as a postcopy migration comes in.
+/// Were it to give those pages back, the guest would wait forever for the ones that were in
+/// place: they are installed only once.
+fn a_balloon_may_inflate_while_memory_is_filled(dir: &Dir, qemu: Qemu) -> Result<()> {
+    const RAM: u64 = 2 * MIB;
+    let mut guest = Guest::boot(&GuestOptions { mib: RAM, virtio_balloon: true, ..options(qemu) })?;
+    let nonce = guest.oracle.nonce()?;
+    for mib in [RAM - 32, RAM] {
+        set_balloon(&guest.qmp_path, mib)?;
+    }
+    let image = dir.path("vm.snap");
+    dir.save(&guest, "vm.snap").succeed()?;
+
+    let to = dir.make("to")?;
+    let slow = ["--no-working-set", "--fill-delay", "100000", "--fill-rate", "1K"];
+    let mut reverted = Reverted::of(dir.revert(&image, &guest.dir, &to).with(&slow), &to)?;
+    for mib in [RAM - 32, RAM, RAM - 16] {
+        set_balloon(&reverted.qmp_path, mib)?;
+    }
+    let server = reverted.server.as_mut().ok_or("no server")?;
+    let progress = server.wait("progress")?;
+    assert!(progress["pages"].as_u64() < progress["total"].as_u64(), "{progress}");
+    server.signal(libc::SIGINT);
+    reverted.resident()?;
+    reverted.check(&nonce)?;
+
+    // Now it does give them back, and the guest gets new ones.
+    for mib in [RAM - 32, RAM] {
+        set_balloon(&reverted.qmp_path, mib)?;
+    }
+    reverted.check(&nonce)
+}
+
+/// Leaves the guest that many MiB, and waits until its balloon holds the rest.
+fn set_balloon(socket: &Path, mib: u64) -> Result<()> {
+    let bytes = mib << 20;
+    let mut qmp = Qmp::connect(socket)?;
+    qmp.execute("balloon", json!({"value": bytes}))?;
+    let mut actual = 0;
+    wait_for(SOON, "the balloon", || {
+        let balloon = qmp.execute("query-balloon", json!({}))?;
+        actual = balloon["actual"].as_u64().ok_or("no actual size")?;
+        Ok((actual == bytes).then_some(()))
+    })
+    .map_err(|e| format!("{e}: {actual} bytes are the guest's, not {bytes}").into())
 }
 
 fn info(dir: &Dir, image: &std::path::Path) -> Result<Value> {

@@ -27,7 +27,7 @@ tests_on_both! {
 /// What the guest's devices need, each behind those that it needs.
 const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,\
                        virtio_blk,scsi_common,scsi_mod,sd_mod,virtio_scsi,failover,net_failover,\
-                       virtio_net,virtio_console,virtio-rng,virtio_mem";
+                       virtio_net,virtio_console,virtio-rng";
 
 /// Room for vCPUs and memory, controllers, and a network card.
 const COLD: &str = "-smp maxcpus=4 -m 256,slots=4,maxmem=2G -device virtio-scsi-pci,id=scsi0 \

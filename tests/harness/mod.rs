@@ -11,9 +11,11 @@ use std::thread::{self, JoinHandle};
 
 use snapback::cancel::Cancellation;
 use snapback::host::uffd::Uffd;
-use snapback::memory::{FaultReport, FillOptions, Intake, Memory, MemoryError, Pace, prefetch};
+use snapback::memory::{
+    FaultHandler, FaultReport, FillOptions, Memory, MemoryError, Pace, prefetch,
+};
 use snapback::page::{BlockId, PageSource};
-use snapback::transport::DirectPlace;
+use snapback::transport::DirectTransport;
 
 pub use ram::{Backing, HugePages, Ram};
 pub use source::{Pattern, write_image};
@@ -26,40 +28,40 @@ pub struct Engine {
     pub memory: Arc<Memory>,
     pub uffd: Arc<Uffd>,
     ram: Arc<Ram>,
-    intakes: Vec<RunningIntake>,
+    handlers: Vec<RunningFaultHandler>,
 }
 
-struct RunningIntake {
+struct RunningFaultHandler {
     cancel: Cancellation,
     thread: JoinHandle<Result<FaultReport, MemoryError>>,
 }
 
 impl Engine {
-    /// Registers all of `ram` with a new userfaultfd of these features; from now on,
+    /// Registers all of `ram` with a new userfaultfd; from now on,
     /// whoever touches it waits for `source`'s pages.
-    pub fn new(ram: &Arc<Ram>, source: Arc<dyn PageSource>, features: u64) -> Engine {
-        let uffd = Arc::new(Uffd::create(features).unwrap());
+    pub fn new(ram: &Arc<Ram>, source: Arc<dyn PageSource>) -> Engine {
+        let uffd = Arc::new(Uffd::create().unwrap());
         ram.register(&uffd);
-        let memory = Memory::new(source, Box::new(Engine::place(ram, &uffd)));
-        Engine { memory: Arc::new(memory), uffd, ram: Arc::clone(ram), intakes: Vec::new() }
+        let memory = Memory::new(source, Box::new(Engine::transport(ram, &uffd)));
+        Engine { memory: Arc::new(memory), uffd, ram: Arc::clone(ram), handlers: Vec::new() }
     }
 
-    fn place(ram: &Arc<Ram>, uffd: &Arc<Uffd>) -> DirectPlace {
+    fn transport(ram: &Arc<Ram>, uffd: &Arc<Uffd>) -> DirectTransport {
         let address = |n| Some(ram.address(BlockId(n as u16)));
         let addresses = (0..ram.blocks().len()).map(address).collect();
         // SAFETY: the addresses are where the blocks lie, registered as a whole with this
         // userfaultfd.
-        unsafe { DirectPlace::new(Arc::clone(uffd), addresses) }
+        unsafe { DirectTransport::new(Arc::clone(uffd), addresses) }
     }
 
     /// Starts one more thread that answers faults.
-    pub fn start_intake(&mut self) {
-        let place = Engine::place(&self.ram, &self.uffd);
+    pub fn start_fault_handler(&mut self) {
+        let transport = Engine::transport(&self.ram, &self.uffd);
         let cancel = Cancellation::new();
-        let intake = Intake::new(Arc::clone(&self.memory), &place, &cancel).unwrap();
-        let named = thread::Builder::new().name("intake".into());
-        let thread = named.spawn(move || intake.run()).unwrap();
-        self.intakes.push(RunningIntake { cancel, thread });
+        let handler = FaultHandler::new(Arc::clone(&self.memory), &transport, &cancel).unwrap();
+        let named = thread::Builder::new().name("fault-handler".into());
+        let thread = named.spawn(move || handler.run()).unwrap();
+        self.handlers.push(RunningFaultHandler { cancel, thread });
     }
 
     /// Brings all memory, with so many threads.
@@ -69,24 +71,24 @@ impl Engine {
     }
 
     /// Stops the threads that answer faults, and says how they fared.
-    pub fn stop_intakes(&mut self) -> Vec<Result<FaultReport, MemoryError>> {
-        for intake in &self.intakes {
-            intake.cancel.request();
+    pub fn stop_fault_handlers(&mut self) -> Vec<Result<FaultReport, MemoryError>> {
+        for handler in &self.handlers {
+            handler.cancel.request();
         }
-        self.join_intakes()
+        self.join_fault_handlers()
     }
 
     /// Waits until the threads that answer faults end by themselves.
-    pub fn join_intakes(&mut self) -> Vec<Result<FaultReport, MemoryError>> {
-        self.intakes.drain(..).map(|intake| intake.thread.join().unwrap()).collect()
+    pub fn join_fault_handlers(&mut self) -> Vec<Result<FaultReport, MemoryError>> {
+        self.handlers.drain(..).map(|handler| handler.thread.join().unwrap()).collect()
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        for intake in self.intakes.drain(..) {
-            intake.cancel.request();
-            let _ = intake.thread.join();
+        for handler in self.handlers.drain(..) {
+            handler.cancel.request();
+            let _ = handler.thread.join();
         }
     }
 }

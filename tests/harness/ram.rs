@@ -159,18 +159,6 @@ impl Ram {
         };
         assert_eq!(done, 0, "{}", io::Error::last_os_error());
     }
-
-    /// Unmaps a block from a page on. What is mapped in its place keeps others out, and
-    /// may not be touched.
-    pub fn unmap_from(&self, first: Page) {
-        let address = self.address(first.block) + first.offset();
-        let len = self.blocks[first.block.index()].len - first.offset();
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: it replaces memory of ours that nobody touches any more.
-        let start =
-            unsafe { libc::mmap(address as *mut _, len as usize, libc::PROT_NONE, flags, -1, 0) };
-        assert_eq!(start as u64, address, "{}", io::Error::last_os_error());
-    }
 }
 
 /// Huge pages that this host has set aside for a test; fewer again on drop.

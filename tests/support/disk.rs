@@ -155,9 +155,11 @@ impl Disk {
     }
 }
 
-/// The kernel modules behind disks, in the order in which they load.
+/// The kernel modules behind devices, in the order in which they load.
 pub const VIRTIO_BLK: &str =
     "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,virtio_blk";
+pub const VIRTIO_BALLOON: &str =
+    "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,virtio_balloon";
 const VIRTIO_SCSI: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,\
                            virtio_pci,scsi_common,scsi_mod,sd_mod,virtio_scsi";
 const IDE: &str = "scsi_common,scsi_mod,sd_mod,libata,ata_piix";

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::disk::{Disk, VIRTIO_BLK};
+use super::disk::{Disk, VIRTIO_BALLOON, VIRTIO_BLK};
 use super::log::SerialLog;
 use super::oracle::Oracle;
 use super::process::{Pidfd, spawn_bound};
@@ -69,6 +69,8 @@ pub struct GuestOptions {
     pub beat_ms: u64,
     /// Whether the guest loads the driver of virtio disks (`/dev/vda` and on).
     pub virtio_blk: bool,
+    /// Whether it has a virtio balloon, and the driver of it.
+    pub virtio_balloon: bool,
     /// More kernel modules to load, each behind those that it needs, separated by commas.
     pub modules: &'static str,
     /// Its disks; their files must be there.
@@ -96,6 +98,7 @@ impl Default for GuestOptions {
             zero_percent: 15,
             beat_ms: 20,
             virtio_blk: false,
+            virtio_balloon: false,
             modules: "",
             disks: Vec::new(),
             debian: false,
@@ -139,6 +142,9 @@ impl GuestOptions {
         ];
         args.extend(pairs.into_iter().flat_map(|(name, value)| [name.to_string(), value]));
         args.extend(self.disks.iter().flat_map(Disk::args));
+        if self.virtio_balloon {
+            args.extend(["-device", "virtio-balloon-pci"].map(String::from));
+        }
         if self.debian {
             let pairs = [
                 ("-chardev", format!("file,id=serial2,path={},append=on", file(JOURNAL))),
@@ -177,9 +183,10 @@ impl GuestOptions {
         )
     }
 
-    /// The kernel modules that are asked for and that the disks take, each once.
+    /// The kernel modules that are asked for and that its devices take, each once.
     fn modules(&self) -> String {
-        let wanted = self.virtio_blk.then_some(VIRTIO_BLK).into_iter();
+        let drivers = [(self.virtio_blk, VIRTIO_BLK), (self.virtio_balloon, VIRTIO_BALLOON)];
+        let wanted = drivers.into_iter().filter(|(wanted, _)| *wanted).map(|(_, driver)| driver);
         let mut modules: Vec<&str> = Vec::new();
         let disks = self.disks.iter().map(Disk::modules);
         for list in wanted.chain(disks).chain([self.modules]) {

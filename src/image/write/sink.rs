@@ -16,7 +16,9 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::uio::pwritev;
 
 use crate::cancel::Cancellation;
+use crate::host::procfs::MemInfo;
 use crate::image::write::options::CacheUse;
+use crate::rate::RateLimit;
 
 /// Bytes after which the kernel is told to begin writing them out, and asked how much
 /// memory is free.
@@ -45,16 +47,9 @@ pub(in crate::image) struct Sink {
     begun: u64,
     /// Up to where the file has been taken out of the page cache.
     dropped: u64,
-    pace: Option<Pace>,
+    rate: Option<RateLimit>,
     /// Whoever has this written wants no more of it.
     cancel: Cancellation,
-}
-
-/// Bytes a second.
-struct Pace {
-    rate: u64,
-    /// When the next byte may be written.
-    due: Instant,
 }
 
 impl Sink {
@@ -67,8 +62,8 @@ impl Sink {
         cache: CacheUse,
         cancel: Cancellation,
     ) -> Sink {
-        let pace = rate.map(|rate| Pace { rate: rate.max(1), due: Instant::now() });
-        Sink { file, at, cache, begun: at, dropped: at, pace, cancel }
+        let rate = rate.map(|rate| RateLimit::new(rate, Instant::now()));
+        Sink { file, at, cache, begun: at, dropped: at, rate, cancel }
     }
 
     /// Where the next byte goes, in bytes from the start of the file.
@@ -84,8 +79,8 @@ impl Sink {
     /// How many bytes to write in one go, where `most` would be best: less at a low
     /// rate, so that it is kept evenly.
     pub fn piece(&self, most: usize) -> usize {
-        match &self.pace {
-            Some(pace) => most.min((pace.rate / 16) as usize),
+        match &self.rate {
+            Some(rate) => most.min((rate.bytes_a_second() / 16) as usize),
             None => most,
         }
     }
@@ -111,11 +106,8 @@ impl Sink {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        if let Some(pace) = &mut self.pace {
-            let nanos = u128::from(self.at - start) * 1_000_000_000 / u128::from(pace.rate);
-            // What was not used is not saved up.
-            pace.due = pace.due.max(Instant::now() - NAP)
-                + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        if let Some(rate) = &mut self.rate {
+            rate.count(Instant::now(), self.at - start);
         }
         if self.at - self.begun >= WINDOW {
             self.keep_the_cache_clear()?;
@@ -124,9 +116,9 @@ impl Sink {
     }
 
     fn wait_for_turn(&self) {
-        let Some(pace) = &self.pace else { return };
+        let Some(rate) = &self.rate else { return };
         while !self.cancel.is_requested() {
-            let left = pace.due.saturating_duration_since(Instant::now());
+            let left = rate.due().saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
@@ -164,7 +156,9 @@ impl Sink {
         match self.cache {
             CacheUse::Keep => false,
             CacheUse::Drop => true,
-            CacheUse::WhatIsFree => memory_is_scarce().unwrap_or(false),
+            CacheUse::WhatIsFree => {
+                MemInfo::read().is_ok_and(|memory| memory.free < memory.total / FREE_SHARE)
+            }
         }
     }
 
@@ -206,17 +200,6 @@ fn sync(file: &File, start: u64, end: u64, flags: u32) -> io::Result<()> {
     }
 }
 
-/// Whether little memory is unused (`MemFree` in proc_meminfo(5)). Nothing where that
-/// can't be read.
-fn memory_is_scarce() -> Option<bool> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
-    };
-    Some(kib("MemFree:")? < kib("MemTotal:")? / FREE_SHARE)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::OwnedFd;
@@ -233,11 +216,6 @@ mod tests {
         // Of what can go wrong, the one that can be had without a broken disk.
         let unopened = File::options().read(true).custom_flags(libc::O_PATH).open("/").unwrap();
         assert_eq!(sync(&unopened).unwrap_err().raw_os_error(), Some(libc::EBADF));
-    }
-
-    #[test]
-    fn this_system_tells_of_its_memory() {
-        assert!(memory_is_scarce().is_some());
     }
 
     #[test]

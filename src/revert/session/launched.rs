@@ -4,8 +4,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-
 use super::armed::Armed;
 use super::connection::Connection;
 use super::contents::Reading;
@@ -13,6 +11,7 @@ use super::lifecycle::{Lifecycle, Start};
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
+use crate::host::pidfd::peer_pid;
 use crate::image::Image;
 use crate::qmp::Qmp;
 use crate::revert::error::RevertError;
@@ -115,10 +114,4 @@ fn connect(path: &Path) -> Result<UnixStream, RevertError> {
         ),
         source,
     })
-}
-
-/// The process that listens at the other end (`SO_PEERCRED`, unix(7)).
-fn peer_pid(socket: &UnixStream) -> Option<i32> {
-    let credentials = getsockopt(socket, PeerCredentials).ok()?;
-    Some(credentials.pid()).filter(|pid| *pid > 0)
 }

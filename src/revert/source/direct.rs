@@ -12,22 +12,22 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::event::{LastWord, PostcopyEvent};
 use super::pings::{PROBED, Pongs};
 use crate::cancel::Cancellation;
-use crate::memory::{FaultReport, FaultServer, Intake, Memory};
+use crate::memory::{FaultHandler, FaultReport, Memory, Pager};
 use crate::page::BlockId;
 use crate::revert::error::PostcopyError;
-use crate::transport::proof::{AdoptError, Adopted};
-use crate::transport::{DirectPlace, Route, SocketPlace};
+use crate::transport::proof::{AttachError, Locator};
+use crate::transport::{DirectTransport, Route, SocketTransport};
 use crate::wire::ping;
 
 /// The route of a source's pages: the socket, and beside it the direct transport.
-pub(super) type SourceRoute = Route<SocketPlace<UnixStream>>;
+pub(super) type SourceRoute = Route<SocketTransport<UnixStream>>;
 
 /// What came of opening it.
 pub(super) enum Opened {
     /// It leads to every block but those named, whose place was not found.
-    Found { direct: DirectPlace, unproven: Vec<String> },
+    Found { direct: DirectTransport, unproven: Vec<String> },
     /// It can't be had.
-    Refused(AdoptError),
+    Refused(AttachError),
     /// The source has ended meanwhile.
     Ended,
 }
@@ -43,12 +43,12 @@ impl Opener<'_> {
     /// Opens it. QEMU, process `pid` where that is known, must have loaded the device state.
     pub fn open(mut self, pid: Option<i32>) -> Result<Opened, PostcopyError> {
         let blocks = self.memory.blocks();
-        let adopted = pid.ok_or(AdoptError::Unseen).and_then(|pid| Adopted::adopt(pid, blocks));
-        let adopted = match adopted {
-            Ok(adopted) => adopted,
+        let locator = pid.ok_or(AttachError::Unseen).and_then(|pid| Locator::attach(pid, blocks));
+        let locator = match locator {
+            Ok(locator) => locator,
             Err(reason) => return Ok(Opened::Refused(reason)),
         };
-        let Some(addresses) = self.find_blocks(&adopted)? else { return Ok(Opened::Ended) };
+        let Some(addresses) = self.find_blocks(&locator)? else { return Ok(Opened::Ended) };
         let unproven = blocks.iter().zip(&addresses).enumerate();
         let unproven = unproven
             .filter(|(index, (_, address))| address.is_none() && self.needs_address(*index))
@@ -58,7 +58,7 @@ impl Opener<'_> {
         // userfaultfd this is. QEMU has registered all its RAMBlocks with it when it
         // answered the PING behind LISTEN, and the kernel refuses to install anything
         // elsewhere (ENOENT, UFFDIO_COPY(2const)).
-        let direct = unsafe { DirectPlace::new(Arc::new(adopted.uffd), addresses) };
+        let direct = unsafe { DirectTransport::new(Arc::new(locator.uffd), addresses) };
         Ok(Opened::Found { direct, unproven })
     }
 
@@ -66,12 +66,12 @@ impl Opener<'_> {
     /// ended.
     fn find_blocks(
         &mut self,
-        adopted: &Adopted,
+        locator: &Locator,
     ) -> Result<Option<Vec<Option<u64>>>, PostcopyError> {
-        let mut server = FaultServer::new(Arc::clone(self.memory))?;
+        let mut server = Pager::new(Arc::clone(self.memory))?;
         let mut addresses = vec![None; self.memory.blocks().len()];
         let all = 0..addresses.len();
-        if !self.prove(adopted, &mut server, all.clone(), &mut addresses)? {
+        if !self.prove(locator, &mut server, all.clone(), &mut addresses)? {
             return Ok(None);
         }
         // Blocks that look alike where they were probed (the ROMs of two network cards,
@@ -80,7 +80,7 @@ impl Opener<'_> {
         for index in all {
             if addresses[index].is_none()
                 && self.needs_address(index)
-                && !self.prove(adopted, &mut server, index..index + 1, &mut addresses)?
+                && !self.prove(locator, &mut server, index..index + 1, &mut addresses)?
             {
                 return Ok(None);
             }
@@ -92,8 +92,8 @@ impl Opener<'_> {
     /// are proven once they have arrived. False when the source has ended.
     fn prove(
         &mut self,
-        adopted: &Adopted,
-        server: &mut FaultServer,
+        locator: &Locator,
+        server: &mut Pager,
         indices: Range<usize>,
         addresses: &mut [Option<u64>],
     ) -> Result<bool, PostcopyError> {
@@ -101,7 +101,7 @@ impl Opener<'_> {
         let mut probes = Vec::new();
         for index in indices {
             server.probe(BlockId(index as u16), |offset, content| {
-                let probe = adopted.probe(&blocks[index], offset, content);
+                let probe = locator.probe(&blocks[index], offset, content);
                 probes.extend(probe.map(|probe| (index, probe)));
             })?;
         }
@@ -109,7 +109,7 @@ impl Opener<'_> {
         if !self.pongs.probed() {
             return Ok(false);
         }
-        adopted.prove_all(blocks, &probes, addresses);
+        locator.locate(blocks, &probes, addresses);
         Ok(true)
     }
 
@@ -131,12 +131,12 @@ impl FaultThread {
     /// Starts to take faults, and records them for so long.
     pub fn start(
         memory: &Arc<Memory>,
-        direct: &DirectPlace,
+        direct: &DirectTransport,
         record: Duration,
         events: UnboundedSender<PostcopyEvent>,
     ) -> Result<FaultThread, PostcopyError> {
         let cancel = Cancellation::new();
-        let handler = Intake::new(Arc::clone(memory), direct, &cancel)?.recording(record);
+        let handler = FaultHandler::new(Arc::clone(memory), direct, &cancel)?.recording(record);
         let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
         let run = move || {
             let _last = last;
@@ -148,7 +148,7 @@ impl FaultThread {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("intake".into()).spawn(run);
+        let thread = std::thread::Builder::new().name("fault handler".into()).spawn(run);
         let thread = Some(thread.map_err(PostcopyError::Thread)?);
         Ok(FaultThread { cancel, thread })
     }

@@ -23,9 +23,9 @@ pub(super) use event::PostcopyEvent;
 pub(super) use sending::{DeviceState, PostcopyOptions};
 
 use super::error::PostcopyError;
-use crate::memory::{FaultServer, Memory, Pace};
+use crate::memory::{Memory, Pace, Pager};
 use crate::page::PageSource;
-use crate::transport::{Route, SocketPlace};
+use crate::transport::{Route, SocketTransport};
 use crate::wire::ReturnPath;
 use pings::Pongs;
 use requests::Requests;
@@ -54,7 +54,7 @@ impl PostcopySource {
         options: PostcopyOptions,
     ) -> Result<(PostcopySource, UnboundedReceiver<PostcopyEvent>), PostcopyError> {
         let share = || socket.try_clone().map_err(PostcopyError::Duplicate);
-        let route = Arc::new(Route::new(SocketPlace::new(share()?)));
+        let route = Arc::new(Route::new(SocketTransport::new(share()?)));
         let memory = Arc::new(Memory::new(pages, Box::new(Arc::clone(&route))));
         let pace = Arc::new(Pace::new(options.fill.rate));
         let (events, receiver) = unbounded_channel();
@@ -62,7 +62,7 @@ impl PostcopySource {
         let (release, released) = mpsc::channel();
 
         let requests = Requests {
-            server: FaultServer::new(Arc::clone(&memory))?.recording(options.record),
+            server: Pager::new(Arc::clone(&memory))?.recording(options.record),
             path: ReturnPath::new(share()?),
             memory: Arc::clone(&memory),
             events: events.clone(),

@@ -9,13 +9,13 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::event::{LastWord, PostcopyEvent};
 use super::pings;
-use crate::memory::{FaultServer, Memory, MemoryError};
+use crate::memory::{Memory, MemoryError, Pager};
 use crate::page::BlockId;
 use crate::revert::error::PostcopyError;
 use crate::wire::{ReturnPath, ReturnPathMessage, WireError};
 
 pub(super) struct Requests {
-    pub server: FaultServer,
+    pub server: Pager,
     pub path: ReturnPath<UnixStream>,
     pub memory: Arc<Memory>,
     pub events: UnboundedSender<PostcopyEvent>,

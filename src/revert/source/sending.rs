@@ -12,7 +12,7 @@ use crate::memory::{FillOptions, Memory, MemoryError, Pace, prefetch, preload};
 use crate::page::{Block, PAGE_SIZE, Page};
 use crate::revert::error::PostcopyError;
 use crate::revert::options::Placement;
-use crate::transport::PlaceError;
+use crate::transport::TransportError;
 use crate::wire::{Opening, closing, package};
 
 /// Memory of the working set that is sent ahead, by the socket, in bytes: what QEMU takes
@@ -96,7 +96,7 @@ impl Sending {
         // it is not held back by a rate.
         match preload(&self.memory, self.head(), &self.pace) {
             // QEMU has refused the device state; the thread at the return path tells of it.
-            Err(MemoryError::Place { source: PlaceError::Gone(_), .. }) => return Ok(()),
+            Err(MemoryError::Install { source: TransportError::Gone(_), .. }) => return Ok(()),
             sent => sent?,
         }
         let Some(takes_faults) = self.open_direct()? else { return Ok(()) };
@@ -188,9 +188,8 @@ impl Sending {
     }
 }
 
-fn io_error(error: PlaceError) -> std::io::Error {
+fn io_error(error: TransportError) -> std::io::Error {
     match error {
-        PlaceError::Gone(error) | PlaceError::Io(error) => error,
-        changing @ PlaceError::Changing => std::io::Error::other(changing),
+        TransportError::Gone(error) | TransportError::Io(error) => error,
     }
 }

@@ -4,13 +4,13 @@ use std::path::Path;
 
 use super::error::CheckError;
 use crate::guest::FoundDisk;
+use crate::host::procfs::memory_in_use;
 use crate::image::Compression;
 use crate::machine::DiskRole;
 use crate::qmp::RamBlock;
 use crate::save::error::SaveError;
 use crate::save::options::SaveOptions;
 use crate::save::overlays::overlay_directory;
-use crate::save::process::memory_in_use;
 use crate::save::undo::journal::Journal;
 
 /// How much smaller than memory a compressed image is expected to be at the least. A

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::error::JournalError;
+use crate::host::procfs::started;
 use crate::save::overlays::Overlay;
-use crate::save::process::started;
 use crate::save::settings::Settings;
 
 /// The longest journal that is read, in bytes: far more than any save writes.

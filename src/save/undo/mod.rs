@@ -15,9 +15,9 @@ use super::error::SaveError;
 use super::event::SaveEvent;
 use super::options::SaveOptions;
 use super::overlays::Overlay;
-use super::process::started;
 use super::settings::Settings;
 use crate::cancel::Cancellation;
+use crate::host::procfs::started;
 use crate::qmp::{Qmp, QmpError};
 
 /// What is to be undone should the save fail, and the journal that tells it should the save

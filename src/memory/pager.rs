@@ -1,4 +1,4 @@
-//! Answers what the guest waits for, at once.
+//! Demand paging: brings the pages that the guest waits for.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,29 +9,30 @@ use hdrhistogram::Histogram;
 use super::window::Window;
 use super::{Memory, MemoryError};
 use crate::page::{BlockId, ChunkReader, Location, PAGE_SHIFT, Page, Run};
-use crate::transport::PlaceError;
 
-/// Answers requests for pages; one thread's share, with buffers of its own.
+/// Answers requests for pages. Each thread that does so has a pager, with buffers of its own.
 ///
-/// An answer takes no lock but what the way of placing needs, and allocates nothing once
-/// what the source keeps of its index has been touched there. A request for a page that somebody else has claimed needs no answer:
-/// whoever claimed it holds its bytes and installs it now.
-pub struct FaultServer {
+/// An answer takes no lock but what the transport needs, and allocates nothing once the
+/// source has read the part of its index that tells of the page. A request for a page that
+/// somebody else has claimed needs no answer: whoever claimed it holds its bytes and installs
+/// it now.
+pub struct Pager {
     pub(super) memory: Arc<Memory>,
     pub(super) reader: Box<dyn ChunkReader>,
     pub(super) window: Window,
     report: FaultReport,
-    /// Demands are recorded until then.
+    /// Until when demands are recorded.
     record_until: Option<Instant>,
 }
 
-/// What a server has seen.
+/// What a pager has answered.
 #[derive(Debug, Clone)]
 pub struct FaultReport {
-    /// How long answers took, in nanoseconds from the request being heard to the page
-    /// being on its way. Requests that needed no page are not in it.
+    /// How long answers took, in nanoseconds, from reading the request to handing the page to
+    /// the transport. Requests that needed no page are not counted.
     pub timings: Histogram<u64>,
-    /// The pages that were asked for and had to be brought, with the time, in order.
+    /// The pages that were requested and had to be brought, each with the time of its request,
+    /// in that order.
     pub demanded: Vec<(Instant, Page)>,
 }
 
@@ -57,15 +58,14 @@ impl FaultReport {
     }
 }
 
-/// Demands that one server records at most. Room for them is set aside ahead, so that
-/// recording allocates nothing; memory that is never written to costs nothing.
+/// Demands that one pager records at most. They are allocated ahead, so that recording
+/// allocates nothing; pages of it that are never written to take no memory.
 const MAX_DEMANDS: usize = 1 << 18;
 
-/// The longest time that the histogram of answers tells from longer ones, in
-/// nanoseconds: a minute.
+/// The longest time that the histogram distinguishes, in nanoseconds: a minute.
 const LONGEST_NS: u64 = 60_000_000_000;
 
-/// Tells prefetch to stand aside for as long as it lives.
+/// Makes prefetch stand aside as long as it lives.
 struct Urgent<'a>(&'a Memory);
 
 impl<'a> Urgent<'a> {
@@ -81,38 +81,39 @@ impl Drop for Urgent<'_> {
     }
 }
 
-impl FaultServer {
-    /// A server for this memory.
+impl Pager {
+    /// A pager for this memory.
     ///
     /// # Errors
     /// When the source can't give a reader.
-    pub fn new(memory: Arc<Memory>) -> Result<FaultServer, MemoryError> {
+    pub fn new(memory: Arc<Memory>) -> Result<Pager, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let largest = memory.blocks().iter().map(|block| block.pages_per_host_page()).max();
         let pages = memory.source.chunk_pages().max(largest.unwrap_or(1) as usize);
         let window = Window::new(pages);
-        Ok(FaultServer { memory, reader, window, report: FaultReport::new(), record_until: None })
+        Ok(Pager { memory, reader, window, report: FaultReport::new(), record_until: None })
     }
 
-    /// Records what is demanded, for so long from now on.
-    pub fn recording(mut self, window: Duration) -> FaultServer {
+    /// Records the demands of the next `window`.
+    pub fn recording(mut self, window: Duration) -> Pager {
         self.report.demanded.reserve_exact(MAX_DEMANDS);
         self.record_until = Instant::now().checked_add(window);
         self
     }
 
-    /// What it has seen.
+    /// What it has answered.
     pub fn into_report(self) -> FaultReport {
         self.report
     }
 
-    /// Installs the memory that was asked for, and whatever else its chunks hold
-    /// nearby. `offset` and `len` are in bytes, within the block; the answer's time counts
-    /// from `heard`.
+    /// Installs the memory that was requested, with its neighbours in the same chunks.
+    /// `offset` and `len` are in bytes, within the block; the answer's time counts from
+    /// `heard`.
     ///
     /// # Errors
     /// When there is no such memory, when the source can't give it, or when it
-    /// can't be installed. Whoever waits for it then waits forever: the error is fatal.
+    /// can't be installed. The thread that waits for it then waits forever: the error is
+    /// fatal.
     pub fn serve(
         &mut self,
         block: BlockId,
@@ -146,7 +147,6 @@ impl FaultServer {
         heard: Instant,
     ) -> Result<(), MemoryError> {
         let host_page = cut(memory, page, unit);
-        let steady = memory.steady();
         let mut mine = None;
         memory.claims.claim(host_page, |claimed| {
             mine = Some(claimed);
@@ -154,13 +154,9 @@ impl FaultServer {
         })?;
         let Some(mine) = mine else {
             // It was installed between the fault and now, or will be at once by whoever
-            // has claimed it, who then wakes the waiting thread; except that a change of
-            // layout may make them release it.
+            // has claimed it, who then wakes the waiting thread.
             return match memory.claims.is_present(page.block, page.number) {
                 true => memory.wake(host_page),
-                false if steady.is_some() => {
-                    Err(memory.place_error(host_page, PlaceError::Changing))
-                }
                 false => Ok(()),
             };
         };
@@ -170,18 +166,14 @@ impl FaultServer {
         content.inspect_err(|_| memory.claims.release(mine))?;
         self.record(page, heard);
         let mut installed = mine.count;
-        // Where the layout changes, neighbours may have to be released, and nobody would
-        // come back for them.
-        if steady.is_none() {
-            for (run, content) in self.window.pieces() {
-                installed += memory.install(run, content, || {})?;
-            }
+        for (run, content) in self.window.pieces() {
+            installed += memory.install(run, content, || {})?;
         }
         memory.demanded.fetch_add(installed, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Notes that a page is in place which was asked for then.
+    /// Records that a page has been brought which was requested at `heard`.
     fn record(&mut self, page: Page, heard: Instant) {
         let report = &mut self.report;
         report.timings.saturating_record(heard.elapsed().as_nanos() as u64);
@@ -211,7 +203,7 @@ impl FaultServer {
         )?;
 
         // The one that is waited for goes first; its neighbours follow.
-        memory.place_run(mine, mine, self.window.host_page(mine))
+        memory.install_claimed(mine, mine, self.window.host_page(mine))
     }
 }
 

@@ -1,0 +1,113 @@
+//! Another process's memory: read, prefaulted, put together to huge pages.
+
+use std::io::{self, IoSliceMut};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+
+use super::pidfd::Pidfd;
+use crate::cancel::Cancellation;
+use crate::page::PAGE_SIZE;
+
+/// Bytes in a huge page of the usual size.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// Pages read by one call: as many pieces as process_vm_readv(2) takes (IOV_MAX).
+const PIECES: usize = 1024;
+
+/// Reads memory of a process. Waits where a page is missing that a userfaultfd serves.
+///
+/// # Errors
+/// When the process may not be traced (ptrace(2)), or some of the memory is not mapped.
+pub fn read(pid: i32, address: u64, bytes: &mut [u8]) -> io::Result<()> {
+    let remote = [RemoteIoVec { base: address as usize, len: bytes.len() }];
+    let len = bytes.len();
+    let read = process_vm_readv(Pid::from_raw(pid), &mut [IoSliceMut::new(bytes)], &remote)?;
+    if read == len { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Reads one byte of every page in a range of a process's memory. What was never used is
+/// mapped then: to a page of zeros, or in a file in memory to memory of its own. `cancel`
+/// ends it early.
+///
+/// # Errors
+/// As for [`read`].
+pub fn prefault(pid: i32, range: Range<u64>, cancel: &Cancellation) -> io::Result<()> {
+    let mut bytes = [0; PIECES];
+    let mut remote = Vec::with_capacity(PIECES);
+    let mut pages = range.step_by(PAGE_SIZE).peekable();
+    while pages.peek().is_some() && !cancel.is_requested() {
+        remote.clear();
+        let page = |address: u64| RemoteIoVec { base: address as usize, len: 1 };
+        remote.extend(pages.by_ref().take(PIECES).map(page));
+        let local = &mut [IoSliceMut::new(&mut bytes[..remote.len()])];
+        // A short read means that the next page is not mapped.
+        if process_vm_readv(Pid::from_raw(pid), local, &remote)? < remote.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
+/// Puts the small pages at an address of a process's memory together to one huge page
+/// (`MADV_COLLAPSE` of madvise(2), Linux 6.1). What the memory holds stays the same. False
+/// where it can't be done just there, or just now.
+///
+/// # Errors
+/// When it can't be done anywhere: the kernel is too old, the process has ended, or we have
+/// no right to it (process_madvise(2)).
+pub fn collapse(process: &Pidfd, address: u64) -> io::Result<bool> {
+    let range = libc::iovec { iov_base: address as *mut _, iov_len: HUGE_PAGE as usize };
+    // SAFETY: process_madvise(2) reads the one `iovec` that it is given. MADV_COLLAPSE
+    // changes how that process's memory is mapped, not what it holds.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            process.as_fd().as_raw_fd(),
+            &raw const range,
+            1,
+            libc::MADV_COLLAPSE,
+            0,
+        )
+    };
+    if done >= 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::ENOSYS | libc::ESRCH) => Err(error),
+        _ => Ok(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::procfs::Pagemap;
+
+    #[test]
+    fn memory_that_was_never_used_is_mapped_by_prefaulting() {
+        let len = 8 << 20;
+        let map = memmap2::MmapOptions::new().len(len).map_anon().unwrap();
+        let (pid, start) = (std::process::id() as i32, map.as_ptr() as u64);
+        let pagemap = Pagemap::open(pid).unwrap();
+        let last = start + len as u64 - PAGE_SIZE as u64;
+        assert!(!pagemap.is_present(last));
+        let cancel = Cancellation::new();
+        prefault(pid, start..start + len as u64, &cancel).unwrap();
+        assert!(pagemap.is_present(start) && pagemap.is_present(last));
+        assert!(prefault(pid, PAGE_SIZE as u64..HUGE_PAGE, &cancel).is_err());
+    }
+
+    #[test]
+    fn memory_is_read_as_a_whole_or_not_at_all() {
+        let map = memmap2::MmapOptions::new().len(PAGE_SIZE).map_anon().unwrap();
+        let (pid, start) = (std::process::id() as i32, map.as_ptr() as u64);
+        let mut bytes = [1; 16];
+        read(pid, start, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 16]);
+        assert!(read(pid, PAGE_SIZE as u64, &mut bytes).is_err());
+    }
+}

@@ -1,0 +1,106 @@
+//! Processes by descriptor (pidfd_open(2)).
+//!
+//! A process number may belong to another process by the time it is used; a pidfd never
+//! does.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+/// A process. The descriptor is close-on-exec and becomes readable when the process ends.
+#[derive(Debug)]
+pub struct Pidfd(OwnedFd);
+
+impl Pidfd {
+    /// Opens the process that has this number now.
+    ///
+    /// # Errors
+    /// ESRCH when there is none (pidfd_open(2)).
+    pub fn open(pid: i32) -> io::Result<Pidfd> {
+        // SAFETY: pidfd_open(2) takes numbers only.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        new_descriptor(fd).map(Pidfd)
+    }
+
+    /// Copies one of the process's descriptors (pidfd_getfd(2)).
+    ///
+    /// # Errors
+    /// EPERM when we may not trace the process (ptrace(2)), EBADF when it has no such
+    /// descriptor, ESRCH when it has ended.
+    pub fn copy_descriptor(&self, fd: i32) -> io::Result<OwnedFd> {
+        // SAFETY: pidfd_getfd(2) takes numbers only.
+        let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), fd, 0) };
+        new_descriptor(copy)
+    }
+
+    /// Sends SIGKILL (pidfd_send_signal(2)).
+    ///
+    /// # Errors
+    /// ESRCH when the process has ended, EPERM when it is not ours to kill.
+    pub fn kill(&self) -> io::Result<()> {
+        let no_info: *const libc::siginfo_t = std::ptr::null();
+        // SAFETY: the call takes numbers and a pointer that may be null.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.0.as_raw_fd(),
+                libc::SIGKILL,
+                no_info,
+                0 as libc::c_uint,
+            )
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl AsFd for Pidfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The process at the other end of a connected Unix socket (`SO_PEERCRED`, unix(7)): for a
+/// listening socket the one that called listen(2), for a pair the one that called
+/// socketpair(2). Nothing when it lives in a PID namespace that is not visible from here.
+pub fn peer_pid(socket: &impl AsFd) -> Option<i32> {
+    let credentials = getsockopt(socket, PeerCredentials).ok()?;
+    Some(credentials.pid()).filter(|pid| *pid > 0)
+}
+
+/// Owns the descriptor that a system call returned, or takes its error from errno.
+fn new_descriptor(fd: libc::c_long) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us: it is open, and nothing else
+    // in this process knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_of_another_process_is_copied() {
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pidfd = Pidfd::open(other.id() as i32).unwrap();
+        assert!(pidfd.copy_descriptor(0).is_ok());
+        let error = pidfd.copy_descriptor(999).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        pidfd.kill().unwrap();
+        assert!(!other.wait().unwrap().success());
+        assert_eq!(pidfd.kill().unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        let error = Pidfd::open(i32::MAX).unwrap_err();
+        assert!(matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)), "{error}");
+    }
+
+    #[test]
+    fn the_peer_of_a_pair_is_who_made_it() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        assert_eq!(peer_pid(&one), Some(std::process::id() as i32));
+    }
+}

@@ -1,0 +1,13 @@
+//! What the kernel tells under /proc (proc(5)): one parser for each of its formats.
+
+mod mappings;
+mod pagemap;
+mod process;
+mod system;
+
+pub use mappings::{Mapping, ranges_of_len};
+pub use pagemap::{Pagemap, flags};
+pub use process::{
+    descriptor_link, descriptors, memory_in_use, owner, path, processes, resident_memory, started,
+};
+pub use system::{MemInfo, cpu_model, sysctl};

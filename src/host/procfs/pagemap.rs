@@ -1,0 +1,129 @@
+//! What a process has in memory, page by page: /proc/PID/pagemap (Linux's
+//! Documentation/admin-guide/mm/pagemap.rst).
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use linux_raw_sys::general::{page_region, pm_scan_arg};
+
+use crate::page::PAGE_SIZE;
+
+/// What pages can be told apart by: the kernel's `PAGE_IS_*` (Linux 6.7).
+pub mod flags {
+    use linux_raw_sys::general as sys;
+
+    /// In memory.
+    pub const PRESENT: u64 = sys::PAGE_IS_PRESENT as u64;
+    /// Mapped by a huge page.
+    pub const HUGE: u64 = sys::PAGE_IS_HUGE as u64;
+    /// Mapped to the kernel's page of zeros.
+    pub const ZERO: u64 = sys::PAGE_IS_PFNZERO as u64;
+}
+
+nix::ioctl_readwrite!(
+    /// `PAGEMAP_SCAN` (Linux 6.7).
+    pagemap_scan,
+    b'f',
+    16,
+    pm_scan_arg
+);
+
+/// Ranges that one call of `PAGEMAP_SCAN` tells at most.
+const REGIONS: usize = 1024;
+
+/// The page map of a process.
+#[derive(Debug)]
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens the page map of a process.
+    ///
+    /// # Errors
+    /// When the process has ended or may not be traced (ptrace(2)).
+    pub fn open(pid: i32) -> io::Result<Pagemap> {
+        Ok(Pagemap(File::open(super::path(pid, "pagemap"))?))
+    }
+
+    /// Whether the process has memory at this address, be it swapped out. Asking touches
+    /// nothing, unlike reading, which would wait for a page that is missing.
+    pub fn is_present(&self, address: u64) -> bool {
+        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+        let mut entry = [0; 8];
+        let at = address / PAGE_SIZE as u64 * 8;
+        self.0.read_exact_at(&mut entry, at).is_ok()
+            && u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0
+    }
+
+    /// Calls `found` with every range of addresses within `range` whose pages have all of
+    /// the [`flags`] `with` and none of `without`, in order.
+    ///
+    /// # Errors
+    /// ENOTTY before Linux 6.7.
+    pub fn scan(
+        &self,
+        range: Range<u64>,
+        with: u64,
+        without: u64,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        const NONE: page_region = page_region { start: 0, end: 0, categories: 0 };
+        let mut regions = [NONE; REGIONS];
+        let mut at = range.start;
+        while at < range.end {
+            let mut scan = pm_scan_arg {
+                size: size_of::<pm_scan_arg>() as u64,
+                flags: 0,
+                start: at,
+                end: range.end,
+                walk_end: 0,
+                vec: regions.as_mut_ptr() as u64,
+                vec_len: regions.len() as u64,
+                max_pages: 0,
+                category_inverted: without,
+                category_mask: with | without,
+                category_anyof_mask: 0,
+                return_mask: with,
+            };
+            // SAFETY: reads and writes one `pm_scan_arg`, and writes at most `vec_len`
+            // regions at `vec`, which is an array of that many that outlives the call.
+            let count = unsafe { pagemap_scan(self.0.as_raw_fd(), &raw mut scan) }?;
+            for region in &regions[..count as usize] {
+                found(region.start..region.end);
+            }
+            if scan.walk_end <= at {
+                break;
+            }
+            at = scan.walk_end;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of one range are meant
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_there_once_it_is_written_to() {
+        let mut map = memmap2::MmapOptions::new().len(8 << 20).map_anon().unwrap();
+        map.advise(memmap2::Advice::NoHugePage).unwrap();
+        map[5 * PAGE_SIZE] = 1;
+        let start = map.as_ptr() as u64;
+        let address = |page: u64| start + page * PAGE_SIZE as u64;
+        let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+        assert!(pagemap.is_present(address(5)) && !pagemap.is_present(address(6)));
+        let mut present = Vec::new();
+        let scanned =
+            pagemap.scan(start..start + (8 << 20), flags::PRESENT, flags::HUGE, |range| {
+                present.push(range);
+            });
+        match scanned {
+            Ok(()) => assert_eq!(present, [address(5)..address(6)]),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{error}"),
+        }
+    }
+}
