@@ -27,7 +27,7 @@ const FILE_MAGIC: u32 = 0x5145_564d;
 const FILE_VERSION: u32 = 3;
 
 /// `QEMU_VM_EOF` and the section types that follow one another in a stream.
-mod section {
+pub(crate) mod section {
     pub const EOF: u8 = 0x00;
     pub const START: u8 = 0x01;
     pub const PART: u8 = 0x02;
