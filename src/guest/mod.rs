@@ -1,6 +1,7 @@
 //! A virtual machine as a process: recorded from a living QEMU, its command line
 //! rewritten into that of a guest to be reverted, its disks put on overlays, and started.
 
+mod board;
 mod command_line;
 mod described;
 #[cfg(test)]
@@ -13,6 +14,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 
+pub use board::Board;
 pub use command_line::parameters::{Params, Spec};
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use described::{describe, describe_foreign, named_machine_type};
