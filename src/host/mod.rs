@@ -1,5 +1,8 @@
 //! What the kernel tells and does. Nothing here knows of QEMU or of images.
 
 pub mod in_use;
+mod page_size;
 pub mod program;
 pub mod uffd;
+
+pub use page_size::{PageSizeError, check_page_size};

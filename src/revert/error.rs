@@ -2,6 +2,7 @@
 
 use super::FeedError;
 use crate::guest::{Process, VmError};
+use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::memory::WorkingSetError;
 use crate::qmp::QmpError;
@@ -13,6 +14,9 @@ pub enum RevertError {
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The host's pages have another size.
+    #[error(transparent)]
+    PageSize(#[from] PageSizeError),
     /// QEMU can't be started as recorded.
     #[error(transparent)]
     Vm(#[from] VmError),

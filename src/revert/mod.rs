@@ -35,6 +35,7 @@ pub use way::Way;
 
 use crate::cancel::Cancellation;
 use crate::guest::{Note, OverlayOptions, Process, RewriteOptions};
+use crate::host::check_page_size;
 use crate::image::{Image, Sections, verify_chain, verify_flat};
 use crate::qmp::{Event, Events, Qmp, QmpError};
 
@@ -185,6 +186,7 @@ pub async fn revert_held(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Held, RevertError> {
+    check_page_size()?;
     let image = Image::open(&options.image)?;
     let machine = &image.manifest().machine;
     let stays_paused = options.rewrite.stays_paused() || !machine.running;

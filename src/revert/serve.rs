@@ -13,6 +13,7 @@ use super::{
 use super::{abandon, delivery, feed_error, prepare};
 use crate::cancel::Cancellation;
 use crate::guest::VmError;
+use crate::host::check_page_size;
 use crate::image::Image;
 
 /// Which image to serve to whom.
@@ -41,6 +42,7 @@ pub async fn serve(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Outcome, RevertError> {
+    check_page_size()?;
     if options.delivery.way == Way::Map {
         let problem = "a QEMU that was started already has its memory".to_owned();
         return Err(VmError::NotMapped { problem }.into());

@@ -9,6 +9,7 @@ use super::journal::JournalError;
 use super::left_over::LeftOver;
 use super::overlays::OverlayError;
 use crate::guest::VmError;
+use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::wire::WireError;
@@ -21,6 +22,9 @@ pub enum SaveError {
     /// It can't work, as was found before the guest was touched.
     #[error(transparent)]
     Check(#[from] CheckError),
+    /// The host's pages have another size.
+    #[error(transparent)]
+    PageSize(#[from] PageSizeError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),

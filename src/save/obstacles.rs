@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::SaveError;
 use super::checks::CheckError;
+use crate::host::check_page_size;
 use crate::qmp::{Qmp, QmpError, RamBlock};
 
 /// Device types that QEMU up to the version below says are "non-migratable" (`unmigratable`
@@ -107,6 +108,7 @@ pub(super) async fn check_memory(
     qmp: &Qmp,
     background: bool,
 ) -> Result<(Vec<RamBlock>, String), SaveError> {
+    check_page_size()?;
     let blocks = qmp.ram_blocks().await?;
     let mut obstacles = Vec::new();
     let backends: Vec<MemoryBackend> = qmp.query("query-memdev", ()).await?;
