@@ -12,14 +12,31 @@ pub enum Board {
 }
 
 impl Board {
+    const ALL: [Board; 3] = [Board::I440fx, Board::Q35, Board::ArmVirt];
+
     /// The board of a versioned machine type, as a stream's configuration section names it
     /// (for example `pc-i440fx-7.2`).
     pub fn of(machine_type: &str) -> Option<Board> {
         // What is called `virt` without a version is another architecture's.
-        let prefixes =
-            [("pc-i440fx-", Board::I440fx), ("pc-q35-", Board::Q35), ("virt-", Board::ArmVirt)];
-        let mut boards = prefixes.into_iter();
-        boards.find_map(|(prefix, board)| machine_type.starts_with(prefix).then_some(board))
+        Board::ALL.into_iter().find(|board| machine_type.starts_with(board.prefix()))
+    }
+
+    /// How its versioned machine types begin.
+    fn prefix(self) -> &'static str {
+        match self {
+            Board::I440fx => "pc-i440fx-",
+            Board::Q35 => "pc-q35-",
+            Board::ArmVirt => "virt-",
+        }
+    }
+
+    /// The name that stands for its latest machine type, another in every version of QEMU.
+    pub fn alias(self) -> &'static str {
+        match self {
+            Board::I440fx => "pc",
+            Board::Q35 => "q35",
+            Board::ArmVirt => "virt",
+        }
     }
 
     /// The name of the RAMBlock that is main memory where no backend gives it
@@ -45,7 +62,8 @@ mod tests {
     fn machine_types_name_their_boards() {
         assert_eq!(Board::of("pc-i440fx-7.2"), Some(Board::I440fx));
         assert_eq!(Board::of("pc-q35-10.0"), Some(Board::Q35));
-        assert_eq!(Board::of("virt-7.2").map(Board::main_memory), Some("mach-virt.ram"));
+        let virt = Board::of("virt-7.2").unwrap();
+        assert_eq!((virt.alias(), virt.main_memory()), ("virt", "mach-virt.ram"));
         for other in ["virt", "microvm", "pc-0.12", "pseries-7.2", ""] {
             assert_eq!(Board::of(other), None, "{other}");
         }
