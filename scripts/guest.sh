@@ -28,7 +28,8 @@ RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --release --locked
     --target "$target" --target-dir "$deps/guest-target"
 init=$deps/guest-target/$target/release/oracle
 
-trap 'rm -rf "$deps"/initramfs.??????' EXIT
+tree=
+trap 'rm -rf "$tree"' EXIT
 
 # is_newer IMAGE FILE... : whether it is newer than all that it is made of.
 is_newer() {

@@ -41,17 +41,17 @@ impl Processor {
     /// # Errors
     /// When they are none that is known here.
     fn of(machine: &Machine) -> Result<Processor, ExchangeError> {
-        let unknown = |problem: &str| ExchangeError::NoLayout { problem: problem.to_owned() };
-        // One board serves both, and what a virtual CPU is called tells little: the emulator
-        // for 32 bits has no others.
+        let unknown = |problem| ExchangeError::NoProcessor { problem };
+        // `virt` takes both kinds, and the emulator for 32 bits has no others. A 32-bit
+        // processor in the other (`-cpu cortex-a15`) is not told from one of 64 bits.
         let emulator = machine.binary.rsplit('/').next().unwrap_or_default();
         match Board::of(&machine.machine_type) {
             Some(Board::I440fx | Board::Q35) => Ok(X86_64),
             Some(Board::ArmVirt) if emulator.contains("qemu-system-arm") => {
-                Err(unknown("of ARM processors only those of 64 bits are known here"))
+                Err(unknown("they are of 32-bit ARM"))
             }
             Some(Board::ArmVirt) => Ok(AARCH64),
-            None => Err(unknown("its machine type tells no processors that are known here")),
+            None => Err(unknown("the machine type doesn't tell them")),
         }
     }
 }
@@ -235,7 +235,7 @@ mod tests {
         assert_eq!(processor("pc-q35-10.0", "/usr/bin/kvm"), Ok(X86_64));
         assert_eq!(processor("virt-7.2", "/usr/bin/qemu-system-aarch64"), Ok(AARCH64));
         let error = processor("virt-7.2", "/usr/bin/qemu-system-arm").unwrap_err();
-        assert!(error.contains("64 bits"), "{error}");
+        assert!(error.contains("32-bit ARM"), "{error}");
         assert!(processor("pseries-7.2", "/usr/bin/qemu-system-ppc64").is_err());
         assert_eq!(no_registers(AARCH64).len(), 20 + 392);
     }

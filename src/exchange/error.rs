@@ -125,6 +125,12 @@ pub enum ExchangeError {
         /// What is unknown.
         problem: String,
     },
+    /// The guest's processors are none that an ELF core can be written for.
+    #[error("the guest's processors are not known here: {problem}; export it as `flat` instead")]
+    NoProcessor {
+        /// What is unknown.
+        problem: &'static str,
+    },
     /// A folder is not replaced.
     #[error("--force does not replace a folder: remove it, or choose another name")]
     ForceFolder,

@@ -114,8 +114,10 @@ impl GuestOptions {
 
     /// QEMU's arguments, for a guest whose files are in `dir`.
     fn qemu_args(&self, dir: &Path) -> Result<Vec<String>> {
-        // A /dev/kvm that opens need not boot a guest: only a variable picks it.
-        let accel = std::env::var("SNAPBACK_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());
+        // A /dev/kvm that opens need not boot a guest: only a variable picks it, and never for
+        // processors that the host doesn't have.
+        let asked = std::env::var("SNAPBACK_TEST_ACCEL").ok();
+        let accel = asked.filter(|_| self.arch == Arch::X86_64).unwrap_or_else(|| "tcg".into());
         let file = |name: &str| dir.join(name).display().to_string();
         let deps_file = |name| artifact(deps().join(name)).map(|path| path.display().to_string());
         let (kernel, initramfs) = match self.arch {
