@@ -96,7 +96,8 @@ impl Data {
         let chunks = program.chunks_exact(chunk_pages * PAGE_SIZE);
         let compress = |chunk| zstd::bulk::compress(chunk, 1).expect("a chunk compresses");
         let write = |name: &str, compression, pages, content: &[u8]| {
-            let options = WriterOptions { compression, chunk_pages, ..WriterOptions::default() };
+            let mut options = WriterOptions::default();
+            (options.compression, options.chunk_pages) = (compression, chunk_pages);
             write_image(&folder.join(name), options, pages, content)
         };
         Data {

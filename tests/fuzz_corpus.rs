@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use snapback::exchange::read_memory;
 use snapback::image::{
-    Details, Image, ImageWriter, Sections, WriterOptions, flatten_flat, verify_chain, verify_flat,
+    Details, Image, ImageWriter, Layout, Sections, WriterOptions, flatten, verify_chain,
+    verify_flat,
 };
 use snapback::page::{Block, BlockId, PAGE_SIZE, Page};
 
@@ -56,7 +57,8 @@ fn make_the_flat_seed() {
         writer.page(page, &[fill; PAGE_SIZE]).unwrap();
     }
     writer.finish(Details::default(), Sections::default()).unwrap();
-    flatten_flat(&Image::open(&packed).unwrap(), &flat, false, |_, _| true).unwrap();
+    let image = Image::open(&packed).unwrap();
+    flatten(&image, &flat, Layout::Flat, WriterOptions::default(), |_, _| true).unwrap();
     // Everything is to be set right.
     let seed = [&[0xff][..], &fs::read(flat).unwrap()].concat();
     let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/image/flat");

@@ -1,6 +1,6 @@
 //! How fast an image is written, read and verified: numbers to look at, none to
 //! pass. `cargo test --release --test image -- --ignored --nocapture`, with
-//! `IMAGE_BENCH_DIR` naming a folder on the disk to be measured.
+//! `IMAGE_BENCH_DIR` naming a directory on the disk to be measured.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,8 +38,8 @@ fn rate(time: Duration) -> f64 {
 #[ignore = "prints measurements"]
 fn throughput() {
     let base = std::env::var_os("IMAGE_BENCH_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    let folder = tempfile::tempdir_in(base).unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir_in(base).unwrap();
+    let path = directory.path().join("vm.snap");
     let mut memory = vec![0u8; PAGES * PAGE_SIZE];
     random(&mut memory);
     println!(
@@ -52,12 +52,9 @@ fn throughput() {
         for (name, compression) in [("plain", Compression::None), ("zstd:1", Compression::Zstd(1))]
         {
             for chunk_pages in [1, 4, 16, 64] {
-                let options = WriterOptions {
-                    compression,
-                    chunk_pages,
-                    force: true,
-                    ..WriterOptions::default()
-                };
+                let mut options = WriterOptions::default();
+                (options.compression, options.chunk_pages) = (compression, chunk_pages);
+                options.force = true;
                 let blocks = vec![Block {
                     name: "pc.ram".into(),
                     len: memory.len() as u64,

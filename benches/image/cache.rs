@@ -70,8 +70,8 @@ fn stamp(page: &mut [u8], number: u64) {
 }
 
 fn write_image(path: &Path, mib: u64, cache: CacheUse, source: &mut [u8]) -> Result<Written> {
-    let options =
-        WriterOptions { compression: Compression::None, cache, ..WriterOptions::default() };
+    let mut options = WriterOptions::default();
+    (options.compression, options.cache) = (Compression::None, cache);
     let start = Instant::now();
     let mut writer = ImageWriter::create(path, options, blocks(mib))?;
     let pages = source.len() / PAGE_SIZE;

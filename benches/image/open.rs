@@ -26,11 +26,9 @@ struct Synthetic {
 impl Synthetic {
     fn write(folder: &Path, mib: u64) -> Result<Synthetic> {
         let path = folder.join(format!("{mib}.snap"));
-        let options = WriterOptions {
-            compression: Compression::Zstd(1),
-            chunk_pages: SPREAD as usize,
-            ..WriterOptions::default()
-        };
+        let mut options = WriterOptions::default();
+        options.compression = Compression::Zstd(1);
+        options.chunk_pages = SPREAD as usize;
         let mut writer = ImageWriter::create(&path, options, blocks(mib))?;
         let mut bytes = [0; PAGE_SIZE];
         for number in 0..mib << 8 {

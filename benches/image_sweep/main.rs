@@ -154,8 +154,8 @@ fn sweep(options: &Options, name: &str, image: &Path, folder: &Path) -> Result<(
         for &compression in &options.levels {
             let figures = one_way(&memory, &path, compression, pages, options.runs)?;
             let codec = match compression {
-                Compression::None => "none".into(),
                 Compression::Zstd(level) => format!("zstd:{level}"),
+                _ => "none".into(),
             };
             println!(
                 "| {} KiB | {codec} | {:.0} | {:.0} | {:.2} | {:.2} | {:.1} ({:.1}) | {:.0} | {:.0} |",

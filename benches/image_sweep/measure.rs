@@ -74,8 +74,9 @@ fn write(
     compression: Compression,
     chunk_pages: usize,
 ) -> Result<Duration> {
-    let options =
-        WriterOptions { compression, chunk_pages, force: true, ..WriterOptions::default() };
+    let mut options = WriterOptions::default();
+    (options.compression, options.chunk_pages) = (compression, chunk_pages);
+    options.force = true;
     let start = Instant::now();
     let mut writer = ImageWriter::create(path, options, memory.blocks.clone())?;
     for (page, bytes) in memory.pages() {

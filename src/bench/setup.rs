@@ -83,7 +83,7 @@ impl<'a> Setup<'a> {
             image_bytes: image.file_len(),
             memory_bytes: bytes(manifest.data_pages + manifest.zero_pages),
             data_bytes: bytes(manifest.data_pages),
-            image_files: image.files().map(Path::to_owned).collect(),
+            image_files: image.files().map(|(path, _)| path.to_owned()).collect(),
             machine,
             beside,
             rules,

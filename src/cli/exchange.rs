@@ -28,7 +28,7 @@ pub(super) struct ExportArgs {
     /// What it is written as
     #[arg(long = "to", value_name = "FORMAT")]
     format: Format,
-    /// The file to write (for flat: the folder); - for standard output
+    /// The file to write (for flat: the directory); - for standard output
     file: PathBuf,
     /// Replace an existing file
     #[arg(long)]
@@ -74,8 +74,9 @@ enum Format {
     Stream,
     /// A mapped-ram file, which QEMU 9.0 and later loads
     MappedRam,
-    /// A folder with a sparse file of memory for each block
-    Flat,
+    /// Plain memory: a directory with a sparse file for each block
+    #[value(name = "flat")]
+    PlainMemory,
     /// An ELF core of physical memory, for crash, gdb and readelf
     Elf,
 }
@@ -85,7 +86,7 @@ impl From<Format> for ExportFormat {
         match format {
             Format::Stream => ExportFormat::Stream,
             Format::MappedRam => ExportFormat::MappedRam,
-            Format::Flat => ExportFormat::Flat,
+            Format::PlainMemory => ExportFormat::PlainMemory,
             Format::Elf => ExportFormat::Elf,
         }
     }

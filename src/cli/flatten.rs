@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::output::{Failure, Output, size};
 use super::{cancellation, parse_compression};
-use crate::image::{Compression, Image, WriterOptions, flatten as flatten_image, flatten_flat};
+use crate::image::{self, Compression, Image, WriterOptions};
 use crate::page::PAGE_SIZE;
 
 #[derive(Args)]
@@ -56,10 +56,11 @@ pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
                 output.advance(done, total, String::new());
                 !cancel.is_requested()
             };
-            match args.layout {
-                Layout::Packed => flatten_image(&image, &args.to, options, progress),
-                Layout::Flat => flatten_flat(&image, &args.to, args.force, progress),
-            }
+            let layout = match args.layout {
+                Layout::Packed => image::Layout::Packed,
+                Layout::Flat => image::Layout::Flat,
+            };
+            image::flatten(&image, &args.to, layout, options, progress)
         }
     });
     // Interrupted, it is waited for, since it cleans up behind itself.

@@ -1,6 +1,6 @@
 //! `info` and `verify`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
@@ -91,7 +91,7 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
         let bytes = size(layer.pages * PAGE_SIZE as u64);
         match found {
             Ok(path) => {
-                let (path, identity) = (path.display(), layer.identity);
+                let identity = layer.identity;
                 line("parent", &format!("{bytes} of the data lie in {path} ({identity})"));
             }
             Err(error) => line("parent", &format!("MISSING, with {bytes} of the data: {error}")),
@@ -119,10 +119,10 @@ pub(super) fn info(path: &Path, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-fn layer_json(layer: &LayerRef, found: &Result<PathBuf, ImageError>) -> serde_json::Value {
+fn layer_json(layer: &LayerRef, found: &Result<String, ImageError>) -> serde_json::Value {
     json!({
         "identity": layer.identity.to_string(),
-        "path": found.as_ref().ok().map(|path| path.display().to_string()),
+        "path": found.as_ref().ok(),
         "problem": found.as_ref().err().map(|error| error.to_string()),
         "relative": layer.relative,
         "absolute": layer.absolute,

@@ -16,7 +16,7 @@ use crate::cancel::Cancellation;
 /// The most bytes kept of what a program says.
 const MAX_SAID: u64 = 4096;
 
-/// How long a program may take to end once nobody reads its output any more.
+/// How long a program may take to end once its output is no longer read.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// The output of a program that decompresses. Dropping it ends the program.
@@ -24,7 +24,7 @@ pub(super) struct Decompressed<'a> {
     path: PathBuf,
     tool: &'static str,
     child: Child,
-    /// Until nobody wants more.
+    /// Dropped once no more output is wanted.
     stdout: Option<Patient<'a, ChildStdout>>,
     /// It has given all that it will.
     at_end: bool,
@@ -33,7 +33,7 @@ pub(super) struct Decompressed<'a> {
 
 impl<'a> Decompressed<'a> {
     /// Has `tool` decompress what is left of `input`, which messages name `path`. Reading
-    /// its output fails once somebody asks to stop.
+    /// its output fails once cancellation is requested.
     pub fn start(
         tool: &'static str,
         input: File,

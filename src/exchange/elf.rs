@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use super::output::Output;
-use super::pages::{Piece, for_each};
+use super::pages::for_each;
 use super::physical::{Range, ranges};
 use super::{ExchangeError, ExchangeEvent, Watch};
 use crate::guest::Board;
-use crate::image::Image;
+use crate::image::{Cursor, Image, Piece};
 use crate::machine::Machine;
 use crate::page::{PAGE_SIZE, Page, PageSource, Run};
 
@@ -193,13 +193,14 @@ fn vmcoreinfo_bytes(page: &[u8]) -> Option<usize> {
 
 /// So many bytes from the start of a page on; they may reach into the next one.
 fn read_note(image: &Arc<Image>, page: Page, len: usize) -> Result<Vec<u8>, ExchangeError> {
-    let (mut pages, mut bytes) = (image.pages()?, Vec::new());
-    for number in page.number..image.blocks()[page.block.index()].pages() {
-        if bytes.len() >= len {
-            break;
-        }
-        if !pages.append(Page { number, ..page }, &mut bytes)? {
-            bytes.resize(bytes.len() + PAGE_SIZE, 0);
+    let left = image.blocks()[page.block.index()].pages() - page.number;
+    let count = left.min(len.div_ceil(PAGE_SIZE) as u64);
+    let mut pages = Cursor::over(image, Run { count, ..Run::single(page) })?;
+    let mut bytes = Vec::new();
+    while let Some(piece) = pages.next_piece()? {
+        match piece {
+            Piece::Zeros(run) => bytes.resize(bytes.len() + run.bytes() as usize, 0),
+            Piece::Data(_, part) => bytes.extend_from_slice(part),
         }
     }
     bytes.resize(len, 0);

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use super::ExportFormat;
 use crate::guest::VmError;
 use crate::image::ImageError;
-use crate::page::SourceError;
 use crate::wire::WireError;
 
 /// Why an export or import failed. Nothing is left behind then.
@@ -131,16 +130,16 @@ pub enum ExchangeError {
         /// What is unknown.
         problem: &'static str,
     },
-    /// A folder is not replaced.
-    #[error("--force does not replace a folder: remove it, or choose another name")]
-    ForceFolder,
+    /// A directory is not replaced.
+    #[error("--force does not replace a directory: remove it, or choose another name")]
+    ForceDirectory,
     /// The guest's run state is not where it should be in its device state.
     #[error(
         "the guest was stopped when it was written, and where its device state says so was not \
          found: import it without --run, and let it run with `cont` after a revert"
     )]
     NoRunState,
-    /// Somebody asked to stop.
+    /// It was cancelled.
     #[error("interrupted: nothing was written")]
     Interrupted,
 }
@@ -152,8 +151,8 @@ impl ExchangeError {
         move |source| ExchangeError::Io { doing, path, source }
     }
 
-    /// For `map_err`: what a page source said of a page.
-    pub(super) fn memory(block: &str, offset: u64, error: &SourceError) -> ExchangeError {
+    /// For `map_err`: what an image said of a page.
+    pub(super) fn memory(block: &str, offset: u64, error: &ImageError) -> ExchangeError {
         ExchangeError::Memory { block: block.to_owned(), offset, problem: error.to_string() }
     }
 }

@@ -4,12 +4,13 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::output::Output;
-use super::{ExchangeError, ExchangeEvent, Watch, elf, flat, mapped_ram, stream};
+use super::{ExchangeError, ExchangeEvent, Watch, elf, mapped_ram, plain_memory, stream};
 use crate::cancel::Cancellation;
-use crate::image::Image;
+use crate::image::{Image, check_replaces_none};
 
 /// What an image can be written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ExportFormat {
     /// An ordinary migration stream, which every QEMU that knows the machine type
     /// loads with `-incoming`.
@@ -17,8 +18,9 @@ pub enum ExportFormat {
     /// A mapped-ram file, which QEMU 9.0 and later loads with the capability of that
     /// name.
     MappedRam,
-    /// A folder with a sparse file for each block, which holds its memory as it is.
-    Flat,
+    /// Plain memory: a directory with a sparse file for each block, which holds its bytes.
+    /// The command line calls it `flat`.
+    PlainMemory,
     /// An ELF core of the guest's physical memory, for `crash`, `gdb` and `readelf`.
     Elf,
 }
@@ -28,7 +30,7 @@ impl fmt::Display for ExportFormat {
         f.write_str(match self {
             ExportFormat::Stream => "stream",
             ExportFormat::MappedRam => "mapped-ram",
-            ExportFormat::Flat => "flat",
+            ExportFormat::PlainMemory => "flat",
             ExportFormat::Elf => "elf",
         })
     }
@@ -36,15 +38,24 @@ impl fmt::Display for ExportFormat {
 
 /// Which image to write, as what and where.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ExportOptions {
     /// The image.
     pub image: PathBuf,
     /// What it is written as.
     pub format: ExportFormat,
-    /// The file to write, or the folder; standard output without one, for a stream.
+    /// The file to write, or the directory; standard output without one, for a stream.
     pub to: Option<PathBuf>,
-    /// Replace an existing file; a folder is never replaced.
+    /// Replace an existing file; a directory is never replaced.
     pub force: bool,
+}
+
+impl ExportOptions {
+    /// Writes `image` as `format` to standard output, or, with [`ExportOptions::to`], to a
+    /// file or directory.
+    pub fn new(image: impl Into<PathBuf>, format: ExportFormat) -> ExportOptions {
+        ExportOptions { image: image.into(), format, to: None, force: false }
+    }
 }
 
 /// Writes an image in another format. Every byte of memory is verified on the way.
@@ -59,7 +70,7 @@ pub fn export(
 ) -> Result<u64, ExchangeError> {
     let image = Image::open(&options.image)?;
     if let Some(path) = &options.to {
-        image.check_not_replaced(path)?;
+        check_replaces_none(path, image.files())?;
     }
     let mut watch = Watch::new(cancel, on_event);
     let file_bytes = match (options.format, &options.to) {
@@ -81,8 +92,10 @@ pub fn export(
             elf::write(&image, &output, &mut watch)?;
             output.commit()?
         }
-        (ExportFormat::Flat, Some(_)) if options.force => return Err(ExchangeError::ForceFolder),
-        (ExportFormat::Flat, Some(path)) => flat::write(&image, path, &mut watch)?,
+        (ExportFormat::PlainMemory, Some(_)) if options.force => {
+            return Err(ExchangeError::ForceDirectory);
+        }
+        (ExportFormat::PlainMemory, Some(path)) => plain_memory::write(&image, path, &mut watch)?,
         (format, None) => return Err(ExchangeError::NeedsFile(format)),
     };
     let ram_bytes = image.manifest().blocks.iter().map(|block| block.len).sum();

@@ -22,6 +22,7 @@ const STREAM_MAGIC: &[u8] = b"QEVM";
 
 /// Which file to make an image of, and how.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ImportOptions {
     /// The file: a migration stream, a mapped-ram file, or a guest saved by libvirt.
     /// Standard input without one.
@@ -41,6 +42,22 @@ pub struct ImportOptions {
     pub force: bool,
 }
 
+impl ImportOptions {
+    /// Imports standard input, or, with [`ImportOptions::from`], a file. Memory is stored
+    /// uncompressed unless [`ImportOptions::compression`] says otherwise.
+    pub fn new(image: impl Into<PathBuf>) -> ImportOptions {
+        ImportOptions {
+            from: None,
+            image: image.into(),
+            command: Vec::new(),
+            qemu: None,
+            run: false,
+            compression: Compression::None,
+            force: false,
+        }
+    }
+}
+
 /// Makes an image of a guest that another program has saved.
 ///
 /// # Errors
@@ -55,7 +72,7 @@ pub fn import(
     let source = Source::open(options.from.as_deref())?;
     check_replaces_none(&options.image, [(source.path.as_path(), &source.input)])?;
     let machine = record(options, &source, &mut watch);
-    // What was ended for it has not failed.
+    // A program that was ended by the cancellation has not failed.
     watch.check()?;
     let machine = machine?;
     let moment_unix_us = source.moment();

@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::output::Output;
-use super::pages::{Piece, for_each};
+use super::pages::for_each;
 use super::{ExchangeError, Watch};
-use crate::image::{Image, ImageWriter};
+use crate::image::{Image, ImageWriter, Piece};
 use crate::page::{BlockId, PAGE_SIZE, Page, Run};
 use crate::wire::{MappedLayout, StreamBlock};
 
@@ -39,7 +39,7 @@ pub(super) fn write(
     }
     let mut bitmap = Bitmap::default();
     for_each(image, watch, |piece| {
-        let (Piece::Zeros(run) | Piece::Data(run, _)) = piece;
+        let run = piece.run();
         let (block, mapped) = (&blocks[run.block.index()], &layout.blocks[run.block.index()]);
         if let Piece::Data(_, bytes) = piece {
             output.put_at(bytes, mapped.pages_offset + run.offset())?;
@@ -162,8 +162,8 @@ mod tests {
     /// Why a file is not read that lays out such a block, its pages holes, and ends behind
     /// so many bytes, if it is not.
     fn problem(block_len: u64, most: u64) -> Option<String> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("mapped");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("mapped");
         let block = Block { name: "pc.ram".into(), len: block_len, page_size: 4096 };
         let layout = MappedLayout::new(CONFIG, &[block], b"", b"{}");
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
@@ -171,7 +171,7 @@ mod tests {
             file.write_all_at(bytes, *offset).unwrap();
         }
         file.set_len(layout.len.min(most)).unwrap();
-        let read = read_memory(&file, &path, &folder.path().join("vm.snap"));
+        let read = read_memory(&file, &path, &directory.path().join("vm.snap"));
         read.err().map(|error| error.to_string())
     }
 

@@ -2,14 +2,13 @@
 //! mapped-ram files of QEMU's, libvirt's saved guests, plain memory, ELF cores.
 //!
 //! Each format has its file; [`export`] and [`import`] choose among them. Everything
-//! here blocks, and tells its progress to a function of the caller's.
+//! here blocks, and reports its progress to a function of the caller.
 
 mod command;
 mod decompress;
 mod elf;
 mod error;
 mod export;
-mod flat;
 mod import;
 mod libvirt;
 mod mapped_ram;
@@ -18,6 +17,7 @@ mod output;
 mod pages;
 mod patient;
 mod physical;
+mod plain_memory;
 mod stream;
 
 use std::time::{Duration, Instant};
@@ -34,14 +34,15 @@ pub use stream::read_memory;
 
 use crate::cancel::Cancellation;
 
-/// How often progress is told.
+/// How often progress is reported.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// What happens during an export or import, in this order.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum ExchangeEvent {
-    /// Something that whoever asked should know.
+    /// Something that the user should know.
     Note {
         /// What it is.
         what: String,
@@ -75,7 +76,7 @@ pub enum ExchangeEvent {
     },
 }
 
-/// Watches over an export or import: tells its progress, and hears the wish to stop.
+/// Reports the progress of an export or import, and checks for cancellation.
 struct Watch<'a> {
     cancel: &'a Cancellation,
     on_event: &'a mut dyn FnMut(ExchangeEvent),
@@ -89,23 +90,23 @@ impl<'a> Watch<'a> {
         Watch { cancel, on_event, pages: 0, total: 0, told: Instant::now() }
     }
 
-    /// Tells something.
+    /// Reports an event.
     fn tell(&mut self, event: ExchangeEvent) {
         (self.on_event)(event);
     }
 
-    /// Whether to go on.
+    /// Checks for cancellation.
     ///
     /// # Errors
-    /// When somebody has asked to stop.
+    /// [`ExchangeError::Interrupted`] once it is requested.
     fn check(&self) -> Result<(), ExchangeError> {
         if self.cancel.is_requested() { Err(ExchangeError::Interrupted) } else { Ok(()) }
     }
 
-    /// Counts pages that are done.
+    /// Counts pages that are done, and checks for cancellation now and then.
     ///
     /// # Errors
-    /// When somebody has asked to stop.
+    /// [`ExchangeError::Interrupted`] once it is requested.
     fn done(&mut self, pages: u64) -> Result<(), ExchangeError> {
         let before = self.pages;
         self.pages += pages;

@@ -1,4 +1,4 @@
-//! Reading what may never come: a pipe is waited for until somebody wants no more.
+//! Reading what may never come: a pipe is waited for until the read is cancelled.
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use crate::cancel::Cancellation;
 /// How long a wait goes on without looking whether it is still wanted, in milliseconds.
 const NAP_MS: u16 = 100;
 
-/// Reads a file or a pipe. A read fails once somebody asks to stop, be there something to
+/// Reads a file or a pipe. A read fails once cancellation is requested, be there something to
 /// read or not.
 pub(super) struct Patient<'a, R> {
     inner: R,

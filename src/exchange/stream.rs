@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::mapped_ram;
 use super::output::Output;
-use super::pages::{Piece, for_each};
+use super::pages::for_each;
 use super::{ExchangeError, ExchangeEvent, Watch};
 use crate::cancel::Cancellation;
-use crate::image::{Image, ImageWriter, Sections, WriterOptions};
+use crate::image::{Image, ImageWriter, Piece, Sections, WriterOptions};
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
     Frame, Item, StreamBlock, StreamReader, Tail, WireError, end_of_ram, precopy_opening, tail,
@@ -28,7 +28,7 @@ pub(super) fn write(
     let mut frame = Frame::default();
     for_each(image, watch, |piece| {
         let bytes = match piece {
-            // QEMU has filled ROMs before it reads the stream: zeros are to be told.
+            // QEMU has filled ROMs before it reads the stream: zeros must be sent too.
             Piece::Zeros(run) => frame.zeros(&blocks[run.block.index()], run),
             Piece::Data(run, bytes) => {
                 let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
@@ -98,7 +98,7 @@ pub(super) fn read<R: Read>(
 }
 
 /// Reads a stream in a file, and in a mapped-ram file its bitmaps and pages, into an image
-/// that is never finished and leaves nothing: for whoever looks for faults in that.
+/// that is never finished and leaves nothing: for fuzzing.
 #[doc(hidden)]
 pub fn read_memory(file: &File, path: &Path, image: &Path) -> Result<(), ExchangeError> {
     let (stop, mut ignore) = (Cancellation::new(), |_: ExchangeEvent| {});

@@ -1,21 +1,29 @@
 //! The snapshot image: a machine's memory and state in one file, written once,
 //! any page of it found in two look-ups and one read.
 //!
-//! `docs/format.md` draws the file byte by byte; `layout` is the same in code.
 //! [`ImageWriter`] writes an image in one pass, [`Image`] reads one and is a
 //! [`PageSource`](crate::page::PageSource), [`verify()`] checks one as a whole.
 //!
-//! Checksums (xxh3-64) protect against damage, not against forgery: who can write
-//! to an image can make it say anything. So whatever is read is checked before it
-//! is used, and nothing in a file makes this module panic or take memory without
-//! bound.
+//! - `format`: the bytes, as `docs/format.md` draws them, and the errors. No I/O.
+//! - `store`: where the bytes lie, read in ranges. A file, so far.
+//! - `read`: images over a store: tables, layers, a cursor over all pages, checks.
+//! - `write`: new images, always in files.
+//!
+//! The reading side knows nothing of the writing side, and neither of QEMU.
+//!
+//! Checksums (xxh3-64) protect against damage, not against forgery: whoever can write
+//! to an image can make it say anything. So everything that is read is checked before it
+//! is used, and nothing in a file makes this module panic or allocate without bound.
 
 mod format;
 mod read;
+mod store;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_of_chains;
+#[cfg(test)]
+mod tests_of_stores;
 mod write;
 
 pub use format::error::ImageError;
@@ -24,13 +32,16 @@ pub use format::layout::{
     VERSION,
 };
 pub use format::manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
+pub(crate) use read::cursor::{Cursor, Piece};
+pub use read::flat::verify_flat;
 pub use read::image::Image;
-pub use read::lineage::{Overview, check_parent, look};
+pub use read::lineage::{Overview, look};
 pub use read::verify::{
     Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify, verify_chain,
 };
-pub use write::flat::{flatten_flat, verify_flat};
 pub use write::flatten::flatten;
+pub use write::options::{CacheUse, Compression, Layout, Saved, WriterOptions, WriterStats};
+pub use write::parent::check_parent;
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};
-pub use write::writer::{CacheUse, Compression, ImageWriter, Saved, WriterOptions, WriterStats};
+pub use write::writer::ImageWriter;

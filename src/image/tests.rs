@@ -13,9 +13,11 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::image::format::layout::*;
-use crate::image::write::writer::check_index;
+use crate::image::write::index::check_index;
 use crate::machine::{Machine, QemuVersion};
-use crate::page::{Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, SourceError};
+use crate::page::{
+    Block, BlockId, Location, PAGE_SIZE, Page, PageBytes, PageSource, Run, SourceError,
+};
 
 pub(super) fn block(name: &str, pages: u64) -> Block {
     Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size: PAGE_SIZE as u64 }
@@ -91,24 +93,43 @@ pub(super) fn read_all(image: &Arc<Image>) -> Result<BTreeMap<Page, PageBytes>, 
     Ok(pages)
 }
 
+/// Reads the rest of a cursor's pages, which come in ascending order.
+fn read_in_order(cursor: &mut Cursor) -> Result<BTreeMap<Page, PageBytes>, ImageError> {
+    let mut pages = BTreeMap::new();
+    while let Some(piece) = cursor.next_piece()? {
+        let run = piece.run();
+        assert!(
+            pages.last_key_value().is_none_or(|(last, _)| *last < page(run.block.0, run.first))
+        );
+        match piece {
+            Piece::Zeros(run) => pages.extend(run.pages().map(|page| (page, [0; PAGE_SIZE]))),
+            Piece::Data(run, bytes) => {
+                assert_eq!(bytes.len() as u64, run.bytes());
+                pages.extend(run.pages().zip(bytes.as_chunks().0.iter().copied()));
+            }
+        }
+    }
+    Ok(pages)
+}
+
 pub(super) fn expected(memory: &Memory) -> BTreeMap<Page, PageBytes> {
     memory.iter().map(|(page, seed)| (*page, contents(*seed))).collect()
 }
 
-/// A folder with an image of a small machine: blocks of 5, 0 and 37 pages with
+/// A directory with an image of a small machine: blocks of 5, 0 and 37 pages with
 /// zeros, repetitive and random pages.
 struct Small {
-    folder: TempDir,
+    directory: TempDir,
     path: PathBuf,
     memory: Memory,
 }
 
 impl Small {
     fn write(options: WriterOptions) -> Small {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm.snap");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.snap");
         let memory = write_small(&path, options);
-        Small { folder, path, memory }
+        Small { directory, path, memory }
     }
 
     fn open(&self) -> Result<Arc<Image>, ImageError> {
@@ -144,14 +165,14 @@ impl Small {
         });
     }
 
-    /// The names in the folder.
+    /// The names in the directory.
     fn names(&self) -> Vec<String> {
-        names(self.folder.path())
+        names(self.directory.path())
     }
 }
 
-pub(super) fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).unwrap();
+pub(super) fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
@@ -268,8 +289,8 @@ proptest! {
 
     #[test]
     fn what_was_written_is_read(plan in any_plan()) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm.snap");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.snap");
         let options = WriterOptions {
             compression: plan.compression,
             chunk_pages: plan.chunk_pages,
@@ -307,6 +328,7 @@ proptest! {
         prop_assert_eq!(image.sections().unwrap(), sections());
         prop_assert_eq!(&image.manifest().machine, &details().machine);
         prop_assert!(read_all(&image).unwrap() == expected(&memory));
+        prop_assert!(read_in_order(&mut Cursor::over_all(&image).unwrap()).unwrap() == expected(&memory));
         let report = verify(&image, |_, _| {}).unwrap();
         prop_assert!(report.is_whole(), "{:?}", report.damages);
         prop_assert_eq!(report.chunks, image.chunk_count());
@@ -317,11 +339,31 @@ proptest! {
     }
 }
 
+#[test]
+fn a_cursor_goes_up_to_damage_and_stands_before_it() {
+    let small = small();
+    let image = small.open().unwrap();
+    let some = Run { block: BlockId(2), first: 1, count: 7 };
+    let read = read_in_order(&mut Cursor::over(&image, some).unwrap()).unwrap();
+    let wanted: BTreeMap<_, _> =
+        some.pages().map(|page| (page, contents(small.memory[&page]))).collect();
+    assert!(read == wanted);
+
+    // The entry of the third block's second page.
+    small.edit_table(Region::PageIndex, |piece| piece[6 * PAGE_ENTRY_BYTES] = 9);
+    let mut cursor = Cursor::over_all(&small.open().unwrap()).unwrap();
+    for _ in 0..2 {
+        let error = read_in_order(&mut cursor).unwrap_err().to_string();
+        assert!(error.contains("kind 9 is not known"), "{error}");
+        assert_eq!(cursor.page(), Some(page(2, 1)));
+    }
+}
+
 /// Whatever threads find it, and whether it has been written when it is met again.
 #[test]
 fn equal_chunks_are_stored_once() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     for compression in [Compression::None, Compression::Zstd(1)] {
         let options =
             WriterOptions { workers: 4, force: true, memory: 1 << 20, ..options(4, compression) };
@@ -346,8 +388,8 @@ fn equal_chunks_are_stored_once() {
 
 #[test]
 fn pages_of_a_chunk_stand_in_order_whatever_order_they_came_in() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let blocks = vec![block("ram", 8)];
     let mut writer = ImageWriter::create(&path, options(8, Compression::None), blocks).unwrap();
     writer.zero(page(0, 2)).unwrap();
@@ -377,8 +419,8 @@ fn threads_may_all_read_at_once() {
 
 #[test]
 fn an_image_without_any_page_is_an_image() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let writer = ImageWriter::create(&path, WriterOptions::default(), vec![]).unwrap();
     let saved = writer.finish(details(), Sections::default()).unwrap();
     assert_eq!((saved.data_pages, saved.zero_pages), (0, 0));
@@ -389,8 +431,8 @@ fn an_image_without_any_page_is_an_image() {
 
 #[test]
 fn a_missing_page_is_named_and_nothing_is_left() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let blocks = vec![block("rom", 3), block("empty", 0), block("ram", 20)];
     let mut writer = ImageWriter::create(&path, options(4, Compression::None), blocks).unwrap();
     for number in 0..20 {
@@ -406,13 +448,13 @@ fn a_missing_page_is_named_and_nothing_is_left() {
         panic!("{error}");
     };
     assert_eq!((block.as_str(), *offset, *missing), ("ram", 9 * 4096, 2));
-    assert!(names(folder.path()).is_empty());
+    assert!(names(directory.path()).is_empty());
 }
 
 #[test]
 fn a_page_that_does_not_exist_is_refused_and_the_rest_goes_on() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let mut writer =
         ImageWriter::create(&path, WriterOptions::default(), vec![block("ram", 2)]).unwrap();
     writer.page(page(0, 0), &contents(1)).unwrap();
@@ -429,8 +471,8 @@ fn a_page_that_does_not_exist_is_refused_and_the_rest_goes_on() {
 
 #[test]
 fn blocks_and_options_are_checked_before_anything_is_made() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let big = 1 << 63;
     let bad_blocks = [
         vec![Block { len: 4097, ..block("ram", 1) }],
@@ -456,7 +498,7 @@ fn blocks_and_options_are_checked_before_anything_is_made() {
         let made = ImageWriter::create(&path, options, vec![]);
         assert!(matches!(made.err(), Some(ImageError::Options(_))));
     }
-    assert!(names(folder.path()).is_empty());
+    assert!(names(directory.path()).is_empty());
 }
 
 #[test]
@@ -476,15 +518,15 @@ fn an_existing_file_stays_unless_forced() {
 
 #[test]
 fn a_dropped_writer_leaves_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let mut writer =
         ImageWriter::create(&path, WriterOptions::default(), vec![block("ram", 4096)]).unwrap();
     for number in 0..4000 {
         writer.page(page(0, number), &contents(1)).unwrap();
     }
     drop(writer);
-    assert!(names(folder.path()).is_empty());
+    assert!(names(directory.path()).is_empty());
 }
 
 /// A small tmpfs, if we may mount one.
@@ -492,11 +534,11 @@ struct Tmpfs(TempDir);
 
 impl Tmpfs {
     fn mount(size: &str) -> Option<Tmpfs> {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let mut mount = std::process::Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", size, "tmpfs"]).arg(folder.path());
+        mount.args(["-t", "tmpfs", "-o", size, "tmpfs"]).arg(directory.path());
         let mounted = mount.output().is_ok_and(|output| output.status.success());
-        mounted.then(|| Tmpfs(folder))
+        mounted.then(|| Tmpfs(directory))
     }
 }
 
@@ -550,8 +592,8 @@ fn slow(path: &Path, bandwidth: u64) -> ImageWriter {
 
 #[test]
 fn the_rate_is_kept_and_the_wait_for_it_is_told() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let start = std::time::Instant::now();
     let mut writer = slow(&path, 8 << 20);
     for at in 0..512 {
@@ -567,8 +609,8 @@ fn the_rate_is_kept_and_the_wait_for_it_is_told() {
 
 #[test]
 fn a_writer_is_stopped_wherever_it_waits() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     // At this rate it would take six hours.
     for pages in [512, 100] {
         let mut writer = slow(&path, 100);
@@ -587,14 +629,14 @@ fn a_writer_is_stopped_wherever_it_waits() {
             writing.join().unwrap()
         });
         assert!(matches!(stopped, Err(ImageError::Interrupted(_))), "{stopped:?}");
-        assert!(names(folder.path()).is_empty());
+        assert!(names(directory.path()).is_empty());
     }
 }
 
 #[test]
 fn an_image_need_not_stay_in_the_page_cache() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     for cache in [CacheUse::Drop, CacheUse::Keep, CacheUse::WhatIsFree] {
         let options = WriterOptions { cache, force: true, ..options(16, Compression::None) };
         let blocks = vec![block("ram", 10_000)];
@@ -679,17 +721,17 @@ fn other_files_are_told_apart() {
     let error = small.open().err().unwrap();
     assert!(matches!(error, ImageError::NewerVersion { version: 2, .. }), "{error}");
 
-    let path = small.folder.path().join("other");
+    let path = small.directory.path().join("other");
     fs::write(&path, [b'x'; 5000]).unwrap();
     assert!(matches!(Image::open(&path).err(), Some(ImageError::NotAnImage(_))));
     fs::write(&path, [0; 5000]).unwrap();
     assert!(matches!(Image::open(&path).err(), Some(ImageError::Unfinished(_))));
-    let error = Image::open(small.folder.path()).err();
+    let error = Image::open(small.directory.path()).err();
     assert!(matches!(error, Some(ImageError::NotRegular(_))), "{error:?}");
-    let fifo = small.folder.path().join("fifo");
+    let fifo = small.directory.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     assert!(matches!(Image::open(&fifo).err(), Some(ImageError::NotRegular(_))));
-    let link = small.folder.path().join("link");
+    let link = small.directory.path().join("link");
     symlink("nowhere", &link).unwrap();
     assert!(matches!(Image::open(&link).err(), Some(ImageError::Io { .. })));
 }
@@ -829,8 +871,8 @@ fn verify_names_the_guest_memory_that_a_bad_chunk_costs() {
 
 #[test]
 fn a_wholly_damaged_image_makes_a_short_report() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let blocks = vec![block("a", 700), block("b", 700)];
     let mut writer = ImageWriter::create(&path, options(1, Compression::None), blocks).unwrap();
     for at in 0..700 {
@@ -860,8 +902,8 @@ fn a_wholly_damaged_image_makes_a_short_report() {
 
 #[test]
 fn a_table_piece_of_another_place_does_not_pass() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("vm.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vm.snap");
     let mut writer =
         ImageWriter::create(&path, options(1, Compression::None), vec![block("ram", 2000)])
             .unwrap();

@@ -17,7 +17,7 @@ use crate::image::format::layout::*;
 use crate::page::{Location, PAGE_SIZE, Page};
 
 /// Writes an image of this memory, of one block for each that occurs, on top of another.
-fn write(
+pub(super) fn write(
     path: &Path,
     memory: &Memory,
     options: WriterOptions,
@@ -41,18 +41,18 @@ fn memory(pages: u64) -> Memory {
     (0..pages).map(|at| (page(0, at), 2 * at as u32 + 1)).collect()
 }
 
-/// A folder with a chain of images, `0.snap` the first.
-struct Chain {
-    folder: TempDir,
-    memory: Vec<Memory>,
+/// A directory with a chain of images, `0.snap` the first.
+pub(super) struct Chain {
+    directory: TempDir,
+    pub memory: Vec<Memory>,
 }
 
 impl Chain {
     /// A first image of 40 pages, and on top of it one more for each of these changes:
     /// pages that get a new content.
-    fn write(changes: &[&[u64]]) -> Chain {
-        let folder = tempfile::tempdir().unwrap();
-        let mut chain = Chain { folder, memory: vec![memory(40)] };
+    pub fn write(changes: &[&[u64]]) -> Chain {
+        let directory = tempfile::tempdir().unwrap();
+        let mut chain = Chain { directory, memory: vec![memory(40)] };
         let plain = || options(4, Compression::None);
         write(&chain.path(0), &chain.memory[0], plain(), None).unwrap();
         for (n, changed) in changes.iter().enumerate() {
@@ -66,8 +66,8 @@ impl Chain {
         chain
     }
 
-    fn path(&self, n: usize) -> PathBuf {
-        self.folder.path().join(format!("{n}.snap"))
+    pub fn path(&self, n: usize) -> PathBuf {
+        self.directory.path().join(format!("{n}.snap"))
     }
 
     fn open(&self, n: usize) -> Result<Arc<Image>, ImageError> {
@@ -120,7 +120,7 @@ fn an_image_that_nothing_lies_in_is_not_needed() {
     chain.is_whole(2);
 
     // Nothing in common: an image like any other.
-    let path = chain.folder.path().join("other.snap");
+    let path = chain.directory.path().join("other.snap");
     let other = (0..40).map(|at| (page(0, at), 7001 + 2 * at as u32)).collect();
     let base = chain.open(0).unwrap();
     write(&path, &other, options(4, Compression::None), Some(&base)).unwrap();
@@ -133,7 +133,7 @@ fn an_image_that_nothing_lies_in_is_not_needed() {
 #[test]
 fn parents_move_with_their_children() {
     let chain = Chain::write(&[&[1], &[2]]);
-    let to = chain.folder.path().join("moved");
+    let to = chain.directory.path().join("moved");
     fs::create_dir(&to).unwrap();
     for n in 0..3 {
         fs::rename(chain.path(n), to.join(format!("{n}.snap"))).unwrap();
@@ -148,18 +148,18 @@ fn parents_move_with_their_children() {
     let image = Image::open(to(2)).unwrap();
     assert!(read_all(&image).unwrap() == expected(&chain.memory[2]));
     // By a link elsewhere, too.
-    let link = chain.folder.path().join("moved/link");
+    let link = chain.directory.path().join("moved/link");
     std::os::unix::fs::symlink(to(2), &link).unwrap();
     assert!(Image::open(&link).is_ok());
     // What was moved is written down anew.
     let mut memory = chain.memory[2].clone();
     memory.insert(page(0, 9), 9001);
-    let last = chain.folder.path().join("last.snap");
+    let last = chain.directory.path().join("last.snap");
     write(&last, &memory, options(4, Compression::None), Some(&image)).unwrap();
     let relative: Vec<_> =
         Image::open(&last).unwrap().manifest().layers.iter().map(|l| l.relative.clone()).collect();
     assert_eq!(relative, ["moved/2.snap", "1.snap", "0.snap"]);
-    // A parent that was in another folder is found beside its child, wherever that is.
+    // A parent that was in another directory is found beside its child, wherever that is.
     let together = tempfile::tempdir().unwrap();
     for from in [&last, &to(2)] {
         fs::rename(from, together.path().join(from.file_name().unwrap())).unwrap();
@@ -172,7 +172,7 @@ fn parents_move_with_their_children() {
 fn a_missing_or_wrong_parent_is_named() {
     let chain = Chain::write(&[&[1], &[2]]);
     let identity = chain.open(0).unwrap().identity().to_string();
-    let away = chain.folder.path().join("away");
+    let away = chain.directory.path().join("away");
     fs::rename(chain.path(0), &away).unwrap();
     for n in [1, 2] {
         let problem = chain.problem(n);
@@ -182,7 +182,8 @@ fn a_missing_or_wrong_parent_is_named() {
     }
     let overview = look(chain.path(2)).unwrap();
     assert_eq!(overview.manifest.layers.len(), 2);
-    assert_eq!(overview.layers[0].as_ref().unwrap(), &chain.path(1).canonicalize().unwrap());
+    let found = Path::new(overview.layers[0].as_ref().unwrap());
+    assert_eq!(found, chain.path(1).canonicalize().unwrap());
     assert!(overview.layers[1].is_err());
 
     // Another image of that name.
@@ -228,7 +229,7 @@ fn damage_in_a_parent_is_found_and_costs_the_pages_that_lie_there() {
     }
 
     // Saved on top of it, what can't be read there is stored again.
-    let path = chain.folder.path().join("new.snap");
+    let path = chain.directory.path().join("new.snap");
     let parent = chain.open(2).unwrap();
     write(&path, &chain.memory[2], options(4, Compression::None), Some(&parent)).unwrap();
     let image = Image::open(&path).unwrap();
@@ -248,21 +249,21 @@ fn an_image_does_not_replace_what_it_refers_to() {
         assert!(error.to_string().contains("give it another name"), "{error}");
         assert!(check_parent(&parent, &chain.path(n)).is_err());
         // Nor is it replaced by what is made of it.
-        let packed = flatten(&parent, &chain.path(n), force(), |_, _| true);
-        let flat = flatten_flat(&parent, &chain.path(n), true, |_, _| true);
+        let packed = flatten(&parent, &chain.path(n), Layout::Packed, force(), |_, _| true);
+        let flat = flatten(&parent, &chain.path(n), Layout::Flat, force(), |_, _| true);
         for made in [packed, flat] {
             assert!(matches!(made, Err(ImageError::Replaces { .. })), "{made:?}");
         }
     }
     assert_eq!(fs::read(chain.path(0)).unwrap(), before);
-    assert_eq!(names(chain.folder.path()).len(), 2);
+    assert_eq!(names(chain.directory.path()).len(), 2);
 }
 
 #[test]
 fn a_chain_has_a_length_at_which_it_is_flattened() {
     // Each image is synced, which memory takes more lightly than a disk.
-    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    let path = |n: usize| folder.path().join(format!("{n}.snap"));
+    let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let path = |n: usize| directory.path().join(format!("{n}.snap"));
     let mut memory = memory(300);
     let plain = || options(1, Compression::None);
     write(&path(0), &memory, plain(), None).unwrap();
@@ -280,10 +281,16 @@ fn a_chain_has_a_length_at_which_it_is_flattened() {
 
     let flat = path(1000);
     let mut told = (0, 0);
-    let saved = flatten(&longest, &flat, options(16, Compression::Zstd(1)), |done, total| {
-        told = (done, total);
-        true
-    })
+    let saved = flatten(
+        &longest,
+        &flat,
+        Layout::Packed,
+        options(16, Compression::Zstd(1)),
+        |done, total| {
+            told = (done, total);
+            true
+        },
+    )
     .unwrap();
     assert_eq!((told, saved.data_pages, saved.parent_pages), ((300, 300), 300, 0));
     drop(longest);
@@ -299,8 +306,8 @@ fn a_chain_has_a_length_at_which_it_is_flattened() {
 
 #[test]
 fn a_flattening_can_be_ended() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("0.snap");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("0.snap");
     write(
         &path,
         &(0..5000).map(|at| (page(0, at), 1)).collect(),
@@ -309,10 +316,10 @@ fn a_flattening_can_be_ended() {
     )
     .unwrap();
     let image = Image::open(&path).unwrap();
-    let to = folder.path().join("flat.snap");
-    let ended = flatten(&image, &to, options(4, Compression::None), |_, _| false);
+    let to = directory.path().join("flat.snap");
+    let ended = flatten(&image, &to, Layout::Packed, options(4, Compression::None), |_, _| false);
     assert!(matches!(ended, Err(ImageError::Interrupted(_))));
-    assert_eq!(names(folder.path()), ["0.snap"]);
+    assert_eq!(names(directory.path()), ["0.snap"]);
 }
 
 /// A list of layers that breaks a rule, in a manifest whose checksum is right.
@@ -372,8 +379,8 @@ fn checked_in_memory() -> [Memory; 2] {
 /// Images of version 1 open for ever, those that refer to others as well.
 #[test]
 fn the_chain_of_version_1_opens() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
-    let images = CHECKED_IN.map(|name| Image::open(folder.join(name)).unwrap());
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let images = CHECKED_IN.map(|name| Image::open(directory.join(name)).unwrap());
     for (image, memory) in images.iter().zip(checked_in_memory()) {
         assert!(read_all(image).unwrap() == expected(&memory));
         let report = verify_chain(image, |_, _| {}).unwrap();
@@ -387,14 +394,14 @@ fn the_chain_of_version_1_opens() {
     assert_eq!(child.manifest().layers[0].pages, 32);
 }
 
-/// Makes them. Only for a new version, under new names, by way of a folder whose name
+/// Makes them. Only for a new version, under new names, by way of a directory whose name
 /// may stand in them: `cargo test --lib make_the_checked_in_chain -- --ignored`
 #[test]
 #[ignore = "makes tests/data/v1-*.snap, which exist"]
 fn make_the_checked_in_chain() {
-    let folder = std::env::temp_dir().join("snapback-data");
-    fs::create_dir_all(&folder).unwrap();
-    let [parent, child] = CHECKED_IN.map(|name| folder.join(name));
+    let directory = std::env::temp_dir().join("snapback-data");
+    fs::create_dir_all(&directory).unwrap();
+    let [parent, child] = CHECKED_IN.map(|name| directory.join(name));
     let [first, second] = checked_in_memory();
     let options = || options(4, Compression::Zstd(3));
     write(&parent, &first, options(), None).unwrap();
@@ -403,7 +410,7 @@ fn make_the_checked_in_chain() {
     for (name, from) in CHECKED_IN.iter().zip([parent, child]) {
         fs::copy(from, to.join(name)).unwrap();
     }
-    fs::remove_dir_all(folder).unwrap();
+    fs::remove_dir_all(directory).unwrap();
 }
 
 /// One image of a chain: how it is written, and what changes in it.
@@ -440,7 +447,7 @@ proptest! {
 
     #[test]
     fn every_image_of_a_chain_gives_what_was_written(steps in vec(any_step(), 1..6)) {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let mut parent: Option<Arc<Image>> = None;
         let mut memory: Memory = (0..100).map(|at| (page(0, at), at as u32 % 7)).collect();
         for (n, step) in steps.iter().enumerate() {
@@ -452,7 +459,7 @@ proptest! {
             for (_, at, seed) in &step.changes {
                 memory.insert(places[at.index(places.len())], *seed);
             }
-            let path = folder.path().join(format!("{n}.snap"));
+            let path = directory.path().join(format!("{n}.snap"));
             let options = WriterOptions { workers: step.workers, ..options(step.chunk_pages, step.compression) };
             let saved = write(&path, &memory, options, parent.as_ref()).unwrap();
             let image = Image::open(&path).unwrap();

@@ -123,10 +123,10 @@ impl Delivery {
         Feed::start(prepared, Arc::new(Arc::clone(image)), socket, options).map_err(feed_error)
     }
 
-    /// Where the image's working set is.
-    fn working_set_path(&self, image: &Image) -> PathBuf {
+    /// Where the image's working set is, if it has a place.
+    fn working_set_path(&self, image: &Image) -> Option<PathBuf> {
         let named = self.working_set_file.clone();
-        named.unwrap_or_else(|| working_set::path_for(image.path()))
+        named.or_else(|| image.path().map(working_set::path_for))
     }
 
     /// The image's working set, if it is wanted and can be used.
@@ -134,11 +134,8 @@ impl Delivery {
         if !self.working_set {
             return None;
         }
-        match WorkingSet::load(
-            &self.working_set_path(image),
-            image.identity(),
-            &image.manifest().blocks,
-        ) {
+        let path = self.working_set_path(image)?;
+        match WorkingSet::load(&path, image.identity(), &image.manifest().blocks) {
             Ok(set) => Some(set),
             Err(WorkingSetError::None(_)) => None,
             Err(error) => {
@@ -158,8 +155,8 @@ impl Delivery {
         let before = self.recall(image);
         let (identity, blocks) = (image.identity(), &image.manifest().blocks);
         let next = WorkingSet::following(before.as_ref(), identity, demanded, blocks);
-        if let Some(next) = next
-            && let Err(error) = next.store(&self.working_set_path(image))
+        if let Some((next, path)) = next.zip(self.working_set_path(image))
+            && let Err(error) = next.store(&path)
         {
             tracing::info!("the working set is not recorded: {error}");
         }

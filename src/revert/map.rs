@@ -17,9 +17,9 @@ use super::{
     feed_error, socket_pair,
 };
 use crate::guest::{MappedMemory, RewriteOptions, StartPlan, VmError, rewrite};
-use crate::image::{Image, ImageError, Sections};
+use crate::image::{Cursor, Image, ImageError, Piece, Sections};
 use crate::memory::FaultReport;
-use crate::page::{BlockId, PAGE_SIZE, Page, PageSource, Run};
+use crate::page::{BlockId, PAGE_SIZE, PageSource, Run};
 use crate::qmp::Qmp;
 use crate::wire::{Frame, end_of_ram, precopy_opening, tail};
 
@@ -96,7 +96,8 @@ fn mapped_memory(
     if options.rewrite.qemu.is_some() && !wanted {
         return Err("the version of the QEMU given by --qemu is not known".into());
     }
-    let file = std::path::absolute(image.path()).map_err(|e| e.to_string())?;
+    let file = image.path().ok_or("the image is not a file")?;
+    let file = std::path::absolute(file).map_err(|e| e.to_string())?;
     if !wanted && !is_local(&file) {
         return Err("the image is not on a local file system".into());
     }
@@ -132,18 +133,13 @@ impl Mapped {
             if mapped.contains(&block.name) {
                 continue;
             }
-            let mut pages = image.pages()?;
-            let mut bytes = Vec::with_capacity(PAGE_SIZE);
-            for number in 0..block.pages() {
-                let page = Page { block: id, number };
-                bytes.clear();
-                match pages.append(page, &mut bytes)? {
-                    false => stream.extend_from_slice(frame.zeros(block, Run::single(page))),
-                    true => {
-                        let page_bytes = bytes.as_chunks().0.iter();
-                        stream.extend_from_slice(frame.pages(block, Run::single(page), page_bytes));
-                    }
-                }
+            let all = Run { block: id, first: 0, count: block.pages() };
+            let mut pages = Cursor::over(image, all)?;
+            while let Some(piece) = pages.next_piece()? {
+                stream.extend_from_slice(match piece {
+                    Piece::Zeros(run) => frame.zeros(block, run),
+                    Piece::Data(run, bytes) => frame.pages(block, run, bytes.as_chunks().0.iter()),
+                });
             }
         }
         stream.extend_from_slice(&end_of_ram());

@@ -117,7 +117,8 @@ impl ChunkReader for Computing {
 /// Writes an image of all the pattern's pages to `path`, and opens it.
 pub fn write_image(pattern: &Pattern, path: &Path, compression: Compression) -> Arc<Image> {
     let chunk_pages = pattern.chunk_pages;
-    let options = WriterOptions { compression, chunk_pages, ..WriterOptions::default() };
+    let mut options = WriterOptions::default();
+    (options.compression, options.chunk_pages) = (compression, chunk_pages);
     let mut writer = ImageWriter::create(path, options, pattern.blocks.clone()).unwrap();
     for (n, block) in pattern.blocks.iter().enumerate() {
         for number in 0..block.pages() {

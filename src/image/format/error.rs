@@ -1,14 +1,17 @@
-//! What can go wrong with an image, said so that it can be acted upon.
+//! What can go wrong with an image, and what to do about it.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use crate::page::{Block, PAGE_SIZE, Page};
+
 /// Why an image could not be written, opened or read.
 ///
-/// Every message is one complete line: it contains the operating system's error
-/// where there is one, so there is no further `source` to print.
+/// An image that is read is named as where it lies: by the path that its file was opened
+/// with. Every message is one complete line: it contains the operating system's error where
+/// there is one, so there is no further `source` to print.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
@@ -20,6 +23,24 @@ pub enum ImageError {
         /// The image's path.
         path: PathBuf,
         /// What the operating system said.
+        error: io::Error,
+    },
+    /// A part of an image can't be read.
+    #[error("cannot read {image} at offset {position:#x}: {error}")]
+    Read {
+        /// The image's name.
+        image: String,
+        /// Where, in bytes from the image's start.
+        position: u64,
+        /// Why not.
+        error: io::Error,
+    },
+    /// There is no memory for a decompressor.
+    #[error("cannot make a decompressor for {image}: {error}")]
+    Decompressor {
+        /// The image's name.
+        image: String,
+        /// What the decompressor's library said.
         error: io::Error,
     },
     /// The disk or the quota is full.
@@ -102,34 +123,32 @@ pub enum ImageError {
     /// A thread of the writer ended without saying why.
     #[error("a thread that writes {} ended unexpectedly: save again and report this", .0.display())]
     ThreadLost(PathBuf),
-    /// The file is something else.
-    #[error("{} is not a snapback image (it does not begin with its magic)", .0.display())]
-    NotAnImage(PathBuf),
+    /// It is something else.
+    #[error("{0} is not a snapback image (it does not begin with its magic)")]
+    NotAnImage(String),
     /// The superblock, which is written last, is all zeros.
-    #[error("{} was never finished (its superblock is empty): save again", .0.display())]
-    Unfinished(PathBuf),
-    /// The file ends too early.
+    #[error("{0} was never finished (its superblock is empty): save again")]
+    Unfinished(String),
+    /// It ends too early.
     #[error(
-        "{} is truncated: {found} of {expected} bytes; copy it again from where it is whole",
-        path.display()
+        "{image} is truncated: {found} of {expected} bytes; copy it again from where it is whole"
     )]
     Truncated {
-        /// The image's path.
-        path: PathBuf,
-        /// Length of the file in bytes.
+        /// The image's name.
+        image: String,
+        /// Its length in bytes.
         found: u64,
         /// Length that it should have (at least) in bytes.
         expected: u64,
     },
     /// A later snapback wrote it.
     #[error(
-        "{} is of format version {version}, this snapback reads version {known}: \
-         use a snapback that knows it",
-        path.display()
+        "{image} is of format version {version}, this snapback reads version {known}: \
+         use a snapback that knows it"
     )]
     NewerVersion {
-        /// The image's path.
-        path: PathBuf,
+        /// The image's name.
+        image: String,
         /// Version found.
         version: u32,
         /// Version known.
@@ -137,31 +156,30 @@ pub enum ImageError {
     },
     /// It needs features that this snapback does not have.
     #[error(
-        "{} needs features that this snapback does not know (bits {bits:#x}): \
-         use a newer snapback",
-        path.display()
+        "{image} needs features that this snapback does not know (bits {bits:#x}): \
+         use a newer snapback"
     )]
     UnknownFeatures {
-        /// The image's path.
-        path: PathBuf,
+        /// The image's name.
+        image: String,
         /// The unknown ones of the incompatible feature bits.
         bits: u64,
     },
     /// Another image, in which pages of this one lie, is not there or not the same.
-    #[error("{} needs image {identity}: {problem}", path.display())]
+    #[error("{image} needs image {identity}: {problem}")]
     Layer {
-        /// The path of the image that refers to it.
-        path: PathBuf,
+        /// The name of the image that refers to it.
+        image: String,
         /// The other image's identity.
         identity: Uuid,
         /// Where it was looked for, what was found there, and what to do.
         problem: String,
     },
     /// An image can't be written on top of another.
-    #[error("cannot save on top of {}: {problem}", path.display())]
+    #[error("cannot save on top of {parent}: {problem}")]
     Parent {
-        /// The other image's path.
-        path: PathBuf,
+        /// The other image's name.
+        parent: String,
         /// Why not, and what to do.
         problem: String,
     },
@@ -177,27 +195,27 @@ pub enum ImageError {
         /// What it needs.
         needed: PathBuf,
     },
-    /// Whoever had it written changed his mind.
+    /// Writing was cancelled.
     #[error("interrupted: {} was not written", .0.display())]
     Interrupted(PathBuf),
     /// A part of the image is not what was written, or can't be read.
-    #[error("{} is damaged: {place}: {problem}", path.display())]
+    #[error("{image} is damaged: {place}: {problem}")]
     Damaged {
-        /// The image's path.
-        path: PathBuf,
-        /// Which part, and where in the file.
+        /// The image's name.
+        image: String,
+        /// Which part, and where in the image.
         place: String,
         /// What is wrong with it.
         problem: String,
     },
     /// A chunk is not what was written, or can't be read.
-    #[error("{} is damaged: chunk {chunk} at file offset {offset:#x}: {problem}", path.display())]
+    #[error("{image} is damaged: chunk {chunk} at file offset {offset:#x}: {problem}")]
     Chunk {
-        /// The image's path.
-        path: PathBuf,
+        /// The image's name.
+        image: String,
         /// The chunk's number.
         chunk: u64,
-        /// Where the chunk is stored, in bytes from the start of the file.
+        /// Where the chunk is stored, in bytes from the image's start.
         offset: u64,
         /// What is wrong with it.
         problem: String,
@@ -216,12 +234,33 @@ impl ImageError {
         }
     }
 
+    /// Whether it says that something does not exist.
+    pub(in crate::image) fn is_not_found(&self) -> bool {
+        let (ImageError::Io { error, .. } | ImageError::Read { error, .. }) = self else {
+            return false;
+        };
+        error.kind() == io::ErrorKind::NotFound
+    }
+
+    /// A page outside of these blocks.
+    pub(in crate::image) fn no_such_page(blocks: &[Block], page: Page) -> ImageError {
+        let block = match blocks.get(page.block.index()) {
+            Some(block) => format!("{:?} of {:#x} bytes", block.name, block.len),
+            None => format!("{} (there are {})", page.block.0, blocks.len()),
+        };
+        ImageError::NoSuchPage { block, offset: page.number.saturating_mul(PAGE_SIZE as u64) }
+    }
+
     /// Damage to a named place.
     pub(in crate::image) fn damaged(
-        path: &Path,
+        image: &str,
         place: impl Into<String>,
         problem: impl Into<String>,
     ) -> ImageError {
-        ImageError::Damaged { path: path.to_owned(), place: place.into(), problem: problem.into() }
+        ImageError::Damaged {
+            image: image.to_owned(),
+            place: place.into(),
+            problem: problem.into(),
+        }
     }
 }

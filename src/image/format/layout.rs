@@ -2,8 +2,6 @@
 //!
 //! All integers are little-endian. Nothing in this module does I/O.
 
-use std::path::Path;
-
 use uuid::Uuid;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
@@ -239,19 +237,19 @@ impl Superblock {
     }
 
     /// Reads a superblock and checks all that can be checked without the rest of
-    /// the file. The path is for the errors.
+    /// the image. `name` is the image's, for the errors.
     ///
     /// # Errors
     /// Another file, an unfinished image, damage, a version or a feature that is
     /// not known, or values that contradict each other.
-    pub fn decode(bytes: &[u8; SUPERBLOCK_BYTES], path: &Path) -> Result<Superblock, ImageError> {
+    pub fn decode(bytes: &[u8; SUPERBLOCK_BYTES], name: &str) -> Result<Superblock, ImageError> {
         if bytes.iter().all(|byte| *byte == 0) {
-            return Err(ImageError::Unfinished(path.to_owned()));
+            return Err(ImageError::Unfinished(name.to_owned()));
         }
         if bytes[MAGIC_OFFSET..MAGIC_OFFSET + 8] != MAGIC {
-            return Err(ImageError::NotAnImage(path.to_owned()));
+            return Err(ImageError::NotAnImage(name.to_owned()));
         }
-        let damaged = |problem: String| ImageError::damaged(path, "superblock", problem);
+        let damaged = |problem: String| ImageError::damaged(name, "superblock", problem);
         if xxh3_64(&bytes[..SUPERBLOCK_CHECKSUM_OFFSET])
             != get_u64(bytes, SUPERBLOCK_CHECKSUM_OFFSET)
         {
@@ -259,8 +257,8 @@ impl Superblock {
         }
         let version = get_u32(bytes, VERSION_OFFSET);
         if version > VERSION {
-            let path = path.to_owned();
-            return Err(ImageError::NewerVersion { path, version, known: VERSION });
+            let image = name.to_owned();
+            return Err(ImageError::NewerVersion { image, version, known: VERSION });
         }
         if version == 0 {
             return Err(damaged("version 0 does not exist".into()));
@@ -268,7 +266,7 @@ impl Superblock {
         let incompatible = get_u64(bytes, INCOMPATIBLE_OFFSET);
         let unknown = incompatible & !KNOWN_INCOMPATIBLE;
         if unknown != 0 {
-            return Err(ImageError::UnknownFeatures { path: path.to_owned(), bits: unknown });
+            return Err(ImageError::UnknownFeatures { image: name.to_owned(), bits: unknown });
         }
         let mut identity = [0; 16];
         identity.copy_from_slice(&bytes[IDENTITY_OFFSET..IDENTITY_OFFSET + 16]);

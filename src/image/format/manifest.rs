@@ -19,6 +19,7 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// What the image says of itself and of the machine. Stored as JSON; fields that
 /// are not known are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Manifest {
     /// The image's identity, the same as in its superblock.
     #[serde(with = "uuid_as_text")]
@@ -50,13 +51,14 @@ pub struct Manifest {
 
 /// Another image, in which pages of this one lie.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LayerRef {
     /// Its identity.
     #[serde(with = "uuid_as_text")]
     pub identity: Uuid,
     /// Length of its file in bytes.
     pub file_len: u64,
-    /// Its path as seen from this image's folder: where it is looked for first.
+    /// Its path as seen from this image's directory: where it is looked for first.
     pub relative: String,
     /// Its absolute path when this image was written.
     pub absolute: String,
@@ -64,7 +66,7 @@ pub struct LayerRef {
     pub pages: u64,
 }
 
-/// What the writer must be told for the manifest; the rest it knows.
+/// The parts of the manifest that a writer does not know by itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Details {
     /// The machine at the moment of its snapshot.

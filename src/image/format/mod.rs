@@ -2,5 +2,6 @@
 //! wrong with them. No I/O.
 
 pub(super) mod error;
+pub(super) mod flat;
 pub(super) mod layout;
 pub(super) mod manifest;

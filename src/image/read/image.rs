@@ -1,29 +1,30 @@
 //! Opening an image, and reading what lies in it.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use uuid::Uuid;
 
 use crate::image::format::error::ImageError;
-use crate::image::format::layout::{ChunkEntry, Codec, LAYERS, PageEntry, Region};
-use crate::image::format::manifest::{Manifest, Sections, check_blocks, check_layers};
+use crate::image::format::layout::{ChunkEntry, Codec, PageEntry, Region};
+use crate::image::format::manifest::{Manifest, Sections};
 use crate::image::read::layer::{Buffers, Layer, chunk_id, layer_and_number, read_plain};
 use crate::image::read::lineage;
 use crate::image::read::table::Table;
-use crate::image::write::flat::check_places;
-use crate::image::write::writer::no_such_page;
+use crate::image::store::Store;
+use crate::image::store::file::FileStore;
 use crate::page::{
     Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
 };
 
 /// An open image.
 ///
-/// It keeps what has been touched of the page index and the chunk tables: 8 bytes
-/// per target page and 24 bytes per chunk at most. It holds its own file open, and one
-/// for each image that it refers to, at most 255. `Arc<Image>` is a [`PageSource`].
+/// It keeps the parts of the page index and of the chunk tables that were needed: at most 8
+/// bytes per target page and 24 bytes per chunk. It holds its own file open, and one for each
+/// image that it refers to, at most 255. `Arc<Image>` is a [`PageSource`].
 pub struct Image {
-    /// Its own file, then the others in the order of the manifest: never empty.
+    /// Its own, then the others in the order of the manifest: never empty.
     layers: Vec<Layer>,
     manifest: Manifest,
     /// Each block's first entry in the page index.
@@ -43,9 +44,14 @@ impl Image {
     /// later version; an image that it refers to and that is not there, or is another
     /// one. The message says which and what to do.
     pub fn open(path: impl AsRef<Path>) -> Result<Arc<Image>, ImageError> {
-        let own = Layer::open(path.as_ref())?;
-        let manifest = read_manifest(&own)?;
-        let others = lineage::open_layers(&own.path, &manifest.layers)?;
+        Image::open_in(Box::new(FileStore::open(path.as_ref())?))
+    }
+
+    /// Opens the image that a store holds, as [`Image::open`] does.
+    pub(in crate::image) fn open_in(store: Box<dyn Store>) -> Result<Arc<Image>, ImageError> {
+        let own = Layer::open(store)?;
+        let manifest = own.manifest()?;
+        let others = lineage::open_layers(&own, &manifest.layers)?;
         let starts = manifest
             .blocks
             .iter()
@@ -67,14 +73,21 @@ impl Image {
         &self.manifest
     }
 
-    /// The path by which it was opened.
-    pub fn path(&self) -> &Path {
-        &self.own().path
+    /// What error messages call it: its path, if it is a file.
+    pub fn name(&self) -> &str {
+        self.own().name()
     }
 
-    /// The files that its pages lie in: its own, and those of the images that it refers to.
-    pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.layers.iter().map(|layer| layer.path.as_path())
+    /// The path by which it was opened, if it is a file.
+    pub fn path(&self) -> Option<&Path> {
+        self.own().store.file().map(|(path, _)| path)
+    }
+
+    /// The files that its pages lie in: its own first, then those of the images that it
+    /// refers to, each with the path by which it was opened. What lies elsewhere than in a
+    /// file is left out.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, &File)> {
+        self.layers.iter().filter_map(|layer| layer.store.file())
     }
 
     /// Its identity, different for every image written.
@@ -118,20 +131,19 @@ impl Image {
                 self.manifest.blocks[page.block.index()].name,
                 page.offset()
             );
-            ImageError::damaged(self.path(), place, problem)
+            ImageError::damaged(self.name(), place, problem)
         })
     }
 
-    /// A page's entry in the index, as it lies there.
+    /// A page's raw entry in the index.
     fn entry(&self, page: Page) -> Result<[u8; 8], ImageError> {
         let number = page.block.index();
         let blocks = &self.manifest.blocks;
         let start = match (blocks.get(number), self.starts.get(number)) {
             (Some(block), Some(start)) if page.number < block.pages() => start,
-            _ => return Err(no_such_page(blocks, page)),
+            _ => return Err(ImageError::no_such_page(blocks, page)),
         };
-        let own = self.own();
-        self.pages.entry(start + page.number, &own.file, &own.path)
+        self.pages.entry(start + page.number, &*self.own().store)
     }
 
     /// The block that an entry of the page index belongs to, and the block's first
@@ -143,8 +155,8 @@ impl Image {
         self.manifest.blocks.get(number).zip(self.starts.get(number).copied())
     }
 
-    /// Makes a page's entry in the index its location. `entry_of` is given a layer's
-    /// number, the layer, and the number of a chunk that it has.
+    /// Turns a raw entry of the index into a location, and checks it. `entry_of` reads a
+    /// chunk's entry: it gets a layer's number, the layer, and the number of a chunk there.
     pub(in crate::image) fn check_entry<'a>(
         &'a self,
         raw: [u8; 8],
@@ -177,27 +189,27 @@ impl Image {
         let (layer, number) = layer_and_number(chunk);
         let layer = self.layers.get(usize::from(layer)).ok_or_else(|| {
             let problem = format!("there is no layer {layer}");
-            ImageError::damaged(self.path(), format!("chunk {number}"), problem)
+            ImageError::damaged(self.name(), format!("chunk {number}"), problem)
         })?;
         Ok((layer, number, layer.chunk(number)?))
     }
 
-    /// Its own file.
+    /// The layer of its own chunks.
     pub(in crate::image) fn own(&self) -> &Layer {
         &self.layers[0]
     }
 
-    /// Its own file, and behind it those that it refers to.
+    /// Its own layer, and behind it those that it refers to.
     pub(in crate::image) fn layers(&self) -> &[Layer] {
         &self.layers
     }
 
-    /// Room for one of its chunks.
+    /// Buffers that any of its chunks fits into.
     pub(in crate::image) fn buffers(&self) -> Result<Buffers, ImageError> {
-        Buffers::new(self.chunk_pages, self.path())
+        Buffers::new(self.chunk_pages, self.name())
     }
 
-    /// Reads, verifies and drops a section or the manifest.
+    /// Verifies a section or the manifest.
     pub(in crate::image) fn check_whole(&self, region: Region) -> Result<(), ImageError> {
         self.own().read_whole(region).map(drop)
     }
@@ -228,15 +240,15 @@ impl PageSource for Arc<Image> {
     }
 }
 
-/// Bytes that are read in one go at most: they are to be in the processor's cache still
-/// when their checksums are made.
+/// The most bytes that are read at once, so that they are still in the processor's cache when
+/// their checksums are computed.
 const RUN_BYTES: usize = 256 << 10;
 
 /// One thread's reader of an image's chunks.
 struct Reader {
     image: Arc<Image>,
     buffers: Buffers,
-    /// Chunks that are read in one go.
+    /// The chunks that are read at once.
     run: Vec<ChunkEntry>,
 }
 
@@ -286,39 +298,18 @@ impl ChunkReader for Reader {
                 return Ok(read);
             }
         }
-        // By itself, or to say what is wrong with it.
+        // A single chunk, or one that is damaged: this says how.
         self.buffers.read_to(layer, number, &entry, &mut out[..len])?;
         Ok(1)
     }
 }
 
 impl Reader {
-    /// Whether a chunk lies behind the run's last, both as they were.
+    /// Whether a chunk lies right behind the last one of the run, both uncompressed.
     fn run_goes_on(&self, next: &ChunkEntry) -> bool {
         self.run.last().is_some_and(|last| {
             let plain = [last, next].iter().all(|entry| entry.codec == Codec::Plain);
             plain && last.offset + u64::from(last.stored_len) == next.offset
         })
     }
-}
-
-/// Reads and verifies the manifest, and holds it against the superblock.
-pub(in crate::image) fn read_manifest(layer: &Layer) -> Result<Manifest, ImageError> {
-    let superblock = &layer.superblock;
-    let bytes = layer.read_whole(Region::Manifest)?;
-    let damaged = |problem: String| ImageError::damaged(&layer.path, "manifest", problem);
-    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
-    let pages = check_blocks(&manifest.blocks).map_err(damaged)?;
-    if pages != superblock.page_count {
-        return Err(damaged(format!(
-            "its blocks have {pages} pages, the page index has {}",
-            superblock.page_count
-        )));
-    }
-    if manifest.identity != superblock.identity {
-        return Err(damaged("it belongs to another image".into()));
-    }
-    check_places(&manifest, superblock).map_err(damaged)?;
-    check_layers(&manifest, superblock.incompatible & LAYERS != 0).map_err(damaged)?;
-    Ok(manifest)
 }

@@ -1,14 +1,16 @@
-//! One file that holds chunks: an image's own, or one of those that it refers to.
-
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+//! A layer: one store with chunks. An image has its own, and one for each image that it
+//! refers to.
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::image::format::error::ImageError;
-use crate::image::format::layout::{ChunkEntry, Codec, Region, SUPERBLOCK_BYTES, Superblock};
+use crate::image::format::flat::check_places;
+use crate::image::format::layout::{
+    ChunkEntry, Codec, LAYERS, Region, SUPERBLOCK_BYTES, Superblock,
+};
+use crate::image::format::manifest::{Manifest, check_blocks, check_layers};
 use crate::image::read::table::Table;
+use crate::image::store::Store;
 use crate::page::{ChunkId, PAGE_SIZE};
 
 /// Bits of a [`ChunkId`] that are the chunk's number; those above are its layer's.
@@ -24,65 +26,85 @@ pub(in crate::image) fn layer_and_number(chunk: ChunkId) -> (u8, u64) {
     ((chunk.0 >> CHUNK_BITS) as u8, chunk.0 & ((1 << CHUNK_BITS) - 1))
 }
 
-/// An open file with chunks, and its chunk table.
+/// An open image, as far as its chunks are concerned.
 pub(in crate::image) struct Layer {
-    pub path: PathBuf,
-    pub file: File,
+    pub store: Box<dyn Store>,
     pub superblock: Superblock,
     pub chunks: Table,
 }
 
 impl Layer {
-    /// Opens an image's file. Reads the superblock, nothing else.
+    /// Opens an image for its chunks. Reads the superblock, nothing else.
     ///
     /// # Errors
-    /// A file that can't be read, is no image, is truncated, damaged, or of a later
-    /// version.
-    pub fn open(path: &Path) -> Result<Layer, ImageError> {
-        let io = |e| ImageError::io("open", path, e);
-        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(nix::libc::O_NONBLOCK)
-            .open(path)
-            .map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(ImageError::NotRegular(path.to_owned()));
-        }
-        let found = metadata.len();
-        let truncated = |expected| ImageError::Truncated { path: path.to_owned(), found, expected };
+    /// What can't be read, is no image, is truncated, damaged, or of a later version.
+    pub fn open(store: Box<dyn Store>) -> Result<Layer, ImageError> {
+        let (name, found) = (store.name(), store.len());
+        let truncated = |expected| {
+            let image = name.to_owned();
+            ImageError::Truncated { image, found, expected }
+        };
         if found < SUPERBLOCK_BYTES as u64 {
             return Err(truncated(SUPERBLOCK_BYTES as u64));
         }
         let mut bytes = [0; SUPERBLOCK_BYTES];
-        file.read_exact_at(&mut bytes, 0).map_err(|e| ImageError::io("read", path, e))?;
-        let superblock = Superblock::decode(&bytes, path)?;
+        store.read_at(&mut bytes, 0).map_err(|error| {
+            let image = name.to_owned();
+            ImageError::Read { image, position: 0, error }
+        })?;
+        let superblock = Superblock::decode(&bytes, name)?;
         if found < superblock.file_len {
             return Err(truncated(superblock.file_len));
         }
         if found > superblock.file_len {
             let problem = format!("{found} bytes where {} belong to it", superblock.file_len);
-            return Err(ImageError::damaged(path, "file length", problem));
+            return Err(ImageError::damaged(name, "file length", problem));
         }
         let chunks = Table::new(Region::ChunkTable, &superblock);
-        Ok(Layer { path: path.to_owned(), file, superblock, chunks })
+        Ok(Layer { store, superblock, chunks })
+    }
+
+    /// What error messages call it.
+    pub fn name(&self) -> &str {
+        self.store.name()
+    }
+
+    /// Reads and verifies the manifest, and checks it against the superblock.
+    pub fn manifest(&self) -> Result<Manifest, ImageError> {
+        let superblock = &self.superblock;
+        let bytes = self.read_whole(Region::Manifest)?;
+        let damaged = |problem: String| ImageError::damaged(self.name(), "manifest", problem);
+        let manifest: Manifest =
+            serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let pages = check_blocks(&manifest.blocks).map_err(damaged)?;
+        if pages != superblock.page_count {
+            return Err(damaged(format!(
+                "its blocks have {pages} pages, the page index has {}",
+                superblock.page_count
+            )));
+        }
+        if manifest.identity != superblock.identity {
+            return Err(damaged("it belongs to another image".into()));
+        }
+        check_places(&manifest, superblock).map_err(damaged)?;
+        check_layers(&manifest, superblock.incompatible & LAYERS != 0).map_err(damaged)?;
+        Ok(manifest)
     }
 
     /// A chunk's entry in the table.
     pub fn chunk(&self, number: u64) -> Result<ChunkEntry, ImageError> {
         if number >= self.chunks.entries() {
             let problem = format!("it does not exist, there are {}", self.chunks.entries());
-            return Err(ImageError::damaged(&self.path, format!("chunk {number}"), problem));
+            return Err(ImageError::damaged(self.name(), format!("chunk {number}"), problem));
         }
-        let raw = self.chunks.entry(number, &self.file, &self.path)?;
+        let raw = self.chunks.entry(number, &*self.store)?;
         self.decode_chunk(number, &raw)
     }
 
     /// Reads a chunk's entry from the table's bytes.
     pub fn decode_chunk(&self, number: u64, raw: &[u8; 24]) -> Result<ChunkEntry, ImageError> {
         ChunkEntry::decode(raw, &self.superblock).map_err(|problem| {
-            ImageError::damaged(&self.path, format!("chunk table entry {number}"), problem)
+            ImageError::damaged(self.name(), format!("chunk table entry {number}"), problem)
         })
     }
 
@@ -92,11 +114,11 @@ impl Layer {
         let extent = self.superblock.region(region);
         let damaged = |problem: String| {
             let place = format!("{} at file offset {:#x}", region.name(), extent.offset);
-            ImageError::damaged(&self.path, place, problem)
+            ImageError::damaged(self.name(), place, problem)
         };
         let mut bytes = vec![0; extent.len as usize];
-        self.file
-            .read_exact_at(&mut bytes, extent.offset)
+        self.store
+            .read_at(&mut bytes, extent.offset)
             .map_err(|e| damaged(format!("can't read: {e}")))?;
         if region.checksum(self.superblock.identity, &bytes) != extent.checksum {
             return Err(damaged("its checksum does not match".into()));
@@ -105,11 +127,11 @@ impl Layer {
     }
 }
 
-/// Reads chunks that lie back to back as they were, in one go, into `out`, which has their
-/// length. Returns how many, from the first on, could be read and are what they should be.
+/// Reads uncompressed chunks that lie back to back at once into `out`, which has their
+/// length. Returns how many of them, from the first on, are what they should be.
 pub(in crate::image) fn read_plain(layer: &Layer, chunks: &[ChunkEntry], out: &mut [u8]) -> usize {
     let start = chunks.first().map_or(0, |chunk| chunk.offset);
-    if layer.file.read_exact_at(out, start).is_err() {
+    if layer.store.read_at(out, start).is_err() {
         return 0;
     }
     let mut rest = &*out;
@@ -121,30 +143,29 @@ pub(in crate::image) fn read_plain(layer: &Layer, chunks: &[ChunkEntry], out: &m
     chunks.iter().take_while(is_right).count()
 }
 
-/// Room for one chunk, and what reads it.
+/// Reads chunks, with a buffer for one.
 pub(in crate::image) struct Buffers {
     plain: Box<[u8]>,
     opener: Opener,
 }
 
-/// Reads chunks, with room for the stored form of one.
+/// Reads chunks, with a buffer for the stored form of one.
 struct Opener {
     stored: Box<[u8]>,
     zstd: zstd::bulk::Decompressor<'static>,
 }
 
 impl Buffers {
-    /// Room for chunks of so many pages. The path is for the error.
-    pub fn new(chunk_pages: usize, path: &Path) -> Result<Buffers, ImageError> {
+    /// Buffers for chunks of so many pages. The error names `image`.
+    pub fn new(chunk_pages: usize, image: &str) -> Result<Buffers, ImageError> {
         let len = chunk_pages * PAGE_SIZE;
         let zstd = zstd::bulk::Decompressor::new()
-            .map_err(|e| ImageError::io("make a decompressor for", path, e))?;
+            .map_err(|error| ImageError::Decompressor { image: image.to_owned(), error })?;
         let opener = Opener { stored: vec![0; len].into(), zstd };
         Ok(Buffers { plain: vec![0; len].into(), opener })
     }
 
-    /// Reads, decompresses and verifies a chunk of at most as many pages as there is
-    /// room for.
+    /// Reads, decompresses and verifies a chunk of at most as many pages as fit.
     pub fn read(
         &mut self,
         layer: &Layer,
@@ -168,8 +189,8 @@ impl Buffers {
         self.opener.read(layer, chunk, entry, out)
     }
 
-    /// The bytes of the chunk that was read last, if that went well; pages of others
-    /// behind it.
+    /// The bytes of the chunk that [`Buffers::read`] read last, and behind them those of
+    /// earlier ones.
     pub fn plain(&self) -> &[u8] {
         &self.plain
     }
@@ -185,7 +206,7 @@ impl Opener {
         plain: &mut [u8],
     ) -> Result<(), ImageError> {
         let failed = |problem: String| ImageError::Chunk {
-            path: layer.path.clone(),
+            image: layer.name().to_owned(),
             chunk,
             offset: entry.offset,
             problem,
@@ -195,8 +216,8 @@ impl Opener {
             Codec::Zstd => &mut self.stored[..entry.stored_len as usize],
         };
         layer
-            .file
-            .read_exact_at(stored, entry.offset)
+            .store
+            .read_at(stored, entry.offset)
             .map_err(|e| failed(format!("can't read {} bytes: {e}", entry.stored_len)))?;
         if entry.codec == Codec::Zstd {
             let stored = &self.stored[..entry.stored_len as usize];

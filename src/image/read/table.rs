@@ -1,14 +1,12 @@
 //! The chunk table and the page index, read piece by piece as they are touched.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{
     PIECE_BYTES, PIECE_CHECKSUM_OFFSET, Region, Superblock, get_u64, piece_checksum,
 };
+use crate::image::store::Store;
 
 /// Pieces per shelf, and shelves per rack. Each is made when the first of its pieces is
 /// touched, so that opening an image does not cost by its size: 24 bytes per rack, which
@@ -25,15 +23,15 @@ fn empty<T>(count: u64) -> Box<[OnceLock<T>]> {
     (0..count).map(|_| OnceLock::new()).collect()
 }
 
-/// A table in the file, and those of its pieces that have been read and verified.
+/// A table in an image, and those of its pieces that have been read and verified.
 ///
-/// Pieces are read with `pread`, not mapped: a file that is truncated or a disk
-/// that fails is an error that can be handled instead of a SIGBUS, and a piece
-/// that was verified can't change any more, whoever writes to the file. A piece
+/// Pieces are read, not mapped: a file that is truncated or a disk that fails is an
+/// error that can be handled instead of a SIGBUS, and a piece that was verified can't
+/// change any more, whoever writes to the file. A piece
 /// is read once; threads that meet on it may both read it, and one copy stays.
 pub(in crate::image) struct Table {
     region: Region,
-    /// Where it starts in the file, in bytes.
+    /// Where it starts in the image, in bytes.
     offset: u64,
     entries: u64,
     seed: u64,
@@ -77,11 +75,10 @@ impl Table {
     pub fn entry<const N: usize>(
         &self,
         number: u64,
-        file: &File,
-        path: &Path,
+        store: &dyn Store,
     ) -> Result<[u8; N], ImageError> {
         let piece = number / self.region.entries_per_piece();
-        Ok(self.entry_in(self.piece(piece, file, path)?, number))
+        Ok(self.entry_in(self.piece(piece, store)?, number))
     }
 
     /// An entry's bytes within its piece.
@@ -92,14 +89,14 @@ impl Table {
         entry
     }
 
-    fn piece(&self, number: u64, file: &File, path: &Path) -> Result<&Piece, ImageError> {
+    fn piece(&self, number: u64, store: &dyn Store) -> Result<&Piece, ImageError> {
         let rack = self.racks[(number / SHELF / SHELF) as usize].get_or_init(|| empty(SHELF));
         let shelf = rack[(number / SHELF % SHELF) as usize].get_or_init(|| empty(SHELF));
         let slot = &shelf[(number % SHELF) as usize];
         match slot.get() {
             Some(piece) => Ok(piece),
             None => {
-                let piece = self.load(number, file, path)?;
+                let piece = self.load(number, store)?;
                 Ok(slot.get_or_init(|| piece))
             }
         }
@@ -107,14 +104,14 @@ impl Table {
 
     /// Reads and verifies a piece without keeping it. `number` must be less than
     /// [`Table::pieces`].
-    pub fn load(&self, number: u64, file: &File, path: &Path) -> Result<Box<Piece>, ImageError> {
+    pub fn load(&self, number: u64, store: &dyn Store) -> Result<Box<Piece>, ImageError> {
         let offset = self.offset + number * PIECE_BYTES as u64;
         let damaged = |problem: String| {
             let place = format!("{} piece {number} at file offset {offset:#x}", self.region.name());
-            ImageError::damaged(path, place, problem)
+            ImageError::damaged(store.name(), place, problem)
         };
         let mut piece = Box::new([0; PIECE_BYTES]);
-        file.read_exact_at(&mut *piece, offset).map_err(|e| damaged(format!("can't read: {e}")))?;
+        store.read_at(&mut *piece, offset).map_err(|e| damaged(format!("can't read: {e}")))?;
         if piece_checksum(self.seed, number, &piece) != get_u64(&*piece, PIECE_CHECKSUM_OFFSET) {
             return Err(damaged("its checksum does not match".into()));
         }

@@ -23,6 +23,7 @@ pub const MAX_RANGES: usize = 16;
 
 /// What checking a whole image has found.
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct VerifyReport {
     /// Number of chunks checked.
     pub chunks: u64,
@@ -40,7 +41,7 @@ impl VerifyReport {
         self.damages.is_empty()
     }
 
-    /// Adds a damage. Gives its place in the list, if it is listed.
+    /// Adds a damage. Returns its index in the list, if it is listed.
     fn add(&mut self, error: ImageError) -> Option<usize> {
         if self.damages.len() == MAX_DAMAGES {
             self.more_damages += 1;
@@ -53,12 +54,13 @@ impl VerifyReport {
 
 /// One damage, and what it makes unreadable.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Damage {
     /// What is wrong.
     pub error: ImageError,
-    /// Guest memory that can't be had because of it, at most [`MAX_RANGES`].
+    /// Guest memory that can't be read because of it, at most [`MAX_RANGES`] ranges.
     pub ranges: Vec<DamagedRange>,
-    /// Bytes of guest memory that can't be had because of it, in all.
+    /// Bytes of guest memory that can't be read because of it, in all.
     pub bytes: u64,
 }
 
@@ -98,9 +100,9 @@ pub struct DamagedRange {
     pub len: u64,
 }
 
-/// Checks every checksum and every entry of an image, on all processors. What it
-/// reads of the tables is not kept. `progress` is told the bytes checked so far
-/// and the bytes in all, now and then.
+/// Checks every checksum and every entry of an image, on all processors. The tables are not
+/// kept in memory. `progress` is told the bytes checked so far and the bytes in all, now and
+/// then.
 ///
 /// Of other images that it refers to, only the entries of the chunks that it needs are
 /// looked at: [`verify_chain`] checks them too.
@@ -111,8 +113,8 @@ pub fn verify(image: &Image, progress: impl FnMut(u64, u64)) -> Result<VerifyRep
     verify_layers(image, &image.layers()[..1], progress)
 }
 
-/// Does the same, and checks all chunks of the images that it refers to as well. What
-/// damage is found there is told by the pages of this image that it costs.
+/// Checks an image as [`verify`] does, and all chunks of the images that it refers to. Damage
+/// there is reported with the pages of this image that it makes unreadable.
 ///
 /// # Errors
 /// As for [`verify`].
@@ -222,7 +224,7 @@ fn verify_piece(layer: &Layer, number: u64, buffers: &mut Buffers) -> Found {
     let mut found = Found::default();
     let entries = layer.chunks.entries_of(number);
     found.bytes += size_of::<Piece>() as u64;
-    let piece = match layer.chunks.load(number, &layer.file, &layer.path) {
+    let piece = match layer.chunks.load(number, &*layer.store) {
         Ok(piece) => piece,
         Err(error) => {
             found.bad.push((entries.start, entries.end, error));
@@ -252,7 +254,7 @@ impl Recent {
         let wanted = chunk / Region::ChunkTable.entries_per_piece();
         let piece = match self.0[place].take() {
             Some((number, piece)) if number == wanted => piece,
-            _ => layer.chunks.load(wanted, &layer.file, &layer.path)?,
+            _ => layer.chunks.load(wanted, &*layer.store)?,
         };
         let raw = layer.chunks.entry_in(&piece, chunk);
         self.0[place] = Some((wanted, piece));
@@ -273,7 +275,7 @@ fn verify_index(
     for number in 0..image.pages.pieces() {
         let entries = image.pages.entries_of(number);
         progress(size_of::<Piece>() as u64);
-        let piece = match image.pages.load(number, &own.file, &own.path) {
+        let piece = match image.pages.load(number, &*own.store) {
             Ok(piece) => piece,
             Err(error) => {
                 if let Some(damage) = report.add(error) {
@@ -297,7 +299,7 @@ fn verify_index(
                 Ok(Location::Stored { .. }) => data_pages += 1,
                 Err(problem) => {
                     let place = format!("page index entry {entry}");
-                    let error = ImageError::damaged(&own.path, place, problem);
+                    let error = ImageError::damaged(own.name(), place, problem);
                     if let Some(damage) = report.add(error) {
                         report.damages[damage].affects(image, entry..entry + 1);
                     }
@@ -311,7 +313,7 @@ fn verify_index(
             "it counts {} data and {} zero pages, the page index {data_pages} and {zero_pages}",
             manifest.data_pages, manifest.zero_pages
         );
-        report.add(ImageError::damaged(&own.path, "manifest", problem));
+        report.add(ImageError::damaged(own.name(), "manifest", problem));
     }
 }
 

@@ -1,11 +1,10 @@
 //! Chunks that are stored already, found by their content.
 //!
-//! What says that two chunks are equal decides what a guest reads later, and a user
-//! of the guest may choose what lies in its memory. So it is not the checksum, for
-//! which equal values are easily made from different bytes, but a cryptographic hash
-//! (BLAKE3, keyed), under a key that is drawn for each image and never leaves memory:
-//! nobody can look for a collision, and none of 2^23 chunks comes about by chance more
-//! often than once in 2^83 images.
+//! Two chunks that are taken for equal are one to the guest later, and users of the guest
+//! choose what lies in its memory. So the checksum can't decide, since different bytes with
+//! the same checksum are easily made. A keyed cryptographic hash (BLAKE3) decides. Its key is
+//! random for each image and never leaves memory, so nobody can search for a collision; by
+//! chance, two of 2^23 chunks collide in one of 2^83 images.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -14,25 +13,25 @@ use std::sync::{Mutex, PoisonError};
 
 use uuid::Uuid;
 
-/// Parts of the index, each with a lock of its own: threads seldom meet, and a part
-/// that grows holds up nobody for long.
+/// Parts of the index, each with a lock of its own: threads seldom wait for each other, and
+/// not for long while a part grows.
 const SHARDS: usize = 64;
 
-/// Fingerprints that a part takes. A hash map fills 7/8 of its slots, whose number is
+/// The most fingerprints in a part. A hash map fills 7/8 of its slots, whose number is
 /// a power of two, before it doubles them.
 const SHARD_CHUNKS: usize = (1 << 17) / 8 * 7;
 
-/// Chunks that are remembered at most: what comes after them is stored even if it is
-/// there already. 7.3 million are 112 GiB of memory that is nowhere alike, in chunks of
-/// 16 KiB. They take 21 bytes for each of 2^23 slots then: 168 MiB, which is the bound.
+// The most chunks that are known. A chunk behind them is stored even if it is there already.
+// 7.3 million chunks of 16 KiB are 112 GiB of memory without any repetition. They take 21
+// bytes in each of 2^23 slots: 168 MiB at most.
 const _: () = assert!(SHARDS * SHARD_CHUNKS == 7 << 20);
 
-/// The chunks that have been seen, and the numbers given to them.
+/// The chunks that are known, and their numbers.
 pub(in crate::image) struct Known {
     key: [u8; 32],
     shards: Box<[Mutex<Shard>]>,
     next: AtomicU64,
-    /// How many each shard takes.
+    /// The most fingerprints in a shard.
     limit: usize,
 }
 
@@ -63,8 +62,8 @@ impl Known {
         Known { key, shards, next: AtomicU64::new(0), limit }
     }
 
-    /// The number of the chunk with these bytes. Of several threads that ask for the
-    /// same bytes exactly one is told that they are new.
+    /// The number of the chunk with these bytes. Of several threads that ask for the same
+    /// bytes, exactly one gets [`Number::New`].
     pub fn number(&self, bytes: &[u8]) -> Number {
         let hash = blake3::keyed_hash(&self.key, bytes);
         let mut fingerprint = [0; 4];
@@ -87,7 +86,7 @@ impl Known {
     }
 }
 
-/// A hash of what is a hash already: its first eight bytes.
+/// Hashes a fingerprint, which is a hash already, to its first eight bytes.
 #[derive(Default)]
 pub(in crate::image) struct Leading(u64);
 
@@ -98,7 +97,7 @@ impl Hasher for Leading {
         }
     }
 
-    // An array's length is hashed too, and says nothing.
+    // The length of an array, the same for all.
     fn write_usize(&mut self, _: usize) {}
 
     fn finish(&self) -> u64 {

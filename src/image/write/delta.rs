@@ -1,9 +1,9 @@
 //! What an image has in common with the one that it is written on top of: pages with
 //! the same content at the same place.
 //!
-//! Contents are compared byte by byte with what the other image really gives, verified;
-//! checksums prove nothing where a guest's user chooses the bytes. What can't be read
-//! there counts as different: it only makes the new image larger.
+//! Contents are compared byte by byte with the verified pages of the other image: checksums
+//! prove nothing where a user of the guest chooses the bytes. A page that can't be read there
+//! counts as different, which only makes the new image larger.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,20 +12,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::PageEntry;
 use crate::image::format::manifest::LayerRef;
+use crate::image::read::cursor::Held;
 use crate::image::read::image::Image;
-use crate::image::read::layer::{Buffers, layer_and_number};
-use crate::image::read::lineage::refer_to;
-use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
+use crate::image::read::layer::layer_and_number;
+use crate::image::write::parent::refer_to;
+use crate::page::{Block, BlockId, ChunkId, Location, Page};
 
 /// The image on top of which another is written.
 pub(in crate::image) struct Base {
     image: Arc<Image>,
-    /// What the page index of the new image calls them: 1 is the first.
+    /// The layers of the new image, in order: its page index numbers them from 1.
     pub layers: Vec<LayerRef>,
-    /// For each block of the new image, that of the same name here.
+    /// For each block of the new image, the base's block of the same name.
     blocks: Vec<Option<BlockId>>,
-    /// It has been told that something can't be read.
-    told: AtomicBool,
+    /// Whether a page that can't be read has been reported.
+    reported: AtomicBool,
 }
 
 impl Base {
@@ -40,11 +41,12 @@ impl Base {
             layers: refer_to(image, target)?,
             blocks: blocks.iter().map(same_name).collect(),
             image: Arc::clone(image),
-            told: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
         })
     }
 
-    /// Where a page of the new image lies here, if its place exists and is not zeros.
+    /// Where the base stores the page at the same place, if it has that place and a page
+    /// there that is not zeros.
     fn find(&self, page: Page) -> Result<Option<(ChunkId, usize)>, ImageError> {
         let Some(Some(block)) = self.blocks.get(page.block.index()) else { return Ok(None) };
         if page.number >= self.image.manifest().blocks[block.index()].pages() {
@@ -56,24 +58,22 @@ impl Base {
         })
     }
 
-    fn tell(&self, error: &ImageError) {
-        if !self.told.swap(true, Ordering::Relaxed) {
+    fn report(&self, error: &ImageError) {
+        if !self.reported.swap(true, Ordering::Relaxed) {
             tracing::warn!("what can't be read in the parent is stored again: {error}");
         }
     }
 }
 
-/// Compares pages with a base: one thread's share.
+/// Compares pages with a base: the state of one thread.
 pub(in crate::image) struct Comparer {
     base: Arc<Base>,
-    buffers: Buffers,
-    /// The chunk in the buffers.
-    held: Option<ChunkId>,
+    chunks: Held,
 }
 
 impl Comparer {
     pub fn new(base: &Arc<Base>) -> Result<Comparer, ImageError> {
-        Ok(Comparer { base: Arc::clone(base), buffers: base.image.buffers()?, held: None })
+        Ok(Comparer { base: Arc::clone(base), chunks: Held::new(&base.image)? })
     }
 
     /// The page's entry in the new image's index, if the base has the same bytes at the
@@ -82,7 +82,7 @@ impl Comparer {
         match self.compare(page, bytes) {
             Ok(entry) => entry,
             Err(error) => {
-                self.base.tell(&error);
+                self.base.report(&error);
                 None
             }
         }
@@ -90,14 +90,8 @@ impl Comparer {
 
     fn compare(&mut self, page: Page, bytes: &[u8]) -> Result<Option<PageEntry>, ImageError> {
         let Some((chunk, slot)) = self.base.find(page)? else { return Ok(None) };
-        if self.held != Some(chunk) {
-            self.held = None;
-            let (layer, number, entry) = self.base.image.chunk(chunk)?;
-            self.buffers.read(layer, number, &entry)?;
-            self.held = Some(chunk);
-        }
-        // Image::find has seen that the chunk has such a slot.
-        if self.buffers.plain()[slot * PAGE_SIZE..(slot + 1) * PAGE_SIZE] != *bytes {
+        self.chunks.hold(chunk)?;
+        if self.chunks.pages(slot, 1) != bytes {
             return Ok(None);
         }
         // The base itself is the new image's first layer, its layers follow.

@@ -1,133 +1,62 @@
-//! The flat layout: each block's pages lie in the file as they lie in memory, plain and
-//! one behind the other, so that QEMU can map them. It is an ordinary image none the
-//! less: every page is found by the index and checked as in any other. Zeros are holes.
+//! Writing an image in the flat layout.
 
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek64};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
-use crate::image::format::layout::{
-    ChunkEntry, Codec, PageEntry, Region, SUPERBLOCK_BYTES, Superblock,
-};
+use crate::image::format::flat::places;
+use crate::image::format::layout::{ChunkEntry, Codec, PageEntry};
 use crate::image::format::manifest::Manifest;
+use crate::image::read::cursor::Piece;
 use crate::image::read::image::Image;
+use crate::image::write::every_page::for_every_page;
+use crate::image::write::index::check_index;
+use crate::image::write::options::{CacheUse, Saved};
 use crate::image::write::sink::Sink;
 use crate::image::write::tail;
 use crate::image::write::target::Target;
-use crate::image::write::writer::{CacheUse, Saved, check_index};
-use crate::page::{Block, BlockId, ChunkId, Location, PAGE_SIZE, Page};
-
-/// Where a large block may begin: at a huge page, so that its mapping can have them.
-const LARGE: u64 = 2 << 20;
+use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageBytes, Run};
 
 /// The most pages of a chunk.
 const CHUNK_PAGES: u64 = 16;
 
-/// Where each block begins in the file, and where the last one ends.
-fn places(blocks: &[Block]) -> (Vec<u64>, u64) {
-    let mut end = SUPERBLOCK_BYTES as u64;
-    let place = |block: &Block| {
-        let align = if block.len >= LARGE { LARGE } else { PAGE_SIZE as u64 };
-        let start = end.next_multiple_of(align);
-        end = start + block.len;
-        start
-    };
-    (blocks.iter().map(place).collect(), end)
-}
-
-/// Checks what a manifest says of the places of blocks: none, or one for each, whole
-/// pages within the data region, in order.
-///
-/// # Errors
-/// Says which block's is wrong.
-pub(in crate::image) fn check_places(
-    manifest: &Manifest,
-    superblock: &Superblock,
-) -> Result<(), String> {
-    let Manifest { blocks, flat, .. } = manifest;
-    if flat.is_empty() {
-        return Ok(());
-    }
-    if flat.len() != blocks.len() {
-        return Err(format!("places of {} blocks, where there are {}", flat.len(), blocks.len()));
-    }
-    let data = superblock.region(Region::Data);
-    let mut free = data.offset;
-    for (block, start) in blocks.iter().zip(flat) {
-        let end = start.checked_add(block.len).filter(|end| *end <= data.offset + data.len);
-        match end {
-            Some(end) if *start >= free && start.is_multiple_of(PAGE_SIZE as u64) => free = end,
-            _ => return Err(format!("block {:?} can't lie at file offset {start:#x}", block.name)),
-        }
-    }
-    Ok(())
-}
-
 /// Writes all pages of an image, wherever they lie, into a new image of the flat layout.
-/// The rest is as [`flatten`](super::flatten()) has it.
 ///
 /// # Errors
 /// What can't be read, as the image says it, or can't be written. Nothing is left then.
-pub fn flatten_flat(
+pub(in crate::image) fn write(
     image: &Arc<Image>,
     to: &Path,
     force: bool,
-    mut progress: impl FnMut(u64, u64) -> bool,
+    progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Saved, ImageError> {
     let Manifest { machine, moment_unix_us, pause_us, blocks, .. } = image.manifest().clone();
-    image.check_not_replaced(to)?;
     check_index(to, blocks.iter().map(Block::pages).sum())?;
     let target = Target::create(to, force)?;
     let io = |e| ImageError::io("write", to, e);
     let (flat, data_end) = places(&blocks);
     target.file().set_len(data_end).map_err(io)?;
-    let mut pages = Pages::new(image)?;
-    let (mut table, mut index) = (Vec::<ChunkEntry>::new(), Vec::<u64>::new());
-    let (mut data_pages, mut zero_pages) = (0, 0);
-    let total = blocks.iter().map(|block| block.pages()).sum();
-    let mut group = Vec::with_capacity(CHUNK_PAGES as usize * PAGE_SIZE);
-    for ((block, id), start) in blocks.iter().zip((0..).map(BlockId)).zip(&flat) {
-        let mut number = 0;
-        while number < block.pages() {
-            // Neighbouring pages that are not zero, up to the end of their group.
-            let first = number;
-            let group_end = block.pages().min((first / CHUNK_PAGES + 1) * CHUNK_PAGES);
-            group.clear();
-            while number < group_end && pages.append(Page { block: id, number }, &mut group)? {
-                let (chunk, slot) = (table.len() as u64, (number - first) as u8);
-                index.push(PageEntry::Stored { layer: 0, chunk, slot }.encode());
-                number += 1;
-            }
-            if group.is_empty() {
-                index.push(PageEntry::ZERO);
-                zero_pages += 1;
-                number += 1;
-            } else {
-                let offset = start + first * PAGE_SIZE as u64;
-                target.file().write_all_at(&group, offset).map_err(io)?;
-                data_pages += number - first;
-                table.push(ChunkEntry {
-                    offset,
-                    stored_len: group.len() as u32,
-                    codec: Codec::Plain,
-                    pages: (number - first) as u8,
-                    checksum: xxh3_64(&group),
-                });
-            }
-            if index.len().is_multiple_of(1024) && !progress(index.len() as u64, total) {
-                return Err(ImageError::Interrupted(to.to_owned()));
+    let mut data = Data::new(target.file(), &flat);
+    for_every_page(image, to, progress, |piece| {
+        match piece {
+            Piece::Zeros(run) => data.zeros(run),
+            Piece::Data(run, bytes) => {
+                let mut pages = run.pages().zip(bytes.as_chunks().0);
+                pages.try_for_each(|(page, bytes)| data.page(page, bytes))
             }
         }
-    }
-    progress(total, total);
+        .map_err(io)
+    })?;
+    let Data { chunks, index, zero_pages, .. } = data.finish().map_err(io)?;
     let (identity, sections) = (Uuid::new_v4(), image.sections()?);
+    let data_pages = index.len() as u64 - zero_pages;
     let manifest = Manifest {
         identity,
         created_by: concat!("snapback ", env!("CARGO_PKG_VERSION")).into(),
@@ -144,92 +73,81 @@ pub fn flatten_flat(
     let sink = Sink::new(file, data_end, None, CacheUse::Keep, Cancellation::new());
     let chunk_pages = CHUNK_PAGES as u32;
     let image_bytes =
-        tail::finish(target, sink, &manifest, &sections, &table, &index, chunk_pages)?;
+        tail::finish(target, sink, &manifest, &sections, &chunks, &index, chunk_pages)?;
     let (repeated_pages, parent_pages) = (0, 0);
     Ok(Saved { identity, data_pages, zero_pages, repeated_pages, parent_pages, image_bytes })
 }
 
-impl Image {
-    /// A reader of its pages in order.
-    pub(crate) fn pages(self: &Arc<Image>) -> Result<Pages<'_>, ImageError> {
-        Pages::new(self)
-    }
+/// The data region in the making, and the tables that describe it. Pages come in ascending
+/// order, all of them.
+struct Data<'a> {
+    file: &'a File,
+    /// Where each block begins in the file.
+    places: &'a [u64],
+    chunks: Vec<ChunkEntry>,
+    index: Vec<u64>,
+    zero_pages: u64,
+    /// The first page of the chunk that is being gathered, and its bytes so far.
+    first: Page,
+    gathered: Vec<u8>,
 }
 
-/// Reads an image's pages in order.
-pub(crate) struct Pages<'a> {
-    image: &'a Arc<Image>,
-    buffers: crate::image::read::layer::Buffers,
-    held: Option<ChunkId>,
-}
-
-impl<'a> Pages<'a> {
-    fn new(image: &'a Arc<Image>) -> Result<Pages<'a>, ImageError> {
-        Ok(Pages { image, buffers: image.buffers()?, held: None })
-    }
-
-    /// Appends a page's bytes; false if it is all zeros.
-    pub(crate) fn append(&mut self, page: Page, out: &mut Vec<u8>) -> Result<bool, ImageError> {
-        let Location::Stored { chunk, slot } = self.image.find(page)? else { return Ok(false) };
-        if self.held != Some(chunk) {
-            let (layer, number, entry) = self.image.chunk(chunk)?;
-            self.held = None;
-            self.buffers.read(layer, number, &entry)?;
-            self.held = Some(chunk);
-        }
-        // Image::find has seen that the chunk has such a slot.
-        out.extend_from_slice(&self.buffers.plain()[slot * PAGE_SIZE..(slot + 1) * PAGE_SIZE]);
-        Ok(true)
-    }
-}
-
-/// Checks that what would be mapped of a flat image is what its index says: that every
-/// page lies in its place, and that the places of zero pages hold zeros. What its chunks
-/// hold is checked by [`verify()`](super::verify()). Does nothing for other images.
-///
-/// # Errors
-/// Damage, with the block and the offset.
-pub fn verify_flat(image: &Image) -> Result<(), ImageError> {
-    let Manifest { blocks, flat, .. } = image.manifest();
-    let mut bytes = vec![0; PAGE_SIZE];
-    for ((block, id), start) in blocks.iter().zip((0..).map(BlockId)).zip(flat) {
-        // Pages before this one lie in a hole.
-        let mut data_from = 0;
-        for number in 0..block.pages() {
-            let page = Page { block: id, number };
-            let place = start + page.offset();
-            let damaged = |problem: String| {
-                let at = format!("block {:?}, offset {:#x}", block.name, page.offset());
-                ImageError::damaged(image.path(), at, problem)
-            };
-            match image.find(page)? {
-                Location::Stored { chunk, slot } => {
-                    let (layer, _, entry) = image.chunk(chunk)?;
-                    let lies = entry.offset + (slot * PAGE_SIZE) as u64;
-                    let own = layer.path == image.path() && entry.codec == Codec::Plain;
-                    if !own || lies != place {
-                        return Err(damaged(format!("it does not lie in its place, {place:#x}")));
-                    }
-                }
-                Location::Zero if place + PAGE_SIZE as u64 <= data_from => {}
-                Location::Zero => {
-                    let file = &image.own().file;
-                    data_from = match lseek64(file, place as i64, Whence::SeekData) {
-                        Ok(at) => at as u64,
-                        // No data up to the end of the file (lseek(2)).
-                        Err(Errno::ENXIO) => u64::MAX,
-                        Err(errno) => return Err(damaged(format!("can't look for data: {errno}"))),
-                    };
-                    if data_from < place + PAGE_SIZE as u64 {
-                        file.read_exact_at(&mut bytes, place)
-                            .map_err(|e| damaged(format!("can't read: {e}")))?;
-                        if bytes.iter().any(|byte| *byte != 0) {
-                            return Err(damaged("it holds data, where zeros are due".into()));
-                        }
-                    }
-                }
-            }
+impl<'a> Data<'a> {
+    fn new(file: &'a File, places: &'a [u64]) -> Data<'a> {
+        Data {
+            file,
+            places,
+            chunks: Vec::new(),
+            index: Vec::new(),
+            zero_pages: 0,
+            first: Page { block: BlockId(0), number: 0 },
+            gathered: Vec::with_capacity(CHUNK_PAGES as usize * PAGE_SIZE),
         }
     }
-    Ok(())
+
+    /// Leaves the next pages as a hole.
+    fn zeros(&mut self, run: Run) -> io::Result<()> {
+        self.store()?;
+        self.zero_pages += run.count;
+        self.index.extend((0..run.count).map(|_| PageEntry::ZERO));
+        Ok(())
+    }
+
+    /// Adds the next page to the chunk that is being gathered. A chunk ends before zeros,
+    /// at the end of an aligned group, and with its block.
+    fn page(&mut self, page: Page, bytes: &PageBytes) -> io::Result<()> {
+        if page.number.is_multiple_of(CHUNK_PAGES) || page.block != self.first.block {
+            self.store()?;
+        }
+        if self.gathered.is_empty() {
+            self.first = page;
+        }
+        let (chunk, slot) = (self.chunks.len() as u64, (page.number - self.first.number) as u8);
+        self.index.push(PageEntry::Stored { layer: 0, chunk, slot }.encode());
+        self.gathered.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Writes the chunk that has been gathered, if there is one, to its place.
+    fn store(&mut self) -> io::Result<()> {
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
+        let offset = self.places[self.first.block.index()] + self.first.offset();
+        self.file.write_all_at(&self.gathered, offset)?;
+        self.chunks.push(ChunkEntry {
+            offset,
+            stored_len: self.gathered.len() as u32,
+            codec: Codec::Plain,
+            pages: (self.gathered.len() / PAGE_SIZE) as u8,
+            checksum: xxh3_64(&self.gathered),
+        });
+        self.gathered.clear();
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<Data<'a>> {
+        self.store()?;
+        Ok(self)
+    }
 }

@@ -1,4 +1,4 @@
-//! What becomes of a group of pages: one thread's share of making chunks of them.
+//! Making chunks of groups of pages: the work of one packing thread.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,13 +9,15 @@ use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, Codec, PageEntry};
 use crate::image::write::dedupe::{Known, Number};
 use crate::image::write::delta::{Base, Comparer};
-use crate::image::write::pipeline::{Buffer, Returned};
-use crate::image::write::writer::Compression;
+use crate::image::write::options::Compression;
 use crate::page::{PAGE_SIZE, Page};
 
-/// Some pages of an aligned group, to be stored.
+/// Room for one chunk.
+pub(in crate::image) type Buffer = Box<[u8]>;
+
+/// Pages of one aligned group, to be stored.
 pub(in crate::image) struct Job {
-    /// Its number; none is given twice.
+    /// Its number, unique within the image.
     pub number: u64,
     /// The group's first page, and its entry in the page index.
     pub page: Page,
@@ -38,7 +40,7 @@ pub(in crate::image) struct Stored {
     pub mask: u64,
     /// The chunk that holds these, one after the other in their order.
     pub chunk: u64,
-    /// It was there already.
+    /// Whether that chunk was known before.
     pub again: bool,
 }
 
@@ -73,15 +75,21 @@ pub(in crate::image) struct NewChunk {
     pub stored: Stored,
 }
 
-/// What packing has come to.
+/// A buffer that goes back to the caller, and what became of the pages in it.
+pub(in crate::image) struct Returned {
+    pub buffer: Buffer,
+    pub stored: Stored,
+}
+
+/// What packing a job has led to.
 pub(in crate::image) enum Packed {
-    /// A chunk that is to be written.
+    /// A new chunk, to be written.
     New(NewChunk),
-    /// There is nothing to write.
+    /// Nothing to write: all pages are stored already.
     Known(Returned),
 }
 
-/// What the packing threads have in common.
+/// What the packing threads share.
 pub(in crate::image) struct Packing {
     compression: Compression,
     /// The size of a group in bytes.
@@ -97,7 +105,7 @@ impl Packing {
     }
 }
 
-/// Packs, finds again, checksums and compresses chunks: one thread's share.
+/// Packs, deduplicates, checksums and compresses chunks: the state of one thread.
 pub(in crate::image) struct Packer {
     common: Arc<Packing>,
     comparer: Option<Comparer>,
@@ -144,8 +152,8 @@ impl Packer {
             checksum: xxh3_64(plain),
         };
         if let Some(zstd) = &mut self.zstd {
-            // Room for one byte less than there are: what does not get smaller
-            // fails, and is stored as it is.
+            // The output may have one byte less than the input: compression fails where it
+            // would gain nothing, and the chunk is stored plain.
             let room = &mut self.scratch[..plain.len() - 1];
             if let Ok(packed_len) = zstd.compress_to_buffer(plain, room) {
                 entry.stored_len = packed_len as u32;
@@ -156,8 +164,8 @@ impl Packer {
         Packed::New(NewChunk { entry, buffer, stored })
     }
 
-    /// Looks up the pages of a group in other images. Returns the places of those that
-    /// are not there, and the entries of those that are.
+    /// Looks up the pages of a group in the base image. Returns the places of those that
+    /// it does not hold, and the entries of those that it does.
     fn find_elsewhere(
         &mut self,
         first: Page,
@@ -178,7 +186,7 @@ impl Packer {
     }
 }
 
-/// Moves the pages of the mask to the front, in their order. Returns how many they are.
+/// Moves the pages of the mask to the front, in order. Returns their number.
 fn pull_together(buffer: &mut [u8], mask: u64) -> usize {
     let mut pages = 0;
     for place in bits(mask) {

@@ -1,17 +1,17 @@
-//! The writer's threads: chunks go in, a file's data region and its chunk table
-//! come out.
+//! The writer's threads. They turn groups of pages into an image's data region and its
+//! chunk table.
 //!
 //! ```text
-//! caller ─▶ packing threads (find again, checksum, compress) ─▶ writing thread ─▶ file
-//!    ▲                                                               │
-//!    └─────────────────────────── buffers ◀──────────────────────────┘
+//! caller ─▶ packing threads (deduplicate, checksum, compress) ─▶ writing thread ─▶ file
+//!    ▲                                                                │
+//!    └─────────────────────────── buffers ◀───────────────────────────┘
 //! ```
 //!
-//! A buffer comes back with what became of the pages in it.
+//! A buffer returns together with where the pages in it are stored.
 //!
-//! A fixed number of buffers goes round: that is the memory bound, and the only
-//! thing that the caller ever waits for. A thread that ends for whatever reason
-//! closes its channels, so its neighbours end too and the caller gets the error.
+//! The number of buffers is fixed: it bounds the memory in use, and a free buffer is the
+//! only thing that the caller ever waits for. A thread that ends, for whatever reason,
+//! closes its channels: its neighbours end too, and the caller gets the error.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -26,40 +26,31 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, SUPERBLOCK_BYTES};
-use crate::image::write::pack::{Job, NewChunk, Packed, Packer, Packing, Stored};
+use crate::image::write::options::CacheUse;
+use crate::image::write::pack::{Buffer, Job, NewChunk, Packed, Packer, Packing, Returned, Stored};
 use crate::image::write::sink::Sink;
-use crate::image::write::writer::CacheUse;
 
 /// Bytes that one write gathers, if that many are waiting.
 const WRITE_BYTES: usize = 1 << 20;
 /// Chunks that one write gathers at most; `IOV_MAX` is 1024 (writev(2)).
 const WRITE_CHUNKS: usize = 512;
 
-/// Room for one chunk.
-pub(in crate::image) type Buffer = Box<[u8]>;
-
-/// A buffer that comes back, and what became of the pages in it.
-pub(in crate::image) struct Returned {
-    pub buffer: Buffer,
-    pub stored: Stored,
-}
-
 /// What the caller and the threads share.
 #[derive(Default)]
 struct Shared {
-    /// The threads have failed, or shall stop.
+    /// Requested by the caller, or by a thread that has failed.
     stop: Cancellation,
-    /// Why they have failed.
+    /// Why a thread has failed.
     failure: Mutex<Option<io::Error>>,
     /// Bytes written to the data region.
     written: AtomicU64,
 }
 
-/// The threads and the buffers that go round between them and the caller.
+/// The threads, and the buffers that circulate between them and the caller.
 pub(in crate::image) struct Pipeline {
     path: PathBuf,
     shared: Arc<Shared>,
-    /// Gone once no more chunks come.
+    /// Dropped once no more jobs come.
     jobs: Option<Sender<Job>>,
     packers: Vec<JoinHandle<()>>,
     /// Gives the chunk table, and the sink behind the data region.
@@ -117,8 +108,8 @@ impl Pipeline {
         Ok(pipeline)
     }
 
-    /// Starts the threads. It owns the channels' ends, so that a failure halfway
-    /// closes them before the threads that did start are waited for.
+    /// Starts the threads. It owns the ends of the channels: when a thread can't be started,
+    /// they are closed before the threads that did start are joined.
     fn spawn(
         &mut self,
         sink: Sink,
@@ -146,14 +137,13 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Passes on an error of the threads, if there is one.
+    /// Returns the threads' error, if they have failed or were cancelled.
     pub fn check(&self) -> Result<(), ImageError> {
         if self.shared.stop.is_requested() { Err(self.failure()) } else { Ok(()) }
     }
 
-    /// A buffer for a chunk, and what became of the pages that were in it. Waits while
-    /// all of them are on their way to disk; so the caller must hold fewer than there
-    /// are.
+    /// A buffer for a group, and where the pages that it held before are stored. Waits while
+    /// all buffers are in use: the caller must hold fewer than there are.
     pub fn buffer(&mut self) -> Result<(Buffer, Option<Stored>), ImageError> {
         if let Some(buffer) = self.spare.pop() {
             return Ok((buffer, None));
@@ -174,12 +164,12 @@ impl Pipeline {
         Ok((returned.buffer, Some(returned.stored)))
     }
 
-    /// Takes back a buffer that was not used.
+    /// Takes back a buffer without pages to store.
     pub fn give_back(&mut self, buffer: Buffer) {
         self.spare.push(buffer);
     }
 
-    /// Sends a chunk on its way.
+    /// Hands a job to the packing threads.
     pub fn submit(&mut self, job: Job) -> Result<(), ImageError> {
         let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
         if sent { Ok(()) } else { Err(self.failure()) }
@@ -195,7 +185,7 @@ impl Pipeline {
         self.shared.written.load(Ordering::Relaxed)
     }
 
-    /// Ends all writing, from whatever thread.
+    /// Ends all writing when it is requested, from any thread.
     pub fn cancellation(&self) -> Cancellation {
         self.shared.stop.clone()
     }
@@ -205,8 +195,9 @@ impl Pipeline {
         self.stalled
     }
 
-    /// Waits until all is written. Gives the chunk table and the sink, which is behind the
-    /// last chunk, and tells what became of the pages that were still on their way.
+    /// Waits until all is written. Returns the chunk table, and the sink, which stands behind
+    /// the last chunk. `on_stored` is told where the pages are stored that were still on their
+    /// way.
     pub fn finish(
         mut self,
         on_stored: impl FnMut(Stored),
@@ -228,7 +219,7 @@ impl Pipeline {
         if whole { written } else { None }
     }
 
-    /// The threads' error. Given again each time it is asked for.
+    /// The threads' error, the same each time.
     fn failure(&self) -> ImageError {
         match &*self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(error) => ImageError::io("write", &self.path, same_error(error)),
@@ -240,7 +231,7 @@ impl Pipeline {
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
-        // One that has finished leaves its sink to whoever goes on with it.
+        // `finish` has taken the writing thread; without it, writing was abandoned.
         if self.writer.is_some() {
             self.shared.stop.request();
             self.join();
@@ -275,7 +266,7 @@ fn write_chunks(
                     bytes += chunk.entry.stored_len as usize;
                     batch.push(chunk);
                 }
-                // It fails only when the caller is gone, who then needs no buffer.
+                // Sending fails only when the caller is gone, and then needs no buffer.
                 Packed::Known(returned) => drop(give_back.send(returned)),
             }
             let more = bytes < enough && batch.len() < WRITE_CHUNKS;
@@ -290,7 +281,7 @@ fn write_chunks(
             .collect();
         let mut offset = sink.at();
         if let Err(error) = sink.write_slices(&mut slices) {
-            // Stopped meanwhile by the caller, who needs no reason.
+            // Cancelled meanwhile: the caller knows the reason.
             if shared.stop.is_requested() {
                 break;
             }

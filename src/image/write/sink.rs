@@ -16,7 +16,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::uio::pwritev;
 
 use crate::cancel::Cancellation;
-use crate::image::write::writer::CacheUse;
+use crate::image::write::options::CacheUse;
 
 /// Bytes after which the kernel is told to begin writing them out, and asked how much
 /// memory is free.

@@ -15,7 +15,7 @@ use crate::image::format::manifest::{Manifest, Sections};
 use crate::image::write::sink::Sink;
 use crate::image::write::target::Target;
 
-/// Writes what lies behind the data region.
+/// Writes the regions behind the data region.
 pub(in crate::image) struct Tail {
     out: BufWriter<Sink>,
     identity: Uuid,
@@ -89,8 +89,8 @@ impl Tail {
     }
 }
 
-/// Writes what comes behind the chunks, where `sink` stands, and the superblock; makes the
-/// file durable and gives it its name. Returns its length in bytes.
+/// Writes the regions behind the chunks, where `sink` stands, and then the superblock. Makes
+/// the file durable and gives it its name. Returns its length in bytes.
 pub(in crate::image) fn finish(
     target: Target,
     sink: Sink,

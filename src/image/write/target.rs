@@ -1,4 +1,4 @@
-//! A file that gets its name when it is complete, or never existed.
+//! A file that gets its name when it is complete, and otherwise leaves nothing.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -15,17 +15,17 @@ use uuid::Uuid;
 
 use crate::image::format::error::ImageError;
 
-/// Whether an image could be written to `path`: tries it, and leaves nothing.
+/// Checks that an image can be written to `path`, by trying. Leaves nothing.
 ///
 /// # Errors
-/// When the folder can't be written to, or when there is something of that name
+/// When the directory can't be written to, or when there is something of that name
 /// already that `force` does not allow to replace.
 pub fn check_target(path: &Path, force: bool) -> Result<(), ImageError> {
     Target::create(path, force).map(drop)
 }
 
-/// Whether what is written to `target` leaves the files alone that it is made of or
-/// refers to, each given with its path.
+/// Checks that a file that is written to `target` replaces none of those that it is made of
+/// or refers to, each given with its path.
 ///
 /// # Errors
 /// [`ImageError::Replaces`] when it would replace one of them.
@@ -44,14 +44,14 @@ pub(crate) fn check_replaces_none<'a>(
     Ok(())
 }
 
-/// A file under construction, mode 0600, in the folder of its later name.
+/// A file under construction, mode 0600, in the directory of its later name.
 ///
 /// Where the file system has `O_TMPFILE` (open(2)) the file has no name at all
 /// until [`Target::commit`]; elsewhere it has a hidden one that is removed on
-/// drop. The folder is held open: renaming it does not lead the file astray.
+/// drop. The directory is held open: renaming it does not lead the file astray.
 pub(crate) struct Target {
     path: PathBuf,
-    folder: File,
+    directory: File,
     name: OsString,
     force: bool,
     file: File,
@@ -61,8 +61,8 @@ pub(crate) struct Target {
 
 impl Target {
     /// Starts a file that is to be called `path`. With `force` it may replace a
-    /// regular file of that name; without, such a file is an error, now and at
-    /// the end.
+    /// regular file of that name; without, such a file is an error, now and in
+    /// [`Target::commit`].
     pub fn create(path: &Path, force: bool) -> Result<Target, ImageError> {
         let name =
             path.file_name().ok_or_else(|| ImageError::NoFileName(path.to_owned()))?.to_owned();
@@ -70,9 +70,9 @@ impl Target {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let folder =
-            File::open(parent).map_err(|e| ImageError::io("open the folder of", path, e))?;
-        match fstatat(&folder, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+        let directory =
+            File::open(parent).map_err(|e| ImageError::io("open the directory of", path, e))?;
+        match fstatat(&directory, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat)
                 if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG =>
             {
@@ -83,8 +83,8 @@ impl Target {
             Err(errno) => return Err(ImageError::io("look for", path, errno.into())),
         }
         let (file, hidden) =
-            open(&folder, &name).map_err(|e| ImageError::io("create", path, e.into()))?;
-        Ok(Target { path: path.to_owned(), folder, name, force, file, hidden })
+            open(&directory, &name).map_err(|e| ImageError::io("create", path, e.into()))?;
+        Ok(Target { path: path.to_owned(), directory, name, force, file, hidden })
     }
 
     /// The later name.
@@ -104,16 +104,18 @@ impl Target {
             Errno::EEXIST if !self.force => ImageError::Exists(self.path.clone()),
             errno => ImageError::io("give its name to", &self.path, errno.into()),
         })?;
-        self.folder.sync_all().map_err(|e| ImageError::io("write out the folder of", &self.path, e))
+        self.directory
+            .sync_all()
+            .map_err(|e| ImageError::io("write out the directory of", &self.path, e))
     }
 
     fn link(&mut self) -> nix::Result<()> {
-        let (folder, name) = (&self.folder, self.name.as_os_str());
+        let (directory, name) = (&self.directory, self.name.as_os_str());
         let Some(hidden) = self.hidden.clone() else {
             // As open(2) shows under O_TMPFILE; it needs no capability.
             let open_file = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
             let give = |name: &OsStr| {
-                linkat(AT_FDCWD, &open_file, folder, name, AtFlags::AT_SYMLINK_FOLLOW)
+                linkat(AT_FDCWD, &open_file, directory, name, AtFlags::AT_SYMLINK_FOLLOW)
             };
             if !self.force {
                 return give(name);
@@ -122,20 +124,26 @@ impl Target {
             let hidden = hidden_name(name);
             give(&hidden)?;
             self.hidden = Some(hidden.clone());
-            renameat(folder, hidden.as_os_str(), folder, name)?;
+            renameat(directory, hidden.as_os_str(), directory, name)?;
             self.hidden = None;
             return Ok(());
         };
         if self.force {
-            renameat(folder, hidden.as_os_str(), folder, name)?;
+            renameat(directory, hidden.as_os_str(), directory, name)?;
             self.hidden = None;
             return Ok(());
         }
-        match renameat2(folder, hidden.as_os_str(), folder, name, RenameFlags::RENAME_NOREPLACE) {
+        match renameat2(
+            directory,
+            hidden.as_os_str(),
+            directory,
+            name,
+            RenameFlags::RENAME_NOREPLACE,
+        ) {
             // The file system does not know the flag (rename(2)): link instead,
             // and let drop remove the hidden name.
             Err(Errno::EINVAL | Errno::ENOSYS) => {
-                linkat(folder, hidden.as_os_str(), folder, name, AtFlags::empty())
+                linkat(directory, hidden.as_os_str(), directory, name, AtFlags::empty())
             }
             Ok(()) => {
                 self.hidden = None;
@@ -149,34 +157,34 @@ impl Target {
 impl Drop for Target {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
-            // Nobody is left to tell; the name says what the file was.
-            let _ = unlinkat(&self.folder, hidden.as_os_str(), UnlinkatFlags::NoRemoveDir);
+            // The error can't be passed on; the name of what is left says what it was.
+            let _ = unlinkat(&self.directory, hidden.as_os_str(), UnlinkatFlags::NoRemoveDir);
         }
     }
 }
 
 /// Opens a file without a name, or one with a hidden name.
-fn open(folder: &File, name: &OsStr) -> nix::Result<(File, Option<OsString>)> {
+fn open(directory: &File, name: &OsStr) -> nix::Result<(File, Option<OsString>)> {
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
     // Without /proc a nameless file could never get its name.
     if fs::exists("/proc/self/fd").unwrap_or(false) {
-        match openat(folder, ".", flags | OFlag::O_TMPFILE, mode) {
+        match openat(directory, ".", flags | OFlag::O_TMPFILE, mode) {
             Ok(fd) => return Ok((File::from(fd), None)),
             // What file systems and kernels without O_TMPFILE answer (open(2)).
             Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => {}
             Err(errno) => return Err(errno),
         }
     }
-    open_hidden(folder, name)
+    open_hidden(directory, name)
 }
 
 /// Opens a new file with a hidden name.
-fn open_hidden(folder: &File, name: &OsStr) -> nix::Result<(File, Option<OsString>)> {
+fn open_hidden(directory: &File, name: &OsStr) -> nix::Result<(File, Option<OsString>)> {
     let hidden = hidden_name(name);
     let flags =
         OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW;
-    let fd = openat(folder, hidden.as_os_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let fd = openat(directory, hidden.as_os_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
     Ok((File::from(fd), Some(hidden)))
 }
 
@@ -193,14 +201,14 @@ mod tests {
 
     use super::*;
 
-    fn names(folder: &Path) -> Vec<OsString> {
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+    fn names(directory: &Path) -> Vec<OsString> {
+        fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect()
     }
 
     /// A target as on a file system without O_TMPFILE.
     fn hidden_target(path: &Path, force: bool) -> Target {
         let mut target = Target::create(path, force).unwrap();
-        let (file, hidden) = open_hidden(&target.folder, &target.name).unwrap();
+        let (file, hidden) = open_hidden(&target.directory, &target.name).unwrap();
         (target.file, target.hidden) = (file, hidden);
         target
     }
@@ -208,10 +216,10 @@ mod tests {
     #[test]
     fn both_ways_commit_once_and_leave_nothing_else() {
         for make in [|p: &Path, f| Target::create(p, f).unwrap(), hidden_target] {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("vm.snap");
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("vm.snap");
             drop(make(&path, false));
-            assert!(names(folder.path()).is_empty());
+            assert!(names(directory.path()).is_empty());
 
             let (first, second) = (make(&path, false), make(&path, false));
             first.file().write_all(b"first").unwrap();
@@ -224,22 +232,22 @@ mod tests {
             third.file().write_all(b"third").unwrap();
             third.commit().unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"third");
-            assert_eq!(names(folder.path()), ["vm.snap"]);
+            assert_eq!(names(directory.path()), ["vm.snap"]);
         }
     }
 
     #[test]
     fn refuses_at_once_what_can_not_end_well() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm.snap");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.snap");
         fs::write(&path, b"mine").unwrap();
         assert!(matches!(Target::create(&path, false), Err(ImageError::Exists(_))));
-        let link = folder.path().join("link");
+        let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(Target::create(&link, true), Err(ImageError::NotRegular(_))));
-        assert!(matches!(Target::create(folder.path(), true), Err(ImageError::NotRegular(_))));
+        assert!(matches!(Target::create(directory.path(), true), Err(ImageError::NotRegular(_))));
         assert!(matches!(Target::create(Path::new("/"), true), Err(ImageError::NoFileName(_))));
-        let nowhere = folder.path().join("no/vm.snap");
+        let nowhere = directory.path().join("no/vm.snap");
         assert!(matches!(Target::create(&nowhere, false), Err(ImageError::Io { .. })));
     }
 

@@ -3,130 +3,37 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use nix::unistd::{SysconfVar, sysconf};
 use uuid::Uuid;
 
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
-use crate::image::format::layout::{MAX_CHUNK_PAGES, MAX_CHUNKS, PageEntry};
-use crate::image::format::manifest::{Details, LayerRef, Manifest, Sections, check_blocks};
+use crate::image::format::layout::{MAX_CHUNKS, PageEntry};
+use crate::image::format::manifest::{Details, Manifest, Sections, check_blocks};
 use crate::image::read::image::Image;
 use crate::image::write::delta::Base;
-use crate::image::write::pack::{Job, Packing, Stored};
-use crate::image::write::pipeline::{Buffer, Pipeline};
+use crate::image::write::index::{check_index, empty_index, pending, renumber_layers, resolve};
+use crate::image::write::options::{Saved, WriterOptions, WriterStats};
+use crate::image::write::pack::{Buffer, Job, Packing};
+use crate::image::write::pipeline::Pipeline;
 use crate::image::write::tail;
 use crate::image::write::target::Target;
 use crate::page::{Block, PAGE_SIZE, Page, PageBytes};
-
-/// Whether and how chunks are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
-    /// Not at all: fastest to save and to revert.
-    None,
-    /// zstd at a level of -7 (fastest) to 22 (smallest). A chunk that does not
-    /// get smaller is stored plain.
-    Zstd(i32),
-}
-
-/// What becomes of the host's page cache while an image is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheUse {
-    /// The image stays in it as long as there is memory that nobody uses; beyond that, it
-    /// takes 256 MiB at most, and no other file has to give way.
-    WhatIsFree,
-    /// The image does not stay in it.
-    Drop,
-    /// The kernel decides, as for any file.
-    Keep,
-}
-
-/// How an image is to be written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WriterOptions {
-    /// Whether and how chunks are compressed.
-    pub compression: Compression,
-    /// Pages per chunk: a power of two from 1 to 64.
-    pub chunk_pages: usize,
-    /// Replace an existing file.
-    pub force: bool,
-    /// Bytes of page contents that may be buffered before [`ImageWriter::page`]
-    /// waits for the disk. Raised to what the threads need to keep going: four
-    /// chunks, and two more for each worker.
-    pub memory: usize,
-    /// Threads that checksum and compress, 1 to 64; one more thread writes.
-    pub workers: usize,
-    /// The most bytes a second that are written to the file; as many as can be without.
-    pub bandwidth: Option<u64>,
-    /// What becomes of the host's page cache.
-    pub cache: CacheUse,
-}
-
-impl Default for WriterOptions {
-    /// Plain chunks of 16 KiB, 64 MiB of buffers, a worker for each processor up
-    /// to 4, no overwriting, no limit to the rate, the page cache's free room.
-    fn default() -> WriterOptions {
-        WriterOptions {
-            compression: Compression::None,
-            chunk_pages: 4,
-            force: false,
-            memory: 64 << 20,
-            workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
-            bandwidth: None,
-            cache: CacheUse::WhatIsFree,
-        }
-    }
-}
-
-/// How far a writer has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WriterStats {
-    /// Distinct pages given so far that are not all zeros.
-    pub data_pages: u64,
-    /// Distinct pages given so far that are all zeros.
-    pub zero_pages: u64,
-    /// Bytes of chunks written to the file so far (not necessarily to the disk).
-    pub written_bytes: u64,
-    /// Bytes of buffers in use, at most `WriterOptions::memory` (or the floor
-    /// that is stated there).
-    pub buffered_bytes: usize,
-    /// Time that [`ImageWriter::page`] has waited because that bound was reached.
-    pub stalled: Duration,
-}
-
-/// A finished image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Saved {
-    /// The image's identity.
-    pub identity: Uuid,
-    /// Number of pages stored.
-    pub data_pages: u64,
-    /// Number of pages that are all zeros.
-    pub zero_pages: u64,
-    /// Number of pages, among those stored, that were given when their chunk was there
-    /// already. A page that was given twice may count twice.
-    pub repeated_pages: u64,
-    /// Number of pages, among those stored, that lie in other images.
-    pub parent_pages: u64,
-    /// Length of the file in bytes.
-    pub image_bytes: u64,
-}
 
 /// Writes an image.
 ///
 /// Pages are collected in aligned groups of as many pages as a chunk holds. A
 /// group whose pages are all known is sent to the threads as one chunk; when too
-/// many are open, the oldest is sent as it is, and what comes later for it makes
-/// another chunk. A chunk that is there already is not stored again.
+/// many are open, the oldest is sent incomplete, and its other pages make another chunk
+/// later. A chunk that is known already is not stored again.
 ///
-/// Memory beside the buffers: 8 bytes per target page, 24 bytes per chunk, up to 48
-/// more per chunk to find it again (168 MiB at most, all together: see `dedupe`), and
-/// per worker a chunk and zstd's own (1 to 3 MiB).
+/// Memory in addition to the buffers: 8 bytes per target page, 24 bytes per chunk, up to 48
+/// more per chunk to find duplicates (168 MiB at most in all: see `dedupe`), and per worker
+/// a chunk and zstd's own memory (1 to 3 MiB).
 ///
 /// Dropped before [`ImageWriter::finish`], it leaves nothing behind.
 pub struct ImageWriter {
-    // Before `target`: its threads end before the file does.
+    // Dropped before `target`, so that its threads end while the file still exists.
     pipeline: Pipeline,
     target: Target,
     identity: Uuid,
@@ -135,8 +42,8 @@ pub struct ImageWriter {
     /// For each block: its first entry in `index`, and the key of its first group.
     starts: Vec<(u64, u64)>,
     chunk_pages: usize,
-    /// The page index. Pages of open groups stand in it, as [`pending`], when the group
-    /// is sent, and in their chunks when its buffer has come back.
+    /// The page index. The pages of an open group are entered as [`pending`] when it is sent,
+    /// and with their chunk when its buffer has come back.
     index: Vec<u64>,
     /// Open groups by key, without the current one.
     open: HashMap<u64, Group>,
@@ -150,13 +57,6 @@ pub struct ImageWriter {
     data_pages: u64,
     zero_pages: u64,
     repeated_pages: u64,
-}
-
-/// The raw entry of a page that is on its way to a chunk, in that job's buffer. No
-/// finished index holds one.
-fn pending(job: u64) -> u64 {
-    const KIND: u64 = 3;
-    KIND | job << 8
 }
 
 /// An aligned group of pages that is being collected.
@@ -192,7 +92,7 @@ impl ImageWriter {
     ///
     /// # Errors
     /// Options or blocks that the format does not allow, a file that exists, a
-    /// folder that can't be written to, an index that takes more than a quarter of this
+    /// directory that can't be written to, an index that takes more than a quarter of this
     /// host's memory.
     pub fn create(
         path: &Path,
@@ -204,8 +104,8 @@ impl ImageWriter {
 
     /// Starts an image on top of another: pages that `parent` holds at the same place
     /// of a block of the same name, be it in its own file or in another, are referred
-    /// to and not stored again. Takes as much memory more as `parent` does when it is
-    /// read as a whole.
+    /// to and not stored again. Takes as much memory in addition as `parent` does when all of
+    /// it is read.
     ///
     /// # Errors
     /// As [`ImageWriter::create`]; and where the new image would replace one that it
@@ -227,10 +127,10 @@ impl ImageWriter {
         base: Option<Arc<Base>>,
     ) -> Result<ImageWriter, ImageError> {
         let WriterOptions { compression, chunk_pages, force, memory, workers, .. } = options;
-        check_options(&options)?;
+        options.check()?;
         let pages = check_blocks(&blocks).map_err(ImageError::Blocks)?;
         check_index(path, pages)?;
-        let index = zeroed(pages)?;
+        let index = empty_index(pages)?;
         let target = Target::create(path, force)?;
         let chunk_bytes = chunk_pages * PAGE_SIZE;
         let buffers = (memory / chunk_bytes).max(4 + 2 * workers);
@@ -263,7 +163,7 @@ impl ImageWriter {
             current: None,
             ages: BTreeMap::new(),
             next_age: 0,
-            // The other half keeps the threads busy, so a wait for a buffer ends.
+            // The threads have the other half: a wait for a buffer ends when they are done.
             max_open: buffers / 2,
             next_job: 0,
             data_pages: 0,
@@ -272,12 +172,12 @@ impl ImageWriter {
         })
     }
 
-    /// Gives a page's bytes. Given again, the last bytes win. Copies the page and
+    /// Adds a page. When a page is added again, the last one counts. Copies the bytes and
     /// returns, unless all buffers are full: then it waits for the disk.
     ///
     /// # Errors
-    /// A page that does not exist; or what went wrong on the way to the disk
-    /// since the last call, after which the writer is of no more use.
+    /// A page that does not exist; or what the threads have met since the last call, after
+    /// which the writer can't be used any more.
     pub fn page(&mut self, page: Page, bytes: &PageBytes) -> Result<(), ImageError> {
         const ZEROS: PageBytes = [0; PAGE_SIZE];
         if *bytes == ZEROS {
@@ -293,7 +193,7 @@ impl ImageWriter {
         self.keep_or_send(group)
     }
 
-    /// Tells that a page is all zeros. Said again, the last word wins.
+    /// Adds a page that is all zeros. When a page is added again, the last one counts.
     ///
     /// # Errors
     /// As [`ImageWriter::page`].
@@ -330,9 +230,8 @@ impl ImageWriter {
         }
     }
 
-    /// What ends it from another thread when it is set to true, be it in the middle of
-    /// [`ImageWriter::finish`]: what it was doing then fails with
-    /// [`ImageError::Interrupted`].
+    /// Cancels writing from another thread, even within [`ImageWriter::finish`]: the call that
+    /// is under way, or else the next one, fails with [`ImageError::Interrupted`].
     pub fn cancellation(&self) -> Cancellation {
         self.pipeline.cancellation()
     }
@@ -341,11 +240,11 @@ impl ImageWriter {
     /// name.
     ///
     /// # Errors
-    /// A page that was never given, sections or a manifest that are too large,
-    /// what went wrong on the way to the disk, or a file of that name that has
-    /// appeared meanwhile. Nothing is left behind then.
+    /// A page that was never added, sections or a manifest that are too large, an error of
+    /// the disk, or a file of that name that has appeared meanwhile. Nothing is left behind
+    /// then.
     pub fn finish(mut self, details: Details, sections: Sections) -> Result<Saved, ImageError> {
-        // First: a writer that has failed also lacks pages.
+        // Before pages are counted: a writer that has failed also lacks some.
         self.pipeline.check()?;
         if let Some(group) = self.current.take() {
             self.open.insert(group.key, group);
@@ -392,7 +291,7 @@ impl ImageWriter {
         let Some((block, (first_entry, first_group))) =
             found.filter(|(block, _)| page.number < block.pages())
         else {
-            return Err(no_such_page(&self.blocks, page));
+            return Err(ImageError::no_such_page(&self.blocks, page));
         };
         let per_chunk = self.chunk_pages as u64;
         let group = page.number / per_chunk;
@@ -405,7 +304,7 @@ impl ImageWriter {
         })
     }
 
-    /// Takes the open group that a page belongs to, or opens one.
+    /// Takes the open group of a page out of the others, or opens one.
     fn take_group(&mut self, place: &Place) -> Result<Group, ImageError> {
         if let Some(group) = self.current.take() {
             if group.key == place.key {
@@ -455,7 +354,7 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Sends the oldest group; there may be none.
+    /// Sends the oldest group. False if there is none.
     fn send_oldest(&mut self) -> Result<bool, ImageError> {
         let Some((_, key)) = self.ages.pop_first() else { return Ok(false) };
         if let Some(group) = self.open.remove(&key) {
@@ -464,7 +363,7 @@ impl ImageWriter {
         Ok(true)
     }
 
-    /// Sends a group's pages on their way to a chunk.
+    /// Sends a group's pages to become a chunk.
     fn send(&mut self, group: Group) -> Result<(), ImageError> {
         self.ages.remove(&group.age);
         if group.mask == 0 {
@@ -496,97 +395,4 @@ impl ImageWriter {
             missing,
         }
     }
-}
-
-/// Enters pages into the index where they are stored, unless they have been given again
-/// meanwhile. Returns how many of them did not have to be stored.
-fn resolve(index: &mut [u64], stored: &Stored) -> u64 {
-    for (at, entry) in stored.entries() {
-        if index[at] == pending(stored.job) {
-            index[at] = entry.encode();
-        }
-    }
-    if stored.again { u64::from(stored.mask.count_ones()) } else { 0 }
-}
-
-/// Counts the pages that lie in each layer, and drops the layers in which none does,
-/// which the image then does not need.
-fn renumber_layers(layers: Vec<LayerRef>, index: &mut [u64]) -> Vec<LayerRef> {
-    if layers.is_empty() {
-        return layers;
-    }
-    let layer_of = |raw: u64| match PageEntry::decode(raw) {
-        Ok(PageEntry::Stored { layer, .. }) => usize::from(layer),
-        _ => 0,
-    };
-    let mut pages = vec![0u64; layers.len() + 1];
-    index.iter().for_each(|raw| pages[layer_of(*raw)] += 1);
-    let mut numbers = vec![0u8; layers.len() + 1];
-    let mut kept = Vec::new();
-    for (layer, old) in layers.into_iter().zip(1..) {
-        if pages[old] > 0 {
-            kept.push(LayerRef { pages: pages[old], ..layer });
-            numbers[old] = kept.len() as u8;
-        }
-    }
-    for raw in index {
-        if let Ok(PageEntry::Stored { layer, chunk, slot }) = PageEntry::decode(*raw) {
-            let layer = numbers[usize::from(layer)];
-            *raw = PageEntry::Stored { layer, chunk, slot }.encode();
-        }
-    }
-    kept
-}
-
-/// The error for a page outside the blocks.
-pub(in crate::image) fn no_such_page(blocks: &[Block], page: Page) -> ImageError {
-    let block = match blocks.get(page.block.index()) {
-        Some(block) => format!("{:?} of {:#x} bytes", block.name, block.len),
-        None => format!("{} (there are {})", page.block.0, blocks.len()),
-    };
-    ImageError::NoSuchPage { block, offset: page.number.saturating_mul(PAGE_SIZE as u64) }
-}
-
-fn check_options(options: &WriterOptions) -> Result<(), ImageError> {
-    let WriterOptions { compression, chunk_pages, workers, .. } = *options;
-    if !chunk_pages.is_power_of_two() || chunk_pages > MAX_CHUNK_PAGES {
-        return Err(ImageError::Options(format!(
-            "{chunk_pages} pages per chunk: it must be a power of two from 1 to {MAX_CHUNK_PAGES}"
-        )));
-    }
-    if !(1..=64).contains(&workers) {
-        return Err(ImageError::Options(format!("{workers} workers: it must be 1 to 64")));
-    }
-    match compression {
-        Compression::Zstd(level) if !(-7..=22).contains(&level) => {
-            Err(ImageError::Options(format!("zstd level {level}: it must be -7 to 22")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Whether this host has room for the index of so many pages. A few bytes of a file can
-/// claim any number of them; a machine that a host this size could run or revert stays
-/// far below.
-pub(in crate::image) fn check_index(path: &Path, pages: u64) -> Result<(), ImageError> {
-    let value = |name| sysconf(name).ok().flatten().and_then(|n| u64::try_from(n).ok());
-    let Some((count, bytes)) = value(SysconfVar::_PHYS_PAGES).zip(value(SysconfVar::PAGE_SIZE))
-    else {
-        return Ok(());
-    };
-    let (index, limit) = (pages * size_of::<u64>() as u64, count.saturating_mul(bytes) / 4);
-    if index > limit {
-        let (path, ram) = (path.to_owned(), pages * PAGE_SIZE as u64);
-        return Err(ImageError::IndexTooLarge { path, ram, index, limit });
-    }
-    Ok(())
-}
-
-/// The empty index. Its memory is taken as it is touched, but a length that can't
-/// be had at all must be an error: `vec!` alone would end the process.
-fn zeroed(pages: u64) -> Result<Vec<u64>, ImageError> {
-    Vec::<u64>::new().try_reserve_exact(pages as usize).map_err(|_| {
-        ImageError::Blocks(format!("there is no memory for an index of {pages} pages"))
-    })?;
-    Ok(vec![PageEntry::MISSING; pages as usize])
 }

@@ -1,4 +1,4 @@
-//! Memory as it is: a folder with one sparse file for each block.
+//! Plain memory: a directory with one sparse file for each block.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -8,37 +8,37 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::pages::{Piece, for_each};
+use super::pages::for_each;
 use super::{ExchangeError, Watch};
-use crate::image::{Image, ImageError};
+use crate::image::{Image, ImageError, Piece};
 use crate::page::Block;
 
-/// Writes an image's memory into a new folder. Returns the length of all files in bytes.
+/// Writes an image's memory into a new directory. Returns the length of all files in bytes.
 pub(super) fn write(
     image: &Arc<Image>,
     path: &Path,
     watch: &mut Watch<'_>,
 ) -> Result<u64, ExchangeError> {
-    let folder = Folder::create(path)?;
+    let directory = Directory::create(path)?;
     let blocks = &image.manifest().blocks;
     let mut files = Vec::with_capacity(blocks.len());
     for (block, name) in blocks.iter().zip(file_names(blocks)) {
-        files.push(folder.file(&name, block.len)?);
+        files.push(directory.file(&name, block.len)?);
     }
     for_each(image, watch, |piece| match piece {
         Piece::Zeros(_) => Ok(()),
         Piece::Data(run, bytes) => {
             let written = files[run.block.index()].write_all_at(bytes, run.offset());
-            written.map_err(|e| folder.failed("write", e))
+            written.map_err(|e| directory.failed("write", e))
         }
     })?;
     for file in &files {
         // Each may take as long as the disk needs for all of it.
         watch.check()?;
-        file.sync_all().map_err(|e| folder.failed("write out", e))?;
+        file.sync_all().map_err(|e| directory.failed("write out", e))?;
     }
     watch.check()?;
-    folder.commit()?;
+    directory.commit()?;
     Ok(blocks.iter().map(|block| block.len).sum())
 }
 
@@ -58,15 +58,15 @@ fn file_names(blocks: &[Block]) -> Vec<String> {
     blocks.iter().enumerate().map(name).collect()
 }
 
-/// A folder that gets its name when it is whole, and is no more if it never was.
-struct Folder {
+/// A directory that gets its name when it is complete, and is removed if it never is.
+struct Directory {
     path: PathBuf,
-    /// Its name until then; none once it has its own.
+    /// Its name until then; none afterwards.
     hidden: Option<PathBuf>,
 }
 
-impl Folder {
-    fn create(path: &Path) -> Result<Folder, ExchangeError> {
+impl Directory {
+    fn create(path: &Path) -> Result<Directory, ExchangeError> {
         let Some(name) = path.file_name() else {
             return Err(ImageError::NoFileName(path.to_owned()).into());
         };
@@ -78,7 +78,7 @@ impl Folder {
         let hidden = path.with_file_name(format!(".{mark}.{}.tmp", Uuid::new_v4().simple()));
         let made = DirBuilder::new().mode(0o700).create(&hidden);
         made.map_err(|e| ImageError::io("create", path, e))?;
-        Ok(Folder { path: path.to_owned(), hidden: Some(hidden) })
+        Ok(Directory { path: path.to_owned(), hidden: Some(hidden) })
     }
 
     /// A new file in it, all of it a hole.
@@ -96,7 +96,7 @@ impl Folder {
         let (from, to) = (nix::fcntl::AT_FDCWD, nix::fcntl::AT_FDCWD);
         match nix::fcntl::renameat2(from, hidden, to, &self.path, flags) {
             Ok(()) => {}
-            // The file system does not know the flag (rename(2)); a folder is replaced
+            // The file system does not know the flag (rename(2)); a directory is replaced
             // only if it is empty.
             Err(nix::errno::Errno::EINVAL) => {
                 fs::rename(hidden, &self.path).map_err(|e| self.failed("give its name to", e))?;
@@ -108,8 +108,8 @@ impl Folder {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let synced = File::open(parent).and_then(|folder| folder.sync_all());
-        synced.map_err(|e| self.failed("write out the folder of", e))
+        let synced = File::open(parent).and_then(|directory| directory.sync_all());
+        synced.map_err(|e| self.failed("write out the directory of", e))
     }
 
     fn failed(&self, doing: &'static str, error: std::io::Error) -> ExchangeError {
@@ -117,10 +117,10 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for Directory {
     fn drop(&mut self) {
         if let Some(hidden) = &self.hidden {
-            // Nobody is left to tell; the name says what the folder was.
+            // The error can't be passed on; the name of what is left says what it was.
             let _ = fs::remove_dir_all(hidden);
         }
     }

@@ -1,0 +1,57 @@
+//! Where the bytes of images lie: anything of which ranges can be read.
+//!
+//! Everything that reads images goes through [`Store`] and so doesn't know files.
+//! [`file::FileStore`] is the one implementation today.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use crate::image::format::error::ImageError;
+
+pub(super) mod file;
+
+/// One object that holds an image, for example a file. Its contents don't change while it
+/// is open.
+///
+/// Several threads read at once. Errors of reading are bare causes: the reading side adds
+/// the object's [name](Store::name), the position, and which part of the image lies there.
+pub(in crate::image) trait Store: Send + Sync {
+    /// What error messages call the object: a file's path, an object's URL.
+    fn name(&self) -> &str;
+
+    /// Length in bytes.
+    fn len(&self) -> u64;
+
+    /// Fills `buffer` with the bytes from `position` on, counted from the object's start.
+    /// A page fault may wait for it: it takes no lock that others hold while they read,
+    /// and allocates nothing where the bytes are local.
+    ///
+    /// # Errors
+    /// Whatever keeps the bytes from being read, among it [`io::ErrorKind::UnexpectedEof`]
+    /// when the object ends before `buffer` is full. `buffer` then holds anything.
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<()>;
+
+    /// Looks for another object, to which the image in this one refers: in one place after
+    /// the other, the likeliest first, as the iterator is advanced. `relative` is its path
+    /// as seen from this object, `absolute` its path when the reference was written.
+    fn neighbours<'a>(
+        &'a self,
+        relative: &str,
+        absolute: &str,
+    ) -> Box<dyn Iterator<Item = Neighbour> + 'a>;
+
+    /// The file that the object is, if it is one. For what needs a file and not only its
+    /// bytes: to map it, to find its holes, to put others beside it.
+    fn file(&self) -> Option<(&Path, &File)> {
+        None
+    }
+}
+
+/// A place where a neighbouring object was looked for.
+pub(in crate::image) struct Neighbour {
+    /// What error messages call the place.
+    pub name: String,
+    /// What is there.
+    pub store: Result<Box<dyn Store>, ImageError>,
+}
