@@ -126,6 +126,20 @@ impl Disk {
         let file = self.chain.first().map(|file| format!(" ({})", file.path));
         format!("{}{}", name.map_or("unnamed", String::as_str), file.unwrap_or_default())
     }
+
+    /// Whether `name` means this disk: the name of its backend, its device (as an id or a
+    /// QOM path), its node or that of its topmost file.
+    pub fn is_called(&self, name: &str) -> bool {
+        let id = self.qdev.as_deref().and_then(peripheral_id);
+        let names = [Some(self.device.as_str()), self.node.as_deref(), self.qdev.as_deref(), id];
+        let file = self.chain.first().map(|file| file.node.as_str());
+        !name.is_empty() && names.into_iter().chain([file]).flatten().any(|known| known == name)
+    }
+}
+
+/// The id in a QOM path such as `/machine/peripheral/vda/virtio-backend`.
+fn peripheral_id(path: &str) -> Option<&str> {
+    path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 
 /// A QEMU version.
@@ -144,5 +158,26 @@ pub struct QemuVersion {
 impl std::fmt::Display for QemuVersion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_goes_by_any_of_its_names() {
+        let disk = Disk {
+            device: "drive0".into(),
+            qdev: Some("/machine/peripheral/vda/virtio-backend".into()),
+            chain: vec![DiskFile { node: "#block1".into(), ..DiskFile::default() }],
+            ..Disk::default()
+        };
+        for name in ["drive0", "vda", "#block1", "/machine/peripheral/vda/virtio-backend"] {
+            assert!(disk.is_called(name), "{name}");
+        }
+        for name in ["", "drive1", "vdb", "peripheral"] {
+            assert!(!disk.is_called(name), "{name}");
+        }
     }
 }

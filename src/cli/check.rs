@@ -13,7 +13,7 @@ use crate::save::survey;
 pub(super) struct CheckArgs {
     #[command(flatten)]
     guest: GuestArgs,
-    /// The image that would be written [default: only the room in the current folder is looked at]
+    /// The image that would be written [default: only the room in the current directory is looked at]
     image: Option<PathBuf>,
     /// Print one JSON object a line
     #[arg(long)]

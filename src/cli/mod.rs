@@ -5,6 +5,7 @@ mod check;
 mod detach;
 mod disks;
 mod exchange;
+mod flags;
 mod flatten;
 mod output;
 mod report;

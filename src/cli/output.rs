@@ -8,9 +8,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::flags::with_flags;
 use crate::page::PAGE_SIZE;
 use crate::revert::{Progress, RevertEvent, Way};
-use crate::save::{PauseParts, SaveEvent};
+use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
 
 /// A command that failed, in words.
 pub(super) struct Failure {
@@ -45,13 +46,13 @@ pub(super) fn print_failure(failure: &Failure, json: bool) {
     if json {
         print_line(&json!({ "event": "error", "message": failure.message }).to_string());
     }
-    let _ = writeln!(std::io::stderr(), "snapback: {}", failure.message);
+    let _ = writeln!(std::io::stderr(), "snapback: {}", with_flags(&failure.message));
 }
 
 /// Prints one line. A reader that has gone away is not our failure.
 pub(super) fn print_line(line: &str) {
     let mut stdout = std::io::stdout().lock();
-    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+    let _ = writeln!(stdout, "{}", with_flags(line)).and_then(|()| stdout.flush());
 }
 
 /// Prints events as they come.
@@ -93,7 +94,7 @@ impl Output {
         line.push('}');
         print_line(&line);
         if self.log {
-            let _ = writeln!(std::io::stderr(), "{line}");
+            let _ = writeln!(std::io::stderr(), "{}", with_flags(&line));
         }
     }
 
@@ -155,8 +156,8 @@ impl Output {
             }
             SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
-            SaveEvent::Folded { disk } => {
-                self.say("folded", &format!("the overlay back into disk {disk}"));
+            SaveEvent::Committed { disk } => {
+                self.say("committed", &format!("the overlay back into disk {disk}"));
             }
             SaveEvent::Moment { pause_ms: Some(pause), pause_parts, .. } => {
                 let parts = pause_parts.map(|parts| {
@@ -179,7 +180,13 @@ impl Output {
                 self.advance(*pages, *total, format!("{} written", size(*image_bytes)));
             }
             SaveEvent::Saved {
-                bytes, zero_pages, parent_pages, image_bytes, stalled_ms, ..
+                bytes,
+                zero_pages,
+                parent_pages,
+                image_bytes,
+                stalled_ms,
+                disks,
+                ..
             } => {
                 self.bar.finish_and_clear();
                 let zero = size(zero_pages * PAGE_SIZE as u64);
@@ -196,20 +203,53 @@ impl Output {
                     "saved",
                     &format!("{data}{parent} and {zero} of zeros in {image}{stalled}"),
                 );
+                self.switched(disks);
             }
         }
     }
 
-    /// What became of a save that was killed.
-    pub fn recovered(&self, what: &str) {
-        match self.json {
-            true => {
-                let (outcome, says) = what.split_once(": ").unwrap_or((what, ""));
-                let event = json!({ "event": "recovered", "outcome": outcome, "says": says });
-                self.print_json(&event);
-            }
-            false => self.say("recovered", what),
+    /// Tells last, where it is seen, that the guest's disks are other files from now on; for
+    /// each disk a line that can be pasted into whatever starts the guest.
+    fn switched(&self, disks: &[SwitchedDisk]) {
+        if disks.is_empty() {
+            return;
         }
+        self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
+        let detail = |text: &str| print_line(&format!("{:26}{text}", ""));
+        detail("Started from an old file again, it loses all that it has written since, and");
+        detail("destroys this snapshot.");
+        for SwitchedDisk { frozen, option, .. } in disks {
+            detail(&format!("Instead of {frozen} and its format:"));
+            print_line(&shlex::try_quote(option).unwrap_or(option.into()));
+        }
+    }
+
+    /// What became of a save that was killed.
+    pub fn recovered(&self, done: &Recovered) {
+        let (outcome, says, disks) = match done {
+            Recovered::Nothing { journal } => {
+                let journal = journal.display();
+                let says = format!(
+                    "there is no journal {journal}, so either no save of this image was killed, \
+                     or the image was called otherwise"
+                );
+                ("nothing", says, &[][..])
+            }
+            Recovered::Saved { disks } => {
+                let says = "the image is whole, the guest goes on in its overlays".to_owned();
+                ("saved", says, &disks[..])
+            }
+            Recovered::Undone => {
+                ("undone", "the guest is as it was before the save".to_owned(), &[][..])
+            }
+        };
+        if self.json {
+            return self.print_json(&json!({
+                "event": "recovered", "outcome": outcome, "says": says, "disks": disks,
+            }));
+        }
+        self.say("recovered", &format!("{outcome}: {says}"));
+        self.switched(disks);
     }
 
     pub fn revert(&self, event: &RevertEvent) {

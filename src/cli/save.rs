@@ -12,7 +12,7 @@ use super::output::{Failure, Output};
 use super::{cancellation, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
-use crate::save::{DiskChoice, Recovered, SaveEvent, SaveOptions, recover, save};
+use crate::save::{DiskChoice, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
 pub(super) struct SaveArgs {
@@ -28,7 +28,7 @@ pub(super) struct SaveArgs {
     /// environment
     #[arg(long, value_name = "COMMAND")]
     on_moment: Option<String>,
-    /// Fail when the guest was reverted and its memory is not complete yet, in place of waiting
+    /// Fail instead of waiting when the guest was reverted and its memory is not complete yet
     #[arg(long)]
     no_wait: bool,
     /// Clean up behind a save of this image that was killed; saves nothing
@@ -51,8 +51,8 @@ pub(super) struct GuestArgs {
     /// Save memory and devices only: the same as --disks none
     #[arg(long, conflicts_with = "disks")]
     memory_only: bool,
-    /// Where the overlays go that the guest writes to from the moment on [default: each beside
-    /// its disk's file]
+    /// The directory of the overlays, to which the guest writes from the moment on [default:
+    /// that of each disk's file]
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
     /// Leave a writable disk out: the name of a node, drive or device
@@ -104,17 +104,7 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     if args.recover {
         let done = recover(&args.guest.qmp, &args.image, |event| output.save(&event)).await?;
-        output.recovered(&match done {
-            Recovered::Nothing { journal } => format!(
-                "nothing: there is no journal {}, so either no save of this image was killed, or \
-                 the image was called otherwise",
-                journal.display()
-            ),
-            Recovered::Saved => {
-                "saved: the image is whole, the guest goes on in its overlays".into()
-            }
-            Recovered::Undone => "undone: the guest is as it was before the save".into(),
-        });
+        output.recovered(&done);
         return Ok(());
     }
     let options = SaveOptions {
@@ -157,9 +147,9 @@ impl Hook {
         let SaveEvent::Moment { unix_us, monotonic_us, pause_ms, .. } = event else { return };
         let mut command = Command::new("sh");
         command.arg("-c").arg(&self.command).stdin(Stdio::null());
-        // Standard output is ours: whoever reads it expects our events there.
+        // Standard output is for our events only.
         command.stdout(std::io::stderr());
-        // A group of its own: with a shell, what that has started is told to end.
+        // A process group of its own, so that whatever the shell starts can be told to end.
         command.process_group(0);
         command.env("SNAPBACK_IMAGE", &self.image);
         command.env("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string());
@@ -168,8 +158,8 @@ impl Hook {
         self.running = Some(command.spawn());
     }
 
-    /// Waits for the command's end, or for an interrupt, of which the command is told. The
-    /// image is whole, whatever has become of it.
+    /// Waits for the command's end. An interrupt ends it (SIGTERM). Whatever comes of it, the
+    /// image is whole.
     async fn end(self, cancel: Cancellation) -> Result<(), Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             let command = &self.command;
@@ -185,7 +175,7 @@ impl Hook {
                     Err(error) => Err(failed(&error)),
                 },
                 () = cancel.requested() => {
-                    // Not reaped yet: the group is the command's.
+                    // Not reaped yet, so the group's number is still the command's.
                     if let Some(pid) = child.id() {
                         let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);
                     }

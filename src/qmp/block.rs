@@ -11,7 +11,7 @@ use super::{Qmp, QmpError};
 /// How often a job is asked for its state.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
-/// The command that folds an overlay into the node below it.
+/// The command that commits an overlay into the node below it.
 const BLOCK_COMMIT: &str = "block-commit";
 
 /// A node of the block graph: a file, or a format over one (`query-named-block-nodes`).
@@ -108,17 +108,17 @@ impl Qmp {
     }
 
     /// Begins to write what an overlay holds into the node below it, the guest running or
-    /// not: as a job of that name, to be ended by [`Qmp::end_fold`].
-    pub async fn begin_fold(&self, job: &str, overlay: &str, base: &str) -> Result<(), QmpError> {
+    /// not: as a job of that name, to be ended by [`Qmp::end_commit`].
+    pub async fn begin_commit(&self, job: &str, overlay: &str, base: &str) -> Result<(), QmpError> {
         let arguments = json!({
             "job-id": job, "device": overlay, "base-node": base, "auto-dismiss": false,
         });
         self.execute(BLOCK_COMMIT, arguments).await.map(drop)
     }
 
-    /// Waits for a job of [`Qmp::begin_fold`], whoever began it, and takes the overlay away.
+    /// Waits for a job of [`Qmp::begin_commit`], whoever began it, and takes the overlay away.
     /// It stays open.
-    pub async fn end_fold(&self, job: &str) -> Result<(), QmpError> {
+    pub async fn end_commit(&self, job: &str) -> Result<(), QmpError> {
         let mut told = false;
         loop {
             match self.job(job).await? {

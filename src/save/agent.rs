@@ -18,12 +18,12 @@ pub(super) struct Patience {
     freeze: Duration,
     /// Until it has thawed.
     thaw: Duration,
-    /// Until it has heard of thawing: an agent that is still busy freezing, or whose
-    /// guest stands still, answers nothing meanwhile.
+    /// Until it can be told to thaw: an agent that is still busy freezing, or whose guest
+    /// stands still, does not answer.
     persist: Duration,
 }
 
-/// A guest has waited long enough when this is over: it is told.
+/// The patience of a save: after that, the user is told.
 pub(super) const PATIENCE: Patience = Patience {
     answer: Duration::from_secs(5),
     freeze: Duration::from_secs(30),
@@ -31,7 +31,7 @@ pub(super) const PATIENCE: Patience = Patience {
     persist: Duration::from_secs(60),
 };
 
-/// How long to leave an agent alone that could not be reached.
+/// The time between two attempts to reach an agent.
 const RETRY_EVERY: Duration = Duration::from_millis(200);
 
 /// The longest answer that is read, in bytes.
@@ -39,6 +39,7 @@ const MAX_ANSWER: u64 = 1 << 20;
 
 /// Why file systems could not be frozen or thawed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AgentError {
     /// The socket can't be used.
     #[error("can't talk to the guest agent at {}: {source}", .socket.display())]
@@ -72,8 +73,8 @@ pub enum AgentError {
 }
 
 impl AgentError {
-    /// Whether it may work when it is tried again: not when the agent has refused, nor when
-    /// nobody listens at its socket, as when QEMU has ended.
+    /// Whether another attempt may work: not if the agent has refused, nor if nobody listens
+    /// at its socket, as when QEMU has ended.
     fn may_pass(&self) -> bool {
         use std::io::ErrorKind::{ConnectionRefused, NotFound};
         match self {
@@ -97,11 +98,10 @@ pub(super) async fn check(socket: &Path, patience: &Patience) -> Result<String, 
     Ok(format!("qemu-guest-agent {} answers", info["version"].as_str().unwrap_or_default()))
 }
 
-/// Thaws all file systems of a guest. An agent that has frozen file systems of its own
-/// accord can't thaw less than all.
+/// Thaws all file systems of a guest: the agent can't thaw less than all.
 ///
-/// An agent that was asked to freeze does so however long that takes, whether anybody waits
-/// for it or not. It answers nothing before: so this is tried again and again.
+/// An agent that was asked to freeze does so even if nobody waits for it any more, and does
+/// not answer before it has finished. So this is tried again until `patience` is over.
 pub(super) async fn thaw(socket: &Path, patience: &Patience) -> Result<(), AgentError> {
     let end = Instant::now() + patience.persist;
     loop {
@@ -124,16 +124,16 @@ pub(super) struct Agent<'a> {
 }
 
 impl<'a> Agent<'a> {
-    /// Connects, and gets past whatever an earlier peer has left in the channel.
+    /// Connects, and skips whatever an earlier connection has left in the channel.
     pub async fn connect(socket: &Path, patience: &'a Patience) -> Result<Agent<'a>, AgentError> {
         let failed = |source| AgentError::Io { socket: socket.to_owned(), source };
         let stream = UnixStream::connect(socket).await.map_err(failed)?;
         let mut agent =
             Agent { socket: socket.to_owned(), patience, stream: BufReader::new(stream) };
-        // Nobody else's: a late answer to an earlier connection of ours is no answer to this
-        // one. QMP's integers have 63 bits.
+        // Random, so that a late answer to an earlier connection is not taken for ours. QMP's
+        // integers have 63 bits.
         let id = Uuid::new_v4().as_u64_pair().0 >> 1;
-        // The agent's parser begins anew at this byte.
+        // This byte resets the agent's parser.
         agent
             .send(&[b"\xff", json_line("guest-sync", json!({ "id": id })).as_slice()].concat())
             .await?;
@@ -157,8 +157,8 @@ impl<'a> Agent<'a> {
         }
     }
 
-    /// Freezes all file systems that the agent can freeze, and tells how many those are.
-    /// If that fails, they may be frozen none the less, or will be yet.
+    /// Freezes all file systems that the agent can freeze, and returns how many those are.
+    /// If that fails, they may be frozen all the same, or may be frozen later.
     pub async fn freeze(mut self) -> Result<u64, AgentError> {
         const COMMAND: &str = "guest-fsfreeze-freeze";
         let answer = self.ask(COMMAND, self.patience.freeze).await?;
@@ -197,7 +197,7 @@ impl<'a> Agent<'a> {
         sent.map_err(|source| AgentError::Io { socket: self.socket.clone(), source })
     }
 
-    /// The next answer; what is no JSON is none.
+    /// The next answer. Lines that are not JSON are skipped.
     async fn receive(&mut self) -> Result<Value, AgentError> {
         loop {
             let mut line = Vec::new();
@@ -207,7 +207,7 @@ impl<'a> Agent<'a> {
                 read => read,
             };
             read.map_err(|source| AgentError::Io { socket: self.socket.clone(), source })?;
-            // A guest-sync-delimited of somebody else's leaves this byte.
+            // The answer to another client's guest-sync-delimited begins with this byte.
             let line = line.strip_prefix(b"\xff").unwrap_or(&line);
             if let Ok(answer) = serde_json::from_slice(line) {
                 return Ok(answer);
@@ -273,8 +273,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_frozen_late_is_thawed_later() {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("agent.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let (go_on, told) = std::sync::mpsc::channel();
         let agent = std::thread::spawn(move || busy_agent(listener, told));
@@ -298,8 +298,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_agent_that_is_gone_is_not_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("agent.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
         let error = thaw(&socket, &PATIENCE).await.unwrap_err();
         assert!(matches!(error, AgentError::Io { .. }) && !error.may_pass());
     }

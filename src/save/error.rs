@@ -4,22 +4,22 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::agent::AgentError;
-use super::checks::CheckError;
-use super::journal::JournalError;
-use super::left_over::LeftOver;
+use super::check::error::CheckError;
 use super::overlays::OverlayError;
+use super::undo::error::{JournalError, LeftOver};
 use crate::guest::VmError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::wire::WireError;
 
-/// Why a save failed. The guest runs on (or stays paused) as before, and no image is
-/// left behind (but see [`SaveError::StillFrozen`]); nor is anything else, unless
-/// [`SaveError::LeftOver`] names it.
+/// Why a save failed. The guest runs on (or stays paused) as before, and neither an image nor
+/// anything else is left behind; the exceptions are [`SaveError::StillFrozen`],
+/// [`SaveError::LeftOver`] and [`SaveError::InterruptedTwice`].
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SaveError {
-    /// It can't work, as was found before the guest was touched.
+    /// The checks found a reason before the guest was touched.
     #[error(transparent)]
     Check(#[from] CheckError),
     /// The host's pages have another size.
@@ -75,10 +75,10 @@ pub enum SaveError {
     /// The image is whole, but the guest could not be thawed.
     #[error(
         "the image is whole, but the guest's file systems may still be frozen ({0}): \
-         `snapback save --recover` on this image tries again to thaw them"
+         `recover()` of this image tries again to thaw them"
     )]
     StillFrozen(AgentError),
-    /// Whatever failed first, something could not be undone.
+    /// The save failed, and not all that it had changed could be undone.
     #[error("{cause}; and {}", .left.iter().map(LeftOver::to_string).collect::<Vec<_>>().join("; "))]
     LeftOver {
         /// What failed.
@@ -86,14 +86,14 @@ pub enum SaveError {
         /// What that is, and what to do about it.
         left: Vec<LeftOver>,
     },
-    /// Said when something is left over of an earlier save.
+    /// The cause of a [`SaveError::LeftOver`] that is found by [`recover`](super::recover).
     #[error("an earlier save was killed, or could not undo all that it had done")]
     Killed,
-    /// Whether a save that was killed had come to its end can't be told.
+    /// It can't be told whether a save that was killed had come to its end.
     #[error(
-        "a save of {} was killed, and whether it had come to its end can't be told, so nothing was \
-         touched: {source}; if that can be mended, recover again then, and if this file is surely \
-         not the image, move it away first", .image.display()
+        "a save of {} was killed, and it can't be told whether it had come to its end, so nothing \
+         was touched: {source}; mend that and recover again, or move the file away first if it is \
+         surely not the image", .image.display()
     )]
     Unclear {
         /// The image.
@@ -107,7 +107,7 @@ pub enum SaveError {
          ({0}): run this as root, or as the user of QEMU with the right to trace it (ptrace(2))"
     )]
     Protected(std::io::Error),
-    /// A save is to be recovered with the socket of another QEMU.
+    /// The QMP socket given to recover a save is that of another QEMU.
     #[error("the save that was killed was of the guest in process {pid}: give its QMP socket")]
     OtherQemu {
         /// That process.
@@ -119,7 +119,7 @@ pub enum SaveError {
     /// Interrupted a second time, before QEMU had let go of the guest's memory.
     #[error(
         "interrupted twice: no image was written, and the guest may hang, since QEMU had not let \
-         go of its memory yet: `snapback save --recover` on this image lets it go, and undoes \
+         go of its memory yet: `recover()` of this image lets it go, and undoes \
          what the save has changed"
     )]
     InterruptedTwice,

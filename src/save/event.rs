@@ -2,14 +2,14 @@
 
 use serde::Serialize;
 
-use super::moment::PauseParts;
+use crate::machine::{Disk, DiskRole};
 
-/// What happens during a save, in this order but for `Draining`, `Waiting`, `Folded` and
-/// `Note`. `Warning` comes only when there is something to warn of.
+/// What happens during a save, in this order except for `Draining`, `Note` and `Committed`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
-    /// The guest was reverted, and its memory is not complete yet: it is waited for.
+    /// The guest was reverted and its memory is not complete yet: the save waits for it.
     Waiting,
     /// The snapshot can be taken; the guest has not been touched.
     Checked {
@@ -22,13 +22,13 @@ pub enum SaveEvent {
         /// Writable disks that are left out.
         uncaptured_disks: Vec<String>,
     },
-    /// The image will be whole, but `revert` will refuse it.
+    /// The image will be whole, but `revert` will refuse it. Only when there is such a reason.
     Warning {
-        /// Why, and what to do instead.
+        /// The reason, and what to do instead.
         says: String,
     },
-    /// All is ready that can be before the pause: overlays lie open, guest memory has
-    /// been touched, disks are flushed. Only when disks are captured.
+    /// All that can be done before the pause is done: overlays are open in QEMU, guest memory
+    /// is prefaulted, disks are flushed. Only when disks are captured.
     Ready {
         /// The overlays that the guest will write to, in the order of its disks.
         overlays: Vec<String>,
@@ -42,10 +42,10 @@ pub enum SaveEvent {
     /// it, although its memory is still being written.
     Moment {
         /// How long the guest stood still, in milliseconds; none for a guest that was
-        /// paused all the time, or where QEMU's events were lost.
+        /// paused before, or where QEMU's events were lost.
         pause_ms: Option<f64>,
-        /// The same in parts, where we held the guest to switch its disks; otherwise
-        /// QEMU alone did.
+        /// The same in parts, if we stopped the guest to switch its disks; none if QEMU
+        /// alone stopped it.
         pause_parts: Option<PauseParts>,
         /// The moment by the host's clock, in microseconds since 1970.
         unix_us: u64,
@@ -55,8 +55,8 @@ pub enum SaveEvent {
     },
     /// The file systems that were frozen are thawed.
     Thawed,
-    /// The save has failed or was interrupted, but QEMU lets go of the guest only once
-    /// it has sent all memory: that is received and thrown away. QEMU before 8.1.
+    /// The save has failed or was interrupted, but this QEMU (before 8.1) lets go of the
+    /// guest only once it has sent all memory, which is received and thrown away.
     Draining,
     /// How far memory has been written.
     Progress {
@@ -84,17 +84,104 @@ pub enum SaveEvent {
         image_bytes: u64,
         /// How long QEMU had to wait for our disk, in milliseconds.
         stalled_ms: f64,
+        /// The disks that were switched to overlays, in the order of the guest's disks. The
+        /// guest has to be started from the overlays from now on: see [`SwitchedDisk`].
+        disks: Vec<SwitchedDisk>,
     },
-    /// Something did not go as it should, and the snapshot is good none the less.
+    /// Something did not go as it should, but the snapshot is good.
     Note {
         /// What.
         what: String,
         /// Why, and what to do about it.
         why: String,
     },
-    /// The save has failed: a disk's overlay was folded back into the disk and removed.
-    Folded {
+    /// The save has failed: a disk's overlay was committed back into the disk and removed.
+    #[serde(rename = "folded")]
+    Committed {
         /// The disk.
         disk: String,
     },
+}
+
+/// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct PauseParts {
+    /// From our command to stop until QEMU has stopped the guest and flushed its disks.
+    pub stop_ms: f64,
+    /// Putting the overlays over the disks.
+    pub disks_ms: f64,
+    /// QEMU's walk over guest memory, device state and write protection: from our
+    /// command until the first page came.
+    pub walk_ms: f64,
+    /// Letting the guest go on.
+    pub resume_ms: f64,
+}
+
+/// A captured disk of a guest that goes on after its save. Its file is frozen: it is part of
+/// the snapshot. The guest lives in an overlay over it.
+///
+/// **From now on the guest has to be started from the overlay.** Started from the frozen file
+/// again, it loses everything that it has written since the moment, and its next write
+/// destroys the snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct SwitchedDisk {
+    /// The disk, as [`Disk::describe`] calls it.
+    pub disk: String,
+    /// The file that is frozen, an absolute path.
+    pub frozen: String,
+    /// The overlay, an absolute path. It is a qcow2 file, whatever the frozen file is.
+    pub overlay: String,
+    /// The overlay in QEMU's option for this disk, in place of the keys that name the frozen
+    /// file and its format there: `file=PATH,format=qcow2` for `-drive`,
+    /// `driver=qcow2,file.driver=file,file.filename=PATH` for `-blockdev`. Commas in the path
+    /// are doubled as QEMU asks for; the text is not quoted for a shell.
+    pub option: String,
+}
+
+impl SwitchedDisk {
+    /// Those of an image's disks whose guest goes on in overlays.
+    pub(super) fn all_of(disks: &[Disk]) -> Vec<SwitchedDisk> {
+        let switched = |disk: &Disk| {
+            let overlay = disk.overlay.clone().filter(|_| disk.role == DiskRole::Captured)?;
+            let path = overlay.replace(',', ",,");
+            // Only a disk of `-blockdev` has no name as a drive.
+            let option = match disk.device.is_empty() {
+                true => format!("driver=qcow2,file.driver=file,file.filename={path}"),
+                false => format!("file={path},format=qcow2"),
+            };
+            let frozen = disk.chain.first()?.path.clone();
+            Some(SwitchedDisk { disk: disk.describe(), frozen, overlay, option })
+        };
+        disks.iter().filter_map(switched).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::DiskFile;
+
+    #[test]
+    fn switched_disks_are_named_as_qemus_options_want_them() {
+        let frozen =
+            DiskFile { path: "/d/a.raw".into(), format: "raw".into(), ..Default::default() };
+        let drive = Disk {
+            device: "drive0".into(),
+            role: DiskRole::Captured,
+            chain: vec![frozen],
+            overlay: Some("/d/a,b.snap-1.qcow2".into()),
+            ..Disk::default()
+        };
+        let blockdev = Disk { device: String::new(), node: Some("node0".into()), ..drive.clone() };
+        let left_out = Disk { role: DiskRole::Excluded, overlay: None, ..drive.clone() };
+        let switched = SwitchedDisk::all_of(&[left_out, drive, blockdev]);
+        let [drive, blockdev] = &switched[..] else { panic!("{switched:?}") };
+        assert_eq!((&*drive.disk, &*drive.frozen), ("drive0 (/d/a.raw)", "/d/a.raw"));
+        assert_eq!(drive.overlay, "/d/a,b.snap-1.qcow2");
+        assert_eq!(drive.option, "file=/d/a,,b.snap-1.qcow2,format=qcow2");
+        let expected = "driver=qcow2,file.driver=file,file.filename=/d/a,,b.snap-1.qcow2";
+        assert_eq!(blockdev.option, expected);
+    }
 }

@@ -3,14 +3,13 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
-use serde::Serialize;
 
-use super::SaveEvent;
+use super::event::{PauseParts, SaveEvent};
 use crate::qmp::Event;
 
 /// When the snapshot was taken, and what it cost the guest.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Moment {
+pub(super) struct Moment {
     /// By the host's clock, in microseconds since 1970.
     pub unix_us: u64,
     /// How long the guest stood still, if it ran.
@@ -19,23 +18,8 @@ pub(crate) struct Moment {
     parts: Option<PauseParts>,
 }
 
-/// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct PauseParts {
-    /// From our command to stop until QEMU has stopped the guest and flushed its disks.
-    pub stop_ms: f64,
-    /// Putting the overlays over the disks.
-    pub disks_ms: f64,
-    /// QEMU's walk over guest memory, device state and write protection: from our
-    /// command until the first page came.
-    pub walk_ms: f64,
-    /// Letting the guest go on.
-    pub resume_ms: f64,
-}
-
-/// Puts together the moment from what QEMU's events, its stream and our own commands
-/// tell. The first page comes only after write protection is on, so it proves that the
-/// moment has passed.
+/// Finds out the moment from QEMU's events, its stream and our own commands. The first
+/// page comes only after write protection is on, so it proves that the moment has passed.
 pub(super) struct PauseClock {
     /// Whether the guest ran before.
     running: bool,
@@ -45,9 +29,9 @@ pub(super) struct PauseClock {
     passed: bool,
     stopped: Option<u64>,
     resumed: Option<u64>,
-    /// We hold the guest, to switch its disks.
+    /// We have stopped the guest to switch its disks.
     held: bool,
-    /// When the parts of a pause of ours began, and the last one ended.
+    /// If we stopped the guest: when the parts of the pause began, and when the last ended.
     steps: Vec<Instant>,
     moment: Option<Moment>,
 }
@@ -112,8 +96,8 @@ impl PauseClock {
         self.moment
     }
 
-    /// The moment at the end of a save that went well. It is told now if it was not yet:
-    /// whatever events were missed, it has passed.
+    /// The moment, at the end of a save that went well: told now if it was not told before,
+    /// since it has passed whatever events were missed.
     pub fn settle(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> Moment {
         self.tell(on_event);
         match self.moment {
@@ -177,12 +161,12 @@ impl PauseClock {
     }
 }
 
-pub(super) fn unix_us() -> u64 {
+fn unix_us() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The same time, not long ago, by CLOCK_MONOTONIC.
+/// A time by the host's clock, not long ago, by CLOCK_MONOTONIC.
 fn monotonic_us(unix: u64) -> u64 {
     let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
     let now = u64::try_from(Duration::from(now).as_micros()).unwrap_or(u64::MAX);

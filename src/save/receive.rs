@@ -12,10 +12,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
-use super::checks::Checked;
-use super::{Moment, SaveError, SaveEvent, SaveOptions};
+use super::checked::Checked;
+use super::error::SaveError;
+use super::event::SaveEvent;
+use super::moment::Moment;
+use super::options::SaveOptions;
 use crate::cancel::Cancellation;
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::machine::Machine;
@@ -28,8 +31,8 @@ pub(super) struct Receiving {
     pub first_page: oneshot::Receiver<()>,
     /// Told once, when all has been received or when that has failed.
     pub done: oneshot::Receiver<Result<Received, SaveError>>,
-    /// Closed when the stream has ended.
-    pub ended: oneshot::Receiver<()>,
+    /// Closed when the stream has ended; nothing is sent to it.
+    ended: oneshot::Receiver<()>,
     pub counters: Arc<Counters>,
     given_up: Cancellation,
 }
@@ -52,8 +55,8 @@ impl Counters {
     }
 }
 
-/// Everything of a stream but its name: a commit makes it an image, dropping it
-/// leaves nothing.
+/// A stream that has been received: all of an image but the machine's record and the image's
+/// name. Dropped, it leaves nothing.
 pub(super) struct Received {
     writer: ImageWriter,
     sections: Sections,
@@ -110,14 +113,23 @@ impl Receiving {
         Ok(Receiving { first_page, done, ended, counters, given_up })
     }
 
-    /// Writes nothing more. The thread ends with the stream.
-    pub fn give_up(&self) {
+    /// Has the thread write nothing more; it still takes what comes until the stream ends.
+    /// Returns whether that has happened already.
+    pub fn give_up(&mut self) -> bool {
         self.given_up.request();
+        self.ended.try_recv() == Err(TryRecvError::Closed)
+    }
+
+    /// Waits for the end of the stream.
+    pub async fn ended(self) {
+        if !self.ended.is_terminated() {
+            let _ = self.ended.await;
+        }
     }
 }
 
-/// Takes what comes until the stream ends, and forgets it. A guest waits for QEMU where
-/// it wants to write, and QEMU for us, whatever has become of the image.
+/// Takes what comes until the stream ends, and throws it away: a guest that wants to write
+/// waits for QEMU, and QEMU for us, whatever has become of the image.
 fn drain(mut socket: &UnixStream) {
     let mut buffer = vec![0; 1 << 20];
     while socket.read(&mut buffer).is_ok_and(|count| count > 0) {}
@@ -129,13 +141,13 @@ impl Received {
         self.writer.stats().stalled
     }
 
-    /// Ends writing, even while it is being committed.
+    /// Ends writing, also while [`Received::finish`] is at work.
     pub fn cancellation(&self) -> Cancellation {
         self.writer.cancellation()
     }
 
     /// Makes it an image, whole and under its name.
-    pub fn commit(mut self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
+    pub fn finish(mut self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
         // Where we held the guest, QEMU has written down that it was paused.
         if machine.running {
             run_state::set_running(&mut self.sections.devices);

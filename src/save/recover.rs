@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::ending::wait_end;
-use super::journal::{Journal, Plan, file_identity};
-use super::left_over::LeftOver;
-use super::overlays::{self, Overlay};
+use super::agent;
+use super::check::ANSWER_TIMEOUT;
+use super::error::SaveError;
+use super::event::{SaveEvent, SwitchedDisk};
+use super::migration::wait_end;
+use super::overlays::Overlay;
 use super::release::release_memory;
-use super::{SaveError, SaveEvent, agent, checks};
+use super::undo::error::LeftOver;
+use super::undo::journal::{Journal, Plan, file_identity};
+use super::undo::overlays::undo_overlays;
 use crate::image::{ImageError, look};
 use crate::qmp::Qmp;
 
@@ -17,6 +21,7 @@ const RELEASE_EVERY: Duration = Duration::from_millis(500);
 
 /// What became of a save that was killed.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Recovered {
     /// There is no journal, so nothing was looked at: no save was killed, or it was one of an
     /// image of another name.
@@ -25,15 +30,18 @@ pub enum Recovered {
         journal: PathBuf,
     },
     /// It had come to its end: the image is whole, and the guest goes on in the overlays.
-    Saved,
+    Saved {
+        /// The disks that were switched to overlays, as in [`SaveEvent::Saved`].
+        disks: Vec<SwitchedDisk>,
+    },
     /// It was undone: the guest runs on as before.
     Undone,
 }
 
 /// Cleans up behind a save of `image` that was killed at any point: lets the guest behind
 /// the socket `qmp` go on if the save held it, thaws its file systems, puts QEMU's settings
-/// back, and folds overlays back into the disks. A save that is still under way must not
-/// be recovered: it would be undone under its hands.
+/// back, and commits overlays back into the disks. Don't recover a save that is still under
+/// way: it would be undone while it runs.
 ///
 /// # Errors
 /// [`SaveError::LeftOver`] when something can't be undone, such as overlays when QEMU has ended
@@ -48,13 +56,13 @@ pub async fn recover(
     let Some((journal, mut plan)) = Journal::read(image)? else {
         return Ok(Recovered::Nothing { journal: Journal::path(image) });
     };
-    let (whole, lives) = (is_whole(image, &plan)?, plan.qemu_lives());
-    let left = match (whole, lives) {
-        (true, false) => Vec::new(),
+    let (saved, lives) = (find_saved(image, &plan)?, plan.qemu_lives());
+    let left = match (&saved, lives) {
+        (Some(_), false) => Vec::new(),
         // All else was undone before the image got its name.
-        (true, true) => thaw(&mut plan, &mut on_event).await.into_iter().collect(),
-        (false, false) => plan.overlays.iter().filter_map(Overlay::left_behind).collect(),
-        (false, true) => {
+        (Some(_), true) => thaw(&mut plan, &mut on_event).await.into_iter().collect(),
+        (None, false) => plan.overlays.iter().filter_map(Overlay::left_behind).collect(),
+        (None, true) => {
             let pid = plan.qemu.map(|(pid, _)| pid);
             let qmp = reach(qmp, pid).await?;
             if qmp.peer_pid() != pid {
@@ -64,41 +72,46 @@ pub async fn recover(
         }
     };
     if !left.is_empty() {
-        // What was undone is not to be undone again.
+        // So that the next attempt does not undo again what was undone.
         if let Err(error) = journal.replace(&plan) {
             tracing::debug!("{error}");
         }
         return Err(SaveError::LeftOver { cause: Box::new(SaveError::Killed), left });
     }
     journal.remove()?;
-    Ok(if whole { Recovered::Saved } else { Recovered::Undone })
+    Ok(match saved {
+        Some(disks) => Recovered::Saved { disks },
+        None => Recovered::Undone,
+    })
 }
 
-/// Whether the image is there that the save was writing. It gets its name when it is
-/// whole, so it is unless there is nothing of that name, or what was there before.
+/// Looks for the image that the save was writing, and returns the disks whose guest goes on in
+/// overlays. The image gets its name when it is whole, so it is there unless there is no file
+/// of that name, or the one that was there before.
 ///
 /// # Errors
 /// When that can't be told. Undoing the save of a whole image would destroy it.
-fn is_whole(image: &Path, plan: &Plan) -> Result<bool, SaveError> {
+fn find_saved(image: &Path, plan: &Plan) -> Result<Option<Vec<SwitchedDisk>>, SaveError> {
     let unclear = |source| SaveError::Unclear { image: image.to_owned(), source };
     match file_identity(image) {
-        Ok(None) => return Ok(false),
-        Ok(found) if found == plan.replaces => return Ok(false),
+        Ok(None) => return Ok(None),
+        Ok(found) if found == plan.replaces => return Ok(None),
         Ok(_) => {}
         Err(error) => return Err(unclear(ImageError::io("look for", image, error))),
     }
-    // Images that it refers to may be missing.
+    // The images that it refers to need not be there.
     let disks = look(image).map_err(unclear)?.manifest.machine.disks;
-    Ok(plan.overlays.iter().all(|overlay| {
+    let is_known = |overlay: &Overlay| {
         disks.iter().any(|disk| disk.overlay.as_deref() == Some(overlay.path.as_str()))
-    }))
+    };
+    Ok(plan.overlays.iter().all(is_known).then(|| SwitchedDisk::all_of(&disks)))
 }
 
-/// Connects to the QEMU in process `pid`, in which a snapshot was broken off. A guest that
-/// waits for its write protection to go may hold QEMU up as a whole, so that is taken off
-/// until QEMU answers: while the snapshot is being set up, it may still come.
+/// Connects to the QEMU in process `pid`, whose snapshot was broken off. A guest that waits
+/// for a write-protected page may block all of QEMU, so write protection is taken off until
+/// QEMU answers; a snapshot that is still being set up may yet turn it on.
 async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
-    let connect = Qmp::connect(qmp, checks::ANSWER_TIMEOUT);
+    let connect = Qmp::connect(qmp, ANSWER_TIMEOUT);
     tokio::pin!(connect);
     loop {
         tokio::select! {
@@ -110,7 +123,7 @@ async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
     }
 }
 
-/// Undoes what is to be undone, as much of it as can be. Returns the rest.
+/// Undoes as much as can be undone. Returns the rest.
 async fn undo(
     qmp: &Qmp,
     plan: &mut Plan,
@@ -120,7 +133,7 @@ async fn undo(
     if plan.held && qmp.status().await? == "paused" {
         qmp.cont().await?;
     }
-    // Its reader is gone, so a migration under way fails by itself.
+    // A migration under way fails by itself, since nobody reads its stream.
     if qmp.migration_info().await?.status.is_some() {
         let _ = wait_end(qmp).await;
     }
@@ -137,7 +150,7 @@ async fn undo(
     if let Err(error) = plan.settings.restore(qmp).await {
         left.push(LeftOver::Settings(error));
     }
-    left.extend(overlays::undo(qmp, &plan.overlays, on_event).await);
+    left.extend(undo_overlays(qmp, &plan.overlays, on_event).await);
     Ok(left)
 }
 

@@ -1,10 +1,14 @@
 //! QEMU's migration settings: changed for a save, and put back.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::SaveError;
-use super::checks::refused;
+use super::check::error::CheckError;
+use super::error::SaveError;
+use super::process::owner;
+use crate::host::uffd;
 use crate::qmp::{Qmp, QmpError};
 
 /// Capabilities that don't change what is migrated or how, and may stay on.
@@ -22,8 +26,8 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Asks QEMU for the settings that are to be changed for a save, in the `background` or
-    /// not. Nothing is changed yet.
+    /// Asks QEMU for the settings that have to be changed for a save, by a `background`
+    /// snapshot or by an ordinary migration. Nothing is changed yet.
     pub async fn ask(qmp: &Qmp, background: bool) -> Result<Settings, QmpError> {
         const BACKGROUND: &str = "background-snapshot";
         // Nearly every other capability is refused together with a background
@@ -61,10 +65,10 @@ impl Settings {
         Ok(())
     }
 
-    /// Puts everything back, and forgets it.
+    /// Puts everything back. Nothing is left to put back then.
     ///
     /// # Errors
-    /// When QEMU refuses or is gone. Nothing is forgotten then.
+    /// When QEMU refuses or is gone. Then everything can be put back again.
     pub async fn restore(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
         let none = Settings { capabilities: Vec::new(), parameters: json!({}) };
         if *self == none {
@@ -84,4 +88,28 @@ impl Settings {
 /// encrypt a stream that never leaves this host.
 fn parameters_wanted() -> [(&'static str, Value); 2] {
     [("max-bandwidth", json!(UNLIMITED)), ("tls-creds", json!(""))]
+}
+
+/// The error for QEMU's refusal of `background-snapshot`, with what the host says.
+fn refused(qmp: &Qmp, error: QmpError) -> SaveError {
+    let QmpError::Command { desc: refusal, .. } = error else { return error.into() };
+    let lack = match uffd::write_protect_supported() {
+        Err(lack) => Some(lack.to_string()),
+        // It may work for us and not for QEMU.
+        Ok(()) => qmp.peer_pid().and_then(lacks_rights),
+    };
+    CheckError::NoBackgroundSnapshot { refusal, lack }.into()
+}
+
+/// Why a process may have no userfaultfd that catches the kernel's accesses as well
+/// (userfaultfd(2)), where its user is the reason.
+fn lacks_rights(pid: i32) -> Option<String> {
+    const SWITCH: &str = "vm.unprivileged_userfaultfd";
+    let switch = std::fs::read_to_string(Path::new("/proc/sys").join(SWITCH.replace('.', "/")));
+    let (user, _) = owner(pid)?;
+    (user != 0 && switch.is_ok_and(|switch| switch.trim() == "0")).then(|| {
+        format!(
+            "QEMU runs as user {user}, who has no right to userfaultfd: `sysctl {SWITCH}=1` gives it"
+        )
+    })
 }

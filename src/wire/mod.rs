@@ -38,6 +38,10 @@ pub(crate) mod section {
     pub const CONFIGURATION: u8 = 0x07;
     pub const COMMAND: u8 = 0x08;
     pub const FOOTER: u8 = 0x7e;
+
+    /// Length in bytes of a section's type and the section number behind it, which is all
+    /// that a footer consists of.
+    pub const MARK_BYTES: usize = 5;
 }
 
 /// `MIG_CMD_*` of `migration/savevm.c`.

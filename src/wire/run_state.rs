@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+use super::section::{FOOTER, FULL, MARK_BYTES};
+
 /// How the section of `globalstate` goes on behind the section's number: its name,
 /// instance 0, version 1.
 const HEAD: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01";
@@ -11,11 +13,6 @@ const HEAD: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01";
 const LENGTH_BYTES: usize = 4;
 /// Room for the state's name, which ends with a zero byte.
 const STATE_BYTES: usize = 100;
-/// The section types FULL and FOOTER, each followed by the section's number.
-const FULL: u8 = 0x04;
-const FOOTER: u8 = 0x7e;
-/// Length in bytes of a section's type and number.
-const MARK_BYTES: usize = 5;
 
 /// Where the state's length and name stand.
 fn find(devices: &[u8]) -> Option<Range<usize>> {

@@ -378,9 +378,6 @@ enum Record {
     End,
 }
 
-/// Length in bytes of the mark that ends a device section: a type and the section's number.
-const FOOTER_BYTES: usize = 5;
-
 impl Tail {
     /// Splits the end of a stream into device sections and description. The
     /// description's text differs between versions, so it is found by its length:
@@ -412,12 +409,14 @@ impl Tail {
 /// stream with a configuration section has footers. What is cut short passes only behind
 /// bytes of a section that are by chance its own footer.
 fn ends_a_section(devices: &[u8]) -> bool {
-    let Some((body, footer)) = devices.split_last_chunk::<FOOTER_BYTES>() else {
+    let Some((body, footer)) = devices.split_last_chunk::<{ section::MARK_BYTES }>() else {
         return devices.is_empty();
     };
     let begins = |at: usize| {
         let behind_another = at == 0
-            || at.checked_sub(FOOTER_BYTES).is_some_and(|mark| body[mark] == section::FOOTER);
+            || at
+                .checked_sub(section::MARK_BYTES)
+                .is_some_and(|mark| body[mark] == section::FOOTER);
         behind_another && body[at] == section::FULL && has_name(&body[at + 1..])
     };
     let last = (0..body.len()).rev().find(|&at| begins(at));

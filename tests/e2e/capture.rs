@@ -19,6 +19,7 @@ use crate::support::{
 use crate::{tests, tests_on_both};
 
 tests! {
+    a_save_ends_with_what_starts_the_guest_again
     what_stands_in_the_way_is_told_item_by_item
     a_real_agent_freezes_and_thaws
     the_parent_and_the_agent_are_asked_beforehand
@@ -121,6 +122,52 @@ fn memory_and_disks_are_of_one_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
             let asked = format!("disk check /dev/{device} 64 {seed}");
             assert_eq!(reverted.oracle.ask(&asked)?, "ok", "{device} of {name}");
         }
+    }
+    Ok(())
+}
+
+/// The last lines of a save are the options with which QEMU finds what the guest has written.
+fn a_save_ends_with_what_starts_the_guest_again(dir: &Dir) -> Result<()> {
+    let data = dir.path("odd, name.qcow2");
+    Disk { format: Format::Qcow2, ..Disk::new("data", &data) }.make(4)?;
+    let node = json!({
+        "driver": "qcow2", "node-name": "data", "file": { "driver": "file", "filename": data },
+    });
+    let device = "virtio-blk-pci,drive=data";
+    let watched =
+        Watched::start(dir, Qemu::V10, &["-blockdev", &node.to_string(), "-device", device])?;
+    let saved = watched.save(dir).succeed()?.event("saved")?.clone();
+    let frozen = [&saved["disks"][0]["frozen"], &saved["disks"][1]["frozen"]];
+    assert_eq!(frozen, [text(&watched.disk), text(&data)], "{saved}");
+
+    // Once more, in words: the overlays of before are frozen now.
+    let ended = watched.save(dir).with(&["--force"]).plain().succeed()?;
+    let is_option = |line: &&String| !line.starts_with(' ');
+    let options: Vec<&String> = ended.said.iter().filter(is_option).collect();
+    let [system, data] = options[..] else { return Err(format!("{:?}", ended.said).into()) };
+    assert_eq!(ended.said.last(), Some(data));
+    for disk in saved["disks"].as_array().unwrap() {
+        let old = disk["overlay"].as_str().unwrap();
+        assert!(ended.said.iter().any(|line| line.contains(&format!("Instead of {old}"))));
+    }
+    let expected: Vec<Value> = query(&watched.side, "query-block")?
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|device| device["inserted"]["file"].clone())
+        .collect();
+    drop(watched);
+
+    // As a start script would have it, with what was around it before.
+    let pasted = format!("-drive if=none,id=system,{system} -blockdev node-name=data,{data}");
+    let pasted = shlex::split(&pasted).ok_or("not quoted for a shell")?;
+    let mut args: Vec<&str> = pasted.iter().map(String::as_str).collect();
+    args.extend(["-device", "virtio-blk-pci,drive=system", "-device", device]);
+    let again = Bare::start(dir, Qemu::V10, &args)?;
+    let disks = again.query("query-block")?;
+    for (disk, file) in disks.as_array().unwrap().iter().zip(&expected) {
+        let inserted = &disk["inserted"];
+        assert_eq!((&inserted["file"], &inserted["backing_file_depth"]), (file, &json!(2)));
     }
     Ok(())
 }
@@ -456,7 +503,7 @@ fn what_cant_be_undone_is_named(dir: &Dir, qemu: Qemu) -> Result<()> {
     qmp(&watched.side, "migrate-set-capabilities", both(false))?;
     watched.is_as_before(dir)?;
 
-    // An overlay over which somebody else has put his own. The command that is named folds it.
+    // An overlay over which somebody else has put his own. The command that is named commits it.
     if !cfg!(debug_assertions) {
         return Ok(());
     }

@@ -43,7 +43,7 @@ const STEPS: [&str; 15] = [
 const STEPS_WITHOUT_DISKS: [&str; 5] = ["settings", "migrating", "moment", "restored", "named"];
 
 /// What undoing does, of which each may be killed again.
-const STEPS_OF_UNDOING: [&str; 2] = ["folding", "folded"];
+const STEPS_OF_UNDOING: [&str; 2] = ["committing", "committed"];
 
 /// Waits until a command stands still at the step that it was told, and kills it there.
 pub fn kill_at_its_step(command: Running) -> Result<()> {

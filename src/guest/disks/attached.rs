@@ -37,20 +37,11 @@ impl FoundDisk {
         self.disk.role == DiskRole::Excluded
     }
 
-    /// Whether somebody who names `name` means this disk: by its backend's name, its
-    /// device's, or that of one of its nodes.
+    /// Whether `name` means this disk: by [`Disk::is_called`], or as the name of any of
+    /// its nodes.
     pub fn is_called(&self, name: &str) -> bool {
-        let disk = &self.disk;
-        let short = disk.qdev.as_deref().and_then(peripheral_id);
-        let names = [Some(disk.device.as_str()), disk.node.as_deref(), disk.qdev.as_deref(), short];
-        let nodes = self.nodes.iter().map(String::as_str);
-        !name.is_empty() && names.into_iter().flatten().chain(nodes).any(|known| known == name)
+        self.disk.is_called(name) || self.nodes.iter().any(|node| node == name)
     }
-}
-
-/// The id in a QOM path such as `/machine/peripheral/vda/virtio-backend`.
-fn peripheral_id(path: &str) -> Option<&str> {
-    path.strip_prefix("/machine/peripheral/")?.split('/').next()
 }
 
 /// Finds the disks of the machine that process `pid` runs, in the order of QEMU's

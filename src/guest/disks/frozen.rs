@@ -55,7 +55,7 @@ pub(in crate::guest) fn check_read_only(
 /// That every file which the caller names belongs to a captured disk of the image.
 pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(), VmError> {
     let captured = || disks.iter().filter(|disk| disk.role == DiskRole::Captured);
-    match given.iter().find(|(name, _)| !captured().any(|disk| is_called(disk, name))) {
+    match given.iter().find(|(name, _)| !captured().any(|disk| disk.is_called(name))) {
         None => Ok(()),
         Some((name, _)) => {
             let known: Vec<String> = captured().map(Disk::describe).collect();
@@ -63,17 +63,6 @@ pub(in crate::guest) fn check_names(disks: &[Disk], given: &[Given]) -> Result<(
             Err(VmError::NoSuchDisk { name: name.clone(), known })
         }
     }
-}
-
-/// Whether somebody who says `name` means this disk.
-pub(in crate::guest) fn is_called(disk: &Disk, name: &str) -> bool {
-    let short = disk.qdev.as_deref().and_then(|path| {
-        // A QOM path such as /machine/peripheral/vda/virtio-backend.
-        path.strip_prefix("/machine/peripheral/")?.split('/').next()
-    });
-    let names = [Some(disk.device.as_str()), disk.node.as_deref(), disk.qdev.as_deref(), short];
-    let nodes = disk.chain.first().map(|file| file.node.as_str());
-    !name.is_empty() && names.into_iter().chain([nodes]).flatten().any(|known| known == name)
 }
 
 /// What has to agree for a file to pass.
@@ -217,9 +206,9 @@ mod tests {
         assert_eq!(chain(&disk, Some(&new), stays).unwrap(), moved);
         assert_eq!(moved[1], disk.chain[1]);
         for name in ["drive0", "vda", "#block1", "/machine/peripheral/vda/virtio-backend"] {
-            assert!(is_called(&disk, name), "{name}");
+            assert!(disk.is_called(name), "{name}");
         }
-        assert!(!is_called(&disk, "") && !is_called(&disk, "drive1"));
+        assert!(!disk.is_called("") && !disk.is_called("drive1"));
     }
 
     #[test]

@@ -194,7 +194,7 @@ fn captured_disks(
     for (at, disk) in machine.disks.iter().enumerate() {
         match disk.role {
             DiskRole::Captured => {
-                let given = options.disks.iter().find(|(name, _)| frozen::is_called(disk, name));
+                let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
                 let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
                 let chain = frozen::chain(disk, given.as_deref(), moved)?;
                 let place = drives::find(line, disk, Path::new(&machine.cwd))?;

@@ -1,6 +1,6 @@
 //! One device's section in saved device state, which holds no lengths.
 
-use crate::wire::section::{FOOTER, FULL, SUBSECTION};
+use crate::wire::section::{FOOTER, FULL, MARK_BYTES, SUBSECTION};
 
 /// Where in `devices` the body of a section begins. `name` is its name with its length,
 /// instance and version, as they follow the section's number, and `len` the length of its
@@ -9,14 +9,15 @@ use crate::wire::section::{FOOTER, FULL, SUBSECTION};
 pub(super) fn body(devices: &[u8], name: &[u8], len: usize) -> Option<usize> {
     let is_it = |at: usize| {
         let end = at + name.len() + len;
+        let (mark, number) = (devices[at - MARK_BYTES], &devices[at - MARK_BYTES + 1..at]);
         let ends = match devices.get(end) {
-            Some(&FOOTER) => devices.get(end + 1..end + 5) == devices.get(at - 4..at),
+            Some(&FOOTER) => devices.get(end + 1..end + MARK_BYTES) == Some(number),
             Some(&SUBSECTION) => true,
             _ => false,
         };
-        devices[at - 5] == FULL && ends
+        mark == FULL && ends
     };
-    let mut places = devices.windows(name.len()).enumerate().skip(5);
+    let mut places = devices.windows(name.len()).enumerate().skip(MARK_BYTES);
     let (at, _) = places.find(|(at, window)| *window == name && is_it(*at))?;
     Some(at + name.len())
 }

@@ -1,5 +1,5 @@
-//! What has to be undone should a save be killed: a small file beside the image, there
-//! from before anything is changed until the image is whole.
+//! The journal: a small file beside the image that tells what to undo should the save be
+//! killed. It is there from before anything is changed until nothing is left to undo.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -8,52 +8,17 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::overlays::Overlay;
-use super::settings::Settings;
+use super::error::JournalError;
+use crate::save::overlays::Overlay;
+use crate::save::process::started;
+use crate::save::settings::Settings;
 
 /// The longest journal that is read, in bytes: far more than any save writes.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// Why a journal can't be kept or used.
-#[derive(Debug, thiserror::Error)]
-pub enum JournalError {
-    /// An earlier save did not come to its end.
-    #[error(
-        "an earlier save of this image did not come to its end, as {} tells; clean up behind it \
-         with: snapback save --recover --qmp SOCKET {}", .journal.display(), .image.display()
-    )]
-    Unfinished {
-        /// The journal.
-        journal: PathBuf,
-        /// The image.
-        image: PathBuf,
-    },
-    /// It can't be written, read or removed.
-    #[error("can't {doing} the journal {}: {source}", .journal.display())]
-    Io {
-        /// What was being done.
-        doing: &'static str,
-        /// The journal.
-        journal: PathBuf,
-        /// The operating system's reason.
-        source: io::Error,
-    },
-    /// It is not one.
-    #[error(
-        "{} is not a journal that this version can read ({problem}); if no save is under way, look \
-         at the overlays that it names, then remove it", .journal.display()
-    )]
-    Unreadable {
-        /// The file.
-        journal: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-}
-
 /// What is to be undone.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Plan {
+pub(in crate::save) struct Plan {
     /// QEMU's process, and when it was started: proc_pid_stat(5).
     pub qemu: Option<(i32, u64)>,
     /// The file that had the image's name before, as [`file_identity`] tells.
@@ -69,14 +34,14 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Whether the QEMU lives whose guest was being saved.
+    /// Whether the QEMU whose guest was being saved still lives.
     pub fn qemu_lives(&self) -> bool {
         self.qemu.is_some_and(|(pid, start)| started(pid) == Some(start))
     }
 }
 
 /// A journal of a save. Dropping it leaves the file: see [`Journal::remove`].
-pub(super) struct Journal {
+pub(in crate::save) struct Journal {
     path: PathBuf,
 }
 
@@ -119,11 +84,11 @@ impl Journal {
         let text = serde_json::to_vec(plan).map_err(|e| self.failed("write", e.into()))?;
         file.write_all(&text).map_err(|e| self.failed("write", e))?;
         file.sync_all().map_err(|e| self.failed("write", e))?;
-        let folder = match self.path.parent() {
-            Some(folder) if folder != Path::new("") => folder,
+        let directory = match self.path.parent() {
+            Some(directory) if directory != Path::new("") => directory,
             _ => Path::new("."),
         };
-        File::open(folder).and_then(|f| f.sync_all()).map_err(|e| self.failed("write", e))
+        File::open(directory).and_then(|f| f.sync_all()).map_err(|e| self.failed("write", e))
     }
 
     /// Replaces what it says. A reader finds the old or the new.
@@ -146,7 +111,7 @@ impl Journal {
         match read {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(journal.failed("read", error)),
-            // It names files to be removed: nobody else may tell us which.
+            // It names files to remove, so it must be our own.
             Ok(owner) if owner != nix::unistd::geteuid().as_raw() => {
                 let problem = format!("it belongs to another user, {owner}");
                 return Err(JournalError::Unreadable { journal: journal.path, problem });
@@ -161,7 +126,7 @@ impl Journal {
         }
     }
 
-    /// Nothing is left to be undone.
+    /// Removes it, since nothing is left to undo.
     pub fn remove(self) -> Result<(), JournalError> {
         let _ = fs::remove_file(self.path.with_extension("journal.new"));
         fs::remove_file(&self.path).map_err(|e| self.failed("remove", e))
@@ -172,25 +137,14 @@ impl Journal {
     }
 }
 
-/// What tells a file from all others as long as it is there: its file system and its number
-/// there. None when there is none of that name.
-pub(super) fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
+/// What tells a file from all others as long as it exists: its file system and its inode.
+/// None where there is no file of that name.
+pub(in crate::save) fn file_identity(path: &Path) -> io::Result<Option<(u64, u64)>> {
     match fs::symlink_metadata(path) {
         Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-/// When a process was started, in clock ticks since boot: with its id, what tells it
-/// from all others (proc_pid_stat(5), field 22). None for one that has ended, even if its
-/// parent has not asked for its exit code yet.
-pub(super) fn started(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; field 3, the state, follows it.
-    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-    let ended = matches!(fields.first(), Some(&("Z" | "X")));
-    fields.get(22 - 3).filter(|_| !ended)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -199,8 +153,8 @@ mod tests {
 
     #[test]
     fn a_journal_is_there_until_it_is_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let image = folder.path().join("vm.snap");
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm.snap");
         let plan = Plan {
             qemu: Some((1, 2)),
             replaces: None,
@@ -217,16 +171,9 @@ mod tests {
         let (journal, read) = Journal::read(&image).unwrap().unwrap();
         assert_eq!((read.qemu, read.held), (Some((1, 2)), false));
         journal.remove().unwrap();
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 
-        fs::write(folder.path().join(".vm.snap.journal"), "{").unwrap();
+        fs::write(directory.path().join(".vm.snap.journal"), "{").unwrap();
         assert!(matches!(Journal::read(&image), Err(JournalError::Unreadable { .. })));
-    }
-
-    #[test]
-    fn a_process_is_known_by_its_start() {
-        let us = std::process::id() as i32;
-        assert!(started(us).is_some_and(|ticks| ticks > 0));
-        assert_eq!((started(us), started(i32::MAX)), (started(us), None));
     }
 }

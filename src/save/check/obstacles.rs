@@ -1,5 +1,5 @@
-//! What in a guest does not go together with a background snapshot, although QEMU may
-//! not say so before it is asked to take one, or not at all.
+//! Checks for what rules out a background snapshot, although QEMU says so only when it is
+//! asked to take one, or not at all.
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +7,13 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::SaveError;
-use super::checks::CheckError;
+use super::error::{CheckError, Obstacle};
 use crate::host::check_page_size;
 use crate::qmp::{Qmp, QmpError, RamBlock};
+use crate::save::error::SaveError;
 
-/// Device types that QEMU up to the version below says are "non-migratable" (`unmigratable`
-/// in their VMStateDescription), which it tells only when a migration begins.
+/// Device types that QEMU, up to [`KNOWN_UP_TO`], calls "non-migratable" (`unmigratable` in
+/// their VMStateDescription), which it says only when a migration begins.
 const NON_MIGRATABLE: [&str; 7] = [
     "nvme",
     "virtio-crypto-pci",
@@ -24,39 +24,9 @@ const NON_MIGRATABLE: [&str; 7] = [
     "amd-iommu",
 ];
 
-/// The last major version for which that list is known to be right: later ones are left
-/// to speak for themselves.
+/// The last major version for which that list is known to be right. Later versions are
+/// asked nothing ahead: they refuse by themselves when the migration begins.
 const KNOWN_UP_TO: u32 = 10;
-
-/// What does not go together with a background snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Obstacle {
-    /// A device whose state QEMU can't write.
-    #[error("device {name} is of the type `{kind}`, which QEMU can't migrate; detach it")]
-    Device {
-        /// Its place in QEMU's object tree.
-        name: String,
-        /// Its type.
-        kind: String,
-    },
-    /// A device that another process serves.
-    #[error(
-        "{0} is served by another process (vhost-user), whose writes to guest memory can't be \
-         held up; detach it"
-    )]
-    VhostUser(String),
-    /// Memory on a file that the kernel can't write-protect.
-    #[error(
-        "memory backend `{id}` lies on {}, a file whose pages Linux can't write-protect \
-         (userfaultfd knows anonymous memory, memfd, tmpfs and hugetlbfs)", .path.display()
-    )]
-    Memory {
-        /// The backend's id.
-        id: String,
-        /// The file.
-        path: PathBuf,
-    },
-}
 
 #[derive(Deserialize)]
 struct Property {
@@ -69,15 +39,15 @@ struct Property {
 pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
     let mut obstacles = Vec::new();
     let mut count = 0;
-    for folder in ["/machine/peripheral", "/machine/peripheral-anon"] {
-        let children: Vec<Property> = qmp.query("qom-list", json!({ "path": folder })).await?;
+    for directory in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let children: Vec<Property> = qmp.query("qom-list", json!({ "path": directory })).await?;
         for child in children {
             let Some(kind) = child.kind.strip_prefix("child<").and_then(|k| k.strip_suffix('>'))
             else {
                 continue;
             };
             count += 1;
-            let name = format!("{folder}/{}", child.name);
+            let name = format!("{directory}/{}", child.name);
             if kind.contains("vhost-user") {
                 obstacles.push(Obstacle::VhostUser(name));
             } else if NON_MIGRATABLE.contains(&kind) && qmp.version().major <= KNOWN_UP_TO {
@@ -85,7 +55,7 @@ pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
             }
         }
     }
-    // Network backends are no objects: only the human monitor tells of them.
+    // Network backends are not in the object tree: only the human monitor lists them.
     let arguments = json!({ "command-line": "info network" });
     let networks: String = qmp.query("human-monitor-command", arguments).await?;
     for line in networks.lines().filter(|line| line.contains("type=vhost-user")) {
@@ -103,7 +73,7 @@ struct MemoryBackend {
     id: Option<String>,
 }
 
-/// Looks for memory that can't be write-protected; gives the guest's blocks.
+/// The guest's RAMBlocks; an error if some memory can't be write-protected.
 pub(super) async fn check_memory(
     qmp: &Qmp,
     background: bool,

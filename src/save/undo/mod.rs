@@ -1,19 +1,27 @@
 //! What a save has changed in the guest's QEMU, and how it is changed back.
 
+pub(super) mod error;
+pub(super) mod journal;
+pub(super) mod overlays;
+
+use std::path::Path;
 use std::time::Duration;
 
+use self::error::LeftOver;
+use self::journal::{Journal, Plan, file_identity};
 use super::agent::{self, Agent, AgentError, PATIENCE};
-use super::checks::Checked;
-use super::journal::{Journal, Plan, file_identity, started};
-use super::left_over::LeftOver;
-use super::overlays::{self, Overlay};
+use super::checked::Checked;
+use super::error::SaveError;
+use super::event::SaveEvent;
+use super::options::SaveOptions;
+use super::overlays::Overlay;
+use super::process::started;
 use super::settings::Settings;
-use super::{SaveError, SaveEvent, SaveOptions};
 use crate::cancel::Cancellation;
 use crate::qmp::{Qmp, QmpError};
 
-/// What is to be undone should the save fail, and the journal that says so should it be
-/// killed.
+/// What is to be undone should the save fail, and the journal that tells it should the save
+/// be killed.
 pub(super) struct Undo {
     plan: Plan,
     journal: Journal,
@@ -53,19 +61,14 @@ impl Undo {
         &self.plan.overlays
     }
 
-    /// Freezes the guest's file systems, if that is asked for. Whatever comes of it,
-    /// [`Undo::thaw`] is due.
-    pub async fn freeze(
-        &mut self,
-        options: &SaveOptions,
-        cancel: &Cancellation,
-        on_event: &mut impl FnMut(SaveEvent),
-    ) -> Result<(), SaveError> {
-        let Some(socket) = &options.quiesce else { return Ok(()) };
+    /// Freezes the guest's file systems by the agent at `socket`, and returns how many those
+    /// are. Whatever comes of it, [`Undo::thaw`] is due.
+    pub async fn freeze(&mut self, socket: &Path, cancel: &Cancellation) -> Result<u64, SaveError> {
         let freeze = async {
             let agent = Agent::connect(socket, &PATIENCE).await?;
-            // Who thaws them after us may work in another folder.
-            self.plan.frozen = Some(std::path::absolute(socket).unwrap_or_else(|_| socket.clone()));
+            // `recover` may be called in another working directory.
+            let absolute = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
+            self.plan.frozen = Some(absolute);
             self.write()?;
             Ok::<u64, SaveError>(agent.freeze().await?)
         };
@@ -74,30 +77,27 @@ impl Undo {
             () = cancel.requested() => Err(SaveError::Interrupted),
         };
         if let Err(SaveError::Agent(AgentError::Refused { .. })) = frozen {
-            // It has thawed what it had frozen before it failed. It is told again, in case;
-            // one that can't freeze at all refuses that as well.
+            // An agent that fails to freeze thaws by itself. It is told again to be sure, and
+            // may refuse that too.
             let _ = agent::thaw(socket, &PATIENCE).await;
             self.plan.frozen = None;
         }
-        let filesystems = frozen?;
-        on_event(SaveEvent::Frozen { filesystems });
-        Ok(())
+        frozen
     }
 
-    /// Thaws the guest's file systems, if they may be frozen. Only when that has worked is
-    /// it forgotten that they were: this may be dropped at any time, and called again.
-    pub async fn thaw(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
-        let Some(socket) = &self.plan.frozen else { return };
+    /// Thaws the guest's file systems, if they may be frozen, and returns whether it did.
+    /// They count as frozen until that has worked, so this may be dropped at any time and
+    /// called again.
+    pub async fn thaw(&mut self) -> bool {
+        let Some(socket) = &self.plan.frozen else { return false };
         match agent::thaw(socket, &PATIENCE).await {
-            Ok(()) => {
-                self.plan.frozen = None;
-                on_event(SaveEvent::Thawed);
-            }
+            Ok(()) => self.plan.frozen = None,
             Err(error) => self.not_thawed = Some(error),
         }
+        self.plan.frozen.is_none()
     }
 
-    /// Writes down that the guest, which runs, is about to be stopped by us.
+    /// Writes down that we are about to stop the guest, which runs.
     pub fn hold(&mut self) -> Result<(), SaveError> {
         self.plan.held = true;
         self.write()
@@ -108,17 +108,19 @@ impl Undo {
         self.plan.held = false;
     }
 
-    /// What is due once the guest goes on: it is thawed. Should we be killed from now on,
-    /// whoever has paused the guest meanwhile was not us. Nothing of this may end the save.
-    pub async fn guest_goes_on(&mut self, on_event: &mut impl FnMut(SaveEvent)) {
+    /// To be called once the guest goes on: thaws it, and returns whether it did. From now on
+    /// the journal says that a guest which is found paused was not paused by us. No failure
+    /// in here ends the save.
+    pub async fn guest_goes_on(&mut self) -> bool {
         if !self.plan.held && self.plan.frozen.is_none() {
-            return;
+            return false;
         }
         self.plan.held = false;
-        self.thaw(on_event).await;
+        let thawed = self.thaw().await;
         if let Err(error) = self.write() {
             tracing::debug!("{error}");
         }
+        thawed
     }
 
     /// Writes down how things stand.
@@ -131,8 +133,8 @@ impl Undo {
         self.plan.settings.restore(qmp).await
     }
 
-    /// Undoes everything. Returns the error that made it necessary, with what could not be
-    /// undone: then the journal stays.
+    /// Undoes everything. Returns the error that made it necessary, together with what could
+    /// not be undone: then the journal stays.
     pub async fn all(
         mut self,
         qmp: &Qmp,
@@ -150,7 +152,7 @@ impl Undo {
         if !left.is_empty() && has_ended(qmp, &self.plan).await {
             left.clear();
         }
-        left.extend(overlays::undo(qmp, &self.plan.overlays, on_event).await);
+        left.extend(overlays::undo_overlays(qmp, &self.plan.overlays, on_event).await);
         if left.is_empty() {
             return match self.journal.remove() {
                 Ok(()) => cause,
@@ -160,15 +162,16 @@ impl Undo {
                 }
             };
         }
-        // What was undone is not to be undone again.
+        // So that `recover` does not undo again what was undone.
         if let Err(error) = self.write() {
             tracing::debug!("{error}");
         }
         SaveError::LeftOver { cause: Box::new(cause), left }
     }
 
-    /// The image is whole, and nothing is to be undone any more. A journal that can't be
-    /// removed is no failure: it only stands in the way of the next save of that name.
+    /// The image is whole and there is nothing to undo: removes the journal. Where that
+    /// fails, the save has still succeeded: the journal only stands in the way of the next
+    /// save of that name, which is noted.
     ///
     /// # Errors
     /// [`SaveError::StillFrozen`], and then the journal stays, for [`recover`] to thaw the
@@ -181,7 +184,7 @@ impl Undo {
         }
         if let Err(error) = self.journal.remove() {
             let what = "the image is whole, but its journal is still there".to_owned();
-            let why = format!("{error}; `snapback save --recover` on this image removes it");
+            let why = format!("{error}; `recover()` of this image removes it");
             on_event(SaveEvent::Note { what, why });
         }
         Ok(())

@@ -1,0 +1,226 @@
+//! The checks: whether a snapshot can be taken, found out without touching the guest.
+
+pub(super) mod error;
+
+mod disks;
+mod obstacles;
+mod room;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::error::{CheckError, OLDEST_QEMU};
+use super::agent;
+use super::checked::Checked;
+use super::error::SaveError;
+use super::options::SaveOptions;
+use super::settings::Settings;
+use crate::guest;
+use crate::image::Image;
+use crate::machine::Machine;
+use crate::qmp::{Qmp, QmpError};
+
+/// How long QEMU may take to greet us.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// From this version on `background-snapshot` leaves a paused guest paused; before,
+/// it starts it (seen on 7.2).
+const KEEPS_PAUSED: (u32, u32) = (9, 0);
+
+/// From this version on a background snapshot that comes to nothing takes its write
+/// protection off memory. Before, the guest hangs at its next write to a page that has
+/// not been sent (fixed in QEMU by "migration: stop tracking ram writes when cancelling
+/// background migration"; seen on 7.2.22).
+const LETS_GO: (u32, u32) = (8, 1);
+
+/// One thing that was looked at before a save.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct CheckItem {
+    /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
+    /// `revert`, `room`, `agent`, `parent` or `background-snapshot`.
+    pub name: &'static str,
+    /// What was found, or why a save would not work.
+    pub outcome: Result<String, SaveError>,
+    /// Whether what was found is a warning: a save would work, but `revert` will refuse its
+    /// image.
+    pub warning: bool,
+}
+
+/// Asks whether an instant save would work, without touching the guest: every check
+/// that [`save`](super::save) makes, item by item. To ask QEMU itself, the migration
+/// capability `background-snapshot` is set and put back. If [`SaveOptions::image`] is
+/// empty, only the room in the current directory is looked at.
+///
+/// # Errors
+/// [`SaveError::Qmp`] when nothing can be asked. What stands in the way of a save is told by
+/// the items.
+pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> {
+    let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
+    let (mut items, checked) = look(&qmp, options).await;
+    let background = checked.as_ref().is_none_or(|checked| checked.background);
+    let says = match background {
+        true => "QEMU can write-protect its memory with userfaultfd on this host",
+        false => "not needed: the guest is paused",
+    };
+    items.push(CheckItem {
+        name: "background-snapshot",
+        outcome: try_settings(&qmp, background).await.map(|()| says.to_owned()),
+        warning: false,
+    });
+    Ok(items)
+}
+
+/// Asks QEMU whether it takes the settings of a save, by setting them and putting them back.
+async fn try_settings(qmp: &Qmp, background: bool) -> Result<(), SaveError> {
+    let mut settings = Settings::ask(qmp, background).await?;
+    let applied = settings.apply(qmp).await;
+    let restored = settings.restore(qmp).await.map_err(SaveError::from);
+    applied.and(restored)
+}
+
+/// Runs all checks except QEMU's own, which it makes when `background-snapshot` is set.
+pub(super) async fn check(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, SaveError> {
+    let (items, checked) = look(qmp, options).await;
+    match items.into_iter().find_map(|item| item.outcome.err()) {
+        Some(error) => Err(error),
+        // There is a result whenever nothing has failed.
+        None => checked.ok_or(SaveError::Check(CheckError::Unseen)),
+    }
+}
+
+/// Looks at everything, in the order in which it is listed. What was found is returned once
+/// all of it could be looked at, even if some of it stands in the way of a save.
+async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Checked>) {
+    let mut list = Checklist(Vec::new());
+    let version = qmp.version();
+    let number = (version.major, version.minor);
+    list.note(
+        "qemu",
+        match number >= OLDEST_QEMU {
+            true => Ok(((), format!("QEMU {version}"))),
+            false => Err(CheckError::TooOld { found: version.to_string() }.into()),
+        },
+    );
+    let running = list.note("state", check_state(qmp).await);
+    list.note("migration", check_migration(qmp).await);
+    list.note("devices", obstacles::check_devices(qmp).await.map(|says| ((), says)));
+    let background = running != Some(false) || number >= KEEPS_PAUSED;
+    let blocks = list.note("memory", obstacles::check_memory(qmp, background).await);
+    let process = list.note("process", record(qmp).await);
+    let disks = match &process {
+        Some((pid, machine)) => {
+            list.note("disks", disks::check_disks(*pid, qmp, machine, options).await)
+        }
+        None => None,
+    };
+    let (Some(running), Some(blocks), Some((pid, machine)), Some(disks)) =
+        (running, blocks, process, disks)
+    else {
+        return (list.0, None);
+    };
+    let irrevertible = disks::check_revert(&machine, &disks);
+    list.0.push(CheckItem {
+        name: "revert",
+        warning: irrevertible.is_some(),
+        outcome: Ok(irrevertible.clone().unwrap_or_else(|| "nothing will keep it".to_owned())),
+    });
+    list.note("room", room::check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
+    list.note("agent", check_agent(options).await);
+    let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
+    let uncaptured = disks.iter().filter(|found| found.writable());
+    let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
+    let machine = Machine { running, uncaptured_disks, ..machine };
+    let must_drain = background && number < LETS_GO;
+    let checked =
+        Checked { machine, pid, blocks, parent, disks, irrevertible, background, must_drain };
+    (list.0, Some(checked))
+}
+
+/// Opens the image on top of which to save, and all that it refers to.
+fn open_parent(options: &SaveOptions) -> Result<(Option<Arc<Image>>, String), SaveError> {
+    let Some(path) = &options.parent else { return Ok((None, "none was asked for".into())) };
+    let parent = Image::open(path)?;
+    crate::image::check_parent(&parent, &options.image)?;
+    Ok((Some(parent), path.display().to_string()))
+}
+
+/// Asks the guest agent that is to freeze file systems whether it could.
+async fn check_agent(options: &SaveOptions) -> Result<((), String), SaveError> {
+    match &options.quiesce {
+        Some(socket) => Ok(((), agent::check(socket, &agent::PATIENCE).await?)),
+        None => Ok(((), "none was asked for".into())),
+    }
+}
+
+/// The items that have been looked at.
+struct Checklist(Vec<CheckItem>);
+
+impl Checklist {
+    /// Adds an item. Returns the value that was found, if there is one.
+    fn note<T>(&mut self, name: &'static str, found: Result<(T, String), SaveError>) -> Option<T> {
+        let (value, outcome) = match found {
+            Ok((value, says)) => (Some(value), Ok(says)),
+            Err(error) => (None, Err(error)),
+        };
+        self.0.push(CheckItem { name, outcome, warning: false });
+        value
+    }
+}
+
+/// Whether the guest runs; an error in states that can't be saved.
+async fn check_state(qmp: &Qmp) -> Result<(bool, String), SaveError> {
+    let state = qmp.status().await?;
+    let hint = match state.as_str() {
+        "running" => return Ok((true, "the guest runs".into())),
+        "paused" | "prelaunch" | "debug" | "io-error" | "watchdog" | "guest-panicked"
+        | "shutdown" => return Ok((false, format!("the guest stands still (`{state}`)"))),
+        "postmigrate" => "it has been saved or migrated while paused; let it run (`cont`) first",
+        "inmigrate" => "its own incoming migration has not ended; wait until it has",
+        "suspended" => "wake it up first (`system_wakeup`)",
+        _ => "it can be saved while it runs or is paused",
+    };
+    Err(CheckError::State { state, hint }.into())
+}
+
+/// That no migration is under way, and that nothing forbids one.
+async fn check_migration(qmp: &Qmp) -> Result<((), String), SaveError> {
+    let info = qmp.migration_info().await?;
+    match info.status.as_deref() {
+        None | Some("none" | "completed" | "failed" | "cancelled") => {}
+        Some(status) if status.starts_with("postcopy") => {
+            return Err(CheckError::Incomplete(status.into()).into());
+        }
+        Some(status) => return Err(CheckError::Migrating(status.into()).into()),
+    }
+    if !info.blocked_reasons.is_empty() {
+        return Err(CheckError::Blocked(info.blocked_reasons).into());
+    }
+    Ok(((), "none under way, nothing forbids one".into()))
+}
+
+/// Waits until the memory of a reverted guest is complete: until its incoming postcopy
+/// migration has ended, however that goes.
+pub(super) async fn wait_complete(qmp: &Qmp, mut on_wait: impl FnMut()) -> Result<(), QmpError> {
+    const ASK_EVERY: Duration = Duration::from_millis(20);
+    let mut told = false;
+    loop {
+        let status = qmp.migration_info().await?.status.unwrap_or_default();
+        // `postcopy-paused` waits for a new source, which may never come.
+        if !status.starts_with("postcopy") || status.starts_with("postcopy-paused") {
+            return Ok(());
+        }
+        if !std::mem::replace(&mut told, true) {
+            on_wait();
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
+/// QEMU's process and the record of its machine.
+async fn record(qmp: &Qmp) -> Result<((i32, Machine), String), SaveError> {
+    let pid = qmp.peer_pid().ok_or(CheckError::Unseen)?;
+    let machine = guest::capture(pid, qmp).await?;
+    let says = format!("process {pid}, {}", machine.binary);
+    Ok(((pid, machine), says))
+}

@@ -1,0 +1,40 @@
+//! What the checks found out about a guest.
+
+use std::sync::Arc;
+
+use crate::guest::FoundDisk;
+use crate::image::Image;
+use crate::machine::{DiskRole, Machine};
+use crate::qmp::RamBlock;
+
+/// What the checks found out about a guest that can be saved.
+pub(super) struct Checked {
+    pub machine: Machine,
+    /// QEMU's process.
+    pub pid: i32,
+    pub blocks: Vec<RamBlock>,
+    /// The parent image.
+    pub parent: Option<Arc<Image>>,
+    /// All disks; the role says which are captured.
+    pub disks: Vec<FoundDisk>,
+    /// Why `revert` will refuse the image, if it will.
+    pub irrevertible: Option<String>,
+    /// Whether the guest is saved by a background snapshot. A paused guest on an old QEMU
+    /// is not: its memory doesn't change anyway.
+    pub background: bool,
+    /// Whether a save that fails or is interrupted has to receive all memory none the
+    /// less, because this QEMU lets go of the guest only then.
+    pub must_drain: bool,
+}
+
+impl Checked {
+    /// The disks to capture.
+    pub fn captured(&self) -> impl Iterator<Item = &FoundDisk> {
+        self.disks.iter().filter(|found| found.disk.role == DiskRole::Captured)
+    }
+
+    /// The guest's RAM in bytes, all blocks together.
+    pub fn ram_bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.used_len).sum()
+    }
+}

@@ -1,0 +1,95 @@
+//! The end of a save: the image is made whole and gets its name, or everything is undone.
+
+use std::time::Duration;
+
+use super::error::SaveError;
+use super::event::{SaveEvent, SwitchedDisk};
+use super::failpoints::failpoint;
+use super::moment::{Moment, millis};
+use super::receive::Received;
+use super::saving::Saving;
+use crate::guest;
+use crate::image::{ImageError, Saved};
+use crate::machine::{Disk, DiskRole, Machine};
+use crate::page::PAGE_SIZE;
+
+/// An image that is whole.
+pub(super) struct Written {
+    saved: Saved,
+    /// How long QEMU had to wait for us.
+    stalled: Duration,
+    disks: Vec<SwitchedDisk>,
+}
+
+impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+    /// Makes the image whole, which takes as long as the disk or the bandwidth asks for, and
+    /// gives it its name. An interrupt ends it.
+    pub async fn write(
+        &mut self,
+        received: Received,
+        moment: Moment,
+    ) -> Result<Written, SaveError> {
+        self.undo.restore_settings(&self.qmp).await?;
+        failpoint("restored");
+        let (stalled, writing) = (received.stalled(), received.cancellation());
+        let mut machine = self.machine();
+        let disks = SwitchedDisk::all_of(&machine.disks);
+        let mut work = tokio::task::spawn_blocking(move || {
+            for disk in &mut machine.disks {
+                guest::stamp_files(disk)?;
+            }
+            received.finish(machine, moment)
+        });
+        let done = tokio::select! {
+            done = &mut work => done,
+            () = self.cancel.requested() => {
+                writing.request();
+                work.await
+            }
+        };
+        match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
+            Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
+            saved => Ok(Written { saved: saved?, stalled, disks }),
+        }
+    }
+
+    /// The record of the machine, with the disks as they were at the moment and the overlays
+    /// in which the guest goes on.
+    fn machine(&self) -> Machine {
+        let mut overlays = self.undo.overlays().iter();
+        let disks = self.checked.disks.iter().map(|found| {
+            let captured = found.disk.role == DiskRole::Captured;
+            let overlay = if captured { overlays.next().map(|o| o.path.clone()) } else { None };
+            Disk { overlay, ..found.disk.clone() }
+        });
+        Machine { disks: disks.collect(), ..self.checked.machine.clone() }
+    }
+
+    /// The image has its name: nothing is to be undone any more.
+    pub fn succeed(mut self, written: Written) -> Result<Saved, SaveError> {
+        failpoint("named");
+        let nothing_left = self.undo.nothing_left(&mut self.on_event);
+        let Written { saved, stalled, disks } = written;
+        (self.on_event)(SaveEvent::Saved {
+            bytes: saved.data_pages * PAGE_SIZE as u64,
+            pages: saved.data_pages,
+            zero_pages: saved.zero_pages,
+            repeated_pages: saved.repeated_pages,
+            parent_pages: saved.parent_pages,
+            image_bytes: saved.image_bytes,
+            stalled_ms: millis(stalled),
+            disks,
+        });
+        nothing_left.map(|()| saved)
+    }
+
+    /// The save has failed: undoes what it has changed. Returns why it failed, with what could
+    /// not be undone.
+    pub async fn fail(mut self, cause: SaveError) -> SaveError {
+        match cause {
+            // QEMU takes no other settings while a migration is under way, nor commits.
+            SaveError::InterruptedTwice => cause,
+            cause => self.undo.all(&self.qmp, cause, &mut self.on_event).await,
+        }
+    }
+}

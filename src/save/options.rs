@@ -1,0 +1,65 @@
+//! What to save, where to, and how.
+
+use std::path::PathBuf;
+
+use crate::image::Compression;
+
+/// Which guest to save, where to, and how.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SaveOptions {
+    /// The guest's QMP socket.
+    pub qmp: PathBuf,
+    /// The image to write.
+    pub image: PathBuf,
+    /// How memory is stored.
+    pub compression: Compression,
+    /// What becomes of writable disks.
+    pub disks: DiskChoice,
+    /// The directory of the overlays; none for that of each disk's file.
+    pub overlay_dir: Option<PathBuf>,
+    /// Writable disks that are not captured, each by the name of its node, drive or device.
+    pub exclude_disks: Vec<String>,
+    /// The socket of qemu-guest-agent, which then freezes the guest's file systems around
+    /// the moment.
+    pub quiesce: Option<PathBuf>,
+    /// Fail instead of waiting when the guest was reverted and its memory is not complete.
+    pub no_wait: bool,
+    /// Replace an existing image.
+    pub force: bool,
+    /// The parent image: what the guest's memory has in common with it is not stored again.
+    pub parent: Option<PathBuf>,
+    /// The most bytes a second that are written to the image. Where QEMU sends more, the
+    /// guest may have to wait, which [`SaveEvent::Saved`](super::SaveEvent::Saved) tells.
+    pub bandwidth: Option<u64>,
+}
+
+impl SaveOptions {
+    /// Saves the guest behind the QMP socket `qmp` to `image`: with all its disks,
+    /// compressed with zstd at level 1, with no limits.
+    pub fn new(qmp: impl Into<PathBuf>, image: impl Into<PathBuf>) -> SaveOptions {
+        SaveOptions {
+            qmp: qmp.into(),
+            image: image.into(),
+            compression: Compression::Zstd(1),
+            disks: DiskChoice::Overlay,
+            overlay_dir: None,
+            exclude_disks: Vec::new(),
+            quiesce: None,
+            no_wait: false,
+            force: false,
+            parent: None,
+            bandwidth: None,
+        }
+    }
+}
+
+/// What becomes of a guest's writable disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DiskChoice {
+    /// They are frozen and captured; the guest goes on in overlays over them.
+    Overlay,
+    /// They are left as they are, and are no part of the snapshot.
+    None,
+}

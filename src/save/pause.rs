@@ -1,0 +1,56 @@
+//! The pause: the guest is stopped, its disks are switched to their overlays, and QEMU begins
+//! the snapshot. Only a guest with disks to capture is stopped by us.
+
+use super::error::SaveError;
+use super::event::SaveEvent;
+use super::failpoints::failpoint;
+use super::moment::PauseClock;
+use super::saving::Saving;
+use super::{migration, overlays};
+
+impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+    /// Begins the snapshot. A guest with disks to capture is stopped and its disks are
+    /// switched when this returns; [`Saving::release`] lets it go with the first page.
+    pub async fn pause(&mut self, clock: &mut PauseClock) -> Result<(), SaveError> {
+        self.check_unchanged().await?;
+        if !self.undo.overlays().is_empty() {
+            if clock.running() {
+                self.undo.hold()?;
+                failpoint("held");
+                // Writing the journal may have taken a while.
+                self.check_unchanged().await?;
+                clock.hold();
+                self.qmp.stop().await?;
+                clock.step();
+                failpoint("stopped");
+            }
+            overlays::switch(&self.qmp, self.undo.overlays()).await?;
+            clock.step();
+            failpoint("switched");
+        }
+        migration::begin(&self.qmp).await?;
+        failpoint("migrating");
+        Ok(())
+    }
+
+    /// Refuses a guest that has been stopped, or let go, since the checks: the next steps
+    /// depend on it, and a guest that somebody else has stopped is not ours to let go.
+    async fn check_unchanged(&self) -> Result<(), SaveError> {
+        let state = self.qmp.status().await?;
+        match (state == "running") == self.checked.machine.running {
+            true => Ok(()),
+            false => Err(SaveError::Meanwhile { state }),
+        }
+    }
+
+    /// Lets a guest go that we hold, now that its memory is write-protected. QEMU before 9.0
+    /// has let it go by itself; then this changes nothing.
+    pub async fn release(&self, clock: &mut PauseClock) -> Result<(), SaveError> {
+        if clock.held() {
+            clock.step();
+            self.qmp.cont().await?;
+            clock.released();
+        }
+        Ok(())
+    }
+}

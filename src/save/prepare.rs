@@ -1,0 +1,74 @@
+//! Ahead of the pause: QEMU is set up, and work that would make the pause longer is done
+//! while the guest still runs.
+
+use std::path::Path;
+
+use super::error::SaveError;
+use super::event::SaveEvent;
+use super::failpoints::failpoint;
+use super::saving::Saving;
+use super::{collapse, overlays, touch};
+use crate::guest;
+
+impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+    /// Sets QEMU up. QEMU itself may still refuse the save here; if it doesn't, the guest can
+    /// be saved, as far as anybody can tell.
+    pub async fn set_up(&mut self) -> Result<(), SaveError> {
+        self.undo.apply_settings(&self.qmp).await?;
+        failpoint("settings");
+        let checked = &self.checked;
+        let event = SaveEvent::Checked {
+            qemu: checked.machine.qemu.to_string(),
+            ram_bytes: checked.ram_bytes(),
+            captured_disks: checked.captured().map(|found| found.disk.describe()).collect(),
+            uncaptured_disks: checked.machine.uncaptured_disks.clone(),
+        };
+        self.tell(event);
+        if let Some(says) = self.checked.irrevertible.clone() {
+            self.tell(SaveEvent::Warning { says });
+        }
+        Ok(())
+    }
+
+    /// Makes the overlays, prefaults and collapses guest memory, and flushes disks.
+    pub async fn prepare(&mut self) -> Result<(), SaveError> {
+        overlays::prepare(&self.qmp, &self.checked, self.undo.overlays()).await?;
+        let overlays: Vec<String> =
+            self.undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
+        let shorten_the_pause = self.pause_shortener();
+        tokio::select! {
+            // It only shortens the pause: the save goes on even if it has failed.
+            _ = tokio::task::spawn_blocking(shorten_the_pause) => {}
+            () = self.cancel.requested() => return Err(SaveError::Interrupted),
+        }
+        if !overlays.is_empty() {
+            self.tell(SaveEvent::Ready { overlays });
+        }
+        Ok(())
+    }
+
+    /// Work that makes the pause shorter, for a thread that may block.
+    fn pause_shortener(&self) -> impl FnOnce() + Send + 'static {
+        let checked = &self.checked;
+        let (pid, blocks, background) = (checked.pid, checked.blocks.clone(), checked.background);
+        let files: Vec<String> =
+            checked.captured().map(|found| found.disk.chain[0].path.clone()).collect();
+        // Only a guest that we stop waits for it: QEMU prefaults before it stops a guest.
+        let prefault = background && !self.undo.overlays().is_empty();
+        let cancel = self.cancel.clone();
+        move || {
+            if prefault {
+                touch::read_memory(pid, &blocks, &cancel);
+            }
+            if background {
+                collapse::collapse_memory(pid, &blocks, &cancel);
+            }
+            // Stopping the guest flushes its disks, which then have little left to write.
+            for file in files {
+                if let Err(error) = guest::write_out(Path::new(&file)) {
+                    tracing::debug!("flushing {file} ahead failed: {error}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Taking the snapshot: the guest's file systems are frozen, the guest is paused, the stream
+//! is received, and the guest goes on as soon as the moment has passed.
+
+use std::time::Duration;
+
+use super::error::SaveError;
+use super::event::SaveEvent;
+use super::failpoints::failpoint;
+use super::migration;
+use super::moment::{Moment, PauseClock};
+use super::receive::{Received, Receiving};
+use super::saving::Saving;
+use crate::qmp::{Event, Events, QmpError};
+use crate::wire::WireError;
+
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// How long a guest that we stopped may wait for QEMU's walk over its memory, which usually
+/// takes three milliseconds a GiB.
+const HOLD_LIMIT: Duration = Duration::from_secs(30);
+
+impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+    /// Takes the snapshot and receives all of it. If that fails, the guest goes on, the
+    /// migration has been ended and nothing is left of the image.
+    pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {
+        let stream = migration::open_stream(&self.qmp).await?;
+        let mut receiving = Receiving::start(stream, self.options, &self.checked)?;
+        let mut events = self.qmp.events();
+        let frozen = self.freeze().await;
+        let mut clock = PauseClock::new(self.checked.machine.running);
+        let cancel = self.cancel.clone();
+        let outcome = async {
+            frozen?;
+            failpoint("ready");
+            // Can't be cancelled halfway: what has been done to the guest must be known.
+            self.pause(&mut clock).await?;
+            tokio::select! {
+                outcome = self.follow(&mut receiving, &mut events, &mut clock) => outcome,
+                () = cancel.requested() => Err(SaveError::Interrupted),
+            }
+        };
+        match outcome.await {
+            Ok(taken) => Ok(taken),
+            Err(error) => Err(self.give_up(error, receiving, &clock).await),
+        }
+    }
+
+    /// Freezes the guest's file systems, if that is asked for.
+    async fn freeze(&mut self) -> Result<(), SaveError> {
+        let Some(socket) = &self.options.quiesce else { return Ok(()) };
+        let filesystems = self.undo.freeze(socket, &self.cancel).await?;
+        self.tell(SaveEvent::Frozen { filesystems });
+        Ok(())
+    }
+
+    /// Follows a migration that has begun to its end.
+    async fn follow(
+        &mut self,
+        receiving: &mut Receiving,
+        events: &mut Events,
+        clock: &mut PauseClock,
+    ) -> Result<(Received, Moment), SaveError> {
+        let mut tick = tokio::time::interval(PROGRESS_EVERY);
+        let limit = tokio::time::Instant::now() + HOLD_LIMIT;
+        let received = loop {
+            let Receiving { first_page, done, counters, .. } = receiving;
+            tokio::select! {
+                // What lets the guest go comes before all else.
+                biased;
+                first = &mut *first_page, if !first_page.is_terminated() => if first.is_ok() {
+                    clock.pass();
+                    failpoint("first page");
+                    self.release(clock).await?;
+                    failpoint("released");
+                },
+                event = events.next() => hear(clock, event)?,
+                received = &mut *done => break received,
+                () = tokio::time::sleep_until(limit), if clock.held() => {
+                    return Err(SaveError::Held(HOLD_LIMIT));
+                }
+                _ = tick.tick(), if clock.moment().is_some() => self.tell(counters.progress()),
+            }
+            if clock.tell(&mut self.on_event) {
+                self.go_on().await;
+                failpoint("moment");
+            }
+        };
+        let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
+        match received.unwrap_or_else(|_| Err(died())) {
+            Ok(received) => {
+                // A tiny machine's stream may end before we have looked for its first page.
+                clock.pass();
+                self.release(clock).await?;
+                migration::wait_end(&self.qmp).await?;
+                failpoint("received");
+                // Its events may still be waiting too: QEMU sent them before its last answer.
+                while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await
+                    && hear(clock, event).is_ok()
+                {}
+                let told = clock.moment().is_some();
+                let moment = clock.settle(&mut self.on_event);
+                if !told {
+                    self.go_on().await;
+                }
+                Ok((received, moment))
+            }
+            // QEMU's own reason, where it has one, says more than the end of its stream.
+            Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
+                migration::wait_end(&self.qmp).await?;
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The guest goes on: its file systems are thawed.
+    async fn go_on(&mut self) {
+        if self.undo.guest_goes_on().await {
+            self.tell(SaveEvent::Thawed);
+        }
+    }
+
+    /// Lets the guest go, thaws it, and ends the migration. Returns the error that led here,
+    /// or a worse one.
+    async fn give_up(
+        &mut self,
+        error: SaveError,
+        mut receiving: Receiving,
+        clock: &PauseClock,
+    ) -> SaveError {
+        // The guest comes first.
+        if !clock.held() || self.qmp.cont().await.is_ok() {
+            self.undo.let_go();
+        }
+        let must_drain = self.checked.must_drain;
+        let received_all = receiving.give_up();
+        if must_drain && !received_all {
+            self.tell(SaveEvent::Draining);
+        }
+        let Saving { qmp, undo, cancel, .. } = self;
+        let thaw = async {
+            tokio::select! {
+                thawed = undo.thaw() => thawed,
+                () = cancel.requested_times(2) => false,
+            }
+        };
+        let end = async {
+            tokio::select! {
+                () = migration::end(qmp, receiving, must_drain) => error,
+                () = cancel.requested_times(2) => SaveError::InterruptedTwice,
+            }
+        };
+        // Both at once: a guest can answer only if its memory is received, and one whose agent
+        // has died still has to get its memory back.
+        let (thawed, error) = tokio::join!(thaw, end);
+        if thawed {
+            self.tell(SaveEvent::Thawed);
+        }
+        error
+    }
+}
+
+/// Takes note of an event. If events were lost, only the times of the moment are missing.
+fn hear(clock: &mut PauseClock, event: Result<Event, QmpError>) -> Result<(), QmpError> {
+    match event {
+        Ok(event) => clock.hear(&event),
+        Err(QmpError::EventsLost(lost)) => tracing::debug!("{lost} events of QEMU were lost"),
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
