@@ -6,8 +6,8 @@
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
-	@echo "             unpack QEMU 10.0 and a guest kernel into .deps (or SNAPBACK_DEPS)"
-	@echo "make guest   build the test guest"
+	@echo "             unpack QEMU 10.0 and guest kernels into .deps (or SNAPBACK_DEPS)"
+	@echo "make guest   build the test guests"
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
 	@echo "make loom    try every interleaving of the page claims"
@@ -59,4 +59,4 @@ DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt debian.raw downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz
+MADE := apt arm64 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz

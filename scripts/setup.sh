@@ -5,6 +5,8 @@
 #   into the deps folder  qemu-10.0/  QEMU 10.0 of bookworm-backports, unpacked
 #                         kernel/     Debian's cloud kernel, unpacked
 #                         vmlinuz     a link to that kernel's image
+#                         arm64/      the kernel and busybox of an arm64 guest,
+#                                     unpacked, and a link vmlinuz as above
 #
 # The deps folder is .deps in the project, or $SNAPBACK_DEPS. Every step leaves a
 # stamp when it is done and is skipped from then on; removing the folder starts
@@ -18,7 +20,7 @@ me=setup
 
 command -v apt-get >/dev/null && command -v dpkg-query >/dev/null ||
     die "needs Debian's apt-get and dpkg; elsewhere, install QEMU 7.2 and 10.0 and set SNAPBACK_TEST_QEMU_7 and SNAPBACK_TEST_QEMU_10"
-[ "$(dpkg --print-architecture)" = amd64 ] || die "only amd64 is supported, as host and as guest"
+[ "$(dpkg --print-architecture)" = amd64 ] || die "only amd64 hosts are supported"
 
 mkdir -p "$deps"
 deps=$(cd "$deps" && pwd)
@@ -62,7 +64,8 @@ install_packages() {
 # --- as anybody: packages unpacked into the deps folder -----------------------
 
 # A private apt: sources, lists and caches of its own, the system's proxies and
-# keys. Without arguments it would read the system's sources.
+# keys. Without arguments it would read the system's sources, and know the system's
+# architectures only.
 private_apt() {
     local tool=$1
     shift
@@ -70,7 +73,7 @@ private_apt() {
         -o Dir::Etc::SourceList="$deps/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null \
         -o Dir::State::Lists="$deps/apt/lists" -o Dir::Cache="$deps/apt/cache" \
         -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
-        -o APT::Sandbox::User=root "$@"
+        -o APT::Architectures=amd64,arm64 -o APT::Sandbox::User=root "$@"
 }
 
 refresh_lists() {
@@ -87,7 +90,7 @@ refresh_lists() {
 }
 
 # unpack FOLDER PACKAGE... : downloads the packages and unpacks them there. A
-# package may be given as NAME/SUITE.
+# package may be given as NAME/SUITE, and NAME as NAME:ARCHITECTURE.
 unpack() {
     local folder=$1 archive
     shift
@@ -104,23 +107,48 @@ unpack_qemu() {
     local folder=$deps/qemu-10.0 suite=$release-backports absent
     refresh_lists
     say "unpacking QEMU 10.0 of $suite"
-    unpack "$folder" "qemu-system-x86/$suite" "qemu-system-common/$suite" \
-        "qemu-system-data/$suite" "seabios/$suite"
-    absent=$(ldd "$folder/usr/bin/qemu-system-x86_64" | grep 'not found' || true)
+    unpack "$folder" "qemu-system-x86/$suite" "qemu-system-arm/$suite" \
+        "qemu-system-common/$suite" "qemu-system-data/$suite" "seabios/$suite"
+    absent=$(ldd "$folder"/usr/bin/qemu-system-{x86_64,aarch64} | grep 'not found' || true)
     [ -z "$absent" ] || die "QEMU 10.0 lacks libraries; add their packages to scripts/packages.txt:
 $absent"
 }
 
-unpack_kernel() {
-    local image
-    refresh_lists
-    image=$(private_apt apt-cache depends --important linux-image-cloud-amd64 |
+# kernel_package ARCHITECTURE : the package of Debian's newest cloud kernel.
+kernel_package() {
+    local package
+    package=$(private_apt apt-cache depends --important "linux-image-cloud-$1:$1" |
         sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
-    [ -n "$image" ] || die "linux-image-cloud-amd64 depends on no kernel package"
-    say "unpacking $image"
-    unpack "$deps/kernel" "$image"
-    ln -sfn "kernel/boot/vmlinuz-${image#linux-image-}" "$deps/vmlinuz"
-    [ -e "$deps/vmlinuz" ] || die "$image holds no kernel image at $(readlink "$deps/vmlinuz")"
+    [ -n "$package" ] || die "linux-image-cloud-$1 depends on no kernel package"
+    echo "$package"
+}
+
+# link_kernel FOLDER LINK PACKAGE : has LINK lead to the image of the kernel unpacked in
+# FOLDER, which lies beside it.
+link_kernel() {
+    local package=${3%:*}
+    ln -sfn "$(basename "$1")/boot/vmlinuz-${package#linux-image-}" "$2"
+    [ -e "$2" ] || die "$package holds no kernel image at $(readlink "$2")"
+}
+
+unpack_kernel() {
+    local package
+    refresh_lists
+    package=$(kernel_package amd64)
+    say "unpacking $package"
+    unpack "$deps/kernel" "$package"
+    link_kernel "$deps/kernel" "$deps/vmlinuz" "$package"
+}
+
+unpack_arm64() {
+    local package
+    refresh_lists
+    package=$(kernel_package arm64)
+    say "unpacking $package and busybox for arm64"
+    unpack "$deps/arm64/root" "$package" busybox-static:arm64
+    # Its kernel needs no modules: they are most of what was unpacked.
+    rm -rf "$deps/arm64/root/lib/modules"
+    link_kernel "$deps/arm64/root" "$deps/arm64/vmlinuz" "$package"
 }
 
 # once NAME COMMAND... : runs the command unless it has succeeded before. The
@@ -134,8 +162,9 @@ once() {
 }
 
 install_packages
-once qemu-10.0-v1 unpack_qemu
+once qemu-10.0-v2 unpack_qemu
 once kernel-v1 unpack_kernel
+once arm64-v1 unpack_arm64
 
 case $(qemu-system-x86_64 --version | head -n 1) in
 *" 7.2."*) ;;

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Bytes in a target page, the unit in which QEMU's migration stream carries
-/// memory on x86 (`TARGET_PAGE_SIZE` in QEMU's `exec/cpu-all.h`).
+/// memory on x86 and on ARM's `virt` (`TARGET_PAGE_SIZE` in QEMU's `exec/cpu-all.h`).
 pub const PAGE_SIZE: usize = 4096;
 
 /// log2 of [`PAGE_SIZE`].

@@ -61,7 +61,7 @@ mod tests {
         let arguments = cli.get_subcommands().flat_map(|command| command.get_arguments());
         let known: HashSet<&str> = arguments.filter_map(|argument| argument.get_long()).collect();
         for (name, flag) in NAMES {
-            let words = flag.split([' ', '`']);
+            let words = flag.split(' ').map(|word| word.trim_matches('`'));
             let mut longs = words.filter_map(|word| word.strip_prefix("--"));
             assert!(longs.any(|long| known.contains(long)), "{name}: {flag}");
         }

@@ -7,20 +7,54 @@ use super::output::Output;
 use super::pages::for_each;
 use super::physical::{Range, ranges};
 use super::{ExchangeError, ExchangeEvent, Watch};
+use crate::guest::Board;
 use crate::image::{Cursor, Image, Piece};
+use crate::machine::Machine;
 use crate::page::{PAGE_SIZE, Page, PageSource, Run};
 
 const FILE_HEADER_BYTES: u16 = 64;
 const PROGRAM_HEADER_BYTES: u16 = 56;
 const ET_CORE: u16 = 4;
-const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 /// Readable, writable and executable.
 const ALL_ACCESS: u32 = 7;
 const NT_PRSTATUS: u32 = 1;
-/// Length in bytes of Linux's `struct elf_prstatus` on x86-64.
-const PRSTATUS_BYTES: usize = 336;
+
+/// What a core says of the processors whose memory it holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Processor {
+    /// `e_machine` of elf(5).
+    machine: u16,
+    /// Length in bytes of Linux's `struct elf_prstatus` there.
+    prstatus_bytes: usize,
+}
+
+/// EM_X86_64.
+const X86_64: Processor = Processor { machine: 62, prstatus_bytes: 336 };
+/// EM_AARCH64.
+const AARCH64: Processor = Processor { machine: 183, prstatus_bytes: 392 };
+
+impl Processor {
+    /// The processors of a machine.
+    ///
+    /// # Errors
+    /// When they are none that is known here.
+    fn of(machine: &Machine) -> Result<Processor, ExchangeError> {
+        let unknown = |problem| ExchangeError::NoProcessor { problem };
+        // `virt` takes both kinds, and the emulator for 32 bits has no others. A 32-bit
+        // processor in the other (`-cpu cortex-a15`) is not told from one of 64 bits.
+        let emulator = machine.binary.rsplit('/').next().unwrap_or_default();
+        match Board::of(&machine.machine_type) {
+            Some(Board::I440fx | Board::Q35) => Ok(X86_64),
+            Some(Board::ArmVirt) if emulator.contains("qemu-system-arm") => {
+                Err(unknown("they are of 32-bit ARM"))
+            }
+            Some(Board::ArmVirt) => Ok(AARCH64),
+            None => Err(unknown("the machine type doesn't tell them")),
+        }
+    }
+}
 
 /// How the note begins in which Linux tells `crash` how to read its memory (VMCOREINFO, the
 /// kernel's Documentation/admin-guide/kdump/vmcoreinfo.rst): the lengths of its name and of
@@ -35,7 +69,8 @@ const VMCOREINFO_TEXT_BYTES: usize = PAGE_SIZE;
 /// Room for all notes, in bytes.
 const NOTES_BYTES: u64 = 2 * PAGE_SIZE as u64;
 const _: () = assert!(
-    NOTES_BYTES as usize >= 20 + PRSTATUS_BYTES + VMCOREINFO_HEAD_BYTES + VMCOREINFO_TEXT_BYTES
+    NOTES_BYTES as usize
+        >= 20 + AARCH64.prstatus_bytes + VMCOREINFO_HEAD_BYTES + VMCOREINFO_TEXT_BYTES
 );
 
 /// Writes an image's main memory and firmware as an ELF core.
@@ -46,6 +81,7 @@ pub(super) fn write(
 ) -> Result<(), ExchangeError> {
     let manifest = image.manifest();
     let ranges = ranges(&manifest.machine, &manifest.blocks)?;
+    let processor = Processor::of(&manifest.machine)?;
     let offsets = offsets(&ranges);
     let mut vmcoreinfo = None;
     for_each(image, watch, |piece| {
@@ -60,13 +96,13 @@ pub(super) fn write(
         }
         Ok(())
     })?;
-    let mut notes = no_registers();
+    let mut notes = no_registers(processor);
     if let Some((page, len)) = vmcoreinfo {
         notes.extend_from_slice(&read_note(image, page, len)?);
     }
     let end = ranges.iter().zip(&offsets).map(|(range, offset)| offset + range.len).max();
     output.set_len(end.unwrap_or(0))?;
-    output.put_at(&headers(&ranges, &offsets, &notes), 0)?;
+    output.put_at(&headers(processor, &ranges, &offsets, &notes), 0)?;
     let is_there = |index: usize| ranges.iter().any(|range| range.block.index() == index);
     let blocks = manifest.blocks.iter().enumerate();
     let left_out: Vec<_> = blocks
@@ -100,12 +136,12 @@ fn headers_bytes(ranges: &[Range]) -> u64 {
 }
 
 /// Everything before memory: `crash` looks for notes nowhere else.
-fn headers(ranges: &[Range], offsets: &[u64], notes: &[u8]) -> Vec<u8> {
+fn headers(processor: Processor, ranges: &[Range], offsets: &[u64], notes: &[u8]) -> Vec<u8> {
     let count = ranges.len() + 1;
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
     out.resize(16, 0);
     out.extend_from_slice(&ET_CORE.to_le_bytes());
-    out.extend_from_slice(&EM_X86_64.to_le_bytes());
+    out.extend_from_slice(&processor.machine.to_le_bytes());
     out.extend_from_slice(&1u32.to_le_bytes());
     for word in [0, u64::from(FILE_HEADER_BYTES), 0] {
         out.extend_from_slice(&word.to_le_bytes());
@@ -134,14 +170,14 @@ fn headers(ranges: &[Range], offsets: &[u64], notes: &[u8]) -> Vec<u8> {
 
 /// One thread's state, with all registers zero: they are part of the image's device
 /// state, which only QEMU reads; without any, gdb takes the core for none.
-fn no_registers() -> Vec<u8> {
+fn no_registers(processor: Processor) -> Vec<u8> {
     const NAME: &[u8] = b"CORE\0\0\0\0";
     let mut out = Vec::new();
-    for word in [5, PRSTATUS_BYTES as u32, NT_PRSTATUS] {
+    for word in [5, processor.prstatus_bytes as u32, NT_PRSTATUS] {
         out.extend_from_slice(&word.to_le_bytes());
     }
     out.extend_from_slice(NAME);
-    out.resize(out.len() + PRSTATUS_BYTES, 0);
+    out.resize(out.len() + processor.prstatus_bytes, 0);
     out
 }
 
@@ -191,12 +227,27 @@ mod tests {
     }
 
     #[test]
+    fn processors_follow_from_the_machine() {
+        let processor = |machine_type: &str, binary: &str| {
+            let (machine_type, binary) = (machine_type.into(), binary.into());
+            let machine = Machine { machine_type, binary, ..Machine::default() };
+            Processor::of(&machine).map_err(|e| e.to_string())
+        };
+        assert_eq!(processor("pc-q35-10.0", "/usr/bin/kvm"), Ok(X86_64));
+        assert_eq!(processor("virt-7.2", "/usr/bin/qemu-system-aarch64"), Ok(AARCH64));
+        let error = processor("virt-7.2", "/usr/bin/qemu-system-arm").unwrap_err();
+        assert!(error.contains("32-bit ARM"), "{error}");
+        assert!(processor("pseries-7.2", "/usr/bin/qemu-system-ppc64").is_err());
+        assert_eq!(no_registers(AARCH64).len(), 20 + 392);
+    }
+
+    #[test]
     fn memory_lies_behind_headers_and_notes() {
         let range = |address, len| Range { block: BlockId(0), offset: 0, address, len };
         let ranges = [range(0, 1 << 20), range(1 << 32, 8192)];
         let offsets = offsets(&ranges);
         assert_eq!(offsets, [3 * 4096, 3 * 4096 + (1 << 20)]);
-        let headers = headers(&ranges, &offsets, b"notes");
+        let headers = headers(X86_64, &ranges, &offsets, b"notes");
         assert_eq!(headers.len() as u64, headers_bytes(&ranges) + 5);
     }
 }

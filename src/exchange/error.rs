@@ -123,6 +123,14 @@ pub enum ExchangeError {
         /// What is unknown.
         problem: String,
     },
+    /// No ELF core can be written for the guest's processors.
+    #[error(
+        "no ELF core can be written for the guest's processors: {problem}; export it as `memory` instead"
+    )]
+    NoProcessor {
+        /// What is unknown.
+        problem: &'static str,
+    },
     /// An existing directory is never replaced.
     #[error(
         "`ExportOptions::force` does not replace a directory: remove it, or choose another name"

@@ -12,7 +12,7 @@ use super::patient::Patient;
 use super::stream::{self, Received};
 use super::{ExchangeError, ExchangeEvent, Watch, native};
 use crate::cancel::Cancellation;
-use crate::guest::{describe, describe_foreign, named_machine_type};
+use crate::guest::{Board, describe, describe_foreign, named_machine_type};
 use crate::image::{Compression, Details, ImageError, Saved, WriterOptions, check_replaces_none};
 use crate::machine::Machine;
 use crate::wire::{StreamReader, run_state};
@@ -143,16 +143,12 @@ fn record(
 }
 
 /// Device state is right for its own machine type only: whether the command line has
-/// the same, and whether its QEMU knows it. `pc` and `q35`, which mean another type in
-/// every version, are replaced by the right one at a revert.
+/// the same, and whether its QEMU knows it. An alias such as `pc`, which means another type
+/// in every version, is replaced by the right one at a revert.
 fn check_machine_type(machine: &Machine, found: &str) -> Result<(), ExchangeError> {
     if let Some(given) = named_machine_type(&machine.argv) {
-        let fits = match given.as_str() {
-            "pc" => found.starts_with("pc-i440fx-"),
-            "q35" => found.starts_with("pc-q35-"),
-            given => given == found,
-        };
-        if !fits {
+        let alias = Board::of(found).map(Board::alias);
+        if given != found && Some(given.as_str()) != alias {
             return Err(ExchangeError::MachineType { given, stream: found.to_owned() });
         }
     }

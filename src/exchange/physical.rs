@@ -1,13 +1,14 @@
 //! Where a machine's blocks lie in the guest's physical memory.
 //!
 //! An image records blocks, not addresses. Those of main memory follow from its size
-//! and the machine type (QEMU's `pc_init1` and `pc_q35_init`): memory begins at 0 and
-//! leaves a hole for PCI below 4 GiB, behind which the rest goes on.
+//! and the machine type. On PCs (QEMU's `pc_init1` and `pc_q35_init`) memory begins at 0
+//! and leaves a hole for PCI below 4 GiB, behind which the rest goes on; on ARM's `virt`
+//! (`base_memmap` in hw/arm/virt.c) it begins at 1 GiB and is in one piece.
 
 use std::collections::HashSet;
 
 use super::ExchangeError;
-use crate::guest::{CommandLine, Params};
+use crate::guest::{Board, CommandLine, Params};
 use crate::machine::Machine;
 use crate::page::{Block, BlockId, Run};
 
@@ -38,7 +39,7 @@ impl Range {
     }
 }
 
-/// Main memory's ranges in ascending order of address, and the firmware's.
+/// Main memory's ranges in ascending order of address, and those of a PC's firmware.
 ///
 /// # Errors
 /// When the machine type or its main memory is none that is known here.
@@ -53,7 +54,10 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
         };
         blocks.iter().position(named).map(|index| BlockId(index as u16))
     };
-    let backends = backends(&line);
+    let Some(board) = Board::of(&machine.machine_type) else {
+        return Err(unknown("only `pc`, `q35` and ARM's `virt` have a layout that is known here"));
+    };
+    let backends = backends(&line, board);
     // QEMU starts with neither. So what follows is bounded, and no block lies in two places.
     if backends.len() > MAX_NODES {
         return Err(unknown(&format!("it has more than {MAX_NODES} NUMA nodes")));
@@ -63,15 +67,17 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
     }
     let main: Vec<BlockId> = backends.iter().filter_map(|name| find(name)).collect();
     if main.is_empty() {
-        return Err(unknown("its main memory is no block of a known name (`pc.ram`)"));
+        let names = backends.join("`, `");
+        return Err(unknown(&format!("its main memory is no block of a known name (`{names}`)")));
     }
     let size: u64 = main.iter().map(|id| blocks[id.index()].len).sum();
-    let low = if machine.machine_type.starts_with("pc-q35-") {
-        if size >= 0xb000_0000 { 2 * GIB } else { 0xb000_0000 }
-    } else if machine.machine_type.starts_with("pc-i440fx-") {
-        if size >= 0xe000_0000 { 3 * GIB } else { 0xe000_0000 }
-    } else {
-        return Err(unknown("only `pc` and `q35` machines have a layout that is known here"));
+    // Up to where memory lies in one piece, and where it goes on.
+    let (start, low) = match board {
+        Board::Q35 if size < 0xb000_0000 => (0, 0xb000_0000),
+        Board::Q35 => (0, 2 * GIB),
+        Board::I440fx if size < 0xe000_0000 => (0, 0xe000_0000),
+        Board::I440fx => (0, 3 * GIB),
+        Board::ArmVirt => (GIB, u64::MAX),
     };
     let low = max_below(&line).map_or(low, |most| low.min(most));
 
@@ -82,7 +88,7 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
         while offset < whole {
             let left = whole - offset;
             let (address, len) = match low.checked_sub(done) {
-                Some(room @ 1..) => (done, left.min(room)),
+                Some(room @ 1..) => (start + done, left.min(room)),
                 _ => (ABOVE + (done - low), left),
             };
             ranges.push(Range { block, offset, address, len });
@@ -98,7 +104,7 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
 }
 
 /// Names of the blocks that are main memory, in the order in which they are laid out.
-fn backends(line: &CommandLine) -> Vec<String> {
+fn backends(line: &CommandLine, board: Board) -> Vec<String> {
     let given = |options: &[&str], key: &str| -> Vec<String> {
         let options = line.options().filter(|option| options.contains(&option.name()));
         options
@@ -110,7 +116,7 @@ fn backends(line: &CommandLine) -> Vec<String> {
         return nodes;
     }
     let named = given(&["machine", "M"], "memory-backend");
-    vec![named.last().cloned().unwrap_or_else(|| "pc.ram".into())]
+    vec![named.last().cloned().unwrap_or_else(|| board.main_memory().into())]
 }
 
 /// What `-machine max-ram-below-4g=` says, in bytes.
@@ -173,6 +179,16 @@ mod tests {
     }
 
     #[test]
+    fn arms_memory_is_in_one_piece() {
+        let flash = ("virt.flash0", 64 << 20);
+        let expected = [(GIB, 0, 8 * GIB)];
+        assert_eq!(layout("virt-7.2", &[], &[flash, ("mach-virt.ram", 8 * GIB)]), expected);
+        let args = ["-numa", "node,memdev=a", "-numa", "node,memdev=b"];
+        let expected = [(GIB, 0, 3 * GIB), (4 * GIB, 0, GIB)];
+        assert_eq!(layout("virt-10.0", &args, &[("b", GIB), ("a", 3 * GIB)]), expected);
+    }
+
+    #[test]
     fn what_is_unknown_is_said() {
         let machine = |name: &str| Machine { machine_type: name.into(), ..Machine::default() };
         let ram = Block { name: "pc.ram".into(), len: GIB, page_size: 4096 };
@@ -180,6 +196,8 @@ mod tests {
         assert!(error.contains("`q35`"), "{error}");
         let error = ranges(&machine("pc-q35-7.2"), &[]).unwrap_err().to_string();
         assert!(error.contains("`pc.ram`"), "{error}");
+        let error = ranges(&machine("virt-7.2"), &[]).unwrap_err().to_string();
+        assert!(error.contains("`mach-virt.ram`"), "{error}");
         let nodes = |count: usize, name: fn(usize) -> String| {
             let node = |number| ["-numa".to_owned(), format!("node,memdev={}", name(number))];
             let argv = ["qemu".to_owned()].into_iter().chain((0..count).flat_map(node)).collect();

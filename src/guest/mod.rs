@@ -4,6 +4,7 @@
 //! [`rewrite()`] makes a [`StartPlan`] from a record: the command line of a guest that waits for
 //! its state, with overlays over its disks. [`Process::start`] carries the plan out.
 
+mod board;
 mod command_line;
 mod described;
 mod devices;
@@ -17,6 +18,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 
+pub use board::Board;
 pub use command_line::parameters::{Params, Spec};
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use described::{describe, describe_foreign, named_machine_type};

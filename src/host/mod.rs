@@ -2,7 +2,10 @@
 
 pub mod in_use;
 pub mod memory;
+mod page_size;
 pub mod pidfd;
 pub mod procfs;
 pub mod program;
 pub mod uffd;
+
+pub use page_size::{PageSizeError, check_page_size};

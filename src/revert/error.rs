@@ -1,6 +1,7 @@
 //! Why a revert fails.
 
 use crate::guest::GuestError;
+use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
@@ -15,6 +16,9 @@ pub enum RevertError {
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The host's pages have another size.
+    #[error(transparent)]
+    PageSize(#[from] PageSizeError),
     /// QEMU can't be started as recorded.
     #[error(transparent)]
     Vm(#[from] GuestError),

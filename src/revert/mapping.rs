@@ -21,8 +21,8 @@ use crate::wire::{Frame, end_of_ram, precopy_opening, tail};
 const LARGE: u64 = 1 << 20;
 
 /// The most bytes that may have to be sent while the guest waits for them: video memory and
-/// firmware.
-const MOST_SENT: u64 = 128 << 20;
+/// firmware. ARM's `virt` has 128 MiB of flash memory, most of which is zeros.
+const MOST_SENT: u64 = 192 << 20;
 
 /// File systems whose files come over a network or from another program (statfs(2)):
 /// mapped memory would hang or fault where these do.

@@ -8,6 +8,7 @@ use super::check::error::CheckError;
 use super::overlays::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
 use crate::guest::GuestError;
+use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::qmp::QmpError;
 use crate::wire::WireError;
@@ -21,6 +22,9 @@ pub enum SaveError {
     /// The checks found a reason before the guest was touched.
     #[error(transparent)]
     Check(#[from] CheckError),
+    /// The host's pages have another size.
+    #[error(transparent)]
+    PageSize(#[from] PageSizeError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),

@@ -21,7 +21,7 @@ const MEANWHILE: f64 = 6.0;
 const OFF: f64 = 2.5;
 
 /// The guest's own time and the machine's clock, in seconds since 1970.
-fn clocks(guest: &mut Contact) -> Result<(f64, f64)> {
+pub fn clocks(guest: &mut Contact) -> Result<(f64, f64)> {
     let answer = guest.oracle.ask("time")?;
     let field = |name: &str| {
         let value = answer.split(' ').find_map(|word| word.strip_prefix(name));
@@ -30,7 +30,8 @@ fn clocks(guest: &mut Contact) -> Result<(f64, f64)> {
     Ok((field("wall_ms=")? / 1e3, field("rtc_s=")?))
 }
 
-fn now() -> f64 {
+/// The host's time, in seconds since 1970.
+pub fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 

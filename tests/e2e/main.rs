@@ -15,6 +15,7 @@ mod bare;
 mod harness;
 mod shared;
 
+mod aarch64;
 mod backends;
 mod capture;
 mod chains;

@@ -12,7 +12,7 @@ use super::disk::{Disk, VIRTIO_BALLOON, VIRTIO_BLK};
 use super::log::SerialLog;
 use super::oracle::Oracle;
 use super::process::{Pidfd, spawn_bound};
-use super::qemu::{Qemu, artifact, deps};
+use super::qemu::{Arch, Qemu, artifact, deps};
 use super::{Result, wait_for};
 
 /// The files in a guest's folder.
@@ -44,6 +44,9 @@ pub enum Fill {
 pub struct GuestOptions {
     /// The QEMU to run it on.
     pub qemu: Qemu,
+    /// Its processors. One that is no PC runs the guest of `tests/arm64`, which answers what
+    /// it knows of the oracle's questions; what the oracle would do is ignored.
+    pub arch: Arch,
     /// RAM in MiB; the guest needs about 100.
     pub mib: u64,
     /// vCPUs.
@@ -86,6 +89,7 @@ impl Default for GuestOptions {
     fn default() -> GuestOptions {
         GuestOptions {
             qemu: Qemu::V7,
+            arch: Arch::X86_64,
             mib: 256,
             vcpus: 1,
             machine: "pc".into(),
@@ -108,36 +112,57 @@ impl Default for GuestOptions {
 }
 
 impl GuestOptions {
+    /// The arm64 guest with two vCPUs; it boots in about 5 s.
+    pub fn arm64(qemu: Qemu) -> GuestOptions {
+        let (arch, machine) = (Arch::Aarch64, "virt".into());
+        GuestOptions { qemu, arch, machine, vcpus: 2, ..GuestOptions::default() }
+    }
+
     /// QEMU's arguments, for a guest whose files are in `dir`.
     fn qemu_args(&self, dir: &Path) -> Result<Vec<String>> {
-        // A /dev/kvm that opens need not boot a guest: only a variable picks it.
-        let accel = std::env::var("SNAPBACK_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());
+        // A /dev/kvm that opens need not boot a guest: only a variable picks it, and never for
+        // processors that the host doesn't have.
+        let asked = std::env::var("SNAPBACK_TEST_ACCEL").ok();
+        let accel = asked.filter(|_| self.arch == Arch::X86_64).unwrap_or_else(|| "tcg".into());
         let file = |name: &str| dir.join(name).display().to_string();
         let deps_file = |name| artifact(deps().join(name)).map(|path| path.display().to_string());
+        let (kernel, initramfs) = match self.arch {
+            Arch::X86_64 => ("vmlinuz", "initramfs.cpio"),
+            Arch::Aarch64 => ("arm64/vmlinuz", "arm64/initramfs.cpio"),
+        };
         let mut machine = self.machine.clone();
         let mut args: Vec<String> = Vec::new();
         if let Some(backend) = &self.memory_backend {
-            let object = format!("{backend},id=pc.ram,size={}M", self.mib);
+            let name = self.main_memory();
+            let object = format!("{backend},id={name},size={}M", self.mib);
             args.extend(["-object".into(), object]);
-            machine += ",memory-backend=pc.ram";
+            machine += &format!(",memory-backend={name}");
         }
         let fixed = ["-nodefaults", "-no-user-config", "-display", "none"].map(String::from);
         args.extend(fixed);
         let (mib, vcpus) = (self.mib.to_string(), self.vcpus.to_string());
         let console = format!("file,id=serial0,path={},append=on", file(CONSOLE));
         let questions = format!("socket,id=serial1,path={},server=on,wait=off", file(QUESTIONS));
+        // The board `virt` has one serial port of its own.
+        let second_port = match self.arch {
+            Arch::X86_64 => ("-serial", "chardev:serial1".to_string()),
+            Arch::Aarch64 => ("-device", "pci-serial,chardev=serial1".to_string()),
+        };
+        if self.arch == Arch::Aarch64 {
+            args.extend(["-cpu", "cortex-a57"].map(String::from));
+        }
         let pairs = [
             ("-machine", machine),
             ("-accel", accel),
             ("-m", mib),
             ("-smp", vcpus),
-            ("-kernel", deps_file("vmlinuz")?),
-            ("-initrd", deps_file("initramfs.cpio")?),
+            ("-kernel", deps_file(kernel)?),
+            ("-initrd", deps_file(initramfs)?),
             ("-append", self.kernel_command_line()),
             ("-chardev", console),
             ("-serial", "chardev:serial0".into()),
             ("-chardev", questions),
-            ("-serial", "chardev:serial1".into()),
+            second_port,
             ("-qmp", format!("unix:{},server=on,wait=off", file(QMP))),
         ];
         args.extend(pairs.into_iter().flat_map(|(name, value)| [name.to_string(), value]));
@@ -158,8 +183,19 @@ impl GuestOptions {
         Ok(args)
     }
 
+    /// QEMU's name of the block that is main memory where no backend gives it.
+    pub fn main_memory(&self) -> &'static str {
+        match self.arch {
+            Arch::X86_64 => "pc.ram",
+            Arch::Aarch64 => "mach-virt.ram",
+        }
+    }
+
     /// The command line of the guest's kernel, which tells the oracle what to do.
     pub fn kernel_command_line(&self) -> String {
+        if self.arch == Arch::Aarch64 {
+            return "console=ttyAMA0 quiet".into();
+        }
         let fill = match self.fill {
             Fill::Mib(mib) => format!("oracle.fill_mib={mib}"),
             Fill::Percent(percent) => format!("oracle.fill_percent={percent}"),
@@ -241,7 +277,7 @@ impl Guest {
         // TempDir makes it 0700: whoever reaches these sockets owns the guest.
         let folder = tempfile::Builder::new().prefix("snapback-guest-").tempdir()?;
         let dir = folder.path();
-        let mut command = options.qemu.command()?;
+        let mut command = options.qemu.command_for(options.arch)?;
         command.args(options.qemu_args(dir)?).current_dir(dir);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(File::create(dir.join(STDERR))?);

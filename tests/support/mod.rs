@@ -23,7 +23,7 @@ pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
 pub use log::{Beat, SerialLog};
 pub use oracle::{Oracle, Verdict};
 pub use process::{Pidfd, process_gone, resident_kib, spawn_bound};
-pub use qemu::{Qemu, artifact, deps};
+pub use qemu::{Arch, Qemu, artifact, deps};
 pub use qmp::{Qmp, cont, pmemsave, qmp, query_status, stop};
 
 /// What went wrong, in words for whoever reads a failed test.

@@ -15,6 +15,15 @@ pub enum Qemu {
     V10,
 }
 
+/// What kind of processors a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// A PC: `qemu-system-x86_64`.
+    X86_64,
+    /// QEMU's board `virt`: `qemu-system-aarch64`.
+    Aarch64,
+}
+
 /// Where set-up put what it made: `SNAPBACK_DEPS`, or `.deps` in the project.
 pub fn deps() -> PathBuf {
     let folder = match std::env::var_os("SNAPBACK_DEPS") {
@@ -57,12 +66,23 @@ impl Qemu {
         }
     }
 
-    /// The binary.
+    /// The binary for PCs.
     pub fn binary(self) -> PathBuf {
+        self.binary_for(Arch::X86_64)
+    }
+
+    /// The binary for guests of an architecture; where the environment names a binary for
+    /// PCs, its neighbour.
+    pub fn binary_for(self, arch: Arch) -> PathBuf {
+        let (pc, name) = match arch {
+            Arch::X86_64 => (true, "qemu-system-x86_64"),
+            Arch::Aarch64 => (false, "qemu-system-aarch64"),
+        };
         match (self.named(), self) {
-            (Some(binary), _) => binary,
-            (None, Qemu::V7) => "/usr/bin/qemu-system-x86_64".into(),
-            (None, Qemu::V10) => deps().join("qemu-10.0/usr/bin/qemu-system-x86_64"),
+            (Some(binary), _) if pc => binary,
+            (Some(binary), _) => binary.with_file_name(name),
+            (None, Qemu::V7) => Path::new("/usr/bin").join(name),
+            (None, Qemu::V10) => deps().join("qemu-10.0/usr/bin").join(name),
         }
     }
 
@@ -98,12 +118,21 @@ impl Qemu {
         self.binary().exists()
     }
 
-    /// A command that starts it, with nothing but what it needs to find its parts.
+    /// A command that starts the one for PCs, with nothing but what it needs to find its
+    /// parts.
     ///
     /// # Errors
     /// When it isn't there.
     pub fn command(self) -> Result<Command> {
-        let mut command = Command::new(artifact(self.binary())?);
+        self.command_for(Arch::X86_64)
+    }
+
+    /// The same for guests of an architecture.
+    ///
+    /// # Errors
+    /// When it isn't there.
+    pub fn command_for(self, arch: Arch) -> Result<Command> {
+        let mut command = Command::new(artifact(self.binary_for(arch))?);
         command.args(self.args()).envs(self.env());
         Ok(command)
     }

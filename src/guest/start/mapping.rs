@@ -3,9 +3,9 @@
 
 use std::path::PathBuf;
 
-use crate::guest::GuestError;
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
+use crate::guest::{Board, GuestError};
 use crate::machine::QemuVersion;
 
 /// From this version on a memory backend can begin inside a file
@@ -61,18 +61,26 @@ impl MappedMemory {
             option.value = Some(self.backend(block)?);
             mapped.push(block.0.clone());
         }
-        // A machine whose main memory comes from a backend has no block of this name.
-        match self.blocks.iter().find(|(name, _, _)| name == "pc.ram") {
-            Some(block) if !mapped.contains(&block.0) => self.put_main(line, block)?,
-            None if mapped.is_empty() => {
-                return Err(not_mapped(
-                    "the machine has no block `pc.ram`, nor one of a backend's name",
-                ));
+        // A machine whose main memory comes from a backend has no block of such a name.
+        match self
+            .blocks
+            .iter()
+            .find(|(name, _, _)| Board::main_memories().any(|main| main == name))
+        {
+            Some(block) if !mapped.contains(&block.0) => {
+                self.put_main(line, block)?;
+                mapped.push(block.0.clone());
+                Ok(mapped)
             }
-            _ => return Ok(mapped),
+            None if mapped.is_empty() => {
+                let known: Vec<_> = Board::main_memories().collect();
+                Err(not_mapped(format!(
+                    "the machine has no block of a known name ({}), nor one of a backend's name",
+                    known.join(", ")
+                )))
+            }
+            _ => Ok(mapped),
         }
-        mapped.push("pc.ram".into());
-        Ok(mapped)
     }
 
     /// Maps main memory that has no backend on the command line.
@@ -143,7 +151,8 @@ mod tests {
         names: &[&str],
     ) -> Result<(Vec<String>, String), String> {
         let qemu = QemuVersion { major: version.0, minor: version.1, ..QemuVersion::default() };
-        let all = [("pc.ram", 4096, 2 << 20), ("m0", 8192, 4 << 20)];
+        let sizes = [("pc.ram", 4096, 2 << 20), ("mach-virt.ram", 4096, 2 << 20)];
+        let all = [&sizes[..], &[("m0", 8192, 4 << 20)]].concat();
         let all = all.iter().filter(|(name, ..)| names.contains(name));
         let blocks = all.map(|(name, len, offset)| (name.to_string(), *len, *offset)).collect();
         let memory = MappedMemory { file: "/a,b.snap".into(), qemu, blocks };
@@ -186,6 +195,15 @@ mod tests {
         let (mapped, line) = put((9, 0), &args).unwrap();
         assert_eq!(mapped, ["m0", "pc.ram"]);
         assert!(line.contains("id=pc.ram") && line.contains("memory-backend=pc.ram"), "{line}");
+    }
+
+    #[test]
+    fn main_memory_has_the_name_that_the_board_gives_it() {
+        let (mapped, line) = put_blocks((9, 0), &["-M", "virt"], &["mach-virt.ram"]).unwrap();
+        assert_eq!(mapped, ["mach-virt.ram"]);
+        assert!(line.starts_with("-M virt,memory-backend=mach-virt.ram"), "{line}");
+        let error = put_blocks((9, 0), &["-M", "microvm"], &["m0"]).unwrap_err();
+        assert!(error.contains("(pc.ram, mach-virt.ram)"), "{error}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::lifecycle::{Lifecycle, Start};
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
+use crate::host::check_page_size;
 use crate::host::pidfd::peer_pid;
 use crate::image::Image;
 use crate::qmp::Qmp;
@@ -39,6 +40,7 @@ impl Launched {
         options: &ServeOptions,
         cancel: Cancellation,
     ) -> Result<Launched, RevertError> {
+        check_page_size()?;
         let ServeOptions { image, to, delivery, standby, rtc } = options;
         if delivery.placement == Placement::Map {
             let problem = "a QEMU that was started already has its memory".to_owned();

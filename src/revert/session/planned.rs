@@ -10,6 +10,7 @@ use super::lifecycle::{Lifecycle, Start};
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::{Note, OverlayOptions, Process, RewriteOptions, StartPlan};
+use crate::host::check_page_size;
 use crate::image::{Image, verify_chain, verify_flat};
 use crate::revert::error::RevertError;
 use crate::revert::event::RevertEvent;
@@ -36,6 +37,7 @@ impl Planned {
         cancel: Cancellation,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Planned, RevertError> {
+        check_page_size()?;
         let image = Image::open(&options.image)?;
         let machine = &image.manifest().machine;
         let stays_paused = options.rewrite.stays_paused() || !machine.running;

@@ -30,12 +30,8 @@ impl DeviceState {
     /// Puts together what is sent before the guest runs. `config` and `devices` are
     /// the saved stream's.
     pub fn new(config: &[u8], devices: &[u8], blocks: &[Block]) -> DeviceState {
-        // _SC_PAGESIZE always succeeds on Linux; 4096 is right wherever it would not.
-        let host_page_size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
-            .ok()
-            .flatten()
-            .and_then(|size| u64::try_from(size).ok())
-            .unwrap_or(4096);
+        // No other is let in: `host::check_page_size`.
+        let host_page_size = PAGE_SIZE as u64;
         let opening = Opening { config, blocks, ping: pings::OPENED, host_page_size };
         DeviceState {
             opening: opening.bytes(),

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::error::{CheckError, Obstacle};
+use crate::host::check_page_size;
 use crate::qmp::{Qmp, QmpError, RamBlock};
 use crate::save::error::SaveError;
 
@@ -103,6 +104,7 @@ pub(super) async fn check_memory(
     qmp: &Qmp,
     background: bool,
 ) -> Result<(Vec<RamBlock>, String), SaveError> {
+    check_page_size()?;
     let blocks = qmp.ram_blocks().await?;
     let mut obstacles = Vec::new();
     let backends: Vec<MemoryBackend> = qmp.query("query-memdev", ()).await?;

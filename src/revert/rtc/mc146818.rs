@@ -1,24 +1,9 @@
-//! The machine's battery-backed clock. A guest that is brought back finds its own clock
-//! where it was at the moment, but this one goes with the host's: QEMU keeps what it
-//! shows as a difference to the host's time, and so it shows the time of now. To have it
-//! go on from the moment as well, that difference is changed in the saved device state.
+//! The clock of PCs.
 //!
 //! The layout is `vmstate_rtc` of QEMU's hw/rtc/mc146818rtc.c, version 3: the same from
 //! 1.3 on, and in all versions that were tried (7.2, 10.0).
 
-use std::ops::Range;
-
-use crate::wire::section::{FOOTER, FULL, SUBSECTION};
-
-/// What the clock shows after a revert.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Rtc {
-    /// The time of now, as if it had run on meanwhile: what QEMU does by itself.
-    #[default]
-    Now,
-    /// The time of the moment, from which it goes on.
-    Keep,
-}
+use super::section;
 
 /// The section's name with its length, instance and version, as they follow its number.
 const NAME: &[u8] = b"\x0bmc146818rtc\0\0\0\0\0\0\0\x03";
@@ -30,19 +15,15 @@ const BODY: usize = 245;
 const TIMES: [usize; 5] = [157, 165, 213, 229, 237];
 const LAST_UPDATE: usize = 213;
 
-/// Changes saved device state so that the clock goes on from the moment, `since`
-/// nanoseconds of the host's clock ago. Says why where that can't be done; nothing has
-/// been changed then.
-pub(super) fn keep(devices: &mut [u8], since: u64) -> Result<(), &'static str> {
-    let Some(body) = body(devices) else {
-        return Err("this machine has no clock of the kind that is known (mc146818rtc)");
-    };
-    let body = &mut devices[body];
+/// Changes the clock to go on from `since` nanoseconds ago; whether there is such a clock.
+pub(super) fn keep(devices: &mut [u8], since: u64) -> bool {
+    let Some(start) = section::body(devices, NAME, BODY) else { return false };
+    let body = &mut devices[start..start + BODY];
     // A clock of the guest's time (`-rtc clock=vm`) counts from the start of QEMU, and goes
     // on from the moment by itself: it is far below any time since 1970.
     const YEARS_OF_UPTIME: u64 = 20 * 365 * 24 * 3600 * 1_000_000_000;
     if time(body, LAST_UPDATE) < YEARS_OF_UPTIME {
-        return Ok(());
+        return true;
     }
     for at in TIMES {
         let then = time(body, at);
@@ -51,28 +32,11 @@ pub(super) fn keep(devices: &mut [u8], since: u64) -> Result<(), &'static str> {
             body[at..at + 8].copy_from_slice(&then.saturating_add(since).to_be_bytes());
         }
     }
-    Ok(())
+    true
 }
 
 fn time(body: &[u8], at: usize) -> u64 {
     body[at..at + 8].iter().fold(0, |time, byte| time << 8 | u64::from(*byte))
-}
-
-/// Where the clock's state is. What looks like it by chance is told by its end: the
-/// section's number is there again.
-fn body(devices: &[u8]) -> Option<Range<usize>> {
-    let is_it = |at: &usize| {
-        let start = at + NAME.len();
-        let ends = match devices.get(start + BODY) {
-            Some(&FOOTER) => devices.get(start + BODY + 1..start + BODY + 5),
-            Some(&SUBSECTION) => devices.get(at - 4..*at),
-            _ => None,
-        };
-        devices[at - 5] == FULL && ends == devices.get(at - 4..*at)
-    };
-    let mut places = devices.windows(NAME.len()).enumerate().skip(5);
-    let at = places.find(|(at, window)| *window == NAME && is_it(at))?.0;
-    Some(at + NAME.len()..at + NAME.len() + BODY)
 }
 
 #[cfg(test)]
@@ -89,20 +53,21 @@ mod tests {
     }
 
     fn last_update(devices: &[u8]) -> u64 {
-        time(&devices[body(devices).unwrap()], LAST_UPDATE)
+        let start = section::body(devices, NAME, BODY).unwrap();
+        time(&devices[start..], LAST_UPDATE)
     }
 
     #[test]
     fn times_of_the_host_move_and_others_stay() {
         let mut state = devices(NOW, b"\x7e\0\0\0\x09");
         let before = state.clone();
-        keep(&mut state, 5).unwrap();
+        assert!(keep(&mut state, 5));
         assert_eq!(last_update(&state), NOW + 5);
         let changed: Vec<_> = (0..state.len()).filter(|&at| state[at] != before[at]).collect();
         assert_eq!(changed.len(), 1);
         let mut virtual_clock = devices(1_000_000_000, b"\x05");
         let before = virtual_clock.clone();
-        keep(&mut virtual_clock, 5).unwrap();
+        assert!(keep(&mut virtual_clock, 5));
         assert_eq!(virtual_clock, before);
     }
 
@@ -116,7 +81,7 @@ mod tests {
             Vec::new(),
         ] {
             let before = state.clone();
-            assert!(keep(&mut state, 5).is_err());
+            assert!(!keep(&mut state, 5));
             assert_eq!(state, before);
         }
     }
