@@ -22,7 +22,7 @@ pub use board::Board;
 pub use command_line::parameters::{Params, Spec};
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use described::{describe, describe_foreign, named_machine_type};
-pub use devices::record_hotplug;
+pub use devices::{device_paths, record_hotplug};
 pub use disks::attached::{FoundDisk, disks};
 pub use disks::drives::check_given;
 pub use disks::overlay::{Overlay, OverlayOptions};

@@ -121,9 +121,7 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
         return (list.0, None);
     };
     let plugged = hotplug::check_hotplug(qmp, &mut machine, &mut disks, options).await;
-    if list.note("hotplug", plugged).is_none() {
-        return (list.0, None);
-    }
+    let Some(devices) = list.note("hotplug", plugged) else { return (list.0, None) };
     let irrevertible = disks::check_revert(&machine, &disks);
     list.0.push(CheckItem {
         name: "revert",
@@ -137,8 +135,17 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
     let machine = Machine { running, uncaptured_disks, ..machine };
     let must_drain = background && number < LETS_GO;
-    let checked =
-        Checked { machine, pid, blocks, parent, disks, irrevertible, background, must_drain };
+    let checked = Checked {
+        machine,
+        pid,
+        blocks,
+        parent,
+        disks,
+        devices,
+        irrevertible,
+        background,
+        must_drain,
+    };
     (list.0, Some(checked))
 }
 
