@@ -56,7 +56,7 @@ pub struct CheckItem {
 /// # Errors
 /// [`SaveError::Qmp`] when nothing can be asked. What stands in the way of a save is told by
 /// the items.
-pub async fn survey(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> {
+pub async fn check(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> {
     let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
     let (mut items, checked) = look(&qmp, options).await;
     let background = checked.as_ref().is_none_or(|checked| checked.background);
@@ -81,7 +81,7 @@ async fn try_settings(qmp: &Qmp, background: bool) -> Result<(), SaveError> {
 }
 
 /// Runs all checks except QEMU's own, which it makes when `background-snapshot` is set.
-pub(super) async fn check(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, SaveError> {
+pub(super) async fn ensure(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, SaveError> {
     let (items, checked) = look(qmp, options).await;
     match items.into_iter().find_map(|item| item.outcome.err()) {
         Some(error) => Err(error),
