@@ -204,7 +204,8 @@ struct VerifyArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum PlacementArg {
-    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket
+    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket, else
+    /// eagerly
     Auto,
     /// Directly into its memory, by QEMU's userfaultfd, or fail
     Uffd,
@@ -212,6 +213,8 @@ enum PlacementArg {
     Socket,
     /// By a private mapping of a flat image, or fail
     Map,
+    /// By an ordinary stream, all memory before the guest runs: needs no userfaultfd
+    Eager,
 }
 
 impl From<PlacementArg> for Placement {
@@ -221,6 +224,7 @@ impl From<PlacementArg> for Placement {
             PlacementArg::Uffd => Placement::Uffd,
             PlacementArg::Socket => Placement::Socket,
             PlacementArg::Map => Placement::Map,
+            PlacementArg::Eager => Placement::Eager,
         }
     }
 }
@@ -234,6 +238,8 @@ enum ServePlacementArg {
     Uffd,
     /// By QEMU's postcopy socket
     Socket,
+    /// By an ordinary stream, all memory before the guest runs: needs no `postcopy-ram`
+    Eager,
 }
 
 impl From<ServePlacementArg> for Placement {
@@ -242,6 +248,7 @@ impl From<ServePlacementArg> for Placement {
             ServePlacementArg::Auto => Placement::Auto,
             ServePlacementArg::Uffd => Placement::Uffd,
             ServePlacementArg::Socket => Placement::Socket,
+            ServePlacementArg::Eager => Placement::Eager,
         }
     }
 }
