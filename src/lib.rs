@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod cancel;
 pub mod cli;
+pub mod doctor;
 pub mod exchange;
 pub mod guest;
 pub mod host;

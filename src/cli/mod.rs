@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod detach;
 mod disks;
+mod doctor;
 mod exchange;
 mod flags;
 mod flatten;
@@ -58,6 +59,8 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// Tell what this host and its QEMUs can do, and what would make it more
+    Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
 }
@@ -336,6 +339,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Doctor(args) => (args.json, doctor::run(args).await),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))

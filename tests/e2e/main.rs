@@ -35,6 +35,7 @@ mod moments;
 mod serving;
 mod sessions;
 mod trouble;
+mod unprivileged;
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {
