@@ -72,7 +72,7 @@ fn device() -> Item {
             Item::new(DEVICE, State::Degraded, "not there: it takes Linux 6.1")
         }
         Err(error) => {
-            let says = format!("closed to user {user} ({error}): QEMU 8.0 and later would use it");
+            let says = format!("QEMU 8.0 and later would use it; user {user} can't: {error}");
             let item = Item::new(DEVICE, State::Degraded, says);
             item.remedied(format!("setfacl -m u:{user}:rw {DEVICE}"))
         }
@@ -129,7 +129,7 @@ fn kvm() -> Item {
             item.remedied(format!("setfacl -m u:{user}:rw {device}"))
         }
         Err(error) => {
-            let says = format!("{device} can't be opened ({error}): only guests without KVM");
+            let says = format!("only guests without KVM can be reverted; {device}: {error}");
             Item::new("KVM", State::Degraded, says)
                 .remedied("modprobe -a kvm_intel kvm_amd".to_owned())
         }
@@ -158,8 +158,8 @@ fn huge_pages() -> Item {
 
 fn memory() -> Item {
     match MemInfo::read() {
-        Ok(MemInfo { total, free }) => {
-            let says = format!("{} MiB, of which {} are unused", total >> 20, free >> 20);
+        Ok(MemInfo { total, available, .. }) => {
+            let says = format!("{} MiB, of which {} are available", total >> 20, available >> 20);
             Item::new("memory", State::Ok, says)
         }
         Err(error) => Item::new("memory", State::Degraded, format!("/proc/meminfo: {error}")),

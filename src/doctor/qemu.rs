@@ -103,10 +103,10 @@ fn examine_one(path: &Path) -> Item {
     };
     let reverts = match qemu.reverts() {
         Reverts::Instant => "reverts at once",
-        Reverts::Mapped => "reverts at once from flat images, else memory comes first",
-        _ => "reverts, all memory first",
+        Reverts::Mapped => "reverts flat images at once, others eagerly",
+        _ => "reverts eagerly (all memory first)",
     };
-    let maps = if qemu.map { ", can map flat images" } else { "" };
+    let maps = if qemu.map && qemu.postcopy { ", can map flat images" } else { "" };
     let (state, remedy) = match qemu.background_snapshot && qemu.postcopy {
         true => (State::Ok, None),
         false => {
@@ -121,7 +121,9 @@ fn examine_one(path: &Path) -> Item {
 /// Starts a QEMU and asks it.
 fn ask(path: &Path) -> Result<QemuAbilities, String> {
     let mut command = Command::new(path);
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    // The first of these that it has; without a machine, none of them does anything.
+    command.args(["-machine", "none,accel=tcg:qtest:kvm"]);
     command.args(["-incoming", "defer", "-qmp", "stdio"]);
     let answer = answer(command, questions(), LIMIT, &Cancellation::new())
         .map_err(|error| error.to_string())?;

@@ -14,7 +14,7 @@ use super::options::Placement;
 use super::source::{LastWord, PostcopyEvent};
 use crate::image::{Cursor, Image, ImageError, Piece, Sections};
 use crate::memory::FaultReport;
-use crate::page::PageSource;
+use crate::page::{BlockId, PAGE_SIZE, Page, PageSource};
 use crate::wire::{
     Frame, ReturnPath, ReturnPathMessage, end_of_ram, open_return_path, ping, precopy_opening, tail,
 };
@@ -112,14 +112,21 @@ impl Sending {
     /// Sends everything.
     fn send(&mut self) -> Result<(), PostcopyError> {
         let image = &self.stream.image;
-        let read = |error: ImageError| PostcopyError::Read(error);
+        let unread = |page: Page, source: ImageError| PostcopyError::Read {
+            block: image.blocks()[page.block.index()].name.clone(),
+            offset: page.number * PAGE_SIZE as u64,
+            source: source.into(),
+        };
         let write = |mut socket: &UnixStream, bytes: &[u8]| {
             socket.write_all(bytes).map_err(PostcopyError::Stream)
         };
         write(&self.socket, &self.stream.opening)?;
         let mut frame = Frame::default();
-        let mut pages = Cursor::over_all(image).map_err(read)?;
-        while let Some(piece) = pages.next_piece().map_err(read)? {
+        let first = Page { block: BlockId(0), number: 0 };
+        let mut pages = Cursor::over_all(image).map_err(|error| unread(first, error))?;
+        while let Some(page) = pages.page() {
+            let piece = pages.next_piece().map_err(|error| unread(page, error))?;
+            let Some(piece) = piece else { break };
             let run = piece.run();
             let block = &image.blocks()[run.block.index()];
             let bytes = match piece {

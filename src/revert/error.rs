@@ -143,9 +143,16 @@ pub enum PostcopyError {
     /// Some blocks can't be installed directly, though nothing else was asked for.
     #[error("memory can't be installed by userfaultfd: these blocks were not found in QEMU: {0}")]
     Unproven(String),
-    /// The image can't be read.
-    #[error(transparent)]
-    Read(ImageError),
+    /// Memory can't be read from the image.
+    #[error("memory of block {block} at offset {offset:#x} can't be read: {source}")]
+    Read {
+        /// The block's name.
+        block: String,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// What is wrong with the image.
+        source: Box<ImageError>,
+    },
     /// An ordinary stream could not be sent to its end.
     #[error("QEMU closed the migration stream before it had loaded all of the guest ({0})")]
     Stream(std::io::Error),

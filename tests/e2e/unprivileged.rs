@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 
 use crate::bare::Bare;
+use crate::damage::{DATA, flip, region};
 use crate::harness::{Dir, Reverted, Snapback, text};
 use crate::serving::Waiting;
 use crate::shared::{Shared, shared};
@@ -24,6 +25,7 @@ tests! {
     postcopy_that_was_asked_for_is_refused_in_words
     a_filter_is_told_from_a_setting
     an_eager_revert_can_be_interrupted
+    damaged_memory_ends_an_eager_revert
     the_doctor_answers_for_its_user
 }
 
@@ -146,6 +148,17 @@ fn an_eager_revert_can_be_interrupted(dir: &Dir) -> Result<()> {
     if ended.code != Some(0) {
         assert!(ended.failure()?.contains("interrupted"), "{ended:?}");
     }
+    Ok(())
+}
+
+fn damaged_memory_ends_an_eager_revert(dir: &Dir) -> Result<()> {
+    let (shared, image) = copied(dir, Qemu::V7)?;
+    flip(&image, region(&image, DATA)?.start + 100)?;
+    let to = dir.make("reverted")?;
+    let revert = dir.revert(&image, &shared.from, &to).with(&["--place", "eager"]);
+    let refusal = revert.fail()?;
+    let says = refusal.contains("memory of block ") && refusal.contains(" at offset 0x");
+    assert!(says && refusal.contains(text(&image)), "{refusal}");
     Ok(())
 }
 
