@@ -108,6 +108,7 @@ pub mod error {
     pub use crate::guest::GuestError;
     pub use crate::host::PageSizeError;
     pub use crate::host::in_use::ReadError;
+    pub use crate::host::rights::Lack;
     pub use crate::host::uffd::UffdError;
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;

@@ -2,7 +2,7 @@
 //! user who asks. Nothing is changed, and no guest is touched.
 //!
 //! [`examine`] asks; each [`Item`] says what it found and what it means, and names the command
-//! that mends it.
+//! that fixes it.
 
 mod host;
 mod libvirt;
@@ -36,7 +36,7 @@ pub struct Item {
     pub state: State,
     /// What was found, and what it means.
     pub says: String,
-    /// A command, mostly root's, that mends it. None where nothing needs it or nothing can.
+    /// A command, mostly root's, that fixes it. None where nothing needs it or nothing can.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub remedy: Option<String>,
     /// Of a QEMU: what it can do.

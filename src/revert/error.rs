@@ -144,7 +144,7 @@ pub enum PostcopyError {
     #[error("memory can't be installed by userfaultfd: these blocks were not found in QEMU: {0}")]
     Unproven(String),
     /// Memory can't be read from the image.
-    #[error("memory of block {block} at offset {offset:#x} can't be read: {source}")]
+    #[error("the memory at offset {offset:#x} of block `{block}` can't be had: {source}")]
     Read {
         /// The block's name.
         block: String,

@@ -157,7 +157,7 @@ fn damaged_memory_ends_an_eager_revert(dir: &Dir) -> Result<()> {
     let to = dir.make("reverted")?;
     let revert = dir.revert(&image, &shared.from, &to).with(&["--place", "eager"]);
     let refusal = revert.fail()?;
-    let says = refusal.contains("memory of block ") && refusal.contains(" at offset 0x");
+    let says = refusal.contains("of block `") && refusal.contains("at offset 0x");
     assert!(says && refusal.contains(text(&image)), "{refusal}");
     Ok(())
 }
