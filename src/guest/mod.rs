@@ -11,6 +11,8 @@ mod described;
 mod disk_tests;
 mod disks;
 mod error;
+#[cfg(test)]
+mod network_tests;
 mod process;
 mod record;
 mod start;
@@ -32,4 +34,5 @@ pub use record::capture;
 pub use start::collisions::exclusive_paths;
 pub use start::mapping::MappedMemory;
 pub use start::plan::{Note, StartPlan};
+pub use start::ports::NewPort;
 pub use start::rewrite::{RewriteOptions, rewrite};

@@ -7,6 +7,7 @@ use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
+use crate::guest::start::netdevs::OF_THE_CARD;
 
 /// Number of the first hub used, far above any that a command line would use. Each network card
 /// gets a hub of its own.
@@ -40,6 +41,11 @@ pub(in crate::guest) fn isolate(
             "serial" | "parallel" | "debugcon" if is_backend(option) => {
                 option.value = Some("null".to_owned());
             }
+            "spice" => without_port(option),
+            "vnc" => option.value = Some("none".to_owned()),
+            "display" if Params::parse(option.value()).get("vnc").is_some() => {
+                option.value = Some("vnc=none".to_owned());
+            }
             "chardev" => {
                 let mux = if Spec::parse(option.value()).flag("mux") == Some(true) {
                     ",mux=on"
@@ -61,6 +67,14 @@ pub(in crate::guest) fn isolate(
     Ok(())
 }
 
+/// Spice without anything to connect to. Its displays are the guest's, so it stays.
+fn without_port(option: &mut CommandOption) {
+    let mut params = Params::parse(option.value());
+    ["tls-port", "addr", "unix"].into_iter().for_each(|key| params.remove(key));
+    params.set("port", "0");
+    option.value = Some(params.to_string());
+}
+
 /// Whether a device's option defines its backend, rather than naming a `-chardev` or none.
 fn is_backend(option: &CommandOption) -> bool {
     !option.value().starts_with("chardev:") && option.value() != "none"
@@ -74,7 +88,6 @@ fn is_old_backend(option: &CommandOption) -> bool {
 /// The value of a `-netdev` or `-nic`, connected to a hub of its own instead. A `-nic` keeps
 /// its card's properties; `None` for one without a card.
 fn unplugged(option: &CommandOption, hub: u32) -> Option<String> {
-    const OF_THE_CARD: [&str; 5] = ["id", "model", "mac", "addr", "vectors"];
     let spec = Spec::parse(option.value());
     if spec.get_or_implied("type") == Some("none") {
         return None;
@@ -111,6 +124,14 @@ mod tests {
             "-nodefaults -netdev hubport,hubid=900000,id=n0 -device e1000,netdev=n0 \
              -nic hubport,hubid=900001,model=e1000,mac=52:54:00:11:22:33 -nic none \
              -serial null -serial chardev:c0 -parallel none -chardev null,id=c0,mux=on -snapshot"
+        );
+        assert_eq!(
+            isolated("-net none -vnc :1,to=9 -display vnc=:1"),
+            "-net none -vnc none -display vnc=none -snapshot"
+        );
+        assert_eq!(
+            isolated("-net none -spice unix=on,addr=/s,tls-port=7,disable-ticketing=on"),
+            "-net none -spice disable-ticketing=on,port=0 -snapshot"
         );
         assert_eq!(isolated("-net nic,model=e1000 -net user"), "-net nic,model=e1000 -snapshot");
         assert_eq!(isolated(""), "-net nic -snapshot");
