@@ -7,6 +7,7 @@
 mod board;
 mod command_line;
 mod described;
+mod devices;
 #[cfg(test)]
 mod disk_tests;
 mod disks;
@@ -23,6 +24,7 @@ pub use board::Board;
 pub use command_line::parameters::{Params, Spec};
 pub use command_line::{Arg, CommandLine, CommandOption};
 pub use described::{describe, describe_foreign, named_machine_type};
+pub use devices::record_hotplug;
 pub use disks::attached::{FoundDisk, disks};
 pub use disks::drives::check_given;
 pub use disks::overlay::{Overlay, OverlayOptions};

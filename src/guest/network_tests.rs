@@ -84,6 +84,7 @@ fn backends_of_cards_are_replaced_and_the_cards_kept() {
         ("tap,id=n,fd=24", "tap,ifname=no-such-tap", "tap,ifname=no-such-tap,id=n"),
         ("tap,fds=3:4,id=n,vhostfds=5:6", "user,id=other", "user,id=n"),
         (r#"{"type":"tap","fd":"24","id":"n"}"#, "user", "user,id=n"),
+        ("socket,id=n,connect=h:1", "hubport,hubid=7", "hubport,hubid=7,id=n"),
         ("user,id=n", r#"{"type":"user"}"#, r#"{"id":"n","type":"user"}"#),
     ] {
         let args = ["-netdev", old, card[0], card[1]];
@@ -97,6 +98,17 @@ fn backends_of_cards_are_replaced_and_the_cards_kept() {
     let old = ["-net", "nic,model=e1000", "-net", "tap,id=n,fd=3"];
     let expected = ["-net", "nic,model=e1000", "-net", "user,id=n"];
     assert_eq!(rewritten(&old, &with_netdev("n", "user")).0, expected);
+}
+
+#[test]
+fn the_state_of_a_user_network_finds_a_place() {
+    let args = ["-netdev", "user,id=n", "-netdev", "user,id=m", "-device", "e1000,netdev=n"];
+    let (line, _) = rewritten(&args, &with_netdev("n", "hubport,hubid=7"));
+    assert_eq!(
+        line[..4],
+        ["-netdev", "user,restrict=on,id=snapback-n", "-netdev", "hubport,hubid=7,id=n"]
+    );
+    assert_eq!(line[4..], args[2..]);
 }
 
 #[test]

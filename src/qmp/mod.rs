@@ -6,6 +6,7 @@
 
 mod block;
 mod commands;
+mod devices;
 mod error;
 mod event;
 mod message;
@@ -31,6 +32,7 @@ use tokio::task::JoinHandle;
 
 pub use block::{BlockEdge, BlockNode, Job};
 pub use commands::{BlockDevice, MigrationInfo, RamBlock, RamInfo};
+pub use devices::{Chardev, CpuSlot, DeviceProperty, Network, QomChild};
 pub use error::QmpError;
 pub use event::{EVENT_QUEUE, Event, Events};
 pub use message::MAX_MESSAGE;

@@ -13,8 +13,8 @@ use crate::bare::{Bare, query};
 use crate::harness::{Dir, Ended, Running, Snapback, check, text, wait_gone};
 use crate::killed::{STOP_AT, kill_at_its_step};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, cont, convert,
-    debian, qmp, query_status, stop, wait_for,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, cont,
+    convert, debian, qmp, query_status, stop, wait_for,
 };
 use crate::{tests, tests_on_both};
 
@@ -29,7 +29,7 @@ tests! {
 tests_on_both! {
     memory_and_disks_are_of_one_moment
     a_disk_is_left_out_by_any_of_its_names
-    a_disk_that_was_plugged_in_is_captured_with_a_warning
+    a_disk_that_was_plugged_in_is_captured_and_reverted
     a_disk_on_ahci_is_captured_and_reverted
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
@@ -255,7 +255,7 @@ fn a_disk_is_left_out_by_any_of_its_names(dir: &Dir, qemu: Qemu) -> Result<()> {
     Ok(())
 }
 
-fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) -> Result<()> {
+fn a_disk_that_was_plugged_in_is_captured_and_reverted(dir: &Dir, qemu: Qemu) -> Result<()> {
     let watched = Watched::start(dir, qemu, &[])?;
     let check = || dir.snapback(&["check", "--qmp", text(&watched.bare.socket)]).succeed();
     let warnings = |events: &[Value]| events.iter().filter(|item| item["warning"] == true).count();
@@ -267,18 +267,19 @@ fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) 
     let node = json!({"driver": "raw", "node-name": "hot", "file": file});
     qmp(&watched.side, "blockdev-add", node)?;
     qmp(&watched.side, "device_add", json!({"driver": "virtio-blk-pci", "drive": "hot"}))?;
-    let items = check()?.events;
-    assert_eq!(warnings(&items), 1);
-    let warning = items.iter().find(|item| item["warning"] == true).ok_or("no warning")?;
-    assert_eq!((&warning["item"], &warning["ok"]), (&json!("revert"), &json!(true)));
-    assert!(warning["says"].to_string().contains("hot.raw"), "{warning}");
+    assert_eq!(warnings(&check()?.events), 0);
 
     let ended = watched.save(dir).succeed()?;
-    assert_eq!(ended.steps(), ["checked", "warning", "ready", "moment", "saved"]);
-    // As was said.
-    let reverted = dir.snapback(&["revert", text(&dir.path("vm.snap"))]).fail()?;
-    assert!(ended.event("warning")?["says"].as_str().is_some_and(|says| reverted == says));
-    Ok(())
+    assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
+    let captured = ended.event("checked")?["captured_disks"].to_string();
+    assert!(captured.contains("hot.raw"), "{captured}");
+    let image = dir.path("vm.snap");
+    let reverted = dir.snapback(&["revert", text(&image)]).succeed()?;
+    let disk = |event: &&Value| event["event"] == "disk" && event["frozen"] == text(&hot);
+    let overlay = reverted.events.iter().find(disk).ok_or("it has no overlay")?;
+    assert!(overlay["overlay"].is_string());
+    let pid = reverted.event("running")?["pid"].as_u64().ok_or("no process")? as u32;
+    Pidfd::open(pid)?.kill()
 }
 
 /// The guests' kernel has no driver for AHCI (`tests/guest/README.md`): QEMU itself writes for

@@ -12,6 +12,7 @@ use crate::tests_on_both;
 tests_on_both! {
     a_guest_with_ports_comes_back_beside_the_living
     a_tap_in_use_is_refused_and_replaced
+    a_user_network_becomes_a_tap
     a_log_goes_on
 }
 
@@ -77,6 +78,16 @@ fn a_tap_in_use_is_refused_and_replaced(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert!(note.as_str().is_some_and(|note| note.ends_with("by -netdev user,id=net0")), "{note}");
     drop(bare);
     revert_and_end(dir, &[text(&image)]).map(drop)
+}
+
+fn a_user_network_becomes_a_tap(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let args = ["-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="];
+    let bare = Bare::start(dir, qemu, &args)?;
+    let image = dir.path("vm.snap");
+    dir.snapback(&["save", "--qmp", text(&bare.socket), text(&image)]).succeed()?;
+    let tap = format!("su{}v{}", std::process::id() % 1_000_000, qemu as usize);
+    let network = format!("net0=tap,ifname={tap},script=no,downscript=no");
+    revert_and_end(dir, &[text(&image), "--netdev", &network]).map(drop)
 }
 
 fn a_log_goes_on(dir: &Dir, qemu: Qemu) -> Result<()> {

@@ -5,7 +5,7 @@
 use crate::guest::GuestError;
 use crate::guest::command_line::backend;
 use crate::guest::command_line::parameters::{Params, Spec};
-use crate::guest::command_line::{CommandLine, CommandOption};
+use crate::guest::command_line::{Arg, CommandLine, CommandOption};
 use crate::guest::start::plan::Note;
 
 /// The parts of a `-nic` that describe its card, not its backend.
@@ -32,6 +32,9 @@ pub(super) fn replace_in_line(
         let what = format!("replaced {option} by {new}");
         notes.push(Note::new(what, format!("`RewriteOptions::netdevs` {id}={spec}")));
         let old = std::mem::replace(option, new);
+        if is_user(&old) {
+            keep_state_of_user_network(line, id);
+        }
         drop_unused_chardev(line, &old);
     }
     Ok(())
@@ -71,6 +74,28 @@ fn with_backend(option: &CommandOption, id: &str, spec: &str) -> Result<CommandO
         }
     }
     Ok(CommandOption { value: Some(new.to_string()), ..option.clone() })
+}
+
+fn is_user(option: &CommandOption) -> bool {
+    Spec::parse(option.value()).get_or_implied("type") == Some("user")
+}
+
+/// The state of a user network is part of the machine's: QEMU fails to load it where there is
+/// none. One that leads nowhere, and to which no card is connected, takes it instead. It has the
+/// old one's place, since several are told apart by their order.
+fn keep_state_of_user_network(line: &mut CommandLine, id: &str) {
+    let replaced = |arg: &Arg| match arg {
+        Arg::Option(option) => netdev_id(option).as_deref() == Some(id),
+        Arg::Image(_) => false,
+    };
+    let Some(at) = line.args.iter().position(replaced) else { return };
+    if matches!(&line.args[at], Arg::Option(option) if is_user(option)) {
+        return;
+    }
+    let mut unconnected = Params::parse("user,restrict=on");
+    unconnected.set("id", &format!("snapback-{id}"));
+    let option = CommandOption::new("netdev", unconnected.to_string());
+    line.args.insert(at, Arg::Option(option));
 }
 
 /// Drops the `-chardev` of a backend that is replaced, such as that of `vhost-user`.
