@@ -154,8 +154,8 @@ pub struct DiskFile {
     pub stamp: Option<FileStamp>,
 }
 
-/// What an unchanged file is recognised by; [`guest::stamp`](crate::guest::stamp) tells how
-/// it is computed.
+/// What an unchanged file is recognised by; `guest/disks/stamp.rs` and docs/format.md
+/// tell how it is computed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileStamp {
     /// Length in bytes.

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::image::format::layout::*;
+use crate::image::read::verify::MAX_DAMAGES;
 use crate::image::write::index::check_index;
 use crate::machine::{Machine, QemuVersion};
 use crate::page::{

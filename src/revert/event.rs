@@ -50,7 +50,7 @@ pub enum RevertEvent {
         /// Ports of this host that were replaced ([`RewriteOptions::ports`]): the new one for
         /// each recorded one.
         ///
-        /// [`RewriteOptions::ports`]: crate::guest::RewriteOptions::ports
+        /// [`RewriteOptions::ports`]: crate::RewriteOptions::ports
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "ports")]
         ports: BTreeMap<u16, u16>,
     },

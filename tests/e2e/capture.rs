@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
@@ -14,7 +15,7 @@ use crate::harness::{Dir, Ended, Running, Snapback, check, text, wait_gone};
 use crate::killed::{STOP_AT, kill_at_its_step};
 use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, cont,
-    convert, debian, qmp, query_status, stop, wait_for,
+    convert, debian, qmp, query_status, run, stop, wait_for,
 };
 use crate::{tests, tests_on_both};
 
@@ -428,13 +429,17 @@ fn whatever_fails_the_disks_are_as_before(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert!(refusal.contains("--overlay-dir"), "{refusal}");
     watched.is_as_before(dir)?;
 
-    // QEMU refuses to migrate, its disks switched already. Last: the device stays.
+    // QEMU refuses to migrate, its disks switched already: a node of this format forbids it.
+    let file = dir.path("strange.vdi");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vdi", text(&file), "1M"]))?;
     let saving = just_before_the_pause(dir, &watched, |qmp| {
-        qmp.execute("device_add", json!({ "driver": "nvme", "serial": "x" })).map(drop)
+        let file = json!({ "driver": "file", "filename": file });
+        let node = json!({ "driver": "vdi", "node-name": "strange", "file": file });
+        qmp.execute("blockdev-add", node).map(drop)
     })?;
     let ended = saving.end()?;
     let refusal = ended.failure()?;
-    assert!(refusal.contains("non-migratable device") && refusal.contains("nvme"), "{refusal}");
+    assert!(refusal.contains("vdi") && refusal.contains("live migration"), "{refusal}");
     assert_eq!(ended.event("folded")?["disk"], format!("system ({})", text(&watched.disk)));
     watched.is_as_before(dir)
 }
@@ -475,6 +480,14 @@ fn a_guest_that_somebody_stops_meanwhile_is_left_alone(dir: &Dir, qemu: Qemu) ->
     let saving =
         just_before_the_pause(dir, &watched, |qmp| qmp.execute("cont", json!({})).map(drop))?;
     assert!(saving.end()?.failure()?.contains("`running`"));
+    watched.is_as_before(dir)?;
+
+    // A device that came after the checks is in no record.
+    let saving = just_before_the_pause(dir, &watched, |qmp| {
+        qmp.execute("device_add", json!({ "driver": "e1000" })).map(drop)
+    })?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.contains("plugged in or removed"), "{refusal}");
     watched.is_as_before(dir)
 }
 

@@ -20,6 +20,7 @@ mod removed;
 use serde_json::{Map, Value, json};
 
 use self::backends::Backends;
+pub use self::peripherals::device_paths;
 use self::peripherals::{Peripheral, in_order, peripherals};
 use self::properties::Properties;
 use self::refused::Refused;
@@ -33,6 +34,7 @@ use crate::qmp::{Qmp, QmpError};
 /// Brings a record up to date with the machine as it is: the command line, the list of what
 /// was plugged in and out, and the nodes by which plugged disks are found on the command
 /// line. `allow_missing` names devices that may be left out if no option can give them.
+/// Returns the devices of the machine, as [`device_paths`] does.
 ///
 /// # Errors
 /// [`GuestError::NotReplayable`] names the devices that no option can give,
@@ -42,10 +44,11 @@ pub async fn record_hotplug(
     machine: &mut Machine,
     disks: &mut [FoundDisk],
     allow_missing: &[String],
-) -> Result<(), GuestError> {
-    let Some((program, args)) = machine.argv.split_first() else { return Ok(()) };
+) -> Result<Vec<String>, GuestError> {
+    let (program, args) = machine.argv.split_first().ok_or(GuestError::EmptyCommandLine)?;
     let mut line = CommandLine::parse(args);
-    let devices = peripherals(qmp).await?;
+    let paths = device_paths(qmp).await?;
+    let devices = peripherals(qmp, &paths).await?;
     let plugged: Vec<Peripheral> = in_order(devices.iter().filter(|device| device.hotplugged));
     refused::check_names(allow_missing, &plugged)?;
 
@@ -81,7 +84,7 @@ pub async fn record_hotplug(
         machine.argv = std::iter::once(program).chain(line.into_args()).collect();
         machine.hotplug = hotplug;
     }
-    Ok(())
+    Ok(paths)
 }
 
 /// Tells the options whose devices are there from those whose devices are gone.

@@ -6,7 +6,7 @@ use crate::guest::disks::attached::FoundDisk;
 use crate::qmp::{Qmp, QmpError};
 
 /// Where QEMU keeps devices with an id, and those without.
-const FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+const DIRECTORIES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// A device that somebody gave the machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -57,27 +57,39 @@ fn is_below(path: &str, above: &str) -> bool {
     path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/'))
 }
 
-/// All devices that were given to the machine.
-pub(super) async fn peripherals(qmp: &Qmp) -> Result<Vec<Peripheral>, QmpError> {
+/// The paths in QEMU's object tree of all devices that were given to the machine, sorted.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn device_paths(qmp: &Qmp) -> Result<Vec<String>, QmpError> {
+    let mut paths = Vec::new();
+    for directory in DIRECTORIES {
+        let children = qmp.qom_children(directory).await?;
+        paths.extend(children.into_iter().map(|child| format!("{directory}/{}", child.name)));
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// The devices at these paths, as far as they are still there.
+pub(super) async fn peripherals(qmp: &Qmp, paths: &[String]) -> Result<Vec<Peripheral>, QmpError> {
     let mut devices = Vec::new();
-    for folder in FOLDERS {
-        for child in qmp.qom_children(folder).await? {
-            let path = format!("{folder}/{}", child.name);
-            let hotplugged = qmp.qom_value(&path, "hotplugged").await?;
-            let bus = qmp.qom_value(&path, "parent_bus").await?;
-            devices.push(Peripheral {
-                id: (folder == FOLDERS[0]).then_some(child.name),
-                driver: child.kind,
-                hotplugged: hotplugged.and_then(|value| value.as_bool()).unwrap_or(false),
+    for path in paths {
+        let Some(Value::String(driver)) = qmp.qom_value(path, "type").await? else { continue };
+        let hotplugged = qmp.qom_value(path, "hotplugged").await?;
+        let bus = qmp.qom_value(path, "parent_bus").await?;
+        let id = path.strip_prefix(DIRECTORIES[0]).and_then(|rest| rest.strip_prefix('/'));
+        devices.push(Peripheral {
+            path: path.clone(),
+            id: id.map(str::to_owned),
+            driver,
+            hotplugged: hotplugged == Some(Value::Bool(true)),
+            bus: match bus {
                 // The path is empty where there is no bus.
-                bus: bus
-                    .as_ref()
-                    .and_then(Value::as_str)
-                    .filter(|bus| !bus.is_empty())
-                    .map(str::to_owned),
-                path,
-            });
-        }
+                Some(Value::String(bus)) if !bus.is_empty() => Some(bus),
+                _ => None,
+            },
+        });
     }
     Ok(devices)
 }

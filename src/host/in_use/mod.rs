@@ -11,9 +11,9 @@ mod sockets;
 mod table;
 mod taps;
 
-pub use files::{FileId, Holder, has_open, holders};
+pub use files::{Holder, has_open, holders};
 pub use owner::Owner;
-pub use ports::{Bound, Port, Protocol, bound_over, free_port};
+pub use ports::{Port, Protocol, bound_over, free_port};
 pub use sockets::{Address, is_listening};
 pub use table::ReadError;
 pub use taps::{Attached, attached};

@@ -11,4 +11,4 @@ pub use process::{
     arguments, descriptor_link, descriptors, memory_in_use, owner, path, processes,
     resident_memory, started,
 };
-pub use system::{MemInfo, cpu_model, sysctl};
+pub use system::{MemInfo, cpu_model};

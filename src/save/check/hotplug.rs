@@ -6,15 +6,16 @@ use crate::qmp::Qmp;
 use crate::save::error::SaveError;
 use crate::save::options::SaveOptions;
 
-/// Brings the machine's record up to date. A device that a revert can't bring back is an error,
-/// unless it may be left out.
+/// Brings the machine's record up to date, and returns its devices. A device that a revert can't
+/// bring back is an error, unless it may be left out.
 pub(super) async fn check_hotplug(
     qmp: &Qmp,
     machine: &mut Machine,
     disks: &mut [FoundDisk],
     options: &SaveOptions,
-) -> Result<((), String), SaveError> {
-    guest::record_hotplug(qmp, machine, disks, &options.allow_missing_devices).await?;
+) -> Result<(Vec<String>, String), SaveError> {
+    let allowed = &options.allow_missing_devices;
+    let devices = guest::record_hotplug(qmp, machine, disks, allowed).await?;
     let Hotplug { added, removed, missing, .. } = &machine.hotplug;
     let says = match machine.hotplug.is_empty() {
         true => "the machine is the one that QEMU was started with".to_owned(),
@@ -25,5 +26,5 @@ pub(super) async fn check_hotplug(
             removed.len()
         ),
     };
-    Ok(((), says))
+    Ok((devices, says))
 }

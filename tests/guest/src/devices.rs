@@ -43,11 +43,11 @@ pub fn list() -> io::Result<String> {
 
 /// Brings all vCPUs online; how many there are then.
 pub fn online_cpus() -> io::Result<usize> {
-    let folder = "/sys/devices/system/cpu";
+    let directory = "/sys/devices/system/cpu";
     let is_cpu = |name: &str| name.strip_prefix("cpu").is_some_and(|n| n.parse::<u32>().is_ok());
     let mut count = 0;
-    for cpu in names(folder).into_iter().filter(|name| is_cpu(name)) {
-        let switch = format!("{folder}/{cpu}/online");
+    for cpu in names(directory).into_iter().filter(|name| is_cpu(name)) {
+        let switch = format!("{directory}/{cpu}/online");
         // The first can't be switched off, and has no switch.
         if Path::new(&switch).exists() && read(&switch)? == "0" {
             fs::write(&switch, "1")?;
@@ -59,9 +59,9 @@ pub fn online_cpus() -> io::Result<usize> {
 
 /// Takes plugged memory into use, for the pages of programs; MiB of memory then.
 pub fn online_memory() -> io::Result<u64> {
-    let folder = "/sys/devices/system/memory";
-    for block in names(folder).into_iter().filter(|name| name.starts_with("memory")) {
-        let state = format!("{folder}/{block}/state");
+    let directory = "/sys/devices/system/memory";
+    for block in names(directory).into_iter().filter(|name| name.starts_with("memory")) {
+        let state = format!("{directory}/{block}/state");
         if read(&state)? == "offline" {
             fs::write(&state, "online_movable")?;
         }
@@ -81,9 +81,9 @@ pub fn random() -> io::Result<String> {
 
 /// Writes a line to the virtio-serial port of that name.
 pub fn say(port: &str, line: &str) -> io::Result<()> {
-    let folder = "/sys/class/virtio-ports";
-    let is_it = |name: &String| read(format!("{folder}/{name}/name")).is_ok_and(|n| n == port);
-    let Some(device) = names(folder).into_iter().find(is_it) else {
+    let directory = "/sys/class/virtio-ports";
+    let is_it = |name: &String| read(format!("{directory}/{name}/name")).is_ok_and(|n| n == port);
+    let Some(device) = names(directory).into_iter().find(is_it) else {
         return Err(io::Error::other("there is no such port"));
     };
     let mut port = OpenOptions::new().write(true).open(format!("/dev/{device}"))?;
