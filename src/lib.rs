@@ -86,7 +86,7 @@ pub use cancel::Cancellation;
 pub use exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export, import,
 };
-pub use guest::{OverlayOptions, RewriteOptions};
+pub use guest::{NewPort, OverlayOptions, RewriteOptions};
 pub use identity::Identity;
 pub use image::journeys::{FlattenOptions, VerifyOptions, flatten, verify};
 pub use image::{
@@ -107,7 +107,7 @@ pub use save::{
 pub mod error {
     pub use crate::guest::GuestError;
     pub use crate::host::PageSizeError;
-    pub use crate::host::in_use::ReadError;
+    pub use crate::host::in_use::{Protocol, ReadError};
     pub use crate::host::rights::Lack;
     pub use crate::host::uffd::UffdError;
     pub use crate::memory::{MemoryError, WorkingSetError};

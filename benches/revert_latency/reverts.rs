@@ -114,7 +114,7 @@ pub async fn ours(image: &Path, recorded: &Path, placement: Placement) -> Result
     let reverted = revert(&options, Cancellation::new(), |event| match event {
         RevertEvent::QemuReady { .. } => told.ready = start.elapsed(),
         RevertEvent::Placing { placement, .. } => told.placement = placement,
-        RevertEvent::Running { pid: Some(pid) } => {
+        RevertEvent::Running { pid: Some(pid), .. } => {
             told.running = start.elapsed();
             rss = resident_kib(pid as u32);
         }

@@ -34,6 +34,7 @@ use self::runs::{How, bring_back};
 use self::setup::Setup;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
+use crate::guest::NewPort;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
@@ -59,6 +60,10 @@ pub struct BenchOptions {
     ///
     /// [`RewriteOptions::paths`]: crate::guest::RewriteOptions::paths
     pub paths: Vec<(String, String)>,
+    /// As [`RewriteOptions::ports`].
+    ///
+    /// [`RewriteOptions::ports`]: crate::guest::RewriteOptions::ports
+    pub ports: Vec<(u16, NewPort)>,
     /// The signs of life to wait for.
     pub sign: Option<Sign>,
     /// More arguments for QEMU.
@@ -75,6 +80,7 @@ impl BenchOptions {
             cold: false,
             qemu: None,
             paths: Vec::new(),
+            ports: Vec::new(),
             sign: None,
             extra: Vec::new(),
         }

@@ -8,6 +8,7 @@ mod doctor;
 mod exchange;
 mod flags;
 mod flatten;
+mod host;
 mod output;
 mod report;
 mod rtc;
@@ -78,6 +79,8 @@ struct RevertArgs {
     /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    host: host::HostArgs,
     #[command(flatten)]
     disks: disks::RevertDisksArgs,
     #[command(flatten)]
@@ -376,7 +379,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        rewrite: args.disks.apply(rewrite),
+        rewrite: args.host.apply(args.disks.apply(rewrite)),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),

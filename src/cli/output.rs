@@ -291,7 +291,11 @@ impl Output {
                 };
                 self.say("placing", &format!("{way}: {reason}"));
             }
-            RevertEvent::Running { .. } => self.say("running", "the guest runs"),
+            RevertEvent::Running { ports, .. } => {
+                let ports: Vec<_> =
+                    ports.iter().map(|(old, new)| format!("; port {old} is {new}")).collect();
+                self.say("running", &format!("the guest runs{}", ports.concat()));
+            }
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
             }

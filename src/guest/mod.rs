@@ -12,6 +12,8 @@ mod devices;
 mod disk_tests;
 mod disks;
 mod error;
+#[cfg(test)]
+mod network_tests;
 mod process;
 mod record;
 mod rights;
@@ -36,4 +38,5 @@ pub use rights::userfaultfd_lack;
 pub use start::collisions::exclusive_paths;
 pub use start::mapping::MappedMemory;
 pub use start::plan::{Note, StartPlan};
+pub use start::ports::NewPort;
 pub use start::rewrite::{RewriteOptions, rewrite};

@@ -33,6 +33,7 @@ mod killed;
 mod libvirt;
 mod mapping;
 mod moments;
+mod ports;
 mod serving;
 mod sessions;
 mod trouble;

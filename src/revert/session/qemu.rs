@@ -1,5 +1,6 @@
 //! The QEMU of a session: ours, or somebody else's.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub(super) enum Qemu {
         qmp: Qmp,
         /// All its events from its start on.
         said: Events,
+        /// Ports of this host that were replaced, by their recorded ones.
+        ports: BTreeMap<u16, u16>,
     },
     /// One that somebody else has started.
     Theirs {
@@ -40,9 +43,18 @@ pub(super) enum Qemu {
 
 impl Qemu {
     /// One that we have started.
-    pub fn ours(process: Process, qmp: Qmp) -> Qemu {
+    pub fn ours(process: Process, qmp: Qmp, ports: BTreeMap<u16, u16>) -> Qemu {
         let said = qmp.events();
-        Qemu::Ours { process, qmp, said }
+        Qemu::Ours { process, qmp, said, ports }
+    }
+
+    /// Ports of this host that were replaced, by their recorded ones.
+    pub fn ports(&self) -> &BTreeMap<u16, u16> {
+        static NONE: BTreeMap<u16, u16> = BTreeMap::new();
+        match self {
+            Qemu::Ours { ports, .. } => ports,
+            Qemu::Theirs { .. } => &NONE,
+        }
     }
 
     /// Its QMP, if we speak to it.

@@ -1,0 +1,22 @@
+//! A table of /proc, read as a whole.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+/// Something of /proc could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("can't read {path}: {source}", path = path.display())]
+pub struct ReadError {
+    /// The file.
+    pub path: PathBuf,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+/// A file of /proc as text.
+pub(super) fn read(path: &str) -> Result<String, ReadError> {
+    fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .map_err(|source| ReadError { path: path.into(), source })
+}
