@@ -11,6 +11,9 @@ pub struct MemInfo {
     pub total: u64,
     /// What holds nothing at all, not even a file's content (`MemFree`).
     pub free: u64,
+    /// What new memory can be had of without swapping: what is free, and what files can give
+    /// back (`MemAvailable`).
+    pub available: u64,
 }
 
 impl MemInfo {
@@ -21,7 +24,11 @@ impl MemInfo {
     pub fn read() -> io::Result<MemInfo> {
         let text = fs::read_to_string("/proc/meminfo")?;
         let bytes = |name| bytes_of(&text, name).ok_or(io::ErrorKind::InvalidData);
-        Ok(MemInfo { total: bytes("MemTotal")?, free: bytes("MemFree")? })
+        Ok(MemInfo {
+            total: bytes("MemTotal")?,
+            free: bytes("MemFree")?,
+            available: bytes("MemAvailable")?,
+        })
     }
 }
 
@@ -59,7 +66,10 @@ mod tests {
     #[test]
     fn this_host_tells_of_its_memory() {
         let memory = MemInfo::read().unwrap();
-        assert!(memory.total > 0 && memory.free <= memory.total, "{memory:?}");
+        assert!(
+            memory.free.max(memory.available) <= memory.total && memory.total > 0,
+            "{memory:?}"
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::qmp::{Events, Qmp, QmpError};
+use crate::revert::collapse::Collapsing;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::options::Delivery;
@@ -208,6 +209,14 @@ impl Connection {
                 Progress { pages, total, requests: 0 }
             }
         }
+    }
+
+    /// What is to be collapsed once all memory is in place.
+    pub fn collapsing(&self) -> Option<Collapsing> {
+        let (pid, source) = (self.qemu.pid()?, self.source.as_ref()?);
+        let memory = source.proven_ranges();
+        let wanted = self.delivery.collapse && !memory.is_empty();
+        wanted.then_some(Collapsing { pid, memory, rate: self.delivery.fill_rate })
     }
 
     /// That the session was cancelled before its guest ran.

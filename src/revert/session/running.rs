@@ -47,7 +47,8 @@ impl Running {
             return Err(connection.fail(error).await);
         }
         let progress = connection.progress();
-        let Connection { qemu, lifecycle, image, delivery, .. } = connection;
+        let collapsing = connection.collapsing();
+        let Connection { qemu, lifecycle, image, delivery, cancel, .. } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
         if let (Some(qmp), true) = (qemu.qmp(), placement != Placement::Map)
@@ -61,7 +62,7 @@ impl Running {
         if placement != Placement::Map {
             recorded::remember(&delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome })
+        Ok(Resident { qemu, outcome, collapsing, cancel })
     }
 }
 
