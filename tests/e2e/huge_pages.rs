@@ -1,12 +1,10 @@
 //! Memory that was in huge pages is in huge pages again after a revert.
 
-use std::fs;
-
 use serde_json::Value;
 
 use crate::harness::{Dir, Ended, Reverted, check};
-use crate::shared::options;
-use crate::support::{Fill, Guest, GuestOptions, Qemu, Result};
+use crate::shared::{options, shared};
+use crate::support::{Fill, Guest, GuestOptions, Pidfd, Qemu, Result, huge_bytes};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
@@ -21,26 +19,6 @@ tests! {
 
 /// RAM of the guest, in MiB.
 const RAM: u64 = 256;
-
-/// Bytes in huge pages of a QEMU's guest memory (proc_pid_smaps(5)): of what can be written to
-/// but not executed, and is as large.
-fn huge_bytes(pid: u32) -> Result<u64> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let kib = |line: &str, name| -> Option<u64> {
-        line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse().ok()
-    };
-    let (mut is_data, mut is_large, mut huge) = (false, false, 0);
-    for line in smaps.lines() {
-        if line.split(' ').nth(1).is_some_and(|rights| rights.len() == 4) {
-            is_data = line.contains(" rw-");
-        } else if let Some(size) = kib(line, "Size:") {
-            is_large = size >= RAM << 10;
-        } else if let Some(kib) = kib(line, "AnonHugePages:") {
-            huge += if is_data && is_large { kib << 10 } else { 0 };
-        }
-    }
-    Ok(huge)
-}
 
 /// A guest most of whose memory is in use: huge pages of nothing but zeros, which a guest's
 /// kernel leaves, are given back by a revert for good.
@@ -60,7 +38,7 @@ fn memory_comes_back_in_huge_pages(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut original = guest(qemu)?;
     let nonce = original.oracle.nonce()?;
     // A save puts memory into small pages.
-    let before = huge_bytes(original.pid)?;
+    let before = huge_bytes(original.pid, RAM)?;
     assert!(before > 64 << 20, "this host gives guests no huge pages: {before} bytes");
     dir.save(&original, "vm.snap").succeed()?;
     let image = dir.path("vm.snap");
@@ -73,7 +51,7 @@ fn memory_comes_back_in_huge_pages(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut reverted = revert("left", &["--no-collapse"])?;
     let ended = reverted.resident()?;
     assert!(ended.event("collapsed").is_err(), "{ended:?}");
-    let left = huge_bytes(reverted.pid)?;
+    let left = huge_bytes(reverted.pid, RAM)?;
     assert!(left < before / 2, "{left} bytes are in huge pages, of {before}");
     drop(reverted);
 
@@ -82,7 +60,7 @@ fn memory_comes_back_in_huge_pages(dir: &Dir, qemu: Qemu) -> Result<()> {
     let (small, huge, stopped) = told(&ended)?;
     assert!(small < before / 2 && huge * 10 >= before * 9, "{before}: {small}, then {huge}");
     assert!(stopped.is_null(), "{stopped}");
-    let seen = huge_bytes(reverted.pid)?;
+    let seen = huge_bytes(reverted.pid, RAM)?;
     assert!(seen * 10 >= before * 9, "{seen} bytes are in huge pages, of {before}");
     reverted.check(&nonce)?;
 
@@ -101,7 +79,7 @@ fn memory_comes_back_in_huge_pages(dir: &Dir, qemu: Qemu) -> Result<()> {
 const SLOWLY: [&str; 5] = ["--place", "uffd", "--fill-rate", "16M", "--no-working-set"];
 
 fn collapsing_is_interrupted_without_harm(dir: &Dir) -> Result<()> {
-    let original = crate::shared::shared(Qemu::V7)?;
+    let original = shared(Qemu::V7)?;
     let to = dir.make("to")?;
     let command = dir.revert(&original.image, &original.from, &to).with(&SLOWLY);
     let mut reverted = Reverted::of(command, &to)?;
@@ -115,19 +93,19 @@ fn collapsing_is_interrupted_without_harm(dir: &Dir) -> Result<()> {
 }
 
 fn qemu_may_end_while_its_memory_is_collapsed(dir: &Dir) -> Result<()> {
-    let original = crate::shared::shared(Qemu::V7)?;
+    let original = shared(Qemu::V7)?;
     let to = dir.make("to")?;
     let command = dir.revert(&original.image, &original.from, &to).with(&SLOWLY);
     let mut reverted = Reverted::of(command, &to)?;
     reverted.server.as_mut().ok_or("no server")?.wait("resident")?;
-    crate::support::Pidfd::open(reverted.pid)?.kill()?;
+    Pidfd::open(reverted.pid)?.kill()?;
     let ended = reverted.resident()?;
     assert!(ended.event("collapsed").is_err(), "{ended:?}");
     Ok(())
 }
 
 fn memory_that_came_by_the_socket_is_left_as_it_is(dir: &Dir) -> Result<()> {
-    let original = crate::shared::shared(Qemu::V7)?;
+    let original = shared(Qemu::V7)?;
     let to = dir.make("to")?;
     let by_socket = ["--place", "socket"];
     let command = dir.revert(&original.image, &original.from, &to).with(&by_socket);
