@@ -27,8 +27,8 @@ debian: setup
 
 test: guest debian loom
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
-	cargo test --locked --lib --bins --examples --tests
-	SNAPBACK_TEST_PLACE=socket cargo test --locked --test e2e -- $(BOTH_WAYS)
+	cargo test --locked --features internals --lib --bins --examples --tests
+	SNAPBACK_TEST_PLACE=socket cargo test --locked --features internals --test e2e -- $(BOTH_WAYS)
 	cargo test --locked --doc
 
 loom:
@@ -38,7 +38,7 @@ demo: guest
 	cargo run --locked --release --example demo
 
 bench: guest debian
-	cargo bench --locked
+	cargo bench --locked --features internals
 
 lint:
 	cargo fmt --check
@@ -46,6 +46,7 @@ lint:
 	cargo fmt --check --manifest-path tests/loom/Cargo.toml
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features internals -- -D warnings
 	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
 
 clean:

@@ -1,6 +1,6 @@
 //! Many guests of one image at once, mapped from a flat image and served from a packed one:
 //!
-//!     cargo bench --bench clones
+//!     cargo bench --features internals --bench clones
 //!
 //! Boots a guest, saves it, lays the image out flat, and brings it back N times side by
 //! side by each way. How soon each runs, and what all of them take once every guest has

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use snapback::cancel::Cancellation;
-use snapback::revert::{Progress, RevertEvent, RevertOptions, revert};
-use snapback::save::{SaveEvent, SaveOptions, save};
+use snapback::{
+    Cancellation, Progress, RevertEvent, RevertOptions, SaveEvent, SaveOptions, revert, save,
+};
 use support::{Fill, Guest, GuestOptions, Oracle, Pidfd, Result, SOON, SerialLog};
 use tokio::signal::unix::{SignalKind, signal};
 

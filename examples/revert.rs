@@ -7,8 +7,7 @@
 
 use std::process::ExitCode;
 
-use snapback::cancel::Cancellation;
-use snapback::revert::{RevertError, RevertEvent, RevertOptions, revert};
+use snapback::{Cancellation, RevertError, RevertEvent, RevertOptions, revert};
 
 #[tokio::main]
 async fn main() -> ExitCode {

@@ -7,8 +7,7 @@
 
 use std::process::ExitCode;
 
-use snapback::cancel::Cancellation;
-use snapback::save::{SaveError, SaveEvent, SaveOptions, save};
+use snapback::{Cancellation, SaveError, SaveEvent, SaveOptions, save};
 
 #[tokio::main]
 async fn main() -> ExitCode {

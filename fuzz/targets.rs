@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use snapback::exchange::{LibvirtHeader, read_memory};
-use snapback::image::{Image, look, verify_chain, verify_flat};
+use snapback::image::{Image, inspect, verify_chain, verify_flat};
 use snapback::page::{BlockId, Location, Page, PageSource};
 use snapback::wire::{Item, ReturnPath, StreamBlock, StreamReader};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
@@ -45,7 +45,7 @@ pub fn open_image(data: &[u8]) -> Option<(File, Arc<Image>)> {
     set_right(&mut bytes, *first);
     let file = in_memory(&bytes)?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let _ = look(&path);
+    let _ = inspect(&path);
     Some((file, Image::open(&path).ok()?))
 }
 

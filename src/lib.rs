@@ -1,18 +1,129 @@
-//! Instant snapshot and instant revert for QEMU virtual machines.
+//! Instant snapshot and instant revert for stock QEMU virtual machines.
+//!
+//! A guest is saved while it runs, through its QMP socket. It is paused for as long as QEMU needs
+//! to write-protect its memory:
+//!
+//! ```no_run
+//! use snapback::{Cancellation, SaveError, SaveEvent, SaveOptions, save};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), SaveError> {
+//! let options = SaveOptions::new("/run/vm/qmp.sock", "vm.snap");
+//! let saved = save(&options, Cancellation::new(), |event| match event {
+//!     SaveEvent::Moment { .. } => println!("the moment has passed; the guest runs on"),
+//!     // The guest lives in the overlays from now on: start it from these.
+//!     SaveEvent::Saved { disks, .. } => {
+//!         disks.iter().for_each(|disk| println!("{} -> {}", disk.disk, disk.overlay));
+//!     }
+//!     _ => {}
+//! })
+//! .await?;
+//! println!("{} bytes on disk", saved.image_bytes);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! It is brought back as often as one likes. It runs at once, and its memory follows:
+//!
+//! ```no_run
+//! use snapback::{Cancellation, RevertError, RevertEvent, RevertOptions, revert};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), RevertError> {
+//! let mut options = RevertOptions::new("vm.snap");
+//! options.rewrite.paths.push(("/run/vm".into(), "/run/vm2".into()));
+//! let reverted = revert(&options, Cancellation::new(), |event| match event {
+//!     RevertEvent::Running { .. } => println!("the guest runs"),
+//!     RevertEvent::Progress(progress) => println!("{} of {}", progress.pages, progress.total),
+//!     _ => {}
+//! })
+//! .await?;
+//! println!("QEMU lives on as process {}", reverted.pid);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The journeys on a live guest are asynchronous and have to run in a tokio runtime with all its
+//! drivers enabled; those on files block. All take options (`new` with what is required, public
+//! fields for the rest), tell what happens as events, and end early by a [`Cancellation`]. Every
+//! error tells its `kind()`. Messages name the options to change by their
+//! fields.
+//!
+//! | journey | what it does |
+//! |---|---|
+//! | [`save()`], [`check()`], [`recover()`] | saves a guest, asks whether that would work, cleans up behind a save that was killed |
+//! | [`revert()`], [`serve()`], [`harvest()`] | brings a guest back, in a QEMU of ours or of others, or to learn its working set |
+//! | [`session`] | the same in steps, to hold a guest in standby |
+//! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
+//! | [`export()`], [`import()`] | converts from and to other programs' formats |
 
-pub mod bench;
-pub mod cancel;
+/// Declares the rooms of the house: private, or public behind the feature `internals`, by which
+/// benches, fuzz targets and integration tests get in.
+macro_rules! rooms {
+    ($($room:ident)*) => {
+        $(
+            #[cfg(feature = "internals")]
+            #[doc(hidden)]
+            pub mod $room;
+            #[cfg(not(feature = "internals"))]
+            mod $room;
+        )*
+    };
+}
+
+rooms! {
+    bench cancel exchange guest host identity image machine memory page qmp revert save transport
+    wire
+}
+
+#[doc(hidden)]
 pub mod cli;
-pub mod exchange;
-pub mod guest;
-pub mod host;
-pub mod image;
-pub mod machine;
-pub mod memory;
-pub mod page;
-pub mod qmp;
 mod rate;
-pub mod revert;
-pub mod save;
-pub mod transport;
-pub mod wire;
+
+pub use cancel::Cancellation;
+pub use exchange::{
+    ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export, import,
+};
+pub use guest::{OverlayOptions, RewriteOptions};
+pub use identity::Identity;
+pub use image::journeys::{FlattenOptions, VerifyOptions, flatten, verify};
+pub use image::{
+    Compression, Damage, DamagedRange, Image, ImageError, Layout, Overview, Saved, VerifyReport,
+    inspect,
+};
+pub use memory::WorkingSet;
+pub use revert::{
+    Delivery, Outcome, Placement, Progress, RevertError, RevertEvent, RevertOptions, Reverted, Rtc,
+    ServeOptions, Target, harvest, revert, serve, session,
+};
+pub use save::{
+    CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,
+    check, recover, save,
+};
+
+/// What the errors of the journeys are made of.
+pub mod error {
+    pub use crate::guest::GuestError;
+    pub use crate::host::PageSizeError;
+    pub use crate::host::in_use::ReadError;
+    pub use crate::host::uffd::UffdError;
+    pub use crate::memory::{MemoryError, WorkingSetError};
+    pub use crate::qmp::QmpError;
+    pub use crate::revert::{AttachError, PostcopyError};
+    pub use crate::save::{AgentError, CheckError, JournalError, LeftOver, Obstacle, OverlayError};
+    pub use crate::transport::TransportError;
+    pub use crate::wire::WireError;
+}
+
+/// What an image says of itself and of its machine.
+pub mod record {
+    pub use crate::image::{LayerRef, Manifest, Sections};
+    pub use crate::machine::{Disk, DiskFile, DiskRole, FileStamp, Machine, QemuVersion};
+}
+
+/// The memory in an image, page by page: an `Arc<Image>` is a [`PageSource`](pages::PageSource).
+pub mod pages {
+    pub use crate::page::{
+        Block, BlockId, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
+    };
+}

@@ -1,6 +1,6 @@
 //! What a delta of a busy database costs beside what truly changed:
 //!
-//!     cargo bench --bench delta
+//!     cargo bench --features internals --bench delta
 //!
 //! Boots Debian with PostgreSQL at work, saves it, lets pgbench work on for a minute,
 //! saves it on top of that image, and compares the two memories page by page. Prints a

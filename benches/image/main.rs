@@ -1,7 +1,7 @@
 //! What an image costs beside its pages: opening it, hashing its chunks, and the host's
 //! page cache while it is written.
 //!
-//! `cargo bench --bench image -- open` (or `hash`, `cache`); without a name, all of them
+//! `cargo bench --features internals --bench image -- open` (or `hash`, `cache`); without a name, all of them
 //! at small sizes. `--help` names the options. Times are this host's, ratios carry over.
 
 mod cache;

@@ -1,6 +1,6 @@
 //! How instant a revert is, and what a save costs, beside QEMU's own ways:
 //!
-//!     cargo bench --bench revert_latency -- [--sizes MIB,MIB…] [--runs N] [--pairs N]
+//!     cargo bench --features internals --bench revert_latency -- [--sizes MIB,MIB…] [--runs N] [--pairs N]
 //!         [--idle SECONDS] [--qemu 7|10] [--place auto|uffd|socket]
 //!
 //! For each size of guest: boots one, most of whose memory is random and at rest,

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::output::{Failure, Output, print_line};
 use super::save::GuestArgs;
-use crate::save::survey;
+use crate::save::check;
 
 #[derive(Args)]
 pub(super) struct CheckArgs {
@@ -25,7 +25,7 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
     let options = args.guest.options(args.image.unwrap_or_default());
     let output = Output::new(args.json);
     let mut failed = Vec::new();
-    for item in survey(&options).await? {
+    for item in check(&options).await? {
         let (ok, says) = match &item.outcome {
             Ok(says) => (true, says.clone()),
             Err(error) => (false, error.to_string()),

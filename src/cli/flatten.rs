@@ -9,7 +9,8 @@ use serde_json::json;
 use super::cancellation;
 use super::output::{Failure, Output, size};
 use super::writing::{WriteArgs, WriteImageArgs};
-use crate::image::{self, Image, WriterOptions};
+use crate::image;
+use crate::image::journeys::{self, FlattenOptions};
 use crate::page::PAGE_SIZE;
 
 #[derive(Args)]
@@ -38,21 +39,21 @@ pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
     let WriteImageArgs { compress, write: WriteArgs { force, json } } = args.written;
     let output = Arc::new(Output::new(json));
     let cancel = cancellation()?;
+    let options = FlattenOptions {
+        layout: match args.layout {
+            Layout::Packed => image::Layout::Packed,
+            Layout::Flat => image::Layout::Flat,
+        },
+        compression: compress,
+        force,
+        ..FlattenOptions::new(args.image, args.to)
+    };
     let work = tokio::task::spawn_blocking({
         let output = Arc::clone(&output);
         move || {
-            let image = Image::open(&args.image)?;
-            let options =
-                WriterOptions { compression: compress, force, ..WriterOptions::default() };
-            let progress = |done, total| {
+            journeys::flatten(&options, &cancel, |done, total| {
                 output.advance(done, total, String::new());
-                !cancel.is_requested()
-            };
-            let layout = match args.layout {
-                Layout::Packed => image::Layout::Packed,
-                Layout::Flat => image::Layout::Flat,
-            };
-            image::flatten(&image, &args.to, layout, options, progress)
+            })
         }
     });
     // Interrupted, it is waited for, since it cleans up behind itself.

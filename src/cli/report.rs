@@ -6,17 +6,15 @@ use std::time::{Duration, SystemTime};
 use serde_json::json;
 
 use super::output::{Failure, Output, print_line, size};
-use crate::image::{
-    Damage, DamagedRange, Image, ImageError, LayerRef, Overview, look, verify as verify_image,
-    verify_chain, verify_flat,
-};
+use crate::image::journeys::{self, VerifyOptions};
+use crate::image::{Damage, DamagedRange, Image, ImageError, LayerRef, Overview, inspect};
 use crate::machine::DiskRole;
 use crate::memory::{WorkingSet, working_set};
 use crate::page::PAGE_SIZE;
 
 /// Shows what an image holds.
 pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
-    let Overview { manifest, file_len, layers } = look(path)?;
+    let Overview { manifest, file_len, layers } = inspect(path)?;
     let machine = &manifest.machine;
     let data_bytes = manifest.data_pages * PAGE_SIZE as u64;
     let zero_bytes = manifest.zero_pages * PAGE_SIZE as u64;
@@ -51,6 +49,7 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
             "uncaptured_disks": machine.uncaptured_disks,
             "disks": machine.disks,
             "libvirt_xml": machine.libvirt_xml,
+            "hotplug": machine.hotplug,
             "blocks": blocks,
             "layout": layout,
             "layers": chain,
@@ -115,6 +114,16 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
     for disk in &machine.uncaptured_disks {
         line("not included", &format!("writable disk {disk}"));
     }
+    for device in &machine.hotplug.added {
+        line("plugged in", &device.describe());
+    }
+    for option in &machine.hotplug.removed {
+        line("removed", option);
+    }
+    for device in &machine.hotplug.missing {
+        let device = device.describe();
+        line("not included", &format!("device {device}: QEMU has to be given it for a revert"));
+    }
     line("started in", &machine.cwd);
     line("started as", &shell_words(&machine.argv));
     Ok(())
@@ -166,18 +175,11 @@ pub(super) fn working_set(path: &Path, output: &Output) -> Result<(), Failure> {
 
 /// Checks every checksum of an image, and with `chain` of those that it refers to.
 pub(super) fn verify(path: &Path, chain: bool, output: &Output) -> Result<(), Failure> {
-    let image = Image::open(path)?;
-    let others = image.manifest().layers.len();
-    let progress = |done, total| output.advance_bytes(done, total);
-    let verified = match chain {
-        true => verify_chain(&image, progress),
-        false => verify_image(&image, progress),
-    };
+    let others = inspect(path)?.manifest.layers.len();
+    let options = VerifyOptions { chain, ..VerifyOptions::new(path) };
+    let verified = journeys::verify(&options, |done, total| output.advance_bytes(done, total));
     output.finish_bar();
-    let mut report = verified?;
-    if let Err(error) = verify_flat(&image) {
-        report.damages.push(Damage { error, ranges: Vec::new(), bytes: 0 });
-    }
+    let report = verified?;
     if report.is_whole() {
         let checked = if chain { others } else { 0 };
         if output.is_json() {

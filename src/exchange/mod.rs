@@ -28,8 +28,9 @@ pub use command::words;
 pub use error::ExchangeError;
 pub use export::{ExportFormat, ExportOptions, export};
 pub use import::{ImportOptions, import};
+#[cfg(feature = "internals")]
 pub use libvirt::{Compressed, LibvirtHeader};
-#[doc(hidden)]
+#[cfg(any(test, feature = "internals"))]
 pub use stream::read_memory;
 
 use crate::cancel::Cancellation;

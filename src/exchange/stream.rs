@@ -8,8 +8,7 @@ use std::sync::Arc;
 use super::mapped_ram;
 use super::output::Output;
 use super::pages::for_each;
-use super::{ExchangeError, ExchangeEvent, Watch};
-use crate::cancel::Cancellation;
+use super::{ExchangeError, Watch};
 use crate::image::{Image, ImageWriter, Piece, Sections, WriterOptions};
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
@@ -99,9 +98,9 @@ pub(super) fn read<R: Read>(
 
 /// Reads a stream in a file, and in a mapped-ram file its bitmaps and pages, into an image
 /// that is never finished and leaves nothing. For the fuzz targets.
-#[doc(hidden)]
+#[cfg(any(test, feature = "internals"))]
 pub fn read_memory(file: &File, path: &Path, image: &Path) -> Result<(), ExchangeError> {
-    let (stop, mut ignore) = (Cancellation::new(), |_: ExchangeEvent| {});
+    let (stop, mut ignore) = (crate::Cancellation::new(), |_: super::ExchangeEvent| {});
     let options = WriterOptions { workers: 1, memory: 0, ..WriterOptions::default() };
     let (stream, mut watch) = (StreamReader::of_file(file), Watch::new(&stop, &mut ignore));
     read(stream, Some(file), path, (image, options), |_| Ok(()), &mut watch).map(drop)

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use super::disks::stamp::stamp;
 use super::*;
 use crate::machine::{Disk, DiskFile, DiskRole, Machine};
 use crate::qmp::Qmp;

@@ -7,6 +7,7 @@
 mod board;
 mod command_line;
 mod described;
+mod devices;
 #[cfg(test)]
 mod disk_tests;
 mod disks;
@@ -18,14 +19,15 @@ mod start;
 mod tests;
 
 pub use board::Board;
-pub use command_line::parameters::{Params, Spec};
-pub use command_line::{Arg, CommandLine, CommandOption};
+pub use command_line::CommandLine;
+pub use command_line::parameters::Params;
 pub use described::{describe, describe_foreign, named_machine_type};
+pub use devices::{device_paths, record_hotplug};
 pub use disks::attached::{FoundDisk, disks};
 pub use disks::drives::check_given;
-pub use disks::overlay::{Overlay, OverlayOptions};
+pub use disks::overlay::OverlayOptions;
 pub use disks::qcow2::write_overlay;
-pub use disks::stamp::{stamp, stamp_files, write_out};
+pub use disks::stamp::{stamp_files, write_out};
 pub use error::GuestError;
 pub use process::Process;
 pub use record::capture;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
@@ -144,8 +144,9 @@ impl Process {
     }
 
     /// A descriptor of QEMU's process (pidfd_open(2)), readable once it has ended.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+    #[cfg(test)]
+    pub fn pidfd(&self) -> std::os::fd::BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.pidfd)
     }
 
     /// QEMU's exit status, or `None` while it runs.

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use linux_raw_sys::general as sys;
 use nix::errno::Errno;
-use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, RegisterMode, UffdBuilder};
+use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, UffdBuilder};
 
 use super::pidfd::Pidfd;
 use super::procfs;
@@ -91,6 +91,7 @@ impl Uffd {
     ///
     /// # Errors
     /// [`UffdError::Unavailable`].
+    #[cfg(any(test, feature = "internals"))]
     pub fn create() -> Result<Uffd, UffdError> {
         create(FeatureFlags::empty()).map(Uffd)
     }
@@ -123,9 +124,10 @@ impl Uffd {
     ///
     /// # Errors
     /// [`UffdError::Register`].
+    #[cfg(any(test, feature = "internals"))]
     pub unsafe fn register(&self, start: u64, len: u64) -> Result<(), UffdError> {
         let registered =
-            self.0.register_with_mode(start as *mut _, len as usize, RegisterMode::MISSING);
+            self.0.register_with_mode(start as *mut _, len as usize, userfaultfd::RegisterMode::MISSING);
         let failed = |error| UffdError::Register { start, len, source: io_error(error) };
         registered.map(drop).map_err(failed)
     }

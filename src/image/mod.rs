@@ -16,6 +16,7 @@
 //! is used, and nothing in a file makes this module panic or allocate without bound.
 
 mod format;
+pub(crate) mod journeys;
 mod read;
 mod store;
 #[cfg(test)]
@@ -27,20 +28,21 @@ mod tests_of_stores;
 mod write;
 
 pub use format::error::ImageError;
-pub use format::layout::{
-    MAX_CHUNK_PAGES, MAX_CHUNKS, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_PAGES, MAX_SECTION_BYTES,
-    VERSION,
-};
-pub use format::manifest::{Details, LayerRef, MAX_BLOCKS, MAX_NAME_BYTES, Manifest, Sections};
+pub use format::manifest::{Details, LayerRef, Manifest, Sections};
 pub(crate) use read::cursor::{Cursor, Piece};
 pub use read::flat::verify_flat;
 pub use read::image::Image;
-pub use read::lineage::{Overview, look};
-pub use read::verify::{
-    Damage, DamagedRange, MAX_DAMAGES, MAX_RANGES, VerifyReport, verify, verify_chain,
-};
+pub use read::lineage::{Overview, inspect};
+pub use read::verify::{Damage, DamagedRange, VerifyReport, verify_chain};
+#[cfg(any(test, feature = "internals"))]
+pub use read::verify::verify;
+#[cfg(any(test, feature = "internals"))]
 pub use write::flatten::flatten;
-pub use write::options::{CacheUse, Compression, Layout, Saved, WriterOptions, WriterStats};
+pub use write::options::{Compression, Layout, Saved, WriterOptions};
+#[cfg(any(test, feature = "internals"))]
+pub use write::options::CacheUse;
+#[cfg(feature = "internals")]
+pub use write::options::WriterStats;
 pub use write::parent::check_parent;
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::image::format::layout::*;
+use crate::image::read::verify::MAX_DAMAGES;
 use crate::image::write::index::check_index;
 use crate::machine::{Machine, QemuVersion};
 use crate::page::{
@@ -61,6 +62,7 @@ pub(super) fn details() -> Details {
             uncaptured_disks: vec![],
             disks: vec![],
             libvirt_xml: None,
+            hotplug: Default::default(),
         },
         moment_unix_us: 1_700_000_000_000_000,
         pause_us: Some(1500),

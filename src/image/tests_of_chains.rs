@@ -180,7 +180,7 @@ fn a_missing_or_wrong_parent_is_named() {
             assert!(problem.contains(part), "{problem}");
         }
     }
-    let overview = look(chain.path(2)).unwrap();
+    let overview = inspect(chain.path(2)).unwrap();
     assert_eq!(overview.manifest.layers.len(), 2);
     let found = Path::new(overview.layers[0].as_ref().unwrap());
     assert_eq!(found, chain.path(1).canonicalize().unwrap());

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::identity::Identity;
 use crate::page::{Block, BlockId, Page};
 
 /// How long after the start of a revert demands are recorded, by default.
@@ -45,7 +46,7 @@ const CHECKSUM_BYTES: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkingSet {
     /// The image that it belongs to.
-    pub identity: Uuid,
+    pub identity: Identity,
     /// When it was last added to, in seconds since 1970.
     pub recorded_unix: u64,
     /// The pages, in the order in which they were first asked for.
@@ -99,7 +100,7 @@ impl WorkingSet {
     /// machine.
     pub fn load(
         path: &Path,
-        identity: Uuid,
+        identity: Identity,
         blocks: &[Block],
     ) -> Result<WorkingSet, WorkingSetError> {
         let failed = |source: io::Error| match source.kind() {
@@ -133,7 +134,7 @@ impl WorkingSet {
     /// same. Nothing when that adds too little to be worth writing.
     pub fn following(
         before: Option<&WorkingSet>,
-        identity: Uuid,
+        identity: Identity,
         demanded: impl IntoIterator<Item = Page>,
         blocks: &[Block],
     ) -> Option<WorkingSet> {
@@ -216,7 +217,7 @@ impl WorkingSet {
             Page { block: BlockId((entry >> 48) as u16), number: entry & (u64::MAX >> 16) }
         };
         Ok(WorkingSet {
-            identity: Uuid::from_bytes(identity.ok_or("it is truncated")?),
+            identity: Identity::from_bytes(identity.ok_or("it is truncated")?),
             recorded_unix: word(RECORDED_OFFSET).ok_or("it is truncated")?,
             pages: entries.map(page).collect(),
         })
@@ -241,7 +242,7 @@ mod tests {
 
     fn set(numbers: &[u64]) -> WorkingSet {
         let page = |number: &u64| Page { block: BlockId(0), number: *number };
-        let identity = Uuid::from_bytes([7; 16]);
+        let identity = Identity::from_bytes([7; 16]);
         WorkingSet { identity, recorded_unix: 1, pages: numbers.iter().map(page).collect() }
     }
 
@@ -267,7 +268,7 @@ mod tests {
         set(&[4000]).store(&path).unwrap();
         assert!(load(identity).contains("memory that this machine does not have"));
         set(&[1]).store(&path).unwrap();
-        assert!(load(Uuid::nil()).contains("another image"));
+        assert!(load(Identity::from_bytes([0; 16])).contains("another image"));
         set(&(0..1017).collect::<Vec<u64>>()).store(&path).unwrap();
         assert!(load(identity).contains("larger than this machine allows"));
     }
@@ -276,7 +277,7 @@ mod tests {
     fn what_is_no_file_is_refused_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ws");
-        let load = || WorkingSet::load(&path, Uuid::nil(), &blocks()).unwrap_err().to_string();
+        let load = || WorkingSet::load(&path, Identity::from_bytes([0; 16]), &blocks()).unwrap_err().to_string();
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(load().contains("not a regular file"), "{}", load());
         fs::remove_file(&path).unwrap();

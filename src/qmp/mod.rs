@@ -6,6 +6,7 @@
 
 mod block;
 mod commands;
+mod devices;
 mod error;
 mod event;
 mod message;
@@ -29,11 +30,11 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-pub use block::{BlockEdge, BlockNode, Job};
-pub use commands::{BlockDevice, MigrationInfo, RamBlock, RamInfo};
+pub use block::{BlockEdge, BlockNode};
+pub use commands::{BlockDevice, RamBlock};
+pub use devices::{Chardev, CpuSlot, DeviceProperty, Network, QomChild};
 pub use error::QmpError;
 pub use event::{EVENT_QUEUE, Event, Events};
-pub use message::MAX_MESSAGE;
 
 use crate::host::pidfd::peer_pid;
 use crate::machine::QemuVersion;

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
-use super::commands::parse_ram_blocks;
+use super::commands::{MigrationInfo, parse_ram_blocks};
 use super::*;
 
 const LONG: Duration = Duration::from_secs(60);

@@ -33,9 +33,9 @@ pub async fn revert(
     cancel: Cancellation,
     on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let Held { mut process, outcome, .. } = revert_held(options, cancel, on_event).await?;
-    process.detach();
-    Ok(Reverted { pid: process.pid(), outcome })
+    let held = revert_held(options, cancel, on_event).await?;
+    let outcome = held.outcome.clone();
+    Ok(Reverted { pid: held.detach(), outcome })
 }
 
 /// As [`revert`], but QEMU does not outlive what is returned. Overlays of its disks stay,

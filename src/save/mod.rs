@@ -31,7 +31,7 @@ use crate::image::Saved;
 
 pub use agent::AgentError;
 pub use check::error::{CheckError, Obstacle};
-pub use check::{CheckItem, survey};
+pub use check::{CheckItem, check};
 pub use error::SaveError;
 pub use event::{PauseParts, SaveEvent, SwitchedDisk};
 pub use options::{DiskChoice, SaveOptions};

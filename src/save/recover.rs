@@ -13,7 +13,7 @@ use super::release::release_memory;
 use super::undo::error::LeftOver;
 use super::undo::journal::{Journal, Plan, file_identity};
 use super::undo::overlays::undo_overlays;
-use crate::image::{ImageError, look};
+use crate::image::{ImageError, inspect};
 use crate::qmp::Qmp;
 
 /// How often write protection is looked for while QEMU does not answer.
@@ -100,7 +100,7 @@ fn find_saved(image: &Path, plan: &Plan) -> Result<Option<Vec<SwitchedDisk>>, Sa
         Err(error) => return Err(unclear(ImageError::io("look for", image, error))),
     }
     // The images that it refers to need not be there.
-    let disks = look(image).map_err(unclear)?.manifest.machine.disks;
+    let disks = inspect(image).map_err(unclear)?.manifest.machine.disks;
     let is_known = |overlay: &Overlay| {
         disks.iter().any(|disk| disk.overlay.as_deref() == Some(overlay.path.as_str()))
     };

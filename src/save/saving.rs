@@ -36,7 +36,7 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
             if !options.no_wait {
                 check::wait_complete(&qmp, || on_event(SaveEvent::Waiting)).await?;
             }
-            let checked = check::check(&qmp, options).await?;
+            let checked = check::ensure(&qmp, options).await?;
             Ok::<_, SaveError>((qmp, checked))
         };
         let (qmp, checked) = tokio::select! {

@@ -16,7 +16,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use mapped_ram::{MappedBlock, MappedLayout};
+pub use mapped_ram::MappedLayout;
 pub use return_path::{ReturnPath, ReturnPathMessage};
 pub use source::{Frame, Opening, closing, end_of_ram, package, ping, precopy_opening, tail};
 pub use stream::{Item, StreamBlock, StreamReader, Tail};

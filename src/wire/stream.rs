@@ -111,11 +111,6 @@ impl<R: Read> StreamReader<R> {
         }
     }
 
-    /// Bytes read so far.
-    pub fn bytes_read(&self) -> u64 {
-        self.input.at()
-    }
-
     /// The stream's header and configuration section, as they came but for the mark
     /// of a mapped-ram file; complete once [`Item::Blocks`] has been seen.
     pub fn config(&self) -> Vec<u8> {

@@ -83,11 +83,11 @@ fn a_guest_held_in_standby_runs_when_it_is_let_go(dir: &Dir, qemu: Qemu) -> Resu
         let resident = running.fill(&mut tell).await?;
         let progress = resident.outcome().progress;
         assert_eq!(progress.pages, progress.total);
-        let mut held = resident.into_held().ok_or("not our QEMU")?;
-        let mut guest = Attached::to(held.process.pid() as u32, &dir.path("reverted"))?;
+        let held = resident.into_held().ok_or("not our QEMU")?;
+        let mut guest = Attached::to(held.pid() as u32, &dir.path("reverted"))?;
         assert_eq!(guest.oracle.nonce()?, shared.nonce);
         check(&mut guest)?;
-        held.process.kill().await;
+        held.end().await;
         Ok::<_, crate::support::Error>(())
     })?;
     assert_eq!(names(&events), ["qemu_ready", "running", "resident"]);

@@ -1,7 +1,7 @@
 //! What starting a recorded guest takes: the program, its arguments, what it inherits,
 //! and what differs from the record.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use crate::guest::GuestError;
@@ -36,8 +36,6 @@ pub struct StartPlan {
     pub cwd: PathBuf,
     /// Variables to set on top of our own environment.
     pub env: Vec<(String, String)>,
-    /// The control socket that the caller requested, an absolute path.
-    pub qmp: Option<PathBuf>,
     /// All Unix sockets on which QEMU will listen, absolute.
     pub sockets: Vec<PathBuf>,
     /// Whether the guest stays paused until its user resumes it.
@@ -64,7 +62,8 @@ impl StartPlan {
 
     /// Adds a descriptor that QEMU inherits. Returns its number in QEMU, as for
     /// `migrate-incoming fd:NUMBER`.
-    pub fn inherit(&mut self, fd: OwnedFd) -> RawFd {
+    #[cfg(test)]
+    pub fn inherit(&mut self, fd: OwnedFd) -> std::os::fd::RawFd {
         let number = fd.as_raw_fd();
         self.inherit.push(fd);
         number

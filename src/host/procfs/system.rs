@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 /// The host's memory in bytes (proc_meminfo(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +35,6 @@ impl MemInfo {
 pub fn cpu_model() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     field(&text, "model name").map(str::to_owned)
-}
-
-/// A kernel parameter by its dotted name, as sysctl(8) shows it, where there is such.
-pub fn sysctl(name: &str) -> Option<String> {
-    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
-    Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
 /// The value of a line `NAME: VALUE`.
@@ -81,11 +74,5 @@ mod tests {
         );
         assert_eq!((bytes_of(text, "Mem"), bytes_of(text, "Odd")), (None, None));
         assert_eq!(field(text, "model name"), Some("Some: CPU"));
-    }
-
-    #[test]
-    fn kernel_parameters_are_named_as_for_sysctl() {
-        assert_eq!(sysctl("kernel.ostype").as_deref(), Some("Linux"));
-        assert_eq!(sysctl("kernel.no-such-parameter"), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use uuid::Uuid;
+use crate::identity::Identity;
 
 use crate::page::{Block, PAGE_SIZE, Page};
 
@@ -171,7 +171,7 @@ pub enum ImageError {
         /// The name of the image that refers to it.
         image: String,
         /// The other image's identity.
-        identity: Uuid,
+        identity: Identity,
         /// Where it was looked for, what was found there, and what to do.
         problem: String,
     },

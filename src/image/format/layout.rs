@@ -2,7 +2,7 @@
 //!
 //! All integers are little-endian. Nothing in this module does I/O.
 
-use uuid::Uuid;
+use crate::identity::Identity;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::image::format::error::ImageError;
@@ -143,7 +143,7 @@ impl Region {
 
     /// The seed of the region's checksums. It depends on the image and on the
     /// region, so that bytes of another image or region do not pass.
-    pub fn seed(self, identity: Uuid) -> u64 {
+    pub fn seed(self, identity: Identity) -> u64 {
         let mut key = [0; 17];
         key[..16].copy_from_slice(identity.as_bytes());
         key[16] = self as u8;
@@ -151,7 +151,7 @@ impl Region {
     }
 
     /// The checksum of the region as a whole (manifest and sections).
-    pub fn checksum(self, identity: Uuid, bytes: &[u8]) -> u64 {
+    pub fn checksum(self, identity: Identity, bytes: &[u8]) -> u64 {
         xxh3_64_with_seed(bytes, self.seed(identity))
     }
 
@@ -198,7 +198,7 @@ pub struct Superblock {
     /// Length of the whole file in bytes.
     pub file_len: u64,
     /// The image's identity.
-    pub identity: Uuid,
+    pub identity: Identity,
     /// Number of chunks.
     pub chunk_count: u64,
     /// Number of target pages of all blocks.
@@ -282,7 +282,7 @@ impl Superblock {
             chunk_pages: get_u32(bytes, CHUNK_PAGES_OFFSET),
             incompatible,
             file_len: get_u64(bytes, FILE_LEN_OFFSET),
-            identity: Uuid::from_bytes(identity),
+            identity: Identity::from_bytes(identity),
             chunk_count: get_u64(bytes, CHUNK_COUNT_OFFSET),
             page_count: get_u64(bytes, PAGE_COUNT_OFFSET),
             regions,

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
+use crate::identity::Identity;
 
 use crate::image::format::layout::{MAX_LAYERS, MAX_PAGES};
 use crate::machine::Machine;
@@ -22,8 +22,7 @@ pub const MAX_NAME_BYTES: usize = 255;
 #[non_exhaustive]
 pub struct Manifest {
     /// The image's identity, the same as in its superblock.
-    #[serde(with = "uuid_as_text")]
-    pub identity: Uuid,
+    pub identity: Identity,
     /// The program that wrote it, with its version.
     pub created_by: String,
     /// The machine at the moment of its snapshot.
@@ -54,8 +53,7 @@ pub struct Manifest {
 #[non_exhaustive]
 pub struct LayerRef {
     /// Its identity.
-    #[serde(with = "uuid_as_text")]
-    pub identity: Uuid,
+    pub identity: Identity,
     /// Length of its file in bytes.
     pub file_len: u64,
     /// Its path as seen from this image's directory: where it is looked for first.
@@ -149,20 +147,5 @@ pub(in crate::image) fn check_layers(manifest: &Manifest, allowed: bool) -> Resu
     match layers.iter().find(|layer| !seen.insert(layer.identity)) {
         Some(twice) => Err(format!("it refers to itself, or twice to image {}", twice.identity)),
         None => Ok(()),
-    }
-}
-
-/// A UUID as JSON text; `uuid`'s own serde support is not needed elsewhere.
-mod uuid_as_text {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-    use uuid::Uuid;
-
-    pub fn serialize<S: Serializer>(uuid: &Uuid, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(uuid)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Uuid::parse_str(&text).map_err(D::Error::custom)
     }
 }

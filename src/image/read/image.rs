@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use uuid::Uuid;
+use crate::identity::Identity;
 
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, Codec, PageEntry, Region};
@@ -91,7 +91,7 @@ impl Image {
     }
 
     /// Its identity, different for every image written.
-    pub fn identity(&self) -> Uuid {
+    pub fn identity(&self) -> Identity {
         self.own().superblock.identity
     }
 

@@ -27,7 +27,7 @@ pub struct Overview {
 ///
 /// # Errors
 /// When the image itself can't be read, is none, or is damaged.
-pub fn look(path: impl AsRef<Path>) -> Result<Overview, ImageError> {
+pub fn inspect(path: impl AsRef<Path>) -> Result<Overview, ImageError> {
     let own = Layer::open(Box::new(FileStore::open(path.as_ref())?))?;
     let manifest = own.manifest()?;
     let found = |wanted| find(&own, wanted).map(|layer| layer.name().to_owned());

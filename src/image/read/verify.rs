@@ -29,7 +29,7 @@ pub struct VerifyReport {
     pub chunks: u64,
     /// Number of pages whose index entries were checked.
     pub pages: u64,
-    /// Damages, at most [`MAX_DAMAGES`].
+    /// Damages, at most 100.
     pub damages: Vec<Damage>,
     /// Number of damages beyond those listed.
     pub more_damages: u64,
@@ -42,7 +42,7 @@ impl VerifyReport {
     }
 
     /// Adds a damage. Returns its index in the list, if it is listed.
-    fn add(&mut self, error: ImageError) -> Option<usize> {
+    pub(in crate::image) fn add(&mut self, error: ImageError) -> Option<usize> {
         if self.damages.len() == MAX_DAMAGES {
             self.more_damages += 1;
             return None;
@@ -58,7 +58,7 @@ impl VerifyReport {
 pub struct Damage {
     /// What is wrong.
     pub error: ImageError,
-    /// Guest memory that can't be read because of it, at most [`MAX_RANGES`] ranges.
+    /// Guest memory that can't be read because of it, at most 16 ranges.
     pub ranges: Vec<DamagedRange>,
     /// Bytes of guest memory that can't be read because of it, in all.
     pub bytes: u64,

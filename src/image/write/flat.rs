@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use uuid::Uuid;
+use crate::identity::Identity;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::cancel::Cancellation;
@@ -55,7 +55,7 @@ pub(in crate::image) fn write(
         .map_err(io)
     })?;
     let Data { chunks, index, zero_pages, .. } = data.finish().map_err(io)?;
-    let (identity, sections) = (Uuid::new_v4(), image.sections()?);
+    let (identity, sections) = (Identity::random(), image.sections()?);
     let data_pages = index.len() as u64 - zero_pages;
     let manifest = Manifest {
         identity,

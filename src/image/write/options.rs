@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use uuid::Uuid;
+use crate::identity::Identity;
 
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::MAX_CHUNK_PAGES;
@@ -26,6 +26,7 @@ pub enum CacheUse {
     /// that it takes 256 MiB at most, and displaces no other file.
     WhatIsFree,
     /// The image does not stay in the cache.
+    #[cfg_attr(not(any(test, feature = "internals")), expect(dead_code, reason = "for benches"))]
     Drop,
     /// The kernel decides, as for any file.
     Keep,
@@ -125,7 +126,7 @@ pub struct WriterStats {
 #[non_exhaustive]
 pub struct Saved {
     /// The image's identity.
-    pub identity: Uuid,
+    pub identity: Identity,
     /// Number of pages stored.
     pub data_pages: u64,
     /// Number of pages that are all zeros.

@@ -4,7 +4,7 @@
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 
-use uuid::Uuid;
+use crate::identity::Identity;
 
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{
@@ -18,14 +18,14 @@ use crate::image::write::target::Target;
 /// Writes the regions behind the data region.
 pub(in crate::image) struct Tail {
     out: BufWriter<Sink>,
-    identity: Uuid,
+    identity: Identity,
     at: u64,
     regions: [Extent; REGIONS],
 }
 
 impl Tail {
     /// Starts behind the last chunk.
-    pub fn new(mut sink: Sink, identity: Uuid) -> Tail {
+    pub fn new(mut sink: Sink, identity: Identity) -> Tail {
         let data_end = sink.at();
         let mut regions = [Extent::default(); REGIONS];
         let start = SUPERBLOCK_BYTES as u64;

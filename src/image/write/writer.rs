@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-use uuid::Uuid;
+use crate::identity::Identity;
 
 use crate::cancel::Cancellation;
 use crate::image::format::error::ImageError;
@@ -36,7 +36,7 @@ pub struct ImageWriter {
     // Dropped before `target`, so that its threads end while the file still exists.
     pipeline: Pipeline,
     target: Target,
-    identity: Uuid,
+    identity: Identity,
     blocks: Vec<Block>,
     base: Option<Arc<Base>>,
     /// For each block: its first entry in `index`, and the key of its first group.
@@ -153,7 +153,7 @@ impl ImageWriter {
         Ok(ImageWriter {
             pipeline,
             target,
-            identity: Uuid::new_v4(),
+            identity: Identity::random(),
             blocks,
             base,
             starts,

@@ -2,6 +2,7 @@
 
 use super::connection::Connection;
 use super::running::Running;
+#[cfg(feature = "internals")]
 use crate::qmp::Qmp;
 use crate::revert::error::RevertError;
 use crate::revert::event::{Progress, RevertEvent};
@@ -21,6 +22,8 @@ impl Armed {
     }
 
     /// QEMU's control socket, if we speak to it.
+    #[cfg(feature = "internals")]
+    #[doc(hidden)]
     pub fn qmp(&self) -> Option<&Qmp> {
         self.connection.qemu.qmp()
     }

@@ -18,17 +18,35 @@ pub struct Resident {
     pub(super) cancel: Cancellation,
 }
 
-/// A guest that has been brought back and is still its owner's: QEMU ends when
-/// `process` is dropped.
+/// A guest that has been brought back and is still its owner's: QEMU ends when this is
+/// dropped.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Held {
     /// QEMU's process.
-    pub process: Process,
+    pub(crate) process: Process,
     /// QEMU's control socket.
-    pub qmp: Qmp,
+    pub(crate) qmp: Qmp,
     /// How its memory came.
     pub outcome: Outcome,
+}
+
+impl Held {
+    /// QEMU's process id.
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// Ends QEMU. Overlays of its disks stay, unless they are ephemeral.
+    pub async fn end(mut self) {
+        self.process.kill().await;
+    }
+
+    /// Lets QEMU live on by itself; returns its process id.
+    pub fn detach(mut self) -> i32 {
+        self.process.detach();
+        self.process.pid()
+    }
 }
 
 impl Resident {
