@@ -56,6 +56,7 @@
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
+//! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
 
 /// Declares the rooms of the house: private, or public behind the feature `internals`, by which
 /// benches, fuzz targets and integration tests get in.
@@ -78,6 +79,7 @@ rooms! {
 
 #[doc(hidden)]
 pub mod cli;
+pub mod doctor;
 mod rate;
 
 pub use cancel::Cancellation;

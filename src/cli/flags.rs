@@ -18,6 +18,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`RewriteOptions::disks`", "--disk"),
     ("`OverlayOptions::directory`", "--overlay-dir"),
     ("`Placement::Auto`", "--place auto"),
+    ("`Placement::Eager`", "--place eager"),
     ("`BenchOptions::paths`", "--path"),
     ("`BenchOptions::peers`", "--peers"),
     ("in `Sign::nth`", "with --nth"),

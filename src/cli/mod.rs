@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod detach;
 mod disks;
+mod doctor;
 mod exchange;
 mod flags;
 mod flatten;
@@ -58,6 +59,8 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// Tell what this host and its QEMUs can do, and what would make it more
+    Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
 }
@@ -208,7 +211,8 @@ struct VerifyArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum PlacementArg {
-    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket
+    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket, else
+    /// eagerly
     Auto,
     /// Directly into its memory, by QEMU's userfaultfd, or fail
     Uffd,
@@ -216,6 +220,8 @@ enum PlacementArg {
     Socket,
     /// By a private mapping of a flat image, or fail
     Map,
+    /// By an ordinary stream, all memory before the guest runs: needs no userfaultfd
+    Eager,
 }
 
 impl From<PlacementArg> for Placement {
@@ -225,6 +231,7 @@ impl From<PlacementArg> for Placement {
             PlacementArg::Uffd => Placement::Uffd,
             PlacementArg::Socket => Placement::Socket,
             PlacementArg::Map => Placement::Map,
+            PlacementArg::Eager => Placement::Eager,
         }
     }
 }
@@ -238,6 +245,8 @@ enum ServePlacementArg {
     Uffd,
     /// By QEMU's postcopy socket
     Socket,
+    /// By an ordinary stream, all memory before the guest runs: needs no `postcopy-ram`
+    Eager,
 }
 
 impl From<ServePlacementArg> for Placement {
@@ -246,6 +255,7 @@ impl From<ServePlacementArg> for Placement {
             ServePlacementArg::Auto => Placement::Auto,
             ServePlacementArg::Uffd => Placement::Uffd,
             ServePlacementArg::Socket => Placement::Socket,
+            ServePlacementArg::Eager => Placement::Eager,
         }
     }
 }
@@ -333,6 +343,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Doctor(args) => (args.json, doctor::run(args).await),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))

@@ -286,6 +286,7 @@ impl Output {
                 let way = match placement {
                     Placement::Socket => "by QEMU's socket",
                     Placement::Map => "by mapping the image",
+                    Placement::Eager => "by an ordinary stream, all memory first",
                     _ => "directly into memory, by userfaultfd",
                 };
                 self.say("placing", &format!("{way}: {reason}"));

@@ -14,6 +14,7 @@ mod disks;
 mod error;
 mod process;
 mod record;
+mod rights;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ pub use disks::stamp::{stamp_files, write_out};
 pub use error::GuestError;
 pub use process::Process;
 pub use record::capture;
+pub use rights::userfaultfd_lack;
 pub use start::collisions::exclusive_paths;
 pub use start::mapping::MappedMemory;
 pub use start::plan::{Note, StartPlan};

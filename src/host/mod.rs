@@ -7,6 +7,7 @@ mod page_size;
 pub mod pidfd;
 pub mod procfs;
 pub mod program;
+pub mod rights;
 pub mod uffd;
 
 pub use page_size::{PageSizeError, check_page_size};

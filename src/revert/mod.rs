@@ -5,6 +5,7 @@
 //! which can also be gone through one by one: to hold a guest in standby, for example.
 
 mod collapse;
+mod eager;
 mod error;
 mod event;
 mod harvest;

@@ -142,7 +142,7 @@ impl Default for Delivery {
 #[non_exhaustive]
 pub enum Placement {
     /// Mapped from a flat image, else straight into memory by QEMU's userfaultfd, else by
-    /// the socket: the first of these that can be had.
+    /// the socket, else ahead of the guest: the first of these that can be had.
     #[default]
     Auto,
     /// By userfaultfd for every block, or not at all.
@@ -151,4 +151,14 @@ pub enum Placement {
     Socket,
     /// By a private mapping of a flat image, which QEMU makes itself.
     Map,
+    /// By an ordinary migration stream: the guest runs once it has all memory. It needs no
+    /// userfaultfd. The rate, the delay and the working set of [`Delivery`] don't apply.
+    Eager,
+}
+
+impl Placement {
+    /// Whether memory is served while the guest runs, by QEMU's postcopy.
+    pub(super) fn is_postcopy(self) -> bool {
+        matches!(self, Placement::Uffd | Placement::Socket)
+    }
 }

@@ -10,4 +10,4 @@ pub use pagemap::{Pagemap, flags};
 pub use process::{
     descriptor_link, descriptors, memory_in_use, owner, path, processes, resident_memory, started,
 };
-pub use system::{MemInfo, cpu_model};
+pub use system::{MemInfo, cpu_model, sysctl};

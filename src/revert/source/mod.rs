@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-pub(super) use event::PostcopyEvent;
+pub(super) use event::{LastWord, PostcopyEvent};
 pub(super) use sending::{DeviceState, PostcopyOptions};
 
 use super::error::PostcopyError;
