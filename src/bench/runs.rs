@@ -79,6 +79,8 @@ pub(super) async fn bring_back(
             placement: how.placement,
             working_set: how.working_set.is_some(),
             working_set_file: how.working_set.clone(),
+            // Nothing that a run measures comes behind it.
+            collapse: false,
             ..Delivery::default()
         },
         preload: how.preload,

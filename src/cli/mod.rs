@@ -127,6 +127,9 @@ struct DeliveryArgs {
     /// Neither use nor record the image's working set
     #[arg(long)]
     no_working_set: bool,
+    /// Leave memory in small pages; else it is collapsed into huge ones once it is in place
+    #[arg(long)]
+    no_collapse: bool,
 }
 
 impl DeliveryArgs {
@@ -136,6 +139,7 @@ impl DeliveryArgs {
             fill_rate: self.fill_rate,
             fill_delay: self.fill_delay,
             working_set: !self.no_working_set,
+            collapse: !self.no_collapse,
             ..Delivery::default()
         }
     }

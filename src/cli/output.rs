@@ -315,6 +315,15 @@ impl Output {
                     ),
                 );
             }
+            RevertEvent::Collapsed { before_bytes, after_bytes, took_ms, stopped } => {
+                let (before, after) = (size(*before_bytes), size(*after_bytes));
+                let stopped = stopped.as_ref().map(|why| format!("; stopped early: {why}"));
+                let stopped = stopped.unwrap_or_default();
+                self.say(
+                    "collapsed",
+                    &format!("{after} in huge pages, {before} before, in {took_ms:.0} ms{stopped}"),
+                );
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! What the kernel tells and does. Nothing here knows of QEMU or of images.
 
+pub mod huge_pages;
 pub mod in_use;
 pub mod memory;
 mod page_size;

@@ -70,6 +70,20 @@ pub enum RevertEvent {
         /// The time that 99 of 100 answers took at most, in microseconds.
         answer_p99_us: f64,
     },
+    /// Memory that came in small pages was collapsed into huge ones. It comes only where memory
+    /// was installed directly, [`Delivery::collapse`](super::Delivery::collapse) is set, and
+    /// QEMU has not ended.
+    Collapsed {
+        /// Bytes of the guest's memory in huge pages when its memory was in place.
+        before_bytes: u64,
+        /// The same now.
+        after_bytes: u64,
+        /// How long it took, in milliseconds.
+        took_ms: f64,
+        /// Why some small pages were left that are worth collapsing; none where none were.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stopped: Option<String>,
+    },
 }
 
 /// How far a revert has come.

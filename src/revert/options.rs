@@ -112,6 +112,10 @@ pub struct Delivery {
     pub hold: Option<Duration>,
     /// The file of the working set; beside the image without.
     pub working_set_file: Option<PathBuf>,
+    /// Whether memory that was installed directly is collapsed into huge pages once all of it is
+    /// in place, where QEMU has asked for huge pages. It is collapsed at the rate of `fill_rate`
+    /// at most.
+    pub collapse: bool,
     /// The shortest time between two reports of progress; it is reported only where there
     /// is some.
     pub progress_every: Duration,
@@ -126,6 +130,7 @@ impl Default for Delivery {
             working_set: true,
             hold: None,
             working_set_file: None,
+            collapse: true,
             progress_every: PROGRESS_EVERY,
         }
     }

@@ -27,6 +27,7 @@ mod disk_reverts;
 mod exchange;
 mod filling;
 mod hotplug;
+mod huge_pages;
 mod interrupts;
 mod journeys;
 mod killed;

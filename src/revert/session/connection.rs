@@ -15,6 +15,7 @@ use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::qmp::{Events, Qmp, QmpError};
+use crate::revert::collapse::Collapsing;
 use crate::revert::eager::EagerSource;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
@@ -236,6 +237,16 @@ impl Connection {
                 Progress { pages, total, requests: 0 }
             }
         }
+    }
+
+    /// What is to be collapsed once all memory is in place.
+    pub fn collapsing(&self) -> Option<Collapsing> {
+        let (pid, Some(Source::Postcopy(source))) = (self.qemu.pid()?, &self.source) else {
+            return None;
+        };
+        let memory = source.proven_ranges();
+        let wanted = self.delivery.collapse && !memory.is_empty();
+        wanted.then_some(Collapsing { pid, memory, rate: self.delivery.fill_rate })
     }
 
     /// Whether memory comes in: what is served, once the guest runs.

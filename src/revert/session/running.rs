@@ -42,7 +42,8 @@ impl Running {
             return Err(connection.fail(error).await);
         }
         let progress = connection.progress();
-        let Connection { qemu, lifecycle, image, delivery, .. } = connection;
+        let collapsing = connection.collapsing();
+        let Connection { qemu, lifecycle, image, delivery, cancel, .. } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
         if let (Some(qmp), true) = (qemu.qmp(), placement.is_postcopy())
@@ -56,7 +57,7 @@ impl Running {
         if placement.is_postcopy() {
             recorded::remember(&delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome })
+        Ok(Resident { qemu, outcome, collapsing, cancel })
     }
 }
 
