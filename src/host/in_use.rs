@@ -10,6 +10,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::kind::{Details, ErrorKind};
+
 use super::procfs::{self, Mapping, descriptor_link, descriptors, processes};
 
 /// Something of /proc could not be read.
@@ -20,6 +22,18 @@ pub struct ReadError {
     pub path: PathBuf,
     /// What the system said.
     pub source: io::Error,
+}
+
+impl ReadError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::of_io(&self.source)
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), Some(&self.path), None)
+    }
 }
 
 /// An address that a socket listens on.
