@@ -11,6 +11,8 @@ pub enum ErrorKind {
     AgentFailed,
     /// A command line can't be used.
     CommandLineInvalid,
+    /// A revert can't bring back a device that was plugged in.
+    DeviceNotReplayable,
     /// A file of a captured disk has changed since the snapshot.
     DiskChanged,
     /// A file of a captured disk is missing.
@@ -51,6 +53,8 @@ pub enum ErrorKind {
     MigrationActive,
     /// The guest asked for no memory.
     NothingDemanded,
+    /// There is no device of that name.
+    NoSuchDevice,
     /// There is not enough room.
     NoSpace,
     /// There is no disk of that name.
@@ -59,6 +63,8 @@ pub enum ErrorKind {
     NotAnImage,
     /// There is no such file.
     NotFound,
+    /// The image is whole, but its guest could not be shown to run again.
+    NotProved,
     /// The process that answers is not QEMU, or another one than it should be.
     NotQemu,
     /// Options contradict each other or the file that they are for.
@@ -101,11 +107,11 @@ impl ErrorKind {
     pub(crate) const ALL: &[ErrorKind] = {
         use ErrorKind::*;
         &[
-            AgentFailed, CommandLineInvalid, DiskChanged, DiskMissing, DiskUnsupported, FileExists,
+            AgentFailed, CommandLineInvalid, DeviceNotReplayable, DiskChanged, DiskMissing, DiskUnsupported, FileExists,
             FileInUse, GuestChanged, GuestState, GuestUnsupported, HookFailed, HostUnsupported,
             ImageDamaged,
             ImageTooNew, InputInvalid, Internal, Interrupted, Io, LeftOver, MemoryIncomplete,
-            MigrationActive, NothingDemanded, NoSpace, NoSuchDisk, NotAnImage, NotFound, NotQemu,
+            MigrationActive, NothingDemanded, NoSuchDevice, NoSpace, NoSuchDisk, NotAnImage, NotFound, NotProved, NotQemu,
             OptionsInvalid, ParentMissing, PermissionDenied, QemuEnded, QemuFailed, QemuNotStarted,
             QemuProtocol, QemuRefused, QemuTimeout, QemuTooOld, QemuUnreachable, SaveUnfinished,
             SocketInUse, StillFrozen, UserfaultfdUnavailable, WorkingSetMissing,
@@ -118,6 +124,7 @@ impl ErrorKind {
         match self {
             AgentFailed => "agent_failed",
             CommandLineInvalid => "command_line_invalid",
+            DeviceNotReplayable => "device_not_replayable",
             DiskChanged => "disk_changed",
             DiskMissing => "disk_missing",
             DiskUnsupported => "disk_unsupported",
@@ -138,10 +145,12 @@ impl ErrorKind {
             MemoryIncomplete => "memory_incomplete",
             MigrationActive => "migration_active",
             NothingDemanded => "nothing_demanded",
+            NoSuchDevice => "no_such_device",
             NoSpace => "no_space",
             NoSuchDisk => "no_such_disk",
             NotAnImage => "not_an_image",
             NotFound => "not_found",
+            NotProved => "not_proved",
             NotQemu => "not_qemu",
             OptionsInvalid => "options_invalid",
             ParentMissing => "parent_missing",

@@ -15,7 +15,8 @@ pub struct Machine {
     /// Versioned machine type, as the stream's configuration section names it
     /// (for example `pc-i440fx-7.2`).
     pub machine_type: String,
-    /// The command line, `argv[0]` included.
+    /// The command line that starts the machine as it was at the moment, `argv[0]`
+    /// included: QEMU's own, changed by what [`hotplug`](Machine::hotplug) lists.
     pub argv: Vec<String>,
     /// QEMU's working directory: relative paths in `argv` start here.
     pub cwd: String,
@@ -37,13 +38,63 @@ pub struct Machine {
     /// image was made of a guest that libvirt saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub libvirt_xml: Option<String>,
+    /// What was plugged in and out while the guest ran.
+    #[serde(default, skip_serializing_if = "Hotplug::is_empty")]
+    pub hotplug: Hotplug,
+}
+
+/// Devices that were plugged in and out since QEMU started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Hotplug {
+    /// Devices that were plugged in, each behind the one that it is plugged into. Their
+    /// options are at the end of [`Machine::argv`].
+    pub added: Vec<PluggedDevice>,
+    /// The options there of what stands behind these devices, as `-netdev user,id=n0`, and of
+    /// user networks that were added.
+    pub backends: Vec<String>,
+    /// Options that were left out of [`Machine::argv`], as `-device e1000,id=n0`: what they
+    /// gave is not in the machine any more.
+    pub removed: Vec<String>,
+    /// Devices that were plugged in and are not in [`Machine::argv`], by the wish of whoever
+    /// made the snapshot: QEMU doesn't tell enough of them. QEMU refuses to load the state of
+    /// the machine unless it is given them.
+    pub missing: Vec<PluggedDevice>,
+}
+
+impl Hotplug {
+    /// Whether the machine is the one that QEMU was started with.
+    pub fn is_empty(&self) -> bool {
+        let Hotplug { added, backends, removed, missing } = self;
+        added.is_empty() && backends.is_empty() && removed.is_empty() && missing.is_empty()
+    }
+}
+
+/// A device that was plugged in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PluggedDevice {
+    /// Its id; of a device without one its name in QEMU's object tree, such as `device[2]`.
+    pub id: String,
+    /// Its type, such as `virtio-net-pci`.
+    pub driver: String,
+    /// The properties that it was given or that QEMU chose for it, as `device_add` takes
+    /// them. Empty for a missing one.
+    pub properties: serde_json::Map<String, serde_json::Value>,
+}
+
+impl PluggedDevice {
+    /// The device as people know it.
+    pub fn describe(&self) -> String {
+        format!("{} ({})", self.id, self.driver)
+    }
 }
 
 /// A disk or drive at the moment of the snapshot.
 ///
 /// To find its option in [`Machine::argv`]: [`node`](Disk::node) is the `node-name` of a
 /// `-blockdev` (or of a `-drive` that has one); without, [`device`](Disk::device) is
-/// the name of a `-drive`. A disk that was plugged in later is in neither.
+/// the name of a `-drive`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Disk {
@@ -179,5 +230,18 @@ mod tests {
         for name in ["", "drive1", "vdb", "peripheral"] {
             assert!(!disk.is_called(name), "{name}");
         }
+    }
+
+    #[test]
+    fn a_machine_without_hotplug_is_recorded_as_ever() {
+        let machine = Machine::default();
+        let text = serde_json::to_string(&machine).unwrap();
+        assert!(!text.contains("hotplug"), "{text}");
+        assert_eq!(serde_json::from_str::<Machine>(&text).unwrap(), machine);
+        let removed = vec!["-device e1000,id=n0".to_owned()];
+        let hotplug = Hotplug { removed, ..Hotplug::default() };
+        let machine = Machine { hotplug, ..machine };
+        let text = serde_json::to_string(&machine).unwrap();
+        assert_eq!(serde_json::from_str::<Machine>(&text).unwrap(), machine);
     }
 }

@@ -74,6 +74,7 @@ impl Failure {
         match self.kind {
             // All of these are found out before QEMU or a guest is touched.
             CommandLineInvalid
+            | DeviceNotReplayable
             | DiskChanged
             | DiskMissing
             | DiskUnsupported
@@ -86,6 +87,7 @@ impl Failure {
             | InputInvalid
             | MemoryIncomplete
             | MigrationActive
+            | NoSuchDevice
             | NoSuchDisk
             | NotAnImage
             | NotFound

@@ -24,6 +24,7 @@ const NAMES: &[(&str, &str)] = &[
     ("in `Sign::pattern`", "with --sign"),
     ("`Compression::Zstd`", "--compress zstd"),
     ("`DiskChoice::None`", "--disks none"),
+    ("`SaveOptions::allow_missing_devices`", "--allow-missing-device"),
     ("`SaveOptions::bandwidth`", "--bandwidth"),
     ("`SaveOptions::compression`", "--compress"),
     ("`SaveOptions::disks`", "--disks"),

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::LazyLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -204,6 +204,15 @@ impl Output {
         for SwitchedDisk { frozen, option, .. } in disks {
             detail(&format!("Instead of {frozen} and its format:"));
             print_line(&shlex::try_quote(option).unwrap_or(option.into()));
+        }
+    }
+
+    /// The guest of a new image has run again, so long after its revert began.
+    pub fn proved(&self, after: Duration) {
+        let ms = after.as_secs_f64() * 1e3;
+        match self.json {
+            true => self.print_json(&json!({ "event": "proved", "running_ms": ms })),
+            false => self.say("proved", &format!("its guest ran again after {ms:.1} ms")),
         }
     }
 

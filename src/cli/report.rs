@@ -51,6 +51,7 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
             "uncaptured_disks": machine.uncaptured_disks,
             "disks": machine.disks,
             "libvirt_xml": machine.libvirt_xml,
+            "hotplug": machine.hotplug,
             "blocks": blocks,
             "layout": layout,
             "layers": chain,
@@ -114,6 +115,16 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
     }
     for disk in &machine.uncaptured_disks {
         line("not included", &format!("writable disk {disk}"));
+    }
+    for device in &machine.hotplug.added {
+        line("plugged in", &device.describe());
+    }
+    for option in &machine.hotplug.removed {
+        line("removed", option);
+    }
+    for device in &machine.hotplug.missing {
+        let device = device.describe();
+        line("not included", &format!("device {device}: QEMU has to be given it for a revert"));
     }
     line("started in", &machine.cwd);
     line("started as", &shell_words(&machine.argv));

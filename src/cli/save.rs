@@ -14,6 +14,7 @@ use super::{cancellation, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
 use crate::kind::ErrorKind;
+use crate::revert::{RevertOptions, prove};
 use crate::save::{DiskChoice, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
@@ -33,6 +34,10 @@ pub(super) struct SaveArgs {
     /// Fail instead of waiting when the guest was reverted and its memory is not complete yet
     #[arg(long)]
     no_wait: bool,
+    /// Revert the new image at once, isolated from networks and disks, to see that its guest runs,
+    /// and discard that guest; fail if it doesn't run
+    #[arg(long, conflicts_with = "recover")]
+    prove: bool,
     /// Clean up behind a save of this image that was killed; saves nothing
     #[arg(long)]
     recover: bool,
@@ -60,6 +65,10 @@ pub(super) struct GuestArgs {
     /// Leave a writable disk out: the name of a node, drive or device
     #[arg(long = "exclude-disk", value_name = "NODE")]
     exclude_disks: Vec<String>,
+    /// Save without this device if it was plugged in and a revert can't bring it back: its id, as
+    /// `check` tells it
+    #[arg(long = "allow-missing-device", value_name = "ID")]
+    allow_missing_devices: Vec<String>,
     /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
     #[arg(long, value_name = "HOW", default_value = "zstd", value_parser = parse_compression)]
     compress: Compression,
@@ -92,6 +101,7 @@ impl GuestArgs {
             disks,
             overlay_dir: self.overlay_dir,
             exclude_disks: self.exclude_disks,
+            allow_missing_devices: self.allow_missing_devices,
             compression: self.compress,
             parent: self.parent,
             quiesce: self.quiesce,
@@ -124,11 +134,31 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
     });
     let outcome = outcome.await;
     let ended = match hook {
-        Some(hook) => hook.end(cancel).await,
+        Some(hook) => hook.end(cancel.clone()).await,
         None => Ok(()),
     };
     outcome?;
+    if args.prove {
+        prove_image(&options.image, cancel, &output).await?;
+    }
     ended
+}
+
+/// Shows that the image can be reverted.
+async fn prove_image(image: &Path, cancel: Cancellation, output: &Output) -> Result<(), Failure> {
+    match prove(&RevertOptions::new(image), cancel, |_| {}).await {
+        Ok(after) => {
+            output.proved(after);
+            Ok(())
+        }
+        Err(error) => {
+            let message = format!(
+                "the image {} is whole, but its guest could not be shown to run again: {error}",
+                image.display()
+            );
+            Err(Failure::said(ErrorKind::NotProved, message))
+        }
+    }
 }
 
 /// A command to be run at the moment.

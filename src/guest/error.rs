@@ -183,6 +183,30 @@ pub enum GuestError {
         source: io::Error,
     },
 
+    /// No options can define some devices that were plugged in.
+    #[error(
+        "a revert can't bring back what was plugged in: {devices}; unplug it first, or save \
+             without it ({advice})"
+    )]
+    NotReplayable {
+        /// The devices, each with the reason.
+        devices: String,
+        /// How to leave them out.
+        advice: String,
+    },
+
+    /// The caller names a device that was not plugged in.
+    #[error(
+        "`SaveOptions::allow_missing_devices` {name}: no such device was plugged in; there are: \
+             {known}"
+    )]
+    NoSuchPlugged {
+        /// The name that the caller gave.
+        name: String,
+        /// The plugged devices.
+        known: String,
+    },
+
     /// The caller names a disk that the image doesn't have.
     #[error(
         "`RewriteOptions::disks` {name}=…: the image has no captured disk of that name; it has: {known}"
@@ -335,6 +359,8 @@ impl GuestError {
             | DiskNotGiven { .. }
             | DisksGivenAsOne { .. }
             | NotIsolated { .. } => ErrorKind::DiskUnsupported,
+            NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
+            NoSuchPlugged { .. } => ErrorKind::NoSuchDevice,
             Start { .. } | Exited { .. } | NoControl { .. } => ErrorKind::QemuNotStarted,
         }
     }

@@ -7,6 +7,7 @@
 mod board;
 mod command_line;
 mod described;
+mod devices;
 #[cfg(test)]
 mod disk_tests;
 mod disks;
@@ -21,6 +22,7 @@ pub use board::Board;
 pub use command_line::CommandLine;
 pub use command_line::parameters::Params;
 pub use described::{describe, describe_foreign, named_machine_type};
+pub use devices::{device_paths, record_hotplug};
 pub use disks::attached::{FoundDisk, disks};
 pub use disks::drives::check_given;
 pub use disks::overlay::OverlayOptions;

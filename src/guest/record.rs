@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::guest::GuestError;
 use crate::guest::command_line::CommandLine;
 use crate::host::procfs;
-use crate::machine::Machine;
+use crate::machine::{Hotplug, Machine};
 use crate::qmp::Qmp;
 
 /// Records the machine that process `pid` runs and `qmp` talks to. Its disks are
@@ -35,6 +35,7 @@ pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, GuestError> {
         uncaptured_disks: Vec::new(),
         disks: Vec::new(),
         libvirt_xml: None,
+        hotplug: Hotplug::default(),
     })
 }
 

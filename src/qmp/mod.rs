@@ -6,6 +6,7 @@
 
 mod block;
 mod commands;
+mod devices;
 mod error;
 mod event;
 mod message;
@@ -31,6 +32,7 @@ use tokio::task::JoinHandle;
 
 pub use block::{BlockEdge, BlockNode};
 pub use commands::{BlockDevice, RamBlock};
+pub use devices::{Chardev, CpuSlot, DeviceProperty, Network, QomChild};
 pub use error::QmpError;
 pub use event::{EVENT_QUEUE, Event, Events};
 

@@ -17,6 +17,8 @@ pub(super) struct Checked {
     pub parent: Option<Arc<Image>>,
     /// All disks; the role says which are captured.
     pub disks: Vec<FoundDisk>,
+    /// The devices of the record, by their paths in QEMU's object tree.
+    pub devices: Vec<String>,
     /// Why `revert` will refuse the image, if it will.
     pub irrevertible: Option<String>,
     /// Whether the guest is saved by a background snapshot. A paused guest on an old QEMU

@@ -70,6 +70,12 @@ pub enum SaveError {
         /// The state, in QEMU's words.
         state: String,
     },
+    /// A device was plugged in or removed while the save was made ready.
+    #[error(
+        "a device was plugged in or removed while the save was being prepared: the guest is left \
+         as it is; save again"
+    )]
+    DevicesChanged,
     /// QEMU took too long to write-protect the guest's memory, the guest standing still.
     #[error("QEMU did not get to sending memory within {0:?}, while the guest stood still")]
     Held(Duration),
@@ -142,7 +148,7 @@ impl SaveError {
             Agent(error) => error.kind(),
             Socket(error) | Thread(error) => ErrorKind::of_io(error),
             Migration { .. } => ErrorKind::QemuFailed,
-            Meanwhile { .. } => ErrorKind::GuestChanged,
+            Meanwhile { .. } | DevicesChanged => ErrorKind::GuestChanged,
             Held(_) => ErrorKind::QemuTimeout,
             StillFrozen(_) => ErrorKind::StillFrozen,
             // Where the cause was damage or an interrupt, what is left over comes first.

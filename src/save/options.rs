@@ -20,6 +20,9 @@ pub struct SaveOptions {
     pub overlay_dir: Option<PathBuf>,
     /// Writable disks that are not captured, each by the name of its node, drive or device.
     pub exclude_disks: Vec<String>,
+    /// Devices that were plugged in and may be left out if a revert can't bring them back,
+    /// each by its id.
+    pub allow_missing_devices: Vec<String>,
     /// The socket of qemu-guest-agent, which then freezes the guest's file systems around
     /// the moment.
     pub quiesce: Option<PathBuf>,
@@ -45,6 +48,7 @@ impl SaveOptions {
             disks: DiskChoice::Overlay,
             overlay_dir: None,
             exclude_disks: Vec::new(),
+            allow_missing_devices: Vec::new(),
             quiesce: None,
             no_wait: false,
             force: false,

@@ -7,6 +7,7 @@ use super::failpoints::failpoint;
 use super::moment::PauseClock;
 use super::saving::Saving;
 use super::{migration, overlays};
+use crate::guest;
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Begins the snapshot. A guest with disks to capture is stopped and its disks are
@@ -34,12 +35,16 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     }
 
     /// Refuses a guest that has been stopped, or let go, since the checks: the next steps
-    /// depend on it, and a guest that somebody else has stopped is not ours to let go.
+    /// depend on it, and a guest that somebody else has stopped is not ours to let go. So is one
+    /// whose devices are not those of the record any more: it could not be reverted.
     async fn check_unchanged(&self) -> Result<(), SaveError> {
         let state = self.qmp.status().await?;
-        match (state == "running") == self.checked.machine.running {
+        if (state == "running") != self.checked.machine.running {
+            return Err(SaveError::Meanwhile { state });
+        }
+        match guest::device_paths(&self.qmp).await? == self.checked.devices {
             true => Ok(()),
-            false => Err(SaveError::Meanwhile { state }),
+            false => Err(SaveError::DevicesChanged),
         }
     }
 

@@ -15,9 +15,10 @@
 use super::{RAM_SECTION_VERSION, command, ram_flag, section};
 use crate::page::{Block, PAGE_SIZE, PageBytes, Run};
 
-/// The section id under which RAM is announced. Any number serves; QEMU counts
-/// from 0 in the order of registration, and `ram` is usually the third.
-const RAM_SECTION: u32 = 2;
+/// The section number under which RAM is announced. Device sections keep the numbers that
+/// QEMU gave them, counting from 0; RAM's must be none of these: while one thread of QEMU loads
+/// devices, another finds the handler of RAM's parts by that number.
+pub(super) const RAM_SECTION: u32 = 0x4000_0000;
 
 /// `postcopy_ram_discard_version` in `migration/savevm.c`.
 const DISCARD_VERSION: u8 = 0;

@@ -54,7 +54,7 @@ fn config_with_subsections() -> Vec<u8> {
 /// The block list as a stream carries it, without the commands of a postcopy source.
 fn block_list(config: &[u8], blocks: &[Block]) -> Vec<u8> {
     let opening = Opening { config, blocks, ping: 1, host_page_size: 4096 }.bytes();
-    let start = [&[section::START][..], &2u32.to_be_bytes(), b"\x03ram"].concat();
+    let start = [&[section::START][..], &source::RAM_SECTION.to_be_bytes(), b"\x03ram"].concat();
     let at = opening.windows(start.len()).position(|w| w == start).unwrap();
     let discard = [section::COMMAND, 0, command::POSTCOPY_RAM_DISCARD as u8];
     let end = opening.windows(3).position(|w| w == discard).unwrap();
@@ -219,7 +219,7 @@ fn what_is_not_supported_is_named() {
 
     let mut compressed = block_list(&config("pc"), &[block("pc.ram", 1)]);
     compressed.push(section::PART);
-    compressed.extend_from_slice(&2u32.to_be_bytes());
+    compressed.extend_from_slice(&source::RAM_SECTION.to_be_bytes());
     compressed.extend_from_slice(&0x100u64.to_be_bytes());
     let error = read_all(Cursor::new(compressed)).unwrap_err().to_string();
     assert!(error.contains("RAM records with flags 0x100"), "{error}");

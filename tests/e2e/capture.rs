@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
@@ -13,8 +14,8 @@ use crate::bare::{Bare, query};
 use crate::harness::{Dir, Ended, Running, Snapback, check, text, wait_gone};
 use crate::killed::{STOP_AT, kill_at_its_step};
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Qmp, Result, SOON, cont, convert,
-    debian, qmp, query_status, stop, wait_for,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, cont,
+    convert, debian, qmp, query_status, run, stop, wait_for,
 };
 use crate::{tests, tests_on_both};
 
@@ -29,7 +30,7 @@ tests! {
 tests_on_both! {
     memory_and_disks_are_of_one_moment
     a_disk_is_left_out_by_any_of_its_names
-    a_disk_that_was_plugged_in_is_captured_with_a_warning
+    a_disk_that_was_plugged_in_is_captured_and_reverted
     a_disk_on_ahci_is_captured_and_reverted
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
@@ -255,7 +256,7 @@ fn a_disk_is_left_out_by_any_of_its_names(dir: &Dir, qemu: Qemu) -> Result<()> {
     Ok(())
 }
 
-fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) -> Result<()> {
+fn a_disk_that_was_plugged_in_is_captured_and_reverted(dir: &Dir, qemu: Qemu) -> Result<()> {
     let watched = Watched::start(dir, qemu, &[])?;
     let check = || dir.snapback(&["check", "--qmp", text(&watched.bare.socket)]).succeed();
     let warnings = |events: &[Value]| events.iter().filter(|item| item["warning"] == true).count();
@@ -267,18 +268,19 @@ fn a_disk_that_was_plugged_in_is_captured_with_a_warning(dir: &Dir, qemu: Qemu) 
     let node = json!({"driver": "raw", "node-name": "hot", "file": file});
     qmp(&watched.side, "blockdev-add", node)?;
     qmp(&watched.side, "device_add", json!({"driver": "virtio-blk-pci", "drive": "hot"}))?;
-    let items = check()?.events;
-    assert_eq!(warnings(&items), 1);
-    let warning = items.iter().find(|item| item["warning"] == true).ok_or("no warning")?;
-    assert_eq!((&warning["item"], &warning["ok"]), (&json!("revert"), &json!(true)));
-    assert!(warning["says"].to_string().contains("hot.raw"), "{warning}");
+    assert_eq!(warnings(&check()?.events), 0);
 
     let ended = watched.save(dir).succeed()?;
-    assert_eq!(ended.steps(), ["checked", "warning", "ready", "moment", "saved"]);
-    // As was said.
-    let reverted = dir.snapback(&["revert", text(&dir.path("vm.snap"))]).fail()?;
-    assert!(ended.event("warning")?["says"].as_str().is_some_and(|says| reverted == says));
-    Ok(())
+    assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
+    let captured = ended.event("checked")?["captured_disks"].to_string();
+    assert!(captured.contains("hot.raw"), "{captured}");
+    let image = dir.path("vm.snap");
+    let reverted = dir.snapback(&["revert", text(&image)]).succeed()?;
+    let disk = |event: &&Value| event["event"] == "disk" && event["frozen"] == text(&hot);
+    let overlay = reverted.events.iter().find(disk).ok_or("it has no overlay")?;
+    assert!(overlay["overlay"].is_string());
+    let pid = reverted.event("running")?["pid"].as_u64().ok_or("no process")? as u32;
+    Pidfd::open(pid)?.kill()
 }
 
 /// The guests' kernel has no driver for AHCI (`tests/guest/README.md`): QEMU itself writes for
@@ -427,13 +429,17 @@ fn whatever_fails_the_disks_are_as_before(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert!(refusal.contains("--overlay-dir"), "{refusal}");
     watched.is_as_before(dir)?;
 
-    // QEMU refuses to migrate, its disks switched already. Last: the device stays.
+    // QEMU refuses to migrate, its disks switched already: a node of this format forbids it.
+    let file = dir.path("strange.vdi");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vdi", text(&file), "1M"]))?;
     let saving = just_before_the_pause(dir, &watched, |qmp| {
-        qmp.execute("device_add", json!({ "driver": "nvme", "serial": "x" })).map(drop)
+        let file = json!({ "driver": "file", "filename": file });
+        let node = json!({ "driver": "vdi", "node-name": "strange", "file": file });
+        qmp.execute("blockdev-add", node).map(drop)
     })?;
     let ended = saving.end()?;
     let refusal = ended.failure()?;
-    assert!(refusal.contains("non-migratable device") && refusal.contains("nvme"), "{refusal}");
+    assert!(refusal.contains("vdi") && refusal.contains("live migration"), "{refusal}");
     assert_eq!(ended.event("folded")?["disk"], format!("system ({})", text(&watched.disk)));
     watched.is_as_before(dir)
 }
@@ -474,6 +480,14 @@ fn a_guest_that_somebody_stops_meanwhile_is_left_alone(dir: &Dir, qemu: Qemu) ->
     let saving =
         just_before_the_pause(dir, &watched, |qmp| qmp.execute("cont", json!({})).map(drop))?;
     assert!(saving.end()?.failure()?.contains("`running`"));
+    watched.is_as_before(dir)?;
+
+    // A device that came after the checks is in no record.
+    let saving = just_before_the_pause(dir, &watched, |qmp| {
+        qmp.execute("device_add", json!({ "driver": "e1000" })).map(drop)
+    })?;
+    let refusal = saving.end()?.failure()?;
+    assert!(refusal.contains("plugged in or removed"), "{refusal}");
     watched.is_as_before(dir)
 }
 

@@ -329,6 +329,7 @@ const FAILED: &[&str] = &[
     "io",
     "left_over",
     "no_space",
+    "not_proved",
     "nothing_demanded",
     "permission_denied",
     "qemu_ended",

@@ -26,6 +26,7 @@ mod database;
 mod disk_reverts;
 mod exchange;
 mod filling;
+mod hotplug;
 mod interrupts;
 mod journeys;
 mod killed;

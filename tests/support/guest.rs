@@ -74,6 +74,8 @@ pub struct GuestOptions {
     pub virtio_blk: bool,
     /// Whether it has a virtio balloon, and the driver of it.
     pub virtio_balloon: bool,
+    /// More kernel modules to load, each behind those that it needs, separated by commas.
+    pub modules: &'static str,
     /// Its disks; their files must be there.
     pub disks: Vec<Disk>,
     /// Whether the first disk holds a Debian guest (`tests/debian`), which runs in the
@@ -101,6 +103,7 @@ impl Default for GuestOptions {
             beat_ms: 20,
             virtio_blk: false,
             virtio_balloon: false,
+            modules: "",
             disks: Vec::new(),
             debian: false,
             args: Vec::new(),
@@ -216,12 +219,13 @@ impl GuestOptions {
         )
     }
 
-    /// The kernel modules that its devices take, each once.
+    /// The kernel modules that are asked for and that its devices take, each once.
     fn modules(&self) -> String {
         let drivers = [(self.virtio_blk, VIRTIO_BLK), (self.virtio_balloon, VIRTIO_BALLOON)];
         let wanted = drivers.into_iter().filter(|(wanted, _)| *wanted).map(|(_, driver)| driver);
         let mut modules: Vec<&str> = Vec::new();
-        for list in wanted.chain(self.disks.iter().map(Disk::modules)) {
+        let disks = self.disks.iter().map(Disk::modules);
+        for list in wanted.chain(disks).chain([self.modules]) {
             for module in list.split(',').filter(|name| !name.is_empty()) {
                 if !modules.contains(&module) {
                     modules.push(module);

@@ -149,8 +149,27 @@ fn blockdev(
     Ok(Arg::Option(CommandOption::new("blockdev", Value::Object(node).to_string())))
 }
 
-/// Removes the named nodes, and those below them, if no option uses them any more.
-fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) {
+/// Whether an option defines a node of this name, at any depth.
+pub(in crate::guest) fn is_node(line: &CommandLine, name: &str) -> bool {
+    let drives = line.options().filter(|option| ["blockdev", "drive"].contains(&option.name()));
+    let mut leaves = drives.flat_map(|option| Spec::parse(option.value()).leaves());
+    leaves.any(|(key, value)| key.rsplit('.').next() == Some("node-name") && value == name)
+}
+
+/// Removes the nodes below those that these options define, if no option uses them any more.
+/// Returns the options that are gone.
+pub(in crate::guest) fn take_unused(
+    line: &mut CommandLine,
+    above: &[CommandOption],
+) -> Vec<CommandOption> {
+    let below = above.iter().flat_map(|option| children(&tree(&Spec::parse(option.value()))));
+    drop_unused(line, below.collect())
+}
+
+/// Removes the named nodes, and those below them, if no option uses them any more. Returns the
+/// options that are gone.
+fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) -> Vec<CommandOption> {
+    let mut dropped = Vec::new();
     while let Some(name) = names.pop() {
         if is_used(line, &name) {
             continue;
@@ -158,8 +177,10 @@ fn drop_unused(line: &mut CommandLine, mut names: Vec<String>) {
         let Some(at) = find_node(line, &name) else { continue };
         if let Arg::Option(option) = line.args.remove(at) {
             names.extend(children(&tree(&Spec::parse(option.value()))));
+            dropped.push(option);
         }
     }
+    dropped
 }
 
 /// The node in place of `tree`: the overlay, with what was said of how the disk is read
@@ -256,7 +277,7 @@ fn children(tree: &Map<String, Value>) -> Vec<String> {
 }
 
 /// Whether an option speaks of a node, other than by defining it.
-fn is_used(line: &CommandLine, name: &str) -> bool {
+pub(in crate::guest) fn is_used(line: &CommandLine, name: &str) -> bool {
     line.options().any(|option| {
         let mut leaves = Spec::parse(option.value()).leaves().into_iter();
         option.name() != "append"

@@ -25,14 +25,18 @@ pub(in crate::guest) fn isolate(
     }
     line.retain_options(|option| {
         let watches = matches!(backend::usage(option), Some(Use::Monitor | Use::Debugger));
-        let leads_out = option.name() == "net" && is_old_backend(option);
+        let leads_out = option.name() == "net" && is_old_backend(option) && !is_user(option);
         !watches && !leads_out
     });
+    let cards = paravirtual_cards(line);
     let mut hub = FIRST_HUB;
     for option in line.options_mut() {
         match option.name() {
+            "netdev" | "nic" | "net" if is_user(option) => {
+                option.value = Some(restricted(&Spec::parse(option.value())));
+            }
             "netdev" | "nic" => {
-                if let Some(value) = unplugged(option, hub) {
+                if let Some(value) = unplugged(option, hub, &cards) {
                     option.value = Some(value);
                     hub += 1;
                 }
@@ -53,8 +57,9 @@ pub(in crate::guest) fn isolate(
         }
     }
     if !line.has("nic") && !line.has("net") && !line.has("netdev") && !line.has("nodefaults") {
-        // QEMU would create a network card with a user network; this creates only the card.
+        // QEMU would create a network card with a user network.
         line.push(CommandOption::new("net", "nic"));
+        line.push(CommandOption::new("net", "user,restrict=on"));
     }
     // Writes to disks go to temporary files (qemu(1)).
     line.push(CommandOption::flag("snapshot"));
@@ -71,16 +76,66 @@ fn is_old_backend(option: &CommandOption) -> bool {
     !matches!(Params::parse(option.value()).implied(), Some("nic" | "none"))
 }
 
-/// The value of a `-netdev` or `-nic`, connected to a hub of its own instead. A `-nic` keeps
-/// its card's properties; `None` for one without a card.
-fn unplugged(option: &CommandOption, hub: u32) -> Option<String> {
+/// Whether an option makes a user network.
+fn is_user(option: &CommandOption) -> bool {
+    Spec::parse(option.value()).get_or_implied("type") == Some("user")
+}
+
+/// The value of an option that makes a user network, from which no packet gets to the host or
+/// beyond (`restrict` in qemu(1)). It stays a user network, because its state is part of the
+/// machine's: QEMU loads it into nothing else.
+fn restricted(spec: &Spec) -> String {
+    const LEADS_OUT: [&str; 6] = ["hostfwd", "guestfwd", "smb", "smbserver", "tftp", "bootfile"];
+    match spec {
+        Spec::Params(params) => {
+            let mut params = params.clone();
+            LEADS_OUT.iter().for_each(|key| params.remove(key));
+            params.set("restrict", "on");
+            params.to_string()
+        }
+        Spec::Json(value) => {
+            let mut value = value.clone();
+            if let Some(members) = value.as_object_mut() {
+                members.retain(|key, _| !LEADS_OUT.contains(&key.as_str()));
+                members.insert("restrict".into(), true.into());
+            }
+            value.to_string()
+        }
+    }
+}
+
+/// The ids of backends that virtio network cards use.
+fn paravirtual_cards(line: &CommandLine) -> Vec<String> {
+    let cards = line.options().filter(|option| option.name() == "device");
+    cards
+        .map(|card| Spec::parse(card.value()))
+        .filter(|card| card.get_or_implied("driver").is_some_and(|d| d.starts_with("virtio-net")))
+        .filter_map(|card| card.get("netdev").map(str::to_owned))
+        .collect()
+}
+
+/// The value of a `-netdev` or `-nic`, connected to a hub of its own instead, or to a new tap
+/// that is on no bridge. A `-nic` keeps its card's properties; `None` for one without a card.
+fn unplugged(option: &CommandOption, hub: u32, paravirtual: &[String]) -> Option<String> {
     const OF_THE_CARD: [&str; 5] = ["id", "model", "mac", "addr", "vectors"];
+    const OF_A_TAP: [&str; 2] = ["queues", "vnet_hdr"];
     let spec = Spec::parse(option.value());
-    if spec.get_or_implied("type") == Some("none") {
+    let kind = spec.get_or_implied("type");
+    if kind == Some("none") {
         return None;
     }
-    let mut value = Params::parse(&format!("hubport,hubid={hub}"));
-    for key in OF_THE_CARD {
+    let is_virtio = match option.name() {
+        "nic" => spec.get("model").is_some_and(|model| model.starts_with("virtio")),
+        _ => spec.get("id").is_some_and(|id| paravirtual.iter().any(|card| card == id)),
+    };
+    // A virtio card whose driver has found a tap's offloads is loaded on nothing else. The tap
+    // goes with QEMU.
+    let is_tap = is_virtio && matches!(kind, Some("tap" | "bridge"));
+    let mut value = Params::parse(&match is_tap {
+        true => "tap,ifname=snapback%d,script=no,downscript=no".to_owned(),
+        false => format!("hubport,hubid={hub}"),
+    });
+    for key in OF_THE_CARD.iter().chain(OF_A_TAP.iter().filter(|_| is_tap)) {
         if let Some(text) = spec.get(key) {
             value.set(key, text);
         }
@@ -109,11 +164,23 @@ mod tests {
         assert_eq!(
             line,
             "-nodefaults -netdev hubport,hubid=900000,id=n0 -device e1000,netdev=n0 \
-             -nic hubport,hubid=900001,model=e1000,mac=52:54:00:11:22:33 -nic none \
+             -nic user,model=e1000,mac=52:54:00:11:22:33,restrict=on -nic none \
              -serial null -serial chardev:c0 -parallel none -chardev null,id=c0,mux=on -snapshot"
         );
-        assert_eq!(isolated("-net nic,model=e1000 -net user"), "-net nic,model=e1000 -snapshot");
-        assert_eq!(isolated(""), "-net nic -snapshot");
+        assert_eq!(
+            isolated("-netdev tap,id=t,fd=3,queues=2 -device virtio-net-pci,netdev=t"),
+            "-netdev tap,ifname=snapback%d,script=no,downscript=no,id=t,queues=2 \
+             -device virtio-net-pci,netdev=t -snapshot"
+        );
+        assert_eq!(
+            isolated("-net nic,model=e1000 -net user,smb=/d -net tap"),
+            "-net nic,model=e1000 -net user,restrict=on -snapshot"
+        );
+        assert_eq!(isolated(""), "-net nic -net user,restrict=on -snapshot");
+        assert_eq!(
+            isolated(r#"-netdev {"type":"user","id":"n","hostfwd":[{"str":"tcp::1-:1"}]}"#),
+            r#"-netdev {"id":"n","restrict":true,"type":"user"} -snapshot"#
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::error::CheckError;
 use crate::guest::{self, FoundDisk};
-use crate::machine::{DiskRole, Machine};
+use crate::machine::{DiskRole, Machine, PluggedDevice};
 use crate::qmp::Qmp;
 use crate::save::error::SaveError;
 use crate::save::options::{DiskChoice, SaveOptions};
@@ -42,10 +42,18 @@ pub(super) async fn check_disks(
     Ok((disks, says))
 }
 
-/// Why a revert won't find its disks where it looks for them.
+/// Why a revert will be refused: disks that it won't find where it looks for them, and devices
+/// that were left out.
 pub(super) fn check_revert(machine: &Machine, disks: &[FoundDisk]) -> Option<String> {
     let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
     let problems = captured.filter_map(|found| guest::check_given(machine, &found.disk).err());
-    let problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
+    let mut problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
+    let missing = &machine.hotplug.missing;
+    if !missing.is_empty() {
+        let missing: Vec<String> = missing.iter().map(PluggedDevice::describe).collect();
+        let missing = missing.join(", ");
+        problems
+            .push(format!("QEMU will refuse it unless it is given what was left out: {missing}"));
+    }
     (!problems.is_empty()).then(|| problems.join("; "))
 }

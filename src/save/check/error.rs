@@ -152,6 +152,13 @@ pub enum Obstacle {
          held up; detach it"
     )]
     VhostUser(String),
+    /// A virtio-mem device: QEMU leaves memory that is not plugged into the guest out of a
+    /// background snapshot, and from 8.1 on sends the device's state ahead of all memory.
+    #[error(
+        "device {0} (virtio-mem) has memory which QEMU leaves out of a background snapshot; \
+         detach it"
+    )]
+    VirtioMem(String),
     /// Memory on a file that the kernel can't write-protect.
     #[error(
         "memory backend `{id}` lies on {}, a file whose pages Linux can't write-protect \

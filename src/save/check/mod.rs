@@ -3,6 +3,7 @@
 pub(super) mod error;
 
 mod disks;
+mod hotplug;
 mod obstacles;
 mod room;
 
@@ -38,7 +39,7 @@ const LETS_GO: (u32, u32) = (8, 1);
 #[non_exhaustive]
 pub struct CheckItem {
     /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
-    /// `revert`, `room`, `agent`, `parent` or `background-snapshot`.
+    /// `hotplug`, `revert`, `room`, `agent`, `parent` or `background-snapshot`.
     pub name: &'static str,
     /// What was found, or why a save would not work.
     pub outcome: Result<String, SaveError>,
@@ -114,11 +115,13 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
         }
         None => None,
     };
-    let (Some(running), Some(blocks), Some((pid, machine)), Some(disks)) =
+    let (Some(running), Some(blocks), Some((pid, mut machine)), Some(mut disks)) =
         (running, blocks, process, disks)
     else {
         return (list.0, None);
     };
+    let plugged = hotplug::check_hotplug(qmp, &mut machine, &mut disks, options).await;
+    let Some(devices) = list.note("hotplug", plugged) else { return (list.0, None) };
     let irrevertible = disks::check_revert(&machine, &disks);
     list.0.push(CheckItem {
         name: "revert",
@@ -132,8 +135,17 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
     let machine = Machine { running, uncaptured_disks, ..machine };
     let must_drain = background && number < LETS_GO;
-    let checked =
-        Checked { machine, pid, blocks, parent, disks, irrevertible, background, must_drain };
+    let checked = Checked {
+        machine,
+        pid,
+        blocks,
+        parent,
+        disks,
+        devices,
+        irrevertible,
+        background,
+        must_drain,
+    };
     (list.0, Some(checked))
 }
 

@@ -28,11 +28,30 @@ const NON_MIGRATABLE: [&str; 7] = [
 /// asked nothing ahead: they refuse by themselves when the migration begins.
 const KNOWN_UP_TO: u32 = 10;
 
+/// From this version on QEMU sends the state of virtio-mem ahead of all memory.
+const VIRTIO_MEM_EARLY: (u32, u32) = (8, 1);
+
 #[derive(Deserialize)]
 struct Property {
     name: String,
     #[serde(rename = "type")]
     kind: String,
+}
+
+/// A memory device, as `query-memory-devices` lists it.
+#[derive(Deserialize)]
+struct MemoryDevice {
+    #[serde(rename = "type")]
+    kind: String,
+    data: MemoryDeviceData,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct MemoryDeviceData {
+    id: Option<String>,
+    size: u64,
+    max_size: u64,
 }
 
 /// Looks for devices that can't be saved.
@@ -53,6 +72,13 @@ pub(super) async fn check_devices(qmp: &Qmp) -> Result<String, SaveError> {
             } else if NON_MIGRATABLE.contains(&kind) && qmp.version().major <= KNOWN_UP_TO {
                 obstacles.push(Obstacle::Device { name, kind: kind.to_owned() });
             }
+        }
+    }
+    let memory: Vec<MemoryDevice> = qmp.query("query-memory-devices", ()).await?;
+    for MemoryDevice { kind, data: MemoryDeviceData { id, size, max_size } } in memory {
+        let sends_early = (qmp.version().major, qmp.version().minor) >= VIRTIO_MEM_EARLY;
+        if kind == "virtio-mem" && (sends_early || size < max_size) {
+            obstacles.push(Obstacle::VirtioMem(id.unwrap_or_else(|| "without an id".into())));
         }
     }
     // Network backends are not in the object tree: only the human monitor lists them.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::config::Load;
+use crate::devices::{self, Held};
 use crate::disk::Disk;
 use crate::load::Writers;
 use crate::records::Records;
@@ -25,6 +26,8 @@ pub struct Oracle {
     pub fill: Duration,
     /// The writer of records, when there is one.
     pub records: Option<Records>,
+    /// Memory that was asked to be held.
+    pub held: Option<Held>,
 }
 
 /// A question that has no answer.
@@ -113,6 +116,23 @@ impl Oracle {
                 let records = self.records.take().ok_or("no writer of records")?;
                 format!("ok acknowledged={}", records.stop()?)
             }
+            ["devices"] => devices::list()?,
+            ["cpus"] => devices::online_cpus()?.to_string(),
+            ["memory"] => devices::online_memory()?.to_string(),
+            ["hold", mib, seed] => {
+                self.held = Some(Held::new(number(mib)?, number(seed)?));
+                "ok".into()
+            }
+            ["held"] => format!("wrong={}", self.held.as_ref().ok_or("nothing held")?.wrong()),
+            ["random"] => devices::random()?,
+            ["say", port, line] => {
+                devices::say(port, line)?;
+                "ok".into()
+            }
+            ["arp", card] => match devices::arp(card)? {
+                true => "ok".into(),
+                false => return Err("nobody has answered".into()),
+            },
             ["time"] => format!("wall_ms={} rtc_s={}", clock::wall_ms(), clock::rtc_seconds()?),
             _ => return Err("unknown question".into()),
         })

@@ -8,6 +8,7 @@ mod answers;
 mod clock;
 mod config;
 mod content;
+mod devices;
 mod disk;
 mod load;
 mod records;
@@ -69,6 +70,8 @@ fn halt(reason: &str) -> ! {
 fn run() -> Result<(), Failure> {
     mount(c"devtmpfs", c"/dev")?;
     mount(c"proc", c"/proc")?;
+    fs::create_dir_all("/sys")?;
+    mount(c"sysfs", c"/sys")?;
     let opened = Serial::open("/dev/ttyS0")?;
     let console = CONSOLE.get_or_init(|| opened);
     let port = Arc::new(Serial::open("/dev/ttyS1")?);
@@ -108,7 +111,7 @@ fn run() -> Result<(), Failure> {
     let (heart_region, heart_ms) = (Arc::clone(&region), Arc::clone(&beat_ms));
     thread::spawn(move || beat(console, &heart_region, &heart_ms));
 
-    let mut oracle = Oracle { region, writers, beat_ms, fill, records: None };
+    let mut oracle = Oracle { region, writers, beat_ms, fill, records: None, held: None };
     let mut lines = port.lines()?;
     loop {
         let line = lines.next()?;
