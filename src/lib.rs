@@ -46,7 +46,7 @@
 //! The journeys on a live guest are asynchronous and have to run in a tokio runtime with all its
 //! drivers enabled; those on files block. All take options (`new` with what is required, public
 //! fields for the rest), tell what happens as events, and end early by a [`Cancellation`]. Every
-//! error tells its `kind()`. Messages name the options to change by their
+//! error tells its kind ([`ErrorKind`]) and what it is about ([`Details`]). Messages name the options to change by their
 //! fields.
 //!
 //! | journey | what it does |
@@ -73,8 +73,8 @@ macro_rules! rooms {
 }
 
 rooms! {
-    bench cancel exchange guest host identity image machine memory page qmp revert save transport
-    wire
+    bench cancel exchange guest host identity image kind machine memory page qmp revert save
+    transport wire
 }
 
 #[doc(hidden)]
@@ -93,6 +93,7 @@ pub use image::{
     Compression, Damage, DamagedRange, Image, ImageError, Layout, Overview, Saved, VerifyReport,
     inspect,
 };
+pub use kind::{Details, ErrorKind};
 pub use memory::WorkingSet;
 pub use revert::{
     Delivery, Outcome, Placement, Progress, RevertError, RevertEvent, RevertOptions, Reverted, Rtc,

@@ -175,7 +175,7 @@ fn measures_all_ways_on_qemu_7() -> Result<()> {
     while !lines.next().ok_or("no run was told")??.contains("\"event\":\"run\"") {}
     kill(Pid::from_raw(program.id() as i32), Signal::SIGINT)?;
     let rest: Vec<String> = lines.collect::<std::result::Result<_, _>>()?;
-    assert_eq!(program.wait()?.code(), Some(1));
+    assert_eq!(program.wait()?.code(), Some(130));
     let mut said = String::new();
     program.stderr.take().ok_or("there is no stderr")?.read_to_string(&mut said)?;
     assert!(said.contains("interrupted"), "{said}{rest:?}");

@@ -35,6 +35,7 @@ use self::setup::Setup;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
 use crate::guest::NewPort;
+use crate::kind::{Details, ErrorKind};
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
@@ -196,6 +197,40 @@ pub enum BenchError {
     /// The bench was cancelled.
     #[error("interrupted: all QEMUs that were started have been ended")]
     Interrupted,
+}
+
+impl BenchError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use BenchError::*;
+        match self {
+            Image(error) => error.kind(),
+            Revert(error) => error.kind(),
+            Vm(error) => error.kind(),
+            Qmp(error) => error.kind(),
+            Sign(error) => error.kind(),
+            File { source, .. } => ErrorKind::of_io(source),
+            Ended { .. } => ErrorKind::QemuEnded,
+            Paused => ErrorKind::GuestState,
+            Interrupted => ErrorKind::Interrupted,
+            _ => ErrorKind::QemuFailed,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        use BenchError::*;
+        let path = match self {
+            Image(error) => return error.details(),
+            Revert(error) => return error.details(),
+            Vm(error) => return error.details(),
+            Qmp(error) => return error.details(),
+            Sign(error) => return error.details(),
+            File { path, .. } | NotCold { path, .. } => Some(path),
+            _ => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 /// Measures an image. `on_event` is called as things happen.

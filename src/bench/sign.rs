@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use regex::bytes::Regex;
+use crate::kind::{Details, ErrorKind};
 use tokio::sync::watch;
 
 /// What counts as a sign of life.
@@ -64,6 +65,18 @@ pub enum SignError {
         /// The pattern.
         pattern: String,
     },
+}
+
+impl SignError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::OptionsInvalid
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<std::path::PathBuf>, None)
+    }
 }
 
 /// What a watch has seen.

@@ -6,12 +6,14 @@ use clap::{Args, builder::RangedU64ValueParser};
 use regex::bytes::{Regex, RegexBuilder};
 use serde_json::Value;
 
+use super::failure::Failure;
 use super::host::parse_port_pair;
-use super::output::{Failure, Output, print_line, size};
+use super::output::{Output, print_line, size};
 use super::{cancellation, parse_path_pair};
 use crate::bench::tables::{self, Table};
 use crate::bench::{BenchEvent, BenchOptions, Cache, Sample, Sign, Summary, report};
 use crate::guest::NewPort;
+use crate::kind::ErrorKind;
 
 /// The most memory that a pattern may take, in bytes.
 const MAX_PATTERN: usize = 1 << 20;
@@ -98,7 +100,7 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
     }
     if let Some(path) = &args.report {
         std::fs::write(path, report::html(&summary)).map_err(|e| {
-            Failure::new(&format!("the report `{}` can't be written", path.display()), &e)
+            Failure::io(&format!("the report `{}` can't be written", path.display()), &e)
         })?;
     }
     Ok(())
@@ -111,7 +113,8 @@ fn check_report(path: &std::path::Path) -> Result<(), Failure> {
     match has_parent && !path.is_dir() {
         true => Ok(()),
         false => {
-            Err(Failure::said(format!("the report `{}` can't be written there", path.display())))
+            let message = format!("the report `{}` can't be written there", path.display());
+            Err(Failure::said(ErrorKind::OptionsInvalid, message))
         }
     }
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::output::{Failure, Output, print_line};
+use super::failure::Failure;
+use super::output::{Output, print_line};
 use super::save::GuestArgs;
 use crate::save::check;
 
@@ -25,10 +26,15 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
     let options = args.guest.options(args.image.unwrap_or_default());
     let output = Output::new(args.json);
     let mut failed = Vec::new();
+    // Of the first that stands in the way.
+    let mut kind = None;
     for item in check(&options).await? {
         let (ok, says) = match &item.outcome {
             Ok(says) => (true, says.clone()),
-            Err(error) => (false, error.to_string()),
+            Err(error) => {
+                kind.get_or_insert(error.kind());
+                (false, error.to_string())
+            }
         };
         if args.json {
             let (item, warning) = (item.name, item.warning);
@@ -47,8 +53,11 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
             failed.push(item.name);
         }
     }
-    match failed.is_empty() {
-        true => Ok(()),
-        false => Err(Failure::said(format!("a save would not work: {}", failed.join(", ")))),
+    match kind {
+        None => Ok(()),
+        Some(kind) => {
+            let message = format!("a save would not work: {}", failed.join(", "));
+            Err(Failure::said(kind, message))
+        }
     }
 }

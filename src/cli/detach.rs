@@ -10,8 +10,10 @@ use std::process::Stdio;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-use super::output::{Failure, Output};
+use super::failure::{ErrorEvent, Failure};
+use super::output::Output;
 use crate::cancel::Cancellation;
+use crate::kind::ErrorKind;
 use crate::revert::RevertEvent;
 
 /// Starts the server, and returns once the guest runs.
@@ -22,7 +24,7 @@ pub(super) async fn revert(
 ) -> Result<(), Failure> {
     let log = log.map_or_else(default_log, Ok)?;
     let file = create_log(&log)?;
-    let server = start_server(file).map_err(|e| Failure::new("starting the server failed", &e));
+    let server = start_server(file).map_err(|e| Failure::io("starting the server failed", &e));
     let outcome = match server {
         Ok(server) => pass_on(server, &cancel, output).await,
         Err(failure) => Err(failure),
@@ -48,7 +50,7 @@ async fn pass_on(
 ) -> Result<u32, Failure> {
     let pid = server.id().unwrap_or_default();
     let Some(stdout) = server.stdout.take() else {
-        return Err(Failure::said("the server has no output".into()));
+        return Err(Failure::said(ErrorKind::Internal, "the server has no output".into()));
     };
     let mut interrupted = false;
     let mut lines = BufReader::new(stdout).lines();
@@ -65,9 +67,9 @@ async fn pass_on(
         let Some(line) = line else { break };
         let value: Value = serde_json::from_str(&line)?;
         if value["event"] == "error" {
-            let message = value["message"].as_str().unwrap_or("the revert failed").to_owned();
+            let event: ErrorEvent = serde_json::from_value(value)?;
             let _ = server.wait().await;
-            return Err(Failure::said(message));
+            return Err(event.into());
         }
         let event: RevertEvent = serde_json::from_value(value)?;
         output.revert(&event);
@@ -76,7 +78,8 @@ async fn pass_on(
         }
     }
     let status = server.wait().await?;
-    Err(Failure::said(format!("the server ended before the guest ran ({status})")))
+    let message = format!("the server ended before the guest ran ({status})");
+    Err(Failure::said(ErrorKind::Internal, message))
 }
 
 /// Cancels the server. It is our child and has not been waited for, so that its process id
@@ -113,7 +116,7 @@ fn create_log(path: &Path) -> Result<File, Failure> {
         .append(true)
         .mode(0o600)
         .open(path)
-        .map_err(|e| Failure::new(&format!("the log `{}` can't be written", path.display()), &e))
+        .map_err(|e| Failure::io(&format!("the log `{}` can't be written", path.display()), &e))
 }
 
 /// A new file in the user's runtime directory, or in a private directory below /tmp.
@@ -124,7 +127,11 @@ fn default_log() -> Result<PathBuf, Failure> {
         _ => PathBuf::from(format!("/tmp/snapback-{uid}")),
     };
     let failed = |e: &dyn std::fmt::Display| {
-        Failure::new(&format!("the log directory `{}` can't be used", directory.display()), e)
+        Failure::new(
+            ErrorKind::Io,
+            &format!("the log directory `{}` can't be used", directory.display()),
+            e,
+        )
     };
     DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(|e| failed(&e))?;
     let meta = std::fs::symlink_metadata(&directory).map_err(|e| failed(&e))?;

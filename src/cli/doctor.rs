@@ -3,8 +3,10 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::output::{Failure, Output, print_line};
+use super::failure::Failure;
+use super::output::{Output, print_line};
 use crate::doctor::{Diagnosis, Item, Reverts, State, examine};
+use crate::kind::ErrorKind;
 
 /// Columns of the table, and where its text begins.
 const COLUMNS: usize = 80;
@@ -37,7 +39,12 @@ pub(super) async fn run(args: DoctorArgs) -> Result<(), Failure> {
         Reverts::Instant => "guests are reverted at once",
         Reverts::Mapped => "guests are reverted at once from flat images, else eagerly",
         Reverts::Eager => "guests are reverted eagerly, all memory first",
-        _ => return Err(Failure::said("no QEMU was found that could revert a guest".into())),
+        _ => {
+            return Err(Failure::said(
+                ErrorKind::HostUnsupported,
+                "no QEMU was found that could revert a guest".into(),
+            ));
+        }
     };
     match save {
         true => {
@@ -46,7 +53,10 @@ pub(super) async fn run(args: DoctorArgs) -> Result<(), Failure> {
             }
             Ok(())
         }
-        false => Err(Failure::said(format!("no guest can be saved here by this user; {reverts}"))),
+        false => Err(Failure::said(
+            ErrorKind::HostUnsupported,
+            format!("no guest can be saved here by this user; {reverts}"),
+        )),
     }
 }
 

@@ -6,13 +6,15 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::cancellation;
-use super::output::{Failure, Output};
+use super::failure::Failure;
+use super::output::Output;
 use super::writing::{WriteArgs, WriteImageArgs};
 use crate::cancel::Cancellation;
 use crate::exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export as write,
     import as read, words,
 };
+use crate::kind::ErrorKind;
 
 /// How long an interrupted export or import through a pipe has to end. It takes longer only
 /// where it waits for the other end of the pipe, which may never come.
@@ -109,8 +111,8 @@ pub(super) async fn import(args: ImportArgs) -> Result<(), Failure> {
         None => args.words,
         Some(path) => {
             let doing = format!("reading the command line in `{}` failed", path.display());
-            words(&read_text(path).map_err(|e| Failure::new(&doing, &e))?)
-                .map_err(|e| Failure::new(&doing, &e))?
+            words(&read_text(path).map_err(|e| Failure::io(&doing, &e))?)
+                .map_err(|e| Failure::new(ErrorKind::CommandLineInvalid, &doing, &e))?
         }
     };
     let options = ImportOptions {

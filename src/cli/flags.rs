@@ -50,6 +50,12 @@ pub(super) fn with_flags(message: &str) -> String {
     NAMES.iter().fold(message.to_owned(), replace)
 }
 
+/// The field that a flag sets.
+pub(super) fn field_of(flag: &str) -> Option<String> {
+    let (name, _) = NAMES.iter().find(|(name, known)| *known == flag && name.starts_with('`'))?;
+    Some(name.trim_matches('`').to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;

@@ -7,7 +7,8 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::cancellation;
-use super::output::{Failure, Output, size};
+use super::failure::Failure;
+use super::output::{Output, size};
 use super::writing::{WriteArgs, WriteImageArgs};
 use crate::image;
 use crate::image::journeys::{self, FlattenOptions};

@@ -6,6 +6,7 @@ mod detach;
 mod disks;
 mod doctor;
 mod exchange;
+mod failure;
 mod flags;
 mod flatten;
 mod host;
@@ -21,13 +22,14 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use self::output::{Failure, Output};
+use self::failure::Failure;
+use self::output::Output;
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
 use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
 
-/// Exit code of a command that failed.
+/// Exit code of a program that could not begin.
 const FAILED: u8 = 1;
 
 /// Instant snapshot and instant revert for QEMU virtual machines.
@@ -357,7 +359,7 @@ async fn run(command: Command) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::print_failure(&failure, json);
-            ExitCode::from(FAILED)
+            ExitCode::from(failure.exit_code())
         }
     }
 }
@@ -408,7 +410,7 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
 /// What failed in a revert, with the argument in place of the option.
 fn explained(error: RevertError) -> Failure {
     match error {
-        RevertError::Rtc(why) => Failure::said(format!(
+        RevertError::Rtc(why) => Failure::from(RevertError::Rtc(why)).in_words(format!(
             "the machine's clock can't go on from the moment: {why}; leave out --rtc keep"
         )),
         error => error.into(),
@@ -429,7 +431,7 @@ async fn working_set(args: WorkingSetArgs) -> Result<(), Failure> {
 /// Cancellation by an interrupt from the terminal (SIGINT) or by SIGTERM.
 fn cancellation() -> Result<Cancellation, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
-    let listen = |kind| signal(kind).map_err(|e| Failure::new("listening for signals failed", &e));
+    let listen = |kind| signal(kind).map_err(|e| Failure::io("listening for signals failed", &e));
     let (mut interrupt, mut terminate) =
         (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     let cancel = Cancellation::new();

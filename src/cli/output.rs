@@ -1,6 +1,5 @@
 //! What the program prints: lines for people, or one JSON object a line.
 
-use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -9,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::failure::Failure;
 use super::flags::with_flags;
 use crate::page::PAGE_SIZE;
 use crate::revert::{Placement, Progress, RevertEvent};
@@ -17,45 +17,21 @@ use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
 /// When the program began, from which the times of events count.
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
+/// The version of events: it grows when a program that reads them would have to change. Fields
+/// and events that are added leave it as it is.
+const VERSION: u32 = 1;
+
 /// Milliseconds since the program began, to the microsecond.
 fn ms() -> f64 {
     (START.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Why a command failed.
-pub(super) struct Failure {
-    message: String,
-    /// Whether it has been printed already.
-    pub printed: bool,
-}
-
-impl Failure {
-    /// A failure of an operation, named as in "starting the server failed".
-    pub fn new(doing: &str, error: &dyn fmt::Display) -> Failure {
-        Failure { message: format!("{doing}: {error}"), printed: false }
-    }
-
-    /// A failure with a message that says everything.
-    pub fn said(message: String) -> Failure {
-        Failure { message, printed: false }
-    }
-}
-
-impl<E: std::error::Error> From<E> for Failure {
-    fn from(error: E) -> Failure {
-        Failure { message: error.to_string(), printed: false }
-    }
-}
-
 /// Prints a failure to stderr, and as an event too where events are printed.
 pub(super) fn print_failure(failure: &Failure, json: bool) {
-    if failure.printed {
-        return;
-    }
     if json {
-        print_line(&json_line(&json!({ "event": "error", "message": failure.message })));
+        print_line(&json_line(&failure.event()));
     }
-    let _ = writeln!(std::io::stderr(), "snapback: {}", with_flags(&failure.message));
+    let _ = writeln!(std::io::stderr(), "snapback: {}", failure.message());
 }
 
 /// Prints one line, with flags for the fields that it names. Nothing is done about a reader
@@ -338,7 +314,7 @@ impl Output {
     }
 }
 
-/// An event as one JSON object, its name and time first.
+/// An event as one JSON object, the version, its name and its time first.
 fn json_line(event: &impl Serialize) -> String {
     let fields = match serde_json::to_value(event) {
         Ok(Value::Object(fields)) => fields,
@@ -346,7 +322,7 @@ fn json_line(event: &impl Serialize) -> String {
         _ => serde_json::Map::new(),
     };
     let name = fields.get("event").unwrap_or(&Value::Null);
-    let mut line = format!("{{\"event\":{name},\"ms\":{}", ms());
+    let mut line = format!("{{\"v\":{VERSION},\"event\":{name},\"ms\":{}", ms());
     for (key, value) in fields.iter().filter(|(key, _)| *key != "event") {
         line.push_str(&format!(",\"{key}\":{value}"));
     }
@@ -379,9 +355,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_begins_with_its_name_and_time() {
+    fn an_event_begins_with_its_version_name_and_time() {
         let line = json_line(&json!({ "bytes": 1, "event": "verified", "message": "a \"b\"" }));
-        assert!(line.starts_with("{\"event\":\"verified\",\"ms\":"), "{line}");
+        assert!(line.starts_with("{\"v\":1,\"event\":\"verified\",\"ms\":"), "{line}");
         let event: Value = serde_json::from_str(&line).unwrap();
         assert!(event["ms"].is_number(), "{line}");
         assert_eq!((&event["bytes"], &event["message"]), (&json!(1), &json!("a \"b\"")));

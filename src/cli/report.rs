@@ -5,9 +5,11 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
-use super::output::{Failure, Output, print_line, size};
+use super::failure::Failure;
+use super::output::{Output, print_line, size};
 use crate::image::journeys::{self, VerifyOptions};
 use crate::image::{Damage, DamagedRange, Image, ImageError, LayerRef, Overview, inspect};
+use crate::kind::ErrorKind;
 use crate::machine::DiskRole;
 use crate::memory::{WorkingSet, working_set};
 use crate::page::PAGE_SIZE;
@@ -212,10 +214,13 @@ pub(super) fn verify(path: &Path, chain: bool, output: &Output) -> Result<(), Fa
         }
     }
     let count = report.damages.len() as u64 + report.more_damages;
-    Err(Failure::said(format!(
-        "{} is damaged in {count} place(s): use another image; the rest of it is intact",
-        path.display()
-    )))
+    Err(Failure::said(
+        ErrorKind::ImageDamaged,
+        format!(
+            "{} is damaged in {count} place(s): use another image; the rest of it is intact",
+            path.display()
+        ),
+    ))
 }
 
 fn print_damage(damage: &Damage) {

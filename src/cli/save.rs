@@ -8,10 +8,12 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-use super::output::{Failure, Output};
+use super::failure::Failure;
+use super::output::Output;
 use super::{cancellation, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
+use crate::kind::ErrorKind;
 use crate::revert::{RevertOptions, prove};
 use crate::save::{DiskChoice, SaveEvent, SaveOptions, recover, save};
 
@@ -149,10 +151,13 @@ async fn prove_image(image: &Path, cancel: Cancellation, output: &Output) -> Res
             output.proved(after);
             Ok(())
         }
-        Err(error) => Err(Failure::said(format!(
-            "the image {} is whole, but its guest could not be shown to run again: {error}",
-            image.display()
-        ))),
+        Err(error) => {
+            let message = format!(
+                "the image {} is whole, but its guest could not be shown to run again: {error}",
+                image.display()
+            );
+            Err(Failure::said(ErrorKind::NotProved, message))
+        }
     }
 }
 
@@ -188,25 +193,28 @@ impl Hook {
     /// Waits for the command's end. An interrupt ends it (SIGTERM). Whatever comes of it, the
     /// image is whole.
     async fn end(self, cancel: Cancellation) -> Result<(), Failure> {
-        let failed = |why: &dyn std::fmt::Display| {
+        let failed = |kind, why: &dyn std::fmt::Display| {
             let command = &self.command;
-            Failure::said(format!("--on-moment `{command}`: {why}; the image is not affected"))
+            Failure::said(
+                kind,
+                format!("--on-moment `{command}`: {why}; the image is not affected"),
+            )
         };
         match self.running {
             None => Ok(()),
-            Some(Err(error)) => Err(failed(&error)),
+            Some(Err(error)) => Err(failed(ErrorKind::HookFailed, &error)),
             Some(Ok(mut child)) => tokio::select! {
                 ended = child.wait() => match ended {
                     Ok(status) if status.success() => Ok(()),
-                    Ok(status) => Err(failed(&status)),
-                    Err(error) => Err(failed(&error)),
+                    Ok(status) => Err(failed(ErrorKind::HookFailed, &status)),
+                    Err(error) => Err(failed(ErrorKind::HookFailed, &error)),
                 },
                 () = cancel.requested() => {
                     // Not reaped yet, so the group's number is still the command's.
                     if let Some(pid) = child.id() {
                         let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);
                     }
-                    Err(failed(&"interrupted, it was told to end (SIGTERM)"))
+                    Err(failed(ErrorKind::Interrupted, &"interrupted, it was told to end (SIGTERM)"))
                 }
             },
         }

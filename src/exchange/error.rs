@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ExportFormat;
+use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
 use crate::image::ImageError;
 use crate::wire::WireError;
@@ -145,6 +146,48 @@ pub enum ExchangeError {
     /// The export or import was cancelled.
     #[error("interrupted: nothing was written")]
     Interrupted,
+}
+
+impl ExchangeError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use ExchangeError::*;
+        match self {
+            Image(error) => error.kind(),
+            Vm(error) => error.kind(),
+            Stream { error, .. } => match error.kind() {
+                ErrorKind::QemuProtocol => ErrorKind::InputInvalid,
+                kind => kind,
+            },
+            Memory { .. } => ErrorKind::ImageDamaged,
+            Io { source, .. } => ErrorKind::of_io(source),
+            Output(_) | Decompress { .. } => ErrorKind::Io,
+            NeedsFile(_) | ForceDirectory => ErrorKind::OptionsInvalid,
+            Foreign { .. } | Libvirt { .. } | NoRunState => ErrorKind::InputInvalid,
+            NoCommandLine { .. } | CommandLine(_) | MachineType { .. } => {
+                ErrorKind::CommandLineInvalid
+            }
+            OldQemu { .. } => ErrorKind::QemuTooOld,
+            NoLayout { .. } | NoProcessor { .. } => ErrorKind::GuestUnsupported,
+            Interrupted => ErrorKind::Interrupted,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        use ExchangeError::*;
+        let path = match self {
+            Image(error) => return error.details(),
+            Vm(error) => return error.details(),
+            Stream { path, .. }
+            | Io { path, .. }
+            | Foreign { path, .. }
+            | Libvirt { path, .. }
+            | Decompress { path, .. } => Some(path.clone()),
+            _ => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 impl ExchangeError {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitStatus;
 
 use crate::host::in_use::Protocol;
+use crate::kind::{Details, ErrorKind};
 use crate::qmp::QmpError;
 
 /// Why a guest could not be recorded, or a recorded one not be started.
@@ -424,4 +425,74 @@ pub enum GuestError {
         /// The end of its output.
         log: String,
     },
+}
+
+impl GuestError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use GuestError::*;
+        match self {
+            ReadProcess { source, .. }
+            | DiskUnreadable { source, .. }
+            | Overlay { source, .. }
+            | WorkingDirectory { source, .. }
+            | Supervise { source, .. } => ErrorKind::of_io(source),
+            ReadHost(error) => error.kind(),
+            Qmp(error) => error.kind(),
+            NotQemu { .. } => ErrorKind::NotQemu,
+            NotUtf8 { .. }
+            | EmptyCommandLine
+            | Described { .. }
+            | Path { .. }
+            | InheritedDescriptor { .. } => ErrorKind::CommandLineInvalid,
+            NotMapped { .. }
+            | PathRule { .. }
+            | PortRule { .. }
+            | NoSuchPort { .. }
+            | NetdevRule { .. }
+            | NoSuchNetdev { .. } => ErrorKind::OptionsInvalid,
+            PortInUse { .. } => ErrorKind::PortInUse,
+            TapInUse { .. } => ErrorKind::TapInUse,
+            VsockInUse { .. } => ErrorKind::VsockInUse,
+            SocketInUse { .. } => ErrorKind::SocketInUse,
+            ControlSocket { .. } => ErrorKind::OptionsInvalid,
+            FileInUse { .. } => ErrorKind::FileInUse,
+            DiskMissing { .. } => ErrorKind::DiskMissing,
+            DiskChanged { .. } => ErrorKind::DiskChanged,
+            NoSuchDisk { .. } => ErrorKind::NoSuchDisk,
+            DiskNotRecorded { .. }
+            | DiskNotGiven { .. }
+            | DisksGivenAsOne { .. }
+            | NotIsolated { .. } => ErrorKind::DiskUnsupported,
+            NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
+            NoSuchPlugged { .. } => ErrorKind::NoSuchDevice,
+            Start { .. } | Exited { .. } | NoControl { .. } => ErrorKind::QemuNotStarted,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        use GuestError::*;
+        let (path, pid) = match self {
+            Qmp(error) => return error.details(),
+            ReadHost(error) => return error.details(),
+            ReadProcess { pid, .. } | NotQemu { pid, .. } | NotUtf8 { pid, .. } => {
+                (None, Some(*pid))
+            }
+            SocketInUse { path, .. } => (Some(path.into()), None),
+            FileInUse { path, pid, .. } => (Some(path.clone()), Some(*pid)),
+            Path { path, .. }
+            | ControlSocket { path, .. }
+            | DiskMissing { path, .. }
+            | DiskChanged { path, .. }
+            | DiskUnreadable { path, .. }
+            | Overlay { directory: path, .. }
+            | WorkingDirectory { path, .. }
+            | Start { binary: path, .. }
+            | Exited { binary: path, .. }
+            | NoControl { binary: path, .. } => (Some(path.clone()), None),
+            _ => (None, None),
+        };
+        Details::new(&self.to_string(), path, pid)
+    }
 }

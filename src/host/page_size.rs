@@ -2,6 +2,7 @@
 
 use nix::unistd::{SysconfVar, sysconf};
 
+use crate::kind::{Details, ErrorKind};
 use crate::page::PAGE_SIZE;
 
 /// The host's pages have a size that nothing here is made for.
@@ -12,6 +13,18 @@ use crate::page::PAGE_SIZE;
     .0 >> 10, PAGE_SIZE >> 10
 )]
 pub struct PageSizeError(pub u64);
+
+impl PageSizeError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::HostUnsupported
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<std::path::PathBuf>, None)
+    }
+}
 
 /// Whether the host's pages have the size in which images hold memory: those of a process
 /// are protected, installed and counted one by one.

@@ -16,6 +16,10 @@ use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, UffdBuilder};
 use super::pidfd::Pidfd;
 use super::procfs;
 
+use std::path::PathBuf;
+
+use crate::kind::{Details, ErrorKind};
+
 /// What the host's userfaultfd can't do.
 #[derive(Debug, thiserror::Error)]
 pub enum UffdError {
@@ -59,6 +63,26 @@ pub enum UffdError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+impl UffdError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            UffdError::Unavailable(_) | UffdError::NoFeature(_) => {
+                ErrorKind::UserfaultfdUnavailable
+            }
+            UffdError::Gone { .. } => ErrorKind::QemuEnded,
+            UffdError::Register { source, .. } | UffdError::Call { source, .. } => {
+                ErrorKind::of_io(source)
+            }
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<PathBuf>, None)
+    }
 }
 
 /// The device that gives userfaultfds.

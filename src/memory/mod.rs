@@ -28,6 +28,9 @@ pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use working_set::{WorkingSet, WorkingSetError};
 
+use std::path::PathBuf;
+
+use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
 use crate::transport::{Transport, TransportError};
 
@@ -73,6 +76,25 @@ pub enum MemoryError {
         /// Length in bytes.
         len: u64,
     },
+}
+
+impl MemoryError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            // What a source says of itself is for those to tell who know it.
+            MemoryError::Source { .. } | MemoryError::Reader(_) => ErrorKind::Io,
+            MemoryError::Install { source, .. } | MemoryError::FaultHandler(source) => {
+                source.kind()
+            }
+            MemoryError::NoSuchMemory { .. } => ErrorKind::QemuFailed,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<PathBuf>, None)
+    }
 }
 
 /// How much of a guest's memory is in place.

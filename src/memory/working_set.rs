@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::kind::{Details, ErrorKind};
 use crate::identity::Identity;
 use crate::page::{Block, BlockId, Page};
 
@@ -77,6 +78,26 @@ pub enum WorkingSetError {
         /// What is wrong.
         problem: &'static str,
     },
+}
+
+impl WorkingSetError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            WorkingSetError::None(_) | WorkingSetError::Unusable { .. } => {
+                ErrorKind::WorkingSetMissing
+            }
+            WorkingSetError::Io { source, .. } => ErrorKind::of_io(source),
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let (WorkingSetError::None(path)
+        | WorkingSetError::Io { path, .. }
+        | WorkingSetError::Unusable { path, .. }) = self;
+        Details::new(&self.to_string(), Some(path), None)
+    }
 }
 
 /// Where an image's working set is: beside it.

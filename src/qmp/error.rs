@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::kind::{Details, ErrorKind};
+
 /// Why a QMP connection or a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
@@ -103,6 +105,35 @@ pub enum QmpError {
         /// How long we waited.
         after: Duration,
     },
+}
+
+impl QmpError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            QmpError::Connect { source, .. } => match ErrorKind::of_io(source) {
+                ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+                _ => ErrorKind::QemuUnreachable,
+            },
+            QmpError::Socket(error) => ErrorKind::of_io(error),
+            QmpError::NoGreeting { .. } => ErrorKind::QemuUnreachable,
+            QmpError::NotQmp { .. } => ErrorKind::NotQemu,
+            QmpError::ClosedBeforeGreeting { .. } | QmpError::Gone { .. } => ErrorKind::QemuEnded,
+            QmpError::Command { .. } => ErrorKind::QemuRefused,
+            QmpError::Timeout { .. } | QmpError::EventTimeout { .. } => ErrorKind::QemuTimeout,
+            QmpError::Arguments { .. } => ErrorKind::Internal,
+            QmpError::UnexpectedAnswer { .. } | QmpError::EventsLost(_) => ErrorKind::QemuProtocol,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let path = match self {
+            QmpError::Connect { path, .. } => Some(path.clone()),
+            _ => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 impl QmpError {

@@ -1,5 +1,8 @@
 //! Why a revert fails.
 
+use std::path::PathBuf;
+
+use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
@@ -92,6 +95,46 @@ pub enum RevertError {
     Interrupted(&'static str),
 }
 
+impl RevertError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use RevertError::*;
+        match self {
+            Image(error) => error.kind(),
+            PageSize(error) => error.kind(),
+            Vm(error) => error.kind(),
+            Qmp(error) => error.kind(),
+            WorkingSet(error) => error.kind(),
+            Postcopy { error, .. } => error.kind(),
+            NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
+            NotRun { .. } => ErrorKind::QemuFailed,
+            NotHeld => ErrorKind::OptionsInvalid,
+            Died { .. } => ErrorKind::QemuEnded,
+            Socket { source, .. } => match ErrorKind::of_io(source) {
+                ErrorKind::NotFound => ErrorKind::QemuUnreachable,
+                kind => kind,
+            },
+            Rtc(_) => ErrorKind::OptionsInvalid,
+            Damaged(_) => ErrorKind::ImageDamaged,
+            NothingDemanded => ErrorKind::NothingDemanded,
+            Interrupted(_) => ErrorKind::Interrupted,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        use RevertError::*;
+        match self {
+            Image(error) => error.details(),
+            Vm(error) => error.details(),
+            Qmp(error) => error.details(),
+            WorkingSet(error) => error.details(),
+            Postcopy { error, .. } => error.details(),
+            _ => Details::new(&self.to_string(), None::<PathBuf>, None),
+        }
+    }
+}
+
 impl From<PostcopyError> for RevertError {
     fn from(error: PostcopyError) -> RevertError {
         RevertError::Postcopy { error, qemu: String::new() }
@@ -177,4 +220,39 @@ pub enum PostcopyError {
          standard error"
     )]
     Panicked(&'static str),
+}
+
+impl PostcopyError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use PostcopyError::*;
+        match self {
+            Memory(error) => kind_of_memory(error),
+            Wire(error) => error.kind(),
+            Read { source, .. } => source.kind(),
+            Opening(_) | Stream(_) | HungUp => ErrorKind::QemuEnded,
+            Adopt(error) => error.kind(),
+            Unproven(_) => ErrorKind::UserfaultfdUnavailable,
+            Refused(_) => ErrorKind::QemuFailed,
+            Duplicate(error) | Thread(error) => ErrorKind::of_io(error),
+            Panicked(_) => ErrorKind::Internal,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        match self {
+            PostcopyError::Memory(error) => error.details(),
+            PostcopyError::Read { source, .. } => source.details(),
+            _ => Details::new(&self.to_string(), None::<PathBuf>, None),
+        }
+    }
+}
+
+/// The kind of an error of memory whose source is an image.
+fn kind_of_memory(error: &MemoryError) -> ErrorKind {
+    let (MemoryError::Source { source, .. } | MemoryError::Reader(source)) = error else {
+        return error.kind();
+    };
+    source.downcast_ref::<ImageError>().map_or(error.kind(), ImageError::kind)
 }

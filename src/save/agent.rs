@@ -10,6 +10,8 @@ use tokio::net::UnixStream;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::kind::{Details, ErrorKind};
+
 /// How long to wait for the agent.
 pub(super) struct Patience {
     /// Until it answers at all.
@@ -70,6 +72,22 @@ pub enum AgentError {
         /// Its words.
         reason: String,
     },
+}
+
+impl AgentError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::AgentFailed
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let path = match self {
+            AgentError::Io { socket, .. } | AgentError::Timeout { socket, .. } => Some(socket),
+            AgentError::Refused { .. } => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 impl AgentError {

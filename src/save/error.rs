@@ -7,6 +7,7 @@ use super::agent::AgentError;
 use super::check::error::CheckError;
 use super::overlays::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
+use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
@@ -129,4 +130,51 @@ pub enum SaveError {
          what the save has changed"
     )]
     InterruptedTwice,
+}
+
+impl SaveError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use SaveError::*;
+        match self {
+            Check(error) => error.kind(),
+            PageSize(error) => error.kind(),
+            Qmp(error) => error.kind(),
+            Vm(error) => error.kind(),
+            Image(error) => error.kind(),
+            Wire(error) => error.kind(),
+            Overlay(error) => error.kind(),
+            Journal(error) => error.kind(),
+            Agent(error) => error.kind(),
+            Socket(error) | Thread(error) => ErrorKind::of_io(error),
+            Migration { .. } => ErrorKind::QemuFailed,
+            Meanwhile { .. } | DevicesChanged => ErrorKind::GuestChanged,
+            Held(_) => ErrorKind::QemuTimeout,
+            StillFrozen(_) => ErrorKind::StillFrozen,
+            // Where the cause was damage or an interrupt, what is left over comes first.
+            LeftOver { .. } | InterruptedTwice => ErrorKind::LeftOver,
+            Killed | Unclear { .. } => ErrorKind::SaveUnfinished,
+            Protected(_) => ErrorKind::PermissionDenied,
+            OtherQemu { .. } => ErrorKind::NotQemu,
+            Interrupted => ErrorKind::Interrupted,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        use SaveError::*;
+        match self {
+            Check(error) => error.details(),
+            Qmp(error) => error.details(),
+            Vm(error) => error.details(),
+            Image(error) => error.details(),
+            Overlay(error) => error.details(),
+            Journal(error) => error.details(),
+            Agent(error) | StillFrozen(error) => error.details(),
+            LeftOver { cause, .. } => cause.details(),
+            Unclear { image, .. } => Details::new(&self.to_string(), Some(image), None),
+            OtherQemu { pid } => Details::new(&self.to_string(), None::<PathBuf>, Some(*pid)),
+            _ => Details::new(&self.to_string(), None::<PathBuf>, None),
+        }
+    }
 }

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::checked::Checked;
 use super::failpoints::failpoint;
+use crate::kind::{Details, ErrorKind};
 use crate::guest::{FoundDisk, write_overlay};
 use crate::host::procfs::owner;
 use crate::qmp::{Qmp, QmpError};
@@ -60,6 +61,28 @@ pub enum OverlayError {
          a disk out"
     )]
     Switch(QmpError),
+}
+
+impl OverlayError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            OverlayError::Create { source, .. } => ErrorKind::of_io(source),
+            OverlayError::Path(_) => ErrorKind::OptionsInvalid,
+            OverlayError::Open { source, .. } | OverlayError::Switch(source) => source.kind(),
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let path = match self {
+            OverlayError::Create { path, .. }
+            | OverlayError::Path(path)
+            | OverlayError::Open { path, .. } => Some(path),
+            OverlayError::Switch(_) => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 /// A disk's overlay.

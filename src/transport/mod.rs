@@ -7,6 +7,9 @@ mod socket;
 pub use direct::{DirectTransport, Route};
 pub use socket::SocketTransport;
 
+use std::path::PathBuf;
+
+use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, BlockId, Run};
 
 /// Why pages could not be installed.
@@ -18,6 +21,21 @@ pub enum TransportError {
     /// Something else.
     #[error("{0}")]
     Io(std::io::Error),
+}
+
+impl TransportError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            TransportError::Gone(_) => ErrorKind::QemuEnded,
+            TransportError::Io(error) => ErrorKind::of_io(error),
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<PathBuf>, None)
+    }
 }
 
 impl From<std::io::Error> for TransportError {

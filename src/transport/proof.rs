@@ -9,6 +9,9 @@
 
 use std::io;
 
+use std::path::PathBuf;
+
+use crate::kind::{Details, ErrorKind};
 use crate::host::memory;
 use crate::host::procfs::{Mapping, Pagemap, ranges_of_len};
 use crate::host::rights::{Lack, tracing_lack};
@@ -45,6 +48,18 @@ pub enum AttachError {
         /// How many it has.
         count: usize,
     },
+}
+
+impl AttachError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::UserfaultfdUnavailable
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<PathBuf>, None)
+    }
 }
 
 /// Finds the RAMBlocks of a QEMU in postcopy.

@@ -16,6 +16,8 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use crate::kind::{Details, ErrorKind};
+
 pub use mapped_ram::MappedLayout;
 pub use return_path::{ReturnPath, ReturnPathMessage};
 pub use source::{
@@ -122,4 +124,21 @@ pub enum WireError {
         /// What it is, and what to do.
         what: String,
     },
+}
+
+impl WireError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            WireError::Io { source, .. } => ErrorKind::of_io(source),
+            WireError::Ended { .. } => ErrorKind::QemuEnded,
+            WireError::Unsupported { .. } => ErrorKind::GuestUnsupported,
+            _ => ErrorKind::QemuProtocol,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), None::<std::path::PathBuf>, None)
+    }
 }

@@ -354,6 +354,28 @@ pub fn send_signal(pid: u32, signal: i32) {
     unsafe { libc::kill(pid as i32, signal) };
 }
 
+/// Codes of errors that come up once something has been touched; any other code but those of
+/// damage and interrupts is a refusal.
+const FAILED: &[&str] = &[
+    "agent_failed",
+    "guest_changed",
+    "hook_failed",
+    "internal",
+    "io",
+    "left_over",
+    "no_space",
+    "not_proved",
+    "nothing_demanded",
+    "permission_denied",
+    "qemu_ended",
+    "qemu_failed",
+    "qemu_not_started",
+    "qemu_protocol",
+    "qemu_refused",
+    "qemu_timeout",
+    "still_frozen",
+];
+
 /// A command that has ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -378,10 +400,19 @@ impl Ended {
         names.filter(|name| !["progress", "placing"].contains(name)).collect()
     }
 
-    /// What it said of its failure: exit code 1, the same in its events and on
+    /// What it said of its failure: the exit code of its kind, the same in its events and on
     /// standard error, in one message that begins with the program's name.
     pub fn failure(&self) -> Result<String> {
-        assert_eq!(self.code, Some(1), "{self:?}");
+        let error = self.event("error")?;
+        let kind = error["code"].as_str().ok_or("an error without a code")?;
+        let expected = match kind {
+            "image_damaged" => 4,
+            "interrupted" => 130,
+            _ if FAILED.contains(&kind) => 1,
+            _ => 3,
+        };
+        assert_eq!(self.code, Some(expected), "{self:?}");
+        assert!(error["retryable"].is_boolean(), "{self:?}");
         let message = self.event("error")?["message"].as_str().ok_or("an error in no words")?;
         assert_eq!(self.events.last().unwrap()["event"], "error", "{self:?}");
         // Warnings may come before.

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use crate::kind::{Details, ErrorKind};
+
 /// Something of /proc could not be read.
 #[derive(Debug, thiserror::Error)]
 #[error("can't read {path}: {source}", path = path.display())]
@@ -12,6 +14,18 @@ pub struct ReadError {
     pub path: PathBuf,
     /// What the system said.
     pub source: io::Error,
+}
+
+impl ReadError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::of_io(&self.source)
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        Details::new(&self.to_string(), Some(&self.path), None)
+    }
 }
 
 /// A file of /proc as text.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::kind::{Details, ErrorKind};
 use crate::identity::Identity;
 
 use crate::page::{Block, PAGE_SIZE, Page};
@@ -220,6 +221,63 @@ pub enum ImageError {
         /// What is wrong with it.
         problem: String,
     },
+}
+
+impl ImageError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        use ImageError::*;
+        match self {
+            Io { error, .. } | Read { error, .. } => ErrorKind::of_io(error),
+            Decompressor { .. } | ThreadLost(_) | PagesMissing { .. } | NoSuchPage { .. } => {
+                ErrorKind::Internal
+            }
+            NoSpace { .. } => ErrorKind::NoSpace,
+            Exists(_) => ErrorKind::FileExists,
+            NotRegular(_) | NoFileName(_) | Options(_) | Parent { .. } | Replaces { .. } => {
+                ErrorKind::OptionsInvalid
+            }
+            Blocks(_) | TooLarge { .. } => ErrorKind::GuestUnsupported,
+            IndexTooLarge { .. } => ErrorKind::HostUnsupported,
+            NotAnImage(_) => ErrorKind::NotAnImage,
+            Unfinished(_) | Truncated { .. } | Damaged { .. } | Chunk { .. } => {
+                ErrorKind::ImageDamaged
+            }
+            NewerVersion { .. } | UnknownFeatures { .. } => ErrorKind::ImageTooNew,
+            Layer { .. } => ErrorKind::ParentMissing,
+            Interrupted(_) => ErrorKind::Interrupted,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        use ImageError::*;
+        let path = match self {
+            Io { path, .. }
+            | NoSpace { path, .. }
+            | Exists(path)
+            | NotRegular(path)
+            | NoFileName(path)
+            | IndexTooLarge { path, .. }
+            | PagesMissing { path, .. }
+            | ThreadLost(path)
+            | Replaces { path, .. }
+            | Interrupted(path) => Some(path.clone()),
+            Read { image, .. }
+            | Decompressor { image, .. }
+            | NotAnImage(image)
+            | Unfinished(image)
+            | Truncated { image, .. }
+            | NewerVersion { image, .. }
+            | UnknownFeatures { image, .. }
+            | Layer { image, .. }
+            | Parent { parent: image, .. }
+            | Damaged { image, .. }
+            | Chunk { image, .. } => Some(image.into()),
+            Options(_) | Blocks(_) | TooLarge { .. } | NoSuchPage { .. } => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 impl ImageError {

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::kind::{Details, ErrorKind};
+
 /// The oldest QEMU that is known to work, as major and minor version.
 pub(super) const OLDEST_QEMU: (u32, u32) = (7, 2);
 
@@ -100,6 +102,36 @@ pub enum CheckError {
         /// The operating system's reason.
         source: std::io::Error,
     },
+}
+
+impl CheckError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            CheckError::TooOld { .. } => ErrorKind::QemuTooOld,
+            CheckError::State { .. } => ErrorKind::GuestState,
+            CheckError::Migrating(_) => ErrorKind::MigrationActive,
+            CheckError::Incomplete(_) => ErrorKind::MemoryIncomplete,
+            CheckError::Blocked(_) | CheckError::Obstacles(_) => ErrorKind::GuestUnsupported,
+            CheckError::NoBackgroundSnapshot { .. } => ErrorKind::UserfaultfdUnavailable,
+            CheckError::Unseen => ErrorKind::NotQemu,
+            CheckError::Disk { .. } => ErrorKind::DiskUnsupported,
+            CheckError::NoSuchDisk { .. } => ErrorKind::NoSuchDisk,
+            CheckError::Room { .. } => ErrorKind::NoSpace,
+            CheckError::Directory { source, .. } => ErrorKind::of_io(source),
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let path = match self {
+            CheckError::Room { directory, .. } | CheckError::Directory { directory, .. } => {
+                Some(directory)
+            }
+            _ => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
 }
 
 /// What rules out a background snapshot.

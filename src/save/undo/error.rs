@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::kind::{Details, ErrorKind};
 use crate::qmp::QmpError;
 use crate::save::agent::AgentError;
 
@@ -44,6 +45,25 @@ pub enum JournalError {
         /// What is wrong with it.
         problem: String,
     },
+}
+
+impl JournalError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            JournalError::Unfinished { .. } => ErrorKind::SaveUnfinished,
+            JournalError::Io { source, .. } => ErrorKind::of_io(source),
+            JournalError::Unreadable { .. } => ErrorKind::SaveUnfinished,
+        }
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let (JournalError::Unfinished { journal, .. }
+        | JournalError::Io { journal, .. }
+        | JournalError::Unreadable { journal, .. }) = self;
+        Details::new(&self.to_string(), Some(journal), None)
+    }
 }
 
 /// Something that could not be undone behind a save that failed or was killed. Its text says what to do about it.
