@@ -20,6 +20,7 @@ pub mod tables;
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 pub use cache::Cache;
@@ -83,7 +84,7 @@ impl BenchOptions {
 }
 
 /// A way that is not measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Skipped {
     /// The way.
     pub way: Method,
@@ -92,7 +93,7 @@ pub struct Skipped {
 }
 
 /// What happens during a bench.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum BenchEvent {

@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod detach;
 mod disks;
+mod events;
 mod exchange;
 mod failure;
 mod flags;
@@ -60,6 +61,8 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// Print the JSON Schema of what all commands print with --json
+    Schema,
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
 }
@@ -331,6 +334,10 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Schema => (false, {
+            events::print_schema();
+            Ok(())
+        }),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
