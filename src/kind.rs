@@ -94,6 +94,8 @@ kinds! {
     ParentMissing = "parent_missing",
     /// The system forbids something.
     PermissionDenied = "permission_denied",
+    /// A port that the guest would bind is bound already.
+    PortInUse = "port_in_use",
     /// QEMU ended, or closed its connection.
     QemuEnded = "qemu_ended",
     /// QEMU failed to save or load the guest.
@@ -116,8 +118,12 @@ kinds! {
     SocketInUse = "socket_in_use",
     /// The image is whole, but the guest's file systems may still be frozen.
     StillFrozen = "still_frozen",
+    /// A tap interface that the guest would use is in use.
+    TapInUse = "tap_in_use",
     /// Memory can't be served by userfaultfd.
     UserfaultfdUnavailable = "userfaultfd_unavailable",
+    /// A vsock address that the guest would take is taken.
+    VsockInUse = "vsock_in_use",
     /// No working set has been recorded, or it can't be used.
     WorkingSetMissing = "working_set_missing",
 }
@@ -133,8 +139,11 @@ impl ErrorKind {
                 | Interrupted
                 | MemoryIncomplete
                 | MigrationActive
+                | PortInUse
                 | QemuTimeout
                 | SocketInUse
+                | TapInUse
+                | VsockInUse
         )
     }
 

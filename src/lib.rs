@@ -56,6 +56,7 @@
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
+//! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
 
 /// Declares the rooms of the house: private, or public behind the feature `internals`, by which
 /// benches, fuzz targets and integration tests get in.
@@ -78,13 +79,14 @@ rooms! {
 
 #[doc(hidden)]
 pub mod cli;
+pub mod doctor;
 mod rate;
 
 pub use cancel::Cancellation;
 pub use exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export, import,
 };
-pub use guest::{OverlayOptions, RewriteOptions};
+pub use guest::{NewPort, OverlayOptions, RewriteOptions};
 pub use identity::Identity;
 pub use image::journeys::{FlattenOptions, VerifyOptions, flatten, verify};
 pub use image::{
@@ -106,7 +108,8 @@ pub use save::{
 pub mod error {
     pub use crate::guest::GuestError;
     pub use crate::host::PageSizeError;
-    pub use crate::host::in_use::ReadError;
+    pub use crate::host::in_use::{Protocol, ReadError};
+    pub use crate::host::rights::Lack;
     pub use crate::host::uffd::UffdError;
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;

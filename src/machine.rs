@@ -207,6 +207,14 @@ pub struct QemuVersion {
     pub package: String,
 }
 
+impl QemuVersion {
+    /// Whether it takes its userfaultfds from `/dev/userfaultfd` where it may open that
+    /// (`uffd_open` in QEMU's `util/userfaultfd.c`, 8.0); before, by the system call alone.
+    pub fn uses_userfaultfd_device(&self) -> bool {
+        self.major >= 8
+    }
+}
+
 impl std::fmt::Display for QemuVersion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)

@@ -8,6 +8,7 @@
 //! and brings it back alternately by snapback and by QEMU's `migrate-incoming` of
 //! that file, which is in the page cache. Prints tables for docs/performance.md.
 
+mod huge_pages;
 mod idle;
 mod reverts;
 mod samples;
@@ -25,7 +26,7 @@ use snapback::image::Image;
 use snapback::page::PAGE_SIZE;
 use snapback::revert::Placement;
 use support::{Fill, Guest, GuestOptions, Qemu, Result};
-use table::{Figures, Reverts, Saves};
+use table::{Figures, HugePages, Reverts, Saves};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::spawn_blocking;
 
@@ -172,6 +173,8 @@ async fn measure(
     };
     let guest = spawn_blocking(move || Guest::boot(&guest_options)).await??;
     let mut figures = Figures { mib, ..Figures::default() };
+    // The first save will split them.
+    figures.huge.before_save.push(support::huge_bytes(guest.pid, mib)? as f64 / MIB);
 
     if let Some(memory) = memory {
         tell("saving to memory");
@@ -200,6 +203,16 @@ async fn measure(
         figures.requests.push(ours.requests as f64);
         let peer = reverts::peer(&image, &stream, &recorded).await?;
         note_revert(&mut figures.peer, &peer);
+    }
+    tell("reverting, with huge pages and without");
+    let before = figures.huge.before_save.median().unwrap_or_default();
+    for _ in 0..options.pairs {
+        for collapse in [true, false] {
+            let measured =
+                huge_pages::revert_and_save(&image, &recorded, mib, options.placement, collapse)
+                    .await?;
+            note_huge_pages(&mut figures.huge, &measured, before);
+        }
     }
     if !options.idle.is_zero() {
         tell("watching a server whose guest is at rest");
@@ -240,6 +253,10 @@ async fn save_pairs(
         saves.ours.push(our_rate);
         saves.peer.push(peer_rate);
         saves.ratio.push(our_rate / peer_rate);
+        if figures.huge.first_save.pause.median().is_none() {
+            figures.huge.first_save.pause.push(ours.saved.pause_ms);
+            figures.huge.first_save.moment.push(ours.moment_ms);
+        }
         figures.pause.push(ours.saved.pause_ms);
         figures.peer_pause.push(peer.pause_ms);
         let peak = ours.peak_kib as f64 / 1024.0;
@@ -272,6 +289,25 @@ fn note_revert(to: &mut Reverts, reverted: &reverts::Reverted) {
     to.complete.push(since_ready(reverted.complete));
     to.rss_running.push(reverted.rss_running as f64 / 1024.0);
     to.rss_complete.push(reverted.rss_complete as f64 / 1024.0);
+}
+
+/// Notes what became of huge pages, of which there were so many MiB before the save.
+fn note_huge_pages(to: &mut HugePages, measured: &huge_pages::Measured, before: f64) {
+    let huge = measured.huge as f64 / MIB;
+    let saves = match measured.collapsed {
+        Some(collapsed) => {
+            to.after_revert.push(collapsed.before as f64 / MIB);
+            to.collapsed.push(huge);
+            to.share.push(huge / before * 100.0);
+            to.took.push(collapsed.took_ms);
+            to.gap.push(collapsed.gap_ms as f64);
+            to.gap_after.push(measured.gap_after_ms as f64);
+            &mut to.save
+        }
+        None => &mut to.save_without,
+    };
+    saves.pause.push(measured.pause_ms);
+    saves.moment.push(measured.moment_ms);
 }
 
 async fn wait_over(guest: &Guest) -> Result<()> {

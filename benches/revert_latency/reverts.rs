@@ -35,13 +35,13 @@ pub struct Reverted {
 
 /// A place for the reverted guest's sockets and log, which its command line had in
 /// the folder `recorded`.
-struct Place {
-    folder: TempDir,
-    rewrite: RewriteOptions,
+pub struct Place {
+    pub folder: TempDir,
+    pub rewrite: RewriteOptions,
 }
 
 impl Place {
-    fn new(recorded: &Path) -> Result<Place> {
+    pub fn new(recorded: &Path) -> Result<Place> {
         let folder = tempfile::tempdir()?;
         let text = |path: &Path| path.display().to_string();
         let mut rewrite = RewriteOptions::default();
@@ -49,7 +49,7 @@ impl Place {
         Ok(Place { rewrite, folder })
     }
 
-    fn log(&self) -> SerialLog {
+    pub fn log(&self) -> SerialLog {
         SerialLog::whole(&self.folder.path().join("serial0.log"))
     }
 }
@@ -90,7 +90,7 @@ impl Drop for FirstBeat {
 }
 
 /// Kills a QEMU that would outlive us.
-struct Ended(Pidfd);
+pub struct Ended(pub Pidfd);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -108,13 +108,15 @@ pub async fn ours(image: &Path, recorded: &Path, placement: Placement) -> Result
     options.delivery.placement = placement;
     // Each revert as the first one: a working set from earlier ones would help.
     options.delivery.working_set = false;
+    // Measured by itself.
+    options.delivery.collapse = false;
     let (mut told, mut rss) = (Reverted::default(), Ok(0));
     let start = Instant::now();
     let beat = FirstBeat::watch(place.log(), start);
     let reverted = revert(&options, Cancellation::new(), |event| match event {
         RevertEvent::QemuReady { .. } => told.ready = start.elapsed(),
         RevertEvent::Placing { placement, .. } => told.placement = placement,
-        RevertEvent::Running { pid: Some(pid) } => {
+        RevertEvent::Running { pid: Some(pid), .. } => {
             told.running = start.elapsed();
             rss = resident_kib(pid as u32);
         }

@@ -22,6 +22,8 @@ pub struct Saved {
 /// A save by the program.
 pub struct OurSave {
     pub saved: Saved,
+    /// From the order until the moment of the snapshot is told, in ms.
+    pub moment_ms: f64,
     /// Bytes of guest memory that are not zero.
     pub data_bytes: u64,
     /// The program's peak resident memory, in KiB (`ru_maxrss`, getrusage(2)). Not
@@ -39,10 +41,13 @@ pub fn ours(qmp: &Path, image: &Path, compress: &str) -> Result<OurSave> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;
-    let (mut pause_ms, mut data_bytes) = (None, None);
+    let (mut pause_ms, mut data_bytes, mut moment_ms) = (None, None, 0.0);
     let output = child.stdout.take().ok_or("the program has no output")?;
     for line in BufReader::new(output).lines() {
         let event: Value = serde_json::from_str(&line?)?;
+        if event["event"] == "moment" {
+            moment_ms = start.elapsed().as_secs_f64() * 1e3;
+        }
         pause_ms = event["pause_ms"].as_f64().or(pause_ms);
         data_bytes = event["bytes"].as_u64().or(data_bytes);
     }
@@ -51,7 +56,7 @@ pub fn ours(qmp: &Path, image: &Path, compress: &str) -> Result<OurSave> {
     let (Some(pause_ms), Some(data_bytes)) = (pause_ms, data_bytes) else {
         return Err("snapback told of no pause or no end".into());
     };
-    Ok(OurSave { saved: Saved { took, pause_ms }, data_bytes, peak_kib })
+    Ok(OurSave { saved: Saved { took, pause_ms }, moment_ms, data_bytes, peak_kib })
 }
 
 /// Waits for a child that succeeds, and gives its peak resident memory in KiB.

@@ -27,6 +27,33 @@ pub struct Figures {
     pub peer_pause: Samples,
     pub save_peak: Samples,
     pub save_beside_index: Samples,
+    pub huge: HugePages,
+}
+
+/// Guest memory in huge pages, in MiB, and what comes of it.
+#[derive(Debug, Clone, Default)]
+pub struct HugePages {
+    pub before_save: Samples,
+    pub after_revert: Samples,
+    pub collapsed: Samples,
+    /// What is in huge pages again of what was, in percent.
+    pub share: Samples,
+    pub took: Samples,
+    /// The longest time between two heartbeats meanwhile.
+    pub gap: Samples,
+    /// The same in as long a time behind it.
+    pub gap_after: Samples,
+    /// The guest's first save; one behind a revert; one behind a revert without collapsing.
+    pub first_save: Pause,
+    pub save: Pause,
+    pub save_without: Pause,
+}
+
+/// A save's pause, and the time from its order to its moment.
+#[derive(Debug, Clone, Default)]
+pub struct Pause {
+    pub pause: Samples,
+    pub moment: Samples,
 }
 
 /// Reverts of one kind.
@@ -111,6 +138,23 @@ const REVERT: &[Row] = &[
         .target(Target::MedianAtMost(2.0)),
 ];
 
+const HUGE_PAGES: &[Row] = &[
+    row("in huge pages before the save, MiB", |f| &f.huge.before_save, 0),
+    row("- when resident", |f| &f.huge.after_revert, 0),
+    row("- when collapsed", |f| &f.huge.collapsed, 0),
+    row("- of what was before the save, %", |f| &f.huge.share, 1)
+        .target(Target::MedianAtLeast(90.0)),
+    row("resident to collapsed, ms", |f| &f.huge.took, 0).target(Target::MedianAtMost(2000.0)),
+    row("longest time between two heartbeats meanwhile, ms", |f| &f.huge.gap, 0),
+    row("- in as long a time behind it", |f| &f.huge.gap_after, 0),
+    row("pause of the first save, ms", |f| &f.huge.first_save.pause, 1),
+    row("- of the first behind a revert", |f| &f.huge.save.pause, 1),
+    row("- of the same with --no-collapse", |f| &f.huge.save_without.pause, 1),
+    row("order to moment of the first save, ms", |f| &f.huge.first_save.moment, 0),
+    row("- of the first behind a revert", |f| &f.huge.save.moment, 0),
+    row("- of the same with --no-collapse", |f| &f.huge.save_without.moment, 0),
+];
+
 /// Compressing takes processor time that QEMU needs as well: less of its rate is asked for.
 fn save_rows(compressed: bool) -> [Row; 10] {
     let rate = || Target::MedianAtLeast(if compressed { 0.8 } else { 0.9 });
@@ -146,6 +190,8 @@ pub fn print(figures: &[Figures], compressed: bool) {
         let counts: Vec<_> = ways.iter().map(|(way, n)| format!("{way} {n}x")).collect();
         println!("\nMemory at {mib} MiB went by: {}.", counts.join(", "));
     }
+    println!("\n### Huge pages after a revert\n");
+    print_table(HUGE_PAGES, figures);
     println!("\n### Save\n");
     print_table(&save_rows(compressed), figures);
 }

@@ -36,6 +36,7 @@ use self::setup::Setup;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
 use crate::kind::{Details, ErrorKind};
+use crate::guest::NewPort;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
@@ -61,6 +62,10 @@ pub struct BenchOptions {
     ///
     /// [`RewriteOptions::paths`]: crate::guest::RewriteOptions::paths
     pub paths: Vec<(String, String)>,
+    /// As [`RewriteOptions::ports`].
+    ///
+    /// [`RewriteOptions::ports`]: crate::guest::RewriteOptions::ports
+    pub ports: Vec<(u16, NewPort)>,
     /// The signs of life to wait for.
     pub sign: Option<Sign>,
     /// More arguments for QEMU.
@@ -77,6 +82,7 @@ impl BenchOptions {
             cold: false,
             qemu: None,
             paths: Vec::new(),
+            ports: Vec::new(),
             sign: None,
             extra: Vec::new(),
         }

@@ -59,7 +59,7 @@ pub(super) async fn measure(
     let (mut recorder, mut held) = bring_back(setup, &run, &how, cancel).await?;
     let signs = recorder.signs(&mut held.process, cancel).await;
     held.process.kill().await;
-    if held.outcome.placement == Placement::Socket && how.placement != Placement::Socket {
+    if held.outcome.placement != Placement::Uffd && how.placement != Placement::Socket {
         let reason = recorder.placing.map_or_else(String::new, |(_, reason)| reason);
         return Err(BenchError::WayLost { way: method, reason });
     }
@@ -79,6 +79,8 @@ pub(super) async fn bring_back(
             placement: how.placement,
             working_set: how.working_set.is_some(),
             working_set_file: how.working_set.clone(),
+            // Nothing that a run measures comes behind it.
+            collapse: false,
             ..Delivery::default()
         },
         preload: how.preload,

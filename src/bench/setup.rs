@@ -145,6 +145,7 @@ impl Run {
         RewriteOptions {
             qemu: options.qemu.clone(),
             paths: self.rules.clone(),
+            ports: options.ports.clone(),
             extra: options.extra.clone(),
             // The disks that the image holds are only read.
             overlays: OverlayOptions {

@@ -7,10 +7,12 @@ use regex::bytes::{Regex, RegexBuilder};
 
 use super::events::CommandEvent;
 use super::failure::Failure;
+use super::host::parse_port_pair;
 use super::output::{Output, print_line, size};
 use super::{cancellation, parse_path_pair};
 use crate::bench::tables::{self, Table};
 use crate::bench::{BenchEvent, BenchOptions, Cache, Sample, Sign, Summary, report};
+use crate::guest::NewPort;
 use crate::kind::ErrorKind;
 
 /// The most memory that a pattern may take, in bytes.
@@ -44,6 +46,10 @@ pub(super) struct BenchArgs {
     /// NEW, {run} stands for a private directory of each run
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    /// Bind the port NEW of this host (auto: a free one) wherever the recorded command line binds
+    /// OLD
+    #[arg(long = "port", value_name = "OLD=NEW", value_parser = parse_port_pair)]
+    ports: Vec<(u16, NewPort)>,
     /// A line that matches this regular expression is a sign of life of the guest
     #[arg(long, value_name = "PATTERN", value_parser = parse_pattern, requires = "sign_in")]
     sign: Option<Regex>,
@@ -78,6 +84,7 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
         cold: args.cold,
         qemu: args.qemu,
         paths: args.paths,
+        ports: args.ports,
         sign: sign.map(|(pattern, path)| Sign { pattern, path, nth: args.nth as usize }),
         extra: args.extra,
         ..BenchOptions::new(args.image)

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::failure::ErrorEvent;
 use crate::bench::{BenchEvent, Summary};
+use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
 use crate::machine::{Disk, Hotplug};
 use crate::revert::RevertEvent;
@@ -100,6 +101,15 @@ pub(super) enum CommandEvent {
         zero_pages: u64,
         /// Size of the image in bytes.
         image_bytes: u64,
+    },
+    /// One thing that `doctor` has asked the host for.
+    Doctor(Box<Item>),
+    /// What follows from all that `doctor` has found.
+    Diagnosis {
+        /// Whether a running guest can be saved by at least one QEMU.
+        save: bool,
+        /// How the best QEMU brings a guest back.
+        revert: Reverts,
     },
     /// The result of a bench.
     Summary(Box<Summary>),

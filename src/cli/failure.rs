@@ -95,11 +95,14 @@ impl Failure {
             | NotQemu
             | OptionsInvalid
             | ParentMissing
+            | PortInUse
             | QemuTooOld
             | QemuUnreachable
             | SaveUnfinished
             | SocketInUse
+            | TapInUse
             | UserfaultfdUnavailable
+            | VsockInUse
             | WorkingSetMissing => 3,
             ImageDamaged => 4,
             Interrupted => 130,

@@ -15,9 +15,14 @@ const NAMES: &[(&str, &str)] = &[
     ("`RewriteOptions::qmp`", "--qmp"),
     ("`RewriteOptions::qemu`", "--qemu"),
     ("`RewriteOptions::paths`", "--path"),
+    ("`RewriteOptions::ports`", "--port"),
+    ("`RewriteOptions::netdevs`", "--netdev"),
+    ("`RewriteOptions::truncate_logs`", "--truncate-logs"),
+    ("in `RewriteOptions::extra`", "behind `--`"),
     ("`RewriteOptions::disks`", "--disk"),
     ("`OverlayOptions::directory`", "--overlay-dir"),
     ("`Placement::Auto`", "--place auto"),
+    ("`Placement::Eager`", "--place eager"),
     ("`BenchOptions::paths`", "--path"),
     ("`BenchOptions::peers`", "--peers"),
     ("in `Sign::nth`", "with --nth"),
@@ -69,7 +74,9 @@ mod tests {
         for (name, flag) in NAMES {
             let words = flag.split(' ').map(|word| word.trim_matches('`'));
             let mut longs = words.filter_map(|word| word.strip_prefix("--"));
-            assert!(longs.any(|long| known.contains(long)), "{name}: {flag}");
+            // `--` itself ends the flags.
+            let exists = |long: &str| long.is_empty() || known.contains(long);
+            assert!(longs.any(exists), "{name}: {flag}");
         }
     }
 

@@ -4,11 +4,13 @@ mod bench;
 mod check;
 mod detach;
 mod disks;
+mod doctor;
 mod events;
 mod exchange;
 mod failure;
 mod flags;
 mod flatten;
+mod host;
 mod output;
 mod report;
 mod rtc;
@@ -63,6 +65,8 @@ enum Command {
     Flatten(flatten::FlattenArgs),
     /// Print the JSON Schema of what all commands print with --json
     Schema,
+    /// Tell what this host and its QEMUs can do, and what would make it more
+    Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
 }
@@ -80,6 +84,8 @@ struct RevertArgs {
     /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    host: host::HostArgs,
     #[command(flatten)]
     disks: disks::RevertDisksArgs,
     #[command(flatten)]
@@ -126,6 +132,9 @@ struct DeliveryArgs {
     /// Neither use nor record the image's working set
     #[arg(long)]
     no_working_set: bool,
+    /// Leave memory in small pages; else it is collapsed into huge ones once it is in place
+    #[arg(long)]
+    no_collapse: bool,
 }
 
 impl DeliveryArgs {
@@ -135,6 +144,7 @@ impl DeliveryArgs {
             fill_rate: self.fill_rate,
             fill_delay: self.fill_delay,
             working_set: !self.no_working_set,
+            collapse: !self.no_collapse,
             ..Delivery::default()
         }
     }
@@ -209,7 +219,8 @@ struct VerifyArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum PlacementArg {
-    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket
+    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket, else
+    /// eagerly
     Auto,
     /// Directly into its memory, by QEMU's userfaultfd, or fail
     Uffd,
@@ -217,6 +228,8 @@ enum PlacementArg {
     Socket,
     /// By a private mapping of a flat image, or fail
     Map,
+    /// By an ordinary stream, all memory before the guest runs: needs no userfaultfd
+    Eager,
 }
 
 impl From<PlacementArg> for Placement {
@@ -226,6 +239,7 @@ impl From<PlacementArg> for Placement {
             PlacementArg::Uffd => Placement::Uffd,
             PlacementArg::Socket => Placement::Socket,
             PlacementArg::Map => Placement::Map,
+            PlacementArg::Eager => Placement::Eager,
         }
     }
 }
@@ -239,6 +253,8 @@ enum ServePlacementArg {
     Uffd,
     /// By QEMU's postcopy socket
     Socket,
+    /// By an ordinary stream, all memory before the guest runs: needs no `postcopy-ram`
+    Eager,
 }
 
 impl From<ServePlacementArg> for Placement {
@@ -247,6 +263,7 @@ impl From<ServePlacementArg> for Placement {
             ServePlacementArg::Auto => Placement::Auto,
             ServePlacementArg::Uffd => Placement::Uffd,
             ServePlacementArg::Socket => Placement::Socket,
+            ServePlacementArg::Eager => Placement::Eager,
         }
     }
 }
@@ -338,6 +355,7 @@ async fn run(command: Command) -> ExitCode {
             events::print_schema();
             Ok(())
         }),
+        Command::Doctor(args) => (args.json, doctor::run(args).await),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
@@ -374,7 +392,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        rewrite: args.disks.apply(rewrite),
+        rewrite: args.host.apply(args.disks.apply(rewrite)),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),

@@ -264,11 +264,16 @@ impl Output {
                 let way = match placement {
                     Placement::Socket => "by QEMU's socket",
                     Placement::Map => "by mapping the image",
+                    Placement::Eager => "by an ordinary stream, all memory first",
                     _ => "directly into memory, by userfaultfd",
                 };
                 self.say("placing", &format!("{way}: {reason}"));
             }
-            RevertEvent::Running { .. } => self.say("running", "the guest runs"),
+            RevertEvent::Running { ports, .. } => {
+                let ports: Vec<_> =
+                    ports.iter().map(|(old, new)| format!("; port {old} is {new}")).collect();
+                self.say("running", &format!("the guest runs{}", ports.concat()));
+            }
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
             }
@@ -286,6 +291,15 @@ impl Output {
                         "all {memory}; {demands} faults answered in {answer_p50_us:.0} µs (median), \
                          {answer_p99_us:.0} µs (99 %)"
                     ),
+                );
+            }
+            RevertEvent::Collapsed { before_bytes, after_bytes, took_ms, stopped } => {
+                let (before, after) = (size(*before_bytes), size(*after_bytes));
+                let stopped = stopped.as_ref().map(|why| format!("; stopped early: {why}"));
+                let stopped = stopped.unwrap_or_default();
+                self.say(
+                    "collapsed",
+                    &format!("{after} in huge pages, {before} before, in {took_ms:.0} ms{stopped}"),
                 );
             }
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitStatus;
 
 use crate::kind::{Details, ErrorKind};
+use crate::host::in_use::Protocol;
 use crate::qmp::QmpError;
 
 /// Why a guest could not be recorded, or a recorded one not be started.
@@ -94,11 +95,107 @@ pub enum GuestError {
     /// The recorded command line uses descriptors that QEMU inherited.
     #[error(
         "the recorded option {option} uses a file descriptor that QEMU inherited, which a record \
-         can't hold; start QEMU yourself with -incoming defer and use `snapback serve`"
+         can't hold; {remedy}start QEMU yourself with -incoming defer and use `snapback serve`"
     )]
     InheritedDescriptor {
         /// The option.
         option: String,
+        /// What else can be done, with "or" behind it; empty when there is nothing.
+        remedy: String,
+    },
+
+    /// A rule about ports can't be followed.
+    #[error("`RewriteOptions::ports` {old}={new}: {problem}")]
+    PortRule {
+        /// The port to replace.
+        old: u16,
+        /// Its replacement.
+        new: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// No recorded option binds a port that is to be replaced.
+    #[error(
+        "`RewriteOptions::ports` {port}=…: no recorded option binds this port of the host; those \
+         that are bound: {known}"
+    )]
+    NoSuchPort {
+        /// The port.
+        port: u16,
+        /// The ports that the recorded command line binds.
+        known: String,
+    },
+
+    /// A rule about network backends can't be followed.
+    #[error("`RewriteOptions::netdevs` {id}={spec}: {problem}")]
+    NetdevRule {
+        /// The backend's id.
+        id: String,
+        /// The new backend.
+        spec: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+
+    /// No recorded network backend has this id.
+    #[error(
+        "`RewriteOptions::netdevs` {id}=…: no recorded -netdev, -nic or -net has this id; the \
+         ids are: {known}"
+    )]
+    NoSuchNetdev {
+        /// The id.
+        id: String,
+        /// The ids of the recorded network backends. Those without one can't be named.
+        known: String,
+    },
+
+    /// A port that QEMU would bind is bound already.
+    #[error(
+        "the recorded option {option} binds {protocol} port {port}, which {who} has bound; \
+         replace it with `RewriteOptions::ports` {port}=NEW"
+    )]
+    PortInUse {
+        /// The option.
+        option: String,
+        /// Of which protocol the port is.
+        protocol: Protocol,
+        /// The port.
+        port: u16,
+        /// Who has bound it, in words.
+        who: String,
+    },
+
+    /// A tap interface is in use.
+    #[error(
+        "the recorded option {option} uses the tap interface {tap}, to which {who} is attached; \
+         give the card another backend with `RewriteOptions::netdevs` {id}=SPEC"
+    )]
+    TapInUse {
+        /// The option.
+        option: String,
+        /// The interface.
+        tap: String,
+        /// Who is attached to it, in words.
+        who: String,
+        /// The backend's id.
+        id: String,
+    },
+
+    /// A vsock address is in use.
+    #[error(
+        "the recorded option {option} takes the vsock address {cid}, which is on the command \
+         line of {who} too; {advice}"
+    )]
+    VsockInUse {
+        /// The option.
+        option: String,
+        /// The address (CID, vsock(7)).
+        cid: u32,
+        /// Who uses it, in words.
+        who: String,
+        /// How to take another.
+        advice: String,
     },
 
     /// Another process listens on a recorded socket.
@@ -359,6 +456,12 @@ impl GuestError {
             | DiskNotGiven { .. }
             | DisksGivenAsOne { .. }
             | NotIsolated { .. } => ErrorKind::DiskUnsupported,
+            PortRule { .. } | NoSuchPort { .. } | NetdevRule { .. } | NoSuchNetdev { .. } => {
+                ErrorKind::OptionsInvalid
+            }
+            PortInUse { .. } => ErrorKind::PortInUse,
+            TapInUse { .. } => ErrorKind::TapInUse,
+            VsockInUse { .. } => ErrorKind::VsockInUse,
             NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
             NoSuchPlugged { .. } => ErrorKind::NoSuchDevice,
             Start { .. } | Exited { .. } | NoControl { .. } => ErrorKind::QemuNotStarted,

@@ -12,8 +12,11 @@ mod devices;
 mod disk_tests;
 mod disks;
 mod error;
+#[cfg(test)]
+mod network_tests;
 mod process;
 mod record;
+mod rights;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -31,7 +34,9 @@ pub use disks::stamp::{stamp_files, write_out};
 pub use error::GuestError;
 pub use process::Process;
 pub use record::capture;
+pub use rights::userfaultfd_lack;
 pub use start::collisions::exclusive_paths;
 pub use start::mapping::MappedMemory;
 pub use start::plan::{Note, StartPlan};
+pub use start::ports::NewPort;
 pub use start::rewrite::{RewriteOptions, rewrite};

@@ -16,7 +16,7 @@ use crate::qmp::Qmp;
 
 const LONG: Duration = Duration::from_secs(60);
 
-fn machine(args: &[&str]) -> Machine {
+pub(super) fn machine(args: &[&str]) -> Machine {
     let argv = std::iter::once("qemu-system-x86_64").chain(args.iter().copied());
     Machine {
         binary: "/usr/bin/qemu-system-x86_64".to_owned(),
@@ -124,7 +124,7 @@ fn the_terminal_is_left() {
     check(&["-monitor", "stdio", "-qmp", "stdio", "-gdb", "stdio"], &[]);
     check(
         &["-chardev", "stdio,id=c,mux=on,signal=off,logfile=/nonexistent/l"],
-        &["-chardev", "null,id=c,mux=on,logfile=/nonexistent/l"],
+        &["-chardev", "null,id=c,mux=on,logfile=/nonexistent/l,logappend=on"],
     );
     check(
         &["-chardev", r#"{"id":"c","backend":{"type":"stdio","data":{"signal":false}}}"#],
@@ -353,7 +353,11 @@ fn files_in_use_are_refused_by_name() {
     wait_taken(&outputs[0]);
     // Reading an output file harms nobody, sharing memory does.
     let reader = fs::File::open(&path).unwrap();
-    outputs.iter().for_each(|(option, value)| check(&[option, value], &[option, value]));
+    let truncated = RewriteOptions { truncate_logs: true, ..Default::default() };
+    for (option, value) in &outputs {
+        let rewritten = try_rewritten(&[option, value], &truncated).unwrap();
+        assert_eq!(rewritten[..rewritten.len() - 2], [*option, value]);
+    }
     memories.iter().for_each(|(option, value)| refused(&[option, value], &path));
     drop(reader);
     wait_taken(&memories[0]);

@@ -1,18 +1,13 @@
-//! Another process's memory: read, prefaulted, put together to huge pages.
+//! Another process's memory: read, and prefaulted.
 
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
-use super::pidfd::Pidfd;
 use crate::cancel::Cancellation;
 use crate::page::PAGE_SIZE;
-
-/// Bytes in a huge page of the usual size.
-pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Pages read by one call: as many pieces as process_vm_readv(2) takes (IOV_MAX).
 const PIECES: usize = 1024;
@@ -51,37 +46,6 @@ pub fn prefault(pid: i32, range: Range<u64>, cancel: &Cancellation) -> io::Resul
     Ok(())
 }
 
-/// Puts the small pages at an address of a process's memory together to one huge page
-/// (`MADV_COLLAPSE` of madvise(2), Linux 6.1). What the memory holds stays the same. False
-/// where it can't be done just there, or just now.
-///
-/// # Errors
-/// When it can't be done anywhere: the kernel is too old, the process has ended, or we have
-/// no right to it (process_madvise(2)).
-pub fn collapse(process: &Pidfd, address: u64) -> io::Result<bool> {
-    let range = libc::iovec { iov_base: address as *mut _, iov_len: HUGE_PAGE as usize };
-    // SAFETY: process_madvise(2) reads the one `iovec` that it is given. MADV_COLLAPSE
-    // changes how that process's memory is mapped, not what it holds.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_process_madvise,
-            process.as_fd().as_raw_fd(),
-            &raw const range,
-            1,
-            libc::MADV_COLLAPSE,
-            0,
-        )
-    };
-    if done >= 0 {
-        return Ok(true);
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EPERM | libc::ENOSYS | libc::ESRCH) => Err(error),
-        _ => Ok(false),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,7 +62,7 @@ mod tests {
         let cancel = Cancellation::new();
         prefault(pid, start..start + len as u64, &cancel).unwrap();
         assert!(pagemap.is_present(start) && pagemap.is_present(last));
-        assert!(prefault(pid, PAGE_SIZE as u64..HUGE_PAGE, &cancel).is_err());
+        assert!(prefault(pid, PAGE_SIZE as u64..2 << 20, &cancel).is_err());
     }
 
     #[test]

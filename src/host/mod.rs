@@ -1,11 +1,13 @@
 //! What the kernel tells and does. Nothing here knows of QEMU or of images.
 
+pub mod huge_pages;
 pub mod in_use;
 pub mod memory;
 mod page_size;
 pub mod pidfd;
 pub mod procfs;
 pub mod program;
+pub mod rights;
 pub mod uffd;
 
 pub use page_size::{PageSizeError, check_page_size};

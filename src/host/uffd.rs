@@ -5,6 +5,7 @@
 //! Two things are ours, since the crate lacks them: `zeropage`, whose partial results it
 //! drops, and `by_system_call`, for hosts on which `/dev/userfaultfd` is not for us.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
@@ -83,6 +84,8 @@ impl UffdError {
         Details::new(&self.to_string(), None::<PathBuf>, None)
     }
 }
+/// The device that gives userfaultfds.
+pub const DEVICE: &str = "/dev/userfaultfd";
 
 /// How /proc/PID/fd names a userfaultfd. `/dev/userfaultfd`, from which newer QEMUs
 /// make theirs, is named by its path.
@@ -298,6 +301,42 @@ pub fn write_protect_supported() -> Result<(), UffdError> {
     create(FeatureFlags::PAGEFAULT_FLAG_WP).map(drop)
 }
 
+/// A way to get a userfaultfd that catches the kernel's accesses as well, as QEMU needs it for
+/// a postcopy migration and for a background snapshot (userfaultfd(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// userfaultfd(2), which `vm.unprivileged_userfaultfd` opens to everybody, and
+    /// CAP_SYS_PTRACE to its owner.
+    SystemCall,
+    /// `/dev/userfaultfd` (Linux 6.1), which its permissions open.
+    Device,
+}
+
+impl Door {
+    /// Asks for a userfaultfd by this door, and gives it back.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn knock(self) -> io::Result<()> {
+        match self {
+            Door::SystemCall => match by_system_call(FeatureFlags::empty()) {
+                Ok(_) => Ok(()),
+                Err(UffdError::Unavailable(error) | UffdError::NoFeature(error)) => Err(error),
+                Err(error) => Err(io::Error::other(error)),
+            },
+            Door::Device => {
+                let device = File::options().read(true).write(true).open(DEVICE)?;
+                // SAFETY: USERFAULTFD_IOC_NEW takes flags only and touches no memory of ours.
+                let fd = unsafe { ioctl::new(device.as_raw_fd(), libc::O_CLOEXEC as _) }?;
+                // SAFETY: the kernel has just made this descriptor for us, and nobody else
+                // has it.
+                drop(unsafe { OwnedFd::from_raw_fd(fd) });
+                Ok(())
+            }
+        }
+    }
+}
+
 /// Makes a userfaultfd that catches the kernel's accesses as well, by the way that the host
 /// allows: `/dev/userfaultfd`, or the system call.
 fn create(features: FeatureFlags) -> Result<userfaultfd::Uffd, UffdError> {
@@ -315,6 +354,7 @@ fn create(features: FeatureFlags) -> Result<userfaultfd::Uffd, UffdError> {
 mod ioctl {
     use linux_raw_sys::general as sys;
 
+    nix::ioctl_write_int_bad!(new, nix::request_code_none!(sys::UFFDIO, 0));
     nix::ioctl_readwrite!(api, sys::UFFDIO, sys::_UFFDIO_API, sys::uffdio_api);
     nix::ioctl_readwrite!(zeropage, sys::UFFDIO, sys::_UFFDIO_ZEROPAGE, sys::uffdio_zeropage);
 }
@@ -399,6 +439,12 @@ mod tests {
     #[test]
     fn this_host_can_write_protect() {
         write_protect_supported().unwrap();
+    }
+
+    #[test]
+    fn each_door_is_asked_by_itself() {
+        assert!(Door::SystemCall.knock().is_ok());
+        assert_eq!(Door::Device.knock().is_ok(), File::open(DEVICE).is_ok());
     }
 
     #[test]

@@ -25,6 +25,17 @@ pub enum RevertError {
     /// QEMU can't be started as recorded.
     #[error(transparent)]
     Vm(#[from] GuestError),
+    /// QEMU takes no postcopy migration, by which memory is brought while the guest runs.
+    #[error(
+        "QEMU takes no postcopy migration here ({refusal}){}; `Placement::Eager` needs none",
+        .lack.as_ref().map(|lack| format!(": {lack}")).unwrap_or_default()
+    )]
+    NoPostcopy {
+        /// QEMU's words.
+        refusal: String,
+        /// What it lacks on this host, and what gives it that, as far as we can see.
+        lack: Option<String>,
+    },
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -96,6 +107,7 @@ impl RevertError {
             WorkingSet(error) => error.kind(),
             Postcopy { error, .. } => error.kind(),
             NotRun { .. } => ErrorKind::QemuFailed,
+            NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotHeld => ErrorKind::OptionsInvalid,
             Died { .. } => ErrorKind::QemuEnded,
             Socket { source, .. } => match ErrorKind::of_io(source) {
@@ -138,15 +150,16 @@ impl RevertError {
     /// The same with what QEMU wrote to its standard error: only there does it tell why it
     /// ended a migration. Where we ended it, what it says there is not the reason.
     pub(super) fn with_words_of_qemu(self, words: &str) -> RevertError {
-        use PostcopyError::{HungUp, Opening, Refused};
+        use PostcopyError::{HungUp, Opening, Refused, Stream};
         if words.is_empty() {
             return self;
         }
         let qemu = format!("; QEMU says: {words}");
         match self {
-            RevertError::Postcopy { error: error @ (HungUp | Opening(_) | Refused(_)), .. } => {
-                RevertError::Postcopy { error, qemu }
-            }
+            RevertError::Postcopy {
+                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_)),
+                ..
+            } => RevertError::Postcopy { error, qemu },
             RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
             RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
             error => error,
@@ -173,6 +186,19 @@ pub enum PostcopyError {
     /// Some blocks can't be installed directly, though nothing else was asked for.
     #[error("memory can't be installed by userfaultfd: these blocks were not found in QEMU: {0}")]
     Unproven(String),
+    /// Memory can't be read from the image.
+    #[error("the memory at offset {offset:#x} of block `{block}` can't be had: {source}")]
+    Read {
+        /// The block's name.
+        block: String,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// What is wrong with the image.
+        source: Box<ImageError>,
+    },
+    /// An ordinary stream could not be sent to its end.
+    #[error("QEMU closed the migration stream before it had loaded all of the guest ({0})")]
+    Stream(std::io::Error),
     /// QEMU hung up.
     #[error("QEMU closed the return path before its memory was complete")]
     HungUp,
@@ -203,7 +229,8 @@ impl PostcopyError {
         match self {
             Memory(error) => kind_of_memory(error),
             Wire(error) => error.kind(),
-            Opening(_) | HungUp => ErrorKind::QemuEnded,
+            Read { source, .. } => source.kind(),
+            Opening(_) | HungUp | Stream(_) => ErrorKind::QemuEnded,
             Adopt(error) => error.kind(),
             Unproven(_) => ErrorKind::UserfaultfdUnavailable,
             Refused(_) => ErrorKind::QemuFailed,
@@ -216,6 +243,7 @@ impl PostcopyError {
     pub fn details(&self) -> Details {
         match self {
             PostcopyError::Memory(error) => error.details(),
+            PostcopyError::Read { source, .. } => source.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }
     }

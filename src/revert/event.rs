@@ -1,8 +1,10 @@
 //! What a revert tells as it goes.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
+use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
 
 use super::options::Placement;
@@ -46,6 +48,12 @@ pub enum RevertEvent {
         /// QEMU's process id; none for a QEMU that somebody else started.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pid: Option<i32>,
+        /// Ports of this host that were replaced ([`RewriteOptions::ports`]): the new one for
+        /// each recorded one.
+        ///
+        /// [`RewriteOptions::ports`]: crate::RewriteOptions::ports
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "ports")]
+        ports: BTreeMap<u16, u16>,
     },
     /// How far memory has come.
     Progress(Progress),
@@ -63,6 +71,20 @@ pub enum RevertEvent {
         /// The time that 99 of 100 answers took at most, in microseconds.
         answer_p99_us: f64,
     },
+    /// Memory that came in small pages was collapsed into huge ones. It comes only where memory
+    /// was installed directly, [`Delivery::collapse`](super::Delivery::collapse) is set, and
+    /// QEMU has not ended.
+    Collapsed {
+        /// Bytes of the guest's memory in huge pages when its memory was in place.
+        before_bytes: u64,
+        /// The same now.
+        after_bytes: u64,
+        /// How long it took, in milliseconds.
+        took_ms: f64,
+        /// Why some small pages were left that are worth collapsing; none where none were.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stopped: Option<String>,
+    },
 }
 
 /// How far a revert has come.
@@ -74,4 +96,28 @@ pub struct Progress {
     pub total: u64,
     /// Requests from the guest so far.
     pub requests: u64,
+}
+
+/// Reads a map whose keys are numbers, which are text in JSON. Within an enum with a tag serde
+/// doesn't turn them back.
+fn ports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<u16, u16>, D::Error> {
+    let ports = BTreeMap::<String, u16>::deserialize(deserializer)?;
+    let number = |(old, new): (String, u16)| Ok((old.parse().map_err(D::Error::custom)?, new));
+    ports.into_iter().map(number).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_tells_ports_by_their_numbers() {
+        let event = RevertEvent::Running { pid: Some(7), ports: [(2222, 40731)].into() };
+        let json = serde_json::json!({"event": "running", "pid": 7, "ports": {"2222": 40731}});
+        assert_eq!(serde_json::to_value(&event).unwrap(), json);
+        assert_eq!(serde_json::from_value::<RevertEvent>(json).unwrap(), event);
+        let none = serde_json::json!({"event": "running"});
+        let event: RevertEvent = serde_json::from_value(none.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&event).unwrap(), none);
+    }
 }

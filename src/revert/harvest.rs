@@ -27,7 +27,8 @@ pub async fn harvest(
     options.rewrite.overlays.ephemeral = true;
     options.preload = false;
     options.standby = false;
-    options.delivery = Delivery { hold: Some(window), working_set: false, ..options.delivery };
+    options.delivery =
+        Delivery { hold: Some(window), working_set: false, collapse: false, ..options.delivery };
     let mut held = revert_held(&options, cancel, on_event).await?;
     held.process.kill().await;
 

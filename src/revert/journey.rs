@@ -17,11 +17,13 @@ pub struct Reverted {
     pub outcome: Outcome,
 }
 
-/// Brings a guest back and returns once all its memory is in place. QEMU then runs
-/// on by itself. `on_event` is called as things happen.
+/// Brings a guest back and returns once all its memory is in place and, unless
+/// [`Delivery::collapse`](super::Delivery::collapse) is off, in huge pages. QEMU then runs on by
+/// itself. `on_event` is called as things happen.
 ///
-/// The first request of `cancel` ends a revert whose guest does not run yet, and is otherwise
-/// answered with [`RevertEvent::StillNeeded`]; the second ends it in any case.
+/// The first request of `cancel` ends a revert whose guest does not run yet. Later it is
+/// answered with [`RevertEvent::StillNeeded`], and the second ends it in any case. Once all
+/// memory is in place a request only ends the collapsing.
 ///
 /// # Errors
 /// When the image, QEMU or what connects them fails. QEMU has then been ended:
@@ -50,7 +52,8 @@ pub async fn revert_held(
     let launched = planned.launch(&mut on_event).await?;
     let armed = launched.arm(&mut on_event).await?;
     let running = armed.run(&mut on_event).await?;
-    let resident = running.fill(&mut on_event).await?;
+    let mut resident = running.fill(&mut on_event).await?;
+    resident.collapse(&mut on_event).await;
     let held = resident.into_held();
     Ok(held.unwrap_or_else(|| unreachable!("a session that was planned has a QEMU of ours")))
 }

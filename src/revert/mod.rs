@@ -4,6 +4,8 @@
 //! [`revert()`] and [`serve()`] go all the way. Both are a [`session`] of explicit states,
 //! which can also be gone through one by one: to hold a guest in standby, for example.
 
+mod collapse;
+mod eager;
 mod error;
 mod event;
 mod harvest;

@@ -113,6 +113,10 @@ pub struct Delivery {
     pub hold: Option<Duration>,
     /// The file of the working set; beside the image without.
     pub working_set_file: Option<PathBuf>,
+    /// Whether memory that was installed directly is collapsed into huge pages once all of it is
+    /// in place, where QEMU has asked for huge pages. It is collapsed at the rate of `fill_rate`
+    /// at most.
+    pub collapse: bool,
     /// The shortest time between two reports of progress; it is reported only where there
     /// is some.
     pub progress_every: Duration,
@@ -127,6 +131,7 @@ impl Default for Delivery {
             working_set: true,
             hold: None,
             working_set_file: None,
+            collapse: true,
             progress_every: PROGRESS_EVERY,
         }
     }
@@ -138,7 +143,7 @@ impl Default for Delivery {
 #[non_exhaustive]
 pub enum Placement {
     /// Mapped from a flat image, else straight into memory by QEMU's userfaultfd, else by
-    /// the socket: the first of these that can be had.
+    /// the socket, else ahead of the guest: the first of these that can be had.
     #[default]
     Auto,
     /// By userfaultfd for every block, or not at all.
@@ -147,4 +152,14 @@ pub enum Placement {
     Socket,
     /// By a private mapping of a flat image, which QEMU makes itself.
     Map,
+    /// By an ordinary migration stream: the guest runs once it has all memory. It needs no
+    /// userfaultfd. The rate, the delay and the working set of [`Delivery`] don't apply.
+    Eager,
+}
+
+impl Placement {
+    /// Whether memory is served while the guest runs, by QEMU's postcopy.
+    pub(super) fn is_postcopy(self) -> bool {
+        matches!(self, Placement::Uffd | Placement::Socket)
+    }
 }

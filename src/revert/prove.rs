@@ -25,7 +25,7 @@ pub async fn prove(
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
     options.standby = false;
-    options.delivery = Delivery { working_set: false, ..options.delivery };
+    options.delivery = Delivery { working_set: false, collapse: false, ..options.delivery };
 
     let start = Instant::now();
     let mut ran_after = Duration::ZERO;

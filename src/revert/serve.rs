@@ -8,7 +8,8 @@ use super::session::Launched;
 use crate::cancel::Cancellation;
 
 /// Brings a guest back in a QEMU that somebody else started with the same machine and
-/// made wait for its state. Returns once all its memory is in place.
+/// made wait for its state. Returns once all its memory is in place and, unless
+/// [`Delivery::collapse`](super::Delivery::collapse) is off, in huge pages.
 ///
 /// # Errors
 /// When the image or what connects us with QEMU fails. QEMU is then left to whoever started
@@ -21,6 +22,7 @@ pub async fn serve(
     let launched = Launched::outside(options, cancel).await?;
     let armed = launched.arm(&mut on_event).await?;
     let running = armed.run(&mut on_event).await?;
-    let resident = running.fill(&mut on_event).await?;
+    let mut resident = running.fill(&mut on_event).await?;
+    resident.collapse(&mut on_event).await;
     Ok(resident.outcome().clone())
 }

@@ -8,14 +8,13 @@
 //! madvise(2), Linux 6.1).
 
 use std::io;
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::prefault::guest_memory;
 use crate::cancel::Cancellation;
-use crate::host::memory::{HUGE_PAGE, collapse};
+use crate::host::huge_pages::{collapse, find_small};
 use crate::host::pidfd::Pidfd;
-use crate::host::procfs::{Pagemap, flags};
+use crate::host::procfs::Pagemap;
 use crate::page::PAGE_SIZE;
 use crate::qmp::RamBlock;
 
@@ -42,7 +41,7 @@ pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], cancel: &Cancellati
         let mut worth = Vec::new();
         let mut small = 0;
         for range in guest_memory(pid, blocks) {
-            small += find_small(&pagemap, range, &mut worth)?;
+            small += find_small(&pagemap, range, MOSTLY, &mut worth)?;
         }
         if small < FEW {
             return Ok(());
@@ -61,66 +60,5 @@ pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], cancel: &Cancellati
     })();
     if let Err(error) = result {
         tracing::debug!("huge pages can't be put together: {error}");
-    }
-}
-
-/// Counts the pages in a range that are in memory and mapped by themselves; adds to
-/// `worth` the addresses where enough of them make a huge page.
-fn find_small(pagemap: &Pagemap, range: Range<u64>, worth: &mut Vec<u64>) -> io::Result<u64> {
-    // The first huge page that lies in the range as a whole.
-    let base = range.start.next_multiple_of(HUGE_PAGE);
-    let mut counts = vec![0u16; (range.end.saturating_sub(base) / HUGE_PAGE) as usize];
-    let mut total = 0;
-    pagemap.scan(range, flags::PRESENT, flags::HUGE | flags::ZERO, |small| {
-        total += (small.end - small.start) / PAGE_SIZE as u64;
-        let mut page = small.start;
-        while page < small.end {
-            let next = (page + 1).next_multiple_of(HUGE_PAGE).min(small.end);
-            let slot = page.checked_sub(base).map(|offset| (offset / HUGE_PAGE) as usize);
-            if let Some(count) = slot.and_then(|slot| counts.get_mut(slot)) {
-                *count += ((next - page) / PAGE_SIZE as u64) as u16;
-            }
-            page = next;
-        }
-    })?;
-    let huge_pages = (base..).step_by(HUGE_PAGE as usize).zip(counts);
-    worth.extend(huge_pages.filter(|(_, count)| *count >= MOSTLY).map(|(address, _)| address));
-    Ok(total)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn small_pages_are_found_and_put_together() {
-        const HUGE: usize = HUGE_PAGE as usize;
-        let len = 16 << 20;
-        let mut map = memmap2::MmapOptions::new().len(len).map_anon().unwrap();
-        // Small pages, whatever the host's settings are.
-        map.advise(memmap2::Advice::NoHugePage).unwrap();
-        let start = map.as_ptr() as usize;
-        let first = start.next_multiple_of(HUGE) - start;
-        // Two huge pages' worth, and half of a third.
-        map[first..first + 5 * HUGE / 2].fill(7);
-        let pid = std::process::id() as i32;
-        let pagemap = Pagemap::open(pid).unwrap();
-        let range = start as u64..(start + len) as u64;
-        let mut worth = Vec::new();
-        let Ok(small) = find_small(&pagemap, range.clone(), &mut worth) else {
-            eprintln!("this kernel has no PAGEMAP_SCAN: not tested");
-            return;
-        };
-        assert_eq!(small as usize, 5 * HUGE / 2 / PAGE_SIZE);
-        assert_eq!(worth, [start + first, start + first + HUGE].map(|address| address as u64));
-
-        map.advise(memmap2::Advice::HugePage).unwrap();
-        let process = Pidfd::open(pid).unwrap();
-        if worth.iter().all(|address| matches!(collapse(&process, *address), Ok(true))) {
-            let mut left = Vec::new();
-            let small = find_small(&pagemap, range, &mut left).unwrap();
-            assert_eq!((small as usize, left), (HUGE / 2 / PAGE_SIZE, vec![]));
-        }
-        assert!(map[first..first + 5 * HUGE / 2].iter().all(|byte| *byte == 7));
     }
 }

@@ -1,13 +1,11 @@
 //! QEMU's migration settings: changed for a save, and put back.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::check::error::CheckError;
 use super::error::SaveError;
-use crate::host::procfs::owner;
+use crate::guest::userfaultfd_lack;
 use crate::host::uffd;
 use crate::qmp::{Qmp, QmpError};
 
@@ -93,23 +91,8 @@ fn parameters_wanted() -> [(&'static str, Value); 2] {
 /// The error for QEMU's refusal of `background-snapshot`, with what the host says.
 fn refused(qmp: &Qmp, error: QmpError) -> SaveError {
     let QmpError::Command { desc: refusal, .. } = error else { return error.into() };
-    let lack = match uffd::write_protect_supported() {
-        Err(lack) => Some(lack.to_string()),
-        // It may work for us and not for QEMU.
-        Ok(()) => qmp.peer_pid().and_then(lacks_rights),
-    };
+    let lack = userfaultfd_lack(qmp.peer_pid(), qmp.version()).map(|lack| lack.to_string());
+    // With every right, it may still be the kernel that lacks it.
+    let lack = lack.or_else(|| Some(uffd::write_protect_supported().err()?.to_string()));
     CheckError::NoBackgroundSnapshot { refusal, lack }.into()
-}
-
-/// Why a process may have no userfaultfd that catches the kernel's accesses as well
-/// (userfaultfd(2)), where its user is the reason.
-fn lacks_rights(pid: i32) -> Option<String> {
-    const SWITCH: &str = "vm.unprivileged_userfaultfd";
-    let switch = std::fs::read_to_string(Path::new("/proc/sys").join(SWITCH.replace('.', "/")));
-    let (user, _) = owner(pid)?;
-    (user != 0 && switch.is_ok_and(|switch| switch.trim() == "0")).then(|| {
-        format!(
-            "QEMU runs as user {user}, who has no right to userfaultfd: `sysctl {SWITCH}=1` gives it"
-        )
-    })
 }

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use crate::kind::{Details, ErrorKind};
 use crate::host::memory;
 use crate::host::procfs::{Mapping, Pagemap, ranges_of_len};
+use crate::host::rights::{Lack, tracing_lack};
 use crate::host::uffd::Uffd;
 use crate::page::{Block, PAGE_SIZE};
 
@@ -26,7 +27,8 @@ pub enum AttachError {
     /// Something of QEMU's process can't be used.
     #[error(
         "{what} of process {pid} can't be used ({source}): it takes root, or the same user \
-             and the right to trace it (ptrace(2))"
+             and the right to trace it (ptrace(2)){}",
+        .lack.as_ref().map(|lack| format!("; {lack}")).unwrap_or_default()
     )]
     Process {
         /// QEMU's process id.
@@ -35,6 +37,8 @@ pub enum AttachError {
         what: &'static str,
         /// What the system said.
         source: io::Error,
+        /// The setting that may have forbidden it.
+        lack: Option<Lack>,
     },
     /// QEMU has another number of userfaultfds than one.
     #[error("process {pid} has {count} userfaultfds where one was expected")]
@@ -84,7 +88,13 @@ impl Locator {
     /// # Errors
     /// When QEMU may not be traced, or does not have just one userfaultfd.
     pub fn attach(pid: i32, blocks: &[Block]) -> Result<Locator, AttachError> {
-        let failed = |what| move |source| AttachError::Process { pid, what, source };
+        let failed = |what| {
+            move |source: io::Error| {
+                let forbidden = source.kind() == io::ErrorKind::PermissionDenied;
+                let lack = forbidden.then(tracing_lack).flatten();
+                AttachError::Process { pid, what, source, lack }
+            }
+        };
         let mut uffds = Uffd::all_of(pid).map_err(failed("the userfaultfd"))?;
         let (count, last) = (uffds.len(), uffds.pop());
         let Some(uffd) = last.filter(|_| count == 1) else {

@@ -20,7 +20,9 @@ use crate::kind::{Details, ErrorKind};
 
 pub use mapped_ram::MappedLayout;
 pub use return_path::{ReturnPath, ReturnPathMessage};
-pub use source::{Frame, Opening, closing, end_of_ram, package, ping, precopy_opening, tail};
+pub use source::{
+    Frame, Opening, closing, end_of_ram, open_return_path, package, ping, precopy_opening, tail,
+};
 pub use stream::{Item, StreamBlock, StreamReader, Tail};
 
 /// `QEMU_VM_FILE_MAGIC`: the letters "QEVM".

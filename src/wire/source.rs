@@ -147,6 +147,14 @@ pub fn package(devices: &[u8], listening: u32, loaded: u32) -> Vec<u8> {
     out
 }
 
+/// The command that has the destination open the return path. It loads an ordinary stream as
+/// well as a postcopy one behind it (`loadvm_process_command` in QEMU's `migration/savevm.c`).
+pub fn open_return_path() -> Vec<u8> {
+    let mut out = Vec::new();
+    push_command(&mut out, command::OPEN_RETURN_PATH, &[]);
+    out
+}
+
 /// A PING, which is answered by a PONG once everything sent before it has been loaded.
 pub fn ping(value: u32) -> Vec<u8> {
     let mut out = Vec::new();

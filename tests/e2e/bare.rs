@@ -1,8 +1,9 @@
 //! A QEMU with no guest in it but firmware: there in a moment.
 
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
@@ -22,8 +23,18 @@ impl Bare {
     /// Starts one whose control socket is `bare.sock` in the test's folder. Later
     /// arguments win over its own.
     pub fn start(dir: &Dir, qemu: Qemu, args: &[&str]) -> Result<Bare> {
-        let socket = dir.path("bare.sock");
+        Bare::run(dir, qemu.command()?, args)
+    }
+
+    /// Starts one as another user.
+    pub fn start_by(dir: &Dir, qemu: Qemu, user: u32) -> Result<Bare> {
         let mut command = qemu.command()?;
+        command.uid(user).gid(user);
+        Bare::run(dir, command, &[])
+    }
+
+    fn run(dir: &Dir, mut command: Command, args: &[&str]) -> Result<Bare> {
+        let socket = dir.path("bare.sock");
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
         command.args(["-m", MIB, "-qmp"]);
         command.arg(format!("unix:{},server=on,wait=off", socket.display()));

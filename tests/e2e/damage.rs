@@ -23,14 +23,14 @@ tests! {
 }
 
 /// A region of an image, as docs/format.md tells where it is.
-fn region(image: &Path, number: usize) -> Result<Range<u64>> {
+pub fn region(image: &Path, number: usize) -> Result<Range<u64>> {
     let superblock = superblock(image)?;
     let field = |at: usize| u64::from_le_bytes(superblock[at..at + 8].try_into().unwrap());
     let at = 72 + 24 * number;
     Ok(field(at)..field(at) + field(at + 8))
 }
 
-const DATA: usize = 0;
+pub const DATA: usize = 0;
 const CHUNK_TABLE: usize = 1;
 const PAGE_INDEX: usize = 2;
 const MANIFEST: usize = 3;
@@ -44,7 +44,7 @@ fn superblock(image: &Path) -> Result<Vec<u8>> {
 }
 
 /// Flips bits of one byte; a second time puts it back.
-fn flip(image: &Path, offset: u64) -> Result<()> {
+pub fn flip(image: &Path, offset: u64) -> Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(image)?;
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset)?;

@@ -163,6 +163,20 @@ impl Snapback {
         self
     }
 
+    /// As this user, without any group.
+    pub fn by_user(mut self, user: u32) -> Snapback {
+        self.command.uid(user).gid(user);
+        self
+    }
+
+    /// Where userfaultfd(2) is refused to everybody, as by a container's filter (seccomp(2)).
+    pub fn without_userfaultfd(mut self) -> Snapback {
+        // SAFETY: prctl(2) is async-signal-safe, and the filter that it reads lives until it
+        // returns; an error of a bare code allocates nothing.
+        unsafe { self.command.pre_exec(refuse_userfaultfd) };
+        self
+    }
+
     /// For people instead of programs: without `--json`.
     pub fn plain(mut self) -> Snapback {
         self.words.remove(1);
@@ -219,6 +233,27 @@ impl Snapback {
     pub fn fail(self) -> Result<String> {
         self.end()?.failure()
     }
+}
+
+/// Has userfaultfd(2) fail with EPERM from now on, in this process and its children.
+fn refuse_userfaultfd() -> std::io::Result<()> {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let refusal = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    let is_it = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let mut filter = [
+        // The number of the system call comes first in `seccomp_data`.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        libc::sock_filter { jf: 1, ..statement(is_it, libc::SYS_userfaultfd as u32) },
+        statement(libc::BPF_RET | libc::BPF_K, refusal),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: prctl(2) reads the program and the filter, which live until it returns.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) == 0
+    };
+    if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// A command under way. Dropping it kills it.

@@ -111,20 +111,20 @@ fn wait_devices(guest: &mut Contact, disks: usize, cards: usize) -> Result<Strin
     })
 }
 
-/// Where a test's tap goes, if this host lets us make one.
-fn tap() -> Option<String> {
+/// A tap of the test's own, if this host lets us make one. Tests of both QEMUs run at once.
+fn tap(qemu: Qemu) -> Option<String> {
     let opened = File::options().read(true).write(true).open("/dev/net/tun");
-    opened.ok().map(|_| format!("snap{}", std::process::id()))
+    opened.ok().map(|_| format!("snap{}q{}", std::process::id(), qemu.version().0))
 }
 
 /// Waits until the tap is gone with its QEMU, all of whose threads have to end first.
-fn wait_free_tap() -> Result<()> {
-    let Some(name) = tap() else { return Ok(()) };
+fn wait_free_tap(qemu: Qemu) -> Result<()> {
+    let Some(name) = tap(qemu) else { return Ok(()) };
     wait_until(SOON, "the tap to go", || !Path::new("/sys/class/net").join(&name).exists())
 }
 
 /// Plugs in one of each kind.
-fn plug_all(dir: &Dir, guest: &Contact) -> Result<()> {
+fn plug_all(dir: &Dir, guest: &Contact, qemu: Qemu) -> Result<()> {
     let socket = guest.qmp_path.as_path();
     qmp(socket, "netdev_add", json!({ "type": "user", "id": "n1" }))?;
     device_add(
@@ -133,7 +133,7 @@ fn plug_all(dir: &Dir, guest: &Contact) -> Result<()> {
     )?;
     qmp(socket, "netdev_add", json!({ "type": "user", "id": "n2", "restrict": true }))?;
     device_add(socket, json!({ "driver": "e1000", "netdev": "n2", "id": "en", "romfile": "" }))?;
-    if let Some(name) = tap() {
+    if let Some(name) = tap(qemu) {
         let arguments = json!({
             "type": "tap", "id": "t0", "ifname": name, "script": "no", "downscript": "no",
         });
@@ -232,8 +232,8 @@ fn ids(list: &Value) -> Vec<&str> {
 fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut guest = boot(dir, qemu)?;
     let nonce = guest.oracle.nonce()?;
-    plug_all(dir, &guest)?;
-    let cards = if tap().is_some() { 3 } else { 2 };
+    plug_all(dir, &guest, qemu)?;
+    let cards = if tap(qemu).is_some() { 3 } else { 2 };
     wait_devices(&mut guest, DISKS.len(), cards)?;
     wait_for(SOON, "the guest to find its vCPU", || {
         Ok((guest.oracle.ask("cpus")? == "2").then_some(()))
@@ -243,8 +243,13 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
 
     // One that comes and goes, and one that was there from the start.
     let socket = guest.qmp_path.clone();
+    let pci = |guest: &mut Contact| -> Result<usize> {
+        Ok(part(&guest.oracle.ask("devices")?, "pci")?.len())
+    };
+    let before = pci(&mut guest)?;
     device_add(&socket, json!({ "driver": "virtio-rng-pci", "id": "gone", "rng": "r1" }))?;
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    // A guest lets go only of what it has found.
+    wait_for(SOON, "the guest to find it", || Ok((pci(&mut guest)? > before).then_some(())))?;
     unplug(&socket, "gone")?;
     unplug(&socket, "nic0")?;
     wait_devices(&mut guest, DISKS.len(), cards - 1)?;
@@ -260,7 +265,7 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
 
     let record = record(dir, &image)?;
     let mut expected = vec!["cpu1", "dimm1", "en", "sh", "us", "vb", "vn", "vp"];
-    expected.extend(tap().map(|_| "tn"));
+    expected.extend(tap(qemu).map(|_| "tn"));
     let added = ids(&record["added"]);
     assert_eq!(added.len(), expected.len() + 1, "{added:?}");
     assert!(expected.iter().all(|id| added.contains(id)), "{added:?}");
@@ -269,7 +274,7 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
     // A tap serves one guest at a time.
     let from = guest.dir.clone();
     let folder = guest.kill();
-    wait_free_tap()?;
+    wait_free_tap(qemu)?;
     let mut reverted = dir.reverted(&image, &from, "first")?;
     assert_eq!(reverted.oracle.ask("devices")?, found);
     use_all(&mut reverted, 1)?;
@@ -283,7 +288,7 @@ fn devices_come_back_as_they_were_plugged(dir: &Dir, qemu: Qemu) -> Result<()> {
     dir.save(&reverted, "again.snap").succeed()?;
     let from = reverted.dir.clone();
     drop(reverted);
-    wait_free_tap()?;
+    wait_free_tap(qemu)?;
     let mut third = dir.reverted(&again, &from, "second")?;
     assert_eq!(part(&third.oracle.ask("devices")?, "disks")?, ["sda", "vda"]);
     assert_eq!(third.oracle.ask("disk check /dev/sda 64 9")?, "ok");

@@ -5,7 +5,7 @@
 //! its end nothing may be left: no process that mentions the folder, no socket.
 //! The oracle guest (`tests/guest/README.md`) says whether memory is right.
 //!
-//! SNAPBACK_TEST_PLACE=socket (or uffd) makes every revert that does not say otherwise
+//! SNAPBACK_TEST_PLACE=socket (or uffd, eager) makes every revert that does not say otherwise
 //! go that way.
 
 #[path = "../support/mod.rs"]
@@ -27,15 +27,18 @@ mod disk_reverts;
 mod exchange;
 mod filling;
 mod hotplug;
+mod huge_pages;
 mod interrupts;
 mod journeys;
 mod killed;
 mod libvirt;
 mod mapping;
 mod moments;
+mod ports;
 mod serving;
 mod sessions;
 mod trouble;
+mod unprivileged;
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {

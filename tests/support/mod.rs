@@ -22,7 +22,7 @@ pub use disk::{Bus, Disk, Format, Given, convert, run};
 pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
 pub use log::{Beat, SerialLog};
 pub use oracle::{Oracle, Verdict};
-pub use process::{Pidfd, process_gone, resident_kib, spawn_bound};
+pub use process::{Pidfd, huge_bytes, process_gone, resident_kib, spawn_bound};
 pub use qemu::{Arch, Qemu, artifact, deps};
 pub use qmp::{Qmp, cont, pmemsave, qmp, query_status, stop};
 

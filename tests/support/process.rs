@@ -70,6 +70,26 @@ pub fn spawn_bound(mut command: Command) -> Result<Child> {
     Ok(answer.recv()??)
 }
 
+/// Bytes in huge pages of a QEMU's guest memory of so many MiB (proc_pid_smaps(5)): in anonymous
+/// mappings at least as large that can be written to but not executed.
+pub fn huge_bytes(pid: u32, mib: u64) -> Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let kib = |line: &str, name| -> Option<u64> {
+        line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse().ok()
+    };
+    let (mut is_data, mut is_large, mut huge) = (false, false, 0);
+    for line in smaps.lines() {
+        if line.split(' ').nth(1).is_some_and(|rights| rights.len() == 4) {
+            is_data = line.contains(" rw-");
+        } else if let Some(size) = kib(line, "Size:") {
+            is_large = size >= mib << 10;
+        } else if let Some(kib) = kib(line, "AnonHugePages:") {
+            huge += if is_data && is_large { kib << 10 } else { 0 };
+        }
+    }
+    Ok(huge)
+}
+
 /// A process that somebody else started, held by a descriptor: its id can't come
 /// to mean another process.
 pub struct Pidfd {

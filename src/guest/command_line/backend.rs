@@ -11,6 +11,9 @@ const DEVICES: &[&str] = &["serial", "parallel", "debugcon"];
 /// Options that define the character backend of a monitor.
 const MONITORS: &[&str] = &["monitor", "qmp", "qmp-pretty"];
 
+/// The old spelling's backends that use TCP.
+pub(super) const OVER_TCP: &[&str] = &["tcp", "telnet", "tn3270", "websocket"];
+
 /// What an option's character backend is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::guest) enum Use {
@@ -37,12 +40,12 @@ pub(in crate::guest) fn usage(option: &CommandOption) -> Option<Use> {
 
 /// The old spelling `unix:PATH,…`, without the `mon:` that shares the backend
 /// with a monitor (`qemu_chr_parse_compat`).
-fn old_spelling(option: &CommandOption) -> &str {
+pub(super) fn old_spelling(option: &CommandOption) -> &str {
     option.value().strip_prefix("mon:").unwrap_or(option.value())
 }
 
 /// The kind of a `-chardev`, such as `socket`.
-fn kind(spec: &Spec) -> Option<&str> {
+pub(super) fn kind(spec: &Spec) -> Option<&str> {
     match spec {
         Spec::Params(_) => spec.get_or_implied("backend"),
         Spec::Json(_) => spec.get("backend.type"),
@@ -50,7 +53,7 @@ fn kind(spec: &Spec) -> Option<&str> {
 }
 
 /// Where a property of a `-chardev` stands in either spelling.
-fn key(spec: &Spec, name: &str) -> String {
+pub(super) fn key(spec: &Spec, name: &str) -> String {
     match spec {
         Spec::Params(_) => name.to_owned(),
         Spec::Json(_) => format!("backend.data.{name}"),
@@ -109,8 +112,9 @@ pub(in crate::guest) fn listens_at(option: &CommandOption) -> Option<Address> {
     match scheme {
         "unix" if params.flag("abstract") == Some(true) => Some(Address::Abstract(place.into())),
         "unix" => Some(Address::Unix(place.to_owned())),
-        "tcp" | "telnet" | "tn3270" | "websocket" => {
-            Some(Address::Tcp(place.rsplit(':').next()?.to_owned()))
+        scheme if OVER_TCP.contains(&scheme) => {
+            let (host, port) = place.rsplit_once(':')?;
+            Some(Address::Tcp { host: host.to_owned(), port: port.to_owned() })
         }
         _ => None,
     }
@@ -125,16 +129,22 @@ fn chardev_listens_at(spec: &Spec) -> Option<Address> {
     if !spec.flag(&key(spec, "server")).unwrap_or(json) {
         return None;
     }
-    let part = |name: &str| match spec {
-        Spec::Params(_) => name.to_owned(),
-        Spec::Json(_) => format!("backend.data.addr.data.{name}"),
-    };
+    let part = |name: &str| address_key(spec, name);
     if let Some(path) = spec.get(&part("path")) {
         let is_abstract = spec.flag(&part("abstract")) == Some(true);
         let address = if is_abstract { Address::Abstract } else { Address::Unix };
         return Some(address(path.to_owned()));
     }
-    spec.get(&part("port")).map(|port| Address::Tcp(port.to_owned()))
+    let host = spec.get(&part("host")).unwrap_or_default().to_owned();
+    spec.get(&part("port")).map(|port| Address::Tcp { host, port: port.to_owned() })
+}
+
+/// Where a part of a socket's address stands in either spelling.
+pub(super) fn address_key(spec: &Spec, name: &str) -> String {
+    match spec {
+        Spec::Params(_) => name.to_owned(),
+        Spec::Json(_) => format!("backend.data.addr.data.{name}"),
+    }
 }
 
 /// Whether QEMU's start would wait for a client of the backend.
@@ -188,6 +198,33 @@ pub(in crate::guest) fn writes_to(option: &CommandOption) -> Vec<String> {
         None => {}
     }
     files
+}
+
+/// Has the option's backend append to the files that it writes, and returns those that it would
+/// have truncated. `file:PATH` of the old spelling can't say that, and is left as it is.
+pub(in crate::guest) fn append(option: &mut CommandOption) -> Vec<String> {
+    let mut spec = match usage(option) {
+        Some(Use::Chardev) => Spec::parse(option.value()),
+        Some(_) if old_spelling(option).starts_with("file:") => return Vec::new(),
+        Some(_) => Spec::Params(Params::parse(option.value())),
+        None => return Vec::new(),
+    };
+    let is_file = usage(option) == Some(Use::Chardev) && kind(&spec) == Some("file");
+    let outputs = [("path", "append"), ("out", "append"), ("logfile", "logappend")];
+    let mut appended = Vec::new();
+    for (file, switch) in outputs.into_iter().filter(|(file, _)| *file == "logfile" || is_file) {
+        let switch = key(&spec, switch);
+        let path = property(&spec, file).filter(|path| !path.starts_with("/dev/"));
+        // Given as off, it was meant.
+        if let (Some(path), None) = (path.map(str::to_owned), spec.flag(&switch)) {
+            spec.set_flag(&switch, true);
+            appended.push(path);
+        }
+    }
+    if !appended.is_empty() {
+        option.value = Some(spec.to_string());
+    }
+    appended
 }
 
 /// The id of a `-chardev`.

@@ -2,6 +2,7 @@
 
 pub(super) mod backend;
 pub(super) mod parameters;
+pub(super) mod ports;
 
 use std::fmt;
 

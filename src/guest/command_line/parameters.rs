@@ -148,15 +148,36 @@ impl Spec {
     pub fn set_flag(&mut self, key: &str, on: bool) {
         match self {
             Spec::Params(params) => params.set(key, if on { "on" } else { "off" }),
-            Spec::Json(value) => {
-                let (parent, last) = match key.rsplit_once('.') {
-                    Some((parent, last)) => (value.pointer_mut(&pointer(parent)), last),
-                    None => (Some(value), key),
-                };
-                if let Some(Value::Object(members)) = parent {
-                    members.insert(last.to_owned(), Value::Bool(on));
+            Spec::Json(value) => set_member(value, key, Value::Bool(on)),
+        }
+    }
+
+    /// Sets the text at `key`; in JSON only where the parts before the last one exist.
+    pub fn set(&mut self, key: &str, text: &str) {
+        match self {
+            Spec::Params(params) => params.set(key, text),
+            Spec::Json(value) => set_member(value, key, Value::String(text.to_owned())),
+        }
+    }
+
+    /// Changes texts: `change` is called with each one's key, as [`leaves`](Spec::leaves) gives
+    /// it, and the text.
+    pub fn change_texts(&mut self, change: &mut dyn FnMut(&str, &mut String)) {
+        match self {
+            Spec::Params(params) => {
+                for (i, item) in params.items_mut().iter_mut().enumerate() {
+                    match item.split_once('=') {
+                        Some((key, value)) => {
+                            let (key, mut value) = (key.to_owned(), value.to_owned());
+                            change(&key, &mut value);
+                            *item = format!("{key}={value}");
+                        }
+                        None if i == 0 => change("", item),
+                        None => {}
+                    }
                 }
             }
+            Spec::Json(value) => change_members(value, "", change),
         }
     }
 
@@ -201,19 +222,52 @@ fn member<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
     value.pointer(&pointer(key))
 }
 
-/// Depth is bounded by serde_json, which reads at most 128 levels.
-fn json_leaves(value: &Value, key: &str, leaves: &mut Vec<(String, String)>) {
-    let below = |part: &str| match key {
+/// Sets a member of an object that exists.
+fn set_member(value: &mut Value, key: &str, new: Value) {
+    let (parent, last) = match key.rsplit_once('.') {
+        Some((parent, last)) => (value.pointer_mut(&pointer(parent)), last),
+        None => (Some(value), key),
+    };
+    if let Some(Value::Object(members)) = parent {
+        members.insert(last.to_owned(), new);
+    }
+}
+
+/// The key of a part below `key`.
+fn below(key: &str, part: &str) -> String {
+    match key {
         "" => part.to_owned(),
         key => format!("{key}.{part}"),
-    };
+    }
+}
+
+/// Depth is bounded as in [`json_leaves`].
+fn change_members(value: &mut Value, key: &str, change: &mut dyn FnMut(&str, &mut String)) {
     match value {
         Value::Object(members) => {
-            members.iter().for_each(|(part, value)| json_leaves(value, &below(part), leaves));
+            members.iter_mut().for_each(|(part, value)| {
+                change_members(value, &below(key, part), change);
+            });
+        }
+        Value::Array(items) => {
+            items.iter_mut().enumerate().for_each(|(i, value)| {
+                change_members(value, &below(key, &i.to_string()), change);
+            });
+        }
+        Value::String(text) => change(key, text),
+        _ => {}
+    }
+}
+
+/// Depth is bounded by serde_json, which reads at most 128 levels.
+fn json_leaves(value: &Value, key: &str, leaves: &mut Vec<(String, String)>) {
+    match value {
+        Value::Object(members) => {
+            members.iter().for_each(|(part, value)| json_leaves(value, &below(key, part), leaves));
         }
         Value::Array(items) => {
             items.iter().enumerate().for_each(|(i, value)| {
-                json_leaves(value, &below(&i.to_string()), leaves);
+                json_leaves(value, &below(key, &i.to_string()), leaves);
             });
         }
         Value::String(text) => leaves.push((key.to_owned(), text.clone())),
@@ -264,6 +318,15 @@ mod tests {
         json.set_flag("addr.new", true);
         assert_eq!((json.flag("on"), json.flag("addr.new")), (Some(false), Some(true)));
         assert!(json.leaves().contains(&("n.1".to_owned(), "2".to_owned())));
+        for spec in [&mut json, &mut Spec::parse("x,on=on,addr.type=fd,addr.str=3")] {
+            spec.set("addr.type", "inet");
+            spec.change_texts(&mut |key, text| {
+                if key == "addr.str" {
+                    text.push('4');
+                }
+            });
+            assert_eq!((spec.get("addr.type"), spec.get("addr.str")), (Some("inet"), Some("34")));
+        }
         assert!(matches!(Spec::parse("{broken"), Spec::Params(_)));
     }
 

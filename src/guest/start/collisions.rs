@@ -1,4 +1,4 @@
-//! Collisions of a recorded command line with running processes: sockets, files and shared
+//! Collisions of a recorded command line with running processes: Unix sockets, files and shared
 //! memory in use, often by the very guest that was recorded. Monitors are dropped; everything
 //! else is refused, and the caller decides.
 
@@ -92,9 +92,8 @@ fn is_control(line: &CommandLine, option: &CommandOption) -> bool {
     }
 }
 
-/// Refuses sockets of guest devices (a serial port, a display) on which another process
-/// listens: QEMU would unlink them and cut that process off. For TCP ports QEMU fails by
-/// itself.
+/// Refuses Unix sockets of guest devices (a serial port, a display) on which another process
+/// listens: QEMU would unlink them and cut that process off.
 fn refuse_sockets_in_use(line: &CommandLine, cwd: &Path) -> Result<(), GuestError> {
     for option in line.options() {
         let address = backend::listens_at(option).or_else(|| other_socket(option));
@@ -116,7 +115,7 @@ pub(in crate::guest) fn sockets(line: &CommandLine, cwd: &Path) -> Vec<PathBuf> 
     let address = |option| backend::listens_at(option).or_else(|| other_socket(option));
     let path = |address| match address {
         Address::Unix(path) => Some(cwd.join(path)),
-        Address::Abstract(_) | Address::Tcp(_) => None,
+        Address::Abstract(_) | Address::Tcp { .. } => None,
     };
     line.options().filter_map(address).filter_map(path).collect()
 }

@@ -7,6 +7,7 @@ use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
+use crate::guest::start::netdevs::OF_THE_CARD;
 
 /// Number of the first hub used, far above any that a command line would use. Each network card
 /// gets a hub of its own.
@@ -44,6 +45,11 @@ pub(in crate::guest) fn isolate(
             "serial" | "parallel" | "debugcon" if is_backend(option) => {
                 option.value = Some("null".to_owned());
             }
+            "spice" => without_port(option),
+            "vnc" => option.value = Some("none".to_owned()),
+            "display" if Params::parse(option.value()).get("vnc").is_some() => {
+                option.value = Some("vnc=none".to_owned());
+            }
             "chardev" => {
                 let mux = if Spec::parse(option.value()).flag("mux") == Some(true) {
                     ",mux=on"
@@ -64,6 +70,14 @@ pub(in crate::guest) fn isolate(
     // Writes to disks go to temporary files (qemu(1)).
     line.push(CommandOption::flag("snapshot"));
     Ok(())
+}
+
+/// Spice without anything to connect to. Its displays are the guest's, so it stays.
+fn without_port(option: &mut CommandOption) {
+    let mut params = Params::parse(option.value());
+    ["tls-port", "addr", "unix"].into_iter().for_each(|key| params.remove(key));
+    params.set("port", "0");
+    option.value = Some(params.to_string());
 }
 
 /// Whether a device's option defines its backend, rather than naming a `-chardev` or none.
@@ -117,7 +131,6 @@ fn paravirtual_cards(line: &CommandLine) -> Vec<String> {
 /// The value of a `-netdev` or `-nic`, connected to a hub of its own instead, or to a new tap
 /// that is on no bridge. A `-nic` keeps its card's properties; `None` for one without a card.
 fn unplugged(option: &CommandOption, hub: u32, paravirtual: &[String]) -> Option<String> {
-    const OF_THE_CARD: [&str; 5] = ["id", "model", "mac", "addr", "vectors"];
     const OF_A_TAP: [&str; 2] = ["queues", "vnet_hdr"];
     let spec = Spec::parse(option.value());
     let kind = spec.get_or_implied("type");
@@ -166,6 +179,14 @@ mod tests {
             "-nodefaults -netdev hubport,hubid=900000,id=n0 -device e1000,netdev=n0 \
              -nic user,model=e1000,mac=52:54:00:11:22:33,restrict=on -nic none \
              -serial null -serial chardev:c0 -parallel none -chardev null,id=c0,mux=on -snapshot"
+        );
+        assert_eq!(
+            isolated("-net none -vnc :1,to=9 -display vnc=:1"),
+            "-net none -vnc none -display vnc=none -snapshot"
+        );
+        assert_eq!(
+            isolated("-net none -spice unix=on,addr=/s,tls-port=7,disable-ticketing=on"),
+            "-net none -spice disable-ticketing=on,port=0 -snapshot"
         );
         assert_eq!(
             isolated("-netdev tap,id=t,fd=3,queues=2 -device virtio-net-pci,netdev=t"),

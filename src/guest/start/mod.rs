@@ -1,10 +1,15 @@
 //! How a recorded guest is started: [`rewrite`] turns its command line into a [`plan`] by
-//! replacing [`paths`], resolving [`collisions`] with running processes, and where asked by
-//! [`isolation`] from network and disks or by [`mapping`] its memory.
+//! replacing [`paths`], [`ports`] and [`netdevs`], resolving [`collisions`] with running
+//! processes and in the [`network`], keeping [`logs`], and where asked by [`isolation`] from
+//! network and disks or by [`mapping`] its memory.
 
 pub(super) mod collisions;
 pub(super) mod isolation;
+mod logs;
 pub(super) mod mapping;
+mod netdevs;
+mod network;
 mod paths;
 pub(super) mod plan;
+pub(super) mod ports;
 pub(super) mod rewrite;

@@ -1,6 +1,7 @@
 //! What starting a recorded guest takes: the program, its arguments, what it inherits,
 //! and what differs from the record.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -40,6 +41,8 @@ pub struct StartPlan {
     pub sockets: Vec<PathBuf>,
     /// Whether the guest stays paused until its user resumes it.
     pub paused: bool,
+    /// Ports of this host that were replaced, by their recorded ones.
+    pub ports: BTreeMap<u16, u16>,
     /// What differs from the record.
     pub notes: Vec<Note>,
     /// Names of the blocks that it maps from a file.

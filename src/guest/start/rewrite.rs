@@ -15,7 +15,8 @@ use crate::guest::disks::{drives, frozen};
 use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
-use crate::guest::start::{collisions, paths};
+use crate::guest::start::ports::NewPort;
+use crate::guest::start::{collisions, logs, netdevs, network, paths, ports};
 use crate::machine::{DiskRole, Machine};
 
 /// How a guest is started differently from its record.
@@ -30,6 +31,17 @@ pub struct RewriteOptions {
     /// `(OLD, NEW)`: `NEW` replaces the path `OLD` in the recorded command line, alone or at the
     /// beginning of a longer path.
     pub paths: Vec<(String, String)>,
+    /// Ports of this host that other ones replace, wherever the recorded command line has QEMU
+    /// bind the old one: host forwards, sockets of character backends and networks that listen,
+    /// the gdb stub, VNC (display `:N` is port 5900 + N) and Spice. TCP and UDP are not told
+    /// apart.
+    pub ports: Vec<(u16, NewPort)>,
+    /// `(ID, SPEC)`: `SPEC`, as QEMU's `-netdev` takes it, is the backend of the network card
+    /// whose recorded backend has this id.
+    pub netdevs: Vec<(String, String)>,
+    /// Whether QEMU truncates the log files of serial ports and other character backends, as it
+    /// does unless told otherwise. A revert appends to them by default.
+    pub truncate_logs: bool,
     /// Arguments to append. The same rules apply to them.
     pub extra: Vec<String>,
     /// Whether the guest stays paused after the revert (`-S`).
@@ -70,6 +82,8 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     drop_own_options(&mut line);
     let disks = captured_disks(machine, options, &line, &rules)?;
     paths::replace_in_line(&mut line, &rules);
+    netdevs::replace_in_line(&mut line, &options.netdevs, &mut notes)?;
+    let ports = ports::replace_in_line(&mut line, &options.ports, &mut notes)?;
     pin_machine_type(&mut line, &machine.machine_type);
     line.args.extend(CommandLine::parse(&options.extra).args);
 
@@ -92,6 +106,10 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         None => Vec::new(),
     };
     collisions::resolve(&mut line, &cwd, qmp.as_deref(), &mut notes)?;
+    network::refuse_in_use(&line)?;
+    if !options.truncate_logs {
+        logs::append(&mut line, &mut notes);
+    }
 
     if let Some(path) = &qmp {
         line.push(control_socket(path)?);
@@ -113,6 +131,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         env,
         sockets,
         paused,
+        ports,
         notes,
         mapped,
         overlays: disks.into_iter().map(|(_, overlay)| overlay).collect(),
@@ -262,7 +281,15 @@ fn refuse_inherited_descriptors(line: &CommandLine) -> Result<(), GuestError> {
         _ => false,
     });
     match refused {
-        Some(option) => Err(GuestError::InheritedDescriptor { option: option.to_string() }),
+        Some(option) => {
+            let remedy = match netdevs::netdev_id(option) {
+                Some(id) => format!(
+                    "give the card another backend with `RewriteOptions::netdevs` {id}=SPEC, or "
+                ),
+                None => String::new(),
+            };
+            Err(GuestError::InheritedDescriptor { option: option.to_string(), remedy })
+        }
         None => Ok(()),
     }
 }

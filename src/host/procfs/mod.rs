@@ -8,6 +8,7 @@ mod system;
 pub use mappings::{Mapping, ranges_of_len};
 pub use pagemap::{Pagemap, flags};
 pub use process::{
-    descriptor_link, descriptors, memory_in_use, owner, path, processes, resident_memory, started,
+    arguments, descriptor_link, descriptors, memory_in_use, owner, path, processes,
+    resident_memory, started,
 };
-pub use system::{MemInfo, cpu_model};
+pub use system::{MemInfo, cpu_model, sysctl};

@@ -34,6 +34,14 @@ pub fn descriptor_link(pid: i32, fd: i32) -> io::Result<PathBuf> {
     fs::read_link(path(pid, &format!("fd/{fd}")))
 }
 
+/// A process's arguments (proc_pid_cmdline(5)), as far as they are UTF-8; none for one that has
+/// ended.
+pub fn arguments(pid: i32) -> Vec<String> {
+    let line = fs::read(path(pid, "cmdline")).unwrap_or_default();
+    let Some(line) = line.strip_suffix(b"\0") else { return Vec::new() };
+    line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+}
+
 /// When a process was started, in clock ticks since boot: with its number, what tells it
 /// from all others (proc_pid_stat(5), field 22). None for one that has ended, even if its
 /// parent has not asked for its exit code yet.
@@ -84,6 +92,7 @@ mod tests {
         assert_eq!((started(us), started(i32::MAX)), (started(us), None));
         let ids = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         assert_eq!((owner(us), owner(i32::MAX)), (Some(ids), None));
+        assert_eq!(arguments(us), std::env::args().collect::<Vec<_>>());
         assert!(memory_in_use(us) > 1 << 20 && memory_in_use(i32::MAX) == 0);
         assert!(resident_memory(us).unwrap() > 1 << 20);
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 /// The host's memory in bytes (proc_meminfo(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,6 +11,8 @@ pub struct MemInfo {
     pub total: u64,
     /// What holds nothing at all, not even a file's content (`MemFree`).
     pub free: u64,
+    /// What programs can still have without swapping (`MemAvailable`).
+    pub available: u64,
 }
 
 impl MemInfo {
@@ -20,7 +23,11 @@ impl MemInfo {
     pub fn read() -> io::Result<MemInfo> {
         let text = fs::read_to_string("/proc/meminfo")?;
         let bytes = |name| bytes_of(&text, name).ok_or(io::ErrorKind::InvalidData);
-        Ok(MemInfo { total: bytes("MemTotal")?, free: bytes("MemFree")? })
+        Ok(MemInfo {
+            total: bytes("MemTotal")?,
+            free: bytes("MemFree")?,
+            available: bytes("MemAvailable")?,
+        })
     }
 }
 
@@ -28,6 +35,12 @@ impl MemInfo {
 pub fn cpu_model() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     field(&text, "model name").map(str::to_owned)
+}
+
+/// A kernel parameter by its dotted name, as sysctl(8) shows it, where there is such.
+pub fn sysctl(name: &str) -> Option<String> {
+    let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+    Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
 /// The value of a line `NAME: VALUE`.
@@ -53,6 +66,7 @@ mod tests {
     fn this_host_tells_of_its_memory() {
         let memory = MemInfo::read().unwrap();
         assert!(memory.total > 0 && memory.free <= memory.total, "{memory:?}");
+        assert!(memory.available <= memory.total, "{memory:?}");
     }
 
     #[test]
@@ -64,5 +78,11 @@ mod tests {
         );
         assert_eq!((bytes_of(text, "Mem"), bytes_of(text, "Odd")), (None, None));
         assert_eq!(field(text, "model name"), Some("Some: CPU"));
+    }
+
+    #[test]
+    fn kernel_parameters_are_named_as_for_sysctl() {
+        assert_eq!(sysctl("kernel.ostype").as_deref(), Some("Linux"));
+        assert_eq!(sysctl("kernel.no-such-parameter"), None);
     }
 }

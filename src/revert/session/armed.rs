@@ -56,7 +56,8 @@ impl Armed {
         }
         connection.qemu.keep_overlays();
         let pid = connection.qemu.pid().filter(|_| connection.qemu.is_ours());
-        on_event(RevertEvent::Running { pid });
+        let ports = connection.qemu.ports().clone();
+        on_event(RevertEvent::Running { pid, ports });
         Ok(Running { connection })
     }
 

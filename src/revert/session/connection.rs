@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::time::Interval;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use super::contents::Contents;
 use super::lifecycle::{Lifecycle, Next, Told};
-use super::qemu::{POSTCOPY, Qemu, has_run, migrate_from};
+use super::qemu::{Qemu, has_run, migrate_from};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::qmp::{Events, Qmp, QmpError};
+use crate::revert::collapse::Collapsing;
+use crate::revert::eager::EagerSource;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::options::Delivery;
@@ -24,17 +26,26 @@ use crate::revert::source::{PostcopyEvent, PostcopyOptions, PostcopySource};
 /// comes only with the capability `events`.
 const POLL: Duration = Duration::from_millis(5);
 
+/// The shortest time between two reports of progress, whatever is asked for.
+const SHORTEST_TICK: Duration = Duration::from_millis(1);
+
 /// What the states from Launched on have in common.
 pub(super) struct Connection {
     // Dropped before the source: a guest whose source has ended would only wait.
     pub qemu: Qemu,
     /// None before the guest is armed, and where QEMU maps its memory.
-    source: Option<PostcopySource>,
+    source: Option<Source>,
     reports: Reports,
     pub lifecycle: Lifecycle,
     pub image: Arc<Image>,
     pub delivery: Delivery,
     pub cancel: Cancellation,
+}
+
+/// What brings a guest's memory from here.
+enum Source {
+    Postcopy(PostcopySource),
+    Eager(EagerSource),
 }
 
 /// Where QEMU and the source report.
@@ -71,26 +82,20 @@ impl Connection {
         contents: Contents,
         socket: Option<UnixStream>,
     ) -> Result<(), RevertError> {
-        let qmp = self.qemu.qmp().cloned();
-        let (ours, theirs) = match socket {
-            Some(socket) => (socket, None),
-            None => socket_pair().map(|(ours, theirs)| (ours, qmp.zip(Some(theirs))))?,
-        };
-        let capabilities: &[&str] = match contents {
-            Contents::Postcopy { .. } => &POSTCOPY,
-            Contents::Mapped(_) => &[],
-        };
-        let connect = async {
-            match theirs {
-                Some((qmp, theirs)) => migrate_from(&qmp, capabilities, theirs).await,
-                None => Ok(()),
-            }
-        };
-        // While QEMU gets ready, what it reads first is put there for it.
-        let (connected, sending) =
-            tokio::join!(biased; connect, async { self.send(contents, ours) });
-        sending?;
-        Ok(connected?)
+        if let Some(socket) = socket {
+            return self.send(contents, socket);
+        }
+        let (ours, theirs) = socket_pair()?;
+        let Some(qmp) = self.qemu.qmp().cloned() else { return self.send(contents, ours) };
+        let capabilities = contents.capabilities();
+        migrate_from(&qmp, capabilities, theirs, |capable| {
+            let contents = match capable {
+                Ok(()) => contents,
+                Err(error) => contents.without_postcopy(&self.qemu, error)?,
+            };
+            self.send(contents, ours)
+        })
+        .await
     }
 
     /// Begins to send a guest's contents.
@@ -100,7 +105,12 @@ impl Connection {
                 stream.send(socket).map_err(PostcopyError::Thread)?;
                 self.reports.poll = Some(tokio::time::interval(POLL));
             }
-            Contents::Postcopy { device_state, fill } => {
+            Contents::Eager { stream, reason } => {
+                let (source, reports) = stream.send(socket, reason)?;
+                self.source = Some(Source::Eager(source));
+                self.reports.source = Some(reports);
+            }
+            Contents::Postcopy { device_state, fill, .. } => {
                 let options = PostcopyOptions {
                     placement: self.delivery.placement,
                     pid: self.qemu.pid(),
@@ -116,20 +126,35 @@ impl Connection {
                 let pages = Arc::new(Arc::clone(&self.image));
                 let (source, reports) =
                     PostcopySource::start(device_state, pages, socket, options)?;
-                self.source = Some(source);
+                self.source = Some(Source::Postcopy(source));
                 self.reports.source = Some(reports);
             }
         }
         Ok(())
     }
 
-    /// Goes on to the session's next state, doing what has to be done before.
+    /// Goes on to the session's next state, doing what has to be done before, and telling how
+    /// memory comes in.
     pub async fn advance(
         &mut self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<(), RevertError> {
+        let mut tick = tokio::time::interval(self.delivery.progress_every.max(SHORTEST_TICK));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = None;
         loop {
-            match self.next().await? {
+            let next = tokio::select! {
+                biased;
+                next = self.next() => next?,
+                _ = tick.tick(), if self.is_filling() => {
+                    let now = self.progress();
+                    if told.replace(now) != Some(now) {
+                        on_event(RevertEvent::Progress(now));
+                    }
+                    continue;
+                }
+            };
+            match next {
                 Next::Placing { placement, reason } => {
                     on_event(RevertEvent::Placing { placement, reason });
                 }
@@ -182,7 +207,7 @@ impl Connection {
 
     /// Lets a guest in standby go on, and its memory be filled.
     pub fn release(&mut self) -> Result<(), RevertError> {
-        if let Some(source) = &self.source {
+        if let Some(Source::Postcopy(source)) = &self.source {
             source.release();
         }
         self.lifecycle.hear(Told::Released)
@@ -190,23 +215,45 @@ impl Connection {
 
     /// Fills memory at full speed from now on.
     pub fn hurry(&self) {
-        if let Some(source) = &self.source {
+        if let Some(Source::Postcopy(source)) = &self.source {
             source.hurry();
         }
     }
 
     /// How far memory has come.
     pub fn progress(&self) -> Progress {
+        let total = || self.image.manifest().blocks.iter().map(|block| block.pages()).sum();
         match &self.source {
-            Some(source) => {
+            Some(Source::Postcopy(source)) => {
                 let counts = source.memory().counts();
                 Progress { pages: counts.present, total: counts.total, requests: counts.requests }
             }
+            Some(Source::Eager(source)) => {
+                Progress { pages: source.sent(), total: total(), requests: 0 }
+            }
             None => {
-                let total = self.image.manifest().blocks.iter().map(|block| block.pages()).sum();
+                let total = total();
                 let pages = if self.lifecycle.is_finished() { total } else { 0 };
                 Progress { pages, total, requests: 0 }
             }
+        }
+    }
+
+    /// What is to be collapsed once all memory is in place.
+    pub fn collapsing(&self) -> Option<Collapsing> {
+        let (pid, Some(Source::Postcopy(source))) = (self.qemu.pid()?, &self.source) else {
+            return None;
+        };
+        let memory = source.proven_ranges();
+        let wanted = self.delivery.collapse && !memory.is_empty();
+        wanted.then_some(Collapsing { pid, memory, rate: self.delivery.fill_rate })
+    }
+
+    /// Whether memory comes in: what is served, once the guest runs.
+    fn is_filling(&self) -> bool {
+        match &self.source {
+            Some(Source::Eager(_)) => !self.lifecycle.is_finished(),
+            _ => self.lifecycle.is_running(),
         }
     }
 
@@ -233,7 +280,7 @@ impl Connection {
     /// Ends a session: its QEMU as well, if it is ours.
     pub async fn end(&mut self) {
         self.qemu.kill().await;
-        if let Some(source) = self.source.take() {
+        if let Some(Source::Postcopy(source)) = self.source.take() {
             source.abandon();
         }
         self.qemu.settle_overlays().await;
@@ -243,13 +290,16 @@ impl Connection {
 /// What a QEMU of somebody else's means that hangs up while it is given the guest. Its own
 /// words don't come to us.
 fn refusal(error: RevertError) -> RevertError {
-    let RevertError::Postcopy { error: PostcopyError::HungUp | PostcopyError::Opening(_), .. } =
-        error
+    let RevertError::Postcopy {
+        error: PostcopyError::HungUp | PostcopyError::Opening(_) | PostcopyError::Stream(_),
+        ..
+    } = error
     else {
         return error;
     };
     let what = "QEMU refused the migration: it must be the machine that was saved, with the \
-                capability `postcopy-ram` on; its standard error says more";
+                capability `postcopy-ram` on unless its memory comes by `Placement::Eager`; its \
+                standard error says more";
     let source = std::io::ErrorKind::ConnectionAborted.into();
     RevertError::Socket { what: what.into(), source }
 }

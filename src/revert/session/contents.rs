@@ -5,11 +5,15 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::task::JoinHandle;
 
+use super::qemu::{POSTCOPY, Qemu};
+use crate::guest::userfaultfd_lack;
 use crate::image::{Image, Sections};
 use crate::memory::FillOptions;
+use crate::qmp::{Qmp, QmpError};
+use crate::revert::eager::EagerStream;
 use crate::revert::error::RevertError;
 use crate::revert::mapping::MappedStream;
-use crate::revert::options::Delivery;
+use crate::revert::options::{Delivery, Placement};
 use crate::revert::recorded;
 use crate::revert::rtc::{self, Rtc};
 use crate::revert::source::DeviceState;
@@ -19,8 +23,11 @@ const MAX_PREFETCH: usize = 4;
 
 /// What a guest is given.
 pub(super) enum Contents {
-    /// By postcopy: its device state, and then its memory in this order.
-    Postcopy { device_state: DeviceState, fill: FillOptions },
+    /// By postcopy: its device state, and then its memory in this order. Where it was left to
+    /// us, it can be given `eagerly` instead.
+    Postcopy { device_state: DeviceState, fill: FillOptions, eagerly: Option<EagerStream> },
+    /// By an ordinary migration, all memory first, and why.
+    Eager { stream: EagerStream, reason: String },
     /// By an ordinary migration: all that QEMU does not map.
     Mapped(MappedStream),
 }
@@ -33,7 +40,12 @@ impl Contents {
         rtc: Rtc,
         mapped: &[String],
     ) -> Result<Contents, RevertError> {
-        let Sections { config, devices, .. } = &sections(image, rtc)?;
+        let sections = sections(image, rtc)?;
+        let Sections { config, devices, .. } = &sections;
+        if delivery.placement == Placement::Eager {
+            let stream = EagerStream::new(image, &sections);
+            return Ok(Contents::Eager { stream, reason: "as was asked for".into() });
+        }
         if !mapped.is_empty() {
             return Ok(Contents::Mapped(MappedStream::new(image, config, devices, mapped)?));
         }
@@ -46,7 +58,36 @@ impl Contents {
             delay: delivery.fill_delay,
         };
         let device_state = DeviceState::new(config, devices, &image.manifest().blocks);
-        Ok(Contents::Postcopy { device_state, fill })
+        // What a guest asks for can only be seen where memory is served.
+        let may_be_eager = delivery.placement == Placement::Auto && delivery.hold.is_none();
+        let eagerly = may_be_eager.then(|| EagerStream::new(image, &sections));
+        Ok(Contents::Postcopy { device_state, fill, eagerly })
+    }
+
+    /// The migration capabilities that QEMU needs for it.
+    pub fn capabilities(&self) -> &'static [&'static str] {
+        match self {
+            Contents::Postcopy { .. } => &POSTCOPY,
+            Contents::Eager { .. } | Contents::Mapped(_) => &[],
+        }
+    }
+
+    /// What is left to give to a QEMU that has refused these capabilities.
+    ///
+    /// # Errors
+    /// When nothing is, or QEMU has not answered at all.
+    pub fn without_postcopy(self, qemu: &Qemu, error: QmpError) -> Result<Contents, RevertError> {
+        let QmpError::Command { desc: refusal, .. } = error else { return Err(error.into()) };
+        let version = qemu.qmp().map(Qmp::version).cloned().unwrap_or_default();
+        let lack = userfaultfd_lack(qemu.pid(), &version).map(|lack| lack.to_string());
+        match self {
+            Contents::Postcopy { eagerly: Some(stream), .. } => {
+                let why = lack.map(|lack| format!(": {lack}")).unwrap_or_default();
+                let reason = format!("QEMU takes no postcopy migration here ({refusal}){why}");
+                Ok(Contents::Eager { stream, reason })
+            }
+            _ => Err(RevertError::NoPostcopy { refusal, lack }),
+        }
     }
 }
 

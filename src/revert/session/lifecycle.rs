@@ -205,6 +205,11 @@ impl Lifecycle {
         self.loaded
     }
 
+    /// Whether the guest runs, and all of its memory is not in place yet.
+    pub fn is_running(&self) -> bool {
+        self.stage == Stage::Running
+    }
+
     /// Whether all memory is in place.
     pub fn is_finished(&self) -> bool {
         self.finished.is_some()

@@ -8,6 +8,9 @@
 //! | [`Running`] | runs | memory follows |
 //! | [`Resident`] | runs | all memory is in place, the guest depends on nobody |
 //!
+//! Memory that is mapped, or comes eagerly, is in place before the guest runs: nothing of it
+//! follows, and a guest in standby has all of it when it is armed.
+//!
 //! Each state is left by a method that consumes it and gives the next. One that fails ends
 //! the session: a QEMU of ours is ended, somebody else's is left to its owner.
 //!

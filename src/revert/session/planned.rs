@@ -79,6 +79,7 @@ impl Planned {
             true => lifecycle,
             false => lifecycle.mapped(),
         };
+        let ports = plan.ports.clone();
         let (process, qmp) = tokio::select! {
             started = Process::start(plan) => started?,
             () = cancel.requested() => {
@@ -86,7 +87,7 @@ impl Planned {
             }
         };
         on_event(RevertEvent::QemuReady { pid: process.pid() });
-        let qemu = Qemu::ours(process, qmp);
+        let qemu = Qemu::ours(process, qmp, ports);
         let connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         Ok(Launched { connection, contents, socket: None })
     }

@@ -1,11 +1,13 @@
 //! The QEMU of a session: ours, or somebody else's.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use crate::guest::Process;
 use crate::qmp::{Event, Events, Qmp, QmpError};
+use crate::revert::error::RevertError;
 
 /// The name under which QEMU is given its end of the migration stream.
 const INCOMING: &str = "snapback-incoming";
@@ -27,6 +29,8 @@ pub(super) enum Qemu {
         qmp: Qmp,
         /// All its events from its start on.
         said: Events,
+        /// Ports of this host that were replaced, by their recorded ones.
+        ports: BTreeMap<u16, u16>,
     },
     /// One that somebody else has started.
     Theirs {
@@ -39,9 +43,18 @@ pub(super) enum Qemu {
 
 impl Qemu {
     /// One that we have started.
-    pub fn ours(process: Process, qmp: Qmp) -> Qemu {
+    pub fn ours(process: Process, qmp: Qmp, ports: BTreeMap<u16, u16>) -> Qemu {
         let said = qmp.events();
-        Qemu::Ours { process, qmp, said }
+        Qemu::Ours { process, qmp, said, ports }
+    }
+
+    /// Ports of this host that were replaced, by their recorded ones.
+    pub fn ports(&self) -> &BTreeMap<u16, u16> {
+        static NONE: BTreeMap<u16, u16> = BTreeMap::new();
+        match self {
+            Qemu::Ours { ports, .. } => ports,
+            Qemu::Theirs { .. } => &NONE,
+        }
     }
 
     /// Its QMP, if we speak to it.
@@ -103,26 +116,32 @@ impl Qemu {
 /// Has QEMU read a migration stream from its end, `theirs`. The commands are sent one behind
 /// the other without waiting for answers: QEMU executes them in that order, and each
 /// round trip would delay the guest by a good part of a millisecond.
+///
+/// `send` begins to send the stream as soon as QEMU has answered whether it has the
+/// capabilities, while it executes the rest. It reads nothing before: without them, what is
+/// sent can still be another stream.
 pub(super) async fn migrate_from(
     qmp: &Qmp,
     capabilities: &[&str],
     theirs: UnixStream,
-) -> Result<(), QmpError> {
+    send: impl FnOnce(Result<(), QmpError>) -> Result<(), RevertError>,
+) -> Result<(), RevertError> {
     let capabilities: Vec<_> = capabilities.iter().map(|name| (*name, true)).collect();
-    let capable = async {
-        match capabilities.is_empty() {
+    let send = async {
+        send(match capabilities.is_empty() {
             true => Ok(()),
             false => qmp.set_migration_capabilities(&capabilities).await,
-        }
+        })
     };
     let incoming = format!("fd:{INCOMING}");
-    let (capable, given, listening) = tokio::join!(
+    let (sent, given, listening) = tokio::join!(
         biased;
-        capable,
+        send,
         qmp.getfd(INCOMING, theirs.as_fd()),
         qmp.migrate_incoming(&incoming),
     );
-    capable.and(given).and(listening)
+    sent?;
+    Ok(given.and(listening)?)
 }
 
 /// Reads events until one says that the guest runs, or QEMU has gone and there are no more.

@@ -1,8 +1,11 @@
 //! Resident: all memory is in place, and the guest depends on nobody.
 
 use super::qemu::Qemu;
+use crate::cancel::Cancellation;
 use crate::guest::Process;
 use crate::qmp::Qmp;
+use crate::revert::collapse::Collapsing;
+use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
 
 /// A guest that has all its memory. Dropping it ends a QEMU of ours: take it out with
@@ -10,6 +13,9 @@ use crate::revert::outcome::Outcome;
 pub struct Resident {
     pub(super) qemu: Qemu,
     pub(super) outcome: Outcome,
+    /// Nothing where its memory is left as it came, or has been collapsed.
+    pub(super) collapsing: Option<Collapsing>,
+    pub(super) cancel: Cancellation,
 }
 
 /// A guest that has been brought back and is still its owner's: QEMU ends when this is
@@ -49,11 +55,39 @@ impl Resident {
         &self.outcome
     }
 
+    /// Collapses its memory into huge pages, if [`Delivery::collapse`] is set and the memory was
+    /// installed directly, and tells it by [`RevertEvent::Collapsed`]. Nothing of it is needed
+    /// by the guest, which runs meanwhile; a request of the session's cancellation ends it, as
+    /// does dropping the future.
+    ///
+    /// [`Delivery::collapse`]: crate::revert::Delivery::collapse
+    pub async fn collapse(&mut self, on_event: &mut impl FnMut(RevertEvent)) {
+        let Some(collapsing) = self.collapsing.take() else { return };
+        let cancel = CancelOnDrop(self.cancel.child());
+        let cancelled = cancel.0.clone();
+        let work = tokio::task::spawn_blocking(move || collapsing.run(&cancelled));
+        match work.await {
+            Ok(event) => event.map_or((), on_event),
+            // The guest needs nothing of it, but a fault of ours is not to be hidden.
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => {}
+        }
+    }
+
     /// The QEMU that was started for it; nothing where somebody else has started it.
     pub fn into_held(self) -> Option<Held> {
         match self.qemu {
             Qemu::Ours { process, qmp, .. } => Some(Held { process, qmp, outcome: self.outcome }),
             Qemu::Theirs { .. } => None,
         }
+    }
+}
+
+/// Ends blocking work whose result nobody awaits any more.
+struct CancelOnDrop(Cancellation);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.request();
     }
 }

@@ -1,15 +1,10 @@
 //! Running: the guest runs, its memory follows.
 
-use std::time::Duration;
-
-use tokio::time::MissedTickBehavior;
-
 use super::connection::Connection;
 use super::qemu::finish_postcopy;
 use super::resident::Resident;
 use crate::revert::error::RevertError;
 use crate::revert::event::{Progress, RevertEvent};
-use crate::revert::options::Placement;
 use crate::revert::outcome::Outcome;
 use crate::revert::recorded;
 
@@ -47,10 +42,11 @@ impl Running {
             return Err(connection.fail(error).await);
         }
         let progress = connection.progress();
-        let Connection { qemu, lifecycle, image, delivery, .. } = connection;
+        let collapsing = connection.collapsing();
+        let Connection { qemu, lifecycle, image, delivery, cancel, .. } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
-        if let (Some(qmp), true) = (qemu.qmp(), placement != Placement::Map)
+        if let (Some(qmp), true) = (qemu.qmp(), placement.is_postcopy())
             // QEMU has confirmed that it has all of the guest, which depends on nobody
             // any more: whatever happens from here on, it stays.
             && let Err(error) = finish_postcopy(qmp).await
@@ -58,23 +54,19 @@ impl Running {
             tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
         }
         on_event(outcome.resident());
-        if placement != Placement::Map {
+        if placement.is_postcopy() {
             recorded::remember(&delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome })
+        Ok(Resident { qemu, outcome, collapsing, cancel })
     }
 }
 
-/// Follows what brings memory to its end, telling its progress.
+/// Follows what brings memory to its end.
 async fn follow(
     connection: &mut Connection,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<(), RevertError> {
     let cancel = connection.cancel.clone();
-    let every = connection.delivery.progress_every.max(Duration::from_millis(1));
-    let mut tick = tokio::time::interval(every);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told = None;
     let mut hurried = false;
     loop {
         tokio::select! {
@@ -90,12 +82,6 @@ async fn follow(
                 return Err(RevertError::Interrupted(
                     "the guest was stopped, since its memory was not complete",
                 ));
-            }
-            _ = tick.tick() => {
-                let now = connection.progress();
-                if told.replace(now) != Some(now) {
-                    on_event(RevertEvent::Progress(now));
-                }
             }
         }
     }

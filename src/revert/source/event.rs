@@ -1,4 +1,5 @@
-//! What a postcopy source reports to whoever follows it.
+//! What the source of a migration reports to whoever follows it: the postcopy source, and that
+//! of an ordinary stream ([`eager`](crate::revert::eager)).
 
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -6,7 +7,7 @@ use crate::memory::FaultReport;
 use crate::revert::error::PostcopyError;
 use crate::revert::options::Placement;
 
-/// What a postcopy source reports.
+/// What a source reports.
 #[derive(Debug)]
 pub(in crate::revert) enum PostcopyEvent {
     /// By which transport pages go from now on.
@@ -30,7 +31,7 @@ pub(in crate::revert) enum PostcopyEvent {
 }
 
 /// Reports that a thread panicked: whoever follows the source would wait forever.
-pub(super) struct LastWord {
+pub(in crate::revert) struct LastWord {
     pub events: UnboundedSender<PostcopyEvent>,
     /// What the thread does.
     pub doing: &'static str,

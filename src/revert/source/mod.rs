@@ -13,20 +13,22 @@ mod requests;
 mod sending;
 
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-pub(super) use event::PostcopyEvent;
+pub(super) use event::{LastWord, PostcopyEvent};
 pub(super) use sending::{DeviceState, PostcopyOptions};
 
 use super::error::PostcopyError;
 use crate::memory::{Memory, Pace, Pager};
-use crate::page::PageSource;
+use crate::page::{Block, BlockId, PageSource};
 use crate::transport::{Route, SocketTransport};
 use crate::wire::ReturnPath;
+use direct::SourceRoute;
 use pings::Pongs;
 use requests::Requests;
 use sending::Sending;
@@ -34,6 +36,7 @@ use sending::Sending;
 /// A postcopy source at work. Dropping it ends it and waits for its threads.
 pub(super) struct PostcopySource {
     memory: Arc<Memory>,
+    route: Arc<SourceRoute>,
     socket: UnixStream,
     pace: Arc<Pace>,
     /// Tells the thread that sends to fill memory; dropped, it tells it to end.
@@ -72,7 +75,7 @@ impl PostcopySource {
         let sending = Sending {
             device_state,
             options,
-            route,
+            route: Arc::clone(&route),
             memory: Arc::clone(&memory),
             pace: Arc::clone(&pace),
             pongs: Pongs::new(heard),
@@ -83,8 +86,8 @@ impl PostcopySource {
             let thread = std::thread::Builder::new().name(name.into()).spawn(body);
             thread.map_err(PostcopyError::Thread)
         };
-        let mut source =
-            PostcopySource { memory, socket, pace, release: Some(release), threads: Vec::new() };
+        let (release, threads) = (Some(release), Vec::new());
+        let mut source = PostcopySource { memory, route, socket, pace, release, threads };
         if !standby {
             source.release();
         }
@@ -96,6 +99,17 @@ impl PostcopySource {
     /// The memory under way.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// The addresses in QEMU's process of the blocks that are installed directly.
+    pub fn proven_ranges(&self) -> Vec<Range<u64>> {
+        let Some(direct) = self.route.direct() else { return Vec::new() };
+        let blocks = self.memory.blocks().iter().enumerate();
+        let range = |(index, block): (usize, &Block)| {
+            let start = direct.address(BlockId(index as u16))?;
+            Some(start..start + block.len)
+        };
+        blocks.filter_map(range).collect()
     }
 
     /// Lets the source of a guest in standby fill memory.
@@ -138,7 +152,7 @@ mod tests {
 
     use super::*;
     use crate::memory::FillOptions;
-    use crate::page::{Block, BlockId, ChunkId, ChunkReader, Location, Page, SourceError};
+    use crate::page::{ChunkId, ChunkReader, Location, Page, SourceError};
     use crate::revert::options::Placement;
 
     /// Memory whose index makes a thread panic.

@@ -1,0 +1,67 @@
+//! The arguments of a revert about what of this host its QEMU takes.
+
+use clap::Args;
+
+use crate::guest::{NewPort, RewriteOptions};
+
+/// Ports, networks and log files of a reverted guest.
+#[derive(Args)]
+pub(super) struct HostArgs {
+    /// Bind the port NEW of this host wherever the recorded command line binds OLD; with NEW
+    /// auto, a free one, which the event `running` names
+    #[arg(long = "port", value_name = "OLD=NEW", value_parser = parse_port_pair)]
+    ports: Vec<(u16, NewPort)>,
+    /// Use the network backend SPEC, as -netdev takes it, in place of the recorded one with this
+    /// id
+    #[arg(long = "netdev", value_name = "ID=SPEC", value_parser = parse_netdev)]
+    netdevs: Vec<(String, String)>,
+    /// Have QEMU truncate the log files of serial ports, which are appended to otherwise
+    #[arg(long)]
+    truncate_logs: bool,
+}
+
+impl HostArgs {
+    /// Adds them to a revert's options.
+    pub(super) fn apply(self, options: RewriteOptions) -> RewriteOptions {
+        let HostArgs { ports, netdevs, truncate_logs } = self;
+        RewriteOptions { ports, netdevs, truncate_logs, ..options }
+    }
+}
+
+pub(super) fn parse_port_pair(text: &str) -> Result<(u16, NewPort), String> {
+    let number = |text: &str| text.parse().ok().filter(|number| *number != 0);
+    let pair = text.split_once('=').and_then(|(old, new)| {
+        let new = match new {
+            "auto" | "0" => NewPort::Free,
+            new => NewPort::Number(number(new)?),
+        };
+        Some((number(old)?, new))
+    });
+    pair.ok_or("it has the form OLD=NEW: a port, and another one or auto".into())
+}
+
+fn parse_netdev(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((id, spec)) if !id.is_empty() && !spec.is_empty() => Ok((id.into(), spec.into())),
+        _ => Err("it has the form ID=SPEC".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_and_networks_are_read_as_documented() {
+        assert_eq!(parse_port_pair("2222=2223"), Ok((2222, NewPort::Number(2223))));
+        assert_eq!(parse_port_pair("5901=auto"), Ok((5901, NewPort::Free)));
+        for wrong in ["", "2222", "2222=", "=1", "0=1", "a=1", "1=70000", "1=x"] {
+            assert!(parse_port_pair(wrong).is_err(), "{wrong}");
+        }
+        let netdev = ("n".to_owned(), "user,hostfwd=tcp::1-:2".to_owned());
+        assert_eq!(parse_netdev("n=user,hostfwd=tcp::1-:2"), Ok(netdev));
+        for wrong in ["", "n", "n=", "=user"] {
+            assert!(parse_netdev(wrong).is_err(), "{wrong}");
+        }
+    }
+}
