@@ -7,6 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -276,7 +277,7 @@ impl Running {
             }
         };
         let event = match self.json {
-            true => serde_json::from_str(&line).map_err(|e| format!("{e} in `{line}`"))?,
+            true => event(&line)?,
             false => Value::Null,
         };
         self.said.push(line);
@@ -375,6 +376,20 @@ const FAILED: &[&str] = &[
     "qemu_timeout",
     "still_frozen",
 ];
+
+/// A line of `--json`, which has to be as docs/events.schema.json says.
+fn event(line: &str) -> Result<Value> {
+    static SCHEMA: LazyLock<jsonschema::Validator> = LazyLock::new(|| {
+        let schema = include_str!("../../docs/events.schema.json");
+        jsonschema::validator_for(&serde_json::from_str(schema).unwrap()).unwrap()
+    });
+    let event: Value = serde_json::from_str(line).map_err(|e| format!("{e} in `{line}`"))?;
+    let wrong: Vec<_> = SCHEMA.iter_errors(&event).map(|error| error.to_string()).collect();
+    match wrong.is_empty() {
+        true => Ok(event),
+        false => Err(format!("{wrong:?} in `{line}`").into()),
+    }
+}
 
 /// A command that has ended.
 #[derive(Debug)]
