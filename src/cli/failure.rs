@@ -99,7 +99,6 @@ impl Failure {
             | QemuTooOld
             | QemuUnreachable
             | SaveUnfinished
-            | PortInUse
             | SocketInUse
             | TapInUse
             | UserfaultfdUnavailable
