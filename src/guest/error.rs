@@ -445,15 +445,7 @@ impl GuestError {
             | Described { .. }
             | Path { .. }
             | InheritedDescriptor { .. } => ErrorKind::CommandLineInvalid,
-            NotMapped { .. }
-            | PathRule { .. }
-            | PortRule { .. }
-            | NoSuchPort { .. }
-            | NetdevRule { .. }
-            | NoSuchNetdev { .. } => ErrorKind::OptionsInvalid,
-            PortInUse { .. } => ErrorKind::PortInUse,
-            TapInUse { .. } => ErrorKind::TapInUse,
-            VsockInUse { .. } => ErrorKind::VsockInUse,
+            NotMapped { .. } | PathRule { .. } => ErrorKind::OptionsInvalid,
             SocketInUse { .. } => ErrorKind::SocketInUse,
             ControlSocket { .. } => ErrorKind::OptionsInvalid,
             FileInUse { .. } => ErrorKind::FileInUse,

@@ -106,7 +106,6 @@ impl RevertError {
             Qmp(error) => error.kind(),
             WorkingSet(error) => error.kind(),
             Postcopy { error, .. } => error.kind(),
-            NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotRun { .. } => ErrorKind::QemuFailed,
             NotHeld => ErrorKind::OptionsInvalid,
             Died { .. } => ErrorKind::QemuEnded,

@@ -409,10 +409,11 @@ impl Ended {
         found.ok_or_else(|| format!("no event `{name}` in {:?}", self.said).into())
     }
 
-    /// The names of its events, without those that have no fixed place among them.
+    /// The names of its events, without those that have no fixed place among them or come with
+    /// some transports only.
     pub fn steps(&self) -> Vec<&str> {
         let names = self.events.iter().filter_map(|event| event["event"].as_str());
-        names.filter(|name| !["progress", "placing"].contains(name)).collect()
+        names.filter(|name| !["progress", "placing", "collapsed"].contains(name)).collect()
     }
 
     /// What it said of its failure: the exit code of its kind, the same in its events and on
