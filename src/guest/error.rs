@@ -456,6 +456,12 @@ impl GuestError {
             | DiskNotGiven { .. }
             | DisksGivenAsOne { .. }
             | NotIsolated { .. } => ErrorKind::DiskUnsupported,
+            PortRule { .. } | NoSuchPort { .. } | NetdevRule { .. } | NoSuchNetdev { .. } => {
+                ErrorKind::OptionsInvalid
+            }
+            PortInUse { .. } => ErrorKind::PortInUse,
+            TapInUse { .. } => ErrorKind::TapInUse,
+            VsockInUse { .. } => ErrorKind::VsockInUse,
             NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
             NoSuchPlugged { .. } => ErrorKind::NoSuchDevice,
             Start { .. } | Exited { .. } | NoControl { .. } => ErrorKind::QemuNotStarted,

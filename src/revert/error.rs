@@ -107,6 +107,7 @@ impl RevertError {
             WorkingSet(error) => error.kind(),
             Postcopy { error, .. } => error.kind(),
             NotRun { .. } => ErrorKind::QemuFailed,
+            NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotHeld => ErrorKind::OptionsInvalid,
             Died { .. } => ErrorKind::QemuEnded,
             Socket { source, .. } => match ErrorKind::of_io(source) {
