@@ -209,13 +209,8 @@ pub(super) struct Range {
     pub bytes: u64,
 }
 
-/// Prints the schema.
-pub(super) fn print_schema() {
-    super::output::print_raw(&schema_text());
-}
-
 /// The schema of a line, as text.
-fn schema_text() -> String {
+pub(super) fn schema_text() -> String {
     format!("{:#}\n", schema())
 }
 

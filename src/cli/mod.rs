@@ -352,7 +352,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
         Command::Schema => (false, {
-            events::print_schema();
+            output::print_raw(&events::schema_text());
             Ok(())
         }),
         Command::Doctor(args) => (args.json, doctor::run(args).await),
