@@ -445,7 +445,15 @@ impl GuestError {
             | Described { .. }
             | Path { .. }
             | InheritedDescriptor { .. } => ErrorKind::CommandLineInvalid,
-            NotMapped { .. } | PathRule { .. } => ErrorKind::OptionsInvalid,
+            NotMapped { .. }
+            | PathRule { .. }
+            | PortRule { .. }
+            | NoSuchPort { .. }
+            | NetdevRule { .. }
+            | NoSuchNetdev { .. } => ErrorKind::OptionsInvalid,
+            PortInUse { .. } => ErrorKind::PortInUse,
+            TapInUse { .. } => ErrorKind::TapInUse,
+            VsockInUse { .. } => ErrorKind::VsockInUse,
             SocketInUse { .. } => ErrorKind::SocketInUse,
             ControlSocket { .. } => ErrorKind::OptionsInvalid,
             FileInUse { .. } => ErrorKind::FileInUse,

@@ -106,6 +106,7 @@ impl RevertError {
             Qmp(error) => error.kind(),
             WorkingSet(error) => error.kind(),
             Postcopy { error, .. } => error.kind(),
+            NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotRun { .. } => ErrorKind::QemuFailed,
             NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotHeld => ErrorKind::OptionsInvalid,
