@@ -464,12 +464,6 @@ impl GuestError {
             | DiskNotGiven { .. }
             | DisksGivenAsOne { .. }
             | NotIsolated { .. } => ErrorKind::DiskUnsupported,
-            PortRule { .. } | NoSuchPort { .. } | NetdevRule { .. } | NoSuchNetdev { .. } => {
-                ErrorKind::OptionsInvalid
-            }
-            PortInUse { .. } => ErrorKind::PortInUse,
-            TapInUse { .. } => ErrorKind::TapInUse,
-            VsockInUse { .. } => ErrorKind::VsockInUse,
             NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
             NoSuchPlugged { .. } => ErrorKind::NoSuchDevice,
             Start { .. } | Exited { .. } | NoControl { .. } => ErrorKind::QemuNotStarted,

@@ -108,7 +108,6 @@ impl RevertError {
             Postcopy { error, .. } => error.kind(),
             NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotRun { .. } => ErrorKind::QemuFailed,
-            NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotHeld => ErrorKind::OptionsInvalid,
             Died { .. } => ErrorKind::QemuEnded,
             Socket { source, .. } => match ErrorKind::of_io(source) {
