@@ -183,7 +183,8 @@ impl Memory {
 
     /// Claims the absent pages of `run` and installs them, in pieces of the transport's
     /// preferred size. Each piece is claimed just before it is installed. `pause` is called
-    /// before that, while nothing is held, so that prefetch can stand aside.
+    /// before that, while nothing is held, so that prefetch can stand aside. A whole piece of
+    /// zeros is left to the kernel where the transport says that it can be.
     fn install(
         &self,
         run: Run,
@@ -195,6 +196,7 @@ impl Memory {
             Content::Zero => self.transport.zero_step_pages(run.block),
             Content::Bytes(_) => self.transport.step_pages(run.block),
         });
+        let may_leave = matches!(content, Content::Zero) && self.leaves_zeros(run.block);
         let mut installed = 0;
         let mut first = run.first;
         while first < run.end() {
@@ -203,7 +205,10 @@ impl Memory {
             pause();
             let piece = Run { block: run.block, first, count: end - first };
             self.claims.claim(piece, |claimed| {
-                self.install_claimed(run, claimed, content)?;
+                match may_leave && claimed.count == step {
+                    true => self.arrived(claimed),
+                    false => self.install_claimed(run, claimed, content)?,
+                }
                 installed += claimed.count;
                 Ok(())
             })?;
@@ -247,6 +252,13 @@ impl Memory {
         self.transport.wake(block, run).map_err(|source| self.transport_error(run, source))
     }
 
+    /// Installs zeros that were left out and are asked for all the same. `run` must be in place
+    /// but for that.
+    fn make_up(&self, run: Run) -> Result<(), MemoryError> {
+        let block = self.block(run.block);
+        self.transport.zero(block, run).map_err(|source| self.transport_error(run, source))
+    }
+
     fn transport_error(&self, run: Run, source: TransportError) -> MemoryError {
         let block = self.block(run.block).name.clone();
         MemoryError::Install { block, offset: run.offset(), source }
@@ -265,6 +277,11 @@ impl Memory {
         // A huge page may be zero in parts, and is then not a matter of zeros.
         let small = self.block(block).page_size == PAGE_SIZE as u64;
         small && self.transport.zero_step_pages(block) > self.transport.step_pages(block)
+    }
+
+    /// Whether zeros of this block may be left out.
+    fn leaves_zeros(&self, block: BlockId) -> bool {
+        self.likes_large_zeros(block) && self.transport.leaves_zeros(block)
     }
 
     /// Whether a prefetcher is at work.

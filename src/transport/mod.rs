@@ -82,4 +82,13 @@ pub trait Transport: Send + Sync {
     fn zero_step_pages(&self, block: BlockId) -> u64 {
         self.step_pages(block)
     }
+
+    /// Whether memory of this block in which nothing is installed is zeros once QEMU has ended
+    /// the migration. A stretch of zeros as long as a step can then be left as it is: who
+    /// touches it earlier is answered by [`Transport::zero`], which must leave pages that are
+    /// there as they are.
+    fn leaves_zeros(&self, block: BlockId) -> bool {
+        let _ = block;
+        false
+    }
 }
