@@ -93,6 +93,8 @@ pub enum ErrorKind {
     QemuUnreachable,
     /// A save that was killed has to be cleaned up first.
     SaveUnfinished,
+    /// The page server of a guest died, and no other can go on in its place.
+    ServerLost,
     /// A living process listens on a socket that the guest would use.
     SocketInUse,
     /// The image is whole, but the guest's file systems may still be frozen.
@@ -120,7 +122,7 @@ impl ErrorKind {
             MigrationActive, NothingDemanded, NoSuchDevice, NoSpace, NoSuchDisk, NotAnImage, NotFound, NotProved, NotQemu,
             OptionsInvalid, ParentMissing, PermissionDenied, PortInUse, QemuEnded, QemuFailed, QemuNotStarted,
             QemuProtocol, QemuRefused, QemuTimeout, QemuTooOld, QemuUnreachable, SaveUnfinished,
-            SocketInUse, StillFrozen, TapInUse, UserfaultfdUnavailable, VsockInUse, WorkingSetMissing,
+            ServerLost, SocketInUse, StillFrozen, TapInUse, UserfaultfdUnavailable, VsockInUse, WorkingSetMissing,
         ]
     };
 
@@ -171,6 +173,7 @@ impl ErrorKind {
             QemuTooOld => "qemu_too_old",
             QemuUnreachable => "qemu_unreachable",
             SaveUnfinished => "save_unfinished",
+            ServerLost => "server_lost",
             SocketInUse => "socket_in_use",
             StillFrozen => "still_frozen",
             TapInUse => "tap_in_use",
