@@ -2,187 +2,135 @@
 
 use std::path::PathBuf;
 
-/// What kind of error it is: for programs to act on, where its message is for people. Kinds are
-/// added as the program grows; what one means stays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
+/// Makes the enum of all kinds, and the code of each.
+macro_rules! kinds {
+    ($($(#[doc = $doc:literal])* $kind:ident = $code:literal,)*) => {
+        /// What kind of error it is: for programs to act on, where its message is for people. Kinds
+        /// are added as the program grows; what one means stays.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum ErrorKind {
+            $($(#[doc = $doc])* $kind,)*
+        }
+
+        impl ErrorKind {
+            /// All kinds.
+            pub(crate) const ALL: &[ErrorKind] = &[$(ErrorKind::$kind,)*];
+
+            /// The kind as a word that never changes, such as `disk_changed`.
+            pub fn code(self) -> &'static str {
+                match self {
+                    $(ErrorKind::$kind => $code,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
     /// The guest's agent does not answer, or refuses.
-    AgentFailed,
+    AgentFailed = "agent_failed",
     /// A command line can't be used.
-    CommandLineInvalid,
+    CommandLineInvalid = "command_line_invalid",
     /// A revert can't bring back a device that was plugged in.
-    DeviceNotReplayable,
+    DeviceNotReplayable = "device_not_replayable",
     /// A file of a captured disk has changed since the snapshot.
-    DiskChanged,
+    DiskChanged = "disk_changed",
     /// A file of a captured disk is missing.
-    DiskMissing,
+    DiskMissing = "disk_missing",
     /// A disk can't be captured, told apart, or kept from being written.
-    DiskUnsupported,
+    DiskUnsupported = "disk_unsupported",
     /// There is a file of that name, and it was not to be replaced.
-    FileExists,
+    FileExists = "file_exists",
     /// Another process has a file open that the guest would use.
-    FileInUse,
+    FileInUse = "file_in_use",
     /// The guest's state changed while it was being saved.
-    GuestChanged,
+    GuestChanged = "guest_changed",
     /// The guest is in a state in which it can't be saved.
-    GuestState,
+    GuestState = "guest_state",
     /// Something in the guest rules out a snapshot.
-    GuestUnsupported,
+    GuestUnsupported = "guest_unsupported",
     /// A command that was to be run at the moment failed.
-    HookFailed,
+    HookFailed = "hook_failed",
     /// This host lacks something that is needed.
-    HostUnsupported,
+    HostUnsupported = "host_unsupported",
     /// An image is damaged, truncated or unfinished.
-    ImageDamaged,
+    ImageDamaged = "image_damaged",
     /// An image of a later format.
-    ImageTooNew,
+    ImageTooNew = "image_too_new",
     /// A file to be converted is of no known format, or damaged.
-    InputInvalid,
+    InputInvalid = "input_invalid",
     /// A bug of snapback.
-    Internal,
+    Internal = "internal",
     /// Cancelled.
-    Interrupted,
+    Interrupted = "interrupted",
     /// The system refused to read, write or create something.
-    Io,
+    Io = "io",
     /// Not all that a failed save had changed could be undone.
-    LeftOver,
+    LeftOver = "left_over",
     /// The memory of a reverted guest is not complete yet.
-    MemoryIncomplete,
+    MemoryIncomplete = "memory_incomplete",
     /// A migration is under way in this QEMU.
-    MigrationActive,
+    MigrationActive = "migration_active",
     /// The guest asked for no memory.
-    NothingDemanded,
+    NothingDemanded = "nothing_demanded",
     /// There is no device of that name.
-    NoSuchDevice,
+    NoSuchDevice = "no_such_device",
     /// There is not enough room.
-    NoSpace,
+    NoSpace = "no_space",
     /// There is no disk of that name.
-    NoSuchDisk,
+    NoSuchDisk = "no_such_disk",
     /// The file is no image.
-    NotAnImage,
+    NotAnImage = "not_an_image",
     /// There is no such file.
-    NotFound,
+    NotFound = "not_found",
     /// The image is whole, but its guest could not be shown to run again.
-    NotProved,
+    NotProved = "not_proved",
     /// The process that answers is not QEMU, or another one than it should be.
-    NotQemu,
+    NotQemu = "not_qemu",
     /// Options contradict each other or the file that they are for.
-    OptionsInvalid,
+    OptionsInvalid = "options_invalid",
     /// An image that another one refers to is missing or is another one.
-    ParentMissing,
+    ParentMissing = "parent_missing",
     /// The system forbids something.
-    PermissionDenied,
-    /// Somebody has bound a port of the host that the guest would use.
-    PortInUse,
+    PermissionDenied = "permission_denied",
+    /// A port that the guest would bind is bound already.
+    PortInUse = "port_in_use",
     /// QEMU ended, or closed its connection.
-    QemuEnded,
+    QemuEnded = "qemu_ended",
     /// QEMU failed to save or load the guest.
-    QemuFailed,
+    QemuFailed = "qemu_failed",
     /// QEMU can't be started.
-    QemuNotStarted,
+    QemuNotStarted = "qemu_not_started",
     /// QEMU's answers or its stream could not be understood.
-    QemuProtocol,
+    QemuProtocol = "qemu_protocol",
     /// QEMU refused a command.
-    QemuRefused,
+    QemuRefused = "qemu_refused",
     /// QEMU did not answer in time.
-    QemuTimeout,
+    QemuTimeout = "qemu_timeout",
     /// QEMU is too old for this.
-    QemuTooOld,
+    QemuTooOld = "qemu_too_old",
     /// Nothing answers at QEMU's control socket.
-    QemuUnreachable,
+    QemuUnreachable = "qemu_unreachable",
     /// A save that was killed has to be cleaned up first.
-    SaveUnfinished,
+    SaveUnfinished = "save_unfinished",
     /// The page server of a guest died, and no other can go on in its place.
-    ServerLost,
+    ServerLost = "server_lost",
     /// A living process listens on a socket that the guest would use.
-    SocketInUse,
+    SocketInUse = "socket_in_use",
     /// The image is whole, but the guest's file systems may still be frozen.
-    StillFrozen,
-    /// Somebody is attached to a tap interface that the guest would use.
-    TapInUse,
+    StillFrozen = "still_frozen",
+    /// A tap interface that the guest would use is in use.
+    TapInUse = "tap_in_use",
     /// Memory can't be served by userfaultfd.
-    UserfaultfdUnavailable,
-    /// Another guest has the vsock address that this one would take.
-    VsockInUse,
+    UserfaultfdUnavailable = "userfaultfd_unavailable",
+    /// A vsock address that the guest would take is taken.
+    VsockInUse = "vsock_in_use",
     /// No working set has been recorded, or it can't be used.
-    WorkingSetMissing,
+    WorkingSetMissing = "working_set_missing",
 }
 
 impl ErrorKind {
-    /// All kinds.
-    #[rustfmt::skip]
-    pub(crate) const ALL: &[ErrorKind] = {
-        use ErrorKind::*;
-        &[
-            AgentFailed, CommandLineInvalid, DeviceNotReplayable, DiskChanged, DiskMissing, DiskUnsupported, FileExists,
-            FileInUse, GuestChanged, GuestState, GuestUnsupported, HookFailed, HostUnsupported,
-            ImageDamaged,
-            ImageTooNew, InputInvalid, Internal, Interrupted, Io, LeftOver, MemoryIncomplete,
-            MigrationActive, NothingDemanded, NoSuchDevice, NoSpace, NoSuchDisk, NotAnImage, NotFound, NotProved, NotQemu,
-            OptionsInvalid, ParentMissing, PermissionDenied, PortInUse, QemuEnded, QemuFailed, QemuNotStarted,
-            QemuProtocol, QemuRefused, QemuTimeout, QemuTooOld, QemuUnreachable, SaveUnfinished,
-            ServerLost, SocketInUse, StillFrozen, TapInUse, UserfaultfdUnavailable, VsockInUse, WorkingSetMissing,
-        ]
-    };
-
-    /// The kind as a word that never changes, such as `disk_changed`.
-    pub fn code(self) -> &'static str {
-        use ErrorKind::*;
-        match self {
-            AgentFailed => "agent_failed",
-            CommandLineInvalid => "command_line_invalid",
-            DeviceNotReplayable => "device_not_replayable",
-            DiskChanged => "disk_changed",
-            DiskMissing => "disk_missing",
-            DiskUnsupported => "disk_unsupported",
-            FileExists => "file_exists",
-            FileInUse => "file_in_use",
-            GuestChanged => "guest_changed",
-            GuestState => "guest_state",
-            GuestUnsupported => "guest_unsupported",
-            HookFailed => "hook_failed",
-            HostUnsupported => "host_unsupported",
-            ImageDamaged => "image_damaged",
-            ImageTooNew => "image_too_new",
-            InputInvalid => "input_invalid",
-            Internal => "internal",
-            Interrupted => "interrupted",
-            Io => "io",
-            LeftOver => "left_over",
-            MemoryIncomplete => "memory_incomplete",
-            MigrationActive => "migration_active",
-            NothingDemanded => "nothing_demanded",
-            NoSuchDevice => "no_such_device",
-            NoSpace => "no_space",
-            NoSuchDisk => "no_such_disk",
-            NotAnImage => "not_an_image",
-            NotFound => "not_found",
-            NotProved => "not_proved",
-            NotQemu => "not_qemu",
-            OptionsInvalid => "options_invalid",
-            ParentMissing => "parent_missing",
-            PermissionDenied => "permission_denied",
-            PortInUse => "port_in_use",
-            QemuEnded => "qemu_ended",
-            QemuFailed => "qemu_failed",
-            QemuNotStarted => "qemu_not_started",
-            QemuProtocol => "qemu_protocol",
-            QemuRefused => "qemu_refused",
-            QemuTimeout => "qemu_timeout",
-            QemuTooOld => "qemu_too_old",
-            QemuUnreachable => "qemu_unreachable",
-            SaveUnfinished => "save_unfinished",
-            ServerLost => "server_lost",
-            SocketInUse => "socket_in_use",
-            StillFrozen => "still_frozen",
-            TapInUse => "tap_in_use",
-            UserfaultfdUnavailable => "userfaultfd_unavailable",
-            VsockInUse => "vsock_in_use",
-            WorkingSetMissing => "working_set_missing",
-        }
-    }
-
     /// Whether the same may succeed later with nothing changed by hand.
     pub fn retryable(self) -> bool {
         use ErrorKind::*;
@@ -193,8 +141,8 @@ impl ErrorKind {
                 | Interrupted
                 | MemoryIncomplete
                 | MigrationActive
-                | QemuTimeout
                 | PortInUse
+                | QemuTimeout
                 | SocketInUse
                 | TapInUse
                 | VsockInUse

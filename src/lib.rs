@@ -124,7 +124,9 @@ pub mod error {
 /// What an image says of itself and of its machine.
 pub mod record {
     pub use crate::image::{LayerRef, Manifest, Sections};
-    pub use crate::machine::{Disk, DiskFile, DiskRole, FileStamp, Machine, QemuVersion};
+    pub use crate::machine::{
+        Disk, DiskFile, DiskRole, FileStamp, Hotplug, Machine, PluggedDevice, QemuVersion,
+    };
 }
 
 /// The memory in an image, page by page: an `Arc<Image>` is a [`PageSource`](pages::PageSource).

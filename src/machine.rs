@@ -3,6 +3,7 @@
 //! Plain data, stored in an image. [`guest`](crate::guest) records a running QEMU, and
 //! starts one from a record.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A virtual machine at the moment of its snapshot.
@@ -44,7 +45,7 @@ pub struct Machine {
 }
 
 /// Devices that were plugged in and out since QEMU started.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Hotplug {
     /// Devices that were plugged in, each behind the one that it is plugged into. Their
@@ -71,7 +72,7 @@ impl Hotplug {
 }
 
 /// A device that was plugged in.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct PluggedDevice {
     /// Its id; of a device without one its name in QEMU's object tree, such as `device[2]`.
@@ -95,7 +96,7 @@ impl PluggedDevice {
 /// To find its option in [`Machine::argv`]: [`node`](Disk::node) is the `node-name` of a
 /// `-blockdev` (or of a `-drive` that has one); without, [`device`](Disk::device) is
 /// the name of a `-drive`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Disk {
     /// QEMU's name of the block backend (`device` of `query-block`): the `id` of a
@@ -125,7 +126,7 @@ pub struct Disk {
 }
 
 /// The role of a disk in a snapshot.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskRole {
     /// Frozen at the moment and part of the snapshot.
@@ -141,7 +142,7 @@ pub enum DiskRole {
 }
 
 /// A file of a disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskFile {
     /// QEMU's name of the format node over it; starts with `#` when QEMU made it up.
     pub node: String,
@@ -156,7 +157,7 @@ pub struct DiskFile {
 
 /// What an unchanged file is recognised by; `guest/disks/stamp.rs` and docs/format.md
 /// tell how it is computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FileStamp {
     /// Length in bytes.
     pub len: u64,

@@ -6,13 +6,14 @@ use std::path::Path;
 
 use memmap2::Mmap;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::BenchError;
 use crate::page::PAGE_SIZE;
 
 /// Whether the files that a run reads are in the page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
     /// They have just been read.

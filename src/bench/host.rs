@@ -6,13 +6,14 @@ use std::time::Duration;
 use memmap2::MmapMut;
 use nix::time::ClockId;
 use nix::unistd::Pid;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::host::procfs::{MemInfo, cpu_model};
 use crate::page::PAGE_SIZE;
 
 /// The machine on which runs were measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Host {
     /// The processor's name, from /proc/cpuinfo.
     pub cpu: String,

@@ -20,6 +20,7 @@ pub mod tables;
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 pub use cache::Cache;
@@ -34,8 +35,8 @@ use self::runs::{How, bring_back};
 use self::setup::Setup;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
-use crate::guest::NewPort;
 use crate::kind::{Details, ErrorKind};
+use crate::guest::NewPort;
 use crate::image::{Image, ImageError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
@@ -89,7 +90,7 @@ impl BenchOptions {
 }
 
 /// A way that is not measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Skipped {
     /// The way.
     pub way: Method,
@@ -98,7 +99,7 @@ pub struct Skipped {
 }
 
 /// What happens during a bench.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum BenchEvent {

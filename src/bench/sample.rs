@@ -1,6 +1,7 @@
 //! What one run has shown, and the quantities that are compared.
 
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer};
 
 use super::Cache;
@@ -62,6 +63,16 @@ impl Method {
     }
 }
 
+impl JsonSchema for Method {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Method".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        String::json_schema(generator)
+    }
+}
+
 impl Serialize for Method {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())
@@ -69,7 +80,7 @@ impl Serialize for Method {
 }
 
 /// What one run has shown. Fields that don't apply, or could not be measured, are absent.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Sample {
     /// How the guest was brought back.
     pub way: Method,

@@ -1,9 +1,10 @@
 //! Medians and spreads.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// How values of one kind are spread.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, JsonSchema)]
 pub struct Spread {
     /// How many there are.
     pub n: usize,

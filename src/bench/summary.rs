@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::sample::COMPARED;
@@ -10,7 +11,7 @@ use super::stats::Spread;
 use super::{Cache, Host, METRICS, Method, Sample, Skipped};
 
 /// What was measured.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Subject {
     /// The image.
     pub image: String,
@@ -37,7 +38,7 @@ pub struct Subject {
 }
 
 /// The runs of one way with one state of the page cache.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct WaySummary {
     /// The way.
     pub way: Method,
@@ -51,7 +52,7 @@ pub struct WaySummary {
 }
 
 /// How many times a peer takes as long as one of snapback's ways.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Ratio {
     /// snapback's way.
     pub way: Method,
@@ -67,7 +68,7 @@ pub struct Ratio {
 }
 
 /// The result of a bench.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Summary {
     /// What was measured.
     pub subject: Subject,

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, builder::RangedU64ValueParser};
 use regex::bytes::{Regex, RegexBuilder};
-use serde_json::Value;
 
+use super::events::CommandEvent;
 use super::failure::Failure;
 use super::host::parse_port_pair;
 use super::output::{Output, print_line, size};
@@ -95,7 +95,7 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
     };
     let summary = crate::bench::bench(&options, cancellation()?, tell).await?;
     match args.json {
-        true => output.print_json(&with_name(&summary)),
+        true => output.print_json(&CommandEvent::Summary(Box::new(summary.clone()))),
         false => print_summary(&summary),
     }
     if let Some(path) = &args.report {
@@ -117,13 +117,6 @@ fn check_report(path: &std::path::Path) -> Result<(), Failure> {
             Err(Failure::said(ErrorKind::OptionsInvalid, message))
         }
     }
-}
-
-/// The summary as an event.
-fn with_name(summary: &Summary) -> Value {
-    let mut value = serde_json::to_value(summary).unwrap_or_default();
-    value["event"] = "summary".into();
-    value
 }
 
 fn say(output: &Output, event: &BenchEvent, runs: u32) {

@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
-use serde_json::json;
-
+use super::events::CommandEvent;
 use super::failure::Failure;
 use super::output::{Output, print_line};
 use super::save::GuestArgs;
 use crate::save::check;
+use clap::Args;
 
 #[derive(Args)]
 pub(super) struct CheckArgs {
@@ -38,9 +37,7 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
         };
         if args.json {
             let (item, warning) = (item.name, item.warning);
-            output.print_json(&json!({
-                "event": "check", "item": item, "ok": ok, "warning": warning, "says": says,
-            }));
+            output.print_json(&CommandEvent::Check { item, ok, warning, says });
         } else {
             let mark = match (ok, item.warning) {
                 (false, _) => "NO",

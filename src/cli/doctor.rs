@@ -1,8 +1,8 @@
 //! `snapback doctor`: what this host and its QEMUs can do.
 
 use clap::Args;
-use serde_json::{Value, json};
 
+use super::events::CommandEvent;
 use super::failure::Failure;
 use super::output::{Output, print_line};
 use crate::doctor::{Diagnosis, Item, Reverts, State, examine};
@@ -28,22 +28,20 @@ pub(super) async fn run(args: DoctorArgs) -> Result<(), Failure> {
         examined.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
     for item in &items {
         match args.json {
-            true => output.print_json(&event(item)),
+            true => output.print_json(&CommandEvent::Doctor(Box::new(item.clone()))),
             false => row(item).iter().for_each(|line| print_line(line)),
         }
     }
     if args.json {
-        output.print_json(&json!({ "event": "diagnosis", "save": save, "revert": revert }));
+        output.print_json(&CommandEvent::Diagnosis { save, revert });
     }
     let reverts = match revert {
         Reverts::Instant => "guests are reverted at once",
         Reverts::Mapped => "guests are reverted at once from flat images, else eagerly",
         Reverts::Eager => "guests are reverted eagerly, all memory first",
         _ => {
-            return Err(Failure::said(
-                ErrorKind::HostUnsupported,
-                "no QEMU was found that could revert a guest".into(),
-            ));
+            let message = "no QEMU was found that could revert a guest".into();
+            return Err(Failure::said(ErrorKind::HostUnsupported, message));
         }
     };
     match save {
@@ -53,17 +51,11 @@ pub(super) async fn run(args: DoctorArgs) -> Result<(), Failure> {
             }
             Ok(())
         }
-        false => Err(Failure::said(
-            ErrorKind::HostUnsupported,
-            format!("no guest can be saved here by this user; {reverts}"),
-        )),
+        false => {
+            let message = format!("no guest can be saved here by this user; {reverts}");
+            Err(Failure::said(ErrorKind::HostUnsupported, message))
+        }
     }
-}
-
-fn event(item: &Item) -> Value {
-    let mut event = serde_json::to_value(item).unwrap_or_default();
-    event["event"] = "doctor".into();
-    event
 }
 
 /// The lines of an item.

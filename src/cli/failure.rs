@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::flags::with_flags;
@@ -21,7 +22,7 @@ pub(super) struct Failure {
 }
 
 /// A failure as an event.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename = "error")]
 pub(super) struct ErrorEvent {
     /// The kind of error, by [`ErrorKind::code`].
@@ -94,10 +95,10 @@ impl Failure {
             | NotQemu
             | OptionsInvalid
             | ParentMissing
+            | PortInUse
             | QemuTooOld
             | QemuUnreachable
             | SaveUnfinished
-            | PortInUse
             | SocketInUse
             | TapInUse
             | UserfaultfdUnavailable

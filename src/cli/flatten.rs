@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use serde_json::json;
 
 use super::cancellation;
+use super::events::CommandEvent;
 use super::failure::Failure;
 use super::output::{Output, size};
 use super::writing::{WriteArgs, WriteImageArgs};
@@ -61,13 +61,12 @@ pub(super) async fn flatten(args: FlattenArgs) -> Result<(), Failure> {
     let done = work.await;
     let saved = done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
     let bytes = |pages: u64| pages * PAGE_SIZE as u64;
-    let event = json!({
-        "event": "flattened",
-        "identity": saved.identity.to_string(),
-        "pages": saved.data_pages,
-        "zero_pages": saved.zero_pages,
-        "image_bytes": saved.image_bytes,
-    });
+    let event = CommandEvent::Flattened {
+        identity: saved.identity.to_string(),
+        pages: saved.data_pages,
+        zero_pages: saved.zero_pages,
+        image_bytes: saved.image_bytes,
+    };
     let (data, zeros) = (size(bytes(saved.data_pages)), size(bytes(saved.zero_pages)));
     let words = format!("{data} and {zeros} of zeros in {}", size(saved.image_bytes));
     output.done(&event, "flattened", &words);

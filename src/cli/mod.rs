@@ -5,6 +5,7 @@ mod check;
 mod detach;
 mod disks;
 mod doctor;
+mod events;
 mod exchange;
 mod failure;
 mod flags;
@@ -63,6 +64,8 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// Print the JSON Schema of what all commands print with --json
+    Schema,
     /// Tell what this host and its QEMUs can do, and what would make it more
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
@@ -363,6 +366,10 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Schema => (false, {
+            output::print_raw(&events::schema_text());
+            Ok(())
+        }),
         Command::Doctor(args) => (args.json, doctor::run(args).await),
         Command::Bench(args) => (args.json, bench::bench(args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {

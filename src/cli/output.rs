@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::events::{CommandEvent, VERSION};
 use super::failure::Failure;
 use super::flags::with_flags;
 use crate::page::PAGE_SIZE;
@@ -16,10 +17,6 @@ use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
 
 /// When the program began, from which the times of events count.
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-
-/// The version of events: it grows when a program that reads them would have to change. Fields
-/// and events that are added leave it as it is.
-const VERSION: u32 = 1;
 
 /// Milliseconds since the program began, to the microsecond.
 fn ms() -> f64 {
@@ -39,6 +36,12 @@ pub(super) fn print_failure(failure: &Failure, json: bool) {
 pub(super) fn print_line(line: &str) {
     let mut stdout = std::io::stdout().lock();
     let _ = writeln!(stdout, "{}", with_flags(line)).and_then(|()| stdout.flush());
+}
+
+/// Prints text as it is.
+pub(super) fn print_raw(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }
 
 /// Prints events as they happen.
@@ -94,7 +97,7 @@ impl Output {
     }
 
     /// Reports the end of a command: as an event, or in words.
-    pub fn done(&self, event: &Value, what: &str, details: &str) {
+    pub fn done(&self, event: &CommandEvent, what: &str, details: &str) {
         self.bar.finish_and_clear();
         match self.json {
             true => self.print_json(event),
@@ -211,7 +214,7 @@ impl Output {
     pub fn proved(&self, after: Duration) {
         let ms = after.as_secs_f64() * 1e3;
         match self.json {
-            true => self.print_json(&json!({ "event": "proved", "running_ms": ms })),
+            true => self.print_json(&CommandEvent::Proved { running_ms: ms }),
             false => self.say("proved", &format!("its guest ran again after {ms:.1} ms")),
         }
     }
@@ -236,9 +239,8 @@ impl Output {
             }
         };
         if self.json {
-            return self.print_json(&json!({
-                "event": "recovered", "outcome": outcome, "says": says, "disks": disks,
-            }));
+            let disks = disks.to_vec();
+            return self.print_json(&CommandEvent::Recovered { outcome, says, disks });
         }
         self.say("recovered", &format!("{outcome}: {says}"));
         self.switched(disks);
@@ -312,9 +314,8 @@ impl Output {
     /// The server went into the background.
     pub fn detached(&self, server: u32, log: &std::path::Path) {
         if self.json {
-            let log = log.display().to_string();
-            return self
-                .print_json(&json!({ "event": "detached", "server_pid": server, "log": log }));
+            let log = log.to_owned();
+            return self.print_json(&CommandEvent::Detached { server_pid: server, log });
         }
         self.say("detached", &format!("process {server} fills its memory; log: {}", log.display()));
     }
@@ -358,6 +359,8 @@ pub(super) fn size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

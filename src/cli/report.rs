@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use serde_json::json;
-
+use super::events::{CommandEvent, Info, InfoBlock, Layer, Range};
 use super::failure::Failure;
 use super::output::{Output, print_line, size};
 use crate::image::journeys::{self, VerifyOptions};
@@ -12,7 +11,7 @@ use crate::image::{Damage, DamagedRange, Image, ImageError, LayerRef, Overview, 
 use crate::kind::ErrorKind;
 use crate::machine::DiskRole;
 use crate::memory::{WorkingSet, working_set};
-use crate::page::PAGE_SIZE;
+use crate::page::{Block, PAGE_SIZE};
 
 /// Shows what an image holds.
 pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
@@ -24,44 +23,38 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
     let layout = if manifest.flat.is_empty() { "packed" } else { "flat" };
     let ratio = (data_bytes + zero_bytes) as f64 / file_len as f64;
     if output.is_json() {
-        let blocks: Vec<_> = manifest
-            .blocks
-            .iter()
-            .map(|b| json!({ "name": b.name, "bytes": b.len, "page_size": b.page_size }))
-            .collect();
-        let chain: Vec<_> = manifest
-            .layers
-            .iter()
-            .zip(&layers)
-            .map(|(layer, found)| layer_json(layer, found))
-            .collect();
-        output.print_json(&json!({
-            "event": "info",
-            "identity": manifest.identity.to_string(),
-            "created_by": manifest.created_by,
-            "moment_unix_us": manifest.moment_unix_us,
-            "pause_ms": manifest.pause_us.map(|us| us as f64 / 1e3),
-            "qemu": machine.qemu.to_string(),
-            "qemu_package": machine.qemu.package,
-            "binary": machine.binary,
-            "machine_type": machine.machine_type,
-            "running": machine.running,
-            "command_line": machine.argv,
-            "working_folder": machine.cwd,
-            "uncaptured_disks": machine.uncaptured_disks,
-            "disks": machine.disks,
-            "libvirt_xml": machine.libvirt_xml,
-            "hotplug": machine.hotplug,
-            "blocks": blocks,
-            "layout": layout,
-            "layers": chain,
-            "data_pages": manifest.data_pages,
-            "parent_pages": parent_pages,
-            "zero_pages": manifest.zero_pages,
-            "data_bytes": data_bytes,
-            "image_bytes": file_len,
-            "ratio": ratio,
-        }));
+        let block = |block: &Block| InfoBlock {
+            name: block.name.clone(),
+            bytes: block.len,
+            page_size: block.page_size,
+        };
+        let machine = machine.clone();
+        output.print_json(&CommandEvent::Info(Box::new(Info {
+            identity: manifest.identity.to_string(),
+            created_by: manifest.created_by.clone(),
+            moment_unix_us: manifest.moment_unix_us,
+            pause_ms: manifest.pause_us.map(|us| us as f64 / 1e3),
+            qemu: machine.qemu.to_string(),
+            qemu_package: machine.qemu.package,
+            binary: machine.binary,
+            machine_type: machine.machine_type,
+            running: machine.running,
+            command_line: machine.argv,
+            working_folder: machine.cwd,
+            uncaptured_disks: machine.uncaptured_disks,
+            disks: machine.disks,
+            hotplug: machine.hotplug,
+            libvirt_xml: machine.libvirt_xml,
+            blocks: manifest.blocks.iter().map(block).collect(),
+            layout,
+            layers: manifest.layers.iter().zip(&layers).map(layer_event).collect(),
+            data_pages: manifest.data_pages,
+            parent_pages,
+            zero_pages: manifest.zero_pages,
+            data_bytes,
+            image_bytes: file_len,
+            ratio,
+        })));
         return Ok(());
     }
     let line = |what: &str, value: &str| print_line(&format!("{what:<13}{value}"));
@@ -137,16 +130,16 @@ fn shell_words(argv: &[String]) -> String {
     shlex::try_join(argv.iter().map(String::as_str)).unwrap_or_else(|_| argv.join(" "))
 }
 
-fn layer_json(layer: &LayerRef, found: &Result<String, ImageError>) -> serde_json::Value {
-    json!({
-        "identity": layer.identity.to_string(),
-        "path": found.as_ref().ok(),
-        "problem": found.as_ref().err().map(|error| error.to_string()),
-        "relative": layer.relative,
-        "absolute": layer.absolute,
-        "file_bytes": layer.file_len,
-        "pages": layer.pages,
-    })
+fn layer_event((layer, found): (&LayerRef, &Result<String, ImageError>)) -> Layer {
+    Layer {
+        identity: layer.identity.to_string(),
+        path: found.as_ref().ok().cloned(),
+        problem: found.as_ref().err().map(|error| error.to_string()),
+        relative: layer.relative.clone(),
+        absolute: layer.absolute.clone(),
+        file_bytes: layer.file_len,
+        pages: layer.pages,
+    }
 }
 
 /// Shows an image's working set.
@@ -158,14 +151,13 @@ pub(super) fn working_set(path: &Path, output: &Output) -> Result<(), Failure> {
     let pages = set.pages.len() as u64;
     let share = pages as f64 / (manifest.data_pages + manifest.zero_pages).max(1) as f64;
     if output.is_json() {
-        output.print_json(&json!({
-            "event": "working_set",
-            "path": file.display().to_string(),
-            "identity": set.identity.to_string(),
-            "recorded_unix": set.recorded_unix,
-            "pages": pages,
-            "share": share,
-        }));
+        output.print_json(&CommandEvent::WorkingSet {
+            path: file,
+            identity: set.identity.to_string(),
+            recorded_unix: set.recorded_unix,
+            pages,
+            share,
+        });
         return Ok(());
     }
     let bytes = size(pages * PAGE_SIZE as u64);
@@ -185,13 +177,12 @@ pub(super) fn verify(path: &Path, chain: bool, output: &Output) -> Result<(), Fa
     if report.is_whole() {
         let checked = if chain { others } else { 0 };
         if output.is_json() {
-            output.print_json(&json!({
-                "event": "verified",
-                "pages": report.pages,
-                "chunks": report.chunks,
-                "parents": others,
-                "parents_checked": checked,
-            }));
+            output.print_json(&CommandEvent::Verified {
+                pages: report.pages,
+                chunks: report.chunks,
+                parents: others as u64,
+                parents_checked: checked as u64,
+            });
             return Ok(());
         }
         let parents = match (others, chain) {
@@ -209,7 +200,7 @@ pub(super) fn verify(path: &Path, chain: bool, output: &Output) -> Result<(), Fa
     }
     for damage in &report.damages {
         match output.is_json() {
-            true => output.print_json(&damage_json(damage)),
+            true => output.print_json(&damage_event(damage)),
             false => print_damage(damage),
         }
     }
@@ -230,14 +221,17 @@ fn print_damage(damage: &Damage) {
     }
 }
 
-fn damage_json(damage: &Damage) -> serde_json::Value {
-    let range = |range: &DamagedRange| json!({ "block": range.block, "offset": range.offset, "bytes": range.len });
-    json!({
-        "event": "damaged",
-        "what": damage.error.to_string(),
-        "ranges": damage.ranges.iter().map(range).collect::<Vec<_>>(),
-        "bytes": damage.bytes,
-    })
+fn damage_event(damage: &Damage) -> CommandEvent {
+    let range = |range: &DamagedRange| Range {
+        block: range.block.clone(),
+        offset: range.offset,
+        bytes: range.len,
+    };
+    CommandEvent::Damaged {
+        what: damage.error.to_string(),
+        ranges: damage.ranges.iter().map(range).collect(),
+        bytes: damage.bytes,
+    }
 }
 
 /// A time in microseconds since 1970, in UTC, by RFC 3339.

@@ -1,6 +1,6 @@
 //! The host: its kernel, the rights of this user, and what is left of its resources.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::process::{Command, Stdio};
 
@@ -8,18 +8,14 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::unistd::geteuid;
 
 use super::{Item, State};
-use crate::host::check_page_size;
 use crate::host::pidfd::Pidfd;
 use crate::host::procfs::MemInfo;
 use crate::host::rights::{Lack, tracing_lack, user_name, userfaultfd_lack};
 use crate::host::uffd::{self, DEVICE, Door};
+use crate::host::{check_page_size, huge_pages};
 
 /// Open files that a revert of a chain of images with some disks takes.
 const OPEN_FILES: u64 = 1024;
-
-/// Where the kernel says who gets transparent huge pages
-/// (`Documentation/admin-guide/mm/transhuge.rst`).
-const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// Asks for everything that needs no QEMU.
 pub(super) fn examine() -> Vec<Item> {
@@ -30,7 +26,7 @@ pub(super) fn examine() -> Vec<Item> {
         write_protection(),
         tracing(),
         kvm(),
-        huge_pages(),
+        transparent_huge_pages(),
         memory(),
         locked_memory(),
         open_files(),
@@ -136,23 +132,16 @@ fn kvm() -> Item {
     }
 }
 
-fn huge_pages() -> Item {
+fn transparent_huge_pages() -> Item {
     let name = "huge pages";
-    let Ok(text) = fs::read_to_string(HUGE_PAGES) else {
-        return Item::new(name, State::Degraded, "this kernel has no transparent huge pages");
-    };
-    // The mode in force stands in brackets.
-    let mode = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
-    match mode.map(|(mode, _)| mode) {
+    match huge_pages::mode().as_deref() {
+        None => Item::new(name, State::Degraded, "this kernel has no transparent huge pages"),
         Some("never") => {
             let says = "transparent ones are off (never): guests and saves are slower";
             let item = Item::new(name, State::Degraded, says);
-            item.remedied(format!("sh -c 'echo madvise >{HUGE_PAGES}'"))
+            item.remedied(format!("sh -c 'echo madvise >{}'", huge_pages::ENABLED))
         }
-        mode => {
-            let mode = mode.unwrap_or("unknown");
-            Item::new(name, State::Ok, format!("transparent ones in mode {mode}"))
-        }
+        Some(mode) => Item::new(name, State::Ok, format!("transparent ones in mode {mode}")),
     }
 }
 

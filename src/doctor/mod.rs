@@ -8,12 +8,13 @@ mod host;
 mod libvirt;
 mod qemu;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use qemu::QemuAbilities;
 
 /// How an item is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum State {
@@ -26,7 +27,7 @@ pub enum State {
 }
 
 /// One thing that was asked for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct Item {
     /// What it is, such as `userfaultfd` or `qemu`.
@@ -55,7 +56,9 @@ impl Item {
 }
 
 /// How a guest can be brought back at best.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Reverts {

@@ -156,7 +156,9 @@ impl ExchangeError {
             Image(error) => error.kind(),
             Vm(error) => error.kind(),
             Stream { error, .. } => match error.kind() {
-                ErrorKind::QemuProtocol => ErrorKind::InputInvalid,
+                ErrorKind::QemuProtocol | ErrorKind::QemuEnded | ErrorKind::GuestUnsupported => {
+                    ErrorKind::InputInvalid
+                }
                 kind => kind,
             },
             Memory { .. } => ErrorKind::ImageDamaged,

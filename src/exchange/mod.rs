@@ -22,6 +22,7 @@ mod stream;
 
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 pub use command::words;
@@ -39,7 +40,7 @@ use crate::cancel::Cancellation;
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// Events of an export or import, in the order in which they come.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[non_exhaustive]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum ExchangeEvent {

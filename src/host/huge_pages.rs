@@ -17,6 +17,17 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 /// The kernel's settings of huge pages.
 const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
 
+/// The setting that says who gets transparent huge pages
+/// (`Documentation/admin-guide/mm/transhuge.rst`).
+pub const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+/// What [`ENABLED`] is set to, such as `madvise`; none where the kernel has no huge pages of
+/// this kind.
+pub fn mode() -> Option<String> {
+    let setting = fs::read_to_string(ENABLED).ok()?;
+    Some(marked(&setting).unwrap_or("unknown").to_owned())
+}
+
 /// Small pages in a huge page.
 const SMALL_PAGES: u16 = (HUGE_PAGE / PAGE_SIZE as u64) as u16;
 
@@ -69,9 +80,14 @@ impl HugePagePolicy {
 }
 
 /// The setting that is marked in a line like `always [madvise] never`.
+fn marked(setting: &str) -> Option<&str> {
+    let (_, rest) = setting.split_once('[')?;
+    Some(rest.split_once(']')?.0)
+}
+
+/// Which memory a setting wants in huge pages.
 fn wanted(setting: &str) -> Wanted {
-    let marked = setting.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
-    match marked.map(|(marked, _)| marked) {
+    match marked(setting) {
         Some("always" | "within_size" | "force") => Wanted::Always,
         Some("madvise" | "advise") => Wanted::Advised,
         _ => Wanted::Never,

@@ -84,7 +84,6 @@ impl UffdError {
         Details::new(&self.to_string(), None::<PathBuf>, None)
     }
 }
-
 /// The device that gives userfaultfds.
 pub const DEVICE: &str = "/dev/userfaultfd";
 

@@ -247,7 +247,7 @@ impl PostcopyError {
             Memory(error) => kind_of_memory(error),
             Wire(error) => error.kind(),
             Read { source, .. } => source.kind(),
-            Opening(_) | Stream(_) | HungUp => ErrorKind::QemuEnded,
+            Opening(_) | HungUp | Stream(_) => ErrorKind::QemuEnded,
             Adopt(error) => error.kind(),
             Unproven(_) => ErrorKind::UserfaultfdUnavailable,
             Refused(_) => ErrorKind::QemuFailed,

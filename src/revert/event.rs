@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +11,7 @@ use super::options::Placement;
 
 /// What happens during a revert, in this order but for `StillNeeded`. A server that takes over
 /// from another begins with `TakenOver`; `Placing` may come again then.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum RevertEvent {
@@ -97,7 +98,7 @@ pub enum RevertEvent {
 }
 
 /// How far a revert has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Progress {
     /// Pages of 4096 bytes that are in place.
     pub pages: u64,

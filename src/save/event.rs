@@ -1,11 +1,12 @@
 //! What a save tells while it goes on.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::machine::{Disk, DiskRole};
 
 /// What happens during a save, in this order except for `Draining`, `Note` and `Committed`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[non_exhaustive]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
@@ -104,7 +105,7 @@ pub enum SaveEvent {
 }
 
 /// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, JsonSchema)]
 #[non_exhaustive]
 pub struct PauseParts {
     /// From our command to stop until QEMU has stopped the guest and flushed its disks.
@@ -124,7 +125,7 @@ pub struct PauseParts {
 /// **From now on the guest has to be started from the overlay.** Started from the frozen file
 /// again, it loses everything that it has written since the moment, and its next write
 /// destroys the snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[non_exhaustive]
 pub struct SwitchedDisk {
     /// The disk, as [`Disk::describe`] calls it.

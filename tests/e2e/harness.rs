@@ -7,6 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -276,7 +277,7 @@ impl Running {
             }
         };
         let event = match self.json {
-            true => serde_json::from_str(&line).map_err(|e| format!("{e} in `{line}`"))?,
+            true => event(&line)?,
             false => Value::Null,
         };
         self.said.push(line);
@@ -373,8 +374,23 @@ const FAILED: &[&str] = &[
     "qemu_protocol",
     "qemu_refused",
     "qemu_timeout",
+    "server_lost",
     "still_frozen",
 ];
+
+/// A line of `--json`, which has to be as docs/events.schema.json says.
+fn event(line: &str) -> Result<Value> {
+    static SCHEMA: LazyLock<jsonschema::Validator> = LazyLock::new(|| {
+        let schema = include_str!("../../docs/events.schema.json");
+        jsonschema::validator_for(&serde_json::from_str(schema).unwrap()).unwrap()
+    });
+    let event: Value = serde_json::from_str(line).map_err(|e| format!("{e} in `{line}`"))?;
+    let wrong: Vec<_> = SCHEMA.iter_errors(&event).map(|error| error.to_string()).collect();
+    match wrong.is_empty() {
+        true => Ok(event),
+        false => Err(format!("{wrong:?} in `{line}`").into()),
+    }
+}
 
 /// A command that has ended.
 #[derive(Debug)]
@@ -394,10 +410,11 @@ impl Ended {
         found.ok_or_else(|| format!("no event `{name}` in {:?}", self.said).into())
     }
 
-    /// The names of its events, without those that have no fixed place among them.
+    /// The names of its events, without those that have no fixed place among them or come with
+    /// some transports only.
     pub fn steps(&self) -> Vec<&str> {
         let names = self.events.iter().filter_map(|event| event["event"].as_str());
-        names.filter(|name| !["progress", "placing"].contains(name)).collect()
+        names.filter(|name| !["progress", "placing", "collapsed"].contains(name)).collect()
     }
 
     /// What it said of its failure: the exit code of its kind, the same in its events and on

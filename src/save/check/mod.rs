@@ -24,6 +24,13 @@ use crate::qmp::{Qmp, QmpError};
 /// How long QEMU may take to greet us.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often a machine is looked at that a revert would refuse, before it is saved with a
+/// warning.
+const LOOKS: u32 = 10;
+
+/// The time between two of these looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// From this version on `background-snapshot` leaves a paused guest paused; before,
 /// it starts it (seen on 7.2).
 const KEEPS_PAUSED: (u32, u32) = (9, 0);
@@ -82,11 +89,22 @@ async fn try_settings(qmp: &Qmp, background: bool) -> Result<(), SaveError> {
 
 /// Runs all checks except QEMU's own, which it makes when `background-snapshot` is set.
 pub(super) async fn ensure(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, SaveError> {
-    let (items, checked) = look(qmp, options).await;
-    match items.into_iter().find_map(|item| item.outcome.err()) {
-        Some(error) => Err(error),
+    let mut left = LOOKS;
+    loop {
+        let (items, checked) = look(qmp, options).await;
+        if let Some(error) = items.into_iter().find_map(|item| item.outcome.err()) {
+            return Err(error);
+        }
         // There is a result whenever nothing has failed.
-        None => checked.ok_or(SaveError::Check(CheckError::Unseen)),
+        let checked = checked.ok_or(SaveError::Check(CheckError::Unseen))?;
+        left -= 1;
+        // A device that is being removed leaves the machine a moment before its disk does:
+        // saved in between, the disk would have no device in the record.
+        let settled = checked.irrevertible.is_none() || !checked.machine.hotplug.missing.is_empty();
+        if settled || left == 0 {
+            return Ok(checked);
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
