@@ -114,6 +114,8 @@ kinds! {
     QemuUnreachable = "qemu_unreachable",
     /// A save that was killed has to be cleaned up first.
     SaveUnfinished = "save_unfinished",
+    /// The page server of a guest died, and no other can go on in its place.
+    ServerLost = "server_lost",
     /// A living process listens on a socket that the guest would use.
     SocketInUse = "socket_in_use",
     /// The image is whole, but the guest's file systems may still be frozen.

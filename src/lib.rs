@@ -53,6 +53,7 @@
 //! |---|---|
 //! | [`save()`], [`check()`], [`recover()`] | saves a guest, asks whether that would work, cleans up behind a save that was killed |
 //! | [`revert()`], [`serve()`], [`harvest()`] | brings a guest back, in a QEMU of ours or of others, or to learn its working set |
+//! | [`take_over()`] | goes on with a guest whose server was killed, started by its keeper |
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
@@ -73,8 +74,8 @@ macro_rules! rooms {
 }
 
 rooms! {
-    bench cancel exchange guest host identity image kind machine memory page qmp revert save
-    transport wire
+    bench cancel exchange guest host identity image keeper kind machine memory page qmp revert
+    save transport wire
 }
 
 #[doc(hidden)]
@@ -93,11 +94,12 @@ pub use image::{
     Compression, Damage, DamagedRange, Image, ImageError, Layout, Overview, Saved, VerifyReport,
     inspect,
 };
+pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
 pub use memory::WorkingSet;
 pub use revert::{
     Delivery, Outcome, Placement, Progress, RevertError, RevertEvent, RevertOptions, Reverted, Rtc,
-    ServeOptions, Target, harvest, revert, serve, session,
+    ServeOptions, Target, harvest, revert, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,

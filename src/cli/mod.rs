@@ -11,6 +11,7 @@ mod failure;
 mod flags;
 mod flatten;
 mod host;
+mod keeper;
 mod output;
 mod report;
 mod rtc;
@@ -69,6 +70,12 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
+    /// Serve a guest whose page server was killed
+    #[command(hide = true)]
+    Resume(keeper::ResumeArgs),
+    /// Hold what a page server needs, and start another when it is killed
+    #[command(hide = true)]
+    Keeper(keeper::KeeperArgs),
 }
 
 #[derive(Args)]
@@ -108,6 +115,9 @@ struct RevertArgs {
     /// private directory, which is named]
     #[arg(long, value_name = "FILE", requires = "detach")]
     log: Option<PathBuf>,
+    /// Start no process that serves the guest on should this one be killed
+    #[arg(long)]
+    no_keeper: bool,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -317,6 +327,11 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
+    let command = match cli.command {
+        // It is to be small: one thread, and no runtime.
+        Command::Keeper(args) => return keeper::run(args),
+        command => command,
+    };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = match runtime {
@@ -326,7 +341,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let code = runtime.block_on(run(cli.command));
+    let code = runtime.block_on(run(command));
     // A blocking call that is stuck, such as a read of a failed disk, must not keep the
     // program from ending.
     runtime.shutdown_background();
@@ -360,6 +375,8 @@ async fn run(command: Command) -> ExitCode {
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
         }
+        Command::Resume(args) => (args.json || args.serving_detached, keeper::resume(args).await),
+        Command::Keeper(args) => return keeper::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };
     match result {
@@ -386,6 +403,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
+    let keeper = (!args.no_keeper).then(|| keeper::successor(args.json, args.serving_detached));
     let mut delivery = args.delivery.delivery(args.place.into());
     if args.serving_detached {
         // Its events go to a log that grows for as long as it runs.
@@ -397,6 +415,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,
+        keeper,
         ..RevertOptions::new(args.image)
     };
     let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;

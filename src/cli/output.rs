@@ -274,6 +274,12 @@ impl Output {
                     ports.iter().map(|(old, new)| format!("; port {old} is {new}")).collect();
                 self.say("running", &format!("the guest runs{}", ports.concat()));
             }
+            RevertEvent::TakenOver { after_ms, restarts, .. } => self.say(
+                "taken over",
+                &format!(
+                    "from a page server that was killed {after_ms:.0} ms ago (restarts: {restarts})"
+                ),
+            ),
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
             }

@@ -32,7 +32,7 @@ pub use disks::overlay::OverlayOptions;
 pub use disks::qcow2::write_overlay;
 pub use disks::stamp::{stamp_files, write_out};
 pub use error::GuestError;
-pub use process::Process;
+pub use process::{Log, Process};
 pub use record::capture;
 pub use rights::userfaultfd_lack;
 pub use start::collisions::exclusive_paths;

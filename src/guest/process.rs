@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
@@ -144,9 +144,8 @@ impl Process {
     }
 
     /// A descriptor of QEMU's process (pidfd_open(2)), readable once it has ended.
-    #[cfg(test)]
-    pub fn pidfd(&self) -> std::os::fd::BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.pidfd)
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 
     /// QEMU's exit status, or `None` while it runs.
@@ -171,6 +170,12 @@ impl Process {
     /// holds no output of the guest, which a rewritten command line directs elsewhere.
     pub fn log_tail(&self) -> String {
         self.log.tail()
+    }
+
+    /// The file that its output goes to, for a process that may have to take over
+    /// ([`Log::of`]).
+    pub fn output(&self) -> BorrowedFd<'_> {
+        self.log.file.as_fd()
     }
 
     /// Keeps the overlays of its disks when QEMU ends, since a guest has written to them.
@@ -285,7 +290,7 @@ fn remove_stale_socket(path: &Path) {
 /// QEMU's output, in a memfd of bounded size: it needs no thread to drain it, and is freed
 /// with its last descriptor.
 #[derive(Debug)]
-struct Log {
+pub struct Log {
     file: File,
 }
 
@@ -299,7 +304,13 @@ impl Log {
         Ok(Log { file })
     }
 
-    fn tail(&self) -> String {
+    /// The output of a QEMU that another process has started ([`Process::output`]).
+    pub fn of(file: OwnedFd) -> Log {
+        Log { file: file.into() }
+    }
+
+    /// The last 4 KiB of it.
+    pub fn tail(&self) -> String {
         // QEMU writes through copies of our descriptor: the offset is shared.
         let end = (&self.file).stream_position().unwrap_or(0);
         let start = end.saturating_sub(LOG_TAIL);

@@ -8,6 +8,7 @@ pub mod pidfd;
 pub mod procfs;
 pub mod program;
 pub mod rights;
+pub mod shared_memory;
 pub mod uffd;
 
 pub use page_size::{PageSizeError, check_page_size};

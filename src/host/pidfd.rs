@@ -5,7 +5,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 /// A process. The descriptor is close-on-exec and becomes readable when the process ends.
@@ -23,6 +25,20 @@ impl Pidfd {
         new_descriptor(fd).map(Pidfd)
     }
 
+    /// Adopts a descriptor that pidfd_open(2) has made, as another process passes it on.
+    pub fn from_fd(fd: OwnedFd) -> Pidfd {
+        Pidfd(fd)
+    }
+
+    /// The number of the process; nothing once it has ended and been waited for
+    /// (/proc/self/fdinfo, proc_pid_fdinfo(5)).
+    pub fn pid(&self) -> Option<i32> {
+        let info = format!("/proc/self/fdinfo/{}", self.0.as_raw_fd());
+        let info = std::fs::read_to_string(info).ok()?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+        pid.trim().parse().ok().filter(|pid| *pid > 0)
+    }
+
     /// Copies one of the process's descriptors (pidfd_getfd(2)).
     ///
     /// # Errors
@@ -32,6 +48,13 @@ impl Pidfd {
         // SAFETY: pidfd_getfd(2) takes numbers only.
         let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), fd, 0) };
         new_descriptor(copy)
+    }
+
+    /// Waits until the process has ended; false if it still runs after `timeout`. The longest
+    /// wait is some 24 days (poll(2)).
+    pub fn wait_end(&self, timeout: Duration) -> bool {
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout).is_ok_and(|n| n > 0)
     }
 
     /// Sends SIGKILL (pidfd_send_signal(2)).

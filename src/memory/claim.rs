@@ -4,6 +4,9 @@
 //! written since would be overwritten. So a thread claims a page before it installs it, and
 //! only one thread gets the claim. There are two bits per host page (the unit that
 //! userfaultfd installs), in words that are changed atomically; no thread ever waits.
+//!
+//! The words may lie in memory that outlives this process. Another process that opens the map
+//! finds what its predecessor had claimed and not finished ([`ClaimMap::unfinished`]).
 
 use self::sync::{AtomicU64, Ordering};
 use crate::page::{Block, BlockId, Run};
@@ -16,45 +19,146 @@ mod sync {
     pub use std::sync::atomic::{AtomicU64, Ordering};
 }
 
+/// The words in which a map is kept: the process's own memory, or some that it shares.
+pub trait Words: Send + Sync {
+    /// The words; always the same ones.
+    fn words(&self) -> &[AtomicU64];
+}
+
+impl Words for Box<[AtomicU64]> {
+    fn words(&self) -> &[AtomicU64] {
+        self
+    }
+}
+
 /// The state of every page of a machine.
 pub struct ClaimMap {
+    words: Box<dyn Words>,
     blocks: Vec<BlockClaims>,
-    /// Target pages that are present.
-    present: AtomicU64,
     /// Target pages of the machine.
     total: u64,
 }
 
+/// Where a block's bits lie in the words of its map.
 struct BlockClaims {
     /// Target pages in the block.
     pages: u64,
     /// log2 of the target pages in one unit, which is one host page.
     unit_shift: u32,
-    /// One bit per unit: it is claimed or present.
-    claimed: Box<[AtomicU64]>,
-    /// One bit per unit: it is present. Never set before its bit in `claimed`.
-    present: Box<[AtomicU64]>,
+    /// The first of the words with one bit per unit: it is claimed or present.
+    claimed: usize,
+    /// The first of the words with one bit per unit: it is present. A bit is never set here
+    /// before its counterpart in `claimed`.
+    present: usize,
 }
 
 const BITS: u64 = u64::BITS as u64;
 
+/// The word that counts the target pages that are present.
+const PRESENT: usize = 0;
+
+/// The word that counts requests.
+const REQUESTS: usize = 1;
+
+/// The number of words ahead of those of the blocks.
+const COUNTERS: usize = 2;
+
 impl ClaimMap {
     /// A map in which every page of `blocks` is absent.
     pub fn new(blocks: &[Block]) -> ClaimMap {
-        let words = |units: u64| (0..units.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect();
+        let words: Box<[AtomicU64]> =
+            (0..ClaimMap::words_for(blocks)).map(|_| AtomicU64::new(0)).collect();
+        ClaimMap::over(blocks, Box::new(words))
+    }
+
+    /// The number of words that a map of these blocks takes.
+    pub fn words_for(blocks: &[Block]) -> usize {
+        COUNTERS + blocks.iter().map(|block| 2 * words_of(block)).sum::<usize>()
+    }
+
+    /// The map in these words: of a new machine where they are all zero, else the one that
+    /// another process has left. That process must have ended.
+    ///
+    /// # Panics
+    /// When there are fewer words than [`words_for`](ClaimMap::words_for) says.
+    pub fn over(blocks: &[Block], words: Box<dyn Words>) -> ClaimMap {
+        assert!(words.words().len() >= ClaimMap::words_for(blocks), "too few words for a map");
+        let mut next = COUNTERS;
         let claims = |block: &Block| {
-            let units = block.pages().div_ceil(block.pages_per_host_page());
+            let (claimed, count) = (next, words_of(block));
+            next += 2 * count;
             BlockClaims {
                 pages: block.pages(),
                 unit_shift: block.pages_per_host_page().trailing_zeros(),
-                claimed: words(units),
-                present: words(units),
+                claimed,
+                present: claimed + count,
             }
         };
-        ClaimMap {
-            blocks: blocks.iter().map(claims).collect(),
-            present: AtomicU64::new(0),
-            total: blocks.iter().map(Block::pages).sum(),
+        let blocks: Vec<BlockClaims> = blocks.iter().map(claims).collect();
+        let total = blocks.iter().map(|block| block.pages).sum();
+        let map = ClaimMap { words, blocks, total };
+        // Whoever ended may have done so between marking pages and counting them.
+        map.counter(PRESENT).store(map.count_present(), Ordering::Release);
+        map
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        &self.words.words()[index]
+    }
+
+    fn counter(&self, counter: usize) -> &AtomicU64 {
+        self.word(counter)
+    }
+
+    /// Counts one request for a page.
+    pub fn count_request(&self) {
+        self.counter(REQUESTS).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Requests for pages so far.
+    pub fn requests(&self) -> u64 {
+        self.counter(REQUESTS).load(Ordering::Relaxed)
+    }
+
+    /// Counts the target pages that are present by their bits.
+    fn count_present(&self) -> u64 {
+        let mut count = 0;
+        for (id, claims) in self.blocks.iter().enumerate() {
+            self.runs_where(
+                BlockId(id as u16),
+                |word| self.bits(claims.present, word),
+                |run| {
+                    count += run.count;
+                },
+            );
+        }
+        count
+    }
+
+    /// Calls `found` with each run of pages of the block that are claimed and not present.
+    /// Their owner installs them now; of an owner that has ended, nobody does.
+    pub fn unfinished(&self, block: BlockId, found: impl FnMut(Run)) {
+        let claims = &self.blocks[block.index()];
+        let unfinished = |word| self.bits(claims.claimed, word) & !self.bits(claims.present, word);
+        self.runs_where(block, unfinished, found);
+    }
+
+    fn bits(&self, first: usize, word: usize) -> u64 {
+        self.word(first + word).load(Ordering::Acquire)
+    }
+
+    /// Calls `found` with each run of pages whose bit is set in the words that `bits` gives.
+    fn runs_where(&self, block: BlockId, bits: impl Fn(usize) -> u64, mut found: impl FnMut(Run)) {
+        let claims = &self.blocks[block.index()];
+        let all = Run { block, first: 0, count: claims.pages };
+        for (word, mask) in claims.words(all) {
+            let mut left = bits(word) & mask;
+            while left != 0 {
+                let first = u64::from(left.trailing_zeros());
+                let count = u64::from((left >> first).trailing_ones());
+                left &= !mask_of(first, count);
+                found(claims.run(block, word as u64 * BITS + first, count));
+            }
         }
     }
 
@@ -65,29 +169,27 @@ impl ClaimMap {
 
     /// Target pages that are present.
     pub fn present(&self) -> u64 {
-        self.present.load(Ordering::Acquire)
+        self.counter(PRESENT).load(Ordering::Acquire)
     }
 
     /// Whether the host page that holds this target page is claimed or present.
     pub fn is_claimed(&self, block: BlockId, page: u64) -> bool {
         let claims = &self.blocks[block.index()];
-        claims.is_set(&claims.claimed, page)
+        self.is_set(claims, claims.claimed, page)
     }
 
     /// Whether every page of the block is claimed or present.
     pub fn all_claimed(&self, block: BlockId) -> bool {
         let claims = &self.blocks[block.index()];
         let all = Run { block, first: 0, count: claims.pages };
-        let taken = |(word, mask): (usize, u64)| {
-            claims.claimed[word].load(Ordering::Acquire) & mask == mask
-        };
+        let taken = |(word, mask): (usize, u64)| self.bits(claims.claimed, word) & mask == mask;
         claims.words(all).all(taken)
     }
 
     /// Whether the host page that holds this target page is present.
     pub fn is_present(&self, block: BlockId, page: u64) -> bool {
         let claims = &self.blocks[block.index()];
-        claims.is_set(&claims.present, page)
+        self.is_set(claims, claims.present, page)
     }
 
     /// Claims what is absent in `run` and calls `got` with each piece of it, in order. The
@@ -103,7 +205,7 @@ impl ClaimMap {
         let mut give = |run| got(run).inspect_err(|_| self.release(run));
         for (word, mask) in claims.words(run) {
             // Acquire/release: what the claim's owner does comes after the claim.
-            let old = claims.claimed[word].fetch_or(mask, Ordering::AcqRel);
+            let old = self.word(claims.claimed + word).fetch_or(mask, Ordering::AcqRel);
             let mut new = mask & !old;
             while new != 0 {
                 let first = u64::from(new.trailing_zeros());
@@ -117,7 +219,7 @@ impl ClaimMap {
                     Some(last) => {
                         if let Err(error) = give(last) {
                             let ungiven = mask_of(first, count) | new;
-                            claims.claimed[word].fetch_and(!ungiven, Ordering::AcqRel);
+                            self.word(claims.claimed + word).fetch_and(!ungiven, Ordering::AcqRel);
                             return Err(error);
                         }
                         Some(piece)
@@ -133,7 +235,7 @@ impl ClaimMap {
     pub fn release(&self, run: Run) {
         let claims = &self.blocks[run.block.index()];
         for (word, mask) in claims.words(run) {
-            let old = claims.claimed[word].fetch_and(!mask, Ordering::AcqRel);
+            let old = self.word(claims.claimed + word).fetch_and(!mask, Ordering::AcqRel);
             debug_assert_eq!(old & mask, mask, "pages were released that nobody had: {run}");
         }
     }
@@ -143,19 +245,25 @@ impl ClaimMap {
     pub fn mark_present(&self, run: Run) -> bool {
         let claims = &self.blocks[run.block.index()];
         for (word, mask) in claims.words(run) {
-            let old = claims.present[word].fetch_or(mask, Ordering::AcqRel);
+            let old = self.word(claims.present + word).fetch_or(mask, Ordering::AcqRel);
             debug_assert_eq!(old & mask, 0, "a page was installed twice: {run}");
         }
-        self.present.fetch_add(run.count, Ordering::AcqRel) + run.count == self.total
+        let before = self.counter(PRESENT).fetch_add(run.count, Ordering::AcqRel);
+        before + run.count == self.total
+    }
+
+    fn is_set(&self, claims: &BlockClaims, first: usize, page: u64) -> bool {
+        let unit = page >> claims.unit_shift;
+        self.bits(first, (unit / BITS) as usize) & (1 << (unit % BITS)) != 0
     }
 }
 
-impl BlockClaims {
-    fn is_set(&self, words: &[AtomicU64], page: u64) -> bool {
-        let unit = page >> self.unit_shift;
-        words[(unit / BITS) as usize].load(Ordering::Acquire) & (1 << (unit % BITS)) != 0
-    }
+/// The number of words with one bit for each host page of the block.
+fn words_of(block: &Block) -> usize {
+    block.pages().div_ceil(block.pages_per_host_page()).div_ceil(BITS) as usize
+}
 
+impl BlockClaims {
     /// The words that hold the run's units, each with the mask of the units in it.
     fn words(&self, run: Run) -> impl Iterator<Item = (usize, u64)> + use<> {
         debug_assert!(run.end() <= self.pages, "{run} is outside its block");

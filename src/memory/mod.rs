@@ -119,7 +119,6 @@ pub struct Memory {
     urgent: AtomicUsize,
     /// Prefetchers at work.
     filling: AtomicUsize,
-    requests: AtomicU64,
     demanded: AtomicU64,
     /// Signalled once, when the last page is in place.
     complete: (Mutex<bool>, Condvar),
@@ -129,14 +128,22 @@ impl Memory {
     /// The memory that `source` holds, none of it in place yet. Pages go by `transport`.
     pub fn new(source: Arc<dyn PageSource>, transport: Box<dyn Transport>) -> Memory {
         let claims = ClaimMap::new(source.blocks());
-        let complete = (Mutex::new(claims.total() == 0), Condvar::new());
+        Memory::claimed(source, transport, claims)
+    }
+
+    /// The memory that `source` holds, in place as `claims` says, which is a map of its blocks.
+    pub fn claimed(
+        source: Arc<dyn PageSource>,
+        transport: Box<dyn Transport>,
+        claims: ClaimMap,
+    ) -> Memory {
+        let complete = (Mutex::new(claims.present() == claims.total()), Condvar::new());
         Memory {
             source,
             transport,
             claims,
             urgent: AtomicUsize::new(0),
             filling: AtomicUsize::new(0),
-            requests: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
             complete,
         }
@@ -157,7 +164,7 @@ impl Memory {
         Counts {
             present: self.claims.present(),
             total: self.claims.total(),
-            requests: self.requests.load(Ordering::Relaxed),
+            requests: self.claims.requests(),
             demanded: self.demanded.load(Ordering::Relaxed),
         }
     }
@@ -165,6 +172,39 @@ impl Memory {
     /// Whether every page of this block is in place or being installed.
     pub fn is_settled(&self, block: BlockId) -> bool {
         self.claims.all_claimed(block)
+    }
+
+    /// The host pages that are claimed and not present. Asked before any thread brings memory,
+    /// they are those that a predecessor did not finish; nobody else takes them.
+    pub fn unfinished(&self) -> Vec<Run> {
+        let mut unfinished = Vec::new();
+        for (index, block) in self.blocks().iter().enumerate() {
+            let unit = block.pages_per_host_page();
+            self.claims.unfinished(BlockId(index as u16), |run| {
+                let firsts = (run.first..run.end()).step_by(unit as usize);
+                unfinished.extend(firsts.map(|first| Run {
+                    first,
+                    count: unit.min(block.pages() - first),
+                    ..run
+                }));
+            });
+        }
+        unfinished
+    }
+
+    /// Settles one of the host pages that were [`unfinished`](Memory::unfinished). One that has
+    /// not `arrived` is brought at once: the guest may wait for it, and nobody will ask again.
+    ///
+    /// # Errors
+    /// When the page can't be brought.
+    pub fn settle(self: &Arc<Memory>, page: Run, arrived: bool) -> Result<(), MemoryError> {
+        if arrived {
+            self.arrived(page);
+            return Ok(());
+        }
+        self.claims.release(page);
+        let mut pager = Pager::new(Arc::clone(self))?;
+        pager.serve(page.block, page.offset(), page.bytes(), Instant::now())
     }
 
     /// Waits until every page is in place, for `timeout` at most; says whether it is so.

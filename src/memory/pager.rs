@@ -126,7 +126,7 @@ impl Pager {
         heard: Instant,
     ) -> Result<(), MemoryError> {
         let memory = Arc::clone(&self.memory);
-        memory.requests.fetch_add(1, Ordering::Relaxed);
+        memory.claims.count_request();
         let _urgent = Urgent::new(&memory);
         let end = offset.checked_add(len).filter(|end| *end <= memory.block(block).len);
         let Some(end) = end.filter(|_| len > 0) else {

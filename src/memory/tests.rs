@@ -211,3 +211,43 @@ fn an_answers_time_counts_from_the_event_and_not_from_its_turn() {
     let answers = pager.into_report().timings;
     assert!(answers.len() == 1 && answers.max() >= waited.as_nanos() as u64, "{answers:?}");
 }
+
+/// Words that two maps share, as those of two processes do.
+#[derive(Clone)]
+struct SharedWords(Arc<Vec<AtomicU64>>);
+
+impl claim::Words for SharedWords {
+    fn words(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}
+
+#[test]
+fn a_successor_settles_what_was_claimed_and_not_finished() {
+    let blocks = [
+        Block { name: "pc.ram".into(), len: 200 << 12, page_size: 4096 },
+        Block { name: "huge".into(), len: 1024 << 12, page_size: 2 << 20 },
+    ];
+    let words = (0..ClaimMap::words_for(&blocks)).map(|_| AtomicU64::new(0)).collect();
+    let words = SharedWords(Arc::new(words));
+    let map = || ClaimMap::over(&blocks, Box::new(words.clone()));
+    let run = |block, first, count| Run { block: BlockId(block), first, count };
+    let first = map();
+    let claim = |run| first.claim(run, |_| Ok::<(), ()>(())).unwrap();
+    claim(run(0, 60, 70));
+    first.mark_present(run(0, 64, 10));
+    claim(run(1, 512, 512));
+    first.count_request();
+    drop(first);
+
+    let second = map();
+    assert_eq!((second.present(), second.requests()), (10, 1));
+    let mut unfinished = Vec::new();
+    for block in 0..2 {
+        second.unfinished(BlockId(block), |run| unfinished.push(run));
+    }
+    let expected = [run(0, 60, 4), run(0, 74, 54), run(0, 128, 2), run(1, 512, 512)];
+    assert_eq!(unfinished, expected);
+    second.release(run(0, 60, 4));
+    assert!(!second.is_claimed(BlockId(0), 60) && second.is_claimed(BlockId(0), 64));
+}

@@ -30,11 +30,20 @@ pub(super) struct Messages<R> {
     message: Vec<u8>,
     /// Where in `message` the current line starts.
     line_start: usize,
+    /// Whether the first line may lack its beginning.
+    continued: bool,
 }
 
 impl<R: AsyncRead + Unpin> Messages<R> {
     pub(super) fn new(stream: R) -> Self {
-        Messages { stream: BufReader::new(stream), message: Vec::new(), line_start: 0 }
+        let (message, line_start, continued) = (Vec::new(), 0, false);
+        Messages { stream: BufReader::new(stream), message, line_start, continued }
+    }
+
+    /// The messages of a stream of which somebody else has read a part: a first line that is
+    /// no message is dropped.
+    pub(super) fn continued(stream: R) -> Self {
+        Messages { continued: true, ..Messages::new(stream) }
     }
 
     /// The next message. Safe to cancel.
@@ -57,6 +66,9 @@ impl<R: AsyncRead + Unpin> Messages<R> {
                     .map_err(|source| ReadError::NotJson { source, start: self.start() });
                 self.message.clear();
                 self.line_start = 0;
+                if std::mem::take(&mut self.continued) && parsed.is_err() {
+                    continue;
+                }
                 return parsed;
             }
         }

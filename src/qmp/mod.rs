@@ -61,6 +61,7 @@ struct Connection {
     next_id: AtomicU64,
     reader: JoinHandle<()>,
     writer: JoinHandle<()>,
+    socket: OwnedFd,
 }
 
 impl Drop for Connection {
@@ -174,6 +175,7 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::connect`].
     pub async fn over(stream: UnixStream, timeout: Duration) -> Result<Qmp, QmpError> {
+        let socket = stream.as_fd().try_clone_to_owned().map_err(QmpError::Socket)?;
         let peer_pid = peer_pid(&stream);
         let (read_half, write_half) = stream.into_split();
         let mut messages = Messages::new(read_half);
@@ -188,17 +190,58 @@ impl Qmp {
             }
         };
 
+        let ends = (messages, write_half, socket);
+        let qmp = Qmp::start(ends, version, peer_pid, 1);
+        qmp.execute("qmp_capabilities", ()).await?;
+        Ok(qmp)
+    }
+
+    /// Goes on with a connection of a process that has ended. What it left unread is read and
+    /// dropped, with the rest of an answer that it had begun to read.
+    ///
+    /// # Errors
+    /// As for [`Qmp::execute`].
+    pub async fn take_over(stream: UnixStream) -> Result<Qmp, QmpError> {
+        let socket = stream.as_fd().try_clone_to_owned().map_err(QmpError::Socket)?;
+        let peer_pid = peer_pid(&stream);
+        let (read_half, write_half) = stream.into_split();
+        let messages = Messages::continued(read_half);
+        // Its answers may still come: none has one of our numbers.
+        let first_id = u64::from(std::process::id()) << 32;
+        let ends = (messages, write_half, socket);
+        let unknown = QemuVersion { major: 0, minor: 0, micro: 0, package: String::new() };
+        let mut qmp = Qmp::start(ends, unknown, peer_pid, first_id);
+        let version = qmp.execute("query-version", ()).await?;
+        let version = greeted(Ok(json!({ "QMP": { "version": version } })))?;
+        if let Some(connection) = Arc::get_mut(&mut qmp.connection) {
+            connection.version = version;
+        }
+        Ok(qmp)
+    }
+
+    /// Starts the tasks of a connection, whose first command has the number `next_id`.
+    fn start(
+        (messages, write_half, socket): (Messages<OwnedReadHalf>, OwnedWriteHalf, OwnedFd),
+        version: QemuVersion,
+        peer_pid: Option<i32>,
+        next_id: u64,
+    ) -> Qmp {
         let (events, _) = broadcast::channel(EVENT_QUEUE);
         let live = Live { waiting: HashMap::new(), events: Some(events) };
         let state = Arc::new(State { ending: Ending::default(), live: Mutex::new(live) });
         let (outgoing, queue) = mpsc::unbounded_channel();
         let reader = tokio::spawn(read_messages(messages, state.clone()));
         let writer = tokio::spawn(write_messages(write_half, queue, state.clone()));
+        let next_id = next_id.into();
         let connection =
-            Connection { version, peer_pid, outgoing, state, next_id: 1.into(), reader, writer };
-        let qmp = Qmp { connection: Arc::new(connection), timeout: DEFAULT_TIMEOUT };
-        qmp.execute("qmp_capabilities", ()).await?;
-        Ok(qmp)
+            Connection { version, peer_pid, outgoing, state, next_id, reader, writer, socket };
+        Qmp { connection: Arc::new(connection), timeout: DEFAULT_TIMEOUT }
+    }
+
+    /// The socket, for a process that may have to go on with the connection
+    /// ([`Qmp::take_over`]).
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.connection.socket.as_fd()
     }
 
     /// The same connection with another limit to how long a command may take.

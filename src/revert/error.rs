@@ -214,6 +214,23 @@ pub enum PostcopyError {
     /// A thread could not be started.
     #[error("starting a thread failed: {0}")]
     Thread(std::io::Error),
+    /// The state that a server has left can't be used.
+    #[error("what the page server that died has left can't be used: {0}")]
+    Inherited(std::io::Error),
+    /// A server has died while it sent something that may be sent in parts.
+    #[error("the page server died while it sent a huge page by QEMU's socket: nobody can go on")]
+    Torn,
+    /// Whether QEMU has taken in pages that a server had sent when it died can't be seen.
+    #[error(
+        "the page server died while it sent memory of block `{block}`, and whether QEMU has it \
+         can't be seen{why}"
+    )]
+    Unsettled {
+        /// The block's name.
+        block: String,
+        /// What stands in the way; empty or with a leading separator.
+        why: String,
+    },
     /// A thread of ours panicked.
     #[error(
         "the thread that was to {0} panicked: that is a bug of snapback, whose message is on \
@@ -235,6 +252,7 @@ impl PostcopyError {
             Unproven(_) => ErrorKind::UserfaultfdUnavailable,
             Refused(_) => ErrorKind::QemuFailed,
             Duplicate(error) | Thread(error) => ErrorKind::of_io(error),
+            Inherited(_) | Torn | Unsettled { .. } => ErrorKind::ServerLost,
             Panicked(_) => ErrorKind::Internal,
         }
     }

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::options::Placement;
 
-/// What happens during a revert, in this order but for `StillNeeded`.
+/// What happens during a revert, in this order but for `StillNeeded`. A server that takes over
+/// from another begins with `TakenOver`; `Placing` may come again then.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -54,6 +55,15 @@ pub enum RevertEvent {
         /// [`RewriteOptions::ports`]: crate::RewriteOptions::ports
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "ports")]
         ports: BTreeMap<u16, u16>,
+    },
+    /// The process that served the guest has died, and this one has taken its place.
+    TakenOver {
+        /// By what: `keeper`.
+        by: String,
+        /// How long the guest was not served, in milliseconds.
+        after_ms: f64,
+        /// How many servers have followed the first.
+        restarts: u64,
     },
     /// How far memory has come.
     Progress(Progress),

@@ -10,6 +10,7 @@ mod error;
 mod event;
 mod harvest;
 mod journey;
+mod kept;
 mod mapping;
 mod options;
 mod outcome;
@@ -19,6 +20,7 @@ mod rtc;
 mod serve;
 pub mod session;
 mod source;
+mod takeover;
 
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, RevertEvent};
@@ -30,5 +32,6 @@ pub use prove::prove;
 pub use rtc::Rtc;
 pub use serve::serve;
 pub use session::Held;
+pub use takeover::take_over;
 
 pub use crate::transport::proof::AttachError;

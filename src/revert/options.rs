@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rtc::Rtc;
 use crate::guest::RewriteOptions;
+use crate::keeper::Successor;
 
 /// How often progress is told, by default.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -33,6 +34,11 @@ pub struct RevertOptions {
     /// Check the whole image before anything of it is used. Memory that is mapped is
     /// checked in no other way.
     pub check: bool,
+    /// The program that is started to hold all that is needed to go on, and to serve the guest should this
+    /// process be killed between [`RevertEvent::Running`](super::RevertEvent::Running) and
+    /// [`RevertEvent::Resident`](super::RevertEvent::Resident). Without, the guest then waits
+    /// for ever.
+    pub keeper: Option<Successor>,
 }
 
 impl RevertOptions {
@@ -46,6 +52,7 @@ impl RevertOptions {
             standby: false,
             rtc: Rtc::default(),
             check: false,
+            keeper: None,
         }
     }
 }
@@ -95,7 +102,7 @@ pub enum Target {
 }
 
 /// How a guest's memory is brought.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Delivery {
     /// By which transport pages reach the guest.

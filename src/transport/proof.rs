@@ -175,6 +175,36 @@ impl Locator {
     }
 }
 
+/// Where a block may lie whose address has not been proven.
+pub struct Candidates {
+    pagemap: Pagemap,
+    /// First addresses.
+    starts: Vec<u64>,
+}
+
+impl Candidates {
+    /// Lists the registered mappings in which this block may lie.
+    ///
+    /// # Errors
+    /// When QEMU may not be looked into.
+    pub fn find(pid: i32, block: &Block) -> Result<Candidates, AttachError> {
+        let failed = |what| move |source| AttachError::Process { pid, what, source, lack: None };
+        let mappings = Mapping::all_of_in_detail(pid).map(registered);
+        let mappings = mappings.map_err(failed("the list of mappings"))?;
+        let pagemap = Pagemap::open(pid).map_err(failed("the page map"))?;
+        let ranges = ranges_of_len(&mappings, block.len).into_iter();
+        Ok(Candidates { pagemap, starts: ranges.map(|range| range.start).collect() })
+    }
+
+    /// Whether the page at this offset in the block is present; nothing where that differs
+    /// between the places in which the block may lie, or there are none.
+    pub fn is_present(&self, offset: u64) -> Option<bool> {
+        let mut all = self.starts.iter().map(|start| self.pagemap.is_present(start + offset));
+        let first = all.next()?;
+        all.all(|other| other == first).then_some(first)
+    }
+}
+
 /// The blocks whose ranges overlap another's.
 fn overlapping(blocks: &[Block], addresses: &[Option<u64>]) -> Vec<usize> {
     let range = |index: usize| addresses[index].map(|start| start..start + blocks[index].len);

@@ -59,6 +59,11 @@ impl<R: Read> Input<R> {
         Ok(())
     }
 
+    /// Where it reads from, which may be ahead of [`at`](Input::at).
+    pub fn inner_mut(&mut self) -> &mut R {
+        &mut self.inner
+    }
+
     /// Bytes taken so far.
     pub fn at(&self) -> u64 {
         self.at

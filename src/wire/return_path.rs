@@ -37,6 +37,16 @@ impl<R: Read> ReturnPath<R> {
         ReturnPath { input: Input::new(input) }
     }
 
+    /// Bytes of the messages that were read so far.
+    pub fn at(&self) -> u64 {
+        self.input.at()
+    }
+
+    /// Where the messages are read from, which may be ahead of [`at`](ReturnPath::at).
+    pub fn input_mut(&mut self) -> &mut R {
+        self.input.inner_mut()
+    }
+
     /// The next message, or `None` when the destination has closed the path.
     ///
     /// # Errors

@@ -374,6 +374,7 @@ const FAILED: &[&str] = &[
     "qemu_protocol",
     "qemu_refused",
     "qemu_timeout",
+    "server_lost",
     "still_frozen",
 ];
 

@@ -31,6 +31,7 @@ mod huge_pages;
 mod interrupts;
 mod journeys;
 mod killed;
+mod killed_reverts;
 mod libvirt;
 mod mapping;
 mod moments;

@@ -47,6 +47,15 @@ impl Image {
         Image::open_in(Box::new(FileStore::open(path.as_ref())?))
     }
 
+    /// Opens an image whose own file is open already, be it deleted by now. `path` is where it
+    /// was opened; the images that it refers to are looked for from there.
+    ///
+    /// # Errors
+    /// As for [`Image::open`].
+    pub fn open_file(file: File, path: impl AsRef<Path>) -> Result<Arc<Image>, ImageError> {
+        Image::open_in(Box::new(FileStore::of(file, path.as_ref())?))
+    }
+
     /// Opens the image that a store holds, as [`Image::open`] does.
     pub(in crate::image) fn open_in(store: Box<dyn Store>) -> Result<Arc<Image>, ImageError> {
         let own = Layer::open(store)?;

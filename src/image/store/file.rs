@@ -31,7 +31,15 @@ impl FileStore {
             .custom_flags(nix::libc::O_NONBLOCK)
             .open(path)
             .map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
+        FileStore::of(file, path)
+    }
+
+    /// A file that is open already; `path` is where it was opened.
+    ///
+    /// # Errors
+    /// As for [`FileStore::open`].
+    pub fn of(file: File, path: &Path) -> Result<FileStore, ImageError> {
+        let metadata = file.metadata().map_err(|error| ImageError::io("open", path, error))?;
         if !metadata.is_file() {
             return Err(ImageError::NotRegular(path.to_owned()));
         }

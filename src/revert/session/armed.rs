@@ -55,6 +55,7 @@ impl Armed {
             return Err(connection.fail(error).await);
         }
         connection.qemu.keep_overlays();
+        connection.note_running();
         let pid = connection.qemu.pid().filter(|_| connection.qemu.is_ours());
         let ports = connection.qemu.ports().clone();
         on_event(RevertEvent::Running { pid, ports });

@@ -1,6 +1,7 @@
 //! A session's QEMU and what brings its guest's memory: what the states from Launched on
 //! have in common.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,14 +14,17 @@ use super::lifecycle::{Lifecycle, Next, Told};
 use super::qemu::{Qemu, has_run, migrate_from};
 use crate::cancel::Cancellation;
 use crate::image::Image;
+use crate::keeper::{Keeper, Ledger};
+use crate::memory::FillOptions;
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::revert::collapse::Collapsing;
 use crate::revert::eager::EagerSource;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
+use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
-use crate::revert::source::{PostcopyEvent, PostcopyOptions, PostcopySource};
+use crate::revert::source::{Beginning, PostcopyEvent, PostcopyOptions, PostcopySource};
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
 /// comes only with the capability `events`.
@@ -40,6 +44,9 @@ pub(super) struct Connection {
     pub image: Arc<Image>,
     pub delivery: Delivery,
     pub cancel: Cancellation,
+    kept: Option<Kept>,
+    /// Told last that this session needs no successor.
+    pub keeper: Option<Keeper>,
 }
 
 /// What brings a guest's memory from here.
@@ -73,6 +80,22 @@ impl Connection {
             image,
             delivery,
             cancel,
+            kept: None,
+            keeper: None,
+        }
+    }
+
+    /// Has a keeper start a successor, should this process be killed while the guest needs it.
+    pub fn keep(&mut self, keeper: Keeper, kept: Kept) {
+        (self.keeper, self.kept) = (Some(keeper), Some(kept));
+    }
+
+    /// Notes that the guest runs: a successor can go on from here.
+    pub fn note_running(&mut self) {
+        match (&self.source, &self.kept) {
+            (Some(Source::Postcopy(_)), Some(kept)) => kept.ledger.set_running(),
+            // All its memory is there already.
+            _ => self.keeper = None,
         }
     }
 
@@ -86,6 +109,9 @@ impl Connection {
             return self.send(contents, socket);
         }
         let (ours, theirs) = socket_pair()?;
+        if let Some(kept) = &self.kept {
+            kept.hold_stream(ours.as_fd()).map_err(PostcopyError::Duplicate)?;
+        }
         let Some(qmp) = self.qemu.qmp().cloned() else { return self.send(contents, ours) };
         let capabilities = contents.capabilities();
         migrate_from(&qmp, capabilities, theirs, |capable| {
@@ -111,25 +137,45 @@ impl Connection {
                 self.reports.source = Some(reports);
             }
             Contents::Postcopy { device_state, fill, .. } => {
-                let options = PostcopyOptions {
-                    placement: self.delivery.placement,
-                    pid: self.qemu.pid(),
-                    fill,
-                    preload: self.lifecycle.preloads(),
-                    standby: self.lifecycle.is_held(),
-                    record: match (self.delivery.hold, self.delivery.working_set) {
-                        (Some(hold), _) => hold,
-                        (None, true) => RECORD_WINDOW,
-                        (None, false) => Duration::ZERO,
-                    },
-                };
-                let pages = Arc::new(Arc::clone(&self.image));
-                let (source, reports) =
-                    PostcopySource::start(device_state, pages, socket, options)?;
-                self.source = Some(Source::Postcopy(source));
-                self.reports.source = Some(reports);
+                self.start_source(Beginning::New(device_state), socket, fill)?;
             }
         }
+        Ok(())
+    }
+
+    /// Serves a guest that runs, in the place of a process that has died.
+    pub fn take_over(
+        &mut self,
+        socket: UnixStream,
+        userfaultfd: Option<OwnedFd>,
+        fill: FillOptions,
+    ) -> Result<(), PostcopyError> {
+        self.start_source(Beginning::TakenOver(userfaultfd), socket, fill)
+    }
+
+    fn start_source(
+        &mut self,
+        beginning: Beginning,
+        socket: UnixStream,
+        fill: FillOptions,
+    ) -> Result<(), PostcopyError> {
+        let options = PostcopyOptions {
+            placement: self.delivery.placement,
+            pid: self.qemu.pid(),
+            fill,
+            preload: self.lifecycle.preloads(),
+            standby: self.lifecycle.is_held(),
+            record: match (self.delivery.hold, self.delivery.working_set) {
+                (Some(hold), _) => hold,
+                (None, true) => RECORD_WINDOW,
+                (None, false) => Duration::ZERO,
+            },
+            kept: self.kept.clone(),
+        };
+        let pages = Arc::new(Arc::clone(&self.image));
+        let (source, reports) = PostcopySource::start(beginning, pages, socket, options)?;
+        self.source = Some(Source::Postcopy(source));
+        self.reports.source = Some(reports);
         Ok(())
     }
 
@@ -157,6 +203,14 @@ impl Connection {
             match next {
                 Next::Placing { placement, reason } => {
                     on_event(RevertEvent::Placing { placement, reason });
+                }
+                Next::TakenOver => {
+                    let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
+                    on_event(RevertEvent::TakenOver {
+                        by: "keeper".to_owned(),
+                        after_ms: ledger.map_or(0.0, Ledger::died_ms_ago),
+                        restarts: ledger.map_or(0, Ledger::restarts),
+                    });
                 }
                 Next::Continue => {
                     if let Some(qmp) = self.qemu.qmp() {

@@ -9,6 +9,7 @@ use super::qemu::{POSTCOPY, Qemu};
 use crate::guest::userfaultfd_lack;
 use crate::image::{Image, Sections};
 use crate::memory::FillOptions;
+use crate::page::Page;
 use crate::qmp::{Qmp, QmpError};
 use crate::revert::eager::EagerStream;
 use crate::revert::error::RevertError;
@@ -20,6 +21,18 @@ use crate::revert::source::DeviceState;
 
 /// Threads that prefetch, at most: more than this don't make any transport faster.
 const MAX_PREFETCH: usize = 4;
+
+/// How memory is filled.
+pub(super) fn fill_options(delivery: &Delivery, working_set: Vec<Page>) -> FillOptions {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    FillOptions {
+        threads: threads.min(MAX_PREFETCH),
+        working_set,
+        rate: delivery.fill_rate,
+        hold: delivery.hold,
+        delay: delivery.fill_delay,
+    }
+}
 
 /// What a guest is given.
 pub(super) enum Contents {
@@ -49,14 +62,8 @@ impl Contents {
         if !mapped.is_empty() {
             return Ok(Contents::Mapped(MappedStream::new(image, config, devices, mapped)?));
         }
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let fill = FillOptions {
-            threads: threads.min(MAX_PREFETCH),
-            working_set: recorded::recall(delivery, image).map(|set| set.pages).unwrap_or_default(),
-            rate: delivery.fill_rate,
-            hold: delivery.hold,
-            delay: delivery.fill_delay,
-        };
+        let working_set = recorded::recall(delivery, image).map(|set| set.pages);
+        let fill = fill_options(delivery, working_set.unwrap_or_default());
         let device_state = DeviceState::new(config, devices, &image.manifest().blocks);
         // What a guest asks for can only be seen where memory is served.
         let may_be_eager = delivery.placement == Placement::Auto && delivery.hold.is_none();

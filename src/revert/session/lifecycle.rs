@@ -51,6 +51,8 @@ pub(super) enum Next {
     Running,
     /// All memory is in place.
     Resident,
+    /// Tell that this process has taken the place of another.
+    TakenOver,
 }
 
 /// The state that a session is in, as far as this machine tells them apart.
@@ -74,6 +76,8 @@ pub(super) struct Lifecycle {
     loaded: bool,
     preloaded: bool,
     resumed: bool,
+    /// Whether this process has taken over, and that has not been told.
+    taken_over: bool,
     placing: Option<(Placement, String)>,
     placement: Placement,
     /// What was seen of faults that came from userfaultfd.
@@ -93,11 +97,18 @@ impl Lifecycle {
             loaded: false,
             preloaded: false,
             resumed: false,
+            taken_over: false,
             placing: None,
             placement: Placement::Socket,
             direct_faults: None,
             finished: None,
         }
+    }
+
+    /// A session whose guest runs, taken over from another process.
+    pub fn taken_over() -> Lifecycle {
+        let (stage, loaded, resumed) = (Stage::Running, true, true);
+        Lifecycle { stage, loaded, resumed, ..Lifecycle::new(Start::ByItself, false) }
     }
 
     /// The same for a guest whose memory QEMU maps.
@@ -127,6 +138,7 @@ impl Lifecycle {
                     self.placement = placement;
                     self.placing = Some((placement, reason));
                 }
+                PostcopyEvent::TakenOver => self.taken_over = true,
                 PostcopyEvent::Loaded => self.loaded = true,
                 PostcopyEvent::Preloaded => self.preloaded = true,
                 PostcopyEvent::Faults(report) => self.direct_faults = report,
@@ -153,6 +165,9 @@ impl Lifecycle {
 
     /// What follows from all that has been heard; nothing until more is.
     pub fn next(&mut self) -> Option<Next> {
+        if std::mem::take(&mut self.taken_over) {
+            return Some(Next::TakenOver);
+        }
         if let Some((placement, reason)) = self.placing.take() {
             return Some(Next::Placing { placement, reason });
         }

@@ -21,9 +21,11 @@
 // What QEMU and the postcopy source report is turned into the next state in one place:
 // `lifecycle`.
 
+mod adopted;
 mod armed;
 mod connection;
 mod contents;
+mod inherited;
 mod launched;
 mod lifecycle;
 mod planned;

@@ -12,8 +12,9 @@ use crate::cancel::Cancellation;
 use crate::guest::{Note, OverlayOptions, Process, RewriteOptions, StartPlan};
 use crate::host::check_page_size;
 use crate::image::{Image, verify_chain, verify_flat};
-use crate::revert::error::RevertError;
+use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::RevertEvent;
+use crate::revert::kept::Kept;
 use crate::revert::mapping;
 use crate::revert::options::RevertOptions;
 
@@ -71,7 +72,13 @@ impl Planned {
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
         let Planned { image, plan, start, options, cancel } = self;
-        let RevertOptions { delivery, standby, rtc, .. } = options;
+        let RevertOptions { delivery, standby, rtc, keeper, .. } = options;
+        // A guest whose memory is mapped needs nobody.
+        let keeper = keeper.filter(|_| plan.mapped.is_empty());
+        let keeper = keeper.and_then(|successor| {
+            let started = Kept::start(&successor, &image, &delivery);
+            started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
+        });
         // QEMU's start takes tens of milliseconds.
         let contents = Reading::start(&image, &delivery, rtc, &plan.mapped);
         let lifecycle = Lifecycle::new(start, standby);
@@ -87,8 +94,14 @@ impl Planned {
             }
         };
         on_event(RevertEvent::QemuReady { pid: process.pid() });
+        if let Some((_, kept)) = &keeper {
+            kept.hold_qemu(&process, &qmp).map_err(PostcopyError::Duplicate)?;
+        }
         let qemu = Qemu::ours(process, qmp, ports);
-        let connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        if let Some((keeper, kept)) = keeper {
+            connection.keep(keeper, kept);
+        }
         Ok(Launched { connection, contents, socket: None })
     }
 }

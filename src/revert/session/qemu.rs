@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use super::adopted::Adopted;
 use crate::guest::Process;
 use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::revert::error::RevertError;
@@ -39,6 +40,8 @@ pub(super) enum Qemu {
         /// Its process id, where it is known.
         pid: Option<i32>,
     },
+    /// One that a process has started which has died. It is ours now.
+    Adopted(Adopted),
 }
 
 impl Qemu {
@@ -53,7 +56,7 @@ impl Qemu {
         static NONE: BTreeMap<u16, u16> = BTreeMap::new();
         match self {
             Qemu::Ours { ports, .. } => ports,
-            Qemu::Theirs { .. } => &NONE,
+            Qemu::Theirs { .. } | Qemu::Adopted(_) => &NONE,
         }
     }
 
@@ -62,7 +65,16 @@ impl Qemu {
         match self {
             Qemu::Ours { qmp, .. } => Some(qmp),
             Qemu::Theirs { qmp, .. } => qmp.as_ref(),
+            Qemu::Adopted(_) => None,
         }
+    }
+
+    /// Its QMP at the end of the migration, when every QEMU answers: one whose guest waits for
+    /// memory may not. None where there is none, or it can't be had.
+    pub async fn last_qmp(&self) -> Option<Qmp> {
+        let Qemu::Adopted(qemu) = self else { return self.qmp().cloned() };
+        let reached = qemu.qmp().await;
+        reached.inspect_err(|error| tracing::warn!("QEMU's control socket: {error}")).ok()
     }
 
     /// Its process id, where it is known.
@@ -70,12 +82,13 @@ impl Qemu {
         match self {
             Qemu::Ours { process, .. } => Some(process.pid()),
             Qemu::Theirs { pid, .. } => *pid,
+            Qemu::Adopted(qemu) => qemu.pid(),
         }
     }
 
-    /// Whether we have started it.
+    /// Whether it ends with a session that fails.
     pub fn is_ours(&self) -> bool {
-        matches!(self, Qemu::Ours { .. })
+        !matches!(self, Qemu::Theirs { .. })
     }
 
     /// Keeps the overlays of its disks from now on: its guest writes to them.
@@ -90,13 +103,16 @@ impl Qemu {
         match self {
             Qemu::Ours { process, .. } => process.log_tail(),
             Qemu::Theirs { .. } => String::new(),
+            Qemu::Adopted(qemu) => qemu.words(),
         }
     }
 
     /// Ends it, if it is ours.
     pub async fn kill(&mut self) {
-        if let Qemu::Ours { process, .. } = self {
-            process.kill().await;
+        match self {
+            Qemu::Ours { process, .. } => process.kill().await,
+            Qemu::Adopted(qemu) => qemu.kill(),
+            Qemu::Theirs { .. } => {}
         }
     }
 

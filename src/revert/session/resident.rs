@@ -78,8 +78,16 @@ impl Resident {
     pub fn into_held(self) -> Option<Held> {
         match self.qemu {
             Qemu::Ours { process, qmp, .. } => Some(Held { process, qmp, outcome: self.outcome }),
-            Qemu::Theirs { .. } => None,
+            Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
         }
+    }
+
+    /// Lets a QEMU live on that was taken over from another process.
+    pub fn let_go(self) -> Outcome {
+        if let Qemu::Adopted(mut qemu) = self.qemu {
+            qemu.let_go();
+        }
+        self.outcome
     }
 }
 

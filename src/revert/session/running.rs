@@ -43,16 +43,18 @@ impl Running {
         }
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let Connection { qemu, lifecycle, image, delivery, cancel, .. } = connection;
+        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, .. } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
-        if let (Some(qmp), true) = (qemu.qmp(), placement.is_postcopy())
+        if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())
             // QEMU has confirmed that it has all of the guest, which depends on nobody
             // any more: whatever happens from here on, it stays.
-            && let Err(error) = finish_postcopy(qmp).await
+            && let Err(error) = finish_postcopy(&qmp).await
         {
             tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
         }
+        // It needs no successor from here on.
+        drop(keeper);
         on_event(outcome.resident());
         if placement.is_postcopy() {
             recorded::remember(&delivery, &image, &outcome);

@@ -17,6 +17,8 @@ pub(in crate::revert) enum PostcopyEvent {
         /// Why.
         reason: String,
     },
+    /// This source has taken the place of another, and faults are served again.
+    TakenOver,
     /// The device state is in; QEMU runs the guest next, unless it was told to wait.
     Loaded,
     /// The working set is in place.

@@ -11,6 +11,9 @@ mod event;
 mod pings;
 mod requests;
 mod sending;
+mod takeover;
+mod transports;
+mod unread;
 
 use std::net::Shutdown;
 use std::ops::Range;
@@ -21,10 +24,11 @@ use std::thread::JoinHandle;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 pub(super) use event::{LastWord, PostcopyEvent};
-pub(super) use sending::{DeviceState, PostcopyOptions};
+pub(super) use sending::{Beginning, DeviceState};
+pub(super) use transports::PostcopyOptions;
 
 use super::error::PostcopyError;
-use crate::memory::{Memory, Pace, Pager};
+use crate::memory::{ClaimMap, Memory, Pace, Pager};
 use crate::page::{Block, BlockId, PageSource};
 use crate::transport::{Route, SocketTransport};
 use crate::wire::ReturnPath;
@@ -32,6 +36,8 @@ use direct::SourceRoute;
 use pings::Pongs;
 use requests::Requests;
 use sending::Sending;
+use transports::Transports;
+use unread::Unread;
 
 /// A postcopy source at work. Dropping it ends it and waits for its threads.
 pub(super) struct PostcopySource {
@@ -51,14 +57,27 @@ impl PostcopySource {
     /// # Errors
     /// When the socket can't be shared or a thread can't be started.
     pub fn start(
-        device_state: DeviceState,
+        beginning: Beginning,
         pages: Arc<dyn PageSource>,
         socket: UnixStream,
         options: PostcopyOptions,
     ) -> Result<(PostcopySource, UnboundedReceiver<PostcopyEvent>), PostcopyError> {
         let share = || socket.try_clone().map_err(PostcopyError::Duplicate);
-        let route = Arc::new(Route::new(SocketTransport::new(share()?)));
-        let memory = Arc::new(Memory::new(pages, Box::new(Arc::clone(&route))));
+        let ledger = options.kept.as_ref().map(|kept| kept.ledger.clone());
+        let transport = SocketTransport::new(share()?);
+        let transport = match ledger.clone() {
+            Some(ledger) => transport.telling_of_large(move |under_way| ledger.set_torn(under_way)),
+            None => transport,
+        };
+        let route = Arc::new(Route::new(transport));
+        let transport = Box::new(Arc::clone(&route));
+        let memory = Arc::new(match &ledger {
+            Some(ledger) => {
+                let claims = ClaimMap::over(pages.blocks(), ledger.claim_words());
+                Memory::claimed(pages, transport, claims)
+            }
+            None => Memory::new(pages, transport),
+        });
         let pace = Arc::new(Pace::new(options.fill.rate));
         let (events, receiver) = unbounded_channel();
         let (pongs, heard) = mpsc::channel();
@@ -66,22 +85,29 @@ impl PostcopySource {
 
         let requests = Requests {
             server: Pager::new(Arc::clone(&memory))?.recording(options.record),
-            path: ReturnPath::new(share()?),
+            path: ReturnPath::new(Unread::new(share()?).map_err(PostcopyError::Duplicate)?),
+            ledger,
             memory: Arc::clone(&memory),
             events: events.clone(),
             pongs,
         };
         let standby = options.standby;
-        let sending = Sending {
-            device_state,
+        let pongs = match &beginning {
+            Beginning::New(_) => Pongs::new(heard),
+            Beginning::TakenOver(_) => Pongs::behind_loaded(heard),
+        };
+        let transports = Transports {
             options,
             route: Arc::clone(&route),
             memory: Arc::clone(&memory),
-            pace: Arc::clone(&pace),
-            pongs: Pongs::new(heard),
-            released,
+            pongs,
             events,
         };
+        let beginning = Some(beginning);
+        // No thread of ours has claimed anything yet.
+        let unfinished = memory.unfinished();
+        let pace_of = Arc::clone(&pace);
+        let sending = Sending { beginning, transports, pace: pace_of, unfinished, released };
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
             let thread = std::thread::Builder::new().name(name.into()).spawn(body);
             thread.map_err(PostcopyError::Thread)
@@ -194,7 +220,7 @@ mod tests {
         let placement = Placement::Socket;
         let options = PostcopyOptions { placement, fill, ..PostcopyOptions::default() };
         let (_source, mut told) =
-            PostcopySource::start(state, Arc::new(source), ours, options).unwrap();
+            PostcopySource::start(Beginning::New(state), Arc::new(source), ours, options).unwrap();
         let Some(PostcopyEvent::Failed(error)) = told.blocking_recv() else {
             panic!("nothing told")
         };
@@ -244,7 +270,7 @@ mod tests {
         let options =
             PostcopyOptions { placement: Placement::Socket, ..PostcopyOptions::default() };
         let (source, _events) =
-            PostcopySource::start(state, Arc::new(disk), ours, options).unwrap();
+            PostcopySource::start(Beginning::New(state), Arc::new(disk), ours, options).unwrap();
         // REQ_PAGES_ID: what follows is 16 bytes; offset, length, the block's name.
         theirs.write_all(&[0, 3, 0, 16]).unwrap();
         theirs.write_all(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 3, b'r', b'a', b'm']).unwrap();

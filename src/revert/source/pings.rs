@@ -11,6 +11,9 @@ pub(super) const LOADED: u32 = 3;
 /// The pages sent as probes have been installed.
 pub(super) const PROBED: u32 = 4;
 
+/// QEMU has taken in all that a server sent which has died. Its successors count on from here.
+pub(super) const TAKEN_OVER: u32 = 0x100;
+
 /// The answers as they come, handed on by the thread that reads the return path.
 pub(super) struct Pongs {
     heard: mpsc::Receiver<u32>,
@@ -20,6 +23,17 @@ pub(super) struct Pongs {
 impl Pongs {
     pub fn new(heard: mpsc::Receiver<u32>) -> Pongs {
         Pongs { heard, loaded: false }
+    }
+
+    /// Those of a QEMU that has loaded the device state.
+    pub fn behind_loaded(heard: mpsc::Receiver<u32>) -> Pongs {
+        Pongs { heard, loaded: true }
+    }
+
+    /// Waits until QEMU has taken in all that was sent ahead of this PING; false when the source
+    /// has ended.
+    pub fn taken_in(&mut self, value: u32) -> bool {
+        self.next(value)
     }
 
     /// Waits until the device state is in; false when the source has ended before.

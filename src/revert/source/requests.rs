@@ -1,7 +1,6 @@
 //! The thread that reads the return path and answers QEMU's requests for pages.
 
 use std::io::ErrorKind;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
@@ -9,6 +8,8 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::event::{LastWord, PostcopyEvent};
 use super::pings;
+use super::unread::Unread;
+use crate::keeper::Ledger;
 use crate::memory::{Memory, MemoryError, Pager};
 use crate::page::BlockId;
 use crate::revert::error::PostcopyError;
@@ -16,7 +17,9 @@ use crate::wire::{ReturnPath, ReturnPathMessage, WireError};
 
 pub(super) struct Requests {
     pub server: Pager,
-    pub path: ReturnPath<UnixStream>,
+    pub path: ReturnPath<Unread>,
+    /// Where what a successor needs is noted.
+    pub ledger: Option<Ledger>,
     pub memory: Arc<Memory>,
     pub events: UnboundedSender<PostcopyEvent>,
     pub pongs: mpsc::Sender<u32>,
@@ -33,13 +36,17 @@ impl Requests {
     }
 
     fn answer(&mut self) -> Result<(), PostcopyError> {
-        let mut block = None;
+        let last = self.ledger.as_ref().and_then(Ledger::last_block);
+        let last = last.filter(|index| *index < self.memory.blocks().len());
+        let mut block = last.map(|index| BlockId(index as u16));
         while let Some(message) = self.path.next_message().map_err(hung_up)? {
             let heard = Instant::now();
             match message {
                 ReturnPathMessage::RequestPages { block: name, offset, len } => {
                     if let Some(name) = name {
-                        block = Some(self.find(&name, offset, len)?);
+                        let found = self.find(&name, offset, len)?;
+                        self.ledger.iter().for_each(|ledger| ledger.set_last_block(found.index()));
+                        block = Some(found);
                     }
                     let block = block.ok_or_else(|| PostcopyError::Wire(nameless(offset)))?;
                     self.server.serve(block, offset, u64::from(len), heard)?;
@@ -54,6 +61,12 @@ impl Requests {
                 ReturnPathMessage::Shut(status) => return Err(PostcopyError::Refused(status)),
                 ReturnPathMessage::Other(_) => {}
             }
+            // Only now: should we be killed before, our successor deals with it again.
+            let dealt_with = self.path.at();
+            self.path
+                .input_mut()
+                .consume(dealt_with)
+                .map_err(|source| hung_up(WireError::Io { at: dealt_with, source }))?;
         }
         Err(PostcopyError::HungUp)
     }

@@ -1,5 +1,5 @@
 //! Who takes which page, in every order in which threads can run: two threads that
-//! answer faults, one that prefetches, and a teardown.
+//! answer faults, one that prefetches, a teardown, and a server in the place of one that died.
 //!
 //! loom runs each model once for every interleaving of the atomics' operations (with at
 //! most [`PREEMPTIONS`] forced switches, which finds nearly all there is to find) and for
@@ -18,10 +18,10 @@ mod page;
 
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
-use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use loom::thread;
 
-use claim::ClaimMap;
+use claim::{ClaimMap, Words};
 use page::{Block, BlockId, Run};
 
 /// Switches between threads that loom forces in one run.
@@ -40,11 +40,34 @@ fn run(first: u64, count: u64) -> Run {
     Run { block: BLOCK, first, count }
 }
 
+fn blocks() -> [Block; 1] {
+    [Block { name: "pc.ram".into(), len: PAGES * 4096, page_size: 4096 }]
+}
+
+/// Words that outlive the map in them.
+#[derive(Clone)]
+struct SharedWords(Arc<Vec<AtomicU64>>);
+
+impl SharedWords {
+    fn new() -> SharedWords {
+        let words = (0..ClaimMap::words_for(&blocks())).map(|_| AtomicU64::new(0));
+        SharedWords(Arc::new(words.collect()))
+    }
+}
+
+impl Words for SharedWords {
+    fn words(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}
+
+/// The content of the pages, by which they are installed.
+type Content = [UnsafeCell<u32>; (PAGES - FIRST) as usize];
+
 /// The memory of a machine, as small as can be.
 struct Machine {
     claims: ClaimMap,
-    /// Each page's content; a page is installed by writing it.
-    pages: [UnsafeCell<u32>; (PAGES - FIRST) as usize],
+    pages: Arc<Content>,
     /// How often the last page was said to be in place.
     completed: AtomicUsize,
 }
@@ -56,15 +79,39 @@ unsafe impl Sync for Machine {}
 impl Machine {
     /// A machine of which all but the last four pages are in place.
     fn new() -> Arc<Machine> {
-        let block = Block { name: "pc.ram".into(), len: PAGES * 4096, page_size: 4096 };
-        let claims = ClaimMap::new(&[block]);
+        Machine::with(ClaimMap::new(&blocks()))
+    }
+
+    /// The same with this map, in which every page is absent.
+    fn with(claims: ClaimMap) -> Arc<Machine> {
         let before = claims.claim(run(0, FIRST), |got| {
             assert!(!claims.mark_present(got));
             Ok::<(), ()>(())
         });
         assert_eq!(before, Ok(()));
-        let pages = std::array::from_fn(|_| UnsafeCell::new(0));
+        let pages = Arc::new(std::array::from_fn(|_| UnsafeCell::new(0)));
         Arc::new(Machine { claims, pages, completed: AtomicUsize::new(0) })
+    }
+
+    /// The machine in the hands of a new server. The one before it has ended.
+    fn taken_over(before: &Machine, words: SharedWords) -> Arc<Machine> {
+        let claims = ClaimMap::over(&blocks(), Box::new(words));
+        let pages = Arc::clone(&before.pages);
+        Arc::new(Machine { claims, pages, completed: AtomicUsize::new(0) })
+    }
+
+    /// Settles what the server before had claimed and not finished.
+    fn settle(&self) {
+        let mut unfinished = Vec::new();
+        self.claims.unfinished(BLOCK, |run| unfinished.push(run));
+        for page in unfinished.into_iter().flat_map(|run| run.pages()) {
+            // SAFETY: the one who had claimed it has ended.
+            let arrived = self.cell(page.number).with(|content| unsafe { *content } == 1);
+            match arrived {
+                true => _ = self.claims.mark_present(Run::single(page)),
+                false => self.claims.release(Run::single(page)),
+            }
+        }
     }
 
     fn cell(&self, number: u64) -> &UnsafeCell<u32> {
@@ -198,5 +245,38 @@ fn pages_that_could_not_be_installed_can_be_claimed_again() {
         machine.bring(run(FIRST, 4));
         machine.check();
         assert_eq!(machine.claims.present(), PAGES);
+    });
+}
+
+#[test]
+fn a_successor_finishes_what_a_server_that_died_had_claimed() {
+    model(|| {
+        let words = SharedWords::new();
+        let first = Machine::with(ClaimMap::over(&blocks(), Box::new(words.clone())));
+        let fault = thread::spawn({
+            let first = Arc::clone(&first);
+            move || first.fault(63)
+        });
+        // It dies with one page installed and not marked, and the others claimed.
+        let claimed = first.claims.claim(run(FIRST, 4), |got| {
+            if got.first == FIRST {
+                // SAFETY: whoever has claimed a page is alone with it; loom checks that.
+                first.cell(FIRST).with_mut(|content| unsafe { *content += 1 });
+            }
+            Ok::<(), ()>(())
+        });
+        assert_eq!(claimed, Ok(()));
+        fault.join().unwrap();
+
+        let second = Machine::taken_over(&first, words);
+        second.settle();
+        let fault = thread::spawn({
+            let second = Arc::clone(&second);
+            move || second.fault(64)
+        });
+        second.bring(run(FIRST, 4));
+        fault.join().unwrap();
+        second.check();
+        assert_eq!(second.claims.present(), PAGES);
     });
 }

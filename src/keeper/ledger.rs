@@ -1,0 +1,226 @@
+//! What a server's successor has to know, in shared memory.
+//!
+//! ```text
+//! words 0..16        the fields below
+//! then               one word per block: its address in QEMU, or 0
+//! then               the map of claims (`memory::ClaimMap`)
+//! then               the details: text that never changes
+//! ```
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::host::shared_memory::SharedMemory;
+use crate::memory::claim::Words;
+
+/// "SNAPKEE" and the version.
+const MAGIC: u64 = u64::from_be_bytes(*b"SNAPKEE1");
+
+/// Bytes of details at most.
+const MOST_DETAILS: u64 = 1 << 20;
+
+mod field {
+    pub const MAGIC: usize = 0;
+    pub const BLOCKS: usize = 1;
+    pub const CLAIM_WORDS: usize = 2;
+    pub const DETAILS_BYTES: usize = 3;
+    pub const RUNNING: usize = 4;
+    pub const DIRECT: usize = 5;
+    pub const RESTARTS: usize = 6;
+    pub const DIED_AT: usize = 7;
+    pub const TORN: usize = 8;
+    pub const LAST_BLOCK: usize = 9;
+    pub const COUNT: usize = 16;
+}
+
+/// The ledger of one session. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Ledger(Arc<SharedMemory>);
+
+impl Ledger {
+    /// A new ledger for a machine of so many blocks, with room for a map of claims.
+    ///
+    /// # Errors
+    /// When the kernel gives no memory.
+    pub fn create(blocks: usize, claim_words: usize, details: &[u8]) -> io::Result<Ledger> {
+        let words = field::COUNT + blocks + claim_words;
+        let len = (words * size_of::<u64>() + details.len()) as u64;
+        let ledger = Ledger(Arc::new(SharedMemory::create(c"snapback-ledger", len)?));
+        ledger.0.write(details, (words * size_of::<u64>()) as u64)?;
+        ledger.set(field::BLOCKS, blocks as u64);
+        ledger.set(field::CLAIM_WORDS, claim_words as u64);
+        ledger.set(field::DETAILS_BYTES, details.len() as u64);
+        ledger.set(field::MAGIC, MAGIC);
+        Ok(ledger)
+    }
+
+    /// Opens one that another process has made.
+    ///
+    /// # Errors
+    /// When the descriptor is not one of a ledger.
+    pub fn open(fd: OwnedFd) -> io::Result<Ledger> {
+        let ledger = Ledger(Arc::new(SharedMemory::open(fd)?));
+        let words = ledger.0.words();
+        let field = |field: usize| words.get(field).map_or(0, |word| word.load(Ordering::Acquire));
+        let needed = (field::COUNT as u64)
+            .checked_add(field(field::BLOCKS))
+            .and_then(|sum| sum.checked_add(field(field::CLAIM_WORDS)));
+        let fits = needed.is_some_and(|needed| needed <= words.len() as u64);
+        match field(field::MAGIC) == MAGIC && fits && field(field::DETAILS_BYTES) <= MOST_DETAILS {
+            true => Ok(ledger),
+            false => Err(io::Error::new(io::ErrorKind::InvalidData, "no ledger of this version")),
+        }
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        &self.0.words()[index]
+    }
+
+    fn get(&self, field: usize) -> u64 {
+        self.word(field).load(Ordering::Acquire)
+    }
+
+    fn set(&self, field: usize, value: u64) {
+        self.word(field).store(value, Ordering::Release);
+    }
+
+    /// The details that it was made with.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn details(&self) -> io::Result<Vec<u8>> {
+        let words = field::COUNT as u64 + self.get(field::BLOCKS) + self.get(field::CLAIM_WORDS);
+        let mut details = vec![0; self.get(field::DETAILS_BYTES) as usize];
+        self.0.read(&mut details, words * size_of::<u64>() as u64)?;
+        Ok(details)
+    }
+
+    /// The words of the map of claims.
+    pub fn claim_words(&self) -> Box<dyn Words> {
+        let first = field::COUNT + self.get(field::BLOCKS) as usize;
+        let count = self.get(field::CLAIM_WORDS) as usize;
+        Box::new(ClaimWords { memory: Arc::clone(&self.0), first, count })
+    }
+
+    /// Notes that the guest runs: from now on a successor can go on.
+    pub fn set_running(&self) {
+        self.set(field::RUNNING, 1);
+    }
+
+    /// Whether the guest runs.
+    pub fn is_running(&self) -> bool {
+        self.get(field::RUNNING) != 0
+    }
+
+    /// Notes where the blocks lie in QEMU's memory, as far as that is proven, and that pages
+    /// go there directly.
+    pub fn set_direct(&self, addresses: &[Option<u64>]) {
+        for (index, address) in addresses.iter().enumerate().take(self.get(field::BLOCKS) as usize)
+        {
+            self.set(field::COUNT + index, address.unwrap_or(0));
+        }
+        self.set(field::DIRECT, 1);
+    }
+
+    /// The blocks' addresses, where pages go directly.
+    pub fn direct(&self) -> Option<Vec<Option<u64>>> {
+        let address = |index| Some(self.get(field::COUNT + index)).filter(|address| *address != 0);
+        let blocks = self.get(field::BLOCKS) as usize;
+        (self.get(field::DIRECT) != 0).then(|| (0..blocks).map(address).collect())
+    }
+
+    /// Notes that a section is being written, or has been, that the kernel may take in parts.
+    pub fn set_torn(&self, torn: bool) {
+        self.set(field::TORN, u64::from(torn));
+    }
+
+    /// Whether the stream may end inside a section.
+    pub fn is_torn(&self) -> bool {
+        self.get(field::TORN) != 0
+    }
+
+    /// Notes the block of the last request on the return path: the next may not name its own.
+    pub fn set_last_block(&self, index: usize) {
+        self.set(field::LAST_BLOCK, index as u64 + 1);
+    }
+
+    /// The block of the last request on the return path.
+    pub fn last_block(&self) -> Option<usize> {
+        self.get(field::LAST_BLOCK).checked_sub(1).map(|index| index as usize)
+    }
+
+    /// Counts one more server, whose predecessor died at `now` (CLOCK_MONOTONIC, in
+    /// nanoseconds).
+    pub(super) fn count_restart(&self, now: u64) {
+        self.word(field::RESTARTS).fetch_add(1, Ordering::AcqRel);
+        self.set(field::DIED_AT, now);
+    }
+
+    /// How many servers have followed the first.
+    pub fn restarts(&self) -> u64 {
+        self.get(field::RESTARTS)
+    }
+
+    /// How many milliseconds ago the last server died.
+    pub fn died_ms_ago(&self) -> f64 {
+        monotonic_ns().saturating_sub(self.get(field::DIED_AT)) as f64 / 1e6
+    }
+}
+
+impl AsFd for Ledger {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+struct ClaimWords {
+    memory: Arc<SharedMemory>,
+    first: usize,
+    count: usize,
+}
+
+impl Words for ClaimWords {
+    fn words(&self) -> &[AtomicU64] {
+        &self.memory.words()[self.first..self.first + self.count]
+    }
+}
+
+/// The time by CLOCK_MONOTONIC in nanoseconds, the same in all processes.
+pub(super) fn monotonic_ns() -> u64 {
+    use nix::time::{ClockId, clock_gettime};
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from);
+    now.map_or(0, |now| now.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_successor_reads_what_was_noted() {
+        let ledger = Ledger::create(2, 10, b"details").unwrap();
+        ledger.set_running();
+        ledger.set_direct(&[None, Some(0x7000)]);
+        ledger.set_last_block(1);
+        ledger.claim_words().words()[9].store(9, Ordering::Release);
+        ledger.count_restart(monotonic_ns());
+        let other = Ledger::open(ledger.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        assert!(other.is_running() && !other.is_torn());
+        assert_eq!(other.direct(), Some(vec![None, Some(0x7000)]));
+        assert_eq!((other.last_block(), other.restarts()), (Some(1), 1));
+        assert_eq!(other.claim_words().words()[9].load(Ordering::Acquire), 9);
+        assert_eq!(other.details().unwrap(), b"details");
+        assert!(other.died_ms_ago() < 60e3);
+    }
+
+    #[test]
+    fn other_memory_is_refused() {
+        let memory = SharedMemory::create(c"test", 4096).unwrap();
+        assert!(Ledger::open(memory.as_fd().try_clone_to_owned().unwrap()).is_err());
+        memory.words()[field::MAGIC].store(MAGIC, Ordering::Release);
+        memory.words()[field::BLOCKS].store(u64::MAX, Ordering::Release);
+        assert!(Ledger::open(memory.as_fd().try_clone_to_owned().unwrap()).is_err());
+    }
+}

@@ -1,0 +1,258 @@
+//! The keeper's process: it sleeps until its server has ended, and starts another unless the
+//! server said that none is needed.
+//!
+//! It has one thread. What a restart takes is made ready at the start, so that nothing is
+//! allocated when memory is short: that may be what the server died of.
+
+use std::convert::Infallible;
+use std::ffi::{CString, OsString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::ForkResult;
+
+use super::inheritance::{CONNECTION, number};
+use super::ledger::{Ledger, monotonic_ns};
+use super::protocol::{Held, Message, Received, receive, socket_pair};
+use super::restarts::Restarts;
+use crate::host::pidfd::Pidfd;
+
+/// The program that runs now, even if its file has been replaced.
+const THIS_PROGRAM: &std::ffi::CStr = c"/proc/self/exe";
+
+/// Runs a keeper until its server needs none. Standard input is the connection with the server,
+/// `arguments` are those of a new server.
+///
+/// # Errors
+/// When the process was not started as a keeper.
+pub fn run(arguments: Vec<OsString>) -> io::Result<()> {
+    let server = take_connection()?;
+    let mut keeper = Keeper {
+        server: Some(server),
+        held: [const { None }; Held::ALL.len()],
+        ledger: None,
+        command: NewServer::new(arguments)?,
+        restarts: Restarts::default(),
+    };
+    keeper.keep();
+    Ok(())
+}
+
+/// Takes the connection from standard input, where /dev/null takes its place.
+fn take_connection() -> io::Result<OwnedFd> {
+    let input = io::stdin();
+    let connection = input.as_fd().try_clone_to_owned()?;
+    let kind = nix::sys::socket::getsockopt(&connection, nix::sys::socket::sockopt::SockType)?;
+    if kind != nix::sys::socket::SockType::SeqPacket {
+        return Err(Errno::ENOTSOCK.into());
+    }
+    nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    Ok(connection)
+}
+
+struct Keeper {
+    /// The connection with the server; none once the server has closed it.
+    server: Option<OwnedFd>,
+    /// What it holds, each at its [`number`].
+    held: [Option<OwnedFd>; Held::ALL.len()],
+    ledger: Option<Ledger>,
+    command: NewServer,
+    restarts: Restarts,
+}
+
+impl Keeper {
+    /// Keeps what it is given, and replaces servers, until one needs no successor.
+    fn keep(&mut self) {
+        loop {
+            let Some(server) = &self.server else {
+                // Its threads may still be at work when its descriptors are closed.
+                if self.get(Held::Server).is_none_or(|server| !has_ended(server, None)) {
+                    return self.end_qemu();
+                }
+                match self.replace() {
+                    true => continue,
+                    false => return,
+                }
+            };
+            match receive(server) {
+                Ok(Received::Message(Message::Ended, _)) => return,
+                Ok(Received::Message(Message::Hold(held), Some(fd))) => {
+                    if let Err(error) = self.hold(held, fd) {
+                        eprintln!("snapback: the keeper can't hold {held:?}: {error}");
+                    }
+                }
+                Ok(Received::Message(..) | Received::Noise) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Received::End) | Err(_) => self.server = None,
+            }
+        }
+    }
+
+    fn get(&self, held: Held) -> Option<BorrowedFd<'_>> {
+        self.held[held as usize].as_ref().map(AsFd::as_fd)
+    }
+
+    /// Holds a descriptor, at its agreed number.
+    fn hold(&mut self, held: Held, fd: OwnedFd) -> io::Result<()> {
+        if held == Held::Ledger {
+            self.ledger = Some(Ledger::open(fd.try_clone()?)?);
+        }
+        // What was there before is closed first: its number is taken again.
+        self.held[held as usize] = None;
+        // SAFETY: dup3(2) takes numbers. The new one is nobody's: numbers from the first agreed
+        // one on are used here only, and what was held at this one has just been closed.
+        let placed = unsafe { libc::dup3(fd.as_raw_fd(), number(held), libc::O_CLOEXEC) };
+        if placed < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor has just been made, for us alone.
+        self.held[held as usize] = Some(unsafe { OwnedFd::from_raw_fd(placed) });
+        Ok(())
+    }
+
+    /// Replaces a server that has died. False where none is needed or can be had.
+    fn replace(&mut self) -> bool {
+        // The one that has died is our child unless it started us.
+        while waitpid(None, Some(WaitPidFlag::WNOHANG))
+            .is_ok_and(|ended| ended != WaitStatus::StillAlive)
+        {}
+        let Some(ledger) = self.ledger.as_ref().filter(|ledger| ledger.is_running()) else {
+            // Nobody has seen this guest run: it is of no use without the server's plan.
+            self.end_qemu();
+            return false;
+        };
+        let Some(wait) = self.restarts.next(Instant::now()) else {
+            eprintln!(
+                "snapback: the page server was killed too often in a minute, and its guest was \
+                 stopped: its memory is incomplete"
+            );
+            self.end_qemu();
+            return false;
+        };
+        if self.get(Held::Qemu).is_none_or(|qemu| has_ended(qemu, Some(wait))) {
+            return false;
+        }
+        ledger.count_restart(monotonic_ns());
+        match self.start_server() {
+            Ok((server, connection)) => {
+                self.server = Some(connection);
+                let held = Pidfd::open(server).and_then(|server| {
+                    self.hold(Held::Server, server.as_fd().try_clone_to_owned()?)
+                });
+                held.is_ok()
+            }
+            Err(error) => {
+                eprintln!("snapback: no new page server can be started: {error}");
+                self.end_qemu();
+                false
+            }
+        }
+    }
+
+    /// Starts a new server, which inherits what is held.
+    fn start_server(&self) -> io::Result<(i32, OwnedFd)> {
+        let (ours, theirs) = socket_pair()?;
+        // SAFETY: this process has a single thread, and the child makes only system calls before
+        // it becomes another program.
+        match unsafe { nix::unistd::fork() }? {
+            ForkResult::Parent { child } => Ok((child.as_raw(), ours)),
+            ForkResult::Child => {
+                let Err(errno) = self.become_server(&theirs);
+                // SAFETY: _exit(2) ends the process and runs nothing of its parent's.
+                unsafe { libc::_exit(errno as i32) }
+            }
+        }
+    }
+
+    /// In the child: has what is held inherited, and becomes the server.
+    fn become_server(&self, connection: &OwnedFd) -> Result<Infallible, Errno> {
+        let kept_open = nix::fcntl::FdFlag::empty();
+        for fd in self.held.iter().flatten() {
+            fcntl(fd, FcntlArg::F_SETFD(kept_open))?;
+        }
+        // SAFETY: dup2(2) takes numbers; the new one is used for this alone.
+        Errno::result(unsafe { libc::dup2(connection.as_raw_fd(), CONNECTION) })?;
+        self.command.execute()
+    }
+
+    /// Ends QEMU, if we know it: a guest whose memory nobody brings would wait for ever.
+    fn end_qemu(&self) {
+        if let Some(qemu) = self.get(Held::Qemu).and_then(|fd| fd.try_clone_to_owned().ok()) {
+            let _ = Pidfd::from_fd(qemu).kill();
+        }
+    }
+}
+
+/// Waits until the process of this pidfd has ended, all its threads included; for so long at
+/// most.
+fn has_ended(pidfd: BorrowedFd<'_>, within: Option<Duration>) -> bool {
+    let within = match within {
+        Some(time) => PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX),
+        None => PollTimeout::NONE,
+    };
+    loop {
+        let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+        match poll(&mut fds, within) {
+            Err(Errno::EINTR) => {}
+            Ok(ready) => return ready > 0,
+            Err(_) => return false,
+        }
+    }
+}
+
+/// A command to become, made ready ahead: its arguments and environment as execve(2) takes them.
+struct NewServer {
+    arguments: CStrings,
+    environment: CStrings,
+}
+
+impl NewServer {
+    fn new(arguments: Vec<OsString>) -> io::Result<NewServer> {
+        let arguments = [OsString::from("snapback")].into_iter().chain(arguments);
+        let environment = std::env::vars_os().map(|(mut variable, value)| {
+            variable.push("=");
+            variable.push(value);
+            variable
+        });
+        Ok(NewServer {
+            arguments: CStrings::new(arguments)?,
+            environment: CStrings::new(environment)?,
+        })
+    }
+
+    /// Becomes that command.
+    fn execute(&self) -> Result<Infallible, Errno> {
+        let (arguments, environment) = (&self.arguments.pointers, &self.environment.pointers);
+        // SAFETY: all strings end with a NUL and both lists with a null pointer; they live as
+        // long as `self`.
+        unsafe {
+            libc::execve(THIS_PROGRAM.as_ptr(), arguments.as_ptr(), environment.as_ptr());
+        }
+        Err(Errno::last())
+    }
+}
+
+/// Strings as C takes a list of them.
+struct CStrings {
+    /// One for each string, and a null pointer.
+    pointers: Vec<*const libc::c_char>,
+    /// What they point to.
+    _strings: Vec<CString>,
+}
+
+impl CStrings {
+    fn new(strings: impl Iterator<Item = OsString>) -> io::Result<CStrings> {
+        let strings: Result<Vec<CString>, _> =
+            strings.map(|string| CString::new(string.into_vec())).collect();
+        let strings = strings.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let pointers = strings.iter().map(|string| string.as_ptr());
+        let pointers = pointers.chain([std::ptr::null()]).collect();
+        Ok(CStrings { pointers, _strings: strings })
+    }
+}

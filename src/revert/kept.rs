@@ -1,0 +1,91 @@
+//! What a session hands to its keeper as it goes, and what its successor reads of it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::options::Delivery;
+use crate::guest::Process;
+use crate::host::pidfd::Pidfd;
+use crate::image::Image;
+use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
+use crate::memory::ClaimMap;
+use crate::qmp::Qmp;
+
+/// What never changes in a session, as its ledger holds it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Details {
+    pub image: PathBuf,
+    pub delivery: Delivery,
+}
+
+impl Details {
+    /// Those of a predecessor's session.
+    pub fn read(ledger: &Ledger) -> io::Result<Details> {
+        Ok(serde_json::from_slice(&ledger.details()?)?)
+    }
+}
+
+/// The keeper of a session and the ledger that it holds, for those who bring memory.
+#[derive(Debug, Clone)]
+pub(super) struct Kept {
+    pub ledger: Ledger,
+    holder: Holder,
+}
+
+impl Kept {
+    /// Starts a keeper for a session that begins. Dropping it ends the keeper.
+    pub fn start(
+        successor: &Successor,
+        image: &Image,
+        delivery: &Delivery,
+    ) -> io::Result<(Keeper, Kept)> {
+        let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
+        let details = Details { image: std::path::absolute(path)?, delivery: delivery.clone() };
+        let blocks = &image.manifest().blocks;
+        let words = ClaimMap::words_for(blocks);
+        let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
+        let keeper = Keeper::start(successor.clone())?;
+        let kept = Kept { ledger, holder: keeper.holder() };
+        kept.hold_first(file)?;
+        Ok((keeper, kept))
+    }
+
+    /// Those of a session that has been taken over.
+    pub fn inherited(keeper: &Keeper, ledger: Ledger) -> Kept {
+        Kept { ledger, holder: keeper.holder() }
+    }
+
+    fn hold_first(&self, image: &File) -> io::Result<()> {
+        let this = Pidfd::open(std::process::id() as i32)?;
+        self.holder.hold(Held::Server, this.as_fd())?;
+        self.holder.hold(Held::Ledger, self.ledger.as_fd())?;
+        self.holder.hold(Held::Image, image.as_fd())
+    }
+
+    /// QEMU has been started.
+    pub fn hold_qemu(&self, process: &Process, qmp: &Qmp) -> io::Result<()> {
+        self.holder.hold(Held::Qemu, process.pidfd())?;
+        self.holder.hold(Held::Control, qmp.socket())?;
+        self.holder.hold(Held::Output, process.output())
+    }
+
+    /// The migration begins.
+    pub fn hold_stream(&self, stream: BorrowedFd<'_>) -> io::Result<()> {
+        self.holder.hold(Held::Stream, stream)
+    }
+
+    /// Pages go directly from now on.
+    pub fn hold_direct(
+        &self,
+        userfaultfd: BorrowedFd<'_>,
+        addresses: &[Option<u64>],
+    ) -> io::Result<()> {
+        self.holder.hold(Held::Userfaultfd, userfaultfd)?;
+        self.ledger.set_direct(addresses);
+        Ok(())
+    }
+}

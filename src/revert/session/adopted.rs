@@ -1,0 +1,70 @@
+//! A QEMU that another process has started, which has died.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use tokio::net::UnixStream as AsyncUnixStream;
+
+use crate::guest::Log;
+use crate::host::pidfd::Pidfd;
+use crate::qmp::{Qmp, QmpError};
+
+/// How long a QEMU that is killed may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A QEMU that another process has started, and that is ours now. Dropping it kills it, unless
+/// it has been let go.
+pub(super) struct Adopted {
+    process: Pidfd,
+    pid: Option<i32>,
+    control: OwnedFd,
+    output: Log,
+    let_go: bool,
+}
+
+impl Adopted {
+    /// The QEMU of this pidfd, with our end of its control socket and the file of its output.
+    pub fn new(process: OwnedFd, control: OwnedFd, output: OwnedFd) -> Adopted {
+        let process = Pidfd::from_fd(process);
+        let pid = process.pid();
+        Adopted { process, pid, control, output: Log::of(output), let_go: false }
+    }
+
+    /// Its process id, while it has not ended.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// What it has written to its standard error.
+    pub fn words(&self) -> String {
+        self.output.tail()
+    }
+
+    /// Goes on with its control socket.
+    pub async fn qmp(&self) -> Result<Qmp, QmpError> {
+        let control = UnixStream::from(self.control.try_clone().map_err(QmpError::Socket)?);
+        control.set_nonblocking(true).map_err(QmpError::Socket)?;
+        Qmp::take_over(AsyncUnixStream::from_std(control).map_err(QmpError::Socket)?).await
+    }
+
+    /// Kills it, and waits until it has ended.
+    pub fn kill(&self) {
+        // Fails when it has ended already, which is what we want.
+        let _ = self.process.kill();
+        self.process.wait_end(END_TIMEOUT);
+    }
+
+    /// Lets it live on.
+    pub fn let_go(&mut self) {
+        self.let_go = true;
+    }
+}
+
+impl Drop for Adopted {
+    fn drop(&mut self) {
+        if !self.let_go {
+            self.kill();
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! A guest whose server has died: the session is entered where it runs.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::adopted::Adopted;
+use super::connection::Connection;
+use super::contents::fill_options;
+use super::lifecycle::Lifecycle;
+use super::qemu::Qemu;
+use super::running::Running;
+use crate::cancel::Cancellation;
+use crate::image::Image;
+use crate::keeper::Inheritance;
+use crate::revert::error::{PostcopyError, RevertError};
+use crate::revert::kept::{Details, Kept};
+
+impl Running {
+    /// Goes on with a guest whose server has died. `cancel` holds for the session.
+    ///
+    /// # Errors
+    /// When something that was left can't be used. QEMU has then been ended.
+    pub fn inherit(inheritance: Inheritance, cancel: Cancellation) -> Result<Running, RevertError> {
+        let Inheritance {
+            ledger, image, qemu, control, output, stream, userfaultfd, keeper, ..
+        } = inheritance;
+        // From here on an error ends it.
+        let qemu = Adopted::new(qemu, control, output);
+        let unusable = PostcopyError::Inherited;
+        let Details { image: path, delivery } = Details::read(&ledger).map_err(unusable)?;
+        let image = Image::open_file(File::from(image), path)?;
+        let fill = fill_options(&delivery, Vec::new());
+        let kept = Kept::inherited(&keeper, ledger);
+        let mut connection = Connection::new(
+            Qemu::Adopted(qemu),
+            Lifecycle::taken_over(),
+            Arc::clone(&image),
+            delivery,
+            cancel,
+        );
+        connection.keep(keeper, kept);
+        connection.take_over(UnixStream::from(stream), userfaultfd, fill)?;
+        Ok(Running { connection })
+    }
+}

@@ -1,0 +1,231 @@
+//! A revert whose processes are killed while the guest depends on them: the guest goes on, its
+//! memory is right, and nothing is left behind.
+
+use std::time::{Duration, Instant};
+
+use crate::harness::{Dir, Reverted, Running, send_signal, wait_gone};
+use crate::interrupts::UNFILLED;
+use crate::shared::shared;
+use crate::support::{Qemu, Result, SOON, wait_for};
+use crate::{tests, tests_on_both};
+
+tests_on_both! {
+    a_server_is_killed_while_it_fills
+    a_server_is_killed_while_it_waits
+    a_server_is_killed_that_serves_by_socket
+    servers_are_killed_as_soon_as_they_serve
+    a_keeper_is_killed_and_then_the_server
+    qemu_is_killed_and_all_end_with_it
+}
+
+tests! {
+    a_detached_server_is_killed
+    a_server_that_dies_too_often_is_given_up
+    a_server_that_stands_still_is_not_replaced
+    a_revert_without_a_keeper_starts_none
+}
+
+/// Fills memory, and takes some seconds for that.
+const SLOWLY: [&str; 3] = ["--fill-rate", "12M", "--no-working-set"];
+
+/// What the command line of a new server begins with.
+const SUCCESSOR: &str = "snapback resume --inherited";
+
+/// A revert under way whose server may be killed.
+struct Killed<'a> {
+    dir: &'a Dir,
+    guest: Reverted,
+    nonce: &'static str,
+}
+
+impl<'a> Killed<'a> {
+    fn start(dir: &'a Dir, qemu: Qemu, args: &[&str]) -> Result<Killed<'a>> {
+        let shared = shared(qemu)?;
+        let to = dir.make("reverted")?;
+        let guest = Reverted::of(dir.revert(&shared.image, &shared.from, &to).with(args), &to)?;
+        Ok(Killed { dir, guest, nonce: &shared.nonce })
+    }
+
+    /// The first server's output, which all its successors write to.
+    fn server(&mut self) -> &mut Running {
+        self.guest.server.as_mut().unwrap()
+    }
+
+    /// Kills the first server.
+    fn kill_first(&mut self) {
+        self.server().signal(libc::SIGKILL);
+    }
+
+    /// The process of the present server, which has taken over.
+    fn successor(&self) -> Result<u32> {
+        process(self.dir, SUCCESSOR)
+    }
+
+    /// Waits until another server serves, and the guest goes on. Returns the time from
+    /// `killed` to the next heartbeat in milliseconds.
+    fn taken_over(&mut self, restarts: u64) -> Result<()> {
+        let beat = self.guest.log.last_beat().map_or(0, |beat| beat.number);
+        let killed = Instant::now();
+        let told = self.server().wait("taken_over")?;
+        assert_eq!((&told["by"], told["restarts"].as_u64()), (&"keeper".into(), Some(restarts)));
+        assert!(told["after_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{told}");
+        self.guest.log.wait_beat(beat, SOON)?;
+        println!("the guest went on {:?} after a kill: {told}", killed.elapsed());
+        Ok(())
+    }
+
+    /// Has the present server finish, and checks the guest and what is left.
+    fn finish(mut self) -> Result<()> {
+        let server = self.successor()?;
+        send_signal(server, libc::SIGTERM);
+        let ended = self.guest.server.take().ok_or("no server")?.end()?;
+        let resident = ended.event("resident")?;
+        assert_eq!(resident["pages"], resident["total"], "{ended:?}");
+        assert!(ended.event("error").is_err() && ended.stderr.is_empty(), "{ended:?}");
+        wait_gone(server)?;
+        self.guest.check(self.nonce)
+    }
+}
+
+/// The only process of the folder with these words on its command line.
+fn process(dir: &Dir, words: &str) -> Result<u32> {
+    wait_for(SOON, words, || {
+        let mut all = dir.processes().into_iter().filter(|(_, line)| line.contains(words));
+        Ok(all.next().map(|(pid, _)| pid))
+    })
+}
+
+fn a_server_is_killed_while_it_fills(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut killed = Killed::start(dir, qemu, &SLOWLY)?;
+    killed.server().wait("progress")?;
+    killed.kill_first();
+    killed.taken_over(1)?;
+    killed.finish()
+}
+
+fn a_server_is_killed_while_it_waits(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut killed = Killed::start(dir, qemu, &UNFILLED)?;
+    let beat = killed.guest.log.wait_beat(0, SOON)?;
+    killed.guest.log.wait_beat(beat.number + 5, SOON)?;
+    killed.kill_first();
+    killed.taken_over(1)?;
+    // All that it has not touched yet comes from the new server.
+    killed.guest.check(killed.nonce)?;
+    killed.finish()
+}
+
+fn a_server_is_killed_that_serves_by_socket(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let args = [&UNFILLED[..], &["--place", "socket"]].concat();
+    let mut killed = Killed::start(dir, qemu, &args)?;
+    killed.guest.log.wait_beat(0, SOON)?;
+    killed.kill_first();
+    killed.taken_over(1)?;
+    killed.guest.check(killed.nonce)?;
+    send_signal(killed.successor()?, libc::SIGKILL);
+    killed.taken_over(2)?;
+    killed.finish()
+}
+
+/// Ten of them, which is the most in a minute; each may be at any step of taking over.
+fn servers_are_killed_as_soon_as_they_serve(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut killed = Killed::start(dir, qemu, &SLOWLY)?;
+    killed.kill_first();
+    for restarts in 1..10 {
+        killed.taken_over(restarts)?;
+        send_signal(killed.successor()?, libc::SIGKILL);
+    }
+    killed.taken_over(10)?;
+    killed.finish()
+}
+
+fn a_keeper_is_killed_and_then_the_server(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut killed = Killed::start(dir, qemu, &UNFILLED)?;
+    killed.guest.log.wait_beat(0, SOON)?;
+    let mut first = process(dir, " keeper -- ")?;
+    for restarts in 1..3 {
+        send_signal(first, libc::SIGKILL);
+        wait_gone(first)?;
+        let second = process(dir, " keeper -- ")?;
+        // It has been told everything once it holds what came last.
+        wait_for(SOON, "the new keeper", || {
+            let link = std::fs::read_link(format!("/proc/{second}/fd/71"));
+            Ok(link.is_ok().then_some(()))
+        })?;
+        match restarts {
+            1 => killed.kill_first(),
+            _ => send_signal(killed.successor()?, libc::SIGKILL),
+        }
+        killed.taken_over(restarts)?;
+        first = second;
+    }
+    killed.finish()
+}
+
+fn qemu_is_killed_and_all_end_with_it(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut killed = Killed::start(dir, qemu, &UNFILLED)?;
+    killed.kill_first();
+    killed.taken_over(1)?;
+    let (server, keeper) = (killed.successor()?, process(dir, " keeper -- ")?);
+    send_signal(killed.guest.pid, libc::SIGKILL);
+    let ended = killed.guest.server.take().ok_or("no server")?.end()?;
+    assert!(ended.event("error")?["message"].as_str().is_some_and(|m| m.contains("QEMU")));
+    wait_gone(server)?;
+    wait_gone(keeper)
+}
+
+fn a_detached_server_is_killed(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let to = dir.make("reverted")?;
+    let args = [&UNFILLED[..], &["--detach"]].concat();
+    let command = dir.revert(&shared.image, &shared.from, &to).with(&args);
+    let mut guest = Reverted::of(command, &to)?;
+    let detached = guest.server.take().ok_or("no server")?.succeed()?.event("detached")?.clone();
+    guest.log.wait_beat(0, SOON)?;
+    send_signal(detached["server_pid"].as_u64().ok_or("no server")? as u32, libc::SIGKILL);
+    let server = process(dir, SUCCESSOR)?;
+    guest.check(&shared.nonce)?;
+    send_signal(server, libc::SIGTERM);
+    wait_gone(server)?;
+    let log = std::fs::read_to_string(detached["log"].as_str().ok_or("no log")?)?;
+    assert!(log.contains("\"taken_over\"") && log.contains("\"resident\""), "{log}");
+    guest.check(&shared.nonce)
+}
+
+fn a_server_that_dies_too_often_is_given_up(dir: &Dir) -> Result<()> {
+    let mut killed = Killed::start(dir, Qemu::V7, &UNFILLED)?;
+    killed.kill_first();
+    for restarts in 1..=10 {
+        killed.taken_over(restarts)?;
+        send_signal(killed.successor()?, libc::SIGKILL);
+    }
+    let ended = killed.guest.server.take().ok_or("no server")?.end()?;
+    assert!(ended.stderr.contains("killed too often"), "{ended:?}");
+    wait_gone(killed.guest.pid)
+}
+
+fn a_server_that_stands_still_is_not_replaced(dir: &Dir) -> Result<()> {
+    let mut killed = Killed::start(dir, Qemu::V7, &UNFILLED)?;
+    let keeper = process(dir, " keeper -- ")?;
+    for pid in [killed.server().pid(), keeper] {
+        send_signal(pid, libc::SIGSTOP);
+        std::thread::sleep(Duration::from_millis(300));
+        send_signal(pid, libc::SIGCONT);
+    }
+    let beat = killed.guest.log.last_beat().map_or(0, |beat| beat.number);
+    killed.guest.log.wait_beat(beat, SOON)?;
+    killed.server().signal(libc::SIGTERM);
+    let ended = killed.guest.resident()?;
+    assert!(ended.event("taken_over").is_err(), "{ended:?}");
+    wait_gone(keeper)?;
+    killed.guest.check(killed.nonce)
+}
+
+fn a_revert_without_a_keeper_starts_none(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let to = dir.make("reverted")?;
+    let command = dir.revert(&shared.image, &shared.from, &to).with(&["--no-keeper"]);
+    let mut guest = Reverted::of(command, &to)?;
+    assert!(!dir.processes().iter().any(|(_, line)| line.contains(" keeper ")));
+    guest.resident()?;
+    guest.check(&shared.nonce)
+}
