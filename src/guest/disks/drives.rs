@@ -394,7 +394,7 @@ mod tests {
         check_drive(&disk("pflash0", None), "-pflash /vm/d.raw", "", "if=pflash,");
         let other = CommandLine::parse(["-drive", "id=d1,file=/other", "-hda", "/vm/another"]);
         let error = find(&other, &disk("d0", None), Path::new("/vm")).unwrap_err().to_string();
-        assert!(error.contains("d0") && error.contains("plugged in"), "{error}");
+        assert!(error.contains("d0") && error.contains("-readconfig"), "{error}");
     }
 
     #[test]
