@@ -31,7 +31,7 @@ pub use working_set::{WorkingSet, WorkingSetError};
 use std::path::PathBuf;
 
 use crate::kind::{Details, ErrorKind};
-use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
+use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource, Run, SourceError};
 use crate::transport::{Transport, TransportError};
 
 /// Why memory could not be brought.
@@ -174,6 +174,16 @@ impl Memory {
         self.claims.all_claimed(block)
     }
 
+    /// Whether the host page that holds this page is in place.
+    pub fn is_present(&self, page: Page) -> bool {
+        self.claims.is_present(page.block, page.number)
+    }
+
+    /// Whether the host page that holds this page is in place or being installed.
+    pub fn is_claimed(&self, page: Page) -> bool {
+        self.claims.is_claimed(page.block, page.number)
+    }
+
     /// The host pages that are claimed and not present. Asked before any thread brings memory,
     /// they are those that a predecessor did not finish; nobody else takes them.
     pub fn unfinished(&self) -> Vec<Run> {
@@ -190,6 +200,29 @@ impl Memory {
             });
         }
         unfinished
+    }
+
+    /// Takes note of pages that somebody else has installed, of whom nothing else is known. They
+    /// consist of whole host pages.
+    pub fn found(&self, present: Run) {
+        let claimed = self.claims.claim(present, |claimed| {
+            self.arrived(claimed);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        claimed.unwrap_or_else(|never| match never {});
+    }
+
+    /// The same for the pages of a block whose bits are set: bit 0 of the first byte is the
+    /// block's first page.
+    pub fn found_bits(&self, block: BlockId, bits: &[u8]) {
+        let (pages, unit) = (self.block(block).pages(), self.block(block).pages_per_host_page());
+        let is_set = |number: u64| {
+            let byte = bits.get((number / 8) as usize).copied().unwrap_or(0);
+            byte & (1 << (number % 8)) != 0
+        };
+        for first in (0..pages).step_by(unit as usize).filter(|first| is_set(*first)) {
+            self.found(Run { block, first, count: unit.min(pages - first) });
+        }
     }
 
     /// Settles one of the host pages that were [`unfinished`](Memory::unfinished). One that has

@@ -41,6 +41,11 @@ impl DirectTransport {
         &self.uffd
     }
 
+    /// The addresses of the blocks that it serves.
+    pub fn addresses(&self) -> &[Option<u64>] {
+        &self.addresses
+    }
+
     /// The address of the block's first byte, if this transport serves the block.
     pub fn address(&self, block: BlockId) -> Option<u64> {
         self.addresses.get(block.index()).copied().flatten()

@@ -1,7 +1,9 @@
 //! How pages reach a guest's memory.
 
 mod direct;
+pub mod lookalikes;
 pub mod proof;
+pub mod search;
 mod socket;
 
 pub use direct::{DirectTransport, Route};

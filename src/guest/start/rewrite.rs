@@ -135,6 +135,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         notes,
         mapped,
         overlays: disks.into_iter().map(|(_, overlay)| overlay).collect(),
+        label: String::new(),
         inherit: Vec::new(),
     })
 }
