@@ -1,6 +1,7 @@
 //! The keeper, and what it starts in the place of a server that was killed.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -13,7 +14,10 @@ const THIS_PROGRAM: &str = "/proc/self/exe";
 
 #[derive(Args)]
 pub(super) struct KeeperArgs {
-    /// The arguments of a new server
+    /// Clean up behind a save
+    #[arg(long)]
+    clean_up: bool,
+    /// The arguments of a new server, or of what cleans up
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     successor: Vec<OsString>,
 }
@@ -30,12 +34,26 @@ pub(super) fn successor(json: bool, serving_detached: bool) -> Successor {
     Successor::new(THIS_PROGRAM, arguments)
 }
 
+/// What the keeper of a save of this guest to this image starts should the save be killed.
+pub(super) fn cleaner(qmp: &Path, image: &Path, json: bool) -> Successor {
+    let mut arguments: Vec<OsString> = vec!["save".into(), "--recover".into()];
+    if json {
+        arguments.push("--json".into());
+    }
+    arguments.extend(["--qmp".into(), qmp.into(), "--".into(), image.into()]);
+    Successor::cleaning_up(THIS_PROGRAM, arguments)
+}
+
 /// Runs a keeper.
 pub(super) fn run(args: KeeperArgs) -> ExitCode {
-    match crate::keeper::run(args.successor) {
+    let kept = match args.clean_up {
+        true => crate::keeper::clean_up(args.successor),
+        false => crate::keeper::run(args.successor),
+    };
+    match kept {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("snapback: a keeper is started by a page server only ({error})");
+            eprintln!("snapback: a keeper is started by a page server or a save only ({error})");
             ExitCode::from(FAILED)
         }
     }

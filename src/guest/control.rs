@@ -45,6 +45,10 @@ mod tests {
         other.args(["-chardev", "socket,id=c,path=two,server=on", "-mon", "c,mode=control"]);
         other.args(["-monitor", "unix:/human,server=on", "-serial", "unix:/serial,server=on"]);
         let mut other = other.stdin(std::process::Stdio::piped()).spawn().unwrap();
+        // For a moment behind its start it has none.
+        while arguments(other.id() as i32).is_empty() {
+            std::thread::yield_now();
+        }
         let found = control_sockets(other.id() as i32);
         other.kill().unwrap();
         other.wait().unwrap();

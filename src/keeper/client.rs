@@ -22,12 +22,20 @@ pub struct Successor {
     pub program: PathBuf,
     /// Its arguments as a new server, which takes over by [`Inheritance`](super::Inheritance).
     pub arguments: Vec<OsString>,
+    /// Whether it cleans up behind a save.
+    cleans_up: bool,
 }
 
 impl Successor {
     /// A successor that runs `program` with these arguments.
     pub fn new(program: impl Into<PathBuf>, arguments: Vec<OsString>) -> Successor {
-        Successor { program: program.into(), arguments }
+        Successor { program: program.into(), arguments, cleans_up: false }
+    }
+
+    /// What cleans up behind a save that was killed: `program` with arguments by which it recovers
+    /// that save.
+    pub fn cleaning_up(program: impl Into<PathBuf>, arguments: Vec<OsString>) -> Successor {
+        Successor { cleans_up: true, ..Successor::new(program, arguments) }
     }
 }
 
@@ -153,7 +161,7 @@ impl State {
     fn give_up(&mut self, why: &dyn std::fmt::Display) {
         self.keeper = None;
         if !self.ended {
-            tracing::warn!("no keeper: if this program is killed, the guest stops ({why})");
+            tracing::warn!("no keeper: nobody goes on if this program is killed ({why})");
         }
     }
 }
@@ -214,7 +222,11 @@ fn supervise(
 /// Its end of the connection is its standard input.
 fn spawn(successor: &Successor, theirs: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new(&successor.program);
-    command.arg("keeper").arg("--").args(&successor.arguments).stdin(theirs);
+    command.arg("keeper");
+    if successor.cleans_up {
+        command.arg("--clean-up");
+    }
+    command.arg("--").args(&successor.arguments).stdin(theirs);
     // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that runs between
     // fork and exec.
     unsafe {

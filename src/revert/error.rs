@@ -79,6 +79,12 @@ pub enum RevertError {
         /// The status of QEMU's migration; empty where there was none.
         status: String,
     },
+    /// A guest that was to be served again has a server, or a keeper that starts one.
+    #[error("process {by} serves this guest: there is nothing to take up")]
+    Served {
+        /// The server's process id.
+        by: i32,
+    },
     /// It is not known where QEMU's control socket is.
     #[error(
         "process {pid} has no control socket on its command line: name it, by `Orphan::Qmp`"
@@ -127,7 +133,7 @@ impl RevertError {
             NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotRun { .. } => ErrorKind::QemuFailed,
             NotHeld | NoControl { .. } => ErrorKind::OptionsInvalid,
-            NotInterrupted { .. } => ErrorKind::GuestState,
+            NotInterrupted { .. } | Served { .. } => ErrorKind::GuestState,
             Died { .. } => ErrorKind::QemuEnded,
             Socket { source, .. } => match ErrorKind::of_io(source) {
                 ErrorKind::NotFound => ErrorKind::QemuUnreachable,

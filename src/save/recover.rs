@@ -40,7 +40,8 @@ pub enum Recovered {
 
 /// Cleans up behind a save of `image` that was killed at any point: lets the guest behind
 /// the socket `qmp` go on if the save held it, thaws its file systems, puts QEMU's settings
-/// back, and commits overlays back into the disks. Don't recover a save that is still under
+/// back, and commits overlays back into the disks. Where another process recovers the save, such as
+/// the one that its keeper has started, it waits for that. Don't recover a save that is still under
 /// way: it would be undone while it runs.
 ///
 /// # Errors
@@ -53,7 +54,7 @@ pub async fn recover(
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
-    let Some((journal, mut plan)) = Journal::read(image)? else {
+    let Some((journal, mut plan)) = Journal::claim(image).await? else {
         return Ok(Recovered::Nothing { journal: Journal::path(image) });
     };
     let (saved, lives) = (find_saved(image, &plan)?, plan.qemu_lives());

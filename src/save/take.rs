@@ -1,6 +1,7 @@
 //! Taking the snapshot: the guest's file systems are frozen, the guest is paused, the stream
 //! is received, and the guest goes on as soon as the moment has passed.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::error::SaveError;
@@ -25,6 +26,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// migration has been ended and nothing is left of the image.
     pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {
         let stream = migration::open_stream(&self.qmp).await?;
+        self.keep(stream.as_fd());
         let mut receiving = Receiving::start(stream, self.options, &self.checked)?;
         let mut events = self.qmp.events();
         let frozen = self.freeze().await;

@@ -552,7 +552,7 @@ fn what_cant_be_undone_is_named(dir: &Dir, qemu: Qemu) -> Result<()> {
     if !cfg!(debug_assertions) {
         return Ok(());
     }
-    kill_at_its_step(watched.save(dir).env(STOP_AT, "moment").start()?)?;
+    kill_at_its_step(watched.save(dir).with(&["--no-keeper"]).env(STOP_AT, "moment").start()?)?;
     let theirs = dir.path("theirs.qcow2");
     let mut side = Qmp::connect(&watched.side)?;
     let overlay = overlay_node(&mut side)?;
@@ -678,7 +678,7 @@ fn a_real_agent_freezes_and_thaws(dir: &Dir) -> Result<()> {
         // Killed between the moment and the thaw: this QEMU leaves memory write-protected,
         // and its guest's agent can't answer before that is mended.
         let saving = dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
-        kill_at_its_step(saving.env(STOP_AT, "released").start()?)?;
+        kill_at_its_step(saving.with(&["--no-keeper"]).env(STOP_AT, "released").start()?)?;
         let ended = dir.save(&guest, "vm.snap").with(&["--recover"]).succeed()?;
         ended.event("thawed")?;
         assert_eq!(ended.event("recovered")?["outcome"], "undone");

@@ -261,7 +261,7 @@ impl Connection {
     /// QEMU goes on by the new stream: what a successor needs is there, and the keeper holds it.
     async fn reconnected(&mut self) -> Result<(), RevertError> {
         let Some(resuming) = &mut self.resuming else { return Ok(()) };
-        let Some(qmp) = resuming.qmp().await else { return Ok(()) };
+        let Some(qmp) = resuming.connected().await? else { return Ok(()) };
         let pid = self.qemu.pid();
         if let (Some(kept), Some(Source::Postcopy(source)), Some(pid)) =
             (&self.kept, &self.source, pid)
@@ -285,13 +285,14 @@ impl Connection {
 
     /// Waits for the next report of QEMU or the source. Safe to cancel.
     async fn listen(&mut self) -> Result<Told, RevertError> {
-        let Connection { qemu, reports, lifecycle, .. } = self;
+        let Connection { qemu, reports, lifecycle, resuming, .. } = self;
         let Reports { events, source, poll } = reports;
         let awaits_qemu = lifecycle.awaits_qemu();
         tokio::select! {
             told = resumed(events), if awaits_qemu => Ok(told?),
             told = migration(poll, qemu.qmp()), if awaits_qemu => Ok(told?),
             event = reported(source), if !lifecycle.is_finished() => Ok(Told::Source(event)),
+            error = refused(resuming) => Err(error),
         }
     }
 
@@ -425,6 +426,14 @@ async fn migration(poll: &mut Option<Interval>, qmp: Option<&Qmp>) -> Result<Tol
     poll.tick().await;
     let status = qmp.migration_info().await?.status;
     Ok(Told::Migration(status.unwrap_or_default()))
+}
+
+/// Waits until QEMU refuses a new stream.
+async fn refused(resuming: &mut Option<Resuming>) -> RevertError {
+    match resuming {
+        Some(resuming) => resuming.refused().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits for the source's next report; nothing when there are no more.

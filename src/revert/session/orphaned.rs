@@ -15,7 +15,7 @@ use super::running::Running;
 use crate::cancel::Cancellation;
 use crate::guest;
 use crate::host::check_page_size;
-use crate::host::pidfd::peer_pid;
+use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::image::Image;
 use crate::page::PageSource;
 use crate::qmp::{Qmp, QmpError};
@@ -48,6 +48,10 @@ impl Running {
         let (pid, monitor) = reach(&options.of)?;
         if guest::label_of(pid).is_some_and(|label| label != image.identity().to_string()) {
             return Err(PostcopyError::from(SearchError::OtherImage { pid }).into());
+        }
+        let file = std::fs::canonicalize(&options.image).unwrap_or_default();
+        if let Some(by) = Pidfd::held_with(pid, &file) {
+            return Err(RevertError::Served { by });
         }
         let (found, interrupted) =
             tokio::join!(find(pid, &image, options.delivery.placement), check(&monitor));

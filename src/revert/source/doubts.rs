@@ -78,3 +78,90 @@ impl Doubt {
 pub(super) fn unsettled(block: &Block, why: String) -> PostcopyError {
     PostcopyError::Unsettled { block: block.name.clone(), why }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::host::uffd::Uffd;
+    use crate::memory::ClaimMap;
+    use crate::page::{ChunkReader, Location, PAGE_SIZE, PageSource, SourceError};
+    use crate::transport::{Transport, TransportError};
+
+    /// Pages of a block: a size that no other test in this process has.
+    const PAGES: u64 = 37;
+
+    struct Zeros(Vec<Block>);
+
+    impl PageSource for Zeros {
+        fn blocks(&self) -> &[Block] {
+            &self.0
+        }
+
+        fn chunk_pages(&self) -> usize {
+            1
+        }
+
+        fn locate(&self, _: Page) -> Result<Location, SourceError> {
+            Ok(Location::Zero)
+        }
+
+        fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
+            Err("all pages are zero".into())
+        }
+    }
+
+    struct Nowhere;
+
+    impl Transport for Nowhere {
+        fn copy(&self, _: &Block, _: Run, _: &[u8]) -> Result<(), TransportError> {
+            Ok(())
+        }
+
+        fn zero(&self, _: &Block, _: Run) -> Result<(), TransportError> {
+            Ok(())
+        }
+
+        fn step_pages(&self, _: BlockId) -> u64 {
+            1
+        }
+    }
+
+    #[test]
+    fn blocks_that_look_alike_are_counted() {
+        // This process, as if it were a QEMU with two blocks. What is registered with one
+        // userfaultfd is not merged with what is with another.
+        let len = PAGES * PAGE_SIZE as u64;
+        let map = || (Uffd::create().unwrap(), memmap2::MmapMut::map_anon(len as usize).unwrap());
+        let places = [map(), map()];
+        for (uffd, map) in &places {
+            // SAFETY: a mapping of ours that nobody reads before it is filled.
+            unsafe { uffd.register(map.as_ptr() as u64, len) }.unwrap();
+        }
+        let block = |name: &str| Block { name: name.into(), len, page_size: PAGE_SIZE as u64 };
+        let blocks = vec![block("one"), block("other")];
+        let claims = ClaimMap::new(&blocks);
+        let run = |block| Run { block: BlockId(block), first: 5, count: 1 };
+        claims.claim(run(0), |_| Ok::<(), ()>(())).unwrap();
+        let memory = Memory::claimed(Arc::new(Zeros(blocks)), Box::new(Nowhere), claims);
+
+        let mut doubt = Doubt::new(run(0), &memory, |_| None);
+        let pid = Some(std::process::id() as i32);
+        let arrived = |doubt: &Doubt| doubt.has_arrived(&memory, pid, &[]).unwrap();
+        doubt.before_ping(&memory);
+        assert_eq!(arrived(&doubt), Some(false));
+        let (uffd, map) = &places[0];
+        // SAFETY: memory of ours.
+        unsafe { uffd.zero(map.as_ptr() as u64 + run(0).offset(), run(0).bytes(), 4096) }.unwrap();
+        assert_eq!(arrived(&doubt), Some(true));
+        // It may be the other's, which has come since, and is once a PING says so.
+        memory.found(run(1));
+        assert_eq!(arrived(&doubt), None);
+        doubt.before_ping(&memory);
+        assert_eq!(arrived(&doubt), Some(false));
+        // Where another place is known, one is left.
+        let known = [places[1].1.as_ptr() as u64];
+        assert!(doubt.has_arrived(&memory, pid, &known).is_err());
+    }
+}
