@@ -20,6 +20,6 @@ mod run;
 
 pub use client::{Holder, Keeper, Successor};
 pub use inheritance::Inheritance;
-pub use ledger::Ledger;
+pub use ledger::{Figures, Ledger};
 pub use protocol::Held;
 pub use run::run;

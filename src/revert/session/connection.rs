@@ -25,6 +25,7 @@ use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
 use crate::revert::source::{Beginning, PostcopyEvent, PostcopyOptions, PostcopySource};
+use crate::runs::Entry;
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
 /// comes only with the capability `events`.
@@ -47,6 +48,8 @@ pub(super) struct Connection {
     kept: Option<Kept>,
     /// Told last that this session needs no successor.
     pub keeper: Option<Keeper>,
+    /// Dropped last: what QEMU leaves is seen by then.
+    pub run: Option<Entry>,
 }
 
 /// What brings a guest's memory from here.
@@ -82,6 +85,7 @@ impl Connection {
             cancel,
             kept: None,
             keeper: None,
+            run: None,
         }
     }
 
@@ -202,6 +206,9 @@ impl Connection {
             };
             match next {
                 Next::Placing { placement, reason } => {
+                    if let Some(run) = &self.run {
+                        run.note(move |record| record.way = Some(placement.name().to_owned()));
+                    }
                     on_event(RevertEvent::Placing { placement, reason });
                 }
                 Next::TakenOver => {

@@ -1,0 +1,118 @@
+//! Many reverts in a row, by the program and by the library in this process: nothing that stays
+//! grows. `make soak` runs it; SNAPBACK_SOAK sets the number of reverts.
+
+use std::fs;
+use std::time::Instant;
+
+use snapback::runs::RunOptions;
+use snapback::{Cancellation, RevertOptions, revert};
+
+use crate::harness::{Dir, Reverted, wait_gone};
+use crate::shared::{Shared, shared};
+use crate::support::{Attached, Pidfd, Qemu, Result, SOON, resident_kib};
+
+/// Reverts where no other number is asked for.
+const MANY: u64 = 1000;
+
+/// Reverts after which everything is as large as it gets, and between two lines of the report.
+const WARM: u64 = 50;
+
+/// How much this process may grow beyond what it has then, in KiB: heaps are never quite even.
+const SLACK_KIB: u64 = 8 << 10;
+
+/// The memory of every how many-th guest is checked.
+const CHECKED: u64 = 25;
+
+/// What could grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Sizes {
+    /// Descriptors of this process.
+    descriptors: usize,
+    /// Threads of this process.
+    threads: usize,
+    /// Resident memory of this process.
+    kib: u64,
+    /// Processes of the reverts.
+    processes: usize,
+    /// Files in the folders of the reverts and of their records.
+    files: usize,
+    /// Segments of shared memory and other mappings without a name that only descriptors hold
+    /// can't be counted from outside: open files of the whole host stand for them.
+    host_files: u64,
+}
+
+impl Sizes {
+    fn now(dir: &Dir) -> Result<Sizes> {
+        let count = |path: &str| fs::read_dir(path).map(Iterator::count);
+        let names = |path: &str| dir.names(path).map(|names| names.len());
+        let open = fs::read_to_string("/proc/sys/fs/file-nr")?;
+        Ok(Sizes {
+            descriptors: count("/proc/self/fd")?,
+            threads: count("/proc/self/task")?,
+            kib: resident_kib(std::process::id())?,
+            processes: dir.processes().len(),
+            files: names(".")? + fs::read_dir(dir.runs()).map_or(0, Iterator::count),
+            host_files: open.split_whitespace().next().ok_or("no number")?.parse()?,
+        })
+    }
+}
+
+#[test]
+#[ignore = "it takes many minutes: `make soak`"]
+fn a_thousand_reverts_leave_nothing() -> Result<()> {
+    crate::harness::in_a_folder(soak)
+}
+
+fn soak(dir: &Dir) -> Result<()> {
+    let asked = std::env::var("SNAPBACK_SOAK").ok().and_then(|number| number.parse().ok());
+    let count: u64 = asked.unwrap_or(MANY);
+    let runtime = tokio::runtime::Runtime::new()?;
+    let shared = shared(Qemu::V10)?;
+    let start = Instant::now();
+    let mut warm = None;
+    for number in 1..=count {
+        let to = dir.make("reverted")?;
+        let mut guest = match number % 2 {
+            0 => by_program(dir, shared)?,
+            _ => runtime.block_on(by_library(dir, shared))?,
+        };
+        if number % CHECKED == 0 {
+            let verdict = guest.oracle.check()?;
+            assert!(verdict.ok(), "{verdict:?}");
+        }
+        let pid = guest.pid;
+        Pidfd::open(pid)?.kill()?;
+        drop(guest);
+        wait_gone(pid)?;
+        fs::remove_dir_all(to)?;
+        if number % WARM == 0 {
+            let now = Sizes::now(dir)?;
+            println!("{number:>5} reverts, {:>5} s: {now:?}", start.elapsed().as_secs());
+            let first = *warm.get_or_insert(now);
+            let kib = now.kib.min(first.kib + SLACK_KIB);
+            let expected = Sizes { kib: now.kib, host_files: now.host_files, ..first };
+            assert_eq!((now, now.kib), (expected, kib));
+        }
+    }
+    Ok(())
+}
+
+/// A guest that has all its memory, by the program.
+fn by_program(dir: &Dir, shared: &Shared) -> Result<Attached> {
+    let to = dir.path("reverted");
+    let mut reverted = Reverted::of(dir.revert(&shared.image, &shared.from, &to), &to)?;
+    reverted.log.wait_beat(0, SOON)?;
+    reverted.resident()?;
+    Ok(reverted.into_guest())
+}
+
+/// The same by the library.
+async fn by_library(dir: &Dir, shared: &Shared) -> Result<Attached> {
+    let to = dir.path("reverted");
+    let mut options = RevertOptions::new(&shared.image);
+    let pair = (crate::harness::text(&shared.from), crate::harness::text(&to));
+    options.rewrite.paths.push((pair.0.into(), pair.1.into()));
+    options.run = Some(RunOptions::new());
+    let reverted = revert(&options, Cancellation::new(), |_| {}).await?;
+    Attached::to(reverted.pid as u32, &to)
+}
