@@ -27,6 +27,7 @@ pub(crate) use entry::Entry;
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub(crate) use record::{ProcessId, Record};
+pub(crate) use run::keep_overlays;
 pub use run::{Run, find, list};
 pub use stop::Stopped;
 

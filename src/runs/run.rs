@@ -70,6 +70,19 @@ pub fn find(id: &str) -> Result<Run, RunsError> {
     }
 }
 
+/// Has [`left_overs`](super::left_overs) leave the overlays alone of the guest in this QEMU: it
+/// has all its memory, and is about to be saved, by which they become part of a snapshot.
+pub(crate) fn keep_overlays(qemu: i32) {
+    let of_qemu = |run: &Run| run.qemu_pid == Some(qemu) && !run.record.resident;
+    for run in list().unwrap_or_default().into_iter().filter(of_qemu) {
+        let (record, directory) =
+            (Record { resident: true, ..run.record.clone() }, run.directory());
+        if let Err(error) = record.write(&directory) {
+            tracing::debug!("the record in `{}` was not changed: {error}", directory.display());
+        }
+    }
+}
+
 /// The names in the user's directory that are ids.
 pub(super) fn ids() -> Result<Vec<String>, RunsError> {
     let names = names()?.into_iter();

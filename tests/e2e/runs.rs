@@ -19,6 +19,7 @@ tests_on_both! {
 }
 
 tests! {
+    overlays_that_were_saved_are_no_left_overs
     foreign_records_harm_nobody
 }
 
@@ -119,15 +120,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn what_killed_processes_left_is_removed(dir: &Dir, qemu: Qemu) -> Result<()> {
-    let disk = Disk {
-        id: "disk".into(),
-        bus: Bus::VirtioBlk,
-        given: Given::Blockdev,
-        file: dir.path("disk.raw"),
-        format: Format::Raw,
-    };
-    disk.make(8)?;
-    let guest = GuestOptions { disks: vec![disk], ..options(qemu) };
+    let guest = GuestOptions { disks: vec![disk(dir)?], ..options(qemu) };
     let mut guest = Guest::boot(&guest)?;
     let nonce = guest.oracle.nonce()?;
     let image = dir.path("vm.snap");
@@ -186,6 +179,48 @@ fn what_killed_processes_left_is_removed(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut again = dir.reverted(&image, &guest.dir, "again")?;
     again.resident()?;
     again.check(&nonce)
+}
+
+fn disk(dir: &Dir) -> Result<Disk> {
+    let disk = Disk {
+        id: "disk".into(),
+        bus: Bus::VirtioBlk,
+        given: Given::Blockdev,
+        file: dir.path("disk.raw"),
+        format: Format::Raw,
+    };
+    disk.make(8)?;
+    Ok(disk)
+}
+
+/// Such a record is there if the server was killed in the moment in which it was done.
+fn overlays_that_were_saved_are_no_left_overs(dir: &Dir) -> Result<()> {
+    let guest = Guest::boot(&GuestOptions { disks: vec![disk(dir)?], ..options(Qemu::V10) })?;
+    dir.save(&guest, "vm.snap").succeed()?;
+    let mut reverted = dir.reverted(&dir.path("vm.snap"), &guest.dir, "reverted")?;
+    let ended = reverted.resident()?;
+    let overlay = PathBuf::from(ended.event("disk")?["overlay"].as_str().ok_or("no overlay")?);
+    let stat = fs::read_to_string(format!("/proc/{}/stat", reverted.pid))?;
+    let started = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19));
+    let mut record = forged(&[&overlay], &[]);
+    record["qemu"]["pid"] = json!(reverted.pid);
+    record["qemu"]["started"] = json!(started.ok_or("no start")?.parse::<u64>()?);
+    for path in [dir.runs(), dir.runs().join("0000000a")] {
+        fs::create_dir(&path)?;
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o700))?;
+    }
+    fs::write(dir.runs().join("0000000a/state.json"), record.to_string())?;
+    assert!(run_of(dir, reverted.pid)?["present"].is_null());
+
+    dir.save(&reverted, "after.snap").succeed()?;
+    assert_eq!(run_of(dir, reverted.pid)?["present"], 1.0);
+    drop(reverted);
+    let removed = left_overs(dir, &["--yes"])?;
+    assert_eq!(removed, [(dir.runs().join("0000000a"), true)]);
+    assert!(overlay.exists());
+    let mut after = dir.reverted(&dir.path("after.snap"), &dir.path("reverted"), "after")?;
+    after.resident()?;
+    check(&mut after)
 }
 
 /// The record of a revert without any process, as somebody might forge it.

@@ -2,6 +2,7 @@
 //! grows. `make soak` runs it; SNAPBACK_SOAK sets the number of reverts.
 
 use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
 use snapback::runs::RunOptions;
@@ -71,10 +72,10 @@ fn soak(dir: &Dir) -> Result<()> {
     let start = Instant::now();
     let mut warm = None;
     for number in 1..=count {
-        let to = dir.make("reverted")?;
+        let to = dir.make(&format!("reverted-{number}"))?;
         let mut guest = match number % 2 {
-            0 => by_program(dir, shared)?,
-            _ => runtime.block_on(by_library(dir, shared))?,
+            0 => by_program(dir, shared, &to)?,
+            _ => runtime.block_on(by_library(shared, &to))?,
         };
         if number % CHECKED == 0 {
             let verdict = guest.oracle.check()?;
@@ -98,21 +99,19 @@ fn soak(dir: &Dir) -> Result<()> {
 }
 
 /// A guest that has all its memory, by the program.
-fn by_program(dir: &Dir, shared: &Shared) -> Result<Attached> {
-    let to = dir.path("reverted");
-    let mut reverted = Reverted::of(dir.revert(&shared.image, &shared.from, &to), &to)?;
+fn by_program(dir: &Dir, shared: &Shared, to: &Path) -> Result<Attached> {
+    let mut reverted = Reverted::of(dir.revert(&shared.image, &shared.from, to), to)?;
     reverted.log.wait_beat(0, SOON)?;
     reverted.resident()?;
     Ok(reverted.into_guest())
 }
 
 /// The same by the library.
-async fn by_library(dir: &Dir, shared: &Shared) -> Result<Attached> {
-    let to = dir.path("reverted");
+async fn by_library(shared: &Shared, to: &Path) -> Result<Attached> {
     let mut options = RevertOptions::new(&shared.image);
-    let pair = (crate::harness::text(&shared.from), crate::harness::text(&to));
+    let pair = (crate::harness::text(&shared.from), crate::harness::text(to));
     options.rewrite.paths.push((pair.0.into(), pair.1.into()));
     options.run = Some(RunOptions::new());
     let reverted = revert(&options, Cancellation::new(), |_| {}).await?;
-    Attached::to(reverted.pid as u32, &to)
+    Attached::to(reverted.pid as u32, to)
 }

@@ -21,7 +21,7 @@ tests! {
 }
 
 /// Reverts of the short run, and of the long one by default.
-const FEW: u64 = 10;
+const FEW: u64 = 12;
 const MANY: u64 = 200;
 
 /// Kills of the measurement, while memory is filled and while it is not.
@@ -30,11 +30,11 @@ const KILLS: usize = 100;
 /// The seed where none is given.
 const SEED: u64 = 1;
 
-/// How memory is filled: it takes two to three seconds.
-const FILLING: [&str; 3] = ["--fill-rate", "24M", "--no-working-set"];
+/// How memory is filled: it takes one to two seconds.
+const FILLING: [&str; 3] = ["--fill-rate", "40M", "--no-working-set"];
 
 /// The longest time from `running` to a fault, in milliseconds: some come when all is over.
-const LATEST: u64 = 2500;
+const LATEST: u64 = 1500;
 
 /// How long a stopped process stands still.
 const STANDS_STILL: Duration = Duration::from_millis(300);
@@ -105,20 +105,25 @@ struct Round {
 }
 
 impl Round {
-    /// The round of this number. The first ones have every fault once.
+    /// The round of this number. The first ones have every fault once, and then every way.
     fn new(number: u64, random: &mut Random) -> Round {
-        let qemu = random.pick(&Qemu::ALL);
-        // Only QEMU 8.1 and later map images.
-        let ways: &[_] = match qemu {
-            Qemu::V7 => &["uffd", "uffd", "socket", "eager"],
-            Qemu::V10 => &["uffd", "uffd", "socket", "eager", "map"],
-        };
+        const FAULTS: u64 = Fault::ALL.len() as u64;
+        const MAPPED: u64 = FAULTS + 1;
         let fault = match Fault::ALL.get(number as usize) {
             Some(fault) => *fault,
             None => random.pick(&Fault::ALL),
         };
+        let way = match number {
+            // A guest depends on its server by these two.
+            0..FAULTS => random.pick(&["uffd", "socket"]),
+            FAULTS => "eager",
+            MAPPED => "map",
+            _ => random.pick(&["uffd", "uffd", "socket", "socket", "eager", "map"]),
+        };
+        // Only QEMU 8.1 and later map images.
+        let qemu = if way == "map" { Qemu::V10 } else { random.pick(&Qemu::ALL) };
         let after = Duration::from_millis(random.below(LATEST));
-        Round { number, qemu, way: random.pick(ways), fault, after }
+        Round { number, qemu, way, fault, after }
     }
 }
 
@@ -171,7 +176,7 @@ fn tortured(dir: &Dir, round: Round, flat: &Path) -> Result<String> {
     // It is over with most of the ways before long.
     let keeper = processes(dir, " keeper -- ").first().copied();
     std::thread::sleep(round.after);
-    inject(dir, round.fault, server, keeper, guest.pid)?;
+    inject(dir, round, server, keeper, guest.pid)?;
 
     let ended = guest.server.take().ok_or("no server")?.end()?;
     let told: Vec<String> = ended.events.iter().filter_map(taken_over).collect();
@@ -188,9 +193,7 @@ fn tortured(dir: &Dir, round: Round, flat: &Path) -> Result<String> {
         (_, error) => without_resident(dir, round, &mut guest, &shared.nonce, &ended, error.ok())?,
     };
     drop(guest);
-    wait_for(SOON, "the servers to end", || {
-        Ok(processes(dir, "snapback").is_empty().then_some(()))
-    })?;
+    wait_for(SOON, "the servers to end", || Ok(processes(dir, "").is_empty().then_some(())))?;
     clean_up(dir, &to)?;
     Ok([told, vec![came]].concat().join("; "))
 }
@@ -241,15 +244,14 @@ fn taken_over(event: &serde_json::Value) -> Option<String> {
     })
 }
 
-/// Processes in the folder with these words on their command line.
+/// Processes of the program in the folder with these words on their command line.
 fn processes(dir: &Dir, words: &str) -> Vec<u32> {
-    let all = dir.processes().into_iter();
-    let ours = all.filter(|(_, line)| line.contains("snapback") && !line.contains("-machine"));
+    let ours = dir.processes().into_iter().filter(|(_, line)| !line.contains("-machine"));
     ours.filter(|(_, line)| line.contains(words)).map(|(pid, _)| pid).collect()
 }
 
 /// Does it to the processes. Those that have ended by then are let be.
-fn inject(dir: &Dir, fault: Fault, server: u32, keeper: Option<u32>, qemu: u32) -> Result<()> {
+fn inject(dir: &Dir, round: Round, server: u32, keeper: Option<u32>, qemu: u32) -> Result<()> {
     let keeper_lives = |keeper: &u32| processes(dir, " keeper -- ").contains(keeper);
     let keeper = keeper.filter(keeper_lives);
     // Our child, which is waited for later: its number stays its own.
@@ -260,7 +262,7 @@ fn inject(dir: &Dir, fault: Fault, server: u32, keeper: Option<u32>, qemu: u32) 
         std::thread::sleep(STANDS_STILL);
         send_signal(pid, libc::SIGCONT);
     };
-    match fault {
+    match round.fault {
         Fault::KillServer => kill_server(),
         Fault::KillServerTwice => {
             kill_server();
@@ -279,11 +281,13 @@ fn inject(dir: &Dir, fault: Fault, server: u32, keeper: Option<u32>, qemu: u32) 
             signal_keeper(libc::SIGKILL);
             if let Some(keeper) = keeper {
                 wait_gone(keeper)?;
-                // The next has everything once it holds what comes last.
+                // The next has everything once it holds what comes last (`keeper::Held`).
+                let last = if round.way == "uffd" { 71 } else { 70 };
                 wait_for(SOON, "another keeper, or the end", || {
                     let keepers = processes(dir, " keeper -- ");
-                    let holds =
-                        |keeper: &u32| std::fs::read_link(format!("/proc/{keeper}/fd/70")).is_ok();
+                    let holds = |keeper: &u32| {
+                        std::fs::read_link(format!("/proc/{keeper}/fd/{last}")).is_ok()
+                    };
                     let is_over = processes(dir, " revert ").is_empty();
                     Ok((is_over || keepers.iter().any(holds)).then_some(()))
                 })?;

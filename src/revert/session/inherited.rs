@@ -15,7 +15,7 @@ use crate::image::Image;
 use crate::keeper::Inheritance;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::{Details, Kept, note_keepers};
-use crate::runs::Entry;
+use crate::runs::{Entry, ProcessId};
 
 impl Running {
     /// Goes on with a guest whose server has died. `cancel` holds for the session.
@@ -40,7 +40,11 @@ impl Running {
             delivery,
             cancel,
         );
-        connection.run = run.map(Entry::take_over);
+        let pid = connection.qemu.pid();
+        connection.run = run.map(Entry::take_over).inspect(|run| {
+            // The predecessor may have died before it was written.
+            run.note(move |record| record.qemu = pid.and_then(ProcessId::of));
+        });
         note_keepers(&keeper, connection.run.as_ref());
         connection.keep(keeper, kept);
         connection.take_over(UnixStream::from(stream), userfaultfd, fill)?;
