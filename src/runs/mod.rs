@@ -18,6 +18,7 @@ mod directory;
 mod entry;
 mod error;
 mod left_over;
+mod options;
 mod record;
 mod run;
 mod stop;
@@ -26,32 +27,8 @@ pub(crate) use directory::{log_of, new_id};
 pub(crate) use entry::Entry;
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
+pub use options::RunOptions;
 pub(crate) use record::{ProcessId, Record};
 pub(crate) use run::keep_overlays;
 pub use run::{Run, find, list};
 pub use stop::Stopped;
-
-use std::path::PathBuf;
-
-/// How a revert is recorded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct RunOptions {
-    /// Its id: 8 hexadecimal digits that no other revert has.
-    pub id: String,
-    /// The log of its server, where its output goes to a file.
-    pub log: Option<PathBuf>,
-}
-
-impl RunOptions {
-    /// Records a revert under a new id.
-    pub fn new() -> RunOptions {
-        RunOptions { id: new_id(), log: None }
-    }
-}
-
-impl Default for RunOptions {
-    fn default() -> RunOptions {
-        RunOptions::new()
-    }
-}
