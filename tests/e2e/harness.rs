@@ -87,12 +87,15 @@ impl Dir {
 
     /// Names of all files in a folder of this name (`.` is the folder itself), in order.
     pub fn names(&self, folder: &str) -> Result<Vec<String>> {
-        let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-        let mut names: Vec<_> = fs::read_dir(self.path(folder))?
-            .map(|entry| entry.map(name))
-            .collect::<std::io::Result<_>>()?;
-        names.sort();
-        Ok(names)
+        names(&self.path(folder))
+    }
+
+    /// Names of what the program has left of reverts: records and logs.
+    pub fn recorded(&self) -> Result<Vec<String>> {
+        match self.runs().exists() {
+            true => names(&self.runs()),
+            false => Ok(Vec::new()),
+        }
     }
 
     /// Names of the sockets in a folder.
@@ -119,6 +122,15 @@ impl Dir {
         };
         pids.filter_map(describe).collect()
     }
+}
+
+/// Names of all files in a folder, in order.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let names = fs::read_dir(folder)?.map(|entry| entry.map(name));
+    let mut names: Vec<_> = names.collect::<std::io::Result<_>>()?;
+    names.sort();
+    Ok(names)
 }
 
 impl Drop for Dir {

@@ -29,7 +29,7 @@ tests! {
 pub const SLOWLY: [&str; 3] = ["--fill-rate", "12M", "--no-working-set"];
 
 /// What the command line of a new server begins with.
-const SUCCESSOR: &str = "snapback resume --inherited";
+pub const SUCCESSOR: &str = "snapback resume --inherited";
 
 /// A revert under way whose server may be killed.
 struct Killed<'a> {

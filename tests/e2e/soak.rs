@@ -37,22 +37,20 @@ struct Sizes {
     processes: usize,
     /// Files in the folders of the reverts and of their records.
     files: usize,
-    /// Segments of shared memory and other mappings without a name that only descriptors hold
-    /// can't be counted from outside: open files of the whole host stand for them.
+    /// Open files of the whole host (proc_sys_fs(5)), for information: others open some too.
     host_files: u64,
 }
 
 impl Sizes {
     fn now(dir: &Dir) -> Result<Sizes> {
         let count = |path: &str| fs::read_dir(path).map(Iterator::count);
-        let names = |path: &str| dir.names(path).map(|names| names.len());
         let open = fs::read_to_string("/proc/sys/fs/file-nr")?;
         Ok(Sizes {
             descriptors: count("/proc/self/fd")?,
             threads: count("/proc/self/task")?,
             kib: resident_kib(std::process::id())?,
             processes: dir.processes().len(),
-            files: names(".")? + fs::read_dir(dir.runs()).map_or(0, Iterator::count),
+            files: dir.names(".")?.len() + dir.recorded()?.len(),
             host_files: open.split_whitespace().next().ok_or("no number")?.parse()?,
         })
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::harness::{Dir, Ended, Reverted, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
-use crate::killed_reverts::{SLOWLY, process};
+use crate::killed_reverts::{SLOWLY, SUCCESSOR, process};
 use crate::shared::shared;
 use crate::support::{Qemu, Result, SOON, wait_for};
 use crate::tests;
@@ -269,7 +269,7 @@ fn inject(dir: &Dir, round: Round, server: u32, keeper: Option<u32>, qemu: u32) 
             if keeper.is_some() {
                 // It may have ended well before it was seen.
                 let successor = wait_for(SOON, "a successor, or the end", || {
-                    let successors = processes(dir, "resume --inherited");
+                    let successors = processes(dir, SUCCESSOR);
                     let keepers = processes(dir, " keeper -- ");
                     Ok((!successors.is_empty() || keepers.is_empty()).then_some(successors))
                 })?;
@@ -319,11 +319,7 @@ fn starve(pid: u32) {
 /// Removes what a round has left, by the program where it was killed.
 fn clean_up(dir: &Dir, to: &Path) -> Result<()> {
     dir.snapback(&["gc", "--yes"]).succeed()?;
-    assert!(
-        !dir.runs().exists(),
-        "{:?} is left",
-        std::fs::read_dir(dir.runs())?.collect::<Vec<_>>()
-    );
+    assert!(dir.recorded()?.is_empty(), "{:?}", dir.recorded()?);
     Ok(std::fs::remove_dir_all(to)?)
 }
 
@@ -382,7 +378,7 @@ fn wait_after_a_kill(dir: &Dir, args: &[&str], to: &PathBuf) -> Result<Wait> {
     };
     let told = server.wait("taken_over")?;
     let served_ms = told["after_ms"].as_f64().ok_or("no time")?;
-    let successor = process(dir, "snapback resume --inherited")?;
+    let successor = process(dir, SUCCESSOR)?;
     send_signal(successor, libc::SIGTERM);
     server.end()?.event("resident")?;
     guest.check(&shared.nonce)?;
