@@ -24,9 +24,6 @@ tests! {
 const FEW: u64 = 12;
 const MANY: u64 = 200;
 
-/// Kills of the measurement, while memory is filled and while it is not.
-const KILLS: usize = 100;
-
 /// The seed where none is given.
 const SEED: u64 = 1;
 
@@ -142,10 +139,13 @@ fn some_faults(dir: &Dir) -> Result<()> {
 #[test]
 #[ignore = "it takes many minutes: `make torture`"]
 fn many_faults() -> Result<()> {
-    crate::harness::in_a_folder(|dir| {
-        let asked = std::env::var("SNAPBACK_TORTURE").ok().and_then(|number| number.parse().ok());
-        rounds(dir, asked.unwrap_or(MANY))
-    })
+    crate::harness::in_a_folder(|dir| rounds(dir, asked()))
+}
+
+/// Reverts of the long run.
+fn asked() -> u64 {
+    let asked = std::env::var("SNAPBACK_TORTURE").ok();
+    asked.and_then(|number| number.parse().ok()).unwrap_or(MANY)
 }
 
 fn rounds(dir: &Dir, count: u64) -> Result<()> {
@@ -326,12 +326,14 @@ fn clean_up(dir: &Dir, to: &Path) -> Result<()> {
 #[test]
 #[ignore = "it takes many minutes: `make torture`"]
 fn how_long_a_guest_waits_for_the_next_server() -> Result<()> {
+    // While memory is filled, and as often while it is not.
+    let kills = (asked() / 2).max(1);
     crate::harness::in_a_folder(|dir| {
         for (what, args) in [("filling", SLOWLY), ("idle", UNFILLED)] {
-            let mut waits = (0..KILLS)
+            let mut waits = (0..kills)
                 .map(|number| wait_after_a_kill(dir, &args, &dir.path(&format!("{what}-{number}"))))
                 .collect::<Result<Vec<_>>>()?;
-            println!("from SIGKILL of the server, while {what}, {KILLS} times, in ms:");
+            println!("from SIGKILL of the server, while {what}, {kills} times, in ms:");
             waits.sort_by(|one, other| one.beat_ms.total_cmp(&other.beat_ms));
             print_shares("to the guest's next heartbeat", waits.iter().map(|wait| wait.beat_ms));
             waits.sort_by(|one, other| one.served_ms.total_cmp(&other.served_ms));
