@@ -1,15 +1,12 @@
-//! The keeper, and the server that it starts in the place of one that was killed.
+//! The keeper, and what it starts in the place of a server that was killed.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Args;
 
-use super::failure::Failure;
-use super::output::Output;
-use super::{FAILED, cancellation};
-use crate::keeper::{Inheritance, Successor};
-use crate::kind::ErrorKind;
+use super::FAILED;
+use crate::keeper::Successor;
 
 /// The program that runs now, even if its file has been replaced since.
 const THIS_PROGRAM: &str = "/proc/self/exe";
@@ -19,19 +16,6 @@ pub(super) struct KeeperArgs {
     /// The arguments of a new server
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     successor: Vec<OsString>,
-}
-
-#[derive(Args)]
-pub(super) struct ResumeArgs {
-    /// Set by the keeper: what the server that was killed has left comes as descriptors
-    #[arg(long, required = true)]
-    inherited: bool,
-    /// Print one JSON object a line
-    #[arg(long)]
-    pub json: bool,
-    /// Set for the successor of a server in the background
-    #[arg(long, hide = true)]
-    pub serving_detached: bool,
 }
 
 /// What a keeper starts in the place of a server that prints in this way.
@@ -55,22 +39,4 @@ pub(super) fn run(args: KeeperArgs) -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
-}
-
-/// Serves the guest of a server that was killed.
-pub(super) async fn resume(args: ResumeArgs) -> Result<(), Failure> {
-    let output = match args.serving_detached {
-        true => Output::of_server(),
-        false => Output::new(args.json),
-    };
-    let successor = successor(args.json, args.serving_detached);
-    // SAFETY: this is the only call, in a process that has just begun; nobody else starts this
-    // command with descriptors from 64 on.
-    let inheritance = unsafe { Inheritance::take(successor) };
-    let inheritance = inheritance.map_err(|error| {
-        let doing = "what the server that was killed has left can't be used";
-        Failure::new(ErrorKind::ServerLost, doing, &error)
-    })?;
-    let served = crate::revert::take_over(inheritance, cancellation()?, |e| output.revert(&e));
-    Ok(served.await.map(drop)?)
 }

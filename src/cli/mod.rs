@@ -14,6 +14,7 @@ mod host;
 mod keeper;
 mod output;
 mod report;
+mod resume;
 mod rtc;
 mod runs;
 mod save;
@@ -80,9 +81,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
-    /// Serve a guest whose page server was killed
-    #[command(hide = true)]
-    Resume(keeper::ResumeArgs),
+    /// Go on with a reverted guest whose page server and keeper were both killed
+    Resume(resume::ResumeArgs),
     /// Hold what a page server needs, and start another when it is killed
     #[command(hide = true)]
     Keeper(keeper::KeeperArgs),
@@ -145,6 +145,16 @@ struct RevertArgs {
 /// How memory is brought, in whatever way it reaches the guest.
 #[derive(Args)]
 struct DeliveryArgs {
+    #[command(flatten)]
+    fill: FillArgs,
+    /// Neither use nor record the image's working set
+    #[arg(long)]
+    no_working_set: bool,
+}
+
+/// How memory is filled that the guest does not wait for.
+#[derive(Args)]
+struct FillArgs {
     /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
     /// what the guest waits for does not count, and neither do zeros
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
@@ -152,9 +162,6 @@ struct DeliveryArgs {
     /// Fill memory only once the guest has asked for none for so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     fill_delay: Option<Duration>,
-    /// Neither use nor record the image's working set
-    #[arg(long)]
-    no_working_set: bool,
     /// Leave memory in small pages; else it is collapsed into huge ones once it is in place
     #[arg(long)]
     no_collapse: bool,
@@ -162,11 +169,18 @@ struct DeliveryArgs {
 
 impl DeliveryArgs {
     fn delivery(self, placement: Placement) -> Delivery {
+        Delivery { working_set: !self.no_working_set, ..self.fill.delivery(placement) }
+    }
+}
+
+impl FillArgs {
+    /// Without a working set.
+    fn delivery(self, placement: Placement) -> Delivery {
         Delivery {
             placement,
             fill_rate: self.fill_rate,
             fill_delay: self.fill_delay,
-            working_set: !self.no_working_set,
+            working_set: false,
             collapse: !self.no_collapse,
             ..Delivery::default()
         }
@@ -392,7 +406,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
         }
-        Command::Resume(args) => (args.json || args.serving_detached, keeper::resume(args).await),
+        Command::Resume(args) => (args.json || args.serving_detached, resume::run(args).await),
         Command::Keeper(args) => return keeper::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };

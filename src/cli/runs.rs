@@ -53,9 +53,11 @@ pub(super) fn ps(args: PsArgs) -> Result<(), Failure> {
     let rows = runs.iter().map(|run| (row(run), run.image.display().to_string()));
     print_table(head.map(str::to_owned), rows.collect());
     for run in runs.iter().filter(|run| run.is_stuck()) {
-        let Run { id, .. } = run;
+        let (id, image) = (&run.id, run.image.display());
+        let pid = run.qemu_pid.unwrap_or_default();
         print_line(&format!(
-            "{id} waits for memory that nobody brings: its server and keeper were killed"
+            "{id} waits for memory that nobody brings: its server and keeper were killed; \
+             `snapback resume {image} --pid {pid}` goes on with it"
         ));
     }
     if runs.iter().any(Run::is_over) {

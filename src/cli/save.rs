@@ -65,8 +65,8 @@ pub(super) struct GuestArgs {
     /// Leave a writable disk out: the name of a node, drive or device
     #[arg(long = "exclude-disk", value_name = "NODE")]
     exclude_disks: Vec<String>,
-    /// Save without this device if it was plugged in and a revert can't bring it back: its id, as
-    /// `check` tells it
+    /// Save although a revert can't bring this device back: the id of one that was plugged in, or
+    /// the name of a disk that no option defines, as `check` tells it
     #[arg(long = "allow-missing-device", value_name = "ID")]
     allow_missing_devices: Vec<String>,
     /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)

@@ -10,6 +10,7 @@ mod described;
 mod devices;
 #[cfg(test)]
 mod disk_tests;
+mod control;
 mod disks;
 mod error;
 #[cfg(test)]
@@ -24,6 +25,7 @@ mod tests;
 pub use board::Board;
 pub use command_line::CommandLine;
 pub use command_line::parameters::Params;
+pub use control::control_sockets;
 pub use described::{describe, describe_foreign, named_machine_type};
 pub use devices::{device_paths, record_hotplug};
 pub use disks::attached::{FoundDisk, disks};
@@ -32,7 +34,7 @@ pub use disks::overlay::OverlayOptions;
 pub use disks::qcow2::write_overlay;
 pub use disks::stamp::{stamp_files, write_out};
 pub use error::GuestError;
-pub use process::{Log, Process};
+pub use process::{Log, Process, label_of};
 pub use record::capture;
 pub use rights::userfaultfd_lack;
 pub use start::collisions::exclusive_paths;

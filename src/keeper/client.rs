@@ -1,13 +1,14 @@
 //! The server's side: a keeper is started, given what it shall hold, and started again when it
 //! dies.
 
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use super::protocol::{Held, Message, Received, receive, send, socket_pair};
@@ -35,6 +36,8 @@ impl Successor {
 #[derive(Debug)]
 pub struct Keeper {
     state: Arc<Mutex<State>>,
+    /// Closed once the first keeper has been started, or can't be.
+    starting: Option<mpsc::Receiver<Infallible>>,
 }
 
 #[derive(Debug)]
@@ -66,14 +69,20 @@ impl Keeper {
     pub fn start(successor: Successor) -> io::Result<Keeper> {
         let (ours, theirs) = socket_pair()?;
         let watched = ours.try_clone()?;
-        let keeper = Keeper::over(ours, Vec::new());
+        let (started, starting) = mpsc::channel();
+        let mut keeper = Keeper::over(ours, Vec::new());
+        keeper.starting = Some(starting);
         let state = Arc::clone(&keeper.state);
-        let watch = move || match spawn(&successor, theirs) {
-            Ok(child) => {
-                state_of(&state).has_started(child.id());
-                supervise(&state, &successor, watched, Some(child));
+        let watch = move || {
+            let spawned = spawn(&successor, theirs);
+            drop(started);
+            match spawned {
+                Ok(child) => {
+                    state_of(&state).has_started(child.id());
+                    supervise(&state, &successor, watched, Some(child));
+                }
+                Err(error) => state_of(&state).give_up(&error),
             }
-            Err(error) => state_of(&state).give_up(&error),
         };
         std::thread::Builder::new().name("keeper".into()).spawn(watch)?;
         Ok(keeper)
@@ -96,7 +105,15 @@ impl Keeper {
 
     fn over(keeper: OwnedFd, held: Vec<(Held, OwnedFd)>) -> Keeper {
         let state = State { keeper: Some(keeper), held, ended: false, process: None, on_start: None };
-        Keeper { state: Arc::new(Mutex::new(state)) }
+        Keeper { state: Arc::new(Mutex::new(state)), starting: None }
+    }
+
+    /// Waits until it has been started, or can't be: whoever relies on it from now on has one.
+    pub fn wait_started(&mut self) {
+        if let Some(starting) = self.starting.take() {
+            // Nothing is ever sent: it ends when the other end is closed.
+            let _ = starting.recv();
+        }
     }
 
     /// Has `on_start` told the process of this keeper, and of each that follows it.

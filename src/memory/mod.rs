@@ -31,7 +31,7 @@ pub use working_set::{WorkingSet, WorkingSetError};
 use std::path::PathBuf;
 
 use crate::kind::{Details, ErrorKind};
-use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
+use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource, Run, SourceError};
 use crate::transport::{Transport, TransportError};
 
 /// Why memory could not be brought.
@@ -174,6 +174,16 @@ impl Memory {
         self.claims.all_claimed(block)
     }
 
+    /// Whether the host page that holds this page is in place.
+    pub fn is_present(&self, page: Page) -> bool {
+        self.claims.is_present(page.block, page.number)
+    }
+
+    /// Whether the host page that holds this page is in place or being installed.
+    pub fn is_claimed(&self, page: Page) -> bool {
+        self.claims.is_claimed(page.block, page.number)
+    }
+
     /// The host pages that are claimed and not present. Asked before any thread brings memory,
     /// they are those that a predecessor did not finish; nobody else takes them.
     pub fn unfinished(&self) -> Vec<Run> {
@@ -190,6 +200,29 @@ impl Memory {
             });
         }
         unfinished
+    }
+
+    /// Takes note of pages that somebody else has installed, of whom nothing else is known. They
+    /// consist of whole host pages.
+    pub fn found(&self, present: Run) {
+        let claimed = self.claims.claim(present, |claimed| {
+            self.arrived(claimed);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        claimed.unwrap_or_else(|never| match never {});
+    }
+
+    /// The same for the pages of a block whose bits are set: bit 0 of the first byte is the
+    /// block's first page.
+    pub fn found_bits(&self, block: BlockId, bits: &[u8]) {
+        let (pages, unit) = (self.block(block).pages(), self.block(block).pages_per_host_page());
+        let is_set = |number: u64| {
+            let byte = bits.get((number / 8) as usize).copied().unwrap_or(0);
+            byte & (1 << (number % 8)) != 0
+        };
+        for first in (0..pages).step_by(unit as usize).filter(|first| is_set(*first)) {
+            self.found(Run { block, first, count: unit.min(pages - first) });
+        }
     }
 
     /// Settles one of the host pages that were [`unfinished`](Memory::unfinished). One that has
@@ -223,7 +256,8 @@ impl Memory {
 
     /// Claims the absent pages of `run` and installs them, in pieces of the transport's
     /// preferred size. Each piece is claimed just before it is installed. `pause` is called
-    /// before that, while nothing is held, so that prefetch can stand aside.
+    /// before that, while nothing is held, so that prefetch can stand aside. A whole piece of
+    /// zeros is left to the kernel where the transport says that it can be.
     fn install(
         &self,
         run: Run,
@@ -235,6 +269,7 @@ impl Memory {
             Content::Zero => self.transport.zero_step_pages(run.block),
             Content::Bytes(_) => self.transport.step_pages(run.block),
         });
+        let may_leave = matches!(content, Content::Zero) && self.leaves_zeros(run.block);
         let mut installed = 0;
         let mut first = run.first;
         while first < run.end() {
@@ -243,7 +278,10 @@ impl Memory {
             pause();
             let piece = Run { block: run.block, first, count: end - first };
             self.claims.claim(piece, |claimed| {
-                self.install_claimed(run, claimed, content)?;
+                match may_leave && claimed.count == step {
+                    true => self.arrived(claimed),
+                    false => self.install_claimed(run, claimed, content)?,
+                }
                 installed += claimed.count;
                 Ok(())
             })?;
@@ -287,6 +325,13 @@ impl Memory {
         self.transport.wake(block, run).map_err(|source| self.transport_error(run, source))
     }
 
+    /// Installs zeros that were left out and are asked for all the same. `run` must be in place
+    /// but for that.
+    fn make_up(&self, run: Run) -> Result<(), MemoryError> {
+        let block = self.block(run.block);
+        self.transport.zero(block, run).map_err(|source| self.transport_error(run, source))
+    }
+
     fn transport_error(&self, run: Run, source: TransportError) -> MemoryError {
         let block = self.block(run.block).name.clone();
         MemoryError::Install { block, offset: run.offset(), source }
@@ -305,6 +350,11 @@ impl Memory {
         // A huge page may be zero in parts, and is then not a matter of zeros.
         let small = self.block(block).page_size == PAGE_SIZE as u64;
         small && self.transport.zero_step_pages(block) > self.transport.step_pages(block)
+    }
+
+    /// Whether zeros of this block may be left out.
+    fn leaves_zeros(&self, block: BlockId) -> bool {
+        self.likes_large_zeros(block) && self.transport.leaves_zeros(block)
     }
 
     /// Whether a prefetcher is at work.

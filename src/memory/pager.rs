@@ -65,6 +65,10 @@ const MAX_DEMANDS: usize = 1 << 18;
 /// The longest time that the histogram distinguishes, in nanoseconds: a minute.
 const LONGEST_NS: u64 = 60_000_000_000;
 
+/// Zeros that were left out are installed so many pages at a time: 64 KiB, for a guest that
+/// writes to fresh memory.
+const LEFT_AT_ONCE: u64 = 16;
+
 /// Makes prefetch stand aside as long as it lives.
 struct Urgent<'a>(&'a Memory);
 
@@ -156,7 +160,7 @@ impl Pager {
             // It was installed between the fault and now, or will be at once by whoever
             // has claimed it, who then wakes the waiting thread.
             return match memory.claims.is_present(page.block, page.number) {
-                true => memory.wake(host_page),
+                true => serve_again(memory, host_page),
                 false => Ok(()),
             };
         };
@@ -205,6 +209,26 @@ impl Pager {
         // The one that is waited for goes first; its neighbours follow.
         memory.install_claimed(mine, mine, self.window.host_page(mine))
     }
+}
+
+/// Answers a request for a host page that is in place: the thread is woken to look again. If
+/// its zeros were left out, they are installed now, and those behind them.
+fn serve_again(memory: &Memory, host_page: Run) -> Result<(), MemoryError> {
+    let page = Page { block: host_page.block, number: host_page.first };
+    let is_left = memory.leaves_zeros(page.block)
+        && memory.source.locate(page).map_err(|e| memory.source_error(host_page, e))?
+            == Location::Zero;
+    if !is_left {
+        return memory.wake(host_page);
+    }
+    // Of pages that are in place, zeros alone are ever missing.
+    let is_left = |number: &u64| {
+        let near = Page { number: *number, ..page };
+        memory.claims.is_present(near.block, near.number) && memory.source.is_zero(near)
+    };
+    let most = cut(memory, page, LEFT_AT_ONCE);
+    let count = (most.first + 1..most.end()).take_while(is_left).count() as u64 + 1;
+    memory.make_up(Run { count, ..host_page })
 }
 
 /// `count` pages from `page` on, as far as the block reaches.

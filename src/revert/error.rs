@@ -9,6 +9,7 @@ use crate::image::ImageError;
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
 use crate::transport::proof::AttachError;
+use crate::transport::search::SearchError;
 use crate::wire::WireError;
 
 /// Why a revert failed. The QEMU that it started has been ended. Overlays of disks stay if
@@ -69,6 +70,23 @@ pub enum RevertError {
         /// What QEMU itself had to say.
         qemu: String,
     },
+    /// A guest that was to be served again is served, or needs nothing.
+    #[error(
+        "QEMU's migration is `{status}`: only a guest whose page server has died can be taken up \
+         again"
+    )]
+    NotInterrupted {
+        /// The status of QEMU's migration; empty where there was none.
+        status: String,
+    },
+    /// It is not known where QEMU's control socket is.
+    #[error(
+        "process {pid} has no control socket on its command line: name it, by `Orphan::Qmp`"
+    )]
+    NoControl {
+        /// QEMU's process id.
+        pid: i32,
+    },
     /// A socket between us and QEMU failed.
     #[error("{what}: {source}")]
     Socket {
@@ -108,7 +126,8 @@ impl RevertError {
             Postcopy { error, .. } => error.kind(),
             NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotRun { .. } => ErrorKind::QemuFailed,
-            NotHeld => ErrorKind::OptionsInvalid,
+            NotHeld | NoControl { .. } => ErrorKind::OptionsInvalid,
+            NotInterrupted { .. } => ErrorKind::GuestState,
             Died { .. } => ErrorKind::QemuEnded,
             Socket { source, .. } => match ErrorKind::of_io(source) {
                 ErrorKind::NotFound => ErrorKind::QemuUnreachable,
@@ -231,6 +250,15 @@ pub enum PostcopyError {
         /// What stands in the way; empty or with a leading separator.
         why: String,
     },
+    /// A guest's memory was not found in QEMU.
+    #[error(transparent)]
+    Search(#[from] SearchError),
+    /// Memory that was installed directly can't be brought by the socket.
+    #[error(
+        "some of the guest's memory was put in place directly, and QEMU would take it a second time \
+         by its socket: go on directly ({0})"
+    )]
+    NotBySocket(String),
     /// A thread of ours panicked.
     #[error(
         "the thread that was to {0} panicked: that is a bug of snapback, whose message is on \
@@ -253,6 +281,8 @@ impl PostcopyError {
             Refused(_) => ErrorKind::QemuFailed,
             Duplicate(error) | Thread(error) => ErrorKind::of_io(error),
             Inherited(_) | Torn | Unsettled { .. } => ErrorKind::ServerLost,
+            Search(error) => error.kind(),
+            NotBySocket(_) => ErrorKind::UserfaultfdUnavailable,
             Panicked(_) => ErrorKind::Internal,
         }
     }

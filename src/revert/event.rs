@@ -58,9 +58,10 @@ pub enum RevertEvent {
     },
     /// The process that served the guest has died, and this one has taken its place.
     TakenOver {
-        /// By what: `keeper`.
+        /// By what: `keeper`, or `resume` where the keeper had died as well.
         by: String,
-        /// How long the guest was not served, in milliseconds.
+        /// How long the guest was not served, in milliseconds; by `resume`, how long that took to
+        /// serve it.
         after_ms: f64,
         /// How many servers have followed the first.
         restarts: u64,

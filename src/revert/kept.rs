@@ -91,6 +91,16 @@ impl Kept {
         self.holder.hold(Held::Output, process.output())
     }
 
+    /// A QEMU that was started by another session goes on by our stream. Told last, and only once
+    /// a successor has all that it needs: until it is, QEMU is left alone if we die.
+    pub fn hold_orphan(&self, pid: i32, qmp: &Qmp) -> io::Result<()> {
+        self.holder.hold(Held::Control, qmp.socket())?;
+        // What it says goes elsewhere.
+        self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())?;
+        self.ledger.set_running();
+        self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())
+    }
+
     /// The migration begins.
     pub fn hold_stream(&self, stream: BorrowedFd<'_>) -> io::Result<()> {
         self.holder.hold(Held::Stream, stream)

@@ -93,6 +93,40 @@ impl ServeOptions {
     }
 }
 
+/// Which guest to go on with whose page server and keeper have died, and how.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ResumeOptions {
+    /// The image that the guest was being brought back from.
+    pub image: PathBuf,
+    /// The guest's QEMU.
+    pub of: Orphan,
+    /// How its memory is brought. [`Placement::Map`] and [`Placement::Eager`] are taken for
+    /// [`Placement::Auto`]; no working set is used or recorded.
+    pub delivery: Delivery,
+    /// As [`RevertOptions::keeper`].
+    pub keeper: Option<Successor>,
+}
+
+impl ResumeOptions {
+    /// Goes on with that guest of this image.
+    pub fn new(image: impl Into<PathBuf>, of: Orphan) -> ResumeOptions {
+        let delivery = Delivery { working_set: false, ..Delivery::default() };
+        ResumeOptions { image: image.into(), of, delivery, keeper: None }
+    }
+}
+
+/// A QEMU whose guest waits for memory that nobody brings any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Orphan {
+    /// The process of this number, whose control socket (QMP) is a Unix socket on its command
+    /// line.
+    Process(i32),
+    /// The one that listens for QMP on this Unix socket.
+    Qmp(PathBuf),
+}
+
 /// A QEMU that somebody else started as the machine that was saved, and that waits for its
 /// state.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -116,9 +116,11 @@ fn keep(directory: &Path, mut record: Record, messages: &Receiver<Message>) -> i
         record.write(directory)?;
     }
     // Of a revert that failed when its guest had run, the overlays stay, and nobody else knows
-    // of them. Those of a guest that has all its memory are its owner's.
+    // of them. One that was taken up by hand and failed leaves QEMU to be taken up again. A guest
+    // that has all its memory is its owner's, with its overlays.
     let leaves = record.overlays.iter().any(|overlay| overlay.symlink_metadata().is_ok());
-    match leaves && !record.resident {
+    let waits = record.qemu.and_then(ProcessId::living).is_some();
+    match !record.resident && (leaves || waits) {
         true => Ok(()),
         false => directory::remove(directory, &[FILE, NEW_FILE]),
     }

@@ -29,6 +29,6 @@ pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;
 pub(crate) use record::{ProcessId, Record};
-pub(crate) use run::keep_overlays;
 pub use run::{Run, find, list};
+pub(crate) use run::{directory_of, keep_overlays};
 pub use stop::Stopped;

@@ -83,6 +83,12 @@ pub(crate) fn keep_overlays(qemu: i32) {
     }
 }
 
+/// The directory of the record of the revert in this QEMU, for a server that takes it up.
+pub(crate) fn directory_of(qemu: i32) -> Option<PathBuf> {
+    let runs = list().ok()?;
+    runs.iter().find(|run| run.qemu_pid == Some(qemu)).map(Run::directory)
+}
+
 /// The names in the user's directory that are ids.
 pub(super) fn ids() -> Result<Vec<String>, RunsError> {
     let names = names()?.into_iter();

@@ -21,7 +21,8 @@ pub struct SaveOptions {
     /// Writable disks that are not captured, each by the name of its node, drive or device.
     pub exclude_disks: Vec<String>,
     /// Devices that were plugged in and may be left out if a revert can't bring them back,
-    /// each by its id.
+    /// each by its id; and disks that may be captured although no option defines them, by the
+    /// name of their node, drive or device.
     pub allow_missing_devices: Vec<String>,
     /// The socket of qemu-guest-agent, which then freezes the guest's file systems around
     /// the moment.

@@ -317,6 +317,12 @@ impl Running {
         Err(format!("it ended without any of {names:?}: {:?} {stderr:?}", self.said).into())
     }
 
+    /// All that it has said by now, for error messages.
+    pub fn said(&mut self) -> &[String] {
+        self.said.extend(self.lines.try_iter());
+        &self.said
+    }
+
     /// Waits for an event.
     pub fn wait(&mut self, name: &str) -> Result<Value> {
         self.wait_any(&[name])

@@ -12,6 +12,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 use super::contents::Contents;
 use super::lifecycle::{Lifecycle, Next, Told};
 use super::qemu::{Qemu, has_run, migrate_from};
+use super::reconnect::Resuming;
 use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
@@ -24,7 +25,9 @@ use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
-use crate::revert::source::{Beginning, PostcopyEvent, PostcopyOptions, PostcopySource};
+use crate::revert::source::{
+    Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
+};
 use crate::runs::Entry;
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
@@ -46,6 +49,8 @@ pub(super) struct Connection {
     pub delivery: Delivery,
     pub cancel: Cancellation,
     kept: Option<Kept>,
+    /// Set where the session began with a QEMU whose channel was lost.
+    pub resuming: Option<Resuming>,
     /// Told last that this session needs no successor.
     pub keeper: Option<Keeper>,
     /// Dropped last: what QEMU leaves is seen by then.
@@ -84,6 +89,7 @@ impl Connection {
             delivery,
             cancel,
             kept: None,
+            resuming: None,
             keeper: None,
             run: None,
         }
@@ -97,7 +103,13 @@ impl Connection {
     /// Notes that the guest runs: a successor can go on from here.
     pub fn note_running(&mut self) {
         match (&self.source, &self.kept) {
-            (Some(Source::Postcopy(_)), Some(kept)) => kept.ledger.set_running(),
+            (Some(Source::Postcopy(_)), Some(kept)) => {
+                // QEMU took longer to start than it does: this rarely waits.
+                if let Some(keeper) = &mut self.keeper {
+                    keeper.wait_started();
+                }
+                kept.ledger.set_running();
+            }
             // All its memory is there already.
             _ => self.keeper = None,
         }
@@ -154,7 +166,19 @@ impl Connection {
         userfaultfd: Option<OwnedFd>,
         fill: FillOptions,
     ) -> Result<(), PostcopyError> {
-        self.start_source(Beginning::TakenOver(userfaultfd), socket, fill)
+        self.start_source(Beginning::TakenOver(userfaultfd), socket, fill).map(drop)
+    }
+
+    /// Serves a guest that runs, in the place of a process of which nothing is left. Returns what
+    /// wakes whoever waits for memory.
+    pub fn take_up(
+        &mut self,
+        interrupted: Interrupted,
+        socket: UnixStream,
+        fill: FillOptions,
+    ) -> Result<impl Fn() + Send + use<>, PostcopyError> {
+        let source = self.start_source(Beginning::Interrupted(interrupted), socket, fill)?;
+        Ok(source.waker())
     }
 
     fn start_source(
@@ -162,7 +186,7 @@ impl Connection {
         beginning: Beginning,
         socket: UnixStream,
         fill: FillOptions,
-    ) -> Result<(), PostcopyError> {
+    ) -> Result<&PostcopySource, PostcopyError> {
         let options = PostcopyOptions {
             placement: self.delivery.placement,
             pid: self.qemu.pid(),
@@ -178,9 +202,11 @@ impl Connection {
         };
         let pages = Arc::new(Arc::clone(&self.image));
         let (source, reports) = PostcopySource::start(beginning, pages, socket, options)?;
-        self.source = Some(Source::Postcopy(source));
         self.reports.source = Some(reports);
-        Ok(())
+        match self.source.insert(Source::Postcopy(source)) {
+            Source::Postcopy(source) => Ok(source),
+            Source::Eager(_) => unreachable!("another has just been put there"),
+        }
     }
 
     /// Goes on to the session's next state, doing what has to be done before, and telling how
@@ -211,14 +237,8 @@ impl Connection {
                     }
                     on_event(RevertEvent::Placing { placement, reason });
                 }
-                Next::TakenOver => {
-                    let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
-                    on_event(RevertEvent::TakenOver {
-                        by: "keeper".to_owned(),
-                        after_ms: ledger.map_or(0.0, Ledger::died_ms_ago),
-                        restarts: ledger.map_or(0, Ledger::restarts),
-                    });
-                }
+                Next::TakenOver => on_event(self.taken_over()),
+                Next::Reconnected => self.reconnected().await?,
                 Next::Continue => {
                     if let Some(qmp) = self.qemu.qmp() {
                         qmp.cont().await?;
@@ -232,6 +252,32 @@ impl Connection {
                 Next::Armed | Next::Running | Next::Resident => return Ok(()),
             }
         }
+    }
+
+    /// That this process has taken the place of another.
+    fn taken_over(&self) -> RevertEvent {
+        let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
+        let restarts = ledger.map_or(0, Ledger::restarts);
+        let (by, after_ms) = match &self.resuming {
+            Some(resuming) => ("resume", resuming.began.elapsed().as_secs_f64() * 1e3),
+            None => ("keeper", ledger.map_or(0.0, Ledger::died_ms_ago)),
+        };
+        RevertEvent::TakenOver { by: by.to_owned(), after_ms, restarts }
+    }
+
+    /// QEMU goes on by the new stream: what a successor needs is there, and the keeper holds it.
+    async fn reconnected(&mut self) -> Result<(), RevertError> {
+        let Some(resuming) = &mut self.resuming else { return Ok(()) };
+        let Some(qmp) = resuming.qmp().await else { return Ok(()) };
+        let pid = self.qemu.pid();
+        if let (Some(kept), Some(Source::Postcopy(source)), Some(pid)) =
+            (&self.kept, &self.source, pid)
+        {
+            let held = source.hold(kept).and_then(|()| kept.hold_orphan(pid, &qmp));
+            held.map_err(PostcopyError::Duplicate)?;
+        }
+        self.qemu = Qemu::Theirs { qmp: Some(qmp), pid };
+        Ok(())
     }
 
     async fn next(&mut self) -> Result<Next, RevertError> {
@@ -366,7 +412,7 @@ fn refusal(error: RevertError) -> RevertError {
 }
 
 /// The two ends of the migration stream.
-fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
+pub(super) fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
     UnixStream::pair().map_err(|source| RevertError::Socket {
         what: "making a socket for the migration stream failed".into(),
         source,

@@ -53,6 +53,8 @@ pub(super) enum Next {
     Resident,
     /// Tell that this process has taken the place of another.
     TakenOver,
+    /// QEMU goes on by a new stream: from now on another can succeed us.
+    Reconnected,
 }
 
 /// The state that a session is in, as far as this machine tells them apart.
@@ -78,6 +80,8 @@ pub(super) struct Lifecycle {
     resumed: bool,
     /// Whether this process has taken over, and that has not been told.
     taken_over: bool,
+    /// Whether QEMU has taken up an interrupted postcopy, and that has not been told.
+    reconnected: bool,
     placing: Option<(Placement, String)>,
     placement: Placement,
     /// What was seen of faults that came from userfaultfd.
@@ -98,6 +102,7 @@ impl Lifecycle {
             preloaded: false,
             resumed: false,
             taken_over: false,
+            reconnected: false,
             placing: None,
             placement: Placement::Socket,
             direct_faults: None,
@@ -139,6 +144,7 @@ impl Lifecycle {
                     self.placing = Some((placement, reason));
                 }
                 PostcopyEvent::TakenOver => self.taken_over = true,
+                PostcopyEvent::Reconnected => self.reconnected = true,
                 PostcopyEvent::Loaded => self.loaded = true,
                 PostcopyEvent::Preloaded => self.preloaded = true,
                 PostcopyEvent::Faults(report) => self.direct_faults = report,
@@ -167,6 +173,9 @@ impl Lifecycle {
     pub fn next(&mut self) -> Option<Next> {
         if std::mem::take(&mut self.taken_over) {
             return Some(Next::TakenOver);
+        }
+        if std::mem::take(&mut self.reconnected) {
+            return Some(Next::Reconnected);
         }
         if let Some((placement, reason)) = self.placing.take() {
             return Some(Next::Placing { placement, reason });

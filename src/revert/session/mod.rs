@@ -28,8 +28,10 @@ mod contents;
 mod inherited;
 mod launched;
 mod lifecycle;
+mod orphaned;
 mod planned;
 mod qemu;
+mod reconnect;
 mod resident;
 mod running;
 

@@ -72,7 +72,9 @@ impl Planned {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
-        let Planned { image, plan, start, options, cancel } = self;
+        let Planned { image, mut plan, start, options, cancel } = self;
+        // Should nobody be left who knows whose guest it is.
+        plan.label = image.identity().to_string();
         let RevertOptions { delivery, standby, rtc, keeper, run, .. } = options;
         let run = run.map(|options| Entry::begin(&options, record(&image, &plan)));
         // A guest whose memory is mapped needs nobody.

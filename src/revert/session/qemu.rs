@@ -11,7 +11,7 @@ use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::revert::error::RevertError;
 
 /// The name under which QEMU is given its end of the migration stream.
-const INCOMING: &str = "snapback-incoming";
+pub(super) const INCOMING: &str = "snapback-incoming";
 
 /// The migration capabilities that a postcopy turns on, and off again at its end.
 pub(super) const POSTCOPY: [&str; 2] = ["postcopy-ram", "events"];

@@ -19,6 +19,8 @@ pub(in crate::revert) enum PostcopyEvent {
     },
     /// This source has taken the place of another, and faults are served again.
     TakenOver,
+    /// QEMU goes on with the postcopy that was interrupted, by this source's stream.
+    Reconnected,
     /// The device state is in; QEMU runs the guest next, unless it was told to wait.
     Loaded,
     /// The working set is in place.

@@ -7,16 +7,20 @@
 //! source hears of its steps through a channel ([`event`]).
 
 mod direct;
+mod doubts;
 mod event;
 mod pings;
 mod requests;
+mod resuming;
 mod sending;
 mod takeover;
 mod transports;
 mod unread;
 
+use std::io;
 use std::net::Shutdown;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -24,15 +28,17 @@ use std::thread::JoinHandle;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 pub(super) use event::{LastWord, PostcopyEvent};
+pub(super) use resuming::Interrupted;
 pub(super) use sending::{Beginning, DeviceState};
 pub(super) use transports::PostcopyOptions;
 
 use super::error::PostcopyError;
+use super::kept::Kept;
 use crate::memory::{ClaimMap, Memory, Pace, Pager};
 use crate::page::{Block, BlockId, PageSource};
 use crate::transport::{Route, SocketTransport};
 use crate::wire::ReturnPath;
-use direct::SourceRoute;
+use direct::{SourceRoute, wake_all};
 use pings::Pongs;
 use requests::Requests;
 use sending::Sending;
@@ -83,9 +89,14 @@ impl PostcopySource {
         let (pongs, heard) = mpsc::channel();
         let (release, released) = mpsc::channel();
 
+        let path = Unread::new(share()?).map_err(PostcopyError::Duplicate)?;
+        let path = match &beginning {
+            Beginning::Interrupted(_) => path.for_us_alone(),
+            Beginning::New(_) | Beginning::TakenOver(_) => path,
+        };
         let requests = Requests {
             server: Pager::new(Arc::clone(&memory))?.recording(options.record),
-            path: ReturnPath::new(Unread::new(share()?).map_err(PostcopyError::Duplicate)?),
+            path: ReturnPath::new(path),
             ledger,
             memory: Arc::clone(&memory),
             events: events.clone(),
@@ -94,7 +105,7 @@ impl PostcopySource {
         let standby = options.standby;
         let pongs = match &beginning {
             Beginning::New(_) => Pongs::new(heard),
-            Beginning::TakenOver(_) => Pongs::behind_loaded(heard),
+            Beginning::TakenOver(_) | Beginning::Interrupted(_) => Pongs::behind_loaded(heard),
         };
         let transports = Transports {
             options,
@@ -136,6 +147,25 @@ impl PostcopySource {
             Some(start..start + block.len)
         };
         blocks.filter_map(range).collect()
+    }
+
+    /// Wakes whoever waits for memory that is installed directly.
+    pub fn waker(&self) -> impl Fn() + Send + use<> {
+        let (route, memory) = (Arc::clone(&self.route), Arc::clone(&self.memory));
+        move || {
+            if let Err(error) = wake_all(&route, memory.blocks()) {
+                tracing::debug!("{error}");
+            }
+        }
+    }
+
+    /// Has a keeper hold what a successor needs to go on: nobody held it before.
+    pub fn hold(&self, kept: &Kept) -> io::Result<()> {
+        kept.hold_stream(self.socket.as_fd())?;
+        if let Some(direct) = self.route.direct() {
+            kept.hold_direct(direct.uffd().as_fd(), direct.addresses())?;
+        }
+        Ok(())
     }
 
     /// Lets the source of a guest in standby fill memory.
