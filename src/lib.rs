@@ -58,6 +58,7 @@
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
+//! | [`runs`] | lists the reverts that are under way, ends them, and removes what killed ones left |
 //! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
 
 /// Declares the rooms of the house: private, or public behind the feature `internals`, by which
@@ -83,6 +84,7 @@ rooms! {
 pub mod cli;
 pub mod doctor;
 mod rate;
+pub mod runs;
 
 pub use cancel::Cancellation;
 pub use exchange::{

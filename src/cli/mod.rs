@@ -16,6 +16,7 @@ mod output;
 mod report;
 mod resume;
 mod rtc;
+mod runs;
 mod save;
 mod writing;
 
@@ -31,6 +32,7 @@ use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
 use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
+use crate::runs::RunOptions;
 
 /// Exit code of a program that could not begin.
 const FAILED: u8 = 1;
@@ -65,6 +67,14 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// List the reverts that are under way
+    Ps(runs::PsArgs),
+    /// End the guest of a revert that is under way, with its server
+    Stop(runs::StopArgs),
+    /// Print the log of a revert in the background
+    Logs(runs::LogsArgs),
+    /// Remove what reverts have left whose processes were killed
+    Gc(runs::GcArgs),
     /// Print the JSON Schema of what all commands print with --json
     Schema,
     /// Tell what this host and its QEMUs can do, and what would make it more
@@ -124,6 +134,9 @@ struct RevertArgs {
     /// Set by --detach for the server that it starts
     #[arg(long, hide = true, conflicts_with = "detach")]
     serving_detached: bool,
+    /// Set by --detach: the id of this revert
+    #[arg(long, hide = true, requires = "serving_detached")]
+    run_id: Option<String>,
     /// More arguments for QEMU
     #[arg(last = true, value_name = "QEMU ARGS")]
     extra: Vec<String>,
@@ -380,6 +393,10 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Ps(args) => (args.json, runs::ps(args)),
+        Command::Stop(args) => (args.json, runs::stop(args)),
+        Command::Logs(args) => (false, runs::logs(args)),
+        Command::Gc(args) => (args.json, runs::gc(args)),
         Command::Schema => (false, {
             output::print_raw(&events::schema_text());
             Ok(())
@@ -417,6 +434,12 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
+    let mut run = RunOptions::new();
+    if let Some(id) = args.run_id {
+        // Its standard error goes to the log.
+        run.log = std::fs::read_link("/proc/self/fd/2").ok();
+        run.id = id;
+    }
     let keeper = (!args.no_keeper).then(|| keeper::successor(args.json, args.serving_detached));
     let mut delivery = args.delivery.delivery(args.place.into());
     if args.serving_detached {
@@ -430,6 +453,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         rtc: args.rtc.into(),
         check: args.check,
         keeper,
+        run: Some(run),
         ..RevertOptions::new(args.image)
     };
     let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;

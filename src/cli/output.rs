@@ -312,12 +312,13 @@ impl Output {
     }
 
     /// The server went into the background.
-    pub fn detached(&self, server: u32, log: &std::path::Path) {
+    pub fn detached(&self, server: u32, id: String, log: &std::path::Path) {
         if self.json {
             let log = log.to_owned();
-            return self.print_json(&CommandEvent::Detached { server_pid: server, log });
+            return self.print_json(&CommandEvent::Detached { server_pid: server, id, log });
         }
-        self.say("detached", &format!("process {server} fills its memory; log: {}", log.display()));
+        let log = log.display();
+        self.say("detached", &format!("{id}: process {server} fills its memory; log: {log}"));
     }
 }
 

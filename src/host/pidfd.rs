@@ -76,13 +76,25 @@ impl Pidfd {
     /// # Errors
     /// ESRCH when the process has ended, EPERM when it is not ours to kill.
     pub fn kill(&self) -> io::Result<()> {
+        self.signal(libc::SIGKILL)
+    }
+
+    /// Sends SIGTERM, as [`kill`](Pidfd::kill) sends SIGKILL.
+    ///
+    /// # Errors
+    /// As [`kill`](Pidfd::kill).
+    pub fn terminate(&self) -> io::Result<()> {
+        self.signal(libc::SIGTERM)
+    }
+
+    fn signal(&self, signal: i32) -> io::Result<()> {
         let no_info: *const libc::siginfo_t = std::ptr::null();
         // SAFETY: the call takes numbers and a pointer that may be null.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.0.as_raw_fd(),
-                libc::SIGKILL,
+                signal,
                 no_info,
                 0 as libc::c_uint,
             )

@@ -54,6 +54,18 @@ struct State {
     keeper: Option<OwnedFd>,
     held: Vec<(Held, OwnedFd)>,
     ended: bool,
+    /// The latest keeper's process, once it has been started.
+    process: Option<u32>,
+    on_start: Option<OnStart>,
+}
+
+/// What is told the process of each keeper.
+struct OnStart(Box<dyn Fn(u32) + Send>);
+
+impl std::fmt::Debug for OnStart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnStart")
+    }
 }
 
 impl Keeper {
@@ -73,7 +85,10 @@ impl Keeper {
             let spawned = spawn(&successor, theirs);
             drop(started);
             match spawned {
-                Ok(child) => supervise(&state, &successor, watched, Some(child)),
+                Ok(child) => {
+                    state_of(&state).has_started(child.id());
+                    supervise(&state, &successor, watched, Some(child));
+                }
                 Err(error) => state_of(&state).give_up(&error),
             }
         };
@@ -89,6 +104,7 @@ impl Keeper {
     ) -> io::Result<Keeper> {
         let watched = keeper.try_clone()?;
         let keeper = Keeper::over(keeper, held);
+        state_of(&keeper.state).has_started(std::os::unix::process::parent_id());
         let state = Arc::clone(&keeper.state);
         let watch = move || supervise(&state, &successor, watched, None);
         std::thread::Builder::new().name("keeper".into()).spawn(watch)?;
@@ -96,7 +112,7 @@ impl Keeper {
     }
 
     fn over(keeper: OwnedFd, held: Vec<(Held, OwnedFd)>) -> Keeper {
-        let state = State { keeper: Some(keeper), held, ended: false };
+        let state = State { keeper: Some(keeper), held, ended: false, process: None, on_start: None };
         Keeper { state: Arc::new(Mutex::new(state)), starting: None }
     }
 
@@ -106,6 +122,13 @@ impl Keeper {
             // Nothing is ever sent: it ends when the other end is closed.
             let _ = starting.recv();
         }
+    }
+
+    /// Has `on_start` told the process of this keeper, and of each that follows it.
+    pub fn on_start(&self, on_start: impl Fn(u32) + Send + 'static) {
+        let mut state = state_of(&self.state);
+        state.process.iter().for_each(|process| on_start(*process));
+        state.on_start = Some(OnStart(Box::new(on_start)));
     }
 
     /// What gives it things to hold.
@@ -157,6 +180,12 @@ impl State {
         }
     }
 
+    /// A keeper has been started.
+    fn has_started(&mut self, process: u32) {
+        self.process = Some(process);
+        self.on_start.iter().for_each(|on_start| on_start.0(process));
+    }
+
     /// Goes on without a keeper.
     fn give_up(&mut self, why: &dyn std::fmt::Display) {
         self.keeper = None;
@@ -203,6 +232,7 @@ fn supervise(
         let mut state = state_of(state);
         match again {
             Ok((process, ours, waits)) => {
+                state.has_started(process.id());
                 (child, watched) = (Some(process), waits);
                 state.keeper = Some(ours);
                 for (held, fd) in &state.held {

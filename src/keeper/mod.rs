@@ -25,6 +25,6 @@ mod run;
 pub use clean_up::clean_up;
 pub use client::{Holder, Keeper, Successor};
 pub use inheritance::Inheritance;
-pub use ledger::Ledger;
+pub use ledger::{Figures, Ledger};
 pub use protocol::Held;
 pub use run::run;

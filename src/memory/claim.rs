@@ -55,10 +55,10 @@ struct BlockClaims {
 const BITS: u64 = u64::BITS as u64;
 
 /// The word that counts the target pages that are present.
-const PRESENT: usize = 0;
+pub const PRESENT: usize = 0;
 
 /// The word that counts requests.
-const REQUESTS: usize = 1;
+pub const REQUESTS: usize = 1;
 
 /// The number of words ahead of those of the blocks.
 const COUNTERS: usize = 2;

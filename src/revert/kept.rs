@@ -14,18 +14,30 @@ use crate::image::Image;
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
+use crate::runs::{Entry, ProcessId};
 
 /// What never changes in a session, as its ledger holds it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Details {
     pub image: PathBuf,
     pub delivery: Delivery,
+    /// The directory of its record, where it has one.
+    pub run: Option<PathBuf>,
 }
 
 impl Details {
     /// Those of a predecessor's session.
     pub fn read(ledger: &Ledger) -> io::Result<Details> {
         Ok(serde_json::from_slice(&ledger.details()?)?)
+    }
+}
+
+/// Has the record tell of each keeper.
+pub(super) fn note_keepers(keeper: &Keeper, run: Option<&Entry>) {
+    if let Some(notes) = run.map(Entry::notes) {
+        keeper.on_start(move |process| {
+            notes.note(move |record| record.keeper = ProcessId::of(process as i32));
+        });
     }
 }
 
@@ -42,13 +54,19 @@ impl Kept {
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,
+        run: Option<&Entry>,
     ) -> io::Result<(Keeper, Kept)> {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
-        let details = Details { image: std::path::absolute(path)?, delivery: delivery.clone() };
+        let details = Details {
+            image: std::path::absolute(path)?,
+            delivery: delivery.clone(),
+            run: run.map(|run| run.directory().to_owned()),
+        };
         let blocks = &image.manifest().blocks;
         let words = ClaimMap::words_for(blocks);
         let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
         let keeper = Keeper::start(successor.clone())?;
+        note_keepers(&keeper, run);
         let kept = Kept { ledger, holder: keeper.holder() };
         kept.hold_first(file)?;
         Ok((keeper, kept))

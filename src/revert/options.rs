@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::rtc::Rtc;
 use crate::guest::RewriteOptions;
 use crate::keeper::Successor;
+use crate::runs::RunOptions;
 
 /// How often progress is told, by default.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -39,6 +40,9 @@ pub struct RevertOptions {
     /// [`RevertEvent::Resident`](super::RevertEvent::Resident). Without, the guest then waits
     /// for ever.
     pub keeper: Option<Successor>,
+    /// How this revert is recorded while it is under way, for [`runs`](crate::runs). Without, it
+    /// is not.
+    pub run: Option<RunOptions>,
 }
 
 impl RevertOptions {
@@ -53,6 +57,7 @@ impl RevertOptions {
             rtc: Rtc::default(),
             check: false,
             keeper: None,
+            run: None,
         }
     }
 }
@@ -202,5 +207,16 @@ impl Placement {
     /// Whether memory is served while the guest runs, by QEMU's postcopy.
     pub(super) fn is_postcopy(self) -> bool {
         matches!(self, Placement::Uffd | Placement::Socket)
+    }
+
+    /// Its name, as in options and events.
+    pub fn name(self) -> &'static str {
+        match self {
+            Placement::Auto => "auto",
+            Placement::Uffd => "uffd",
+            Placement::Socket => "socket",
+            Placement::Map => "map",
+            Placement::Eager => "eager",
+        }
     }
 }

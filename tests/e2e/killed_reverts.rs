@@ -32,13 +32,13 @@ tests! {
 }
 
 /// Fills memory, and takes some seconds for that.
-const SLOWLY: [&str; 3] = ["--fill-rate", "12M", "--no-working-set"];
+pub const SLOWLY: [&str; 3] = ["--fill-rate", "12M", "--no-working-set"];
 
 /// Fills memory all the while that a test takes.
 const SLOWER: [&str; 3] = ["--fill-rate", "1M", "--no-working-set"];
 
 /// What the command line of a new server begins with.
-const SUCCESSOR: &str = "snapback resume --inherited";
+pub const SUCCESSOR: &str = "snapback resume --inherited";
 
 /// A revert under way whose server may be killed.
 struct Killed<'a> {
@@ -100,7 +100,7 @@ impl<'a> Killed<'a> {
 }
 
 /// The only process of the folder with these words on its command line.
-fn process(dir: &Dir, words: &str) -> Result<u32> {
+pub fn process(dir: &Dir, words: &str) -> Result<u32> {
     wait_for(SOON, words, || {
         let mut all = dir.processes().into_iter().filter(|(_, line)| line.contains(words));
         Ok(all.next().map(|(pid, _)| pid))

@@ -36,8 +36,11 @@ mod libvirt;
 mod mapping;
 mod moments;
 mod ports;
+mod runs;
 mod serving;
 mod sessions;
+mod soak;
+mod torture;
 mod trouble;
 mod unprivileged;
 

@@ -28,6 +28,7 @@ use crate::revert::options::Delivery;
 use crate::revert::source::{
     Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
 };
+use crate::runs::Entry;
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
 /// comes only with the capability `events`.
@@ -52,6 +53,8 @@ pub(super) struct Connection {
     pub resuming: Option<Resuming>,
     /// Told last that this session needs no successor.
     pub keeper: Option<Keeper>,
+    /// Dropped last: what QEMU leaves is seen by then.
+    pub run: Option<Entry>,
 }
 
 /// What brings a guest's memory from here.
@@ -88,6 +91,7 @@ impl Connection {
             kept: None,
             resuming: None,
             keeper: None,
+            run: None,
         }
     }
 
@@ -228,6 +232,9 @@ impl Connection {
             };
             match next {
                 Next::Placing { placement, reason } => {
+                    if let Some(run) = &self.run {
+                        run.note(move |record| record.way = Some(placement.name().to_owned()));
+                    }
                     on_event(RevertEvent::Placing { placement, reason });
                 }
                 Next::TakenOver => on_event(self.taken_over()),

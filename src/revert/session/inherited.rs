@@ -14,7 +14,8 @@ use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::keeper::Inheritance;
 use crate::revert::error::{PostcopyError, RevertError};
-use crate::revert::kept::{Details, Kept};
+use crate::revert::kept::{Details, Kept, note_keepers};
+use crate::runs::{Entry, ProcessId};
 
 impl Running {
     /// Goes on with a guest whose server has died. `cancel` holds for the session.
@@ -28,7 +29,7 @@ impl Running {
         // From here on an error ends it.
         let qemu = Adopted::new(qemu, control, output);
         let unusable = PostcopyError::Inherited;
-        let Details { image: path, delivery } = Details::read(&ledger).map_err(unusable)?;
+        let Details { image: path, delivery, run } = Details::read(&ledger).map_err(unusable)?;
         let image = Image::open_file(File::from(image), path)?;
         let fill = fill_options(&delivery, Vec::new());
         let kept = Kept::inherited(&keeper, ledger);
@@ -39,6 +40,12 @@ impl Running {
             delivery,
             cancel,
         );
+        let pid = connection.qemu.pid();
+        connection.run = run.map(Entry::take_over).inspect(|run| {
+            // The predecessor may have died before it was written.
+            run.note(move |record| record.qemu = pid.and_then(ProcessId::of));
+        });
+        note_keepers(&keeper, connection.run.as_ref());
         connection.keep(keeper, kept);
         connection.take_over(UnixStream::from(stream), userfaultfd, fill)?;
         Ok(Running { connection })

@@ -23,6 +23,7 @@ use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::Kept;
 use crate::revert::options::{Orphan, Placement, ResumeOptions};
 use crate::revert::source::Interrupted;
+use crate::runs::{self, Entry};
 use crate::transport::search::{self, Found, SearchError};
 
 /// How long QEMU is asked for the state of its migration. One that does not answer has a virtual
@@ -60,13 +61,15 @@ impl Running {
 
         let (ours, theirs) = socket_pair()?;
         let fill = fill_options(&options.delivery, Vec::new());
+        let run = runs::directory_of(pid).map(Entry::take_over);
         let kept = options.keeper.as_ref().and_then(|successor| {
-            let started = Kept::start(successor, &image, &options.delivery);
+            let started = Kept::start(successor, &image, &options.delivery, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         let qemu = Qemu::Theirs { qmp: None, pid: Some(pid) };
         let (lifecycle, delivery) = (Lifecycle::taken_over(), options.delivery.clone());
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        connection.run = run;
         if let Some((keeper, kept)) = kept {
             connection.keep(keeper, kept);
         }

@@ -43,7 +43,7 @@ impl Running {
         }
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, .. } = connection;
+        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, run, .. } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
         if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())
@@ -55,11 +55,12 @@ impl Running {
         }
         // It needs no successor from here on.
         drop(keeper);
+        run.iter().for_each(|run| run.note(|record| record.resident = true));
         on_event(outcome.resident());
         if placement.is_postcopy() {
             recorded::remember(&delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome, collapsing, cancel })
+        Ok(Resident { qemu, outcome, collapsing, cancel, _run: run })
     }
 }
 
