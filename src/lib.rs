@@ -99,7 +99,7 @@ pub use kind::{Details, ErrorKind};
 pub use memory::WorkingSet;
 pub use revert::{
     Delivery, Outcome, Placement, Progress, RevertError, RevertEvent, RevertOptions, Reverted, Rtc,
-    ServeOptions, Target, harvest, revert, serve, session, take_over,
+    ServeOptions, Target, Unreadable, harvest, revert, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,

@@ -142,6 +142,10 @@ struct DeliveryArgs {
     /// Neither use nor record the image's working set
     #[arg(long)]
     no_working_set: bool,
+    /// End the revert when memory can't be read from the image, instead of waiting until the image
+    /// is repaired or replaced by a whole copy
+    #[arg(long)]
+    fail_on_damage: bool,
     /// Leave memory in small pages; else it is collapsed into huge ones once it is in place
     #[arg(long)]
     no_collapse: bool,
@@ -155,6 +159,7 @@ impl DeliveryArgs {
             fill_delay: self.fill_delay,
             working_set: !self.no_working_set,
             collapse: !self.no_collapse,
+            fail_on_damage: self.fail_on_damage,
             ..Delivery::default()
         }
     }

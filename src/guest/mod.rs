@@ -14,6 +14,7 @@ mod disks;
 mod error;
 #[cfg(test)]
 mod network_tests;
+pub mod physical;
 mod process;
 mod record;
 mod rights;

@@ -174,6 +174,14 @@ pub enum PostcopyError {
     /// Memory could not be brought.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Memory that the image should hold can't be read.
+    #[error("{error}{}", .guest_physical.map(physical).unwrap_or_default())]
+    Unreadable {
+        /// Which memory, and why.
+        error: MemoryError,
+        /// Its guest-physical address, where that is known.
+        guest_physical: Option<u64>,
+    },
     /// The return path could not be understood.
     #[error("QEMU's return path: {0}")]
     Wire(#[from] WireError),
@@ -244,7 +252,7 @@ impl PostcopyError {
     pub fn kind(&self) -> ErrorKind {
         use PostcopyError::*;
         match self {
-            Memory(error) => kind_of_memory(error),
+            Memory(error) | Unreadable { error, .. } => kind_of_memory(error),
             Wire(error) => error.kind(),
             Read { source, .. } => source.kind(),
             Opening(_) | HungUp | Stream(_) => ErrorKind::QemuEnded,
@@ -260,11 +268,16 @@ impl PostcopyError {
     /// What it is about.
     pub fn details(&self) -> Details {
         match self {
-            PostcopyError::Memory(error) => error.details(),
+            PostcopyError::Memory(error) | PostcopyError::Unreadable { error, .. } => error.details(),
             PostcopyError::Read { source, .. } => source.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }
     }
+}
+
+/// Words for a guest-physical address.
+fn physical(address: u64) -> String {
+    format!(" (the guest's physical address {address:#x})")
 }
 
 /// The kind of an error of memory whose source is an image.

@@ -11,7 +11,6 @@ use super::lifecycle::Lifecycle;
 use super::qemu::Qemu;
 use super::running::Running;
 use crate::cancel::Cancellation;
-use crate::image::Image;
 use crate::keeper::Inheritance;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::{Details, Kept};
@@ -28,8 +27,9 @@ impl Running {
         // From here on an error ends it.
         let qemu = Adopted::new(qemu, control, output);
         let unusable = PostcopyError::Inherited;
-        let Details { image: path, delivery } = Details::read(&ledger).map_err(unusable)?;
-        let image = Image::open_file(File::from(image), path)?;
+        let details = Details::read(&ledger).map_err(unusable)?;
+        let image = details.open_image(File::from(image))?;
+        let delivery = details.delivery;
         let fill = fill_options(&delivery, Vec::new());
         let kept = Kept::inherited(&keeper, ledger);
         let mut connection = Connection::new(

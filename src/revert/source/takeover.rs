@@ -76,6 +76,7 @@ impl TakeOver<'_> {
             faults = self.serve_faults(takes_faults)?;
         }
         self.settle()?;
+        self.transports.memory.ask_again()?;
         Ok(Some(faults))
     }
 
