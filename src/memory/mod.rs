@@ -262,9 +262,9 @@ impl Memory {
         match brought {
             Ok(()) => Ok(true),
             Err(error @ MemoryError::Source { .. }) => {
-                tracing::warn!("passed over: {error}");
-                if let Some(listener) = &self.listener {
-                    listener.passed_over(error);
+                match &self.listener {
+                    Some(listener) => listener.passed_over(error),
+                    None => tracing::warn!("passed over: {error}"),
                 }
                 Ok(false)
             }

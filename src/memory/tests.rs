@@ -208,8 +208,7 @@ fn what_cant_be_read_is_told_once_and_brought_when_it_can_be() {
     let memory = Arc::new(memory);
     assert_eq!(prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap(), 16);
     let passed_over = told.try_iter().collect::<Vec<_>>();
-    let all = passed_over.iter().all(|what| matches!(what, Unreadable::PassedOver(_)));
-    assert!(all && passed_over.len() == 16, "{passed_over:?}");
+    assert!(matches!(passed_over[..], [Unreadable::PassedOver(_)]), "{passed_over:?}");
     assert_eq!(memory.counts().present, memory.counts().total - 16);
 
     let mut pager = Pager::new(Arc::clone(&memory)).unwrap();

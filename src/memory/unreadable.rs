@@ -11,8 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use super::MemoryError;
 use crate::page::Run;
 
-/// Pages of which it is told that they can't be read, at most. What the guest waits for is
-/// always told.
+/// Problems that are told, at most, where nobody waits. What the guest waits for is always told.
 const MOST_TOLD: usize = 100;
 
 /// That memory can't be read, or can again.
@@ -36,20 +35,10 @@ pub(super) struct Listener {
 struct Told {
     /// Whether the guest waits for something that can't be read.
     awaited: bool,
-    /// Where memory can't be read, and whether it is awaited there.
-    places: HashSet<(String, u64, bool)>,
-}
-
-impl Told {
-    /// Adds the place of an error; false where it was there.
-    fn add(&mut self, error: &MemoryError, awaited: bool) -> bool {
-        match error {
-            MemoryError::Source { block, offset, .. } => {
-                self.places.insert((block.clone(), *offset, awaited))
-            }
-            _ => true,
-        }
-    }
+    /// What is wrong with memory that was passed over: the same for all that is stored together.
+    problems: HashSet<String>,
+    /// Where the guest waits for memory.
+    places: HashSet<(String, u64)>,
 }
 
 impl Listener {
@@ -57,10 +46,11 @@ impl Listener {
         Listener { tell: Box::new(tell), told: Mutex::default() }
     }
 
-    /// Tells once of each place that memory there can't be read.
+    /// Tells once of each problem that keeps memory from being read.
     pub fn passed_over(&self, error: MemoryError) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.places.len() < MOST_TOLD && told.add(&error, false) {
+        let MemoryError::Source { source, .. } = &error else { return };
+        if told.problems.len() < MOST_TOLD && told.problems.insert(source.to_string()) {
             (self.tell)(Unreadable::PassedOver(error));
         }
     }
@@ -71,7 +61,8 @@ impl Listener {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         note();
         told.awaited = true;
-        if told.add(&error, true) {
+        let MemoryError::Source { block, offset, .. } = &error else { return };
+        if told.places.insert((block.clone(), *offset)) {
             (self.tell)(Unreadable::Awaited(error));
         }
     }
@@ -81,7 +72,7 @@ impl Listener {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.awaited && left().is_empty() {
             told.awaited = false;
-            told.places.retain(|(.., awaited)| !awaited);
+            told.places.clear();
             (self.tell)(Unreadable::Over);
         }
     }

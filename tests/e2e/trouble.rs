@@ -103,10 +103,10 @@ fn a_qemu_killed_in_the_midst_of_a_revert_is_told(dir: &Dir, qemu: Qemu) -> Resu
 }
 
 /// A small file system in memory. Dropping it unmounts it.
-struct Tmpfs(PathBuf);
+pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    fn mount(path: PathBuf, size: &str) -> Result<Tmpfs> {
+    pub fn mount(path: PathBuf, size: &str) -> Result<Tmpfs> {
         let text = |text: &str| CString::new(text).unwrap();
         let (kind, target) = (text("tmpfs"), text(path.to_str().unwrap()));
         let options = text(&format!("size={size},mode=700"));
