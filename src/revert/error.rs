@@ -1,6 +1,7 @@
 //! Why a revert fails.
 
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
@@ -147,21 +148,34 @@ impl RevertError {
         RevertError::NotRun { status, qemu: String::new() }
     }
 
-    /// The same with what QEMU wrote to its standard error: only there does it tell why it
-    /// ended a migration. Where we ended it, what it says there is not the reason.
-    pub(super) fn with_words_of_qemu(self, words: &str) -> RevertError {
+    /// Whether it means that QEMU has ended, or is about to.
+    pub(super) fn is_end_of_qemu(&self) -> bool {
+        use PostcopyError::{HungUp, Opening, Stream};
+        matches!(
+            self,
+            RevertError::Postcopy { error: HungUp | Opening(_) | Stream(_), .. }
+                | RevertError::Qmp(QmpError::Gone { .. })
+        )
+    }
+
+    /// The same with how QEMU has ended and what it wrote to its standard error: only there does it
+    /// tell why it ended a migration. Where we ended it, what it says there is not the reason.
+    pub(super) fn with_end_of_qemu(self, status: Option<ExitStatus>, words: &str) -> RevertError {
+        let ended = status.map(|status| format!("; QEMU ended ({status})")).unwrap_or_default();
+        let qemu = match words {
+            "" => ended,
+            words => format!("{ended}; QEMU says: {words}"),
+        };
         use PostcopyError::{HungUp, Opening, Refused, Stream};
-        if words.is_empty() {
-            return self;
-        }
-        let qemu = format!("; QEMU says: {words}");
         match self {
             RevertError::Postcopy {
                 error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_)),
                 ..
             } => RevertError::Postcopy { error, qemu },
             RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
-            RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
+            RevertError::Qmp(error @ QmpError::Gone { .. }) if !qemu.is_empty() => {
+                RevertError::Died { error, qemu }
+            }
             error => error,
         }
     }

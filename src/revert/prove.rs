@@ -45,7 +45,7 @@ pub async fn prove(
     let was_running = Image::open(&options.image)?.manifest().machine.running;
     let words = held.process.log_tail();
     let outcome = match was_running && status != "running" {
-        true => Err(RevertError::not_run(status).with_words_of_qemu(&words)),
+        true => Err(RevertError::not_run(status).with_end_of_qemu(None, &words)),
         false => Ok(ran_after),
     };
     held.process.kill().await;

@@ -25,6 +25,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 clock.step();
                 failpoint("stopped");
             }
+            self.undo.switching();
             overlays::switch(&self.qmp, self.undo.overlays()).await?;
             clock.step();
             failpoint("switched");

@@ -96,7 +96,7 @@ fn a_qemu_killed_in_the_midst_of_a_revert_is_told(dir: &Dir, qemu: Qemu) -> Resu
     let pid = revert.wait("running")?["pid"].as_u64().ok_or("no pid")? as u32;
     send_signal(pid, libc::SIGKILL);
     let told = revert.end()?.failure()?;
-    assert!(told.contains("QEMU"), "{told}");
+    assert!(told.contains("QEMU ended (signal: 9 (SIGKILL))"), "{told}");
     wait_gone(pid)?;
     assert_eq!(dir.sockets("reverted")?, Vec::<String>::new());
     Ok(())

@@ -381,7 +381,11 @@ impl Connection {
     /// what QEMU had to say.
     pub async fn fail(mut self, error: RevertError) -> RevertError {
         let error = match self.qemu.is_ours() {
-            true => error.with_words_of_qemu(&self.qemu.words()),
+            true => {
+                let ends = error.is_end_of_qemu();
+                let status = if ends { self.qemu.end_status().await } else { None };
+                error.with_end_of_qemu(status, &self.qemu.words())
+            }
             false if self.lifecycle.has_loaded() => error,
             false => refusal(error),
         };
