@@ -9,6 +9,7 @@ use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
+use crate::transport::TransportError;
 use crate::transport::proof::AttachError;
 use crate::wire::WireError;
 
@@ -153,8 +154,16 @@ impl RevertError {
         use PostcopyError::{HungUp, Opening, Stream};
         matches!(
             self,
-            RevertError::Postcopy { error: HungUp | Opening(_) | Stream(_), .. }
-                | RevertError::Qmp(QmpError::Gone { .. })
+            RevertError::Postcopy {
+                error: HungUp
+                    | Opening(_)
+                    | Stream(_)
+                    | PostcopyError::Memory(MemoryError::Install {
+                        source: TransportError::Gone(_),
+                        ..
+                    }),
+                ..
+            } | RevertError::Qmp(QmpError::Gone { .. })
         )
     }
 
@@ -166,12 +175,13 @@ impl RevertError {
             "" => ended,
             words => format!("{ended}; QEMU says: {words}"),
         };
-        use PostcopyError::{HungUp, Opening, Refused, Stream};
+        use PostcopyError::{HungUp, Memory, Opening, Refused, Stream};
+        let ends = self.is_end_of_qemu();
         match self {
             RevertError::Postcopy {
-                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_)),
+                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_) | Memory(_)),
                 ..
-            } => RevertError::Postcopy { error, qemu },
+            } if ends || matches!(error, Refused(_)) => RevertError::Postcopy { error, qemu },
             RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
             RevertError::Qmp(error @ QmpError::Gone { .. }) if !qemu.is_empty() => {
                 RevertError::Died { error, qemu }

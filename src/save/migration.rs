@@ -40,13 +40,18 @@ pub(super) async fn begin(qmp: &Qmp) -> Result<(), SaveError> {
 }
 
 /// Ends the migration and its stream, so that QEMU holds nothing of the guest any more. A
-/// QEMU that `must_drain` is not told to cancel: it sends all memory first.
-pub(super) async fn end(qmp: &Qmp, receiving: Receiving, must_drain: bool) {
+/// QEMU that `must_drain` is not told to cancel: it sends all memory first. Whether QEMU has been
+/// told to begin is `begun`.
+pub(super) async fn end(qmp: &Qmp, mut receiving: Receiving, must_drain: bool, begun: bool) {
     // The name exists only if the migration was never begun; QEMU still holds its end then.
     let _ = qmp.closefd(OUTGOING).await;
     if !must_drain && qmp.migrate_cancel().await.is_ok() {
         // Until then the guest's memory is write-protected.
         let _ = wait_end(qmp).await;
+    }
+    if qmp.ended().is_some() {
+        // QEMU can't be told any more to let go of a stream that it does not send.
+        receiving.end_unless_begun(if begun { END_TIMEOUT } else { Duration::ZERO }).await;
     }
     receiving.ended().await;
     let _ = wait_end(qmp).await;

@@ -30,6 +30,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             clock.step();
             failpoint("switched");
         }
+        self.begun = true;
         migration::begin(&self.qmp).await?;
         failpoint("migrating");
         Ok(())

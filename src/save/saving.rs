@@ -22,6 +22,8 @@ pub(super) struct Saving<'a, F> {
     pub checked: Checked,
     /// What has been changed in the guest's QEMU.
     pub undo: Undo,
+    /// Whether QEMU has been told to begin the snapshot.
+    pub begun: bool,
 }
 
 impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
@@ -46,7 +48,7 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         let settings = Settings::ask(&qmp, checked.background).await?;
         let undo = Undo::begin(settings, options, &checked)?;
         failpoint("journal");
-        Ok(Saving { options, cancel, on_event, qmp, checked, undo })
+        Ok(Saving { options, cancel, on_event, qmp, checked, undo, begun: false })
     }
 
     /// Tells the caller of an event.

@@ -34,7 +34,7 @@ fn at_every_step(
     qemu: Qemu,
     to: &str,
     fault: Fault,
-    settle: &dyn Fn(&Guest, &Ended, &str) -> Result<()>,
+    settle: &dyn Fn(&Guest, &Ended) -> Result<()>,
 ) -> Result<()> {
     if !cfg!(debug_assertions) {
         return Ok(());
@@ -54,7 +54,8 @@ fn at_every_step(
         fault(guest, &running).map_err(told)?;
         running.signal(libc::SIGCONT);
         let ended = running.end()?;
-        settle(guest, &ended, step).map_err(told)?;
+        println!("`{step}` ends with {:?}", ended.code);
+        settle(guest, &ended).map_err(told)?;
         match image.exists() {
             // It was too late for the fault to do harm.
             true => {
@@ -92,7 +93,7 @@ fn the_disk_is_full(dir: &Dir, qemu: Qemu) -> Result<()> {
         while file.write_all(&[1]).is_ok() {}
         Ok(())
     };
-    let settle = |_: &Guest, ended: &Ended, _: &str| {
+    let settle = |_: &Guest, ended: &Ended| {
         fs::remove_file(&filler)?;
         says(ended, &["no space left", "No space left"])
     };
@@ -107,7 +108,7 @@ fn the_disk_fails(dir: &Dir, qemu: Qemu) -> Result<()> {
         disk.set(Disk::FailsWrites);
         Ok(())
     };
-    let settle = |_: &Guest, ended: &Ended, _: &str| {
+    let settle = |_: &Guest, ended: &Ended| {
         disk.set(Disk::Works);
         assert!(dir.names("backing")?.iter().all(|name| name == "vm.snap"));
         says(ended, &["os error 5"])
@@ -166,14 +167,13 @@ fn the_control_socket_is_cut(dir: &Dir, qemu: Qemu) -> Result<()> {
         assert!(cut(guest.pid, save.pid(), true)?);
         Ok(())
     };
-    let settle = |guest: &Guest, ended: &Ended, step: &str| {
+    let settle = |guest: &Guest, ended: &Ended| {
         says(ended, &["QEMU", "control socket"])?;
         // Nobody was there to undo it.
         let image = dir.path("images/vm.snap");
         let recover = ["save", "--qmp", text(&guest.qmp_path), text(&image), "--recover"];
         let recovered = dir.snapback(&recover).succeed()?;
         let outcome = &recovered.event("recovered")?["outcome"];
-        println!("{step}: {:?}, then {outcome}", ended.code);
         assert_eq!(image.exists(), ended.code == Some(0) || outcome == "saved", "{ended:?}");
         Ok(())
     };
@@ -186,7 +186,7 @@ fn the_stream_is_cut(dir: &Dir, qemu: Qemu) -> Result<()> {
         // Before there is a stream, and behind it, nothing is cut.
         cut(guest.pid, save.pid(), false).map(drop)
     };
-    let settle = |_: &Guest, ended: &Ended, _: &str| says(ended, &["QEMU", "stream"]);
+    let settle = |_: &Guest, ended: &Ended| says(ended, &["QEMU", "stream"]);
     at_every_step(dir, qemu, "images", &cut, &settle)
 }
 
