@@ -43,7 +43,8 @@ const EVERY: Duration = Duration::from_millis(100);
 
 /// Does `work`, which talks to the QEMU in process `pid`, whose snapshot was broken off. A guest
 /// that waits for a write-protected page may block all of QEMU, so write protection is taken off
-/// until the work is done: a snapshot that is still being set up may yet turn it on.
+/// until the work is done, and once more then: a snapshot that is still being set up may yet turn
+/// it on.
 ///
 /// # Errors
 /// As for [`release_memory`].
@@ -52,12 +53,16 @@ pub(super) async fn while_releasing<T>(
     work: impl Future<Output = T>,
 ) -> io::Result<T> {
     tokio::pin!(work);
+    let release = || pid.map_or(Ok(0), release_memory);
     loop {
         tokio::select! {
-            done = &mut work => return Ok(done),
-            () = tokio::time::sleep(EVERY) => if let Some(pid) = pid {
-                release_memory(pid)?;
-            },
+            done = &mut work => {
+                release()?;
+                return Ok(done);
+            }
+            () = tokio::time::sleep(EVERY) => {
+                release()?;
+            }
         }
     }
 }

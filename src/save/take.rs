@@ -151,7 +151,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         if must_drain && !received_all {
             self.tell(SaveEvent::Draining);
         }
-        let begun = self.begun;
+        let (begun, drained) = (self.begun, must_drain.then_some(self.checked.pid));
         let Saving { qmp, undo, cancel, .. } = self;
         let thaw = async {
             tokio::select! {
@@ -161,7 +161,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         let end = async {
             tokio::select! {
-                () = migration::end(qmp, receiving, must_drain, begun) => error,
+                () = migration::end(qmp, receiving, drained, begun) => error,
                 () = cancel.requested_times(2) => SaveError::InterruptedTwice,
             }
         };

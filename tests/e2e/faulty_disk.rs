@@ -188,8 +188,9 @@ impl Server {
             request::CREATE => {
                 let name = name(&body[16..]);
                 let path = files.backing.join(name);
-                let options = OpenOptions::new().read(true).write(true).create(true).open(path);
-                options.map_err(errno)?;
+                let mut options = OpenOptions::new();
+                options.read(true).write(true).create(true).truncate(false);
+                options.open(path).map_err(errno)?;
                 let entry = files.entry(name)?;
                 Ok([entry, opened()].concat())
             }

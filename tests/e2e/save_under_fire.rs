@@ -12,16 +12,19 @@ use crate::faulty_disk::{Disk, FaultyDisk};
 use crate::harness::{Dir, Ended, Running, check, send_signal, text};
 use crate::killed::{STEPS, STOP_AT, State, ask_disks, boot, is_as_before};
 use crate::support::{Guest, Qemu, Result};
-use crate::tests_on_both;
 use crate::trouble::Tmpfs;
+use crate::{tests, tests_on_both};
 
 tests_on_both! {
     the_disk_is_full
     the_disk_fails
     the_control_socket_is_cut
-    the_stream_is_cut
     qemu_is_killed
     a_slow_disk_delays_the_image_and_not_the_guest
+}
+
+tests! {
+    the_stream_is_cut
 }
 
 /// What goes wrong.
@@ -180,14 +183,15 @@ fn the_control_socket_is_cut(dir: &Dir, qemu: Qemu) -> Result<()> {
     at_every_step(dir, qemu, "images", &cut, &settle)
 }
 
-fn the_stream_is_cut(dir: &Dir, qemu: Qemu) -> Result<()> {
+/// On QEMU 7.2 only: 10.0 may crash by itself when its stream breaks (seen).
+fn the_stream_is_cut(dir: &Dir) -> Result<()> {
     dir.make("images")?;
     let cut = |guest: &Guest, save: &Running| -> Result<()> {
         // Before there is a stream, and behind it, nothing is cut.
         cut(guest.pid, save.pid(), false).map(drop)
     };
     let settle = |_: &Guest, ended: &Ended| says(ended, &["QEMU", "stream"]);
-    at_every_step(dir, qemu, "images", &cut, &settle)
+    at_every_step(dir, Qemu::V7, "images", &cut, &settle)
 }
 
 /// Steps at which no disk has been switched to its overlay.
