@@ -59,7 +59,9 @@ fn unfilled(dir: &Dir, image: &Path, from: &Path, args: &[&str]) -> Result<Rever
 
 /// Has the guest read all its memory, which it can't, and waits until that is told.
 fn wait_stopped(guest: &mut Reverted) -> Result<Value> {
-    // The answer does not come before the image is whole.
+    // A question that comes before the guest listens is lost. It may be stopped before its first
+    // beat, and the answer does not come before the image is whole.
+    let _ = guest.log.wait_beat(0, Duration::from_secs(10));
     let _ = guest.oracle.ask_within("check", Duration::from_millis(10));
     guest.server.as_mut().ok_or("no server")?.wait("stopped")
 }
