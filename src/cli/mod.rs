@@ -162,6 +162,10 @@ struct FillArgs {
     /// Fill memory only once the guest has asked for none for so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     fill_delay: Option<Duration>,
+    /// End the revert when memory can't be read from the image, instead of waiting until the image
+    /// is repaired or replaced by a whole copy
+    #[arg(long)]
+    fail_on_damage: bool,
     /// Leave memory in small pages; else it is collapsed into huge ones once it is in place
     #[arg(long)]
     no_collapse: bool,
@@ -182,6 +186,7 @@ impl FillArgs {
             fill_delay: self.fill_delay,
             working_set: false,
             collapse: !self.no_collapse,
+            fail_on_damage: self.fail_on_damage,
             ..Delivery::default()
         }
     }

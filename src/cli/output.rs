@@ -280,6 +280,21 @@ impl Output {
                     "from a page server that was killed {after_ms:.0} ms ago (restarts: {restarts})"
                 ),
             ),
+            RevertEvent::Degraded(memory) => self.say(
+                "degraded",
+                &format!("{}; the guest has not asked for it: all else is filled", memory.why),
+            ),
+            RevertEvent::Stopped { memory, .. } => self.say(
+                "stopped",
+                &format!(
+                    "the guest waits for this: {}; put a whole copy of the image in its place, or \
+                     interrupt to end the guest",
+                    memory.why
+                ),
+            ),
+            RevertEvent::Repaired => {
+                self.say("repaired", "what the guest waited for can be read again: it goes on");
+            }
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
             }

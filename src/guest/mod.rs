@@ -15,6 +15,7 @@ mod disks;
 mod error;
 #[cfg(test)]
 mod network_tests;
+pub mod physical;
 mod process;
 mod record;
 mod rights;

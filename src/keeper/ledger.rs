@@ -34,6 +34,7 @@ mod field {
     pub const DIED_AT: usize = 7;
     pub const TORN: usize = 8;
     pub const LAST_BLOCK: usize = 9;
+    pub const HALTED: usize = 10;
     pub const COUNT: usize = 16;
 }
 
@@ -177,6 +178,16 @@ impl Ledger {
     /// Whether the stream may end inside a section.
     pub fn is_torn(&self) -> bool {
         self.get(field::TORN) != 0
+    }
+
+    /// Notes that QEMU has been told to stop the guest, which waits for memory that can't be read.
+    pub fn set_halted(&self, halted: bool) {
+        self.set(field::HALTED, u64::from(halted));
+    }
+
+    /// Whether QEMU has been told to stop the guest, and not to run it again.
+    pub fn is_halted(&self) -> bool {
+        self.get(field::HALTED) != 0
     }
 
     /// Notes the block of the last request on the return path: the next may not name its own.

@@ -11,13 +11,15 @@ mod pace;
 pub mod pager;
 pub mod prefetch;
 mod probe;
+mod repair;
+mod unreadable;
 mod window;
 pub mod working_set;
 
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +28,8 @@ pub use fault_handler::FaultHandler;
 pub use pace::Pace;
 pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
+pub use repair::repair;
+pub use unreadable::Unreadable;
 pub use working_set::{WorkingSet, WorkingSetError};
 
 use std::path::PathBuf;
@@ -33,6 +37,7 @@ use std::path::PathBuf;
 use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource, Run, SourceError};
 use crate::transport::{Transport, TransportError};
+use unreadable::Listener;
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +124,10 @@ pub struct Memory {
     urgent: AtomicUsize,
     /// Prefetchers at work.
     filling: AtomicUsize,
+    /// Whether prefetch has brought all that it could.
+    filled: AtomicBool,
+    /// Who is told of memory that can't be read; without, it is an error.
+    listener: Option<Listener>,
     demanded: AtomicU64,
     /// Signalled once, when the last page is in place.
     complete: (Mutex<bool>, Condvar),
@@ -144,9 +153,17 @@ impl Memory {
             claims,
             urgent: AtomicUsize::new(0),
             filling: AtomicUsize::new(0),
+            filled: AtomicBool::new(false),
+            listener: None,
             demanded: AtomicU64::new(0),
             complete,
         }
+    }
+
+    /// The same memory, where what can't be read is told and left absent. `tell` is called on the
+    /// path of a fault, which waits for it.
+    pub fn telling(self, tell: impl Fn(Unreadable) + Send + Sync + 'static) -> Memory {
+        Memory { listener: Some(Listener::new(tell)), ..self }
     }
 
     /// The machine's blocks.
@@ -187,19 +204,82 @@ impl Memory {
     /// The host pages that are claimed and not present. Asked before any thread brings memory,
     /// they are those that a predecessor did not finish; nobody else takes them.
     pub fn unfinished(&self) -> Vec<Run> {
-        let mut unfinished = Vec::new();
+        self.host_pages(|block, found| self.claims.unfinished(block, found))
+    }
+
+    /// The host pages that the guest waits for and that could not be read, be it by a predecessor.
+    pub fn awaited(&self) -> Vec<Run> {
+        self.host_pages(|block, found| self.claims.awaited(block, found))
+    }
+
+    /// The host pages of the runs that `each` finds in a block.
+    fn host_pages(&self, each: impl Fn(BlockId, &mut dyn FnMut(Run))) -> Vec<Run> {
+        let mut pages = Vec::new();
         for (index, block) in self.blocks().iter().enumerate() {
             let unit = block.pages_per_host_page();
-            self.claims.unfinished(BlockId(index as u16), |run| {
+            each(BlockId(index as u16), &mut |run| {
                 let firsts = (run.first..run.end()).step_by(unit as usize);
-                unfinished.extend(firsts.map(|first| Run {
+                pages.extend(firsts.map(|first| Run {
                     first,
                     count: unit.min(block.pages() - first),
                     ..run
                 }));
             });
         }
-        unfinished
+        pages
+    }
+
+    /// Asks again for what the guest has asked a predecessor for in vain.
+    ///
+    /// # Errors
+    /// As for [`Pager::serve`].
+    pub fn ask_again(self: &Arc<Memory>) -> Result<(), MemoryError> {
+        let awaited = self.awaited();
+        if awaited.is_empty() {
+            return Ok(());
+        }
+        let mut pager = Pager::new(Arc::clone(self))?;
+        let mut ask = |page: Run| pager.serve(page.block, page.offset(), page.bytes(), Instant::now());
+        awaited.into_iter().try_for_each(&mut ask)
+    }
+
+    /// The guest waits for a page that can't be read.
+    fn leave_awaited(&self, page: Run, error: MemoryError) -> Result<(), MemoryError> {
+        match (&self.listener, error) {
+            (Some(listener), error @ MemoryError::Source { .. }) => {
+                listener.awaited(error, || self.claims.set_awaited(page));
+                Ok(())
+            }
+            (_, error) => Err(error),
+        }
+    }
+
+    /// Tells that the guest waits for nothing that can't be read, if it has.
+    fn tell_if_over(&self) {
+        if let Some(listener) = &self.listener {
+            listener.look(|| self.awaited());
+        }
+    }
+
+    /// Whether prefetch has brought all that it could.
+    fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Acquire)
+    }
+
+    /// What can't be read is passed over by whoever brings it unasked. Returns whether it was
+    /// brought.
+    fn pass_over(&self, brought: Result<(), MemoryError>) -> Result<bool, MemoryError> {
+        match brought {
+            Ok(()) => Ok(true),
+            Err(error @ MemoryError::Source { .. }) => {
+                match &self.listener {
+                    Some(listener) => listener.passed_over(error),
+                    None => tracing::warn!("passed over: {error}"),
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Takes note of pages that somebody else has installed, of whom nothing else is known. They

@@ -114,10 +114,12 @@ impl Pager {
     /// `offset` and `len` are in bytes, within the block; the answer's time counts from
     /// `heard`.
     ///
+    /// What the source can't give at once, nor at a second try, is told and left absent, where
+    /// somebody listens ([`Memory::telling`]): the thread that waits for it goes on waiting.
+    ///
     /// # Errors
-    /// When there is no such memory, when the source can't give it, or when it
-    /// can't be installed. The thread that waits for it then waits forever: the error is
-    /// fatal.
+    /// When there is no such memory, when the source can't give it and nobody listens, or when it
+    /// can't be installed. The thread that waits for it then waits forever: the error is fatal.
     pub fn serve(
         &mut self,
         block: BlockId,
@@ -165,9 +167,16 @@ impl Pager {
             };
         };
 
-        // Who comes later must not rely on a claim that nobody fulfils.
-        let content = self.bring(memory, page, mine);
-        content.inspect_err(|_| memory.claims.release(mine))?;
+        let brought = match self.bring(memory, page, mine, false) {
+            // A disk may fail once, and a neighbour's part of the index may be what is damaged.
+            Err(MemoryError::Source { .. }) => self.bring(memory, page, mine, true),
+            brought => brought,
+        };
+        if let Err(error) = brought {
+            // Who comes later must not rely on a claim that nobody fulfils.
+            memory.claims.release(mine);
+            return memory.leave_awaited(mine, error);
+        }
         self.record(page, heard);
         let mut installed = mine.count;
         for (run, content) in self.window.pieces() {
@@ -189,13 +198,22 @@ impl Pager {
     }
 
     /// Installs the host page `mine`, which is claimed and begins with `page`, and makes
-    /// its neighbours ready.
-    fn bring(&mut self, memory: &Memory, page: Page, mine: Run) -> Result<(), MemoryError> {
+    /// its neighbours ready, unless it is to come `alone`.
+    fn bring(
+        &mut self,
+        memory: &Memory,
+        page: Page,
+        mine: Run,
+        alone: bool,
+    ) -> Result<(), MemoryError> {
         let unit = memory.block(page.block).pages_per_host_page();
         let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
         let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
         let first = page.number / group * group;
-        let around = cut(memory, Page { block: page.block, number: first }, group);
+        let around = match alone {
+            true => mine,
+            false => cut(memory, Page { block: page.block, number: first }, group),
+        };
         let is_mine = |near: Page| (mine.first..mine.end()).contains(&near.number);
         self.window.load(
             memory,

@@ -1,6 +1,7 @@
 //! Why a revert fails.
 
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
@@ -8,6 +9,7 @@ use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
+use crate::transport::TransportError;
 use crate::transport::proof::AttachError;
 use crate::transport::search::SearchError;
 use crate::wire::WireError;
@@ -172,21 +174,43 @@ impl RevertError {
         RevertError::NotRun { status, qemu: String::new() }
     }
 
-    /// The same with what QEMU wrote to its standard error: only there does it tell why it
-    /// ended a migration. Where we ended it, what it says there is not the reason.
-    pub(super) fn with_words_of_qemu(self, words: &str) -> RevertError {
-        use PostcopyError::{HungUp, Opening, Refused, Stream};
-        if words.is_empty() {
-            return self;
-        }
-        let qemu = format!("; QEMU says: {words}");
+    /// Whether it means that QEMU has ended, or is about to.
+    pub(super) fn is_end_of_qemu(&self) -> bool {
+        use PostcopyError::{HungUp, Opening, Stream};
+        matches!(
+            self,
+            RevertError::Postcopy {
+                error: HungUp
+                    | Opening(_)
+                    | Stream(_)
+                    | PostcopyError::Memory(MemoryError::Install {
+                        source: TransportError::Gone(_),
+                        ..
+                    }),
+                ..
+            } | RevertError::Qmp(QmpError::Gone { .. })
+        )
+    }
+
+    /// The same with how QEMU has ended and what it wrote to its standard error: only there does it
+    /// tell why it ended a migration. Where we ended it, what it says there is not the reason.
+    pub(super) fn with_end_of_qemu(self, status: Option<ExitStatus>, words: &str) -> RevertError {
+        let ended = status.map(|status| format!("; QEMU ended ({status})")).unwrap_or_default();
+        let qemu = match words {
+            "" => ended,
+            words => format!("{ended}; QEMU says: {words}"),
+        };
+        use PostcopyError::{HungUp, Memory, Opening, Refused, Stream};
+        let ends = self.is_end_of_qemu();
         match self {
             RevertError::Postcopy {
-                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_)),
+                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_) | Memory(_)),
                 ..
-            } => RevertError::Postcopy { error, qemu },
+            } if ends || matches!(error, Refused(_)) => RevertError::Postcopy { error, qemu },
             RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
-            RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
+            RevertError::Qmp(error @ QmpError::Gone { .. }) if !qemu.is_empty() => {
+                RevertError::Died { error, qemu }
+            }
             error => error,
         }
     }
@@ -199,6 +223,14 @@ pub enum PostcopyError {
     /// Memory could not be brought.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Memory that the image should hold can't be read.
+    #[error("{error}{}", .guest_physical.map(physical).unwrap_or_default())]
+    Unreadable {
+        /// Which memory, and why.
+        error: MemoryError,
+        /// Its guest-physical address, where that is known.
+        guest_physical: Option<u64>,
+    },
     /// The return path could not be understood.
     #[error("QEMU's return path: {0}")]
     Wire(#[from] WireError),
@@ -278,7 +310,7 @@ impl PostcopyError {
     pub fn kind(&self) -> ErrorKind {
         use PostcopyError::*;
         match self {
-            Memory(error) => kind_of_memory(error),
+            Memory(error) | Unreadable { error, .. } => kind_of_memory(error),
             Wire(error) => error.kind(),
             Read { source, .. } => source.kind(),
             Opening(_) | HungUp | Stream(_) => ErrorKind::QemuEnded,
@@ -296,11 +328,16 @@ impl PostcopyError {
     /// What it is about.
     pub fn details(&self) -> Details {
         match self {
-            PostcopyError::Memory(error) => error.details(),
+            PostcopyError::Memory(error) | PostcopyError::Unreadable { error, .. } => error.details(),
             PostcopyError::Read { source, .. } => source.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }
     }
+}
+
+/// Words for a guest-physical address.
+fn physical(address: u64) -> String {
+    format!(" (the guest's physical address {address:#x})")
 }
 
 /// The kind of an error of memory whose source is an image.

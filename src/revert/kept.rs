@@ -4,13 +4,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::options::Delivery;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
-use crate::image::Image;
+use crate::identity::Identity;
+use crate::image::{Image, ImageError};
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
@@ -20,6 +22,7 @@ use crate::runs::{Entry, ProcessId};
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Details {
     pub image: PathBuf,
+    pub identity: Identity,
     pub delivery: Delivery,
     /// The directory of its record, where it has one.
     pub run: Option<PathBuf>,
@@ -29,6 +32,14 @@ impl Details {
     /// Those of a predecessor's session.
     pub fn read(ledger: &Ledger) -> io::Result<Details> {
         Ok(serde_json::from_slice(&ledger.details()?)?)
+    }
+
+    /// Opens the image that was held, or the copy that has taken its place since it was damaged.
+    pub fn open_image(&self, held: File) -> Result<Arc<Image>, ImageError> {
+        Image::open_file(held, &self.image).or_else(|error| match Image::open(&self.image) {
+            Ok(copy) if copy.identity() == self.identity => Ok(copy),
+            _ => Err(error),
+        })
     }
 }
 
@@ -59,6 +70,7 @@ impl Kept {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
         let details = Details {
             image: std::path::absolute(path)?,
+            identity: image.identity(),
             delivery: delivery.clone(),
             run: run.map(|run| run.directory().to_owned()),
         };

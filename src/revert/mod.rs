@@ -22,9 +22,10 @@ mod serve;
 pub mod session;
 mod source;
 mod takeover;
+mod unreadable;
 
 pub use error::{PostcopyError, RevertError};
-pub use event::{Progress, RevertEvent};
+pub use event::{Progress, RevertEvent, Unreadable};
 pub use harvest::harvest;
 pub use journey::{Reverted, revert, revert_held};
 pub use options::{

@@ -163,6 +163,13 @@ pub struct Delivery {
     /// in place, where QEMU has asked for huge pages. It is collapsed at the rate of `fill_rate`
     /// at most.
     pub collapse: bool,
+    /// Whether memory that can't be read ends the session. Else
+    /// [`RevertEvent::Degraded`](super::RevertEvent::Degraded) or
+    /// [`RevertEvent::Stopped`](super::RevertEvent::Stopped) tells of it, everything else is
+    /// brought, and once a second it is tried again, until the image has been repaired or the
+    /// session is cancelled. Before the guest runs, memory that it needs ends the session in any
+    /// case.
+    pub fail_on_damage: bool,
     /// The shortest time between two reports of progress; it is reported only where there
     /// is some.
     pub progress_every: Duration,
@@ -178,6 +185,7 @@ impl Default for Delivery {
             hold: None,
             working_set_file: None,
             collapse: true,
+            fail_on_damage: false,
             progress_every: PROGRESS_EVERY,
         }
     }

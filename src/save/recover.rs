@@ -1,7 +1,6 @@
 //! Cleaning up behind a save that was killed.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::agent;
 use super::check::ANSWER_TIMEOUT;
@@ -9,15 +8,12 @@ use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
 use super::migration::wait_end;
 use super::overlays::Overlay;
-use super::release::release_memory;
+use super::release::{release_memory, while_releasing};
 use super::undo::error::LeftOver;
 use super::undo::journal::{Journal, Plan, file_identity};
 use super::undo::overlays::undo_overlays;
 use crate::image::{ImageError, inspect};
 use crate::qmp::Qmp;
-
-/// How often write protection is looked for while QEMU does not answer.
-const RELEASE_EVERY: Duration = Duration::from_millis(500);
 
 /// What became of a save that was killed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,20 +104,10 @@ fn find_saved(image: &Path, plan: &Plan) -> Result<Option<Vec<SwitchedDisk>>, Sa
     Ok(plan.overlays.iter().all(is_known).then(|| SwitchedDisk::all_of(&disks)))
 }
 
-/// Connects to the QEMU in process `pid`, whose snapshot was broken off. A guest that waits
-/// for a write-protected page may block all of QEMU, so write protection is taken off until
-/// QEMU answers; a snapshot that is still being set up may yet turn it on.
+/// Connects to the QEMU in process `pid`, whose snapshot was broken off.
 async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
-    let connect = Qmp::connect(qmp, ANSWER_TIMEOUT);
-    tokio::pin!(connect);
-    loop {
-        tokio::select! {
-            connected = &mut connect => return Ok(connected?),
-            () = tokio::time::sleep(RELEASE_EVERY) => if let Some(pid) = pid {
-                release_memory(pid).map_err(SaveError::Protected)?;
-            },
-        }
-    }
+    let connected = while_releasing(pid, Qmp::connect(qmp, ANSWER_TIMEOUT)).await;
+    Ok(connected.map_err(SaveError::Protected)??)
 }
 
 /// Undoes as much as can be undone. Returns the rest.

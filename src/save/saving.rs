@@ -28,6 +28,8 @@ pub(super) struct Saving<'a, F> {
     pub undo: Undo,
     /// Cleans up should this process be killed. Told last that this needs nobody.
     keeper: Option<Keeper>,
+    /// Whether QEMU has been told to begin the snapshot.
+    pub begun: bool,
 }
 
 impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
@@ -53,7 +55,7 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         let undo = Undo::begin(settings, options, &checked)?;
         let keeper = options.keeper.clone().and_then(start_keeper);
         failpoint("journal");
-        Ok(Saving { options, cancel, on_event, qmp, checked, undo, keeper })
+        Ok(Saving { options, cancel, on_event, qmp, checked, undo, keeper, begun: false })
     }
 
     /// Has the keeper read on from `stream` should this process be killed.

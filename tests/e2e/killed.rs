@@ -22,7 +22,7 @@ tests_on_both! {
 pub const STOP_AT: &str = "SNAPBACK_TEST_STOP_AT";
 
 /// What a save with two disks does, step by step.
-const STEPS: [&str; 15] = [
+pub const STEPS: [&str; 15] = [
     "journal",
     "settings",
     "overlay 0",
@@ -55,7 +55,7 @@ pub fn kill_at_its_step(command: Running) -> Result<()> {
 }
 
 /// A small guest with two disks, memory that changes, and a control socket.
-fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+pub fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
     let disks = vec![
         Disk::new("one", &dir.path("one.raw")),
         Disk {
@@ -79,7 +79,7 @@ fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
 
 /// What a save changes, and what undoing it has to put back.
 #[derive(Debug, PartialEq)]
-struct State {
+pub struct State {
     status: String,
     capabilities: Value,
     parameters: Value,
@@ -92,7 +92,7 @@ struct State {
 }
 
 impl State {
-    fn of(guest: &Guest, dir: &Dir) -> Result<State> {
+    pub fn of(guest: &Guest, dir: &Dir) -> Result<State> {
         let ask = |command: &str| query(&guest.qmp_path, command);
         let list = |command: &str| {
             let list = ask(command)?.as_array().cloned();
@@ -126,7 +126,7 @@ fn save(dir: &Dir, guest: &Guest) -> Snapback {
 }
 
 /// Recovers; the outcome.
-fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
+pub fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
     let ended = dir.save(guest, "vm.snap").with(&["--recover"]).succeed()?;
     Ok(ended.event("recovered")?["outcome"].as_str().unwrap_or_default().to_owned())
 }
@@ -134,7 +134,7 @@ fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
 /// Devices on which the guest reads back what was written before.
 const DEVICES: [&str; 2] = ["vda", "vdb"];
 
-fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
+pub fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
     for device in DEVICES {
         let answer = guest.oracle.ask(&format!("disk {question} /dev/{device} 64 7"))?;
         assert_eq!(answer, "ok", "{question} {device}");
@@ -143,7 +143,7 @@ fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
 }
 
 /// The guest is as before, and so are its disks.
-fn is_as_before(dir: &Dir, guest: &mut Guest, before: &State, step: &str) -> Result<()> {
+pub fn is_as_before(dir: &Dir, guest: &mut Guest, before: &State, step: &str) -> Result<()> {
     assert_eq!(&State::of(guest, dir)?, before, "killed at `{step}`");
     check(guest).map_err(|e| format!("killed at `{step}`: {e}"))?;
     ask_disks(guest, "check")

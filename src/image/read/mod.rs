@@ -2,6 +2,7 @@
 
 pub(super) mod cursor;
 pub(super) mod flat;
+mod frame;
 pub(super) mod image;
 pub(super) mod layer;
 pub(super) mod lineage;

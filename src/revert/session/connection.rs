@@ -10,13 +10,14 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::contents::Contents;
+use super::halt::Halt;
 use super::lifecycle::{Lifecycle, Next, Told};
 use super::qemu::{Qemu, has_run, migrate_from};
 use super::reconnect::Resuming;
 use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
-use crate::memory::FillOptions;
+use crate::memory::{FillOptions, Unreadable};
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::revert::collapse::Collapsing;
@@ -29,6 +30,7 @@ use crate::revert::source::{
     Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
 };
 use crate::runs::Entry;
+use crate::revert::unreadable::describe;
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
 /// comes only with the capability `events`.
@@ -51,6 +53,9 @@ pub(super) struct Connection {
     kept: Option<Kept>,
     /// Set where the session began with a QEMU whose channel was lost.
     pub resuming: Option<Resuming>,
+    halt: Halt,
+    /// The last memory that could not be read.
+    unreadable: Option<PostcopyError>,
     /// Told last that this session needs no successor.
     pub keeper: Option<Keeper>,
     /// Dropped last: what QEMU leaves is seen by then.
@@ -90,6 +95,8 @@ impl Connection {
             cancel,
             kept: None,
             resuming: None,
+            halt: Halt::default(),
+            unreadable: None,
             keeper: None,
             run: None,
         }
@@ -198,6 +205,7 @@ impl Connection {
                 (None, true) => RECORD_WINDOW,
                 (None, false) => Duration::ZERO,
             },
+            fail_on_damage: self.delivery.fail_on_damage,
             kept: self.kept.clone(),
         };
         let pages = Arc::new(Arc::clone(&self.image));
@@ -249,6 +257,10 @@ impl Connection {
                     let told = self.ask_status().await?;
                     self.lifecycle.hear(told)?;
                 }
+                Next::Unreadable => self.tell_unreadable(on_event).await?,
+                Next::GiveUp => {
+                    return Err(self.unreadable.take().unwrap_or(PostcopyError::HungUp).into());
+                }
                 Next::Armed | Next::Running | Next::Resident => return Ok(()),
             }
         }
@@ -278,6 +290,52 @@ impl Connection {
         }
         self.qemu = Qemu::Theirs { qmp: Some(qmp), pid };
         Ok(())
+    }
+
+    /// Tells of memory that can't be read, and begins to try again; or of memory that can be
+    /// read again, and has a guest run that was stopped for it.
+    async fn tell_unreadable(
+        &mut self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<(), RevertError> {
+        let (memory, awaited) = match self.lifecycle.take_unreadable() {
+            Some(Unreadable::PassedOver(error)) => (error, false),
+            Some(Unreadable::Awaited(error)) => (error, true),
+            Some(Unreadable::Over) => {
+                on_event(RevertEvent::Repaired);
+                self.run_again(on_event).await;
+                return Ok(());
+            }
+            None => return Ok(()),
+        };
+        let (memory, error) = describe(&self.image, memory);
+        self.unreadable = Some(error);
+        on_event(match awaited {
+            true => RevertEvent::Stopped { reason: "unreadable".to_owned(), memory },
+            false => RevertEvent::Degraded(memory),
+        });
+        if let (Some(qmp), true) = (self.qemu.qmp(), awaited) {
+            self.halt.stop(qmp, self.kept.as_ref().map(|kept| &kept.ledger));
+        }
+        if let Some(Source::Postcopy(source)) = &mut self.source {
+            source.repair()?;
+        }
+        Ok(())
+    }
+
+    /// Has a guest run again that QEMU was told to stop, since it waited for memory.
+    pub async fn run_again(&mut self, on_event: &mut impl FnMut(RevertEvent)) {
+        let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
+        if !self.halt.is_stopped(ledger) {
+            return;
+        }
+        let Some(qmp) = self.qemu.last_qmp().await else { return };
+        if let Err(error) = self.halt.run(&qmp, ledger).await {
+            on_event(RevertEvent::Note {
+                what: "the guest was stopped, and may stand still".to_owned(),
+                why: format!("QEMU was not had to run it again: {error}"),
+            });
+        }
     }
 
     async fn next(&mut self) -> Result<Next, RevertError> {
@@ -377,7 +435,11 @@ impl Connection {
     /// what QEMU had to say.
     pub async fn fail(mut self, error: RevertError) -> RevertError {
         let error = match self.qemu.is_ours() {
-            true => error.with_words_of_qemu(&self.qemu.words()),
+            true => {
+                let ends = error.is_end_of_qemu();
+                let status = if ends { self.qemu.end_status().await } else { None };
+                error.with_end_of_qemu(status, &self.qemu.words())
+            }
             false if self.lifecycle.has_loaded() => error,
             false => refusal(error),
         };

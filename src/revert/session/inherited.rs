@@ -11,7 +11,6 @@ use super::lifecycle::Lifecycle;
 use super::qemu::Qemu;
 use super::running::Running;
 use crate::cancel::Cancellation;
-use crate::image::Image;
 use crate::keeper::Inheritance;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::{Details, Kept, note_keepers};
@@ -29,8 +28,9 @@ impl Running {
         // From here on an error ends it.
         let qemu = Adopted::new(qemu, control, output);
         let unusable = PostcopyError::Inherited;
-        let Details { image: path, delivery, run } = Details::read(&ledger).map_err(unusable)?;
-        let image = Image::open_file(File::from(image), path)?;
+        let details = Details::read(&ledger).map_err(unusable)?;
+        let image = details.open_image(File::from(image))?;
+        let Details { delivery, run, .. } = details;
         let fill = fill_options(&delivery, Vec::new());
         let kept = Kept::inherited(&keeper, ledger);
         let mut connection = Connection::new(

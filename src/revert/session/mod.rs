@@ -25,6 +25,7 @@ mod adopted;
 mod armed;
 mod connection;
 mod contents;
+mod halt;
 mod inherited;
 mod launched;
 mod lifecycle;

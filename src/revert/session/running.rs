@@ -1,6 +1,7 @@
 //! Running: the guest runs, its memory follows.
 
 use super::connection::Connection;
+use super::lifecycle::Told;
 use super::qemu::finish_postcopy;
 use super::resident::Resident;
 use crate::revert::error::RevertError;
@@ -29,7 +30,8 @@ impl Running {
     ///
     /// The first request of the session's cancellation is answered with
     /// [`RevertEvent::StillNeeded`], and memory is filled at full speed; the second ends the
-    /// session.
+    /// session. Where memory can't be read, the first one ends it as soon as there is nothing
+    /// else to be brought.
     ///
     /// # Errors
     /// When memory can't be brought, or the session is cancelled.
@@ -41,6 +43,7 @@ impl Running {
         if let Err(error) = follow(&mut connection, on_event).await {
             return Err(connection.fail(error).await);
         }
+        connection.run_again(on_event).await;
         let progress = connection.progress();
         let collapsing = connection.collapsing();
         let Connection { qemu, lifecycle, image, delivery, cancel, keeper, run, .. } = connection;
@@ -79,6 +82,7 @@ async fn follow(
             () = cancel.requested(), if !hurried => {
                 hurried = true;
                 connection.hurry();
+                connection.lifecycle.hear(Told::Interrupted)?;
                 on_event(RevertEvent::StillNeeded);
             }
             () = cancel.requested_times(2) => {

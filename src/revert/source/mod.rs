@@ -25,7 +25,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 pub(super) use event::{LastWord, PostcopyEvent};
 pub(super) use resuming::Interrupted;
@@ -34,7 +34,7 @@ pub(super) use transports::PostcopyOptions;
 
 use super::error::PostcopyError;
 use super::kept::Kept;
-use crate::memory::{ClaimMap, Memory, Pace, Pager};
+use crate::memory::{ClaimMap, Memory, Pace, Pager, repair};
 use crate::page::{Block, BlockId, PageSource};
 use crate::transport::{Route, SocketTransport};
 use crate::wire::ReturnPath;
@@ -53,6 +53,8 @@ pub(super) struct PostcopySource {
     pace: Arc<Pace>,
     /// Tells the thread that sends to fill memory; dropped, it tells it to end.
     release: Option<mpsc::Sender<()>>,
+    events: UnboundedSender<PostcopyEvent>,
+    repairing: bool,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -77,15 +79,22 @@ impl PostcopySource {
         };
         let route = Arc::new(Route::new(transport));
         let transport = Box::new(Arc::clone(&route));
-        let memory = Arc::new(match &ledger {
+        let memory = match &ledger {
             Some(ledger) => {
                 let claims = ClaimMap::over(pages.blocks(), ledger.claim_words());
                 Memory::claimed(pages, transport, claims)
             }
             None => Memory::new(pages, transport),
-        });
+        };
         let pace = Arc::new(Pace::new(options.fill.rate));
         let (events, receiver) = unbounded_channel();
+        let memory = Arc::new(match options.fail_on_damage {
+            true => memory,
+            false => {
+                let events = events.clone();
+                memory.telling(move |what| _ = events.send(PostcopyEvent::Unreadable(what)))
+            }
+        });
         let (pongs, heard) = mpsc::channel();
         let (release, released) = mpsc::channel();
 
@@ -112,7 +121,7 @@ impl PostcopySource {
             route: Arc::clone(&route),
             memory: Arc::clone(&memory),
             pongs,
-            events,
+            events: events.clone(),
         };
         let beginning = Some(beginning);
         // No thread of ours has claimed anything yet.
@@ -123,8 +132,16 @@ impl PostcopySource {
             let thread = std::thread::Builder::new().name(name.into()).spawn(body);
             thread.map_err(PostcopyError::Thread)
         };
-        let (release, threads) = (Some(release), Vec::new());
-        let mut source = PostcopySource { memory, route, socket, pace, release, threads };
+        let mut source = PostcopySource {
+            memory,
+            route,
+            socket,
+            pace,
+            release: Some(release),
+            events,
+            repairing: false,
+            threads: Vec::new(),
+        };
         if !standby {
             source.release();
         }
@@ -172,6 +189,27 @@ impl PostcopySource {
     pub fn release(&self) {
         // It fails when the thread has ended, which has told why.
         let _ = self.release.as_ref().map(|release| release.send(()));
+    }
+
+    /// Tries again and again to bring what can't be read, from now on.
+    ///
+    /// # Errors
+    /// When no thread can be started for it.
+    pub fn repair(&mut self) -> Result<(), PostcopyError> {
+        if std::mem::replace(&mut self.repairing, true) {
+            return Ok(());
+        }
+        let (memory, pace) = (Arc::clone(&self.memory), Arc::clone(&self.pace));
+        let events = self.events.clone();
+        let last = LastWord { events: events.clone(), doing: "try again to read memory" };
+        let thread = std::thread::Builder::new().name("repair".into()).spawn(move || {
+            let _last = last;
+            if let Err(error) = repair(&memory, &pace) {
+                let _ = events.send(PostcopyEvent::Failed(error.into()));
+            }
+        });
+        self.threads.push(thread.map_err(PostcopyError::Thread)?);
+        Ok(())
     }
 
     /// Fills at full speed from now on.

@@ -151,7 +151,11 @@ impl Sending {
 
     /// Brings all memory.
     fn fill(&self) -> Result<(), PostcopyError> {
-        prefetch(&self.transports.memory, &self.transports.options.fill, &self.pace)?;
+        let options = &self.transports.options.fill;
+        let missing = prefetch(&self.transports.memory, options, &self.pace)?;
+        if missing > 0 {
+            let _ = self.transports.events.send(PostcopyEvent::Filled);
+        }
         // What faults have claimed is still on its way.
         while !self.transports.memory.wait_complete(Duration::from_millis(100))
             && !self.pace.is_stopped()

@@ -72,7 +72,11 @@ impl TakeOver<'_> {
             let Some(takes_faults) = self.transports.open_direct()? else { return Ok(None) };
             faults = self.transports.serve_faults(takes_faults)?;
         }
-        Ok(self.settle()?.then_some(faults))
+        if !self.settle()? {
+            return Ok(None);
+        }
+        self.transports.memory.ask_again()?;
+        Ok(Some(faults))
     }
 
     /// Waits until QEMU has taken in all that was sent; false when the source has ended.

@@ -32,6 +32,9 @@ pub(in crate::revert) struct PostcopyOptions {
     /// How long demands are recorded: those by the return path from the start of the
     /// source on, those by userfaultfd from its release on.
     pub record: Duration,
+    /// Whether memory that can't be read ends the source. Else it is told, and tried again from
+    /// [`repair`](super::PostcopySource::repair) on.
+    pub fail_on_damage: bool,
     /// What a successor needs is noted there.
     pub kept: Option<Kept>,
 }
