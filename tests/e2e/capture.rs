@@ -493,7 +493,8 @@ fn a_guest_that_somebody_stops_meanwhile_is_left_alone(dir: &Dir, qemu: Qemu) ->
     watched.is_as_before(dir)?;
 
     // While the save that is killed had not come to stop it.
-    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let by_hand = ["--no-keeper", "--quiesce", text(&agent.path)];
+    let saving = watched.save(dir).with(&by_hand).start()?;
     let peer = agent.until("guest-fsfreeze-freeze")?;
     saving.signal(libc::SIGKILL);
     drop((saving, peer));
