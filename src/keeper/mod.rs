@@ -26,5 +26,5 @@ pub use clean_up::clean_up;
 pub use client::{Holder, Keeper, Successor};
 pub use inheritance::Inheritance;
 pub use ledger::{Figures, Ledger};
-pub use protocol::Held;
+pub use protocol::{Held, Message};
 pub use run::run;

@@ -15,7 +15,7 @@ use crate::harness::{Dir, Ended, Reverted, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
 use crate::killed_reverts::{SLOWLY, SUCCESSOR, process};
 use crate::shared::shared;
-use crate::support::{Qemu, Result, SOON, wait_for};
+use crate::support::{Qemu, Result, SOON, process_gone, wait_for};
 use crate::tests;
 
 tests! {
@@ -431,7 +431,8 @@ fn wait_after_a_kill(dir: &Dir, args: &[&str], to: &PathBuf) -> Result<Wait> {
             break killed.elapsed().as_secs_f64() * 1e3;
         }
         if killed.elapsed() > SOON {
-            return Err("the guest did not go on".into());
+            let (said, lives) = (server.said(), !process_gone(guest.pid));
+            return Err(format!("the guest did not go on (QEMU lives: {lives}): {said:?}").into());
         }
         std::thread::sleep(Duration::from_micros(200));
     };
