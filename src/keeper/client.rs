@@ -112,7 +112,8 @@ impl Keeper {
     }
 
     fn over(keeper: OwnedFd, held: Vec<(Held, OwnedFd)>) -> Keeper {
-        let state = State { keeper: Some(keeper), held, ended: false, process: None, on_start: None };
+        let state =
+            State { keeper: Some(keeper), held, ended: false, process: None, on_start: None };
         Keeper { state: Arc::new(Mutex::new(state)), starting: None }
     }
 

@@ -104,7 +104,8 @@ impl Planned {
         let pid = process.pid();
         let qemu = Qemu::ours(process, qmp, ports);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
-        connection.run = run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
+        connection.run =
+            run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
         if let Some((keeper, kept)) = keeper {
             connection.keep(keeper, kept);
         }
