@@ -394,6 +394,7 @@ impl Memory {
     /// Leaves claimed pages of zeros to the kernel. Whoever asked for one between the claim and
     /// now relies on being woken, as installing does: it then asks again, and is answered.
     fn leave(&self, run: Run) -> Result<(), MemoryError> {
+        self.claims.set_left(run);
         self.arrived(run);
         self.wake(run)
     }
