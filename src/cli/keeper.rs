@@ -12,7 +12,7 @@ use crate::keeper::{Inheritance, Successor};
 use crate::kind::ErrorKind;
 
 /// The program that runs now, even if its file has been replaced since.
-const THIS_PROGRAM: &str = "/proc/self/exe";
+pub(super) const THIS_PROGRAM: &str = "/proc/self/exe";
 
 #[derive(Args)]
 pub(super) struct KeeperArgs {

@@ -1,6 +1,7 @@
 //! The program's arguments, and what each command does with the library.
 
 mod bench;
+mod broker;
 mod check;
 mod detach;
 mod disks;
@@ -73,6 +74,9 @@ enum Command {
     /// Serve a guest whose page server was killed
     #[command(hide = true)]
     Resume(keeper::ResumeArgs),
+    /// Keep the rights that a page server in its sandbox still needs
+    #[command(hide = true)]
+    Broker(broker::BrokerArgs),
     /// Hold what a page server needs, and start another when it is killed
     #[command(hide = true)]
     Keeper(keeper::KeeperArgs),
@@ -118,6 +122,8 @@ struct RevertArgs {
     /// Start no process that serves the guest on should this one be killed
     #[arg(long)]
     no_keeper: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -160,6 +166,21 @@ impl DeliveryArgs {
     }
 }
 
+/// What this program may do while it serves a guest.
+#[derive(Args)]
+struct SandboxArgs {
+    /// Keep all rights while the guest is served, instead of entering a sandbox
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+impl SandboxArgs {
+    /// The program of the broker, where a sandbox is wanted.
+    fn program(self) -> Option<PathBuf> {
+        (!self.no_sandbox).then(|| keeper::THIS_PROGRAM.into())
+    }
+}
+
 #[derive(Args)]
 #[command(after_help = SERVE_HELP)]
 struct ServeArgs {
@@ -175,6 +196,8 @@ struct ServeArgs {
     place: ServePlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -328,8 +351,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
     let command = match cli.command {
-        // It is to be small: one thread, and no runtime.
+        // They are to be small: no runtime.
         Command::Keeper(args) => return keeper::run(args),
+        Command::Broker(args) => return broker::run(args),
         command => command,
     };
     let runtime =
@@ -377,6 +401,7 @@ async fn run(command: Command) -> ExitCode {
         }
         Command::Resume(args) => (args.json || args.serving_detached, keeper::resume(args).await),
         Command::Keeper(args) => return keeper::run(args),
+        Command::Broker(args) => return broker::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };
     match result {
@@ -416,6 +441,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         rtc: args.rtc.into(),
         check: args.check,
         keeper,
+        sandbox: args.sandbox.program(),
         ..RevertOptions::new(args.image)
     };
     let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;
@@ -427,6 +453,7 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let options = ServeOptions {
         delivery: args.delivery.delivery(args.place.into()),
         rtc: args.rtc.into(),
+        sandbox: args.sandbox.program(),
         ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
     let served = crate::revert::serve(&options, cancellation()?, |e| output.revert(&e)).await;

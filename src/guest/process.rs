@@ -52,6 +52,8 @@ pub struct Process {
     /// The thread that reaps it and cleans up behind it.
     reaper: Option<JoinHandle<()>>,
     detached: bool,
+    /// Its listening sockets with a file, which is removed when it has ended.
+    sockets: Vec<PathBuf>,
     /// The overlays that it writes to.
     overlays: Overlays,
 }
@@ -102,8 +104,16 @@ impl Process {
             }
         };
         let (tell, ended) = watch::channel(None);
-        let mut process =
-            Process { pid, pidfd, log, ended, reaper: None, detached: false, overlays };
+        let mut process = Process {
+            pid,
+            pidfd,
+            log,
+            ended,
+            reaper: None,
+            detached: false,
+            sockets: sockets.clone(),
+            overlays,
+        };
         // A thread and not a task: it reaps QEMU even when the runtime has ended.
         let reaper = move || {
             let status = child.wait();
@@ -176,6 +186,11 @@ impl Process {
     /// ([`Log::of`]).
     pub fn output(&self) -> BorrowedFd<'_> {
         self.log.file.as_fd()
+    }
+
+    /// Its listening sockets with a file, which is removed when it has ended.
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
     }
 
     /// Keeps the overlays of its disks when QEMU ends, since a guest has written to them.

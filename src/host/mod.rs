@@ -8,6 +8,7 @@ pub mod pidfd;
 pub mod procfs;
 pub mod program;
 pub mod rights;
+pub mod sandbox;
 pub mod shared_memory;
 pub mod uffd;
 

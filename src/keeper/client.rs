@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use super::protocol::{Held, Message, Received, receive, send, socket_pair};
 use super::restarts::Restarts;
+use crate::host::sandbox::Sandbox;
 
 /// The program that becomes the keeper, and what it starts when the server has died.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +43,8 @@ struct State {
     /// Our end of the connection; none once there is no keeper any more.
     keeper: Option<OwnedFd>,
     held: Vec<(Held, OwnedFd)>,
+    /// The sandbox that the keeper is to be in.
+    sandbox: Option<Sandbox>,
     ended: bool,
 }
 
@@ -79,7 +82,7 @@ impl Keeper {
     }
 
     fn over(keeper: OwnedFd, held: Vec<(Held, OwnedFd)>) -> Keeper {
-        let state = State { keeper: Some(keeper), held, ended: false };
+        let state = State { keeper: Some(keeper), held, sandbox: None, ended: false };
         Keeper { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -107,6 +110,13 @@ impl Holder {
             state.held.push((held, fd));
         }
         Ok(())
+    }
+
+    /// Has the keeper enter this sandbox, with all servers that it starts from now on.
+    pub fn confine(&self, sandbox: Sandbox) {
+        let mut state = state_of(&self.0);
+        state.tell(Message::Confine, sandbox.ruleset());
+        state.sandbox = Some(sandbox);
     }
 }
 
@@ -182,6 +192,10 @@ fn supervise(
                 state.keeper = Some(ours);
                 for (held, fd) in &state.held {
                     state.tell(Message::Hold(*held), Some(fd.as_fd()));
+                }
+                // One that was started from inside is in it already.
+                if let Some(sandbox) = &state.sandbox {
+                    state.tell(Message::Confine, sandbox.ruleset());
                 }
                 if state.ended {
                     state.tell(Message::Ended, None);

@@ -32,6 +32,7 @@ mod field {
     pub const DIED_AT: usize = 7;
     pub const TORN: usize = 8;
     pub const LAST_BLOCK: usize = 9;
+    pub const QEMU: usize = 10;
     pub const COUNT: usize = 16;
 }
 
@@ -102,6 +103,16 @@ impl Ledger {
         let first = field::COUNT + self.get(field::BLOCKS) as usize;
         let count = self.get(field::CLAIM_WORDS) as usize;
         Box::new(ClaimWords { memory: Arc::clone(&self.0), first, count })
+    }
+
+    /// Notes QEMU's process id.
+    pub fn set_qemu(&self, pid: i32) {
+        self.set(field::QEMU, pid as u64);
+    }
+
+    /// QEMU's process id, where it was noted.
+    pub fn qemu(&self) -> Option<i32> {
+        i32::try_from(self.get(field::QEMU)).ok().filter(|pid| *pid > 0)
     }
 
     /// Notes that the guest runs: from now on a successor can go on.
@@ -204,12 +215,14 @@ mod tests {
         ledger.set_running();
         ledger.set_direct(&[None, Some(0x7000)]);
         ledger.set_last_block(1);
+        ledger.set_qemu(4711);
         ledger.claim_words().words()[9].store(9, Ordering::Release);
         ledger.count_restart(monotonic_ns());
         let other = Ledger::open(ledger.as_fd().try_clone_to_owned().unwrap()).unwrap();
         assert!(other.is_running() && !other.is_torn());
         assert_eq!(other.direct(), Some(vec![None, Some(0x7000)]));
         assert_eq!((other.last_block(), other.restarts()), (Some(1), 1));
+        assert_eq!(other.qemu(), Some(4711));
         assert_eq!(other.claim_words().words()[9].load(Ordering::Acquire), 9);
         assert_eq!(other.details().unwrap(), b"details");
         assert!(other.died_ms_ago() < 60e3);

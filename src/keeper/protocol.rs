@@ -27,11 +27,17 @@ pub enum Held {
     Stream,
     /// The copy of QEMU's userfaultfd.
     Userfaultfd,
+    /// QEMU's mappings (/proc/PID/smaps). Nobody in a sandbox can open them.
+    Mappings,
+    /// QEMU's page map (/proc/PID/pagemap). Nobody in a sandbox can open it.
+    PageMap,
+    /// The server's end of its connection with the broker.
+    Broker,
 }
 
 impl Held {
     /// All of them, by number.
-    pub const ALL: [Held; 8] = [
+    pub const ALL: [Held; 11] = [
         Held::Server,
         Held::Ledger,
         Held::Image,
@@ -40,7 +46,15 @@ impl Held {
         Held::Output,
         Held::Stream,
         Held::Userfaultfd,
+        Held::Mappings,
+        Held::PageMap,
+        Held::Broker,
     ];
+
+    /// Whether no server can go on without it.
+    pub(super) fn is_needed(self) -> bool {
+        !matches!(self, Held::Userfaultfd | Held::Mappings | Held::PageMap | Held::Broker)
+    }
 }
 
 /// A message to the keeper.
@@ -49,6 +63,9 @@ pub enum Message {
     /// Hold the descriptor that comes with this message, in place of an earlier one of its
     /// kind.
     Hold(Held),
+    /// Enter the sandbox whose Landlock ruleset comes with this message; without one, only its
+    /// seccomp filter. A new server is then inside as well.
+    Confine,
     /// The server ends, and needs no successor.
     Ended,
 }
@@ -59,12 +76,14 @@ pub(super) const MESSAGE_BYTES: usize = 8;
 const MAGIC: [u8; 4] = *b"SBK1";
 const HOLD: u8 = 1;
 const ENDED: u8 = 2;
+const CONFINE: u8 = 3;
 
 impl Message {
     fn bytes(self) -> [u8; MESSAGE_BYTES] {
         let (kind, held) = match self {
             Message::Hold(held) => (HOLD, held as u8),
             Message::Ended => (ENDED, 0),
+            Message::Confine => (CONFINE, 0),
         };
         let [a, b, c, d] = MAGIC;
         [a, b, c, d, kind, held, 0, 0]
@@ -76,6 +95,7 @@ impl Message {
         let message = match (bytes[4], Held::ALL.get(usize::from(bytes[5]))) {
             (HOLD, Some(held)) => Message::Hold(*held),
             (ENDED, Some(_)) => Message::Ended,
+            (CONFINE, Some(_)) => Message::Confine,
             _ => return None,
         };
         (message.bytes() == bytes).then_some(message)
@@ -193,7 +213,8 @@ mod tests {
 
     #[test]
     fn every_message_is_read_as_it_was_sent() {
-        let messages = Held::ALL.map(Message::Hold).into_iter().chain([Message::Ended]);
+        let others = [Message::Confine, Message::Ended];
+        let messages = Held::ALL.map(Message::Hold).into_iter().chain(others);
         for message in messages {
             assert_eq!(Message::parse(&message.bytes()), Some(message));
         }

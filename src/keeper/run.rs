@@ -15,13 +15,13 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::ForkResult;
 
 use super::inheritance::{CONNECTION, number};
 use super::ledger::{Ledger, monotonic_ns};
 use super::protocol::{Held, Message, Received, receive, socket_pair};
 use super::restarts::Restarts;
 use crate::host::pidfd::Pidfd;
+use crate::host::sandbox::Sandbox;
 
 /// The program that runs now, even if its file has been replaced.
 const THIS_PROGRAM: &std::ffi::CStr = c"/proc/self/exe";
@@ -82,6 +82,11 @@ impl Keeper {
             };
             match receive(server) {
                 Ok(Received::Message(Message::Ended, _)) => return,
+                Ok(Received::Message(Message::Confine, ruleset)) => {
+                    if let Err(error) = Sandbox::of(ruleset).enter_alone() {
+                        eprintln!("snapback: the keeper can't enter its sandbox: {error}");
+                    }
+                }
                 Ok(Received::Message(Message::Hold(held), Some(fd))) => {
                     if let Err(error) = self.hold(held, fd) {
                         eprintln!("snapback: the keeper can't hold {held:?}: {error}");
@@ -142,10 +147,7 @@ impl Keeper {
         match self.start_server() {
             Ok((server, connection)) => {
                 self.server = Some(connection);
-                let held = Pidfd::open(server).and_then(|server| {
-                    self.hold(Held::Server, server.as_fd().try_clone_to_owned()?)
-                });
-                held.is_ok()
+                self.hold(Held::Server, server.into_fd()).is_ok()
             }
             Err(error) => {
                 eprintln!("snapback: no new page server can be started: {error}");
@@ -156,13 +158,13 @@ impl Keeper {
     }
 
     /// Starts a new server, which inherits what is held.
-    fn start_server(&self) -> io::Result<(i32, OwnedFd)> {
+    fn start_server(&self) -> io::Result<(Pidfd, OwnedFd)> {
         let (ours, theirs) = socket_pair()?;
         // SAFETY: this process has a single thread, and the child makes only system calls before
         // it becomes another program.
-        match unsafe { nix::unistd::fork() }? {
-            ForkResult::Parent { child } => Ok((child.as_raw(), ours)),
-            ForkResult::Child => {
+        match unsafe { Pidfd::fork() }? {
+            Some(child) => Ok((child, ours)),
+            None => {
                 let Err(errno) = self.become_server(&theirs);
                 // SAFETY: _exit(2) ends the process and runs nothing of its parent's.
                 unsafe { libc::_exit(errno as i32) }

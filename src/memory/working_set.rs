@@ -124,21 +124,20 @@ impl WorkingSet {
         identity: Identity,
         blocks: &[Block],
     ) -> Result<WorkingSet, WorkingSetError> {
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => WorkingSetError::None(path.to_owned()),
-            _ => WorkingSetError::Io { path: path.to_owned(), doing: "read", source },
-        };
-        let mut bytes = Vec::new();
-        let most = ENTRIES_OFFSET + MAX_PAGES * ENTRY_BYTES + CHECKSUM_BYTES;
-        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(failed)?;
-        if !file.metadata().map_err(failed)?.is_file() {
-            let problem = "it is not a regular file";
-            return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
-        }
-        file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-        let set = WorkingSet::decode(&bytes)
+        WorkingSet::from_bytes(&read_file(path)?, path, identity, blocks)
+    }
+
+    /// As [`WorkingSet::load`], of a file that has been read.
+    ///
+    /// # Errors
+    /// As for [`WorkingSet::load`].
+    pub fn from_bytes(
+        bytes: &[u8],
+        path: &Path,
+        identity: Identity,
+        blocks: &[Block],
+    ) -> Result<WorkingSet, WorkingSetError> {
+        let set = WorkingSet::decode(bytes)
             .map_err(|problem| WorkingSetError::Unusable { path: path.to_owned(), problem })?;
         let problem = match set {
             _ if set.identity != identity => "it belongs to another image",
@@ -181,23 +180,11 @@ impl WorkingSet {
     /// # Errors
     /// When it can't be written; an older one is then still there, and nothing else.
     pub fn store(&self, path: &Path) -> Result<(), WorkingSetError> {
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(format!(".{}", Uuid::new_v4().simple()));
-        let temporary = PathBuf::from(temporary);
-        let written = (|| {
-            let mut options = File::options();
-            let mut file = options.write(true).create_new(true).mode(0o600).open(&temporary)?;
-            file.write_all(&self.encode())?;
-            file.sync_all()?;
-            fs::rename(&temporary, path)
-        })();
-        written.map_err(|source| {
-            let _ = fs::remove_file(&temporary);
-            WorkingSetError::Io { path: path.to_owned(), doing: "written", source }
-        })
+        write_file(path, &self.encode())
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// The record as the bytes of its file.
+    pub fn encode(&self) -> Vec<u8> {
         let pages = &self.pages[..self.pages.len().min(MAX_PAGES)];
         let mut bytes =
             Vec::with_capacity(ENTRIES_OFFSET + pages.len() * ENTRY_BYTES + CHECKSUM_BYTES);
@@ -243,6 +230,55 @@ impl WorkingSet {
             pages: entries.map(page).collect(),
         })
     }
+}
+
+/// Bytes of a record's file at most.
+pub const MAX_BYTES: usize = ENTRIES_OFFSET + MAX_PAGES * ENTRY_BYTES + CHECKSUM_BYTES;
+
+/// Reads the file of a record.
+///
+/// # Errors
+/// When there is none, or it can't be one.
+pub fn read_file(path: &Path) -> Result<Vec<u8>, WorkingSetError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => WorkingSetError::None(path.to_owned()),
+        _ => WorkingSetError::Io { path: path.to_owned(), doing: "read", source },
+    };
+    // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        let problem = "it is not a regular file";
+        return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+/// Writes the file of a record, replacing an older one in one step.
+///
+/// # Errors
+/// When the bytes are none of a record, or can't be written; an older file is then still there,
+/// and nothing else.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WorkingSetError> {
+    if let Err(problem) = WorkingSet::decode(bytes) {
+        return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
+    }
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}", Uuid::new_v4().simple()));
+    let temporary = PathBuf::from(temporary);
+    let written = (|| {
+        let mut options = File::options();
+        let mut file = options.write(true).create_new(true).mode(0o600).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    written.map_err(|source| {
+        let _ = fs::remove_file(&temporary);
+        WorkingSetError::Io { path: path.to_owned(), doing: "written", source }
+    })
 }
 
 fn fits(page: &Page, blocks: &[Block]) -> bool {

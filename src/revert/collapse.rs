@@ -13,6 +13,8 @@ use std::ops::Range;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::event::RevertEvent;
 use crate::cancel::Cancellation;
 use crate::host::huge_pages::{HUGE_PAGE, HugePagePolicy, collapse, find_small, huge_bytes};
@@ -38,7 +40,7 @@ const REFUSED: usize = 64;
 const NAP: Duration = Duration::from_millis(5);
 
 /// Memory of a QEMU that is to be in huge pages.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Collapsing {
     /// QEMU's process.
     pub pid: i32,

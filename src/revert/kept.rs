@@ -3,13 +3,16 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::broker::Broker;
 use super::options::Delivery;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
+use crate::host::procfs::AddressSpace;
+use crate::host::sandbox::Sandbox;
 use crate::image::Image;
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
 use crate::memory::ClaimMap;
@@ -20,6 +23,8 @@ use crate::qmp::Qmp;
 pub(super) struct Details {
     pub image: PathBuf,
     pub delivery: Delivery,
+    /// The program of the broker, where the process is to be in a sandbox.
+    pub sandbox: Option<PathBuf>,
 }
 
 impl Details {
@@ -42,9 +47,14 @@ impl Kept {
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,
+        sandbox: Option<&Path>,
     ) -> io::Result<(Keeper, Kept)> {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
-        let details = Details { image: std::path::absolute(path)?, delivery: delivery.clone() };
+        let details = Details {
+            image: std::path::absolute(path)?,
+            delivery: delivery.clone(),
+            sandbox: sandbox.map(Path::to_owned),
+        };
         let blocks = &image.manifest().blocks;
         let words = ClaimMap::words_for(blocks);
         let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
@@ -68,6 +78,7 @@ impl Kept {
 
     /// QEMU has been started.
     pub fn hold_qemu(&self, process: &Process, qmp: &Qmp) -> io::Result<()> {
+        self.ledger.set_qemu(process.pid());
         self.holder.hold(Held::Qemu, process.pidfd())?;
         self.holder.hold(Held::Control, qmp.socket())?;
         self.holder.hold(Held::Output, process.output())
@@ -76,6 +87,25 @@ impl Kept {
     /// The migration begins.
     pub fn hold_stream(&self, stream: BorrowedFd<'_>) -> io::Result<()> {
         self.holder.hold(Held::Stream, stream)
+    }
+
+    /// Nobody may look into QEMU any more from now on. Without the right to do so, a successor
+    /// goes without.
+    pub fn hold_address_space(&self, qemu: i32) {
+        let held = AddressSpace::open(qemu).and_then(|space| {
+            let [mappings, page_map] = space.descriptors();
+            self.holder.hold(Held::Mappings, mappings)?;
+            self.holder.hold(Held::PageMap, page_map)
+        });
+        if let Err(error) = held {
+            tracing::debug!("a successor can't look into QEMU: {error}");
+        }
+    }
+
+    /// This process is in a sandbox from now on, and so will be its successors.
+    pub fn confine(&self, sandbox: Sandbox, broker: &Broker) -> io::Result<()> {
+        self.holder.confine(sandbox);
+        self.holder.hold(Held::Broker, broker.connection())
     }
 
     /// Pages go directly from now on.

@@ -39,6 +39,11 @@ pub struct RevertOptions {
     /// [`RevertEvent::Resident`](super::RevertEvent::Resident). Without, the guest then waits
     /// for ever.
     pub keeper: Option<Successor>,
+    /// The program `snapback`. With it, this process and its keeper enter a sandbox as soon as
+    /// the guest runs, and start that program outside of it, as the process that keeps the few
+    /// rights which are needed later. **The sandbox holds for the whole process that calls this, and
+    /// for good.** Without, or where memory is not served, the process keeps its rights.
+    pub sandbox: Option<PathBuf>,
 }
 
 impl RevertOptions {
@@ -53,6 +58,7 @@ impl RevertOptions {
             rtc: Rtc::default(),
             check: false,
             keeper: None,
+            sandbox: None,
         }
     }
 }
@@ -73,6 +79,8 @@ pub struct ServeOptions {
     pub standby: bool,
     /// What the machine's battery-backed clock shows.
     pub rtc: Rtc,
+    /// As [`RevertOptions::sandbox`].
+    pub sandbox: Option<PathBuf>,
 }
 
 impl ServeOptions {
@@ -84,6 +92,7 @@ impl ServeOptions {
             delivery: Delivery::default(),
             standby: false,
             rtc: Rtc::default(),
+            sandbox: None,
         }
     }
 }

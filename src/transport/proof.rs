@@ -10,10 +10,11 @@
 use std::io;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::kind::{Details, ErrorKind};
 use crate::host::memory;
-use crate::host::procfs::{Mapping, Pagemap, ranges_of_len};
+use crate::host::procfs::{AddressSpace, Mapping, Pagemap, ranges_of_len};
 use crate::host::rights::{Lack, tracing_lack};
 use crate::host::uffd::Uffd;
 use crate::page::{Block, PAGE_SIZE};
@@ -177,7 +178,7 @@ impl Locator {
 
 /// Where a block may lie whose address has not been proven.
 pub struct Candidates {
-    pagemap: Pagemap,
+    space: Arc<AddressSpace>,
     /// First addresses.
     starts: Vec<u64>,
 }
@@ -186,20 +187,19 @@ impl Candidates {
     /// Lists the registered mappings in which this block may lie.
     ///
     /// # Errors
-    /// When QEMU may not be looked into.
-    pub fn find(pid: i32, block: &Block) -> Result<Candidates, AttachError> {
-        let failed = |what| move |source| AttachError::Process { pid, what, source, lack: None };
-        let mappings = Mapping::all_of_in_detail(pid).map(registered);
-        let mappings = mappings.map_err(failed("the list of mappings"))?;
-        let pagemap = Pagemap::open(pid).map_err(failed("the page map"))?;
+    /// When QEMU's mappings can't be read.
+    pub fn find(space: &Arc<AddressSpace>, block: &Block) -> io::Result<Candidates> {
+        let mappings = space.mappings().map(registered)?;
         let ranges = ranges_of_len(&mappings, block.len).into_iter();
-        Ok(Candidates { pagemap, starts: ranges.map(|range| range.start).collect() })
+        let starts = ranges.map(|range| range.start).collect();
+        Ok(Candidates { space: Arc::clone(space), starts })
     }
 
     /// Whether the page at this offset in the block is present; nothing where that differs
     /// between the places in which the block may lie, or there are none.
     pub fn is_present(&self, offset: u64) -> Option<bool> {
-        let mut all = self.starts.iter().map(|start| self.pagemap.is_present(start + offset));
+        let pagemap = self.space.pagemap();
+        let mut all = self.starts.iter().map(|start| pagemap.is_present(start + offset));
         let first = all.next()?;
         all.all(|other| other == first).then_some(first)
     }

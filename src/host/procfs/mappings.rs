@@ -112,7 +112,7 @@ pub fn ranges_of_len(mappings: &[Mapping], len: u64) -> Vec<Range<u64>> {
 }
 
 /// The mappings in the text of maps or smaps. Lines that are neither are passed over.
-fn parse(text: &[u8]) -> Vec<Mapping> {
+pub(super) fn parse(text: &[u8]) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.split(|byte| *byte == b'\n') {
         if let Some(mapping) = header(line) {

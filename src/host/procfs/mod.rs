@@ -1,10 +1,12 @@
 //! What the kernel tells under /proc (proc(5)): one parser for each of its formats.
 
+mod address_space;
 mod mappings;
 mod pagemap;
 mod process;
 mod system;
 
+pub use address_space::AddressSpace;
 pub use mappings::{Mapping, ranges_of_len};
 pub use pagemap::{Pagemap, flags};
 pub use process::{

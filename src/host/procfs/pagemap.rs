@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use linux_raw_sys::general::{page_region, pm_scan_arg};
@@ -38,6 +38,12 @@ const REGIONS: usize = 1024;
 #[derive(Debug)]
 pub struct Pagemap(File);
 
+impl AsFd for Pagemap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Pagemap {
     /// Opens the page map of a process.
     ///
@@ -45,6 +51,11 @@ impl Pagemap {
     /// When the process has ended or may not be traced (ptrace(2)).
     pub fn open(pid: i32) -> io::Result<Pagemap> {
         Ok(Pagemap(File::open(super::path(pid, "pagemap"))?))
+    }
+
+    /// The page map that another process has opened.
+    pub(super) fn of(fd: OwnedFd) -> Pagemap {
+        Pagemap(fd.into())
     }
 
     /// Whether the process has memory at this address, be it swapped out. Asking touches

@@ -9,10 +9,12 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Interval, MissedTickBehavior};
 
+use super::confined::Confinement;
 use super::contents::Contents;
 use super::lifecycle::{Lifecycle, Next, Told};
 use super::qemu::{Qemu, has_run, migrate_from};
 use crate::cancel::Cancellation;
+use crate::host::procfs::AddressSpace;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
 use crate::memory::FillOptions;
@@ -44,7 +46,12 @@ pub(super) struct Connection {
     pub image: Arc<Image>,
     pub delivery: Delivery,
     pub cancel: Cancellation,
-    kept: Option<Kept>,
+    pub kept: Option<Kept>,
+    pub confinement: Confinement,
+    /// QEMU's memory as /proc shows it, where this process has taken over.
+    pub space: Option<Arc<AddressSpace>>,
+    /// Whether it is decided by which transport memory goes.
+    placed: bool,
     /// Told last that this session needs no successor.
     pub keeper: Option<Keeper>,
 }
@@ -81,6 +88,9 @@ impl Connection {
             delivery,
             cancel,
             kept: None,
+            confinement: Confinement::None,
+            space: None,
+            placed: false,
             keeper: None,
         }
     }
@@ -170,6 +180,7 @@ impl Connection {
                 (None, true) => RECORD_WINDOW,
                 (None, false) => Duration::ZERO,
             },
+            space: self.space.clone(),
             kept: self.kept.clone(),
         };
         let pages = Arc::new(Arc::clone(&self.image));
@@ -189,6 +200,9 @@ impl Connection {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = None;
         loop {
+            if self.placed && self.serves_running() {
+                self.confine();
+            }
             let next = tokio::select! {
                 biased;
                 next = self.next() => next?,
@@ -202,6 +216,7 @@ impl Connection {
             };
             match next {
                 Next::Placing { placement, reason } => {
+                    self.placed = true;
                     on_event(RevertEvent::Placing { placement, reason });
                 }
                 Next::TakenOver => {
@@ -309,6 +324,11 @@ impl Connection {
             Some(Source::Eager(_)) => !self.lifecycle.is_finished(),
             _ => self.lifecycle.is_running(),
         }
+    }
+
+    /// Whether the guest runs and is served.
+    fn serves_running(&self) -> bool {
+        matches!(self.source, Some(Source::Postcopy(_))) && self.lifecycle.is_running()
     }
 
     /// That the session was cancelled before its guest ran.

@@ -5,14 +5,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::adopted::Adopted;
+use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::fill_options;
 use super::lifecycle::Lifecycle;
 use super::qemu::Qemu;
 use super::running::Running;
 use crate::cancel::Cancellation;
+use crate::host::procfs::AddressSpace;
 use crate::image::Image;
 use crate::keeper::Inheritance;
+use crate::revert::broker::Broker;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::{Details, Kept};
 
@@ -23,12 +26,28 @@ impl Running {
     /// When something that was left can't be used. QEMU has then been ended.
     pub fn inherit(inheritance: Inheritance, cancel: Cancellation) -> Result<Running, RevertError> {
         let Inheritance {
-            ledger, image, qemu, control, output, stream, userfaultfd, keeper, ..
+            ledger,
+            image,
+            qemu,
+            control,
+            output,
+            stream,
+            userfaultfd,
+            mappings,
+            page_map,
+            broker,
+            keeper,
+            ..
         } = inheritance;
         // From here on an error ends it.
-        let qemu = Adopted::new(qemu, control, output);
+        let qemu = Adopted::new(qemu, ledger.qemu(), control, output);
+        let space = match mappings.zip(page_map) {
+            Some((mappings, page_map)) => Some(AddressSpace::of(mappings, page_map)),
+            // Before this process enters a sandbox of its own.
+            None => qemu.pid().and_then(|pid| AddressSpace::open(pid).ok()),
+        };
         let unusable = PostcopyError::Inherited;
-        let Details { image: path, delivery } = Details::read(&ledger).map_err(unusable)?;
+        let Details { image: path, delivery, sandbox } = Details::read(&ledger).map_err(unusable)?;
         let image = Image::open_file(File::from(image), path)?;
         let fill = fill_options(&delivery, Vec::new());
         let kept = Kept::inherited(&keeper, ledger);
@@ -40,6 +59,11 @@ impl Running {
             cancel,
         );
         connection.keep(keeper, kept);
+        connection.space = space.map(Arc::new);
+        connection.confinement = match broker {
+            Some(broker) => Confinement::Inside(Broker::inherited(broker)),
+            None => Confinement::wanted(sandbox),
+        };
         connection.take_over(UnixStream::from(stream), userfaultfd, fill)?;
         Ok(Running { connection })
     }

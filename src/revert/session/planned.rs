@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
 use super::launched::Launched;
@@ -72,11 +73,11 @@ impl Planned {
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
         let Planned { image, plan, start, options, cancel } = self;
-        let RevertOptions { delivery, standby, rtc, keeper, .. } = options;
+        let RevertOptions { delivery, standby, rtc, keeper, sandbox, .. } = options;
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| plan.mapped.is_empty());
         let keeper = keeper.and_then(|successor| {
-            let started = Kept::start(&successor, &image, &delivery);
+            let started = Kept::start(&successor, &image, &delivery, sandbox.as_deref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         // QEMU's start takes tens of milliseconds.
@@ -99,6 +100,7 @@ impl Planned {
         }
         let qemu = Qemu::ours(process, qmp, ports);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        connection.confinement = Confinement::wanted(sandbox);
         if let Some((keeper, kept)) = keeper {
             connection.keep(keeper, kept);
         }

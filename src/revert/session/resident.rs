@@ -1,5 +1,6 @@
 //! Resident: all memory is in place, and the guest depends on nobody.
 
+use super::confined::Confinement;
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::Process;
@@ -15,6 +16,7 @@ pub struct Resident {
     pub(super) outcome: Outcome,
     /// Nothing where its memory is left as it came, or has been collapsed.
     pub(super) collapsing: Option<Collapsing>,
+    pub(super) confinement: Confinement,
     pub(super) cancel: Cancellation,
 }
 
@@ -65,7 +67,14 @@ impl Resident {
         let Some(collapsing) = self.collapsing.take() else { return };
         let cancel = CancelOnDrop(self.cancel.child());
         let cancelled = cancel.0.clone();
-        let work = tokio::task::spawn_blocking(move || collapsing.run(&cancelled));
+        let confinement = std::mem::take(&mut self.confinement);
+        let work = tokio::task::spawn_blocking(move || match confinement.broker() {
+            None => collapsing.run(&cancelled),
+            Some(broker) => broker.collapse(&collapsing, &cancelled).unwrap_or_else(|error| {
+                tracing::warn!("memory was not collapsed into huge pages: {error}");
+                None
+            }),
+        });
         match work.await {
             Ok(event) => event.map_or((), on_event),
             // The guest needs nothing of it, but a fault of ours is not to be hidden.

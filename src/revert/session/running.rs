@@ -43,7 +43,8 @@ impl Running {
         }
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, .. } = connection;
+        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, confinement, .. } =
+            connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
         if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())
@@ -57,9 +58,9 @@ impl Running {
         drop(keeper);
         on_event(outcome.resident());
         if placement.is_postcopy() {
-            recorded::remember(&delivery, &image, &outcome);
+            recorded::remember(confinement.broker(), &delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome, collapsing, cancel })
+        Ok(Resident { qemu, outcome, collapsing, confinement, cancel })
     }
 }
 

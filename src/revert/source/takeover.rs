@@ -11,6 +11,7 @@
 //!   ([`Unread`](super::unread::Unread)), so it is read again.
 //! - A fault that was read from userfaultfd is lost. Waking the thread makes it fault again.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -18,6 +19,7 @@ use super::direct::FaultThread;
 use super::event::PostcopyEvent;
 use super::pings;
 use super::transports::Transports;
+use crate::host::procfs::AddressSpace;
 use crate::host::uffd::Uffd;
 use crate::keeper::Ledger;
 use crate::memory::MemoryError;
@@ -112,9 +114,8 @@ impl TakeOver<'_> {
             if of.page_size != PAGE_SIZE as u64 {
                 return Err(unsettled(": its pages are huge".into()));
             }
-            let pid = self.transports.options.pid;
-            let pid = pid.ok_or_else(|| unsettled(": QEMU's process is not known".into()))?;
-            let candidates = Candidates::find(pid, of);
+            let space = self.address_space();
+            let candidates = space.and_then(|space| Candidates::find(&space, of));
             let candidates = candidates.map_err(|error| unsettled(format!(": {error}")))?;
             for page in of_block {
                 let arrived = candidates.is_present(page.offset());
@@ -124,6 +125,17 @@ impl TakeOver<'_> {
             }
         }
         Ok(())
+    }
+
+    /// QEMU's memory as /proc shows it: as the predecessor has opened it, where it was in a
+    /// sandbox.
+    fn address_space(&self) -> io::Result<Arc<AddressSpace>> {
+        let options = &self.transports.options;
+        match (&options.space, options.pid) {
+            (Some(space), _) => Ok(Arc::clone(space)),
+            (None, Some(pid)) => AddressSpace::open(pid).map(Arc::new),
+            (None, None) => Err(io::Error::other("QEMU's process is not known")),
+        }
     }
 
     /// Whether the direct transport leads to this block.

@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::direct::{FaultThread, Opened, Opener, SourceRoute};
 use super::event::PostcopyEvent;
 use super::pings::Pongs;
+use crate::host::procfs::AddressSpace;
 use crate::memory::{FillOptions, Memory};
 use crate::page::BlockId;
 use crate::revert::error::PostcopyError;
@@ -33,6 +34,8 @@ pub(in crate::revert) struct PostcopyOptions {
     /// How long demands are recorded: those by the return path from the start of the
     /// source on, those by userfaultfd from its release on.
     pub record: Duration,
+    /// QEMU's memory as /proc shows it, where this process may not open it.
+    pub space: Option<Arc<AddressSpace>>,
     /// What a successor needs is noted there.
     pub kept: Option<Kept>,
 }

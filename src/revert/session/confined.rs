@@ -1,0 +1,81 @@
+//! A session whose process gives up its rights once its guest runs: it reads an image that may be
+//! anybody's for as long as the guest needs it.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use super::connection::Connection;
+use crate::host::sandbox::{Access, Sandbox};
+use crate::revert::broker::Broker;
+use crate::revert::recorded;
+
+/// How a session's process stands with its sandbox.
+#[derive(Debug, Default)]
+pub(super) enum Confinement {
+    /// It keeps all its rights.
+    #[default]
+    None,
+    /// It is to enter one. The program `snapback`, which becomes its broker.
+    Wanted(PathBuf),
+    /// It is in one, and has this broker.
+    Inside(Broker),
+}
+
+impl Confinement {
+    /// One that is wanted where there is a program for the broker.
+    pub fn wanted(program: Option<PathBuf>) -> Confinement {
+        program.map_or(Confinement::None, Confinement::Wanted)
+    }
+
+    /// What does for this process what it may not do any more.
+    pub fn broker(&self) -> Option<&Broker> {
+        match self {
+            Confinement::Inside(broker) => Some(broker),
+            _ => None,
+        }
+    }
+}
+
+impl Connection {
+    /// Enters the sandbox where one is wanted. All that takes more rights must have been done.
+    /// A failure is only logged: the guest comes first.
+    pub fn confine(&mut self) {
+        let Confinement::Wanted(program) = std::mem::take(&mut self.confinement) else { return };
+        match self.enter_sandbox(&program) {
+            Ok(broker) => self.confinement = Confinement::Inside(broker),
+            Err(error) => tracing::warn!(
+                "the page server is not in a sandbox: {error}; `RevertOptions::sandbox` leaves it out"
+            ),
+        }
+    }
+
+    fn enter_sandbox(&self, program: &Path) -> io::Result<Broker> {
+        let pid = self.qemu.pid();
+        let working_set = recorded::path(&self.delivery, &self.image);
+        let broker = Broker::start(
+            program,
+            pid.filter(|_| self.delivery.collapse),
+            working_set.as_deref().filter(|_| self.delivery.working_set),
+        )?;
+        let access = Access {
+            read: self.image.files().map(|(_, file)| file.as_fd()).collect(),
+            remove_in: self.qemu.socket_directories(),
+        };
+        let sandbox = Sandbox::new(&access)?;
+        if let (Some(kept), Some(pid)) = (&self.kept, pid) {
+            kept.hold_address_space(pid);
+        }
+        sandbox.enter()?;
+        if !sandbox.fences_files() {
+            tracing::warn!(
+                "this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK): the page \
+                 server may open any file of its user"
+            );
+        }
+        if let Some(kept) = &self.kept {
+            kept.confine(sandbox, &broker)?;
+        }
+        Ok(broker)
+    }
+}
