@@ -21,7 +21,6 @@ const NAMES: &[(&str, &str)] = &[
     ("in `RewriteOptions::extra`", "behind `--`"),
     ("`RewriteOptions::disks`", "--disk"),
     ("`OverlayOptions::directory`", "--overlay-dir"),
-    ("`RevertOptions::sandbox`", "--no-sandbox"),
     ("`Placement::Auto`", "--place auto"),
     ("`Placement::Eager`", "--place eager"),
     ("`BenchOptions::paths`", "--path"),

@@ -36,6 +36,7 @@ mod libvirt;
 mod mapping;
 mod moments;
 mod ports;
+mod sandbox;
 mod serving;
 mod sessions;
 mod trouble;

@@ -41,13 +41,14 @@ impl Connection {
     /// Enters the sandbox where one is wanted. All that takes more rights must have been done.
     /// A failure is only logged: the guest comes first.
     pub fn confine(&mut self) {
-        let Confinement::Wanted(program) = std::mem::take(&mut self.confinement) else { return };
-        match self.enter_sandbox(&program) {
-            Ok(broker) => self.confinement = Confinement::Inside(broker),
-            Err(error) => tracing::warn!(
-                "the page server is not in a sandbox: {error}; `RevertOptions::sandbox` leaves it out"
-            ),
-        }
+        let Confinement::Wanted(program) = &self.confinement else { return };
+        self.confinement = match self.enter_sandbox(program) {
+            Ok(broker) => Confinement::Inside(broker),
+            Err(error) => {
+                tracing::warn!("the page server is not in a sandbox: {error}");
+                Confinement::None
+            }
+        };
     }
 
     fn enter_sandbox(&self, program: &Path) -> io::Result<Broker> {

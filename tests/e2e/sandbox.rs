@@ -1,0 +1,169 @@
+//! The page server and its keeper in their sandbox: they are in it while they serve, and can do
+//! all that they have to.
+
+use std::fs;
+use std::path::Path;
+
+use crate::harness::{Dir, Ended, Reverted, Running, send_signal, text, wait_gone};
+use crate::interrupts::UNFILLED;
+use crate::shared::{copy, shared};
+use crate::support::{Qemu, Result, SOON, wait_for};
+use crate::{tests, tests_on_both};
+
+tests_on_both! {
+    all_that_serve_are_in_the_sandbox
+    a_working_set_is_recorded_from_inside
+}
+
+tests! {
+    a_chain_is_served_on_by_a_successor_inside
+    a_detached_server_is_in_the_sandbox
+    a_server_that_is_to_keep_its_rights_does
+}
+
+/// Whether each thread of a process is behind a seccomp filter and can't gain rights by exec
+/// (proc_pid_status(5)).
+fn is_inside(pid: u32) -> bool {
+    let inside = |status: String| {
+        ["Seccomp:\t2\n", "NoNewPrivs:\t1\n"].iter().all(|field| status.contains(field))
+    };
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut statuses =
+        threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+    statuses.all(inside)
+}
+
+/// The only process of the folder with these words on its command line.
+fn process(dir: &Dir, words: &str) -> Result<u32> {
+    wait_for(SOON, words, || {
+        let mut all = dir.processes().into_iter().filter(|(_, line)| line.contains(words));
+        Ok(all.next().map(|(pid, _)| pid))
+    })
+}
+
+/// Waits until a process is inside.
+fn wait_inside(pid: u32) -> Result<()> {
+    wait_for(SOON, "a process to be in its sandbox", || Ok(is_inside(pid).then_some(())))
+}
+
+const KEEPER: &str = " keeper -- ";
+const BROKER: &str = " broker ";
+const SUCCESSOR: &str = "snapback resume --inherited";
+
+fn server(guest: &mut Reverted) -> Result<&mut Running> {
+    guest.server.as_mut().ok_or_else(|| "no server".into())
+}
+
+/// Has a successor finish. The exit status is that of the first server, which was killed.
+fn finished(guest: &mut Reverted, successor: u32) -> Result<Ended> {
+    send_signal(successor, libc::SIGTERM);
+    let ended = guest.server.take().ok_or("no server")?.end()?;
+    let resident = ended.event("resident")?;
+    assert_eq!(resident["pages"], resident["total"], "{ended:?}");
+    Ok(ended)
+}
+
+fn all_that_serve_are_in_the_sandbox(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let mut guest =
+        Reverted::of(dir.revert(&shared.image, &shared.from, &to).with(&UNFILLED), &to)?;
+    let first = server(&mut guest)?.pid();
+    wait_inside(first)?;
+    let (keeper, broker) = (process(dir, KEEPER)?, process(dir, BROKER)?);
+    wait_inside(keeper)?;
+    assert!(!is_inside(guest.pid) && !is_inside(broker));
+
+    // What is started from inside is inside.
+    send_signal(keeper, libc::SIGKILL);
+    wait_gone(keeper)?;
+    let keeper = process(dir, KEEPER)?;
+    wait_for(SOON, "the new keeper", || {
+        // What it is told last but one.
+        Ok(fs::read_link(format!("/proc/{keeper}/fd/74")).is_ok().then_some(()))
+    })?;
+    wait_inside(keeper)?;
+    server(&mut guest)?.signal(libc::SIGKILL);
+    server(&mut guest)?.wait("taken_over")?;
+    let successor = process(dir, SUCCESSOR)?;
+    assert!(is_inside(successor));
+    guest.check(&shared.nonce)?;
+
+    let ended = finished(&mut guest, successor)?;
+    assert!(ended.stderr.is_empty(), "{ended:?}");
+    [successor, keeper, broker].into_iter().try_for_each(wait_gone)?;
+    assert_eq!(dir.names("reverted")?, ["qmp.sock", "serial0.log", "serial1.sock"]);
+    guest.check(&shared.nonce)
+}
+
+fn a_working_set_is_recorded_from_inside(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let image = dir.path("vm.snap");
+    let shared = copy(qemu, &image)?;
+    let mut guest = dir.reverted(&image, &shared.from, "reverted")?;
+    let ended = guest.resident()?;
+    assert!(ended.stderr.is_empty(), "{ended:?}");
+    assert_eq!(dir.names(".")?, ["reverted", "vm.snap", "vm.snap.ws"]);
+    // It is used, and followed by another.
+    let shown = dir.snapback(&["working-set", text(&image)]).succeed()?;
+    assert!(shown.event("working_set")?["pages"].as_u64().is_some_and(|pages| pages > 0));
+    guest.check(&shared.nonce)
+}
+
+fn a_chain_is_served_on_by_a_successor_inside(dir: &Dir) -> Result<()> {
+    let base = dir.path("base.snap");
+    let shared = copy(Qemu::V7, &base)?;
+    let to = dir.make("first")?;
+    let mut first = Reverted::of(dir.revert(&base, &shared.from, &to), &to)?;
+    first.resident()?;
+    let top = dir.path("top.snap");
+    dir.save(&first, "top.snap").with(&["--parent", text(&base)]).succeed()?;
+    let nonce = first.oracle.nonce()?;
+    drop(first);
+
+    let to = dir.make("second")?;
+    let from = dir.path("first");
+    let mut second = Reverted::of(dir.revert(&top, &from, &to).with(&UNFILLED), &to)?;
+    wait_inside(server(&mut second)?.pid())?;
+    wait_inside(process(dir, KEEPER)?)?;
+    server(&mut second)?.signal(libc::SIGKILL);
+    server(&mut second)?.wait("taken_over")?;
+    let successor = process(dir, SUCCESSOR)?;
+    let ended = finished(&mut second, successor)?;
+    assert!(ended.stderr.is_empty(), "{ended:?}");
+    second.check(&nonce)
+}
+
+fn a_detached_server_is_in_the_sandbox(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V7)?;
+    let to = dir.make("reverted")?;
+    let revert = dir.revert(&shared.image, &shared.from, &to);
+    let ended = revert.with(&UNFILLED).with(&["--detach"]).succeed()?;
+    let event = ended.event("detached")?;
+    let server = event["server_pid"].as_u64().ok_or("no server")? as u32;
+    wait_inside(server)?;
+    let log = event["log"].as_str().ok_or("no log")?.to_owned();
+    send_signal(server, libc::SIGTERM);
+    wait_gone(server)?;
+    let log = fs::read_to_string(Path::new(&log))?;
+    assert!(log.contains("\"resident\"") && !log.contains("WARN"), "{log}");
+    let pid = ended.event("running")?["pid"].as_u64().ok_or("no QEMU")? as u32;
+    send_signal(pid, libc::SIGKILL);
+    wait_gone(pid)
+}
+
+fn a_server_that_is_to_keep_its_rights_does(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    let revert = dir.revert(&shared.image, &shared.from, &to);
+    let mut guest = Reverted::of(revert.with(&UNFILLED).with(&["--no-sandbox"]), &to)?;
+    let server = server(&mut guest)?;
+    // From here on it would be.
+    server.wait("placing")?;
+    server.wait("progress")?;
+    let pid = server.pid();
+    assert!(!is_inside(pid) && !is_inside(process(dir, KEEPER)?));
+    assert!(!dir.processes().iter().any(|(_, line)| line.contains(BROKER)));
+    send_signal(pid, libc::SIGTERM);
+    guest.resident()?;
+    guest.check(&shared.nonce)
+}
