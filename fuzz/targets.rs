@@ -7,11 +7,17 @@ use std::io::{Cursor, Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use serde_json::Value;
 use snapback::exchange::{LibvirtHeader, read_memory};
 use snapback::image::{Image, inspect, verify_chain, verify_flat};
+use snapback::keeper::{Ledger, Message};
 use snapback::page::{BlockId, Location, Page, PageSource};
+use snapback::qmp::{Qmp, QmpError};
 use snapback::wire::{Item, ReturnPath, StreamBlock, StreamReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// An image: opened, with those that it refers to, verified as a whole, and some of its
@@ -109,12 +115,93 @@ fn set_right(bytes: &mut [u8], which: u8) {
     }
 }
 
-/// A migration stream from a pipe, and the return path.
+/// A migration stream from a pipe.
 pub fn stream(data: &[u8]) {
     let mut stream = StreamReader::new(data);
     while let Ok(Some(_)) = stream.next_item() {}
+}
+
+/// The return path: what QEMU tells a postcopy source.
+pub fn return_path(data: &[u8]) {
     let mut path = ReturnPath::new(data);
-    while let Ok(Some(_)) = path.next_message() {}
+    while let Ok(Some(_)) = path.next_message() {
+        assert!(path.at() <= data.len() as u64);
+    }
+}
+
+/// QEMU's control socket: a line each for the greeting and the answers, with events between
+/// them. Answers to commands have the command's number set, as far as they are objects.
+pub fn qmp(data: &[u8]) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let Ok(runtime) = runtime else { return };
+    runtime.block_on(async {
+        let Ok((ours, theirs)) = UnixStream::pair() else { return };
+        let _ = tokio::join!(say(data, theirs), ask(ours));
+    });
+}
+
+/// Speaks as QEMU: a line for the greeting, and one for each command, events not counted. It
+/// hangs up when there are no more.
+async fn say(data: &[u8], socket: UnixStream) -> std::io::Result<()> {
+    let (commands, mut answers) = socket.into_split();
+    let mut commands = BufReader::new(commands).lines();
+    let mut lines = data.split_inclusive(|byte| *byte == b'\n');
+    let mut id = Value::Null;
+    loop {
+        loop {
+            let Some(line) = lines.next() else { return Ok(()) };
+            let mut answer = serde_json::from_slice::<Value>(line).ok();
+            let is_event = answer.as_ref().is_some_and(|answer| answer.get("event").is_some());
+            match answer.as_mut().and_then(Value::as_object_mut) {
+                Some(fields) if !is_event && !id.is_null() => {
+                    fields.insert("id".into(), id.take());
+                    answers
+                        .write_all(format!("{}\n", answer.unwrap_or_default()).as_bytes())
+                        .await?;
+                }
+                _ => answers.write_all(line).await?,
+            }
+            if !is_event {
+                break;
+            }
+        }
+        let Some(command) = commands.next_line().await? else { return Ok(()) };
+        id = serde_json::from_str::<Value>(&command)
+            .map_or(Value::Null, |asked| asked["id"].clone());
+    }
+}
+
+/// Asks all that is asked of a QEMU.
+async fn ask(socket: UnixStream) -> Result<(), QmpError> {
+    const PATIENCE: Duration = Duration::from_millis(5);
+    let qmp = Qmp::over(socket, PATIENCE).await?.with_timeout(PATIENCE);
+    let mut events = qmp.events();
+    let _ = (qmp.status().await, qmp.machine_type().await, qmp.migration_info().await);
+    let _ = (qmp.migration_capabilities().await, qmp.ram_blocks().await);
+    let _ = (qmp.block_nodes().await, qmp.block_edges().await, qmp.block_devices().await);
+    let _ = (qmp.job("commit").await, qmp.qom_children("/machine").await);
+    let _ = (qmp.device_properties("e1000").await, qmp.qom_value("/machine", "rtc-time").await);
+    let _ = (qmp.networks().await, qmp.host_forwards().await, qmp.usb_ports().await);
+    let _ = (qmp.chardevs().await, qmp.cpu_slots().await);
+    drop(qmp);
+    while events.next().await.is_ok() {}
+    Ok(())
+}
+
+/// What a keeper is told, and the shared memory that it and a new server are given.
+pub fn keeper(data: &[u8]) {
+    for bytes in data.chunks(8) {
+        let _ = Message::parse(bytes);
+    }
+    let Some(memory) = in_memory(data) else { return };
+    // SAFETY: F_ADD_SEALS changes what can be done with our own file.
+    unsafe {
+        libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_GROW | libc::F_SEAL_SHRINK)
+    };
+    let Ok(ledger) = Ledger::open(memory.into()) else { return };
+    let _ = (ledger.details(), ledger.claim_words().words().len());
+    let _ = (ledger.direct(), ledger.last_block(), ledger.restarts(), ledger.qemu());
+    let _ = (ledger.is_running(), ledger.is_torn(), ledger.died_ms_ago());
 }
 
 /// A migration stream in a file: with the mark of mapped-ram, what it passes over, and then
@@ -148,7 +235,9 @@ pub fn libvirt(data: &[u8]) {
 /// A file without a name.
 fn in_memory(bytes: &[u8]) -> Option<File> {
     // SAFETY: the name is a C string, and memfd_create(2) keeps no pointer to it.
-    let fd = unsafe { libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe {
+        libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+    };
     if fd < 0 {
         return None;
     }

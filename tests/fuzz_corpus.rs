@@ -93,6 +93,21 @@ fn streams() {
 }
 
 #[test]
+fn return_paths() {
+    run("return_path", targets::return_path);
+}
+
+#[test]
+fn answers_of_qemu() {
+    run("qmp", targets::qmp);
+}
+
+#[test]
+fn what_a_keeper_is_given() {
+    run("keeper", targets::keeper);
+}
+
+#[test]
 fn mapped_ram_files() {
     run("mapped_ram", targets::mapped_ram);
 }

@@ -21,5 +21,5 @@ mod run;
 pub use client::{Holder, Keeper, Successor};
 pub use inheritance::Inheritance;
 pub use ledger::Ledger;
-pub use protocol::Held;
+pub use protocol::{Held, Message};
 pub use run::run;
