@@ -2,6 +2,7 @@
 //! all that they have to.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use crate::harness::{Dir, Ended, Reverted, Running, send_signal, text, wait_gone};
@@ -19,6 +20,7 @@ tests! {
     a_chain_is_served_on_by_a_successor_inside
     a_detached_server_is_in_the_sandbox
     a_server_that_is_to_keep_its_rights_does
+    an_image_that_others_can_read_is_warned_about
 }
 
 /// Whether each thread of a process is behind a seccomp filter and can't gain rights by exec
@@ -165,5 +167,27 @@ fn a_server_that_is_to_keep_its_rights_does(dir: &Dir) -> Result<()> {
     assert!(!dir.processes().iter().any(|(_, line)| line.contains(BROKER)));
     send_signal(pid, libc::SIGTERM);
     guest.resident()?;
+    guest.check(&shared.nonce)
+}
+
+fn an_image_that_others_can_read_is_warned_about(dir: &Dir) -> Result<()> {
+    let image = dir.path("vm.snap");
+    let shared = copy(Qemu::V10, &image)?;
+    let info = || dir.snapback(&["info", text(&image)]);
+    assert!(info().succeed()?.event("warning").is_err());
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o640))?;
+    let remedy = format!("its group may read `{0}`", image.display());
+    let warns = |ended: &Ended| -> Result<bool> {
+        let says = ended.event("warning")?["says"].as_str().unwrap_or_default().to_owned();
+        Ok(says.starts_with(&remedy) && says.contains("`chmod 600 "))
+    };
+    assert!(warns(&info().succeed()?)?);
+    let told = info().plain().end()?;
+    assert!(told.stderr.starts_with(&format!("snapback: warning: {remedy}")), "{told:?}");
+
+    let mut guest = dir.reverted(&image, &shared.from, "reverted")?;
+    assert!(warns(&guest.resident()?)?);
+    let saved = dir.save(&guest, "next.snap").with(&["--parent", text(&image)]).succeed()?;
+    assert!(warns(&saved)?);
     guest.check(&shared.nonce)
 }

@@ -6,11 +6,15 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use super::frames::Frame;
 use crate::cancel::Cancellation;
 use crate::revert::collapse::Collapsing;
 use crate::revert::event::RevertEvent;
+
+/// How long reading or writing a working set may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection with a broker. Dropping it ends the broker.
 #[derive(Debug)]
@@ -60,7 +64,7 @@ impl Broker {
     /// # Errors
     /// When it can't be read.
     pub fn read_working_set(&self) -> io::Result<Option<Vec<u8>>> {
-        self.ask(&Frame::Read)
+        self.ask(&Frame::Read, Some(PATIENCE))
     }
 
     /// Replaces the image's working set.
@@ -68,7 +72,7 @@ impl Broker {
     /// # Errors
     /// When it can't be written.
     pub fn write_working_set(&self, bytes: Vec<u8>) -> io::Result<()> {
-        self.ask(&Frame::Write(bytes)).map(drop)
+        self.ask(&Frame::Write(bytes), Some(PATIENCE)).map(drop)
     }
 
     /// Has memory collapsed, as [`Collapsing::run`] does. It blocks; `cancel` ends it within
@@ -83,11 +87,13 @@ impl Broker {
     ) -> io::Result<Option<RevertEvent>> {
         let stop = self.connection.try_clone()?;
         cancel.on_request(move || drop(Frame::Stop.send(stop)));
-        let told = self.ask(&Frame::Collapse(serde_json::to_vec(collapsing)?))?;
+        let told = self.ask(&Frame::Collapse(serde_json::to_vec(collapsing)?), None)?;
         Ok(told.map(|event| serde_json::from_slice(&event)).transpose()?.flatten())
     }
 
-    fn ask(&self, frame: &Frame) -> io::Result<Option<Vec<u8>>> {
+    /// Asks, and waits for the answer, for so long at most.
+    fn ask(&self, frame: &Frame, most: Option<Duration>) -> io::Result<Option<Vec<u8>>> {
+        self.connection.set_read_timeout(most)?;
         frame.send(&self.connection)?;
         match Frame::receive(&self.connection)? {
             Some(Frame::Done(bytes)) => Ok(Some(bytes)),

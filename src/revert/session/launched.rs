@@ -81,6 +81,11 @@ impl Launched {
     /// When QEMU refuses the guest, or the session is cancelled.
     pub async fn arm(self, on_event: &mut impl FnMut(RevertEvent)) -> Result<Armed, RevertError> {
         let Launched { mut connection, contents, socket } = self;
+        if !connection.qemu.is_ours() {
+            for says in connection.image.exposures() {
+                on_event(RevertEvent::Warning { says });
+            }
+        }
         let cancelled = connection.cancel.requested();
         let arming = async {
             connection.begin(contents.finish().await?, socket).await?;

@@ -55,7 +55,7 @@ impl Planned {
                 }
             }
         }
-        tell(&plan, not_mapped, on_event);
+        tell(&plan, not_mapped, image.exposures(), on_event);
         let start = match (plan.paused, stays_paused) {
             (false, _) => Start::ByItself,
             (true, false) => Start::Continued { preload: options.preload },
@@ -108,13 +108,21 @@ impl Planned {
     }
 }
 
-/// Tells what differs from the record.
-fn tell(plan: &StartPlan, not_mapped: Option<String>, on_event: &mut impl FnMut(RevertEvent)) {
+/// Tells what differs from the record, and what should be changed.
+fn tell(
+    plan: &StartPlan,
+    not_mapped: Option<String>,
+    exposures: Vec<String>,
+    on_event: &mut impl FnMut(RevertEvent),
+) {
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
     }
     if let Some(why) = not_mapped {
         on_event(RevertEvent::Note { what: "served memory instead of mapping it".into(), why });
+    }
+    for says in exposures {
+        on_event(RevertEvent::Warning { says });
     }
     for disk in &plan.overlays {
         on_event(RevertEvent::Disk {
