@@ -58,9 +58,12 @@ fn build(access: &Access<'_>) -> Result<Option<OwnedFd>, RulesetError> {
     }
     // Where a closed standard stream leads.
     rules = allow(rules, Path::new("/dev/null"), read | AccessFs::WriteFile)?;
-    // Whether anybody listens on a socket is read there before its file is removed.
-    if let Ok(sockets) = File::open("/proc/self/net/unix") {
-        rules = rules.add_rule(PathBeneath::new(sockets, read))?;
+    // Whether anybody listens on a socket is read there before its file is removed. The kernel
+    // makes the files anew each time they are looked up, so the rule is for their directory; that
+    // is the same one for as long as somebody has it open.
+    if let Ok(tables) = File::open("/proc/self/net") {
+        rules = rules.add_rule(PathBeneath::new(&tables, read))?;
+        std::mem::forget(tables);
     }
     Ok(rules.into())
 }
