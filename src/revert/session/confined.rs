@@ -5,9 +5,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use super::connection::Connection;
+use super::qemu::Qemu;
 use crate::host::sandbox::{Access, Sandbox};
+use crate::image::Image;
 use crate::revert::broker::Broker;
+use crate::revert::kept::Kept;
+use crate::revert::options::Delivery;
 use crate::revert::recorded;
 
 /// How a session's process stands with its sandbox.
@@ -35,14 +38,12 @@ impl Confinement {
             _ => None,
         }
     }
-}
 
-impl Connection {
     /// Enters the sandbox where one is wanted. All that takes more rights must have been done.
     /// A failure is only logged: the guest comes first.
-    pub fn confine(&mut self) {
-        let Confinement::Wanted(program) = &self.confinement else { return };
-        self.confinement = match self.enter_sandbox(program) {
+    pub fn enter(&mut self, qemu: &Qemu, image: &Image, delivery: &Delivery, kept: Option<&Kept>) {
+        let Confinement::Wanted(program) = self else { return };
+        *self = match enter_sandbox(program, qemu, image, delivery, kept) {
             Ok(broker) => Confinement::Inside(broker),
             Err(error) => {
                 tracing::warn!("the page server is not in a sandbox: {error}");
@@ -50,33 +51,39 @@ impl Connection {
             }
         };
     }
+}
 
-    fn enter_sandbox(&self, program: &Path) -> io::Result<Broker> {
-        let pid = self.qemu.pid();
-        let working_set = recorded::path(&self.delivery, &self.image);
-        let broker = Broker::start(
-            program,
-            pid.filter(|_| self.delivery.collapse),
-            working_set.as_deref().filter(|_| self.delivery.working_set),
-        )?;
-        let access = Access {
-            read: self.image.files().map(|(_, file)| file.as_fd()).collect(),
-            remove_in: self.qemu.socket_directories(),
-        };
-        let sandbox = Sandbox::new(&access)?;
-        if let (Some(kept), Some(pid)) = (&self.kept, pid) {
-            kept.hold_address_space(pid);
-        }
-        sandbox.enter()?;
-        if !sandbox.fences_files() {
-            tracing::warn!(
-                "this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK): the page \
-                 server may open any file of its user"
-            );
-        }
-        if let Some(kept) = &self.kept {
-            kept.confine(sandbox, &broker)?;
-        }
-        Ok(broker)
+fn enter_sandbox(
+    program: &Path,
+    qemu: &Qemu,
+    image: &Image,
+    delivery: &Delivery,
+    kept: Option<&Kept>,
+) -> io::Result<Broker> {
+    let pid = qemu.pid();
+    let working_set = recorded::path(delivery, image);
+    let broker = Broker::start(
+        program,
+        pid.filter(|_| delivery.collapse),
+        working_set.as_deref().filter(|_| delivery.working_set),
+    )?;
+    let access = Access {
+        read: image.files().map(|(_, file)| file.as_fd()).collect(),
+        remove_in: qemu.socket_directories(),
+    };
+    let sandbox = Sandbox::new(&access)?;
+    if let Some((kept, pid)) = kept.zip(pid) {
+        kept.hold_address_space(pid);
     }
+    sandbox.enter()?;
+    if !sandbox.fences_files() {
+        tracing::warn!(
+            "this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK): the page server \
+             may open any file of its user"
+        );
+    }
+    if let Some(kept) = kept {
+        kept.confine(sandbox, &broker)?;
+    }
+    Ok(broker)
 }

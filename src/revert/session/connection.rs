@@ -46,7 +46,7 @@ pub(super) struct Connection {
     pub image: Arc<Image>,
     pub delivery: Delivery,
     pub cancel: Cancellation,
-    pub kept: Option<Kept>,
+    kept: Option<Kept>,
     pub confinement: Confinement,
     /// QEMU's memory as /proc shows it, where this process has taken over.
     pub space: Option<Arc<AddressSpace>>,
@@ -201,7 +201,8 @@ impl Connection {
         let mut told = None;
         loop {
             if self.placed && self.serves_running() {
-                self.confine();
+                let Connection { confinement, qemu, image, delivery, kept, .. } = self;
+                confinement.enter(qemu, image, delivery, kept.as_ref());
             }
             let next = tokio::select! {
                 biased;
