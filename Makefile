@@ -2,7 +2,7 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test loom demo bench lint deny clean
+.PHONY: help setup guest debian test loom torture soak demo bench lint deny clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
@@ -11,6 +11,8 @@ help:
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
 	@echo "make loom    try every interleaving of the page claims"
+	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers"
+	@echo "make soak    revert a guest 1,000 times, and look for what grows"
 	@echo "make demo    set up, then show an instant revert"
 	@echo "make bench   set up, then run the benchmarks"
 	@echo "make lint    check formatting and run clippy, warnings as errors"
@@ -34,6 +36,13 @@ test: guest debian loom
 
 loom:
 	RUSTFLAGS="--cfg loom" cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir $(LOOM_TARGET) --locked
+
+torture: guest
+	$(LONG_TEST) torture::many_faults
+	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
+
+soak: guest
+	$(LONG_TEST) soak::
 
 demo: guest
 	cargo run --locked --release --example demo
@@ -59,6 +68,9 @@ clean:
 
 # Tests in which it matters by which way memory reaches the guest.
 BOTH_WAYS := backends:: bare:: chains:: damage:: filling:: interrupts:: journeys:: serving:: trouble::
+
+# A test that takes many minutes, by the program as its users get it.
+LONG_TEST := cargo test --locked --release --features internals --test e2e -- --ignored --nocapture
 
 DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target

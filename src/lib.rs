@@ -54,9 +54,11 @@
 //! | [`save()`], [`check()`], [`recover()`] | saves a guest, asks whether that would work, cleans up behind a save that was killed |
 //! | [`revert()`], [`serve()`], [`harvest()`] | brings a guest back, in a QEMU of ours or of others, or to learn its working set |
 //! | [`take_over()`] | goes on with a guest whose server was killed, started by its keeper |
+//! | [`resume()`] | goes on with a guest whose server and keeper were both killed |
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
+//! | [`runs`] | lists the reverts that are under way, ends them, and removes what killed ones left |
 //! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
 
 /// Declares the rooms of the house: private, or public behind the feature `internals`, by which
@@ -82,6 +84,7 @@ rooms! {
 pub mod cli;
 pub mod doctor;
 mod rate;
+pub mod runs;
 
 pub use cancel::Cancellation;
 pub use exchange::{
@@ -98,8 +101,9 @@ pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
 pub use memory::WorkingSet;
 pub use revert::{
-    Delivery, Outcome, Placement, Progress, RevertError, RevertEvent, RevertOptions, Reverted, Rtc,
-    ServeOptions, Target, harvest, revert, serve, session, take_over,
+    Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError, RevertEvent,
+    RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable, harvest, resume, revert, serve,
+    session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,

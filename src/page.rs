@@ -156,6 +156,10 @@ pub trait PageSource: Send + Sync {
         matches!(self.locate(page), Ok(Location::Zero))
     }
 
+    /// Looks again at where its bytes lie: they may have been put back. Called now and then as
+    /// long as something can't be read.
+    fn look_again(&self) {}
+
     /// A reader with buffers of its own; each thread takes one.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use harness::{Backing, Engine, HugePages, Pattern, Ram, Random, write_image};
+use snapback::host::procfs::Pagemap;
 use snapback::image::{Compression, Image};
 use snapback::memory::{MemoryError, Pace, preload};
 use snapback::page::{
@@ -443,6 +444,33 @@ fn a_rate_holds_back_what_nobody_waits_for() {
     });
     assert!(engine.memory.wait_complete(FOREVER));
     check_all(&ram, &pattern, false);
+}
+
+/// A huge page's worth of zeros takes no page, and is zeros to whoever touches it, before and
+/// after memory is let go. What is written there stays.
+#[test]
+fn long_zeros_are_left_to_the_kernel() {
+    let ram = Arc::new(Ram::new(&[(Backing::Anonymous, 2048), (Backing::Memfd, 2048)]).unwrap());
+    let pattern = Pattern::new(ram.blocks(), 16);
+    let mut engine = Engine::new(&ram, Arc::new(pattern.clone()));
+    engine.start_fault_handler();
+    engine.fill(1, &Pace::new(None)).unwrap();
+    assert!(engine.memory.wait_complete(FOREVER));
+    let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+    let is_present = |page: Page| pagemap.is_present(ram.address(page.block) + page.offset());
+    let is_long = |page: &Page| (512..1024).contains(&page.number);
+    for page in ram.pages() {
+        assert_eq!(is_present(page), !is_long(&page), "{page:?}");
+    }
+    for page in ram.pages().into_iter().filter(is_long).step_by(100) {
+        assert_eq!(ram.word(page, 0).load(Ordering::Relaxed), 0);
+        ram.word(page, 0).store(written(page), Ordering::Relaxed);
+    }
+    drop(engine);
+    for (at, page) in ram.pages().into_iter().filter(is_long).enumerate() {
+        let expected = if at.is_multiple_of(100) { written(page) } else { 0 };
+        assert_eq!(ram.word(page, 0).load(Ordering::Relaxed), expected, "{page:?}");
+    }
 }
 
 /// Threads that read memory at their leisure see no page change, whoever else asks for it.

@@ -38,7 +38,11 @@ fn nothing_gets_out() {
     for name in ["image", "neighbour", "program"] {
         fs::write(folder.path().join(name), name).unwrap();
     }
-    fs::create_dir(folder.path().join("sockets")).unwrap();
+    for name in ["sockets", "record", "empty", "runs"] {
+        fs::create_dir(folder.path().join(name)).unwrap();
+    }
+    fs::create_dir(folder.path().join("runs/one")).unwrap();
+    fs::write(folder.path().join("record/state"), "").unwrap();
     fs::write(folder.path().join("sockets/qmp"), "").unwrap();
     let stranger = Stranger(Command::new("sleep").arg("600").spawn().unwrap());
     let child = Command::new(std::env::current_exe().unwrap())
@@ -84,7 +88,13 @@ struct Inside {
 impl Inside {
     fn prepare(place: PathBuf) -> Inside {
         let image = File::open(place.join("image")).unwrap();
-        let access = Access { read: vec![image.as_fd()], remove_in: vec![place.join("sockets")] };
+        let access = Access {
+            read: vec![image.as_fd()],
+            read_in: Vec::new(),
+            remove_in: vec![place.join("sockets")],
+            write_in: vec![place.join("record")],
+            remove_directories_in: vec![place.join("runs")],
+        };
         let sandbox = Sandbox::new(&access).unwrap();
         Inside { place, image, sandbox }
     }
@@ -133,6 +143,10 @@ fn from_inside() {
         again(&inside.place);
     }
     fs::remove_file(inside.place.join("sockets/qmp")).unwrap();
+    fs::write(inside.place.join("record/new"), "new").unwrap();
+    fs::rename(inside.place.join("record/new"), inside.place.join("record/state")).unwrap();
+    assert_eq!(fs::read_to_string(inside.place.join("record/state")).unwrap(), "new");
+    fs::remove_dir(inside.place.join("runs/one")).unwrap();
     assert!(UnixStream::pair().is_ok());
     // Entering again is possible for a process alone, and changes nothing.
     Sandbox::of(None).enter_alone().unwrap();
@@ -150,12 +164,16 @@ fn break_out(place: &Path, stranger: i32, fenced: bool) {
         refused("a new file of a socket's", File::create(place.join("sockets/new")));
         refused("listing a directory", fs::read_dir("/"));
         refused("removing another file", fs::remove_file(place.join("neighbour")));
+        refused("moving a file", fs::rename(place.join("neighbour"), place.join("image")));
+        refused("removing a directory", fs::remove_dir(place.join("empty")));
+        let out = fs::rename(place.join("record/state"), place.join("state"));
+        // EXDEV for a file that is only out of place (landlock(7)).
+        assert!(out.is_err(), "a record can be moved out");
         refused("another program", Err::<(), _>(Command::new("/bin/sh").arg("-c").arg(":").exec()));
         refused("a stranger's mappings", Mapping::all_of(stranger));
         refused("a stranger's memory", File::open(format!("/proc/{stranger}/mem")));
         refused("a stranger's page map", Pagemap::open(stranger));
     }
-    refused("moving a file", fs::rename(place.join("neighbour"), place.join("image")));
     refused("a link", fs::hard_link(place.join("neighbour"), place.join("new")));
     refused("a directory", fs::create_dir(place.join("new")));
     refused("a mode", call(libc::SYS_fchmodat, [libc::AT_FDCWD.into(), 0, 0o666, 0, 0, 0]));

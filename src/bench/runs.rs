@@ -81,6 +81,7 @@ pub(super) async fn bring_back(
             working_set_file: how.working_set.clone(),
             // Nothing that a run measures comes behind it.
             collapse: false,
+            fail_on_damage: true,
             ..Delivery::default()
         },
         preload: how.preload,

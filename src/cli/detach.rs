@@ -1,9 +1,9 @@
 //! `revert --detach`: the work is done by a copy of this program in the background,
 //! whose events are passed on until the guest runs.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -15,6 +15,7 @@ use super::output::Output;
 use crate::cancel::Cancellation;
 use crate::kind::ErrorKind;
 use crate::revert::RevertEvent;
+use crate::runs;
 
 /// Starts the server, and returns once the guest runs.
 pub(super) async fn revert(
@@ -22,16 +23,17 @@ pub(super) async fn revert(
     cancel: Cancellation,
     output: &Output,
 ) -> Result<(), Failure> {
-    let log = log.map_or_else(default_log, Ok)?;
+    let id = runs::new_id();
+    let log = log.map_or_else(|| default_log(&id), Ok)?;
     let file = create_log(&log)?;
-    let server = start_server(file).map_err(|e| Failure::io("starting the server failed", &e));
+    let server = start_server(file, &id).map_err(|e| Failure::io("starting the server failed", &e));
     let outcome = match server {
         Ok(server) => pass_on(server, &cancel, output).await,
         Err(failure) => Err(failure),
     };
     match outcome {
         Ok(server) => {
-            output.detached(server, &log);
+            output.detached(server, id, &log);
             Ok(())
         }
         Err(failure) => {
@@ -91,7 +93,7 @@ fn terminate(pid: u32) {
 
 /// Starts this program again, with the same arguments except `--detach`, in a session of its
 /// own so that the terminal's signals don't reach it.
-fn start_server(log: File) -> io::Result<tokio::process::Child> {
+fn start_server(log: File, id: &str) -> io::Result<tokio::process::Child> {
     let mut before_extra = true;
     let arguments = std::env::args_os().skip(1).filter(|argument| {
         before_extra &= argument != "--";
@@ -99,7 +101,7 @@ fn start_server(log: File) -> io::Result<tokio::process::Child> {
     });
     let mut arguments: Vec<_> = arguments.collect();
     let extra = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
-    arguments.insert(extra, "--serving-detached".into());
+    arguments.splice(extra..extra, ["--serving-detached", "--run-id", id].map(Into::into));
     let mut command = tokio::process::Command::new(std::env::current_exe()?);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that
@@ -119,24 +121,10 @@ fn create_log(path: &Path) -> Result<File, Failure> {
         .map_err(|e| Failure::io(&format!("the log `{}` can't be written", path.display()), &e))
 }
 
-/// A new file in the user's runtime directory, or in a private directory below /tmp.
-fn default_log() -> Result<PathBuf, Failure> {
-    let uid = nix::unistd::getuid().as_raw();
-    let directory = match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(runtime) if Path::new(&runtime).is_absolute() => Path::new(&runtime).join("snapback"),
-        _ => PathBuf::from(format!("/tmp/snapback-{uid}")),
-    };
-    let failed = |e: &dyn std::fmt::Display| {
-        Failure::new(
-            ErrorKind::Io,
-            &format!("the log directory `{}` can't be used", directory.display()),
-            e,
-        )
-    };
-    DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(|e| failed(&e))?;
-    let meta = std::fs::symlink_metadata(&directory).map_err(|e| failed(&e))?;
-    if !meta.is_dir() || meta.uid() != uid || meta.mode() & 0o077 != 0 {
-        return Err(failed(&"it must be your own, with mode 0700"));
-    }
-    Ok(directory.join(format!("revert-{}.log", std::process::id())))
+/// A new file in the directory of this user's reverts.
+fn default_log(id: &str) -> Result<PathBuf, Failure> {
+    runs::log_of(id).map_err(|(directory, error)| {
+        let doing = format!("the log directory `{}` can't be used", directory.display());
+        Failure::io(&doing, &error)
+    })
 }

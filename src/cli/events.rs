@@ -14,6 +14,7 @@ use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
 use crate::machine::{Disk, Hotplug};
 use crate::revert::RevertEvent;
+use crate::runs::{LeftOver, Run};
 use crate::save::{SaveEvent, SwitchedDisk};
 
 /// The version of events: it grows when a program that reads them would have to change. Fields
@@ -53,8 +54,31 @@ pub(super) enum CommandEvent {
     Detached {
         /// The server's process id.
         server_pid: u32,
+        /// The id of the revert, for `stop` and `logs`.
+        id: String,
         /// Its log.
         log: PathBuf,
+    },
+    /// A revert that is under way, or was when its processes were killed.
+    Run(Box<Run>),
+    /// A revert was ended.
+    Ended {
+        /// Its id.
+        id: String,
+        /// QEMU's process, if it was ended by this.
+        qemu_pid: Option<i32>,
+        /// What went with it.
+        removed: Vec<PathBuf>,
+        /// Overlays that the guest has written to, for `gc` to remove.
+        kept: Vec<PathBuf>,
+    },
+    /// Something that killed reverts have left.
+    LeftOver {
+        /// What it is.
+        #[serde(flatten)]
+        left: LeftOver,
+        /// Whether it has been removed.
+        removed: bool,
     },
     /// What an image holds.
     Info(Box<Info>),

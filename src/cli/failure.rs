@@ -12,6 +12,7 @@ use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
 use crate::revert::RevertError;
+use crate::runs::RunsError;
 use crate::save::SaveError;
 
 /// Why a command failed.
@@ -162,7 +163,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ExchangeError ImageError RevertError SaveError WorkingSetError }
+failure_from! { BenchError ExchangeError ImageError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

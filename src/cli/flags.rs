@@ -21,6 +21,7 @@ const NAMES: &[(&str, &str)] = &[
     ("in `RewriteOptions::extra`", "behind `--`"),
     ("`RewriteOptions::disks`", "--disk"),
     ("`OverlayOptions::directory`", "--overlay-dir"),
+    ("by `Orphan::Qmp`", "by --qmp"),
     ("`Placement::Auto`", "--place auto"),
     ("`Placement::Eager`", "--place eager"),
     ("`BenchOptions::paths`", "--path"),

@@ -15,7 +15,9 @@ mod host;
 mod keeper;
 mod output;
 mod report;
+mod resume;
 mod rtc;
+mod runs;
 mod save;
 mod writing;
 
@@ -31,6 +33,7 @@ use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
 use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
+use crate::runs::RunOptions;
 
 /// Exit code of a program that could not begin.
 const FAILED: u8 = 1;
@@ -65,18 +68,25 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// List the reverts that are under way
+    Ps(runs::PsArgs),
+    /// End the guest of a revert that is under way, with its server
+    Stop(runs::StopArgs),
+    /// Print the log of a revert in the background
+    Logs(runs::LogsArgs),
+    /// Remove what reverts have left whose processes were killed
+    Gc(runs::GcArgs),
     /// Print the JSON Schema of what all commands print with --json
     Schema,
     /// Tell what this host and its QEMUs can do, and what would make it more
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
-    /// Serve a guest whose page server was killed
-    #[command(hide = true)]
-    Resume(keeper::ResumeArgs),
     /// Keep the rights that a page server in its sandbox still needs
     #[command(hide = true)]
     Broker(broker::BrokerArgs),
+    /// Go on with a reverted guest whose page server and keeper were both killed
+    Resume(resume::ResumeArgs),
     /// Hold what a page server needs, and start another when it is killed
     #[command(hide = true)]
     Keeper(keeper::KeeperArgs),
@@ -130,6 +140,9 @@ struct RevertArgs {
     /// Set by --detach for the server that it starts
     #[arg(long, hide = true, conflicts_with = "detach")]
     serving_detached: bool,
+    /// Set by --detach: the id of this revert
+    #[arg(long, hide = true, requires = "serving_detached")]
+    run_id: Option<String>,
     /// More arguments for QEMU
     #[arg(last = true, value_name = "QEMU ARGS")]
     extra: Vec<String>,
@@ -138,6 +151,16 @@ struct RevertArgs {
 /// How memory is brought, in whatever way it reaches the guest.
 #[derive(Args)]
 struct DeliveryArgs {
+    #[command(flatten)]
+    fill: FillArgs,
+    /// Neither use nor record the image's working set
+    #[arg(long)]
+    no_working_set: bool,
+}
+
+/// How memory is filled that the guest does not wait for.
+#[derive(Args)]
+struct FillArgs {
     /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
     /// what the guest waits for does not count, and neither do zeros
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
@@ -145,9 +168,10 @@ struct DeliveryArgs {
     /// Fill memory only once the guest has asked for none for so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     fill_delay: Option<Duration>,
-    /// Neither use nor record the image's working set
+    /// End the revert when memory can't be read from the image, instead of waiting until the image
+    /// is repaired or replaced by a whole copy
     #[arg(long)]
-    no_working_set: bool,
+    fail_on_damage: bool,
     /// Leave memory in small pages; else it is collapsed into huge ones once it is in place
     #[arg(long)]
     no_collapse: bool,
@@ -155,12 +179,20 @@ struct DeliveryArgs {
 
 impl DeliveryArgs {
     fn delivery(self, placement: Placement) -> Delivery {
+        Delivery { working_set: !self.no_working_set, ..self.fill.delivery(placement) }
+    }
+}
+
+impl FillArgs {
+    /// Without a working set.
+    fn delivery(self, placement: Placement) -> Delivery {
         Delivery {
             placement,
             fill_rate: self.fill_rate,
             fill_delay: self.fill_delay,
-            working_set: !self.no_working_set,
+            working_set: false,
             collapse: !self.no_collapse,
+            fail_on_damage: self.fail_on_damage,
             ..Delivery::default()
         }
     }
@@ -390,6 +422,10 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Ps(args) => (args.json, runs::ps(args)),
+        Command::Stop(args) => (args.json, runs::stop(args)),
+        Command::Logs(args) => (false, runs::logs(args)),
+        Command::Gc(args) => (args.json, runs::gc(args)),
         Command::Schema => (false, {
             output::print_raw(&events::schema_text());
             Ok(())
@@ -399,7 +435,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
         }
-        Command::Resume(args) => (args.json || args.serving_detached, keeper::resume(args).await),
+        Command::Resume(args) => (args.json || args.serving_detached, resume::run(args).await),
         Command::Keeper(args) => return keeper::run(args),
         Command::Broker(args) => return broker::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
@@ -428,6 +464,12 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         extra: args.extra,
         ..RewriteOptions::default()
     };
+    let mut run = RunOptions::new();
+    if let Some(id) = args.run_id {
+        // Its standard error goes to the log.
+        run.log = std::fs::read_link("/proc/self/fd/2").ok();
+        run.id = id;
+    }
     let keeper = (!args.no_keeper).then(|| keeper::successor(args.json, args.serving_detached));
     let mut delivery = args.delivery.delivery(args.place.into());
     if args.serving_detached {
@@ -442,6 +484,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         check: args.check,
         keeper,
         sandbox: args.sandbox.program(),
+        run: Some(run),
         ..RevertOptions::new(args.image)
     };
     let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;

@@ -289,6 +289,21 @@ impl Output {
                     "from a page server that was killed {after_ms:.0} ms ago (restarts: {restarts})"
                 ),
             ),
+            RevertEvent::Degraded(memory) => self.say(
+                "degraded",
+                &format!("{}; the guest has not asked for it: all else is filled", memory.why),
+            ),
+            RevertEvent::Stopped { memory, .. } => self.say(
+                "stopped",
+                &format!(
+                    "the guest waits for this: {}; put a whole copy of the image in its place, or \
+                     interrupt to end the guest",
+                    memory.why
+                ),
+            ),
+            RevertEvent::Repaired => {
+                self.say("repaired", "what the guest waited for can be read again: it goes on");
+            }
             RevertEvent::Progress(Progress { pages, total, requests }) => {
                 self.advance(*pages, *total, format!("{requests} faults served"));
             }
@@ -321,12 +336,13 @@ impl Output {
     }
 
     /// The server went into the background.
-    pub fn detached(&self, server: u32, log: &std::path::Path) {
+    pub fn detached(&self, server: u32, id: String, log: &std::path::Path) {
         if self.json {
             let log = log.to_owned();
-            return self.print_json(&CommandEvent::Detached { server_pid: server, log });
+            return self.print_json(&CommandEvent::Detached { server_pid: server, id, log });
         }
-        self.say("detached", &format!("process {server} fills its memory; log: {}", log.display()));
+        let log = log.display();
+        self.say("detached", &format!("{id}: process {server} fills its memory; log: {log}"));
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::process::{Child, Command};
 
 use super::failure::Failure;
 use super::output::Output;
-use super::{cancellation, parse_compression, parse_rate};
+use super::{cancellation, keeper, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
 use crate::kind::ErrorKind;
@@ -41,6 +41,9 @@ pub(super) struct SaveArgs {
     /// Clean up behind a save of this image that was killed; saves nothing
     #[arg(long)]
     recover: bool,
+    /// Start no process that cleans up should this one be killed
+    #[arg(long)]
+    no_keeper: bool,
     /// Print one JSON object a line
     #[arg(long)]
     pub(super) json: bool,
@@ -65,8 +68,8 @@ pub(super) struct GuestArgs {
     /// Leave a writable disk out: the name of a node, drive or device
     #[arg(long = "exclude-disk", value_name = "NODE")]
     exclude_disks: Vec<String>,
-    /// Save without this device if it was plugged in and a revert can't bring it back: its id, as
-    /// `check` tells it
+    /// Save although a revert can't bring this device back: the id of one that was plugged in, or
+    /// the name of a disk that no option defines, as `check` tells it
     #[arg(long = "allow-missing-device", value_name = "ID")]
     allow_missing_devices: Vec<String>,
     /// How memory is stored: none, zstd, or zstd:LEVEL (-7 to 19)
@@ -119,7 +122,9 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         output.recovered(&done);
         return Ok(());
     }
+    let keeper = keeper::cleaner(&args.guest.qmp, &args.image, args.json);
     let options = SaveOptions {
+        keeper: (!args.no_keeper).then_some(keeper),
         no_wait: args.no_wait,
         bandwidth: args.bandwidth,
         ..args.guest.options(args.image)

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::output::Output;
 use super::pages::for_each;
-use super::physical::{Range, ranges};
 use super::{ExchangeError, ExchangeEvent, Watch};
 use crate::guest::Board;
+use crate::guest::physical::{Range, ranges};
 use crate::image::{Cursor, Image, Piece};
 use crate::machine::Machine;
 use crate::page::{PAGE_SIZE, Page, PageSource, Run};
@@ -80,7 +80,8 @@ pub(super) fn write(
     watch: &mut Watch<'_>,
 ) -> Result<(), ExchangeError> {
     let manifest = image.manifest();
-    let ranges = ranges(&manifest.machine, &manifest.blocks)?;
+    let ranges = ranges(&manifest.machine, &manifest.blocks)
+        .map_err(|problem| ExchangeError::NoLayout { problem })?;
     let processor = Processor::of(&manifest.machine)?;
     let offsets = offsets(&ranges);
     let mut vmcoreinfo = None;

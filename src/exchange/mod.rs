@@ -17,7 +17,6 @@ mod native;
 mod output;
 mod pages;
 mod patient;
-mod physical;
 mod stream;
 
 use std::time::{Duration, Instant};

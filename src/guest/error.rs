@@ -324,8 +324,9 @@ pub enum GuestError {
 
     /// No option of the recorded command line defines a captured disk.
     #[error(
-        "the disk {disk} is not on the recorded command line: it was plugged in later, which a \
-             revert can't repeat; start QEMU yourself with such a disk, -incoming defer, and use \
+        "no option of QEMU's command line defines the disk {disk}, so that a revert can't put an \
+             overlay in its place (a file of -readconfig may define it, or QMP did before the guest \
+             was started): start QEMU yourself with such a disk, -incoming defer, and use \
              `snapback serve`"
     )]
     DiskNotGiven {

@@ -1,5 +1,6 @@
 //! A QEMU process: started, supervised, ended or detached.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -22,6 +23,7 @@ use crate::guest::start::plan::{CONTROL_ID, StartPlan};
 use crate::host::in_use;
 use crate::host::in_use::Address;
 use crate::host::pidfd::Pidfd;
+use crate::host::procfs::descriptor_link;
 use crate::qmp::{Qmp, QmpError};
 
 /// How long QEMU may take from its start until it answers on QMP. It takes 40 ms; a loaded
@@ -34,6 +36,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most bytes of QEMU's output that are kept. The first ones matter: why QEMU did not
 /// start. Further writes fail, which QEMU ignores.
 const LOG_CAPACITY: u64 = 1 << 20;
+
+/// What the name of the file of its output begins with. The plan's label follows.
+const LOG_NAME: &str = "qemu-log of ";
 
 /// The most bytes of the log shown at once.
 const LOG_TAIL: u64 = 4096;
@@ -71,7 +76,7 @@ impl Process {
         if let Err(source) = fs::read_dir(&plan.cwd) {
             return Err(GuestError::WorkingDirectory { path: plan.cwd, source });
         }
-        let log = Log::new().map_err(failed_to("keep QEMU's output"))?;
+        let log = Log::new(&plan.label).map_err(failed_to("keep QEMU's output"))?;
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
         let overlays = plan.make_overlays()?;
         let child = spawn(&plan, theirs, &log)?;
@@ -302,6 +307,14 @@ fn remove_stale_socket(path: &Path) {
     }
 }
 
+/// The label of the plan by which process `pid` was started; nothing where it was not started by
+/// one, or its output can't be seen.
+pub fn label_of(pid: i32) -> Option<String> {
+    let link = descriptor_link(pid, libc::STDERR_FILENO).ok()?;
+    let label = link.to_str()?.strip_prefix("/memfd:")?.strip_prefix(LOG_NAME)?;
+    Some(label.strip_suffix(" (deleted)").unwrap_or(label).to_owned())
+}
+
 /// QEMU's output, in a memfd of bounded size: it needs no thread to drain it, and is freed
 /// with its last descriptor.
 #[derive(Debug)]
@@ -310,9 +323,10 @@ pub struct Log {
 }
 
 impl Log {
-    fn new() -> io::Result<Log> {
+    fn new(label: &str) -> io::Result<Log> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create(c"qemu-log", flags)?);
+        let name = CString::new(format!("{LOG_NAME}{label}"))?;
+        let file = File::from(memfd_create(name.as_c_str(), flags)?);
         file.set_len(LOG_CAPACITY)?;
         let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;

@@ -14,6 +14,11 @@ use crate::page::PAGE_SIZE;
 /// Bytes in a huge page of the usual size.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
+/// Bytes that are collapsed in one call at most. The kernel waits once in each for the other
+/// processors (`lru_add_drain_all`), which takes longer than to collapse one huge page; between
+/// two huge pages it lets go of the process's memory.
+pub const COLLAPSED_AT_ONCE: u64 = 8 * HUGE_PAGE;
+
 /// The kernel's settings of huge pages.
 const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
 
@@ -114,8 +119,8 @@ pub fn huge_bytes(pagemap: &Pagemap, range: Range<u64>) -> io::Result<u64> {
 }
 
 /// Counts the small pages in a range that are in memory, other than the kernel's page of
-/// zeros. Adds to `worth` the addresses where at least so many of them, `least`, would make one
-/// huge page.
+/// zeros. Adds to `worth` the stretches of whole huge pages that at least so many small ones,
+/// `least`, would each make, of [`COLLAPSED_AT_ONCE`] bytes at most.
 ///
 /// # Errors
 /// As for [`Pagemap::scan`].
@@ -123,7 +128,7 @@ pub fn find_small(
     pagemap: &Pagemap,
     range: Range<u64>,
     least: u16,
-    worth: &mut Vec<u64>,
+    worth: &mut Vec<Range<u64>>,
 ) -> io::Result<u64> {
     // The first huge page that lies in the range as a whole.
     let base = range.start.next_multiple_of(HUGE_PAGE);
@@ -142,20 +147,46 @@ pub fn find_small(
         }
     })?;
     let huge_pages = (base..).step_by(HUGE_PAGE as usize).zip(counts);
-    worth.extend(huge_pages.filter(|(_, count)| *count >= least).map(|(address, _)| address));
+    for (address, _) in huge_pages.filter(|(_, count)| *count >= least) {
+        match worth.last_mut() {
+            Some(last)
+                if last.end == address && last.end - last.start < COLLAPSED_AT_ONCE =>
+            {
+                last.end += HUGE_PAGE;
+            }
+            _ => worth.push(address..address + HUGE_PAGE),
+        }
+    }
     Ok(total)
 }
 
-/// Collapses the small pages at an address of a process's memory into one huge page
-/// (`MADV_COLLAPSE` of madvise(2), Linux 6.1). What the memory holds stays the same. Pages of
-/// zeros, and pages that are missing, become memory of their own. False where it can't be done
-/// just there, or just now.
+/// Collapses the small pages in a range of a process's memory, which consists of whole huge
+/// pages, into these (`MADV_COLLAPSE` of madvise(2), Linux 6.1). What the memory holds stays the
+/// same. Pages of zeros, and pages that are missing, become memory of their own. Returns how many
+/// bytes lie in huge pages now; less than all where it can't be done just there, or just now.
 ///
 /// # Errors
 /// When it can't be done anywhere: the kernel is too old, the process has ended, or we have
 /// no right to it (process_madvise(2): CAP_SYS_NICE, and the right to read the process's memory).
-pub fn collapse(process: &Pidfd, address: u64) -> io::Result<bool> {
-    let range = libc::iovec { iov_base: address as *mut _, iov_len: HUGE_PAGE as usize };
+pub fn collapse(process: &Pidfd, range: Range<u64>) -> io::Result<u64> {
+    let len = range.end - range.start;
+    if collapse_in_one(process, range.clone())? {
+        return Ok(len);
+    }
+    // The kernel doesn't tell which part was refused.
+    let mut collapsed = 0;
+    for address in range.step_by(HUGE_PAGE as usize).take_while(|_| len > HUGE_PAGE) {
+        if collapse_in_one(process, address..address + HUGE_PAGE)? {
+            collapsed += HUGE_PAGE;
+        }
+    }
+    Ok(collapsed)
+}
+
+/// Collapses a range by one call; false where a part of it was refused.
+fn collapse_in_one(process: &Pidfd, range: Range<u64>) -> io::Result<bool> {
+    let len = (range.end - range.start) as usize;
+    let range = libc::iovec { iov_base: range.start as *mut _, iov_len: len };
     // SAFETY: process_madvise(2) reads the one `iovec` that it is given. MADV_COLLAPSE
     // changes how that process's memory is mapped, not what it holds.
     let done = unsafe {
@@ -179,6 +210,7 @@ pub fn collapse(process: &Pidfd, address: u64) -> io::Result<bool> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of one range are meant
 mod tests {
     use super::*;
 
@@ -203,12 +235,13 @@ mod tests {
             return;
         };
         assert_eq!(small as usize, 5 * HUGE / 2 / PAGE_SIZE);
-        assert_eq!(worth, [start + first, start + first + HUGE].map(|address| address as u64));
+        let expected = start + first..start + first + 2 * HUGE;
+        assert_eq!(worth, [expected.start as u64..expected.end as u64]);
         assert_eq!(huge_bytes(&pagemap, range.clone()).unwrap(), 0);
 
         map.advise(memmap2::Advice::HugePage).unwrap();
         let process = Pidfd::open(pid).unwrap();
-        if worth.iter().all(|address| matches!(collapse(&process, *address), Ok(true))) {
+        if matches!(collapse(&process, worth[0].clone()), Ok(collapsed) if collapsed == 2 * HUGE_PAGE) {
             let mut left = Vec::new();
             let small = find_small(&pagemap, range.clone(), LEAST, &mut left).unwrap();
             assert_eq!((small as usize, left), (HUGE / 2 / PAGE_SIZE, vec![]));

@@ -5,9 +5,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use super::procfs;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 /// A process. The descriptor is close-on-exec and becomes readable when the process ends.
@@ -60,10 +62,22 @@ impl Pidfd {
     /// The number of the process; nothing once it has ended and been waited for
     /// (/proc/self/fdinfo, proc_pid_fdinfo(5)).
     pub fn pid(&self) -> Option<i32> {
-        let info = format!("/proc/self/fdinfo/{}", self.0.as_raw_fd());
-        let info = std::fs::read_to_string(info).ok()?;
-        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?;
-        pid.trim().parse().ok().filter(|pid| *pid > 0)
+        pid_in(Path::new(&format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())))
+    }
+
+    /// Another process that holds both a pidfd of process `pid` and this file, if there is one that
+    /// can be looked into.
+    pub fn held_with(pid: i32, file: &Path) -> Option<i32> {
+        let us = std::process::id() as i32;
+        procfs::processes().filter(|other| *other != us).find(|other| {
+            let descriptors = procfs::descriptors(*other).unwrap_or_default();
+            let link = |fd: &i32| procfs::descriptor_link(*other, *fd).ok();
+            descriptors.iter().any(|fd| link(fd).is_some_and(|link| link == file))
+                && descriptors.iter().any(|fd| {
+                    link(fd).is_some_and(|link| link == Path::new("anon_inode:[pidfd]"))
+                        && pid_in(&procfs::path(*other, &format!("fdinfo/{fd}"))) == Some(pid)
+                })
+        })
     }
 
     /// Copies one of the process's descriptors (pidfd_getfd(2)).
@@ -89,13 +103,25 @@ impl Pidfd {
     /// # Errors
     /// ESRCH when the process has ended, EPERM when it is not ours to kill.
     pub fn kill(&self) -> io::Result<()> {
+        self.signal(libc::SIGKILL)
+    }
+
+    /// Sends SIGTERM, as [`kill`](Pidfd::kill) sends SIGKILL.
+    ///
+    /// # Errors
+    /// As [`kill`](Pidfd::kill).
+    pub fn terminate(&self) -> io::Result<()> {
+        self.signal(libc::SIGTERM)
+    }
+
+    fn signal(&self, signal: i32) -> io::Result<()> {
         let no_info: *const libc::siginfo_t = std::ptr::null();
         // SAFETY: the call takes numbers and a pointer that may be null.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.0.as_raw_fd(),
-                libc::SIGKILL,
+                signal,
                 no_info,
                 0 as libc::c_uint,
             )
@@ -116,6 +142,13 @@ impl AsFd for Pidfd {
 pub fn peer_pid(socket: &impl AsFd) -> Option<i32> {
     let credentials = getsockopt(socket, PeerCredentials).ok()?;
     Some(credentials.pid()).filter(|pid| *pid > 0)
+}
+
+/// The process that a pidfd's file in fdinfo tells (proc_pid_fdinfo(5)).
+fn pid_in(info: &Path) -> Option<i32> {
+    let info = std::fs::read_to_string(info).ok()?;
+    let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    pid.trim().parse().ok().filter(|pid| *pid > 0)
 }
 
 /// Owns the descriptor that a system call returned, or takes its error from errno.

@@ -22,6 +22,8 @@ mod store;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_of_bits;
+#[cfg(test)]
 mod tests_of_chains;
 #[cfg(test)]
 mod tests_of_stores;

@@ -15,13 +15,18 @@ use crate::page::PAGE_SIZE;
 
 /// Objects by their names.
 #[derive(Default)]
-struct Bucket {
+pub(super) struct Bucket {
     objects: Mutex<HashMap<String, Vec<u8>>>,
     /// Reads from this position on fail.
     readable: AtomicU64,
 }
 
 impl Bucket {
+    /// One without objects.
+    pub fn empty() -> Arc<Bucket> {
+        Arc::new(Bucket { readable: u64::MAX.into(), ..Bucket::default() })
+    }
+
     /// The images of a chain under their file names.
     fn of(chain: &Chain) -> Arc<Bucket> {
         let name = |n| format!("{n}.snap");
@@ -43,12 +48,17 @@ impl Bucket {
     }
 
     /// Puts an image there, and opens it.
-    fn put(self: &Arc<Bucket>, bytes: &[u8]) -> Arc<Image> {
-        self.objects.lock().unwrap().insert("vm.snap".into(), bytes.to_owned());
-        self.open("vm.snap").unwrap()
+    pub fn put(self: &Arc<Bucket>, bytes: &[u8]) -> Arc<Image> {
+        self.try_put(bytes).unwrap()
     }
 
-    fn open(self: &Arc<Bucket>, name: &str) -> Result<Arc<Image>, ImageError> {
+    /// Puts a file there that may be no image, and opens it.
+    pub fn try_put(self: &Arc<Bucket>, bytes: &[u8]) -> Result<Arc<Image>, ImageError> {
+        self.objects.lock().unwrap().insert("vm.snap".into(), bytes.to_owned());
+        self.open("vm.snap")
+    }
+
+    pub fn open(self: &Arc<Bucket>, name: &str) -> Result<Arc<Image>, ImageError> {
         Image::open_in(self.object(name)?)
     }
 }

@@ -1,13 +1,14 @@
 //! The server's side: a keeper is started, given what it shall hold, and started again when it
 //! dies.
 
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use super::protocol::{Held, Message, Received, receive, send, socket_pair};
@@ -22,12 +23,20 @@ pub struct Successor {
     pub program: PathBuf,
     /// Its arguments as a new server, which takes over by [`Inheritance`](super::Inheritance).
     pub arguments: Vec<OsString>,
+    /// Whether it cleans up behind a save.
+    cleans_up: bool,
 }
 
 impl Successor {
     /// A successor that runs `program` with these arguments.
     pub fn new(program: impl Into<PathBuf>, arguments: Vec<OsString>) -> Successor {
-        Successor { program: program.into(), arguments }
+        Successor { program: program.into(), arguments, cleans_up: false }
+    }
+
+    /// What cleans up behind a save that was killed: `program` with arguments by which it recovers
+    /// that save.
+    pub fn cleaning_up(program: impl Into<PathBuf>, arguments: Vec<OsString>) -> Successor {
+        Successor { cleans_up: true, ..Successor::new(program, arguments) }
     }
 }
 
@@ -36,6 +45,8 @@ impl Successor {
 #[derive(Debug)]
 pub struct Keeper {
     state: Arc<Mutex<State>>,
+    /// Closed once the first keeper has been started, or can't be.
+    starting: Option<mpsc::Receiver<Infallible>>,
 }
 
 #[derive(Debug)]
@@ -46,6 +57,18 @@ struct State {
     /// The sandbox that the keeper is to be in.
     sandbox: Option<Sandbox>,
     ended: bool,
+    /// The latest keeper's process, once it has been started.
+    process: Option<u32>,
+    on_start: Option<OnStart>,
+}
+
+/// What is told the process of each keeper.
+struct OnStart(Box<dyn Fn(u32) + Send>);
+
+impl std::fmt::Debug for OnStart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnStart")
+    }
 }
 
 impl Keeper {
@@ -57,11 +80,20 @@ impl Keeper {
     pub fn start(successor: Successor) -> io::Result<Keeper> {
         let (ours, theirs) = socket_pair()?;
         let watched = ours.try_clone()?;
-        let keeper = Keeper::over(ours, Vec::new());
+        let (started, starting) = mpsc::channel();
+        let mut keeper = Keeper::over(ours, Vec::new());
+        keeper.starting = Some(starting);
         let state = Arc::clone(&keeper.state);
-        let watch = move || match spawn(&successor, theirs) {
-            Ok(child) => supervise(&state, &successor, watched, Some(child)),
-            Err(error) => state_of(&state).give_up(&error),
+        let watch = move || {
+            let spawned = spawn(&successor, theirs);
+            drop(started);
+            match spawned {
+                Ok(child) => {
+                    state_of(&state).has_started(child.id());
+                    supervise(&state, &successor, watched, Some(child));
+                }
+                Err(error) => state_of(&state).give_up(&error),
+            }
         };
         std::thread::Builder::new().name("keeper".into()).spawn(watch)?;
         Ok(keeper)
@@ -75,6 +107,7 @@ impl Keeper {
     ) -> io::Result<Keeper> {
         let watched = keeper.try_clone()?;
         let keeper = Keeper::over(keeper, held);
+        state_of(&keeper.state).has_started(std::os::unix::process::parent_id());
         let state = Arc::clone(&keeper.state);
         let watch = move || supervise(&state, &successor, watched, None);
         std::thread::Builder::new().name("keeper".into()).spawn(watch)?;
@@ -82,8 +115,30 @@ impl Keeper {
     }
 
     fn over(keeper: OwnedFd, held: Vec<(Held, OwnedFd)>) -> Keeper {
-        let state = State { keeper: Some(keeper), held, sandbox: None, ended: false };
-        Keeper { state: Arc::new(Mutex::new(state)) }
+        let state = State {
+            keeper: Some(keeper),
+            held,
+            sandbox: None,
+            ended: false,
+            process: None,
+            on_start: None,
+        };
+        Keeper { state: Arc::new(Mutex::new(state)), starting: None }
+    }
+
+    /// Waits until it has been started, or can't be: whoever relies on it from now on has one.
+    pub fn wait_started(&mut self) {
+        if let Some(starting) = self.starting.take() {
+            // Nothing is ever sent: it ends when the other end is closed.
+            let _ = starting.recv();
+        }
+    }
+
+    /// Has `on_start` told the process of this keeper, and of each that follows it.
+    pub fn on_start(&self, on_start: impl Fn(u32) + Send + 'static) {
+        let mut state = state_of(&self.state);
+        state.process.iter().for_each(|process| on_start(*process));
+        state.on_start = Some(OnStart(Box::new(on_start)));
     }
 
     /// What gives it things to hold.
@@ -142,11 +197,17 @@ impl State {
         }
     }
 
+    /// A keeper has been started.
+    fn has_started(&mut self, process: u32) {
+        self.process = Some(process);
+        self.on_start.iter().for_each(|on_start| on_start.0(process));
+    }
+
     /// Goes on without a keeper.
     fn give_up(&mut self, why: &dyn std::fmt::Display) {
         self.keeper = None;
         if !self.ended {
-            tracing::warn!("no keeper: if this program is killed, the guest stops ({why})");
+            tracing::warn!("no keeper: nobody goes on if this program is killed ({why})");
         }
     }
 }
@@ -188,6 +249,7 @@ fn supervise(
         let mut state = state_of(state);
         match again {
             Ok((process, ours, waits)) => {
+                state.has_started(process.id());
                 (child, watched) = (Some(process), waits);
                 state.keeper = Some(ours);
                 for (held, fd) in &state.held {
@@ -211,7 +273,11 @@ fn supervise(
 /// Its end of the connection is its standard input.
 fn spawn(successor: &Successor, theirs: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new(&successor.program);
-    command.arg("keeper").arg("--").args(&successor.arguments).stdin(theirs);
+    command.arg("keeper");
+    if successor.cleans_up {
+        command.arg("--clean-up");
+    }
+    command.arg("--").args(&successor.arguments).stdin(theirs);
     // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that runs between
     // fork and exec.
     unsafe {

@@ -7,13 +7,16 @@
 //! then               the details: text that never changes
 //! ```
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::host::procfs;
 use crate::host::shared_memory::SharedMemory;
-use crate::memory::claim::Words;
+use crate::memory::claim::{self, Words};
 
 /// "SNAPKEE" and the version.
 const MAGIC: u64 = u64::from_be_bytes(*b"SNAPKEE1");
@@ -32,8 +35,20 @@ mod field {
     pub const DIED_AT: usize = 7;
     pub const TORN: usize = 8;
     pub const LAST_BLOCK: usize = 9;
-    pub const QEMU: usize = 10;
+    pub const HALTED: usize = 10;
+    pub const QEMU: usize = 11;
     pub const COUNT: usize = 16;
+}
+
+/// What a ledger says of how far its session is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Figures {
+    /// Pages of 4096 bytes that are in place.
+    pub present: u64,
+    /// Requests for pages so far.
+    pub requests: u64,
+    /// How many servers have followed the first.
+    pub restarts: u64,
 }
 
 /// The ledger of one session. Clones share it.
@@ -41,6 +56,42 @@ mod field {
 pub struct Ledger(Arc<SharedMemory>);
 
 impl Ledger {
+    /// What a descriptor of one refers to, in /proc/PID/fd, begins with this.
+    const LINK: &str = "/memfd:snapback-ledger";
+
+    /// The ledger that a process has open: it is a server or a keeper. None where it has none, or
+    /// can't be looked into.
+    pub fn of_process(pid: i32) -> Option<File> {
+        let is_ledger = |fd: &i32| {
+            let link = procfs::descriptor_link(pid, *fd);
+            link.is_ok_and(|link| link.to_string_lossy().starts_with(Ledger::LINK))
+        };
+        let fd = procfs::descriptors(pid).ok()?.into_iter().find(is_ledger)?;
+        File::open(procfs::path(pid, &format!("fd/{fd}"))).ok()
+    }
+
+    /// Reads how far a session is, which may be another process's, from its ledger's file.
+    ///
+    /// # Errors
+    /// When it is no ledger, or can't be read.
+    pub fn figures(file: &File) -> io::Result<Figures> {
+        let word = |index: u64| {
+            let mut bytes = [0; size_of::<u64>()];
+            let position = index.checked_mul(bytes.len() as u64).ok_or(io::ErrorKind::InvalidData)?;
+            file.read_exact_at(&mut bytes, position)?;
+            io::Result::Ok(u64::from_ne_bytes(bytes))
+        };
+        if word(field::MAGIC as u64)? != MAGIC {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let claims = (field::COUNT as u64).saturating_add(word(field::BLOCKS as u64)?);
+        Ok(Figures {
+            present: word(claims.saturating_add(claim::PRESENT as u64))?,
+            requests: word(claims.saturating_add(claim::REQUESTS as u64))?,
+            restarts: word(field::RESTARTS as u64)?,
+        })
+    }
+
     /// A new ledger for a machine of so many blocks, with room for a map of claims.
     ///
     /// # Errors
@@ -152,6 +203,16 @@ impl Ledger {
         self.get(field::TORN) != 0
     }
 
+    /// Notes that QEMU has been told to stop the guest, which waits for memory that can't be read.
+    pub fn set_halted(&self, halted: bool) {
+        self.set(field::HALTED, u64::from(halted));
+    }
+
+    /// Whether QEMU has been told to stop the guest, and not to run it again.
+    pub fn is_halted(&self) -> bool {
+        self.get(field::HALTED) != 0
+    }
+
     /// Notes the block of the last request on the return path: the next may not name its own.
     pub fn set_last_block(&self, index: usize) {
         self.set(field::LAST_BLOCK, index as u64 + 1);
@@ -226,6 +287,14 @@ mod tests {
         assert_eq!(other.claim_words().words()[9].load(Ordering::Acquire), 9);
         assert_eq!(other.details().unwrap(), b"details");
         assert!(other.died_ms_ago() < 60e3);
+        ledger.claim_words().words()[claim::PRESENT].store(5, Ordering::Release);
+        ledger.claim_words().words()[claim::REQUESTS].store(3, Ordering::Release);
+        let file = File::from(ledger.as_fd().try_clone_to_owned().unwrap());
+        let figures = Figures { present: 5, requests: 3, restarts: 1 };
+        assert_eq!(Ledger::figures(&file).unwrap(), figures);
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+        assert!(link.to_string_lossy().starts_with(Ledger::LINK));
     }
 
     #[test]
@@ -235,5 +304,6 @@ mod tests {
         memory.words()[field::MAGIC].store(MAGIC, Ordering::Release);
         memory.words()[field::BLOCKS].store(u64::MAX, Ordering::Release);
         assert!(Ledger::open(memory.as_fd().try_clone_to_owned().unwrap()).is_err());
+        assert!(Ledger::figures(&memory.as_fd().try_clone_to_owned().unwrap().into()).is_err());
     }
 }

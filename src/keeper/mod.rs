@@ -8,18 +8,23 @@
 //! keeper starts another ([`Inheritance`]) with everything that it holds. When it is the keeper
 //! that dies, the server starts another keeper.
 //!
+//! The keeper of a save ([`clean_up`]) holds the end of its stream, and starts what cleans up.
+//!
 //! The state that is handed on lies in the [`Ledger`], in shared memory. The keeper knows
 //! nothing of images, and of QEMU only the process to end when no server can be had.
 
+mod clean_up;
 mod client;
 mod inheritance;
 mod ledger;
+mod process;
 mod protocol;
 mod restarts;
 mod run;
 
+pub use clean_up::clean_up;
 pub use client::{Holder, Keeper, Successor};
 pub use inheritance::Inheritance;
-pub use ledger::Ledger;
+pub use ledger::{Figures, Ledger};
 pub use protocol::{Held, Message};
 pub use run::run;

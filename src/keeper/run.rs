@@ -5,26 +5,22 @@
 //! allocated when memory is short: that may be what the server died of.
 
 use std::convert::Infallible;
-use std::ffi::{CString, OsString};
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::inheritance::{CONNECTION, number};
 use super::ledger::{Ledger, monotonic_ns};
+use super::process::{Program, has_ended, take_connection};
 use super::protocol::{Held, Message, Received, receive, socket_pair};
 use super::restarts::Restarts;
 use crate::host::pidfd::Pidfd;
 use crate::host::sandbox::Sandbox;
-
-/// The program that runs now, even if its file has been replaced.
-const THIS_PROGRAM: &std::ffi::CStr = c"/proc/self/exe";
 
 /// Runs a keeper until its server needs none. Standard input is the connection with the server,
 /// `arguments` are those of a new server.
@@ -37,23 +33,11 @@ pub fn run(arguments: Vec<OsString>) -> io::Result<()> {
         server: Some(server),
         held: [const { None }; Held::ALL.len()],
         ledger: None,
-        command: NewServer::new(arguments)?,
+        command: Program::new(arguments)?,
         restarts: Restarts::default(),
     };
     keeper.keep();
     Ok(())
-}
-
-/// Takes the connection from standard input, where /dev/null takes its place.
-fn take_connection() -> io::Result<OwnedFd> {
-    let input = io::stdin();
-    let connection = input.as_fd().try_clone_to_owned()?;
-    let kind = nix::sys::socket::getsockopt(&connection, nix::sys::socket::sockopt::SockType)?;
-    if kind != nix::sys::socket::SockType::SeqPacket {
-        return Err(Errno::ENOTSOCK.into());
-    }
-    nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?)?;
-    Ok(connection)
 }
 
 struct Keeper {
@@ -62,7 +46,7 @@ struct Keeper {
     /// What it holds, each at its [`number`].
     held: [Option<OwnedFd>; Held::ALL.len()],
     ledger: Option<Ledger>,
-    command: NewServer,
+    command: Program,
     restarts: Restarts,
 }
 
@@ -188,73 +172,5 @@ impl Keeper {
         if let Some(qemu) = self.get(Held::Qemu).and_then(|fd| fd.try_clone_to_owned().ok()) {
             let _ = Pidfd::from_fd(qemu).kill();
         }
-    }
-}
-
-/// Waits until the process of this pidfd has ended, all its threads included; for so long at
-/// most.
-fn has_ended(pidfd: BorrowedFd<'_>, within: Option<Duration>) -> bool {
-    let within = match within {
-        Some(time) => PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX),
-        None => PollTimeout::NONE,
-    };
-    loop {
-        let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
-        match poll(&mut fds, within) {
-            Err(Errno::EINTR) => {}
-            Ok(ready) => return ready > 0,
-            Err(_) => return false,
-        }
-    }
-}
-
-/// A command to become, made ready ahead: its arguments and environment as execve(2) takes them.
-struct NewServer {
-    arguments: CStrings,
-    environment: CStrings,
-}
-
-impl NewServer {
-    fn new(arguments: Vec<OsString>) -> io::Result<NewServer> {
-        let arguments = [OsString::from("snapback")].into_iter().chain(arguments);
-        let environment = std::env::vars_os().map(|(mut variable, value)| {
-            variable.push("=");
-            variable.push(value);
-            variable
-        });
-        Ok(NewServer {
-            arguments: CStrings::new(arguments)?,
-            environment: CStrings::new(environment)?,
-        })
-    }
-
-    /// Becomes that command.
-    fn execute(&self) -> Result<Infallible, Errno> {
-        let (arguments, environment) = (&self.arguments.pointers, &self.environment.pointers);
-        // SAFETY: all strings end with a NUL and both lists with a null pointer; they live as
-        // long as `self`.
-        unsafe {
-            libc::execve(THIS_PROGRAM.as_ptr(), arguments.as_ptr(), environment.as_ptr());
-        }
-        Err(Errno::last())
-    }
-}
-
-/// Strings as C takes a list of them.
-struct CStrings {
-    /// One for each string, and a null pointer.
-    pointers: Vec<*const libc::c_char>,
-    /// What they point to.
-    _strings: Vec<CString>,
-}
-
-impl CStrings {
-    fn new(strings: impl Iterator<Item = OsString>) -> io::Result<CStrings> {
-        let strings: Result<Vec<CString>, _> =
-            strings.map(|string| CString::new(string.into_vec())).collect();
-        let strings = strings.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let pointers = strings.iter().map(|string| string.as_ptr());
-        let pointers = pointers.chain([std::ptr::null()]).collect();
-        Ok(CStrings { pointers, _strings: strings })
     }
 }

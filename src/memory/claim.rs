@@ -3,7 +3,8 @@
 //! A page must not be installed twice: QEMU would fail the migration, or what the guest has
 //! written since would be overwritten. So a thread claims a page before it installs it, and
 //! only one thread gets the claim. There are two bits per host page (the unit that
-//! userfaultfd installs), in words that are changed atomically; no thread ever waits.
+//! userfaultfd installs), in words that are changed atomically; no thread ever waits. A third
+//! bit marks pages that the guest waits for and that can't be read at present.
 //!
 //! The words may lie in memory that outlives this process. Another process that opens the map
 //! finds what its predecessor had claimed and not finished ([`ClaimMap::unfinished`]).
@@ -50,18 +51,23 @@ struct BlockClaims {
     /// The first of the words with one bit per unit: it is present. A bit is never set here
     /// before its counterpart in `claimed`.
     present: usize,
+    /// The first of the words with one bit per unit: it was asked for and could not be read.
+    awaited: usize,
 }
 
 const BITS: u64 = u64::BITS as u64;
 
 /// The word that counts the target pages that are present.
-const PRESENT: usize = 0;
+pub const PRESENT: usize = 0;
 
 /// The word that counts requests.
-const REQUESTS: usize = 1;
+pub const REQUESTS: usize = 1;
 
 /// The number of words ahead of those of the blocks.
 const COUNTERS: usize = 2;
+
+/// Bits per unit: claimed, present, awaited.
+const KINDS: usize = 3;
 
 impl ClaimMap {
     /// A map in which every page of `blocks` is absent.
@@ -73,7 +79,7 @@ impl ClaimMap {
 
     /// The number of words that a map of these blocks takes.
     pub fn words_for(blocks: &[Block]) -> usize {
-        COUNTERS + blocks.iter().map(|block| 2 * words_of(block)).sum::<usize>()
+        COUNTERS + blocks.iter().map(|block| KINDS * words_of(block)).sum::<usize>()
     }
 
     /// The map in these words: of a new machine where they are all zero, else the one that
@@ -86,12 +92,13 @@ impl ClaimMap {
         let mut next = COUNTERS;
         let claims = |block: &Block| {
             let (claimed, count) = (next, words_of(block));
-            next += 2 * count;
+            next += KINDS * count;
             BlockClaims {
                 pages: block.pages(),
                 unit_shift: block.pages_per_host_page().trailing_zeros(),
                 claimed,
                 present: claimed + count,
+                awaited: claimed + 2 * count,
             }
         };
         let blocks: Vec<BlockClaims> = blocks.iter().map(claims).collect();
@@ -141,6 +148,22 @@ impl ClaimMap {
         let claims = &self.blocks[block.index()];
         let unfinished = |word| self.bits(claims.claimed, word) & !self.bits(claims.present, word);
         self.runs_where(block, unfinished, found);
+    }
+
+    /// Notes that the guest waits for pages that can't be read at present.
+    pub fn set_awaited(&self, run: Run) {
+        let claims = &self.blocks[run.block.index()];
+        for (word, mask) in claims.words(run) {
+            self.word(claims.awaited + word).fetch_or(mask, Ordering::AcqRel);
+        }
+    }
+
+    /// Calls `found` with each run of pages of the block that are
+    /// [awaited](ClaimMap::set_awaited) and not present.
+    pub fn awaited(&self, block: BlockId, found: impl FnMut(Run)) {
+        let claims = &self.blocks[block.index()];
+        let awaited = |word| self.bits(claims.awaited, word) & !self.bits(claims.present, word);
+        self.runs_where(block, awaited, found);
     }
 
     fn bits(&self, first: usize, word: usize) -> u64 {

@@ -11,13 +11,15 @@ mod pace;
 pub mod pager;
 pub mod prefetch;
 mod probe;
+mod repair;
+mod unreadable;
 mod window;
 pub mod working_set;
 
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,13 +28,16 @@ pub use fault_handler::FaultHandler;
 pub use pace::Pace;
 pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
+pub use repair::repair;
+pub use unreadable::Unreadable;
 pub use working_set::{WorkingSet, WorkingSetError};
 
 use std::path::PathBuf;
 
 use crate::kind::{Details, ErrorKind};
-use crate::page::{Block, BlockId, PAGE_SIZE, PageSource, Run, SourceError};
+use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageSource, Run, SourceError};
 use crate::transport::{Transport, TransportError};
+use unreadable::Listener;
 
 /// Why memory could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +124,10 @@ pub struct Memory {
     urgent: AtomicUsize,
     /// Prefetchers at work.
     filling: AtomicUsize,
+    /// Whether prefetch has brought all that it could.
+    filled: AtomicBool,
+    /// Who is told of memory that can't be read; without, it is an error.
+    listener: Option<Listener>,
     demanded: AtomicU64,
     /// Signalled once, when the last page is in place.
     complete: (Mutex<bool>, Condvar),
@@ -144,9 +153,17 @@ impl Memory {
             claims,
             urgent: AtomicUsize::new(0),
             filling: AtomicUsize::new(0),
+            filled: AtomicBool::new(false),
+            listener: None,
             demanded: AtomicU64::new(0),
             complete,
         }
+    }
+
+    /// The same memory, where what can't be read is told and left absent. `tell` is called on the
+    /// path of a fault, which waits for it.
+    pub fn telling(self, tell: impl Fn(Unreadable) + Send + Sync + 'static) -> Memory {
+        Memory { listener: Some(Listener::new(tell)), ..self }
     }
 
     /// The machine's blocks.
@@ -174,22 +191,118 @@ impl Memory {
         self.claims.all_claimed(block)
     }
 
+    /// Whether the host page that holds this page is in place.
+    pub fn is_present(&self, page: Page) -> bool {
+        self.claims.is_present(page.block, page.number)
+    }
+
+    /// Whether the host page that holds this page is in place or being installed.
+    pub fn is_claimed(&self, page: Page) -> bool {
+        self.claims.is_claimed(page.block, page.number)
+    }
+
     /// The host pages that are claimed and not present. Asked before any thread brings memory,
     /// they are those that a predecessor did not finish; nobody else takes them.
     pub fn unfinished(&self) -> Vec<Run> {
-        let mut unfinished = Vec::new();
+        self.host_pages(|block, found| self.claims.unfinished(block, found))
+    }
+
+    /// The host pages that the guest waits for and that could not be read, be it by a predecessor.
+    pub fn awaited(&self) -> Vec<Run> {
+        self.host_pages(|block, found| self.claims.awaited(block, found))
+    }
+
+    /// The host pages of the runs that `each` finds in a block.
+    fn host_pages(&self, each: impl Fn(BlockId, &mut dyn FnMut(Run))) -> Vec<Run> {
+        let mut pages = Vec::new();
         for (index, block) in self.blocks().iter().enumerate() {
             let unit = block.pages_per_host_page();
-            self.claims.unfinished(BlockId(index as u16), |run| {
+            each(BlockId(index as u16), &mut |run| {
                 let firsts = (run.first..run.end()).step_by(unit as usize);
-                unfinished.extend(firsts.map(|first| Run {
+                pages.extend(firsts.map(|first| Run {
                     first,
                     count: unit.min(block.pages() - first),
                     ..run
                 }));
             });
         }
-        unfinished
+        pages
+    }
+
+    /// Asks again for what the guest has asked a predecessor for in vain.
+    ///
+    /// # Errors
+    /// As for [`Pager::serve`].
+    pub fn ask_again(self: &Arc<Memory>) -> Result<(), MemoryError> {
+        let awaited = self.awaited();
+        if awaited.is_empty() {
+            return Ok(());
+        }
+        let mut pager = Pager::new(Arc::clone(self))?;
+        let mut ask = |page: Run| pager.serve(page.block, page.offset(), page.bytes(), Instant::now());
+        awaited.into_iter().try_for_each(&mut ask)
+    }
+
+    /// The guest waits for a page that can't be read.
+    fn leave_awaited(&self, page: Run, error: MemoryError) -> Result<(), MemoryError> {
+        match (&self.listener, error) {
+            (Some(listener), error @ MemoryError::Source { .. }) => {
+                listener.awaited(error, || self.claims.set_awaited(page));
+                Ok(())
+            }
+            (_, error) => Err(error),
+        }
+    }
+
+    /// Tells that the guest waits for nothing that can't be read, if it has.
+    fn tell_if_over(&self) {
+        if let Some(listener) = &self.listener {
+            listener.look(|| self.awaited());
+        }
+    }
+
+    /// Whether prefetch has brought all that it could.
+    fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Acquire)
+    }
+
+    /// What can't be read is passed over by whoever brings it unasked. Returns whether it was
+    /// brought.
+    fn pass_over(&self, brought: Result<(), MemoryError>) -> Result<bool, MemoryError> {
+        match brought {
+            Ok(()) => Ok(true),
+            Err(error @ MemoryError::Source { .. }) => {
+                match &self.listener {
+                    Some(listener) => listener.passed_over(error),
+                    None => tracing::warn!("passed over: {error}"),
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes note of pages that somebody else has installed, of whom nothing else is known. They
+    /// consist of whole host pages.
+    pub fn found(&self, present: Run) {
+        let claimed = self.claims.claim(present, |claimed| {
+            self.arrived(claimed);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        claimed.unwrap_or_else(|never| match never {});
+    }
+
+    /// The same for the pages of a block whose bits are set: bit 0 of the first byte is the
+    /// block's first page.
+    pub fn found_bits(&self, block: BlockId, bits: &[u8]) {
+        let (pages, unit) = (self.block(block).pages(), self.block(block).pages_per_host_page());
+        let is_set = |number: u64| {
+            let byte = bits.get((number / 8) as usize).copied().unwrap_or(0);
+            byte & (1 << (number % 8)) != 0
+        };
+        for first in (0..pages).step_by(unit as usize).filter(|first| is_set(*first)) {
+            self.found(Run { block, first, count: unit.min(pages - first) });
+        }
     }
 
     /// Settles one of the host pages that were [`unfinished`](Memory::unfinished). One that has
@@ -223,7 +336,8 @@ impl Memory {
 
     /// Claims the absent pages of `run` and installs them, in pieces of the transport's
     /// preferred size. Each piece is claimed just before it is installed. `pause` is called
-    /// before that, while nothing is held, so that prefetch can stand aside.
+    /// before that, while nothing is held, so that prefetch can stand aside. A whole piece of
+    /// zeros is left to the kernel where the transport says that it can be.
     fn install(
         &self,
         run: Run,
@@ -235,6 +349,7 @@ impl Memory {
             Content::Zero => self.transport.zero_step_pages(run.block),
             Content::Bytes(_) => self.transport.step_pages(run.block),
         });
+        let may_leave = matches!(content, Content::Zero) && self.leaves_zeros(run.block);
         let mut installed = 0;
         let mut first = run.first;
         while first < run.end() {
@@ -243,7 +358,10 @@ impl Memory {
             pause();
             let piece = Run { block: run.block, first, count: end - first };
             self.claims.claim(piece, |claimed| {
-                self.install_claimed(run, claimed, content)?;
+                match may_leave && claimed.count == step {
+                    true => self.arrived(claimed),
+                    false => self.install_claimed(run, claimed, content)?,
+                }
                 installed += claimed.count;
                 Ok(())
             })?;
@@ -287,6 +405,13 @@ impl Memory {
         self.transport.wake(block, run).map_err(|source| self.transport_error(run, source))
     }
 
+    /// Installs zeros that were left out and are asked for all the same. `run` must be in place
+    /// but for that.
+    fn make_up(&self, run: Run) -> Result<(), MemoryError> {
+        let block = self.block(run.block);
+        self.transport.zero(block, run).map_err(|source| self.transport_error(run, source))
+    }
+
     fn transport_error(&self, run: Run, source: TransportError) -> MemoryError {
         let block = self.block(run.block).name.clone();
         MemoryError::Install { block, offset: run.offset(), source }
@@ -305,6 +430,11 @@ impl Memory {
         // A huge page may be zero in parts, and is then not a matter of zeros.
         let small = self.block(block).page_size == PAGE_SIZE as u64;
         small && self.transport.zero_step_pages(block) > self.transport.step_pages(block)
+    }
+
+    /// Whether zeros of this block may be left out.
+    fn leaves_zeros(&self, block: BlockId) -> bool {
+        self.likes_large_zeros(block) && self.transport.leaves_zeros(block)
     }
 
     /// Whether a prefetcher is at work.

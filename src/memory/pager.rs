@@ -65,6 +65,10 @@ const MAX_DEMANDS: usize = 1 << 18;
 /// The longest time that the histogram distinguishes, in nanoseconds: a minute.
 const LONGEST_NS: u64 = 60_000_000_000;
 
+/// Zeros that were left out are installed so many pages at a time: 64 KiB, for a guest that
+/// writes to fresh memory.
+const LEFT_AT_ONCE: u64 = 16;
+
 /// Makes prefetch stand aside as long as it lives.
 struct Urgent<'a>(&'a Memory);
 
@@ -110,10 +114,12 @@ impl Pager {
     /// `offset` and `len` are in bytes, within the block; the answer's time counts from
     /// `heard`.
     ///
+    /// What the source can't give at once, nor at a second try, is told and left absent, where
+    /// somebody listens ([`Memory::telling`]): the thread that waits for it goes on waiting.
+    ///
     /// # Errors
-    /// When there is no such memory, when the source can't give it, or when it
-    /// can't be installed. The thread that waits for it then waits forever: the error is
-    /// fatal.
+    /// When there is no such memory, when the source can't give it and nobody listens, or when it
+    /// can't be installed. The thread that waits for it then waits forever: the error is fatal.
     pub fn serve(
         &mut self,
         block: BlockId,
@@ -156,14 +162,21 @@ impl Pager {
             // It was installed between the fault and now, or will be at once by whoever
             // has claimed it, who then wakes the waiting thread.
             return match memory.claims.is_present(page.block, page.number) {
-                true => memory.wake(host_page),
+                true => serve_again(memory, host_page),
                 false => Ok(()),
             };
         };
 
-        // Who comes later must not rely on a claim that nobody fulfils.
-        let content = self.bring(memory, page, mine);
-        content.inspect_err(|_| memory.claims.release(mine))?;
+        let brought = match self.bring(memory, page, mine, false) {
+            // A disk may fail once, and a neighbour's part of the index may be what is damaged.
+            Err(MemoryError::Source { .. }) => self.bring(memory, page, mine, true),
+            brought => brought,
+        };
+        if let Err(error) = brought {
+            // Who comes later must not rely on a claim that nobody fulfils.
+            memory.claims.release(mine);
+            return memory.leave_awaited(mine, error);
+        }
         self.record(page, heard);
         let mut installed = mine.count;
         for (run, content) in self.window.pieces() {
@@ -185,13 +198,22 @@ impl Pager {
     }
 
     /// Installs the host page `mine`, which is claimed and begins with `page`, and makes
-    /// its neighbours ready.
-    fn bring(&mut self, memory: &Memory, page: Page, mine: Run) -> Result<(), MemoryError> {
+    /// its neighbours ready, unless it is to come `alone`.
+    fn bring(
+        &mut self,
+        memory: &Memory,
+        page: Page,
+        mine: Run,
+        alone: bool,
+    ) -> Result<(), MemoryError> {
         let unit = memory.block(page.block).pages_per_host_page();
         let location = memory.source.locate(page).map_err(|e| memory.source_error(mine, e))?;
         let group = self.window.capacity().min(unit.max(memory.source.chunk_pages() as u64));
         let first = page.number / group * group;
-        let around = cut(memory, Page { block: page.block, number: first }, group);
+        let around = match alone {
+            true => mine,
+            false => cut(memory, Page { block: page.block, number: first }, group),
+        };
         let is_mine = |near: Page| (mine.first..mine.end()).contains(&near.number);
         self.window.load(
             memory,
@@ -205,6 +227,26 @@ impl Pager {
         // The one that is waited for goes first; its neighbours follow.
         memory.install_claimed(mine, mine, self.window.host_page(mine))
     }
+}
+
+/// Answers a request for a host page that is in place: the thread is woken to look again. If
+/// its zeros were left out, they are installed now, and those behind them.
+fn serve_again(memory: &Memory, host_page: Run) -> Result<(), MemoryError> {
+    let page = Page { block: host_page.block, number: host_page.first };
+    let is_left = memory.leaves_zeros(page.block)
+        && memory.source.locate(page).map_err(|e| memory.source_error(host_page, e))?
+            == Location::Zero;
+    if !is_left {
+        return memory.wake(host_page);
+    }
+    // Of pages that are in place, zeros alone are ever missing.
+    let is_left = |number: &u64| {
+        let near = Page { number: *number, ..page };
+        memory.claims.is_present(near.block, near.number) && memory.source.is_zero(near)
+    };
+    let most = cut(memory, page, LEFT_AT_ONCE);
+    let count = (most.first + 1..most.end()).take_while(is_left).count() as u64 + 1;
+    memory.make_up(Run { count, ..host_page })
 }
 
 /// `count` pages from `page` on, as far as the block reaches.

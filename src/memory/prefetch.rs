@@ -8,16 +8,16 @@
 //! Threads take the next window from a shared list, read and decompress a part of it at
 //! a time while holding nothing, and install what is still absent, standing aside for
 //! any fault between two reads (briefly) and between two calls. A stretch that can't be
-//! read is passed over: it only slows things down. What is absent at the end is asked for
-//! as if the guest had, so that memory becomes whole or the failure is loud.
+//! read is passed over. What is absent at the end is tried once more, page by page, so that
+//! memory becomes whole or the failure is loud.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::pace::Pace;
 use super::window::Window;
-use super::{Content, Memory, MemoryError, Pager};
+use super::{Content, Memory, MemoryError};
 use crate::page::{Block, BlockId, ChunkReader, PAGE_SHIFT, PAGE_SIZE, Page, Run};
 
 /// Bytes that a thread takes on at once: memory that one table of pages maps, so that
@@ -45,17 +45,17 @@ pub struct FillOptions {
     pub delay: Option<Duration>,
 }
 
-/// Brings all memory, and returns when all pages are claimed by somebody. `pace` holds
-/// it back, and ends it early.
+/// Brings all memory, and returns when all pages are claimed by somebody, but for those that
+/// can't be read: it returns how many of them there are. `pace` holds it back, and ends it early.
 ///
 /// # Errors
-/// When memory can't be brought for good: a way that is broken, or pages that can't
-/// be read even at the second try. The guest can then never be whole.
+/// When memory can't be brought for good: a transport that is broken, or pages that can't be read
+/// even at the second try, where nobody listens ([`Memory::telling`]).
 pub fn prefetch(
     memory: &Arc<Memory>,
     options: &FillOptions,
     pace: &Pace,
-) -> Result<(), MemoryError> {
+) -> Result<u64, MemoryError> {
     if let Some(hold) = options.hold {
         pace.wait(hold);
     }
@@ -68,7 +68,9 @@ pub fn prefetch(
     in_parallel(options.threads, zeros.count(), || fill_zeros(memory, &zeros, pace))?;
     let rest = Windows::new(memory, |_| true);
     in_parallel(options.threads, rest.count(), || fill_rest(memory, &rest, pace))?;
-    demand_the_rest(memory, pace)
+    let missing = fill_passed_over(memory, pace, true)?;
+    memory.filled.store(true, Ordering::Release);
+    Ok(missing)
 }
 
 /// Brings a working set only, and returns when it is in place or on its way. The guest
@@ -106,7 +108,7 @@ fn bring_set(
         let group = group.max(block.pages_per_host_page());
         let first = page.number / group * group;
         let count = group.min(block.pages() - first);
-        pass_over(filler.fill(Run { block: page.block, first, count }))?;
+        memory.pass_over(filler.fill(Run { block: page.block, first, count }))?;
     }
     Ok(())
 }
@@ -153,17 +155,6 @@ fn in_parallel(
     })
 }
 
-/// What can't be read is passed over here.
-fn pass_over(result: Result<(), MemoryError>) -> Result<(), MemoryError> {
-    match result {
-        Err(MemoryError::Source { block, offset, source }) => {
-            tracing::warn!("prefetch passes over offset {offset:#x} of `{block}`: {source}");
-            Ok(())
-        }
-        other => other,
-    }
-}
-
 /// Installs stretches of zeros, each as far as it reaches within its window.
 fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
     while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
@@ -179,7 +170,7 @@ fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Mem
             }
             let run = Run { count, ..Run::single(page) };
             let installed = memory.install(run, Content::Zero, || memory.stand_aside());
-            pass_over(installed.map(drop))?;
+            memory.pass_over(installed.map(drop))?;
         }
     }
     Ok(())
@@ -188,32 +179,40 @@ fn fill_zeros(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), Mem
 fn fill_rest(memory: &Memory, windows: &Windows, pace: &Pace) -> Result<(), MemoryError> {
     let mut filler = Filler::new(memory, pace, true)?;
     while let Some(window) = windows.next().filter(|_| !pace.is_stopped()) {
-        pass_over(filler.fill(window))?;
+        memory.pass_over(filler.fill(window))?;
     }
     Ok(())
 }
 
-/// Asks for every page that is still absent.
-fn demand_the_rest(memory: &Arc<Memory>, pace: &Pace) -> Result<(), MemoryError> {
-    let mut pager = None;
+/// Brings every page that is still absent, one by one. Returns how many can't be read; where it
+/// does not `go_on`, it ends at the first of them.
+pub(super) fn fill_passed_over(
+    memory: &Memory,
+    pace: &Pace,
+    go_on: bool,
+) -> Result<u64, MemoryError> {
+    let mut filler = Filler::new(memory, pace, true)?;
     let windows = Windows::new(memory, |_| true);
+    let mut missing = 0;
     while let Some(window) = windows.next() {
-        for page in window.pages() {
-            if memory.claims.is_claimed(page.block, page.number) {
+        let unit = memory.block(window.block).pages_per_host_page();
+        for first in (window.first..window.end()).step_by(unit as usize) {
+            if memory.claims.is_claimed(window.block, first) {
                 continue;
             }
-            if pace.is_stopped() {
-                return Ok(());
+            if pace.is_stopped() || (missing > 0 && !go_on) {
+                return Ok(missing);
             }
-            let pager = match &mut pager {
-                Some(pager) => pager,
-                none => none.insert(Pager::new(Arc::clone(memory))?),
-            };
-            let (offset, len, asked) = (page.offset(), PAGE_SIZE as u64, Instant::now());
-            pager.serve(page.block, offset, len, asked)?;
+            let page = Run { first, count: unit.min(window.end() - first), ..window };
+            let filled = filler.fill(page);
+            if memory.listener.is_none() {
+                filled?;
+            } else if !memory.pass_over(filled)? {
+                missing += page.count;
+            }
         }
     }
-    Ok(())
+    Ok(missing)
 }
 
 /// Some of the machine's memory, cut into windows that are handed out once each.
@@ -272,7 +271,7 @@ fn largest_page(memory: &Memory) -> u64 {
 }
 
 /// One thread's share.
-struct Filler<'a> {
+pub(super) struct Filler<'a> {
     memory: &'a Memory,
     pace: &'a Pace,
     /// Whether the pace's rate holds for it.
@@ -282,13 +281,17 @@ struct Filler<'a> {
 }
 
 impl<'a> Filler<'a> {
-    fn new(memory: &'a Memory, pace: &'a Pace, capped: bool) -> Result<Filler<'a>, MemoryError> {
+    pub fn new(
+        memory: &'a Memory,
+        pace: &'a Pace,
+        capped: bool,
+    ) -> Result<Filler<'a>, MemoryError> {
         let reader = memory.source.reader().map_err(MemoryError::Reader)?;
         let window = Window::new(part_pages(memory) as usize);
         Ok(Filler { memory, pace, capped, reader, window })
     }
 
-    fn fill(&mut self, run: Run) -> Result<(), MemoryError> {
+    pub fn fill(&mut self, run: Run) -> Result<(), MemoryError> {
         let mut first = run.first;
         while first < run.end() {
             let count = self.window.capacity().min(run.end() - first);

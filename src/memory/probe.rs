@@ -14,50 +14,61 @@ impl Pager {
     /// first [`PAGE_SIZE`] bytes. False when no page that was looked at is absent.
     ///
     /// # Errors
-    /// When the page can't be had or installed.
+    /// When the page can't be installed, or can't be had and nobody listens.
     pub fn probe(
         &mut self,
         block: BlockId,
-        before: impl FnOnce(u64, &PageBytes),
+        mut before: impl FnMut(u64, &PageBytes),
     ) -> Result<bool, MemoryError> {
         let memory = Arc::clone(&self.memory);
-        let Some(run) = claim_one(&memory, block)? else { return Ok(false) };
-        self.window.load(&memory, &mut *self.reader, run, |_| true, |_, _| true, || {})?;
-        let content = self.window.host_page(run);
-        match content {
-            Content::Zero => before(run.offset(), &[0; PAGE_SIZE]),
-            Content::Bytes(bytes) => {
-                before(run.offset(), bytes.first_chunk().unwrap_or(&[0; PAGE_SIZE]));
+        for run in candidates(&memory, block) {
+            // Read before it is claimed: who asks for it meanwhile relies on a claim.
+            let loaded = self.window.load(
+                &memory,
+                &mut *self.reader,
+                run,
+                |_| true,
+                |_, _| true,
+                || {},
+            );
+            if memory.listener.is_none() {
+                loaded?;
+            } else if !memory.pass_over(loaded)? {
+                continue;
+            }
+            let content = self.window.host_page(run);
+            let mut sent = false;
+            memory.claims.claim(run, |claimed| {
+                match content {
+                    Content::Zero => before(claimed.offset(), &[0; PAGE_SIZE]),
+                    Content::Bytes(bytes) => {
+                        before(claimed.offset(), bytes.first_chunk().unwrap_or(&[0; PAGE_SIZE]));
+                    }
+                }
+                sent = true;
+                memory.install_claimed(run, claimed, content)
+            })?;
+            if sent {
+                return Ok(true);
             }
         }
-        memory.install_claimed(run, run, content)?;
-        Ok(true)
+        Ok(false)
     }
 }
 
-/// Claims a host page of the block, if one can be had.
-fn claim_one(memory: &Memory, block: BlockId) -> Result<Option<Run>, MemoryError> {
+/// Some host pages of the block that are absent, in the order in which they are worth trying.
+fn candidates(memory: &Memory, block: BlockId) -> impl Iterator<Item = Run> {
     let unit = memory.block(block).pages_per_host_page();
     let pages = memory.block(block).pages();
     let units = pages / unit;
     let stride = (units / TRIES).max(1);
-    let host_page = |number: u64| Run { block, first: number * unit, count: unit };
+    let host_page = move |number: u64| Run { block, first: number * unit, count: unit };
     // From the end: the guest asks for the beginning of its memory first.
-    let some = || (0..units).rev().step_by(stride as usize).map(host_page);
-    let is_data = |run: &Run| {
+    let some = move || (0..units).rev().step_by(stride as usize).map(host_page);
+    let is_data = move |run: &Run| {
         let page = Page { block, number: run.first };
         matches!(memory.source.locate(page), Ok(Location::Stored { .. }))
     };
-    let in_order = some().filter(is_data).chain(some().filter(|run| !is_data(run)));
-    for run in in_order {
-        let mut got = None;
-        memory.claims.claim(run, |claimed| {
-            got = Some(claimed);
-            Ok::<(), MemoryError>(())
-        })?;
-        if got.is_some() {
-            return Ok(got);
-        }
-    }
-    Ok(None)
+    let is_absent = move |run: &Run| !memory.claims.is_claimed(block, run.first);
+    some().filter(is_data).chain(some().filter(move |run| !is_data(run))).filter(is_absent)
 }

@@ -15,6 +15,8 @@ struct Computed {
     chunk_pages: usize,
     /// A chunk that can't be read.
     broken: Option<ChunkId>,
+    /// Whether it can be by now.
+    repaired: Arc<AtomicBool>,
 }
 
 impl Computed {
@@ -64,19 +66,21 @@ impl PageSource for Computed {
 
     fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
         let (pages, broken) = (self.chunk_pages as u64, self.broken);
-        Ok(Box::new(ComputedReader { pages, broken, bytes: Vec::new() }))
+        let repaired = Arc::clone(&self.repaired);
+        Ok(Box::new(ComputedReader { pages, broken, repaired, bytes: Vec::new() }))
     }
 }
 
 struct ComputedReader {
     pages: u64,
     broken: Option<ChunkId>,
+    repaired: Arc<AtomicBool>,
     bytes: Vec<u8>,
 }
 
 impl ChunkReader for ComputedReader {
     fn read(&mut self, chunk: ChunkId) -> Result<&[u8], SourceError> {
-        if self.broken == Some(chunk) {
+        if self.broken == Some(chunk) && !self.repaired.load(Ordering::Acquire) {
             return Err("this chunk is broken".into());
         }
         let block = BlockId((chunk.0 >> 32) as u16);
@@ -149,7 +153,7 @@ proptest! {
             .enumerate()
             .map(|(i, (pages, size))| block(&format!("b{i}"), *pages, *size))
             .collect();
-        let computed = |blocks| Computed { blocks, chunk_pages: 1 << chunk_shift, broken: None };
+        let computed = |blocks| Computed { blocks, chunk_pages: 1 << chunk_shift, broken: None, repaired: Arc::default() };
         let shelf = Arc::new(Shelf::default());
         let transport = Box::new(Arc::clone(&shelf));
         let memory = Arc::new(Memory::new(Arc::new(computed(blocks.clone())), transport));
@@ -176,7 +180,7 @@ proptest! {
 #[test]
 fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
     let broken = Some(ChunkId(7));
-    let source = Computed { blocks: vec![block("pc.ram", 256, 4096)], chunk_pages: 16, broken };
+    let source = Computed { blocks: vec![block("pc.ram", 256, 4096)], chunk_pages: 16, broken, repaired: Arc::default() };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(Arc::clone(&shelf))));
     let error = prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap_err();
@@ -188,8 +192,45 @@ fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
 }
 
 #[test]
+fn what_cant_be_read_is_told_once_and_brought_when_it_can_be() {
+    let repaired = Arc::new(AtomicBool::new(false));
+    let source = || Computed {
+        blocks: vec![block("pc.ram", 256, 4096)],
+        chunk_pages: 16,
+        broken: Some(ChunkId(7)),
+        repaired: Arc::clone(&repaired),
+    };
+    let shelf = Arc::new(Shelf::default());
+    let (tell, told) = std::sync::mpsc::channel();
+    let tell = Mutex::new(tell);
+    let memory = Memory::new(Arc::new(source()), Box::new(Arc::clone(&shelf)))
+        .telling(move |what| tell.lock().unwrap().send(what).unwrap());
+    let memory = Arc::new(memory);
+    assert_eq!(prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap(), 16);
+    let passed_over = told.try_iter().collect::<Vec<_>>();
+    assert!(matches!(passed_over[..], [Unreadable::PassedOver(_)]), "{passed_over:?}");
+    assert_eq!(memory.counts().present, memory.counts().total - 16);
+
+    let mut pager = Pager::new(Arc::clone(&memory)).unwrap();
+    for _ in 0..2 {
+        pager.serve(BlockId(0), 0x75000, 4096, Instant::now()).unwrap();
+    }
+    let awaited: Vec<_> = told.try_iter().collect();
+    let [Unreadable::Awaited(MemoryError::Source { offset: 0x75000, .. })] = awaited[..] else {
+        panic!("{awaited:?}");
+    };
+    assert_eq!(memory.awaited(), [Run { block: BlockId(0), first: 0x75, count: 1 }]);
+
+    repaired.store(true, Ordering::Release);
+    repair(&memory, &Pace::new(None)).unwrap();
+    assert!(matches!(told.try_iter().collect::<Vec<_>>()[..], [Unreadable::Over]));
+    assert!(memory.wait_complete(Duration::ZERO) && memory.awaited().is_empty());
+    check_all(&source(), &shelf);
+}
+
+#[test]
 fn a_request_outside_the_machine_is_refused() {
-    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 16, broken: None };
+    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 16, broken: None, repaired: Arc::default() };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(shelf)));
     let mut pager = Pager::new(Arc::clone(&memory)).unwrap();
@@ -202,7 +243,7 @@ fn a_request_outside_the_machine_is_refused() {
 
 #[test]
 fn an_answers_time_counts_from_the_event_and_not_from_its_turn() {
-    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 4, broken: None };
+    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 4, broken: None, repaired: Arc::default() };
     let memory = Memory::new(Arc::new(source), Box::new(Arc::new(Shelf::default())));
     let mut pager = Pager::new(Arc::new(memory)).unwrap();
     let waited = Duration::from_millis(500);

@@ -156,6 +156,11 @@ impl Qmp {
         self.execute("migrate-incoming", json!({ "uri": uri })).await.map(drop)
     }
 
+    /// Has a postcopy migration that was interrupted go on by the connection at `uri`.
+    pub async fn migrate_recover(&self, uri: &str) -> Result<(), QmpError> {
+        self.execute("migrate-recover", json!({ "uri": uri })).await.map(drop)
+    }
+
     /// Cancels the running migration, if there is one.
     pub async fn migrate_cancel(&self) -> Result<(), QmpError> {
         self.execute("migrate_cancel", ()).await.map(drop)

@@ -17,24 +17,24 @@ use serde::{Deserialize, Serialize};
 
 use super::event::RevertEvent;
 use crate::cancel::Cancellation;
-use crate::host::huge_pages::{HUGE_PAGE, HugePagePolicy, collapse, find_small, huge_bytes};
+use crate::host::huge_pages::{HugePagePolicy, collapse, find_small, huge_bytes};
 use crate::host::pidfd::Pidfd;
 use crate::host::procfs::{self, Mapping, MemInfo, Pagemap};
 use crate::rate::RateLimit;
 
-/// A window in which the guest may wait for the kernel is followed by a rest of this share of
-/// the time that it took.
+/// A call in which the guest may wait for the kernel is followed by a rest of this share of the
+/// time that it took.
 const REST: f64 = 0.25;
 
 /// The share of the host's memory that stays available: one part of so many.
 const SPARED: u64 = 16;
 
-/// Windows between two looks at the host's memory.
-const LOOK_EVERY: usize = 16;
+/// Calls between two looks at the host's memory.
+const LOOK_EVERY: usize = 2;
 
-/// Windows in a row that can't be collapsed before it is given up: the host's memory is
+/// Calls in a row that can collapse nothing before it is given up: the host's memory is
 /// fragmented then, and looking for huge pages is expensive.
-const REFUSED: usize = 64;
+const REFUSED: usize = 8;
 
 /// The longest sleep that doesn't look for a cancellation.
 const NAP: Duration = Duration::from_millis(5);
@@ -51,7 +51,7 @@ pub(super) struct Collapsing {
 }
 
 impl Collapsing {
-    /// Collapses what is worth it, window by window. Returns the event that tells what came of
+    /// Collapses what is worth it, stretch by stretch. Returns the event that tells what came of
     /// it; none where QEMU has ended. It blocks; `cancel` ends it within some milliseconds.
     pub fn run(&self, cancel: &Cancellation) -> Option<RevertEvent> {
         let start = Instant::now();
@@ -104,17 +104,17 @@ impl Collapsing {
         Ok(pairs.filter(|range| !range.is_empty()).collect())
     }
 
-    /// Collapses the memory at each of these addresses, with a rest behind each. Returns why it
-    /// has stopped early, if it has.
+    /// Collapses each of these stretches of memory, with a rest behind each. Returns why it has
+    /// stopped early, if it has.
     fn collapse_all(
         &self,
         process: &Pidfd,
-        addresses: &[u64],
+        stretches: &[Range<u64>],
         cancel: &Cancellation,
     ) -> io::Result<Option<&'static str>> {
         let mut rate = self.rate.map(|rate| RateLimit::new(rate, Instant::now()));
         let mut refused = 0;
-        for (number, address) in addresses.iter().enumerate() {
+        for (number, stretch) in stretches.iter().enumerate() {
             if cancel.is_requested() {
                 return Ok(Some("interrupted"));
             }
@@ -122,16 +122,16 @@ impl Collapsing {
                 return Ok(Some("the host is short of memory"));
             }
             let start = Instant::now();
-            refused = match collapse(process, *address)? {
-                true => 0,
-                false => refused + 1,
+            refused = match collapse(process, stretch.clone())? {
+                0 => refused + 1,
+                _ => 0,
             };
             if refused == REFUSED {
                 return Ok(Some("the host finds no memory for huge pages"));
             }
             let now = Instant::now();
             let rested = now + (now - start).mul_f64(REST);
-            let due = rate.as_mut().map(|rate| rate.count(now, HUGE_PAGE));
+            let due = rate.as_mut().map(|rate| rate.count(now, stretch.end - stretch.start));
             rest(rested.max(due.unwrap_or(now)), cancel);
         }
         Ok(None)
@@ -152,7 +152,7 @@ fn huge_bytes_in(pagemap: &Pagemap, ranges: &[Range<u64>]) -> io::Result<u64> {
     ranges.iter().map(|range| huge_bytes(pagemap, range.clone())).sum()
 }
 
-/// A window may take as much memory as it is large, if most of it are zeros.
+/// A stretch may take as much memory as it is large, if most of it are zeros.
 fn is_short_of_memory() -> io::Result<bool> {
     let memory = MemInfo::read()?;
     Ok(memory.available < memory.total / SPARED)
@@ -184,6 +184,7 @@ fn explained(error: &io::Error) -> String {
 #[allow(clippy::single_range_in_vec_init)] // lists of one range are meant
 mod tests {
     use super::*;
+    use crate::host::huge_pages::HUGE_PAGE;
 
     /// Memory of this process in small pages, as a revert leaves it: `filled` MiB of 16.
     fn small_memory(filled: usize) -> memmap2::MmapMut {

@@ -1,6 +1,7 @@
 //! Why a revert fails.
 
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
@@ -8,7 +9,9 @@ use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
+use crate::transport::TransportError;
 use crate::transport::proof::AttachError;
+use crate::transport::search::SearchError;
 use crate::wire::WireError;
 
 /// Why a revert failed. The QEMU that it started has been ended. Overlays of disks stay if
@@ -69,6 +72,29 @@ pub enum RevertError {
         /// What QEMU itself had to say.
         qemu: String,
     },
+    /// A guest that was to be served again is served, or needs nothing.
+    #[error(
+        "QEMU's migration is `{status}`: only a guest whose page server has died can be taken up \
+         again"
+    )]
+    NotInterrupted {
+        /// The status of QEMU's migration; empty where there was none.
+        status: String,
+    },
+    /// A guest that was to be served again has a server, or a keeper that starts one.
+    #[error("process {by} serves this guest: there is nothing to take up")]
+    Served {
+        /// The server's process id.
+        by: i32,
+    },
+    /// It is not known where QEMU's control socket is.
+    #[error(
+        "process {pid} has no control socket on its command line: name it, by `Orphan::Qmp`"
+    )]
+    NoControl {
+        /// QEMU's process id.
+        pid: i32,
+    },
     /// A socket between us and QEMU failed.
     #[error("{what}: {source}")]
     Socket {
@@ -108,7 +134,8 @@ impl RevertError {
             Postcopy { error, .. } => error.kind(),
             NoPostcopy { .. } => ErrorKind::UserfaultfdUnavailable,
             NotRun { .. } => ErrorKind::QemuFailed,
-            NotHeld => ErrorKind::OptionsInvalid,
+            NotHeld | NoControl { .. } => ErrorKind::OptionsInvalid,
+            NotInterrupted { .. } | Served { .. } => ErrorKind::GuestState,
             Died { .. } => ErrorKind::QemuEnded,
             Socket { source, .. } => match ErrorKind::of_io(source) {
                 ErrorKind::NotFound => ErrorKind::QemuUnreachable,
@@ -147,21 +174,43 @@ impl RevertError {
         RevertError::NotRun { status, qemu: String::new() }
     }
 
-    /// The same with what QEMU wrote to its standard error: only there does it tell why it
-    /// ended a migration. Where we ended it, what it says there is not the reason.
-    pub(super) fn with_words_of_qemu(self, words: &str) -> RevertError {
-        use PostcopyError::{HungUp, Opening, Refused, Stream};
-        if words.is_empty() {
-            return self;
-        }
-        let qemu = format!("; QEMU says: {words}");
+    /// Whether it means that QEMU has ended, or is about to.
+    pub(super) fn is_end_of_qemu(&self) -> bool {
+        use PostcopyError::{HungUp, Opening, Stream};
+        matches!(
+            self,
+            RevertError::Postcopy {
+                error: HungUp
+                    | Opening(_)
+                    | Stream(_)
+                    | PostcopyError::Memory(MemoryError::Install {
+                        source: TransportError::Gone(_),
+                        ..
+                    }),
+                ..
+            } | RevertError::Qmp(QmpError::Gone { .. })
+        )
+    }
+
+    /// The same with how QEMU has ended and what it wrote to its standard error: only there does it
+    /// tell why it ended a migration. Where we ended it, what it says there is not the reason.
+    pub(super) fn with_end_of_qemu(self, status: Option<ExitStatus>, words: &str) -> RevertError {
+        let ended = status.map(|status| format!("; QEMU ended ({status})")).unwrap_or_default();
+        let qemu = match words {
+            "" => ended,
+            words => format!("{ended}; QEMU says: {words}"),
+        };
+        use PostcopyError::{HungUp, Memory, Opening, Refused, Stream};
+        let ends = self.is_end_of_qemu();
         match self {
             RevertError::Postcopy {
-                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_)),
+                error: error @ (HungUp | Opening(_) | Refused(_) | Stream(_) | Memory(_)),
                 ..
-            } => RevertError::Postcopy { error, qemu },
+            } if ends || matches!(error, Refused(_)) => RevertError::Postcopy { error, qemu },
             RevertError::NotRun { status, .. } => RevertError::NotRun { status, qemu },
-            RevertError::Qmp(error @ QmpError::Gone { .. }) => RevertError::Died { error, qemu },
+            RevertError::Qmp(error @ QmpError::Gone { .. }) if !qemu.is_empty() => {
+                RevertError::Died { error, qemu }
+            }
             error => error,
         }
     }
@@ -174,6 +223,14 @@ pub enum PostcopyError {
     /// Memory could not be brought.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Memory that the image should hold can't be read.
+    #[error("{error}{}", .guest_physical.map(physical).unwrap_or_default())]
+    Unreadable {
+        /// Which memory, and why.
+        error: MemoryError,
+        /// Its guest-physical address, where that is known.
+        guest_physical: Option<u64>,
+    },
     /// The return path could not be understood.
     #[error("QEMU's return path: {0}")]
     Wire(#[from] WireError),
@@ -231,6 +288,15 @@ pub enum PostcopyError {
         /// What stands in the way; empty or with a leading separator.
         why: String,
     },
+    /// A guest's memory was not found in QEMU.
+    #[error(transparent)]
+    Search(#[from] SearchError),
+    /// Memory that was installed directly can't be brought by the socket.
+    #[error(
+        "some of the guest's memory was put in place directly, and QEMU would take it a second time \
+         by its socket: go on directly ({0})"
+    )]
+    NotBySocket(String),
     /// A thread of ours panicked.
     #[error(
         "the thread that was to {0} panicked: that is a bug of snapback, whose message is on \
@@ -244,7 +310,7 @@ impl PostcopyError {
     pub fn kind(&self) -> ErrorKind {
         use PostcopyError::*;
         match self {
-            Memory(error) => kind_of_memory(error),
+            Memory(error) | Unreadable { error, .. } => kind_of_memory(error),
             Wire(error) => error.kind(),
             Read { source, .. } => source.kind(),
             Opening(_) | HungUp | Stream(_) => ErrorKind::QemuEnded,
@@ -253,6 +319,8 @@ impl PostcopyError {
             Refused(_) => ErrorKind::QemuFailed,
             Duplicate(error) | Thread(error) => ErrorKind::of_io(error),
             Inherited(_) | Torn | Unsettled { .. } => ErrorKind::ServerLost,
+            Search(error) => error.kind(),
+            NotBySocket(_) => ErrorKind::UserfaultfdUnavailable,
             Panicked(_) => ErrorKind::Internal,
         }
     }
@@ -260,11 +328,16 @@ impl PostcopyError {
     /// What it is about.
     pub fn details(&self) -> Details {
         match self {
-            PostcopyError::Memory(error) => error.details(),
+            PostcopyError::Memory(error) | PostcopyError::Unreadable { error, .. } => error.details(),
             PostcopyError::Read { source, .. } => source.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }
     }
+}
+
+/// Words for a guest-physical address.
+fn physical(address: u64) -> String {
+    format!(" (the guest's physical address {address:#x})")
 }
 
 /// The kind of an error of memory whose source is an image.

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::options::Placement;
 
-/// What happens during a revert, in this order but for `StillNeeded`. A server that takes over
-/// from another begins with `TakenOver`; `Placing` may come again then.
+/// What happens during a revert, in this order but for `StillNeeded` and those of memory that can't
+/// be read. A server that takes over from another begins with `TakenOver`; `Placing` may come again
+/// then.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 #[non_exhaustive]
@@ -63,13 +64,29 @@ pub enum RevertEvent {
     },
     /// The process that served the guest has died, and this one has taken its place.
     TakenOver {
-        /// By what: `keeper`.
+        /// By what: `keeper`, or `resume` where the keeper had died as well.
         by: String,
-        /// How long the guest was not served, in milliseconds.
+        /// How long the guest was not served, in milliseconds; by `resume`, how long that took to
+        /// serve it.
         after_ms: f64,
         /// How many servers have followed the first.
         restarts: u64,
     },
+    /// Memory can't be read from the image that the guest has not asked for. All else is brought;
+    /// this is tried again once a second.
+    Degraded(Unreadable),
+    /// The guest has asked for memory that can't be read from the image. The thread of QEMU's that
+    /// needs it waits until it can be, which is tried once a second; QEMU is told to stop the
+    /// guest meanwhile, if we speak to it.
+    Stopped {
+        /// Why: `unreadable`.
+        reason: String,
+        /// Which memory.
+        #[serde(flatten)]
+        memory: Unreadable,
+    },
+    /// All memory that the guest waited for could be read after all: the guest goes on.
+    Repaired,
     /// How far memory has come.
     Progress(Progress),
     /// An interrupt came while the guest still depends on the image being served.
@@ -100,6 +117,20 @@ pub enum RevertEvent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         stopped: Option<String>,
     },
+}
+
+/// Memory that can't be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Unreadable {
+    /// The block's name.
+    pub block: String,
+    /// Offset in the block, in bytes.
+    pub offset: u64,
+    /// Its guest-physical address, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_physical: Option<u64>,
+    /// What is wrong, with the image, the place in it, and the address.
+    pub why: String,
 }
 
 /// How far a revert has come.

@@ -27,8 +27,13 @@ pub async fn harvest(
     options.rewrite.overlays.ephemeral = true;
     options.preload = false;
     options.standby = false;
-    options.delivery =
-        Delivery { hold: Some(window), working_set: false, collapse: false, ..options.delivery };
+    options.delivery = Delivery {
+        hold: Some(window),
+        working_set: false,
+        collapse: false,
+        fail_on_damage: true,
+        ..options.delivery
+    };
     let mut held = revert_held(&options, cancel, on_event).await?;
     held.process.kill().await;
 

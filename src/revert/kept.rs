@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,24 +14,46 @@ use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
 use crate::host::procfs::AddressSpace;
 use crate::host::sandbox::Sandbox;
-use crate::image::Image;
+use crate::identity::Identity;
+use crate::image::{Image, ImageError};
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
+use crate::runs::{Entry, ProcessId};
 
 /// What never changes in a session, as its ledger holds it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Details {
     pub image: PathBuf,
+    pub identity: Identity,
     pub delivery: Delivery,
     /// The program of the broker, where the process is to be in a sandbox.
     pub sandbox: Option<PathBuf>,
+    /// The directory of its record, where it has one.
+    pub run: Option<PathBuf>,
 }
 
 impl Details {
     /// Those of a predecessor's session.
     pub fn read(ledger: &Ledger) -> io::Result<Details> {
         Ok(serde_json::from_slice(&ledger.details()?)?)
+    }
+
+    /// Opens the image that was held, or the copy that has taken its place since it was damaged.
+    pub fn open_image(&self, held: File) -> Result<Arc<Image>, ImageError> {
+        Image::open_file(held, &self.image).or_else(|error| match Image::open(&self.image) {
+            Ok(copy) if copy.identity() == self.identity => Ok(copy),
+            _ => Err(error),
+        })
+    }
+}
+
+/// Has the record tell of each keeper.
+pub(super) fn note_keepers(keeper: &Keeper, run: Option<&Entry>) {
+    if let Some(notes) = run.map(Entry::notes) {
+        keeper.on_start(move |process| {
+            notes.note(move |record| record.keeper = Some(ProcessId::serving(process as i32)));
+        });
     }
 }
 
@@ -48,17 +71,21 @@ impl Kept {
         image: &Image,
         delivery: &Delivery,
         sandbox: Option<&Path>,
+        run: Option<&Entry>,
     ) -> io::Result<(Keeper, Kept)> {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
         let details = Details {
             image: std::path::absolute(path)?,
+            identity: image.identity(),
             delivery: delivery.clone(),
             sandbox: sandbox.map(Path::to_owned),
+            run: run.map(|run| run.directory().to_owned()),
         };
         let blocks = &image.manifest().blocks;
         let words = ClaimMap::words_for(blocks);
         let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
         let keeper = Keeper::start(successor.clone())?;
+        note_keepers(&keeper, run);
         let kept = Kept { ledger, holder: keeper.holder() };
         kept.hold_first(file)?;
         Ok((keeper, kept))
@@ -82,6 +109,17 @@ impl Kept {
         self.holder.hold(Held::Qemu, process.pidfd())?;
         self.holder.hold(Held::Control, qmp.socket())?;
         self.holder.hold(Held::Output, process.output())
+    }
+
+    /// A QEMU that was started by another session goes on by our stream. Told last, and only once
+    /// a successor has all that it needs: until it is, QEMU is left alone if we die.
+    pub fn hold_orphan(&self, pid: i32, qmp: &Qmp) -> io::Result<()> {
+        self.holder.hold(Held::Control, qmp.socket())?;
+        // What it says goes elsewhere.
+        self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())?;
+        self.ledger.set_qemu(pid);
+        self.ledger.set_running();
+        self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())
     }
 
     /// The migration begins.

@@ -17,20 +17,25 @@ mod options;
 mod outcome;
 mod prove;
 mod recorded;
+mod resume;
 mod rtc;
 mod serve;
 pub mod session;
 mod source;
 mod takeover;
+mod unreadable;
 
 pub use broker::{Rights, run as run_broker};
 pub use error::{PostcopyError, RevertError};
-pub use event::{Progress, RevertEvent};
+pub use event::{Progress, RevertEvent, Unreadable};
 pub use harvest::harvest;
 pub use journey::{Reverted, revert, revert_held};
-pub use options::{Delivery, Placement, RevertOptions, ServeOptions, Target};
+pub use options::{
+    Delivery, Orphan, Placement, ResumeOptions, RevertOptions, ServeOptions, Target,
+};
 pub use outcome::Outcome;
 pub use prove::prove;
+pub use resume::resume;
 pub use rtc::Rtc;
 pub use serve::serve;
 pub use session::Held;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::rtc::Rtc;
 use crate::guest::RewriteOptions;
 use crate::keeper::Successor;
+use crate::runs::RunOptions;
 
 /// How often progress is told, by default.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -44,6 +45,9 @@ pub struct RevertOptions {
     /// rights which are needed later. **The sandbox holds for the whole process that calls this, and
     /// for good.** Without, or where memory is not served, the process keeps its rights.
     pub sandbox: Option<PathBuf>,
+    /// How this revert is recorded while it is under way, for [`runs`](crate::runs). Without, it
+    /// is not.
+    pub run: Option<RunOptions>,
 }
 
 impl RevertOptions {
@@ -59,6 +63,7 @@ impl RevertOptions {
             check: false,
             keeper: None,
             sandbox: None,
+            run: None,
         }
     }
 }
@@ -97,6 +102,40 @@ impl ServeOptions {
     }
 }
 
+/// Which guest to go on with whose page server and keeper have died, and how.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ResumeOptions {
+    /// The image that the guest was being brought back from.
+    pub image: PathBuf,
+    /// The guest's QEMU.
+    pub of: Orphan,
+    /// How its memory is brought. [`Placement::Map`] and [`Placement::Eager`] are taken for
+    /// [`Placement::Auto`]; no working set is used or recorded.
+    pub delivery: Delivery,
+    /// As [`RevertOptions::keeper`].
+    pub keeper: Option<Successor>,
+}
+
+impl ResumeOptions {
+    /// Goes on with that guest of this image.
+    pub fn new(image: impl Into<PathBuf>, of: Orphan) -> ResumeOptions {
+        let delivery = Delivery { working_set: false, ..Delivery::default() };
+        ResumeOptions { image: image.into(), of, delivery, keeper: None }
+    }
+}
+
+/// A QEMU whose guest waits for memory that nobody brings any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Orphan {
+    /// The process of this number, whose control socket (QMP) is a Unix socket on its command
+    /// line.
+    Process(i32),
+    /// The one that listens for QMP on this Unix socket.
+    Qmp(PathBuf),
+}
+
 /// A QEMU that somebody else started as the machine that was saved, and that waits for its
 /// state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,6 +172,13 @@ pub struct Delivery {
     /// in place, where QEMU has asked for huge pages. It is collapsed at the rate of `fill_rate`
     /// at most.
     pub collapse: bool,
+    /// Whether memory that can't be read ends the session. Else
+    /// [`RevertEvent::Degraded`](super::RevertEvent::Degraded) or
+    /// [`RevertEvent::Stopped`](super::RevertEvent::Stopped) tells of it, everything else is
+    /// brought, and once a second it is tried again, until the image has been repaired or the
+    /// session is cancelled. Before the guest runs, memory that it needs ends the session in any
+    /// case.
+    pub fail_on_damage: bool,
     /// The shortest time between two reports of progress; it is reported only where there
     /// is some.
     pub progress_every: Duration,
@@ -148,6 +194,7 @@ impl Default for Delivery {
             hold: None,
             working_set_file: None,
             collapse: true,
+            fail_on_damage: false,
             progress_every: PROGRESS_EVERY,
         }
     }
@@ -177,5 +224,16 @@ impl Placement {
     /// Whether memory is served while the guest runs, by QEMU's postcopy.
     pub(super) fn is_postcopy(self) -> bool {
         matches!(self, Placement::Uffd | Placement::Socket)
+    }
+
+    /// Its name, as in options and events.
+    pub fn name(self) -> &'static str {
+        match self {
+            Placement::Auto => "auto",
+            Placement::Uffd => "uffd",
+            Placement::Socket => "socket",
+            Placement::Map => "map",
+            Placement::Eager => "eager",
+        }
     }
 }

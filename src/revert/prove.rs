@@ -25,7 +25,12 @@ pub async fn prove(
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
     options.standby = false;
-    options.delivery = Delivery { working_set: false, collapse: false, ..options.delivery };
+    options.delivery = Delivery {
+        working_set: false,
+        collapse: false,
+        fail_on_damage: true,
+        ..options.delivery
+    };
 
     let start = Instant::now();
     let mut ran_after = Duration::ZERO;
@@ -40,7 +45,7 @@ pub async fn prove(
     let was_running = Image::open(&options.image)?.manifest().machine.running;
     let words = held.process.log_tail();
     let outcome = match was_running && status != "running" {
-        true => Err(RevertError::not_run(status).with_words_of_qemu(&words)),
+        true => Err(RevertError::not_run(status).with_end_of_qemu(None, &words)),
         false => Ok(ran_after),
     };
     held.process.kill().await;

@@ -1,10 +1,10 @@
-//! Making QEMU's walk over guest memory short: putting small pages together.
+//! Making QEMU's walk over guest memory short: small pages are collapsed into huge ones.
 //!
 //! In its pause QEMU write-protects all guest memory. The kernel does that page by page:
 //! 1 ms a GiB where memory is mapped by huge pages, about 10 ms a GiB where it is mapped
 //! by pages of 4 KiB (measured). Every background snapshot leaves it so, since each page
 //! is made writable again by itself. So before a save that would pause the guest for
-//! long, huge pages are put together again, while the guest runs (`MADV_COLLAPSE`,
+//! long, they are collapsed into huge pages again, while the guest runs (`MADV_COLLAPSE`,
 //! madvise(2), Linux 6.1).
 
 use std::io;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::prefault::guest_memory;
 use crate::cancel::Cancellation;
-use crate::host::huge_pages::{collapse, find_small};
+use crate::host::huge_pages::{HUGE_PAGE, collapse, find_small};
 use crate::host::pidfd::Pidfd;
 use crate::host::procfs::Pagemap;
 use crate::page::PAGE_SIZE;
@@ -28,10 +28,9 @@ const FEW: u64 = (512 << 20) / PAGE_SIZE as u64;
 /// The longest that a save waits for this.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Puts the small pages of a QEMU's guest memory together to huge ones, where they are so
-/// many that a save would pause the guest for long because of them. The guest runs
-/// meanwhile; it waits where it touches the 2 MiB that are being put together, for half a
-/// millisecond.
+/// Collapses the small pages of a QEMU's guest memory into huge ones, where they are so many that
+/// a save would pause the guest for long because of them. The guest runs meanwhile; it waits
+/// where it touches the 2 MiB that are being collapsed, for half a millisecond.
 ///
 /// A help, no more: where the kernel or our rights don't allow it, nothing happens. `cancel`
 /// ends it early.
@@ -49,16 +48,16 @@ pub(super) fn collapse_memory(pid: i32, blocks: &[RamBlock], cancel: &Cancellati
         let process = Pidfd::open(pid)?;
         let begun = Instant::now();
         let mut done = 0;
-        for address in &worth {
+        for range in worth {
             if cancel.is_requested() || begun.elapsed() > LIMIT {
                 break;
             }
-            done += usize::from(collapse(&process, *address)?);
+            done += collapse(&process, range)? / HUGE_PAGE;
         }
-        tracing::debug!("put {done} huge pages together in {:?}", begun.elapsed());
+        tracing::debug!("collapsed small pages into {done} huge ones in {:?}", begun.elapsed());
         Ok::<_, io::Error>(())
     })();
     if let Err(error) = result {
-        tracing::debug!("huge pages can't be put together: {error}");
+        tracing::debug!("guest memory can't be collapsed: {error}");
     }
 }

@@ -9,6 +9,7 @@ use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 
 use super::error::SaveError;
 use super::receive::Receiving;
+use super::release::while_releasing;
 use crate::qmp::Qmp;
 
 /// The name under which QEMU is given its end of the migration stream.
@@ -21,6 +22,10 @@ const SOCKET_BYTES: usize = 1 << 20;
 /// How long QEMU may take to end a migration that it has been told to end, or whose
 /// stream it has closed.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the first page of a migration may take that QEMU may have been told to begin, once it
+/// can't be asked any more: far longer than its set-up, some milliseconds a GiB.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Gives QEMU one end of a new socket for its migration stream, and returns the other.
 pub(super) async fn open_stream(qmp: &Qmp) -> Result<UnixStream, SaveError> {
@@ -40,16 +45,24 @@ pub(super) async fn begin(qmp: &Qmp) -> Result<(), SaveError> {
 }
 
 /// Ends the migration and its stream, so that QEMU holds nothing of the guest any more. A
-/// QEMU that `must_drain` is not told to cancel: it sends all memory first.
-pub(super) async fn end(qmp: &Qmp, receiving: Receiving, must_drain: bool) {
+/// QEMU that has to be `drained`, whose process that is, is not told to cancel: it sends all memory
+/// first, and leaves memory write-protected if it can't. Whether QEMU has been told to begin is
+/// `begun`.
+pub(super) async fn end(qmp: &Qmp, mut receiving: Receiving, drained: Option<i32>, begun: bool) {
     // The name exists only if the migration was never begun; QEMU still holds its end then.
     let _ = qmp.closefd(OUTGOING).await;
-    if !must_drain && qmp.migrate_cancel().await.is_ok() {
+    if drained.is_none() && qmp.migrate_cancel().await.is_ok() {
         // Until then the guest's memory is write-protected.
         let _ = wait_end(qmp).await;
     }
+    if qmp.ended().is_some() {
+        // QEMU can't be told any more to let go of a stream that it does not send.
+        receiving.end_unless_begun(if begun { BEGIN_TIMEOUT } else { Duration::ZERO }).await;
+    }
     receiving.ended().await;
-    let _ = wait_end(qmp).await;
+    if let Err(error) = while_releasing(drained, wait_end(qmp)).await {
+        tracing::warn!("the guest's memory may still be write-protected: {error}");
+    }
 }
 
 /// Waits until QEMU's migration is over, and says how it ended.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::image::Compression;
+use crate::keeper::Successor;
 
 /// Which guest to save, where to, and how.
 #[derive(Debug, Clone)]
@@ -21,7 +22,8 @@ pub struct SaveOptions {
     /// Writable disks that are not captured, each by the name of its node, drive or device.
     pub exclude_disks: Vec<String>,
     /// Devices that were plugged in and may be left out if a revert can't bring them back,
-    /// each by its id.
+    /// each by its id; and disks that may be captured although no option defines them, by the
+    /// name of their node, drive or device.
     pub allow_missing_devices: Vec<String>,
     /// The socket of qemu-guest-agent, which then freezes the guest's file systems around
     /// the moment.
@@ -35,6 +37,10 @@ pub struct SaveOptions {
     /// The most bytes a second that are written to the image. Where QEMU sends more, the
     /// guest may have to wait, which [`SaveEvent::Saved`](super::SaveEvent::Saved) tells.
     pub bandwidth: Option<u64>,
+    /// The program that is started to clean up ([`recover`](super::recover())) should this process
+    /// be killed ([`Successor::cleaning_up`]). Without, that is left to do, and on QEMU before 8.1
+    /// the guest may hang until it is done.
+    pub keeper: Option<Successor>,
 }
 
 impl SaveOptions {
@@ -54,6 +60,7 @@ impl SaveOptions {
             force: false,
             parent: None,
             bandwidth: None,
+            keeper: None,
         }
     }
 }

@@ -25,10 +25,12 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 clock.step();
                 failpoint("stopped");
             }
+            self.undo.switching();
             overlays::switch(&self.qmp, self.undo.overlays()).await?;
             clock.step();
             failpoint("switched");
         }
+        self.begun = true;
         migration::begin(&self.qmp).await?;
         failpoint("migrating");
         Ok(())

@@ -8,7 +8,7 @@ use super::event::SaveEvent;
 use super::failpoints::failpoint;
 use super::saving::Saving;
 use super::{collapse, overlays, prefault};
-use crate::guest;
+use crate::{guest, runs};
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Sets QEMU up. QEMU itself may still refuse the save here; if it doesn't, the guest can
@@ -46,6 +46,8 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             () = self.cancel.requested() => return Err(SaveError::Interrupted),
         }
         if !overlays.is_empty() {
+            // What the guest writes to now is about to be frozen.
+            runs::keep_overlays(self.checked.pid);
             self.tell(SaveEvent::Ready { overlays });
         }
         Ok(())

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,6 +36,7 @@ pub(super) struct Receiving {
     ended: oneshot::Receiver<()>,
     pub counters: Arc<Counters>,
     given_up: Cancellation,
+    socket: UnixStream,
 }
 
 /// How far a stream has come.
@@ -79,6 +81,7 @@ impl Receiving {
         let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();
         let counters = Arc::new(Counters { total, ..Counters::default() });
         let given_up = Cancellation::new();
+        let ours = socket.try_clone().map_err(SaveError::Socket)?;
         let receiver = Receiver {
             path: options.image.clone(),
             options: WriterOptions {
@@ -110,14 +113,30 @@ impl Receiving {
             .name("receive".into())
             .spawn(receive)
             .map_err(SaveError::Thread)?;
-        Ok(Receiving { first_page, done, ended, counters, given_up })
+        Ok(Receiving { first_page, done, ended, counters, given_up, socket: ours })
+    }
+
+    /// Whether the stream has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.ended.try_recv() == Err(TryRecvError::Closed)
     }
 
     /// Has the thread write nothing more; it still takes what comes until the stream ends.
     /// Returns whether that has happened already.
     pub fn give_up(&mut self) -> bool {
         self.given_up.request();
-        self.ended.try_recv() == Err(TryRecvError::Closed)
+        self.has_ended()
+    }
+
+    /// Ends a stream that nobody has begun to send, unless its first page comes within `patience`.
+    pub async fn end_unless_begun(&mut self, patience: Duration) {
+        let first_page = &mut self.first_page;
+        if !first_page.is_terminated()
+            && tokio::time::timeout(patience, first_page).await.is_err()
+        {
+            // It fails when the stream has ended already.
+            let _ = self.socket.shutdown(Shutdown::Both);
+        }
     }
 
     /// Waits for the end of the stream.

@@ -1,7 +1,6 @@
 //! Cleaning up behind a save that was killed.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::agent;
 use super::check::ANSWER_TIMEOUT;
@@ -9,15 +8,12 @@ use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
 use super::migration::wait_end;
 use super::overlays::Overlay;
-use super::release::release_memory;
+use super::release::{release_memory, while_releasing};
 use super::undo::error::LeftOver;
 use super::undo::journal::{Journal, Plan, file_identity};
 use super::undo::overlays::undo_overlays;
 use crate::image::{ImageError, inspect};
 use crate::qmp::Qmp;
-
-/// How often write protection is looked for while QEMU does not answer.
-const RELEASE_EVERY: Duration = Duration::from_millis(500);
 
 /// What became of a save that was killed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +36,8 @@ pub enum Recovered {
 
 /// Cleans up behind a save of `image` that was killed at any point: lets the guest behind
 /// the socket `qmp` go on if the save held it, thaws its file systems, puts QEMU's settings
-/// back, and commits overlays back into the disks. Don't recover a save that is still under
+/// back, and commits overlays back into the disks. Where another process recovers the save, such as
+/// the one that its keeper has started, it waits for that. Don't recover a save that is still under
 /// way: it would be undone while it runs.
 ///
 /// # Errors
@@ -53,7 +50,7 @@ pub async fn recover(
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
-    let Some((journal, mut plan)) = Journal::read(image)? else {
+    let Some((journal, mut plan)) = Journal::claim(image).await? else {
         return Ok(Recovered::Nothing { journal: Journal::path(image) });
     };
     let (saved, lives) = (find_saved(image, &plan)?, plan.qemu_lives());
@@ -107,20 +104,10 @@ fn find_saved(image: &Path, plan: &Plan) -> Result<Option<Vec<SwitchedDisk>>, Sa
     Ok(plan.overlays.iter().all(is_known).then(|| SwitchedDisk::all_of(&disks)))
 }
 
-/// Connects to the QEMU in process `pid`, whose snapshot was broken off. A guest that waits
-/// for a write-protected page may block all of QEMU, so write protection is taken off until
-/// QEMU answers; a snapshot that is still being set up may yet turn it on.
+/// Connects to the QEMU in process `pid`, whose snapshot was broken off.
 async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
-    let connect = Qmp::connect(qmp, ANSWER_TIMEOUT);
-    tokio::pin!(connect);
-    loop {
-        tokio::select! {
-            connected = &mut connect => return Ok(connected?),
-            () = tokio::time::sleep(RELEASE_EVERY) => if let Some(pid) = pid {
-                release_memory(pid).map_err(SaveError::Protected)?;
-            },
-        }
-    }
+    let connected = while_releasing(pid, Qmp::connect(qmp, ANSWER_TIMEOUT)).await;
+    Ok(connected.map_err(SaveError::Protected)??)
 }
 
 /// Undoes as much as can be undone. Returns the rest.

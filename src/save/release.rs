@@ -6,7 +6,9 @@
 //! open; unregistering memory from it lifts the protection and wakes who waits
 //! (UFFDIO_UNREGISTER(2const)).
 
+use std::future::Future;
 use std::io;
+use std::time::Duration;
 
 use crate::host::procfs::Mapping;
 use crate::host::uffd::Uffd;
@@ -34,6 +36,35 @@ pub(super) fn release_memory(pid: i32) -> io::Result<usize> {
         result?;
     }
     Ok(protected.len())
+}
+
+/// How often write protection is taken off while QEMU is waited for.
+const EVERY: Duration = Duration::from_millis(100);
+
+/// Does `work`, which talks to the QEMU in process `pid`, whose snapshot was broken off. A guest
+/// that waits for a write-protected page may block all of QEMU, so write protection is taken off
+/// until the work is done, and once more then: a snapshot that is still being set up may yet turn
+/// it on.
+///
+/// # Errors
+/// As for [`release_memory`].
+pub(super) async fn while_releasing<T>(
+    pid: Option<i32>,
+    work: impl Future<Output = T>,
+) -> io::Result<T> {
+    tokio::pin!(work);
+    let release = || pid.map_or(Ok(0), release_memory);
+    loop {
+        tokio::select! {
+            done = &mut work => {
+                release()?;
+                return Ok(done);
+            }
+            () = tokio::time::sleep(EVERY) => {
+                release()?;
+            }
+        }
+    }
 }
 
 #[cfg(test)]

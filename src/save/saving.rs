@@ -1,5 +1,7 @@
 //! A save under way: what every step of it needs.
 
+use std::os::fd::{AsFd, BorrowedFd};
+
 use super::check::{self, ANSWER_TIMEOUT};
 use super::checked::Checked;
 use super::error::SaveError;
@@ -9,6 +11,8 @@ use super::options::SaveOptions;
 use super::settings::Settings;
 use super::undo::Undo;
 use crate::cancel::Cancellation;
+use crate::host::pidfd::Pidfd;
+use crate::keeper::{Held, Keeper, Successor};
 use crate::qmp::Qmp;
 
 /// A save under way. Each step is a method, in a file of its own.
@@ -22,6 +26,10 @@ pub(super) struct Saving<'a, F> {
     pub checked: Checked,
     /// What has been changed in the guest's QEMU.
     pub undo: Undo,
+    /// Cleans up should this process be killed. Told last that this needs nobody.
+    keeper: Option<Keeper>,
+    /// Whether QEMU has been told to begin the snapshot.
+    pub begun: bool,
 }
 
 impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
@@ -45,12 +53,33 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         };
         let settings = Settings::ask(&qmp, checked.background).await?;
         let undo = Undo::begin(settings, options, &checked)?;
+        let keeper = options.keeper.clone().and_then(start_keeper);
         failpoint("journal");
-        Ok(Saving { options, cancel, on_event, qmp, checked, undo })
+        Ok(Saving { options, cancel, on_event, qmp, checked, undo, keeper, begun: false })
+    }
+
+    /// Has the keeper read on from `stream` should this process be killed.
+    pub fn keep(&mut self, stream: BorrowedFd<'_>) {
+        let Some(keeper) = &mut self.keeper else { return };
+        keeper.wait_started();
+        if let Err(error) = keeper.holder().hold(Held::Stream, stream) {
+            tracing::warn!("the keeper can't hold the migration stream: {error}");
+        }
     }
 
     /// Tells the caller of an event.
     pub fn tell(&mut self, event: SaveEvent) {
         (self.on_event)(event);
     }
+}
+
+/// Starts a keeper that knows this process. The save does without one that can't be started.
+fn start_keeper(successor: Successor) -> Option<Keeper> {
+    let start = || {
+        let this = Pidfd::open(std::process::id() as i32)?;
+        let keeper = Keeper::start(successor)?;
+        keeper.holder().hold(Held::Server, this.as_fd())?;
+        Ok::<_, std::io::Error>(keeper)
+    };
+    start().inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
 }

@@ -1,6 +1,7 @@
 //! Taking the snapshot: the guest's file systems are frozen, the guest is paused, the stream
 //! is received, and the guest goes on as soon as the moment has passed.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::error::SaveError;
@@ -9,6 +10,7 @@ use super::failpoints::failpoint;
 use super::migration;
 use super::moment::{Moment, PauseClock};
 use super::receive::{Received, Receiving};
+use super::release::while_releasing;
 use super::saving::Saving;
 use crate::qmp::{Event, Events, QmpError};
 use crate::wire::WireError;
@@ -25,6 +27,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// migration has been ended and nothing is left of the image.
     pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {
         let stream = migration::open_stream(&self.qmp).await?;
+        self.keep(stream.as_fd());
         let mut receiving = Receiving::start(stream, self.options, &self.checked)?;
         let mut events = self.qmp.events();
         let frozen = self.freeze().await;
@@ -42,8 +45,18 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         match outcome.await {
             Ok(taken) => Ok(taken),
-            Err(error) => Err(self.give_up(error, receiving, &clock).await),
+            Err(error) => {
+                let pid = self.left_protected(receiving.has_ended());
+                let giving_up = self.give_up(error, receiving, &clock);
+                Err(while_releasing(pid, giving_up).await.unwrap_or_else(SaveError::Protected))
+            }
         }
+    }
+
+    /// The process of a QEMU that leaves the guest's memory write-protected when its stream
+    /// breaks, if that `has_ended`.
+    fn left_protected(&self, has_ended: bool) -> Option<i32> {
+        (self.checked.must_drain && has_ended).then_some(self.checked.pid)
     }
 
     /// Freezes the guest's file systems, if that is asked for.
@@ -107,7 +120,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             }
             // QEMU's own reason, where it has one, says more than the end of its stream.
             Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
-                migration::wait_end(&self.qmp).await?;
+                let end = migration::wait_end(&self.qmp);
+                let pid = self.left_protected(true);
+                while_releasing(pid, end).await.map_err(SaveError::Protected)??;
                 Err(error)
             }
             Err(error) => Err(error),
@@ -138,6 +153,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         if must_drain && !received_all {
             self.tell(SaveEvent::Draining);
         }
+        let (begun, drained) = (self.begun, must_drain.then_some(self.checked.pid));
         let Saving { qmp, undo, cancel, .. } = self;
         let thaw = async {
             tokio::select! {
@@ -147,7 +163,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         let end = async {
             tokio::select! {
-                () = migration::end(qmp, receiving, must_drain) => error,
+                () = migration::end(qmp, receiving, drained, begun) => error,
                 () = cancel.requested_times(2) => SaveError::InterruptedTwice,
             }
         };

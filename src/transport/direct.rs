@@ -10,7 +10,8 @@ use crate::page::{Block, BlockId, PAGE_SIZE, Run};
 /// 1 MiB, and a fault that comes meanwhile waits a quarter as long for the processor.
 const STEP_PAGES: u64 = 64;
 
-/// Zero pages in one call at most: 2 MiB, which takes about 12 µs.
+/// Zero pages in one call at most, and at least to be left out: 2 MiB, a huge page, which takes
+/// about 12 µs.
 const ZERO_STEP_PAGES: u64 = 512;
 
 /// A huge page of the usual size, so that a fault allocates nothing.
@@ -38,6 +39,11 @@ impl DirectTransport {
     /// The userfaultfd.
     pub fn uffd(&self) -> &Arc<Uffd> {
         &self.uffd
+    }
+
+    /// The addresses of the blocks that it serves.
+    pub fn addresses(&self) -> &[Option<u64>] {
+        &self.addresses
     }
 
     /// The address of the block's first byte, if this transport serves the block.
@@ -84,6 +90,13 @@ impl Transport for DirectTransport {
 
     fn zero_step_pages(&self, _block: BlockId) -> u64 {
         ZERO_STEP_PAGES
+    }
+
+    /// What QEMU has discarded ahead of a postcopy migration, the kernel gives as zeros when it
+    /// is no longer registered: in a huge page where one is wanted, which thousands of small
+    /// pages of zeros would prevent.
+    fn leaves_zeros(&self, _block: BlockId) -> bool {
+        true
     }
 }
 
@@ -153,5 +166,9 @@ impl<T: Transport> Transport for Arc<Route<T>> {
 
     fn zero_step_pages(&self, block: BlockId) -> u64 {
         self.transport_of(block).zero_step_pages(block)
+    }
+
+    fn leaves_zeros(&self, block: BlockId) -> bool {
+        self.transport_of(block).leaves_zeros(block)
     }
 }

@@ -1,7 +1,9 @@
 //! How pages reach a guest's memory.
 
 mod direct;
+pub mod lookalikes;
 pub mod proof;
+pub mod search;
 mod socket;
 
 pub use direct::{DirectTransport, Route};
@@ -81,5 +83,14 @@ pub trait Transport: Send + Sync {
     /// The same for zeros.
     fn zero_step_pages(&self, block: BlockId) -> u64 {
         self.step_pages(block)
+    }
+
+    /// Whether memory of this block in which nothing is installed is zeros once QEMU has ended
+    /// the migration. A stretch of zeros as long as a step can then be left as it is: who
+    /// touches it earlier is answered by [`Transport::zero`], which must leave pages that are
+    /// there as they are.
+    fn leaves_zeros(&self, block: BlockId) -> bool {
+        let _ = block;
+        false
     }
 }

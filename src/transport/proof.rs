@@ -10,11 +10,10 @@
 use std::io;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use crate::kind::{Details, ErrorKind};
 use crate::host::memory;
-use crate::host::procfs::{AddressSpace, Mapping, Pagemap, ranges_of_len};
+use crate::host::procfs::{Mapping, Pagemap, ranges_of_len};
 use crate::host::rights::{Lack, tracing_lack};
 use crate::host::uffd::Uffd;
 use crate::page::{Block, PAGE_SIZE};
@@ -52,6 +51,15 @@ pub enum AttachError {
 }
 
 impl AttachError {
+    /// The error for what could not be had of process `pid`.
+    pub(super) fn at(pid: i32, what: &'static str) -> impl FnOnce(io::Error) -> AttachError {
+        move |source| {
+            let forbidden = source.kind() == io::ErrorKind::PermissionDenied;
+            let lack = forbidden.then(tracing_lack).flatten();
+            AttachError::Process { pid, what, source, lack }
+        }
+    }
+
     /// What kind of error it is, for programs to act on.
     pub fn kind(&self) -> ErrorKind {
         ErrorKind::UserfaultfdUnavailable
@@ -89,13 +97,7 @@ impl Locator {
     /// # Errors
     /// When QEMU may not be traced, or does not have just one userfaultfd.
     pub fn attach(pid: i32, blocks: &[Block]) -> Result<Locator, AttachError> {
-        let failed = |what| {
-            move |source: io::Error| {
-                let forbidden = source.kind() == io::ErrorKind::PermissionDenied;
-                let lack = forbidden.then(tracing_lack).flatten();
-                AttachError::Process { pid, what, source, lack }
-            }
-        };
+        let failed = |what| AttachError::at(pid, what);
         let mut uffds = Uffd::all_of(pid).map_err(failed("the userfaultfd"))?;
         let (count, last) = (uffds.len(), uffds.pop());
         let Some(uffd) = last.filter(|_| count == 1) else {
@@ -105,7 +107,7 @@ impl Locator {
         // to write: milliseconds, in which the guest runs already.
         let mappings = match blocks.iter().all(|block| block.page_size == PAGE_SIZE as u64) {
             true => Mapping::all_of(pid).map(writable),
-            false => Mapping::all_of_in_detail(pid).map(registered),
+            false => Mapping::registered_of(pid),
         };
         let mappings = mappings.map_err(failed("the list of mappings"))?;
         let pagemap = Pagemap::open(pid).map_err(failed("the page map"))?;
@@ -145,7 +147,7 @@ impl Locator {
         let mut guest_memory = None;
         let mut is_registered = |start: &u64| {
             let mappings = guest_memory.get_or_insert_with(|| {
-                Mapping::all_of_in_detail(self.pid).map(registered).unwrap_or_default()
+                Mapping::registered_of(self.pid).unwrap_or_default()
             });
             mappings.iter().any(|mapping| mapping.range().contains(start))
         };
@@ -176,35 +178,6 @@ impl Locator {
     }
 }
 
-/// Where a block may lie whose address has not been proven.
-pub struct Candidates {
-    space: Arc<AddressSpace>,
-    /// First addresses.
-    starts: Vec<u64>,
-}
-
-impl Candidates {
-    /// Lists the registered mappings in which this block may lie.
-    ///
-    /// # Errors
-    /// When QEMU's mappings can't be read.
-    pub fn find(space: &Arc<AddressSpace>, block: &Block) -> io::Result<Candidates> {
-        let mappings = space.mappings().map(registered)?;
-        let ranges = ranges_of_len(&mappings, block.len).into_iter();
-        let starts = ranges.map(|range| range.start).collect();
-        Ok(Candidates { space: Arc::clone(space), starts })
-    }
-
-    /// Whether the page at this offset in the block is present; nothing where that differs
-    /// between the places in which the block may lie, or there are none.
-    pub fn is_present(&self, offset: u64) -> Option<bool> {
-        let pagemap = self.space.pagemap();
-        let mut all = self.starts.iter().map(|start| pagemap.is_present(start + offset));
-        let first = all.next()?;
-        all.all(|other| other == first).then_some(first)
-    }
-}
-
 /// The blocks whose ranges overlap another's.
 fn overlapping(blocks: &[Block], addresses: &[Option<u64>]) -> Vec<usize> {
     let range = |index: usize| addresses[index].map(|start| start..start + blocks[index].len);
@@ -219,12 +192,6 @@ fn overlapping(blocks: &[Block], addresses: &[Option<u64>]) -> Vec<usize> {
 /// The mappings that can be written to but not executed.
 fn writable(mut mappings: Vec<Mapping>) -> Vec<Mapping> {
     mappings.retain(|mapping| mapping.readable && mapping.writable && !mapping.executable);
-    mappings
-}
-
-/// The mappings that are registered with userfaultfd for missing pages (proc_pid_smaps(5)).
-fn registered(mut mappings: Vec<Mapping>) -> Vec<Mapping> {
-    mappings.retain(|mapping| mapping.has_flag(*b"um"));
     mappings
 }
 

@@ -21,7 +21,8 @@ use crate::kind::{Details, ErrorKind};
 pub use mapped_ram::MappedLayout;
 pub use return_path::{ReturnPath, ReturnPathMessage};
 pub use source::{
-    Frame, Opening, closing, end_of_ram, open_return_path, package, ping, precopy_opening, tail,
+    Frame, Opening, closing, end_of_ram, open_return_path, package, ping, precopy_opening,
+    received_bitmap, resume, tail,
 };
 pub use stream::{Item, StreamBlock, StreamReader, Tail};
 
@@ -57,6 +58,8 @@ mod command {
     pub const POSTCOPY_RUN: u16 = 5;
     pub const POSTCOPY_RAM_DISCARD: u16 = 6;
     pub const PACKAGED: u16 = 7;
+    pub const POSTCOPY_RESUME: u16 = 9;
+    pub const RECV_BITMAP: u16 = 10;
     pub const SWITCHOVER_START: u16 = 11;
 }
 

@@ -5,6 +5,18 @@ use std::io::Read;
 use super::WireError;
 use super::input::Input;
 
+/// The value of a RESUME_ACK (`MIGRATION_RESUME_ACK_VALUE`).
+const RESUME_ACK: u32 = 1;
+
+/// What follows a bitmap (`RAMBLOCK_RECV_BITMAP_ENDING`).
+const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
+
+/// The most bytes of a bitmap: for a block of 4 TiB.
+const LONGEST_BITMAP: u64 = 128 << 20;
+
+/// Bytes of a bitmap that are read at once.
+const BITMAP_PIECE: u64 = 64 << 10;
+
 /// One message of the return path (`enum mig_rp_message_type` in QEMU's
 /// `migration/migration.h`).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +34,16 @@ pub enum ReturnPathMessage {
         /// Length in bytes.
         len: u32,
     },
+    /// Which pages of a block a destination has received whose postcopy was interrupted: bit 0
+    /// of the first byte is the block's first page.
+    Received {
+        /// The block's name.
+        block: String,
+        /// One bit a page.
+        pages: Vec<u8>,
+    },
+    /// The destination goes on with an interrupted postcopy.
+    Resumed,
     /// A message that a postcopy source can ignore, by its type.
     Other(u16),
 }
@@ -65,6 +87,16 @@ impl<R: Read> ReturnPath<R> {
             (1, &[a, b, c, d]) => ReturnPathMessage::Shut(u32::from_be_bytes([a, b, c, d])),
             (2, &[a, b, c, d]) => ReturnPathMessage::Pong(u32::from_be_bytes([a, b, c, d])),
             (3 | 4, body) => return request(kind, body, at).map(Some),
+            (5, body) => {
+                let name = body.split_first().filter(|(len, name)| usize::from(**len) == name.len());
+                let name = name.and_then(|(_, name)| String::from_utf8(name.to_vec()).ok());
+                let malformed = "a bitmap of received pages without a block's name";
+                let block = name.ok_or_else(|| WireError::Malformed { at, what: malformed.into() })?;
+                return self.received(block).map(Some);
+            }
+            (6, &[a, b, c, d]) if u32::from_be_bytes([a, b, c, d]) == RESUME_ACK => {
+                ReturnPathMessage::Resumed
+            }
             (1 | 2, _) => {
                 let what = format!("a return path message of type {kind} with {len} bytes");
                 return Err(WireError::Malformed { at, what });
@@ -72,6 +104,26 @@ impl<R: Read> ReturnPath<R> {
             (kind, _) => ReturnPathMessage::Other(kind),
         };
         Ok(Some(message))
+    }
+
+    /// The bitmap behind the message that announces it, outside of its length.
+    fn received(&mut self, block: String) -> Result<ReturnPathMessage, WireError> {
+        let inside = "a bitmap of received pages";
+        let at = self.input.at();
+        let malformed = |what: String| WireError::Malformed { at, what };
+        let len = self.input.u64(inside)?;
+        if len > LONGEST_BITMAP {
+            return Err(malformed(format!("{inside} with {len} bytes")));
+        }
+        let mut pages = Vec::new();
+        while (pages.len() as u64) < len {
+            let piece = (len - pages.len() as u64).min(BITMAP_PIECE);
+            pages.extend_from_slice(self.input.take(piece as usize, inside)?);
+        }
+        match self.input.u64(inside)? {
+            BITMAP_END => Ok(ReturnPathMessage::Received { block, pages }),
+            _ => Err(malformed(format!("{inside} without its end"))),
+        }
     }
 }
 

@@ -162,6 +162,25 @@ pub fn ping(value: u32) -> Vec<u8> {
     out
 }
 
+/// Asks a destination whose postcopy was interrupted which pages of a block it has received. The
+/// answer is [`ReturnPathMessage::Received`](super::ReturnPathMessage::Received).
+pub fn received_bitmap(block: &str) -> Vec<u8> {
+    let mut name = Vec::new();
+    push_name(&mut name, block);
+    let mut out = Vec::new();
+    push_command(&mut out, command::RECV_BITMAP, &name);
+    out
+}
+
+/// Has a destination whose postcopy was interrupted go on with this stream. It answers by
+/// [`ReturnPathMessage::Resumed`](super::ReturnPathMessage::Resumed), and asks again for all
+/// pages that it has asked for and not received.
+pub fn resume() -> Vec<u8> {
+    let mut out = Vec::new();
+    push_command(&mut out, command::POSTCOPY_RESUME, &[]);
+    out
+}
+
 /// The end of everything: the `ram` END section and the end-of-file mark.
 pub fn closing() -> Vec<u8> {
     let mut out = end_of_ram();

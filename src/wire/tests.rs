@@ -209,6 +209,25 @@ proptest! {
 }
 
 #[test]
+fn what_was_received_is_read_with_its_bitmap() {
+    let mut bytes = [&[0, 5, 0, 7][..], &[6], b"pc.ram", &[0, 0, 0, 0, 0, 0, 0, 8]].concat();
+    bytes.extend_from_slice(&[0b101, 0, 0, 0, 0, 0, 0, 0]);
+    bytes.extend_from_slice(&0x0123_4567_89ab_cdef_u64.to_be_bytes());
+    bytes.extend_from_slice(&[0, 6, 0, 4, 0, 0, 0, 1]);
+    let mut path = ReturnPath::new(Pieces { bytes: &bytes, sizes: vec![1, 3], turn: 0 });
+    let pages = vec![0b101, 0, 0, 0, 0, 0, 0, 0];
+    let received = ReturnPathMessage::Received { block: "pc.ram".into(), pages };
+    assert_eq!(path.next_message().unwrap(), Some(received));
+    assert_eq!(path.next_message().unwrap(), Some(ReturnPathMessage::Resumed));
+    assert_eq!(path.next_message().unwrap(), None);
+    // Another end, and a length that no block has.
+    bytes[27] ^= 1;
+    assert!(ReturnPath::new(Cursor::new(&bytes)).next_message().is_err());
+    bytes[11] = 0xff;
+    assert!(ReturnPath::new(Cursor::new(&bytes)).next_message().is_err());
+}
+
+#[test]
 fn what_is_not_supported_is_named() {
     let early = [&config("pc")[..], &[section::FULL, 0, 0, 0, 9, 10], b"virtio-mem"].concat();
     let error = read_all(Cursor::new(early)).unwrap_err().to_string();

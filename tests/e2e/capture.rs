@@ -32,6 +32,7 @@ tests_on_both! {
     a_disk_is_left_out_by_any_of_its_names
     a_disk_that_was_plugged_in_is_captured_and_reverted
     a_disk_on_ahci_is_captured_and_reverted
+    a_disk_that_no_option_defines_is_refused
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
@@ -283,6 +284,36 @@ fn a_disk_that_was_plugged_in_is_captured_and_reverted(dir: &Dir, qemu: Qemu) ->
     Pidfd::open(pid)?.kill()
 }
 
+/// A file of -readconfig is not part of the recorded command line: a revert would not find the
+/// disk.
+fn a_disk_that_no_option_defines_is_refused(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let (disk, config, image) = (dir.path("d.raw"), dir.path("qemu.cfg"), dir.path("vm.snap"));
+    File::create(&disk)?.set_len(1 << 20)?;
+    let drive = format!(
+        "[drive \"system\"]\nif = \"none\"\nformat = \"raw\"\nfile = \"{}\"\n",
+        text(&disk)
+    );
+    std::fs::write(&config, drive)?;
+    let args = ["-readconfig", text(&config), "-device", "virtio-blk-pci,drive=system"];
+    let bare = Bare::start(dir, qemu, &args)?;
+    let check = dir.snapback(&["check", "--qmp", text(&bare.socket)]).end()?;
+    let item = check.events.iter().find(|event| event["item"] == "revert");
+    let save = || dir.snapback(&["save", "--qmp", text(&bare.socket), text(&image)]);
+    for refusal in [item.ok_or("not checked")?["says"].to_string(), save().fail()?] {
+        let names = ["system", "-readconfig", "--exclude-disk", "--allow-missing-device"];
+        assert!(names.iter().all(|name| refusal.contains(name)), "{refusal}");
+    }
+    assert!(!image.exists());
+
+    let ended = save().with(&["--allow-missing-device", "system"]).succeed()?;
+    assert!(ended.event("warning")?["says"].to_string().contains("system (disk)"));
+    let info = dir.snapback(&["info", text(&image)]).succeed()?;
+    assert_eq!(info.events[0]["hotplug"]["missing"][0]["id"], "system");
+    let refusal = dir.snapback(&["revert", text(&image)]).fail()?;
+    assert!(refusal.contains("system") && refusal.contains("snapback serve"), "{refusal}");
+    save().with(&["--exclude-disk", "system", "--force"]).succeed().map(drop)
+}
+
 /// The guests' kernel has no driver for AHCI (`tests/guest/README.md`): QEMU itself writes for
 /// it here.
 fn a_disk_on_ahci_is_captured_and_reverted(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -521,7 +552,7 @@ fn what_cant_be_undone_is_named(dir: &Dir, qemu: Qemu) -> Result<()> {
     if !cfg!(debug_assertions) {
         return Ok(());
     }
-    kill_at_its_step(watched.save(dir).env(STOP_AT, "moment").start()?)?;
+    kill_at_its_step(watched.save(dir).with(&["--no-keeper"]).env(STOP_AT, "moment").start()?)?;
     let theirs = dir.path("theirs.qcow2");
     let mut side = Qmp::connect(&watched.side)?;
     let overlay = overlay_node(&mut side)?;
@@ -647,7 +678,7 @@ fn a_real_agent_freezes_and_thaws(dir: &Dir) -> Result<()> {
         // Killed between the moment and the thaw: this QEMU leaves memory write-protected,
         // and its guest's agent can't answer before that is mended.
         let saving = dir.save(&guest, "vm.snap").with(&["--quiesce", text(&agent)]);
-        kill_at_its_step(saving.env(STOP_AT, "released").start()?)?;
+        kill_at_its_step(saving.with(&["--no-keeper"]).env(STOP_AT, "released").start()?)?;
         let ended = dir.save(&guest, "vm.snap").with(&["--recover"]).succeed()?;
         ended.event("thawed")?;
         assert_eq!(ended.event("recovered")?["outcome"], "undone");

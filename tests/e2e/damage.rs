@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::bare::Bare;
-use crate::harness::{Dir, Reverted, text};
+use crate::harness::{Dir, Reverted, Snapback, text};
 use crate::shared::copy;
 use crate::support::{Qemu, Result};
 use crate::tests;
@@ -104,6 +104,17 @@ fn a_flipped_byte_is_found_wherever_it_is(dir: &Dir) -> Result<()> {
     Ok(())
 }
 
+/// Runs a revert that can't come to its end, and interrupts it if it waits for a repair. Returns its
+/// error.
+fn interrupted_when_damaged(revert: Snapback) -> Result<String> {
+    let mut revert = revert.start()?;
+    let told = revert.wait_any(&["degraded", "stopped", "error"])?;
+    if told["event"] != "error" {
+        revert.signal(libc::SIGINT);
+    }
+    revert.end()?.failure()
+}
+
 /// Reverts an image that has one byte flipped. If `verify` finds fault with it,
 /// the revert must not come to its end, nor QEMU live on.
 fn revert_damaged(dir: &Dir, image: &Path, from: &Path, place: u64) -> Result<Option<String>> {
@@ -116,7 +127,7 @@ fn revert_damaged(dir: &Dir, image: &Path, from: &Path, place: u64) -> Result<Op
             Reverted::of(dir.revert(image, from, &to), &to)?.resident()?;
             None
         }
-        _ => Some(dir.revert(image, from, &to).fail()?),
+        _ => Some(interrupted_when_damaged(dir.revert(image, from, &to))?),
     };
     flip(image, place)?;
     assert!(dir.processes().is_empty(), "{:?}", dir.processes());

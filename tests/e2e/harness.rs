@@ -25,7 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Runs a test in a folder of its own, and checks that it leaves nothing.
 pub fn in_a_folder(test: impl FnOnce(&Dir) -> Result<()>) -> Result<()> {
-    let dir = Dir { folder: tempfile::Builder::new().prefix("snapback-e2e-").tempdir()? };
+    let folder = tempfile::Builder::new().prefix("snapback-e2e-").tempdir()?;
+    let runtime = tempfile::Builder::new().prefix("snapback-e2e-runtime-").tempdir()?;
+    let dir = Dir { folder, runtime };
     test(&dir)?;
     wait_for(SOON, "processes to end", || Ok(dir.processes().is_empty().then_some(())))
         .map_err(|e| format!("{e}: {:?} are left behind", dir.processes()))?;
@@ -35,11 +37,18 @@ pub fn in_a_folder(test: impl FnOnce(&Dir) -> Result<()>) -> Result<()> {
 /// A test's folder.
 pub struct Dir {
     folder: TempDir,
+    /// The user's runtime directory.
+    runtime: TempDir,
 }
 
 impl Dir {
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The directory in which the program records reverts.
+    pub fn runs(&self) -> PathBuf {
+        self.runtime.path().join("snapback")
     }
 
     /// A new folder in it.
@@ -54,7 +63,7 @@ impl Dir {
         let mut words: Vec<String> = args.iter().map(|arg| arg.to_string()).collect();
         words.insert(1, "--json".into());
         let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
-        command.current_dir(self.folder.path()).env("XDG_RUNTIME_DIR", self.folder.path());
+        command.current_dir(self.folder.path()).env("XDG_RUNTIME_DIR", self.runtime.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Snapback { command, words }
     }
@@ -78,12 +87,15 @@ impl Dir {
 
     /// Names of all files in a folder of this name (`.` is the folder itself), in order.
     pub fn names(&self, folder: &str) -> Result<Vec<String>> {
-        let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-        let mut names: Vec<_> = fs::read_dir(self.path(folder))?
-            .map(|entry| entry.map(name))
-            .collect::<std::io::Result<_>>()?;
-        names.sort();
-        Ok(names)
+        names(&self.path(folder))
+    }
+
+    /// Names of what the program has left of reverts: records and logs.
+    pub fn recorded(&self) -> Result<Vec<String>> {
+        match self.runs().exists() {
+            true => names(&self.runs()),
+            false => Ok(Vec::new()),
+        }
     }
 
     /// Names of the sockets in a folder.
@@ -110,6 +122,15 @@ impl Dir {
         };
         pids.filter_map(describe).collect()
     }
+}
+
+/// Names of all files in a folder, in order.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let names = fs::read_dir(folder)?.map(|entry| entry.map(name));
+    let mut names: Vec<_> = names.collect::<std::io::Result<_>>()?;
+    names.sort();
+    Ok(names)
 }
 
 impl Drop for Dir {
@@ -296,6 +317,12 @@ impl Running {
         Err(format!("it ended without any of {names:?}: {:?} {stderr:?}", self.said).into())
     }
 
+    /// All that it has said by now, for error messages.
+    pub fn said(&mut self) -> &[String] {
+        self.said.extend(self.lines.try_iter());
+        &self.said
+    }
+
     /// Waits for an event.
     pub fn wait(&mut self, name: &str) -> Result<Value> {
         self.wait_any(&[name])
@@ -469,6 +496,11 @@ impl Reverted {
         let resident = ended.event("resident")?;
         assert_eq!(resident["pages"], resident["total"]);
         Ok(ended)
+    }
+
+    /// The guest alone, once its server has been waited for.
+    pub fn into_guest(self) -> Attached {
+        self.guest
     }
 
     /// Checks that the guest is the one of this nonce, and its memory right.

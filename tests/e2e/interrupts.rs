@@ -325,7 +325,7 @@ fn a_detached_revert_is_interrupted_before_qemu_is_up(dir: &Dir) -> Result<()> {
     wait_until(SOON, "QEMU to be started", || to.join("started").exists())?;
     revert.signal(libc::SIGINT);
     is_gone(dir, "reverted", &revert.end()?)?;
-    assert!(dir.names("snapback")?.is_empty());
+    assert!(dir.recorded()?.is_empty());
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::bare::query;
-use crate::harness::{Dir, Running, check};
+use crate::harness::{Dir, Running, Snapback, check};
 use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, query_status,
 };
@@ -15,13 +15,14 @@ use crate::tests_on_both;
 tests_on_both! {
     a_save_is_killed_at_every_step
     an_image_that_cant_be_read_is_not_given_up
+    a_killed_save_is_cleaned_up_by_its_keeper
 }
 
 /// The variable that names the step at which a save stops: in builds for tests only.
 pub const STOP_AT: &str = "SNAPBACK_TEST_STOP_AT";
 
 /// What a save with two disks does, step by step.
-const STEPS: [&str; 15] = [
+pub const STEPS: [&str; 15] = [
     "journal",
     "settings",
     "overlay 0",
@@ -54,7 +55,7 @@ pub fn kill_at_its_step(command: Running) -> Result<()> {
 }
 
 /// A small guest with two disks, memory that changes, and a control socket.
-fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+pub fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
     let disks = vec![
         Disk::new("one", &dir.path("one.raw")),
         Disk {
@@ -78,7 +79,7 @@ fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
 
 /// What a save changes, and what undoing it has to put back.
 #[derive(Debug, PartialEq)]
-struct State {
+pub struct State {
     status: String,
     capabilities: Value,
     parameters: Value,
@@ -91,7 +92,7 @@ struct State {
 }
 
 impl State {
-    fn of(guest: &Guest, dir: &Dir) -> Result<State> {
+    pub fn of(guest: &Guest, dir: &Dir) -> Result<State> {
         let ask = |command: &str| query(&guest.qmp_path, command);
         let list = |command: &str| {
             let list = ask(command)?.as_array().cloned();
@@ -119,8 +120,13 @@ impl State {
     }
 }
 
+/// A save behind which nobody cleans up.
+fn save(dir: &Dir, guest: &Guest) -> Snapback {
+    dir.save(guest, "vm.snap").with(&["--no-keeper"])
+}
+
 /// Recovers; the outcome.
-fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
+pub fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
     let ended = dir.save(guest, "vm.snap").with(&["--recover"]).succeed()?;
     Ok(ended.event("recovered")?["outcome"].as_str().unwrap_or_default().to_owned())
 }
@@ -128,7 +134,7 @@ fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
 /// Devices on which the guest reads back what was written before.
 const DEVICES: [&str; 2] = ["vda", "vdb"];
 
-fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
+pub fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
     for device in DEVICES {
         let answer = guest.oracle.ask(&format!("disk {question} /dev/{device} 64 7"))?;
         assert_eq!(answer, "ok", "{question} {device}");
@@ -137,7 +143,7 @@ fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
 }
 
 /// The guest is as before, and so are its disks.
-fn is_as_before(dir: &Dir, guest: &mut Guest, before: &State, step: &str) -> Result<()> {
+pub fn is_as_before(dir: &Dir, guest: &mut Guest, before: &State, step: &str) -> Result<()> {
     assert_eq!(&State::of(guest, dir)?, before, "killed at `{step}`");
     check(guest).map_err(|e| format!("killed at `{step}`: {e}"))?;
     ask_disks(guest, "check")
@@ -158,7 +164,7 @@ fn a_save_is_killed_at_every_step(dir: &Dir, qemu: Qemu) -> Result<()> {
     let without = STEPS_WITHOUT_DISKS.map(|step| (step, "none"));
     for (step, disks) in with_disks.into_iter().chain(without) {
         let before = State::of(guest, dir)?;
-        let save = |guest: &Guest| dir.save(guest, "vm.snap").with(&["--disks", disks]);
+        let save = |guest: &Guest| save(dir, guest).with(&["--disks", disks]);
         kill_at_its_step(save(guest).env(STOP_AT, step).start()?)
             .map_err(|e| format!("at `{step}`: {e}"))?;
         let outcome = recover(dir, guest).map_err(|e| format!("killed at `{step}`: {e}"))?;
@@ -176,7 +182,7 @@ fn a_save_is_killed_at_every_step(dir: &Dir, qemu: Qemu) -> Result<()> {
     // A save that undoes itself is killed, and then recovering as well.
     for step in STEPS_OF_UNDOING {
         let before = State::of(guest, dir)?;
-        let save = |guest: &Guest| dir.save(guest, "vm.snap");
+        let save = |guest: &Guest| save(dir, guest);
         let undoing = save(guest).env(STOP_AT, &format!("moment,{step}")).start()?;
         undoing.wait_stopped()?;
         undoing.signal(libc::SIGINT);
@@ -186,13 +192,14 @@ fn a_save_is_killed_at_every_step(dir: &Dir, qemu: Qemu) -> Result<()> {
         is_as_before(dir, guest, &before, step)?;
 
         kill_at_its_step(save(guest).env(STOP_AT, "moment").start()?)?;
-        kill_at_its_step(save(guest).with(&["--recover"]).env(STOP_AT, step).start()?)?;
+        let recovering = dir.save(guest, "vm.snap").with(&["--recover"]);
+        kill_at_its_step(recovering.env(STOP_AT, step).start()?)?;
         assert_eq!(recover(dir, guest)?, "undone");
         is_as_before(dir, guest, &before, step)?;
     }
 
     // An image that was to be replaced is not taken for the new one.
-    let save = || dir.save(guest, "vm.snap").with(&["--disks", "none", "--force"]);
+    let save = || save(dir, guest).with(&["--disks", "none", "--force"]);
     save().succeed()?;
     let (before, image) = (State::of(guest, dir)?, fs::read(dir.path("vm.snap"))?);
     kill_at_its_step(save().env(STOP_AT, "restored").start()?)?;
@@ -202,12 +209,57 @@ fn a_save_is_killed_at_every_step(dir: &Dir, qemu: Qemu) -> Result<()> {
     Ok(())
 }
 
+/// The steps between which QEMU's stream flows, and some before and behind.
+const STEPS_OF_KEEPING: [&str; 10] = [
+    "settings",
+    "ready",
+    "stopped",
+    "switched",
+    "migrating",
+    "first page",
+    "released",
+    "moment",
+    "received",
+    "named",
+];
+
+fn a_killed_save_is_cleaned_up_by_its_keeper(dir: &Dir, qemu: Qemu) -> Result<()> {
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    let guest = &mut boot(dir, qemu)?;
+    ask_disks(guest, "write")?;
+    let with_disks = STEPS_OF_KEEPING.map(|step| (step, "overlay"));
+    let without = ["migrating", "moment"].map(|step| (step, "none"));
+    for (step, disks) in with_disks.into_iter().chain(without) {
+        let before = State::of(guest, dir)?;
+        let save = |guest: &Guest| dir.save(guest, "vm.snap").with(&["--disks", disks]);
+        let saving = save(guest).env(STOP_AT, step).start()?;
+        saving.wait_stopped()?;
+        saving.signal(libc::SIGKILL);
+        // Its keeper speaks for it.
+        let ended = saving.end()?;
+        let outcome = ended.event("recovered").map_err(|e| format!("killed at `{step}`: {e}"))?;
+        match step {
+            "named" => assert_eq!(outcome["outcome"], "saved"),
+            _ => {
+                assert_eq!(outcome["outcome"], "undone");
+                is_as_before(dir, guest, &before, step)?;
+                save(guest).succeed().map_err(|e| format!("behind `{step}`: {e}"))?;
+            }
+        }
+        fs::remove_file(dir.path("vm.snap"))?;
+        check(guest)?;
+    }
+    Ok(())
+}
+
 fn an_image_that_cant_be_read_is_not_given_up(dir: &Dir, qemu: Qemu) -> Result<()> {
     if !cfg!(debug_assertions) {
         return Ok(());
     }
     let guest = &mut boot(dir, qemu)?;
-    kill_at_its_step(dir.save(guest, "vm.snap").env(STOP_AT, "named").start()?)?;
+    kill_at_its_step(save(dir, guest).env(STOP_AT, "named").start()?)?;
     let saved = State::of(guest, dir)?;
     let image = dir.path("vm.snap");
     let whole = fs::read(&image)?;

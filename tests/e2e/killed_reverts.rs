@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::harness::{Dir, Reverted, Running, send_signal, wait_gone};
+use crate::bare::query;
+use crate::harness::{Dir, Reverted, Running, check, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
 use crate::shared::shared;
 use crate::support::{Qemu, Result, SOON, wait_for};
@@ -16,6 +17,10 @@ tests_on_both! {
     servers_are_killed_as_soon_as_they_serve
     a_keeper_is_killed_and_then_the_server
     qemu_is_killed_and_all_end_with_it
+    both_are_killed_while_it_fills
+    both_are_killed_while_it_waits
+    both_are_killed_that_serve_by_socket
+    a_server_by_socket_is_succeeded_directly
 }
 
 tests! {
@@ -23,13 +28,17 @@ tests! {
     a_server_that_dies_too_often_is_given_up
     a_server_that_stands_still_is_not_replaced
     a_revert_without_a_keeper_starts_none
+    a_guest_that_is_served_or_another_images_is_not_taken_up
 }
 
 /// Fills memory, and takes some seconds for that.
-const SLOWLY: [&str; 3] = ["--fill-rate", "12M", "--no-working-set"];
+pub const SLOWLY: [&str; 3] = ["--fill-rate", "12M", "--no-working-set"];
+
+/// Fills memory all the while that a test takes.
+const SLOWER: [&str; 3] = ["--fill-rate", "1M", "--no-working-set"];
 
 /// What the command line of a new server begins with.
-const SUCCESSOR: &str = "snapback resume --inherited";
+pub const SUCCESSOR: &str = "snapback resume --inherited";
 
 /// A revert under way whose server may be killed.
 struct Killed<'a> {
@@ -69,13 +78,15 @@ impl<'a> Killed<'a> {
         let told = self.server().wait("taken_over")?;
         assert_eq!((&told["by"], told["restarts"].as_u64()), (&"keeper".into(), Some(restarts)));
         assert!(told["after_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{told}");
-        self.guest.log.wait_beat(beat, SOON)?;
+        if let Err(error) = self.guest.log.wait_beat(beat, SOON) {
+            return Err(format!("{error}\nthe servers said {:?}", self.server().said()).into());
+        }
         println!("the guest went on {:?} after a kill: {told}", killed.elapsed());
         Ok(())
     }
 
     /// Has the present server finish, and checks the guest and what is left.
-    fn finish(mut self) -> Result<()> {
+    fn finish(mut self) -> Result<Reverted> {
         let server = self.successor()?;
         send_signal(server, libc::SIGTERM);
         let ended = self.guest.server.take().ok_or("no server")?.end()?;
@@ -83,12 +94,13 @@ impl<'a> Killed<'a> {
         assert_eq!(resident["pages"], resident["total"], "{ended:?}");
         assert!(ended.event("error").is_err() && ended.stderr.is_empty(), "{ended:?}");
         wait_gone(server)?;
-        self.guest.check(self.nonce)
+        self.guest.check(self.nonce)?;
+        Ok(self.guest)
     }
 }
 
 /// The only process of the folder with these words on its command line.
-fn process(dir: &Dir, words: &str) -> Result<u32> {
+pub fn process(dir: &Dir, words: &str) -> Result<u32> {
     wait_for(SOON, words, || {
         let mut all = dir.processes().into_iter().filter(|(_, line)| line.contains(words));
         Ok(all.next().map(|(pid, _)| pid))
@@ -100,7 +112,7 @@ fn a_server_is_killed_while_it_fills(dir: &Dir, qemu: Qemu) -> Result<()> {
     killed.server().wait("progress")?;
     killed.kill_first();
     killed.taken_over(1)?;
-    killed.finish()
+    killed.finish().map(drop)
 }
 
 fn a_server_is_killed_while_it_waits(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -111,7 +123,7 @@ fn a_server_is_killed_while_it_waits(dir: &Dir, qemu: Qemu) -> Result<()> {
     killed.taken_over(1)?;
     // All that it has not touched yet comes from the new server.
     killed.guest.check(killed.nonce)?;
-    killed.finish()
+    killed.finish().map(drop)
 }
 
 fn a_server_is_killed_that_serves_by_socket(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -123,7 +135,7 @@ fn a_server_is_killed_that_serves_by_socket(dir: &Dir, qemu: Qemu) -> Result<()>
     killed.guest.check(killed.nonce)?;
     send_signal(killed.successor()?, libc::SIGKILL);
     killed.taken_over(2)?;
-    killed.finish()
+    killed.finish().map(drop)
 }
 
 /// Ten of them, which is the most in a minute; each may be at any step of taking over.
@@ -135,7 +147,7 @@ fn servers_are_killed_as_soon_as_they_serve(dir: &Dir, qemu: Qemu) -> Result<()>
         send_signal(killed.successor()?, libc::SIGKILL);
     }
     killed.taken_over(10)?;
-    killed.finish()
+    killed.finish().map(drop)
 }
 
 fn a_keeper_is_killed_and_then_the_server(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -158,7 +170,7 @@ fn a_keeper_is_killed_and_then_the_server(dir: &Dir, qemu: Qemu) -> Result<()> {
         killed.taken_over(restarts)?;
         first = second;
     }
-    killed.finish()
+    killed.finish().map(drop)
 }
 
 fn qemu_is_killed_and_all_end_with_it(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -171,6 +183,96 @@ fn qemu_is_killed_and_all_end_with_it(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert!(ended.event("error")?["message"].as_str().is_some_and(|m| m.contains("QEMU")));
     wait_gone(server)?;
     wait_gone(keeper)
+}
+
+/// Kills the first server and its keeper, neither of which can replace the other.
+fn kill_both(killed: &mut Killed) -> Result<()> {
+    let keeper = process(killed.dir, " keeper -- ")?;
+    killed.server().signal(libc::SIGSTOP);
+    killed.server().wait_stopped()?;
+    send_signal(keeper, libc::SIGKILL);
+    wait_gone(keeper)?;
+    killed.kill_first();
+    killed.guest.server.take().ok_or("no server")?.end().map(drop)
+}
+
+/// Both are killed under a guest that was reverted with `args`. Takes it up again with `resume`'s
+/// `place`, and kills the new server too.
+fn is_taken_up_again(dir: &Dir, qemu: Qemu, args: &[&str], place: &str) -> Result<()> {
+    let mut killed = Killed::start(dir, qemu, args)?;
+    let beat = killed.guest.log.wait_beat(0, SOON)?;
+    killed.guest.log.wait_beat(beat.number + 2, SOON)?;
+    kill_both(&mut killed)?;
+
+    let image = &shared(qemu)?.image;
+    let pid = killed.guest.pid.to_string();
+    let resume = dir.snapback(&["resume", text(image), "--pid", &pid, "--place", place]);
+    let paced = if args.contains(&SLOWER[0]) { &SLOWER[..2] } else { &UNFILLED[..2] };
+    let beat = killed.guest.log.last_beat().map_or(0, |beat| beat.number);
+    let mut resumed = resume.with(paced).start()?;
+    let told = resumed.wait("taken_over")?;
+    assert_eq!((&told["by"], told["restarts"].as_u64()), (&"resume".into(), Some(0)));
+    println!("taken up again: {told}");
+    killed.guest.log.wait_beat(beat, SOON)?;
+    killed.guest.check(killed.nonce)?;
+
+    // It has a keeper of its own, which holds all that a successor needs once QEMU goes on.
+    let keeper = process(dir, " keeper -- ")?;
+    wait_for(SOON, "the keeper", || {
+        let holds = |fd: u32| std::fs::read_link(format!("/proc/{keeper}/fd/{fd}")).is_ok();
+        Ok(holds(QEMU_HELD).then_some(()))
+    })?;
+    resumed.signal(libc::SIGKILL);
+    killed.guest.server = Some(resumed);
+    killed.taken_over(1)?;
+    killed.guest.check(killed.nonce)?;
+    let mut guest = killed.finish()?;
+    assert_eq!(query(&guest.qmp_path, "query-migrate")?["status"], "completed");
+    let image = dir.path("after.snap");
+    dir.save(&guest, "after.snap").succeed()?;
+    assert!(image.exists());
+    check(&mut guest)
+}
+
+/// The number at which a keeper holds QEMU's pidfd.
+const QEMU_HELD: u32 = 67;
+
+fn both_are_killed_while_it_fills(dir: &Dir, qemu: Qemu) -> Result<()> {
+    is_taken_up_again(dir, qemu, &SLOWER, "auto")
+}
+
+fn both_are_killed_while_it_waits(dir: &Dir, qemu: Qemu) -> Result<()> {
+    is_taken_up_again(dir, qemu, &UNFILLED, "uffd")
+}
+
+fn both_are_killed_that_serve_by_socket(dir: &Dir, qemu: Qemu) -> Result<()> {
+    // A guest that has all it needs leaves QEMU free to answer.
+    let args = [&SLOWER[..], &["--place", "socket"]].concat();
+    is_taken_up_again(dir, qemu, &args, "socket")
+}
+
+fn a_server_by_socket_is_succeeded_directly(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let args = [&UNFILLED[..], &["--place", "socket"]].concat();
+    is_taken_up_again(dir, qemu, &args, "auto")
+}
+
+fn a_guest_that_is_served_or_another_images_is_not_taken_up(dir: &Dir) -> Result<()> {
+    let mut killed = Killed::start(dir, Qemu::V7, &UNFILLED)?;
+    killed.guest.log.wait_beat(0, SOON)?;
+    let resume = |image: &std::path::Path, qmp: &std::path::Path| {
+        dir.snapback(&["resume", text(image), "--qmp", text(qmp)]).fail()
+    };
+    let image = &shared(Qemu::V7)?.image;
+    let refusal = resume(image, &killed.guest.qmp_path)?;
+    assert!(refusal.contains("serves this guest"), "{refusal}");
+    kill_both(&mut killed)?;
+    let refusal = resume(&shared(Qemu::V10)?.image, &killed.guest.qmp_path)?;
+    assert!(refusal.contains("is not this image's"), "{refusal}");
+
+    // By hand it needs no more than that.
+    let qmp = killed.guest.qmp_path.clone();
+    dir.snapback(&["resume", text(image), "--qmp", text(&qmp), "--no-keeper"]).succeed()?;
+    killed.guest.check(killed.nonce)
 }
 
 fn a_detached_server_is_killed(dir: &Dir) -> Result<()> {

@@ -25,6 +25,7 @@ mod damage;
 mod database;
 mod disk_reverts;
 mod exchange;
+mod faulty_disk;
 mod filling;
 mod hotplug;
 mod huge_pages;
@@ -36,11 +37,16 @@ mod libvirt;
 mod mapping;
 mod moments;
 mod ports;
+mod runs;
 mod sandbox;
+mod save_under_fire;
 mod serving;
 mod sessions;
+mod soak;
+mod torture;
 mod trouble;
 mod unprivileged;
+mod unreadable;
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {

@@ -78,7 +78,7 @@ fn a_detached_revert_that_fails_leaves_no_log(dir: &Dir) -> Result<()> {
     let revert = || dir.revert(&shared.image, &shared.from, &to);
     let refusal = revert().with(&["--detach", "--", "-no-such-option"]).fail()?;
     assert!(refusal.contains("-no-such-option: invalid option"), "{refusal}");
-    assert!(dir.names("snapback")?.is_empty());
+    assert!(dir.recorded()?.is_empty());
     let log = dir.path("no such folder/my.log");
     let refusal = revert().with(&["--detach", "--log", text(&log)]).fail()?;
     assert!(refusal.contains(text(&log)), "{refusal}");

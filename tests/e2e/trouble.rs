@@ -96,17 +96,17 @@ fn a_qemu_killed_in_the_midst_of_a_revert_is_told(dir: &Dir, qemu: Qemu) -> Resu
     let pid = revert.wait("running")?["pid"].as_u64().ok_or("no pid")? as u32;
     send_signal(pid, libc::SIGKILL);
     let told = revert.end()?.failure()?;
-    assert!(told.contains("QEMU"), "{told}");
+    assert!(told.contains("QEMU ended (signal: 9 (SIGKILL))"), "{told}");
     wait_gone(pid)?;
     assert_eq!(dir.sockets("reverted")?, Vec::<String>::new());
     Ok(())
 }
 
 /// A small file system in memory. Dropping it unmounts it.
-struct Tmpfs(PathBuf);
+pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    fn mount(path: PathBuf, size: &str) -> Result<Tmpfs> {
+    pub fn mount(path: PathBuf, size: &str) -> Result<Tmpfs> {
         let text = |text: &str| CString::new(text).unwrap();
         let (kind, target) = (text("tmpfs"), text(path.to_str().unwrap()));
         let options = text(&format!("size={size},mode=700"));

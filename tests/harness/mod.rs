@@ -67,7 +67,7 @@ impl Engine {
     /// Brings all memory, with so many threads.
     pub fn fill(&self, threads: usize, pace: &Pace) -> Result<(), MemoryError> {
         let options = FillOptions { threads, ..FillOptions::default() };
-        prefetch(&self.memory, &options, pace)
+        prefetch(&self.memory, &options, pace).map(drop)
     }
 
     /// Stops the threads that answer faults, and says how they fared.

@@ -11,8 +11,8 @@ use snapback::page::{
 
 /// A source that holds nothing: it computes what is asked for.
 ///
-/// Stretches of pages are zero, and so are single pages in between; half of each other
-/// page can't be compressed. A chunk holds the pages of its group in reverse order.
+/// Stretches of pages are zero, long ones and short ones, and so are single pages in between; half
+/// of each other page can't be compressed. A chunk holds the pages of its group in reverse order.
 #[derive(Clone)]
 pub struct Pattern {
     blocks: Vec<Block>,
@@ -39,7 +39,9 @@ impl Pattern {
     }
 
     pub fn is_zero(&self, page: Page) -> bool {
-        !self.dense && (page.number / 96 % 4 == 3 || mix(page, 0).is_multiple_of(5))
+        let is_long = page.number / 512 % 4 == 1;
+        let is_short = page.number / 96 % 4 == 3;
+        !self.dense && (is_long || is_short || mix(page, 0).is_multiple_of(5))
     }
 
     /// One word of a page.

@@ -38,7 +38,7 @@ use crate::qmp::{Qmp, QmpError};
 ///
 /// # Errors
 /// [`GuestError::NotReplayable`] names the devices that no option can give,
-/// [`GuestError::NoSuchPlugged`] a name in `allow_missing` of no plugged device.
+/// [`GuestError::NoSuchPlugged`] a name in `allow_missing` of no plugged device and no disk.
 pub async fn record_hotplug(
     qmp: &Qmp,
     machine: &mut Machine,
@@ -50,7 +50,7 @@ pub async fn record_hotplug(
     let paths = device_paths(qmp).await?;
     let devices = peripherals(qmp, &paths).await?;
     let plugged: Vec<Peripheral> = in_order(devices.iter().filter(|device| device.hotplugged));
-    refused::check_names(allow_missing, &plugged)?;
+    refused::check_names(allow_missing, &plugged, disks)?;
 
     let present = Present::ask(qmp, devices).await?;
     let (there, gone) = split(removed::devices(&line, &present));
@@ -79,6 +79,7 @@ pub async fn record_hotplug(
         }
     }
     hotplug.missing = refused::allowed(&refused, allow_missing)?;
+    hotplug.missing.extend(refused::disks(&line, &machine.cwd, disks, allow_missing));
     if !hotplug.is_empty() {
         let program = program.clone();
         machine.argv = std::iter::once(program).chain(line.into_args()).collect();

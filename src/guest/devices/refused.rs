@@ -1,8 +1,13 @@
-//! Plugged devices that no option can give.
+//! Plugged devices, and disks, that no option can give.
+
+use std::path::Path;
 
 use super::peripherals::Peripheral;
 use crate::guest::GuestError;
-use crate::machine::PluggedDevice;
+use crate::guest::command_line::CommandLine;
+use crate::guest::disks::attached::FoundDisk;
+use crate::guest::disks::drives::find;
+use crate::machine::{DiskRole, PluggedDevice};
 
 /// A device, and why it can't be given.
 pub(super) struct Refused<'a> {
@@ -19,9 +24,17 @@ impl Refused<'_> {
     }
 }
 
-/// That every name is one of a plugged device.
-pub(super) fn check_names(names: &[String], plugged: &[Peripheral]) -> Result<(), GuestError> {
-    let is_known = |name: &str| plugged.iter().any(|device| device.name() == name);
+/// That every name is one of a plugged device, or of a disk, which may be on no option without
+/// having been plugged in.
+pub(super) fn check_names(
+    names: &[String],
+    plugged: &[Peripheral],
+    disks: &[FoundDisk],
+) -> Result<(), GuestError> {
+    let is_known = |name: &str| {
+        plugged.iter().any(|device| device.name() == name)
+            || disks.iter().any(|disk| disk.is_called(name))
+    };
     match names.iter().find(|name| !is_known(name)) {
         None => Ok(()),
         Some(name) => {
@@ -49,4 +62,20 @@ pub(super) fn allowed(
         .map(|one| format!("`SaveOptions::allow_missing_devices` {}", one.device.name()))
         .collect();
     Err(GuestError::NotReplayable { devices: told.join("; "), advice: advice.join(" ") })
+}
+
+/// The captured disks that no option defines, as far as they may be missing.
+pub(super) fn disks(
+    line: &CommandLine,
+    cwd: &str,
+    disks: &[FoundDisk],
+    names: &[String],
+) -> Vec<PluggedDevice> {
+    let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
+    let missing = captured.filter(|found| find(line, &found.disk, Path::new(cwd)).is_err());
+    let named = |found: &FoundDisk| {
+        let id = names.iter().find(|name| found.is_called(name))?.clone();
+        Some(PluggedDevice { id, driver: "disk".into(), ..PluggedDevice::default() })
+    };
+    missing.filter_map(named).collect()
 }

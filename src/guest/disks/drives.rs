@@ -59,13 +59,26 @@ pub(in crate::guest) fn find(
     found.ok_or_else(|| GuestError::DiskNotGiven { disk: disk.describe() })
 }
 
-/// Whether a revert will find a disk on the machine's command line.
+/// Whether a revert will find the disks that are to be captured on the machine's command line, and
+/// tell them apart.
 ///
 /// # Errors
-/// [`GuestError::DiskNotGiven`] when it won't, as for a disk that was plugged in.
-pub fn check_given(machine: &Machine, disk: &Disk) -> Result<(), GuestError> {
+/// [`GuestError::DiskNotGiven`] and [`GuestError::DisksGivenAsOne`] when it won't.
+pub fn check_given<'a>(
+    machine: &Machine,
+    disks: impl IntoIterator<Item = &'a Disk>,
+) -> Result<(), GuestError> {
     let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
-    find(&line, disk, Path::new(&machine.cwd)).map(drop)
+    let mut found: Vec<(usize, &Disk)> = Vec::new();
+    for disk in disks {
+        let place = find(&line, disk, Path::new(&machine.cwd))?;
+        if let Some((_, other)) = found.iter().find(|(taken, _)| *taken == place) {
+            let (disk, other) = (disk.describe(), other.describe());
+            return Err(GuestError::DisksGivenAsOne { disk, other });
+        }
+        found.push((place, disk));
+    }
+    Ok(())
 }
 
 /// Replaces disks by their overlays, each at the position that [`find`] returned.
@@ -381,7 +394,7 @@ mod tests {
         check_drive(&disk("pflash0", None), "-pflash /vm/d.raw", "", "if=pflash,");
         let other = CommandLine::parse(["-drive", "id=d1,file=/other", "-hda", "/vm/another"]);
         let error = find(&other, &disk("d0", None), Path::new("/vm")).unwrap_err().to_string();
-        assert!(error.contains("d0") && error.contains("plugged in"), "{error}");
+        assert!(error.contains("d0") && error.contains("-readconfig"), "{error}");
     }
 
     #[test]

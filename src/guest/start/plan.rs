@@ -49,6 +49,9 @@ pub struct StartPlan {
     pub mapped: Vec<String>,
     /// The overlays to create before the start, one for each captured disk.
     pub overlays: Vec<Overlay>,
+    /// What [`label_of`](crate::guest::label_of) tells of the process, of letters, digits and
+    /// signs such as `-`.
+    pub label: String,
     /// Descriptors to pass on, under the numbers they have here.
     pub(in crate::guest) inherit: Vec<OwnedFd>,
 }

@@ -135,6 +135,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         notes,
         mapped,
         overlays: disks.into_iter().map(|(_, overlay)| overlay).collect(),
+        label: String::new(),
         inherit: Vec::new(),
     })
 }
@@ -149,6 +150,8 @@ fn captured_disks(
 ) -> Result<Vec<(usize, Overlay)>, GuestError> {
     let moved = |path: &str| paths::replace(path, rules);
     frozen::check_names(&machine.disks, &options.disks)?;
+    let captured = machine.disks.iter().filter(|disk| disk.role == DiskRole::Captured);
+    drives::check_given(machine, captured)?;
     let mut found: Vec<(usize, Overlay)> = Vec::new();
     for (at, disk) in machine.disks.iter().enumerate() {
         match disk.role {
@@ -157,10 +160,6 @@ fn captured_disks(
                 let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
                 let chain = frozen::chain(disk, given.as_deref(), moved)?;
                 let place = drives::find(line, disk, Path::new(&machine.cwd))?;
-                if let Some((_, other)) = found.iter().find(|(taken, _)| *taken == place) {
-                    let (disk, other) = (disk.describe(), other.disk.clone());
-                    return Err(GuestError::DisksGivenAsOne { disk, other });
-                }
                 found.push((place, Overlay::new(disk, at, chain, &options.overlays)?));
             }
             DiskRole::ReadOnly => frozen::check_read_only(disk, moved)?,

@@ -1,7 +1,9 @@
 //! Files that processes have open or mapped.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -49,6 +51,31 @@ pub fn holders(files: &[PathBuf]) -> HashMap<PathBuf, Vec<Holder>> {
 /// Whether a process has a file open.
 pub fn has_open(pid: i32, file: FileId) -> bool {
     open_files(pid).any(|(id, _)| id == file)
+}
+
+/// Whether anybody else has this file open, which must be this user's. The kernel is asked for a
+/// lease, which it grants for a file that nobody else has open (fcntl(2), `F_SETLEASE`), in
+/// whatever namespace; /proc decides where the file system knows no leases. While it is not open
+/// elsewhere, the file stays so until it is closed: who opens it waits for that, for
+/// /proc/sys/fs/lease-break-time seconds at most.
+///
+/// # Errors
+/// When the file is not this user's.
+pub fn is_open_elsewhere(file: &File) -> io::Result<bool> {
+    // SAFETY: F_SETLEASE takes a descriptor, which is open, and a number.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) } == 0 {
+        return Ok(false);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => Ok(true),
+        Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOLCK) => {
+            let meta = file.metadata()?;
+            let (id, us) = ((meta.dev(), meta.ino()), std::process::id() as i32);
+            Ok(processes().any(|pid| pid != us && has_open(pid, id)))
+        }
+        _ => Err(error),
+    }
 }
 
 /// The files that a process has open, and whether for writing.
@@ -99,6 +126,17 @@ mod tests {
         assert_eq!(by(&paths[0]), Some((us, false)));
         assert_eq!(by(&paths[1]), Some((us, true)));
         assert_eq!((by(&paths[2]), by(&paths[3])), (None, None));
+    }
+
+    #[test]
+    fn a_file_is_open_elsewhere_while_another_descriptor_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let other = File::open(file.path()).unwrap();
+        assert!(is_open_elsewhere(&other).unwrap());
+        let path = file.into_temp_path();
+        assert!(!is_open_elsewhere(&other).unwrap());
+        drop(other);
+        assert!(File::open(&path).is_ok());
     }
 
     #[test]

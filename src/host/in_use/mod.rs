@@ -11,7 +11,7 @@ mod sockets;
 mod table;
 mod taps;
 
-pub use files::{Holder, has_open, holders};
+pub use files::{Holder, has_open, holders, is_open_elsewhere};
 pub use owner::Owner;
 pub use ports::{Port, Protocol, bound_over, free_port};
 pub use sockets::{Address, is_listening};

@@ -50,6 +50,16 @@ impl AddressSpace {
         }
     }
 
+    /// Those that are registered with a userfaultfd for missing pages.
+    ///
+    /// # Errors
+    /// As for [`AddressSpace::mappings`].
+    pub fn registered(&self) -> io::Result<Vec<Mapping>> {
+        let mut mappings = self.mappings()?;
+        mappings.retain(Mapping::is_registered);
+        Ok(mappings)
+    }
+
     /// The page map.
     pub fn pagemap(&self) -> &Pagemap {
         &self.pagemap

@@ -56,6 +56,21 @@ impl Mapping {
         Ok(parse(&fs::read(super::path(pid, "smaps"))?))
     }
 
+    /// Those that are registered with a userfaultfd for missing pages, in detail.
+    ///
+    /// # Errors
+    /// As for [`Mapping::all_of`].
+    pub fn registered_of(pid: i32) -> io::Result<Vec<Mapping>> {
+        let mut mappings = Mapping::all_of_in_detail(pid)?;
+        mappings.retain(Mapping::is_registered);
+        Ok(mappings)
+    }
+
+    /// Whether it is registered with a userfaultfd for missing pages. Only smaps tells.
+    pub fn is_registered(&self) -> bool {
+        self.has_flag(*b"um")
+    }
+
     /// Its size in bytes.
     pub fn size(&self) -> u64 {
         self.end - self.start

@@ -34,6 +34,15 @@ nix::ioctl_readwrite!(
 /// Ranges that one call of `PAGEMAP_SCAN` tells at most.
 const REGIONS: usize = 1024;
 
+/// Bytes of a page map that are read at once.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// Whether an entry of 8 bytes is that of a page in memory or swapped out.
+fn is_present(entry: &[u8]) -> bool {
+    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+    entry.first_chunk().is_some_and(|e| u64::from_ne_bytes(*e) & PRESENT_OR_SWAPPED != 0)
+}
+
 /// The page map of a process.
 #[derive(Debug)]
 pub struct Pagemap(File);
@@ -61,11 +70,48 @@ impl Pagemap {
     /// Whether the process has memory at this address, be it swapped out. Asking touches
     /// nothing, unlike reading, which would wait for a page that is missing.
     pub fn is_present(&self, address: u64) -> bool {
-        const PRESENT_OR_SWAPPED: u64 = 3 << 62;
         let mut entry = [0; 8];
         let at = address / PAGE_SIZE as u64 * 8;
-        self.0.read_exact_at(&mut entry, at).is_ok()
-            && u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0
+        self.0.read_exact_at(&mut entry, at).is_ok() && is_present(&entry)
+    }
+
+    /// Calls `found` with each run of pages of `range` that the process has in memory, be it
+    /// swapped out: the number of its first page, counted from the range's start, and how many
+    /// they are. Of a host page of `page_size` bytes it has all or nothing.
+    ///
+    /// # Errors
+    /// When the page map can't be read.
+    pub fn present(
+        &self,
+        range: Range<u64>,
+        page_size: u64,
+        mut found: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
+        let unit = page_size / PAGE_SIZE as u64;
+        let (first, end) = (range.start / PAGE_SIZE as u64, range.end / PAGE_SIZE as u64);
+        let mut entries = vec![0; PIECE_BYTES];
+        let mut run: Option<(u64, u64)> = None;
+        let mut at = first;
+        while at < end {
+            let count = (PIECE_BYTES as u64 / 8).min(end - at);
+            let entries = &mut entries[..count as usize * 8];
+            self.0.read_exact_at(entries, at * 8)?;
+            for (entry, number) in entries.chunks_exact(8).zip(at - first..) {
+                if number % unit != 0 || !is_present(entry) {
+                    continue;
+                }
+                run = match run {
+                    Some((start, count)) if start + count == number => Some((start, count + unit)),
+                    other => {
+                        other.into_iter().for_each(|(start, count)| found(start, count));
+                        Some((number, unit))
+                    }
+                };
+            }
+            at += count;
+        }
+        run.into_iter().for_each(|(start, count)| found(start, count));
+        Ok(())
     }
 
     /// Calls `found` with every range of addresses within `range` whose pages have all of
@@ -127,9 +173,13 @@ mod tests {
         let address = |page: u64| start + page * PAGE_SIZE as u64;
         let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
         assert!(pagemap.is_present(address(5)) && !pagemap.is_present(address(6)));
+        let mut runs = Vec::new();
+        let range = start..start + (8 << 20);
+        pagemap.present(range.clone(), 4096, |first, count| runs.push((first, count))).unwrap();
+        assert_eq!(runs, [(5, 1)]);
         let mut present = Vec::new();
         let scanned =
-            pagemap.scan(start..start + (8 << 20), flags::PRESENT, flags::HUGE, |range| {
+            pagemap.scan(range, flags::PRESENT, flags::HUGE, |range| {
                 present.push(range);
             });
         match scanned {

@@ -77,6 +77,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_getcwd,
     libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
     // Memory of its own.
     libc::SYS_brk,
     libc::SYS_mmap,
@@ -136,6 +138,8 @@ const ALLOWED_OLDER: &[c_long] = &[
     libc::SYS_access,
     libc::SYS_readlink,
     libc::SYS_unlink,
+    libc::SYS_rmdir,
+    libc::SYS_rename,
     libc::SYS_dup2,
     libc::SYS_pipe,
     libc::SYS_poll,

@@ -26,8 +26,14 @@ const OF_THE_LINKER: [&str; 2] = ["/etc/ld.so.cache", "/etc/ld.so.preload"];
 pub struct Access<'a> {
     /// Files that can be read.
     pub read: Vec<BorrowedFd<'a>>,
+    /// Directories in which files can be read, whatever lies there by then.
+    pub read_in: Vec<PathBuf>,
     /// Directories in which files can be removed, but neither read nor written.
     pub remove_in: Vec<PathBuf>,
+    /// Directories in which files can be read, made, written, renamed and removed.
+    pub write_in: Vec<PathBuf>,
+    /// Directories in which empty directories can be removed.
+    pub remove_directories_in: Vec<PathBuf>,
 }
 
 /// Makes a ruleset of what can be opened: what `access` names, and what starting this program
@@ -47,8 +53,17 @@ fn build(access: &Access<'_>) -> Result<Option<OwnedFd>, RulesetError> {
     for file in &access.read {
         rules = rules.add_rule(PathBeneath::new(file, read))?;
     }
-    for directory in &access.remove_in {
-        rules = allow(rules, directory, AccessFs::RemoveFile.into())?;
+    // A rename takes the right to remove and to make.
+    let write = AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile;
+    for (directories, rights) in [
+        (&access.read_in, read),
+        (&access.remove_in, AccessFs::RemoveFile.into()),
+        (&access.write_in, read | write),
+        (&access.remove_directories_in, AccessFs::RemoveDir.into()),
+    ] {
+        for directory in directories {
+            rules = allow(rules, directory, rights)?;
+        }
     }
     for file in program_files() {
         rules = allow(rules, &file, read | AccessFs::Execute)?;

@@ -242,6 +242,11 @@ impl PageSource for Arc<Image> {
         self.entry(page).is_ok_and(|raw| matches!(decode(raw), Ok(PageEntry::Zero)))
     }
 
+    /// A copy of the image, or of one that it refers to, may have taken its place.
+    fn look_again(&self) {
+        self.layers.iter().for_each(Layer::look_again);
+    }
+
     fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
         let buffers = self.buffers()?;
         let run = Vec::with_capacity(RUN_BYTES / PAGE_SIZE);

@@ -2,7 +2,8 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::image::format::error::ImageError;
@@ -84,6 +85,25 @@ impl Store for FileStore {
             name: place.display().to_string(),
             store: FileStore::open(&place).map(|store| Box::new(store) as Box<dyn Store>),
         }))
+    }
+
+    fn look_again(&self, is_same: &dyn Fn(&dyn Store) -> bool) {
+        let identity = |file: &File| file.metadata().map(|meta| (meta.dev(), meta.ino()));
+        let Ok(other) = FileStore::open(&self.path) else { return };
+        let (Ok(old), Ok(new)) = (identity(&self.file), identity(&other.file)) else { return };
+        if old == new || other.len != self.len || !is_same(&other) {
+            return;
+        }
+        // SAFETY: dup3(2) takes numbers. Both descriptors are open: their owners are borrowed.
+        // It replaces ours in one step, so that a thread that reads at the same time reads from
+        // one file or the other, and it stays ours to close.
+        let replaced = unsafe {
+            libc::dup3(other.file.as_raw_fd(), self.file.as_raw_fd(), libc::O_CLOEXEC)
+        };
+        match replaced {
+            -1 => tracing::warn!("`{}`: {}", self.name, io::Error::last_os_error()),
+            _ => tracing::info!("`{}` has been replaced: it is read from now on", self.name),
+        }
     }
 
     fn file(&self) -> Option<(&Path, &File)> {

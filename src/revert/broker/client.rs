@@ -44,7 +44,10 @@ impl Broker {
             command.arg("--working-set").arg(std::path::absolute(path)?);
         }
         // Out of the reach of our terminal's signals.
-        command.process_group(0).stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+        command.process_group(0).stdin(OwnedFd::from(theirs));
+        // What it has to say is in its answers; a log that it had open would not be removed behind
+        // a server that was killed.
+        command.stdout(Stdio::null()).stderr(Stdio::null());
         let process = Some(command.spawn()?);
         Ok(Broker { connection, process })
     }

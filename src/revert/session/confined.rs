@@ -12,6 +12,7 @@ use crate::revert::broker::Broker;
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
 use crate::revert::recorded;
+use crate::runs::Entry;
 
 /// How a session's process stands with its sandbox.
 #[derive(Debug, Default)]
@@ -41,9 +42,16 @@ impl Confinement {
 
     /// Enters the sandbox where one is wanted. All that takes more rights must have been done.
     /// A failure is only logged: the guest comes first.
-    pub fn enter(&mut self, qemu: &Qemu, image: &Image, delivery: &Delivery, kept: Option<&Kept>) {
+    pub fn enter(
+        &mut self,
+        qemu: &Qemu,
+        image: &Image,
+        delivery: &Delivery,
+        kept: Option<&Kept>,
+        run: Option<&Entry>,
+    ) {
         let Confinement::Wanted(program) = self else { return };
-        *self = match enter_sandbox(program, qemu, image, delivery, kept) {
+        *self = match enter_sandbox(program, qemu, image, delivery, kept, run) {
             Ok(broker) => Confinement::Inside(broker),
             Err(error) => {
                 tracing::warn!("the page server is not in a sandbox: {error}");
@@ -59,6 +67,7 @@ fn enter_sandbox(
     image: &Image,
     delivery: &Delivery,
     kept: Option<&Kept>,
+    run: Option<&Entry>,
 ) -> io::Result<Broker> {
     let pid = qemu.pid();
     let working_set = recorded::path(delivery, image);
@@ -69,7 +78,10 @@ fn enter_sandbox(
     )?;
     let access = Access {
         read: image.files().map(|(_, file)| file.as_fd()).collect(),
+        read_in: image.files().flat_map(|(path, _)| directories_of(path)).collect(),
         remove_in: qemu.socket_directories(),
+        write_in: run.iter().map(|run| run.directory().to_owned()).collect(),
+        remove_directories_in: run.and_then(Entry::removed_from).into_iter().collect(),
     };
     let sandbox = Sandbox::new(&access)?;
     if let Some((kept, pid)) = kept.zip(pid) {
@@ -86,4 +98,11 @@ fn enter_sandbox(
         kept.confine(sandbox, &broker)?;
     }
     Ok(broker)
+}
+
+/// Where a file of this name is looked for when its image can't be read any more: in the directory
+/// of its name, and in that to which the name leads.
+fn directories_of(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    let places = [std::path::absolute(path), std::fs::canonicalize(path)];
+    places.into_iter().flatten().filter_map(|path| path.parent().map(Path::to_owned))
 }

@@ -11,13 +11,15 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 use super::confined::Confinement;
 use super::contents::Contents;
+use super::halt::Halt;
 use super::lifecycle::{Lifecycle, Next, Told};
 use super::qemu::{Qemu, has_run, migrate_from};
+use super::reconnect::Resuming;
 use crate::cancel::Cancellation;
 use crate::host::procfs::AddressSpace;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
-use crate::memory::FillOptions;
+use crate::memory::{FillOptions, Unreadable};
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::revert::collapse::Collapsing;
@@ -26,7 +28,11 @@ use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
-use crate::revert::source::{Beginning, PostcopyEvent, PostcopyOptions, PostcopySource};
+use crate::revert::source::{
+    Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
+};
+use crate::runs::Entry;
+use crate::revert::unreadable::describe;
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
 /// comes only with the capability `events`.
@@ -52,8 +58,15 @@ pub(super) struct Connection {
     pub space: Option<Arc<AddressSpace>>,
     /// Whether it is decided by which transport memory goes.
     placed: bool,
+    /// Set where the session began with a QEMU whose channel was lost.
+    pub resuming: Option<Resuming>,
+    halt: Halt,
+    /// The last memory that could not be read.
+    unreadable: Option<PostcopyError>,
     /// Told last that this session needs no successor.
     pub keeper: Option<Keeper>,
+    /// Dropped last: what QEMU leaves is seen by then.
+    pub run: Option<Entry>,
 }
 
 /// What brings a guest's memory from here.
@@ -91,7 +104,11 @@ impl Connection {
             confinement: Confinement::None,
             space: None,
             placed: false,
+            resuming: None,
+            halt: Halt::default(),
+            unreadable: None,
             keeper: None,
+            run: None,
         }
     }
 
@@ -103,7 +120,13 @@ impl Connection {
     /// Notes that the guest runs: a successor can go on from here.
     pub fn note_running(&mut self) {
         match (&self.source, &self.kept) {
-            (Some(Source::Postcopy(_)), Some(kept)) => kept.ledger.set_running(),
+            (Some(Source::Postcopy(_)), Some(kept)) => {
+                // QEMU took longer to start than it does: this rarely waits.
+                if let Some(keeper) = &mut self.keeper {
+                    keeper.wait_started();
+                }
+                kept.ledger.set_running();
+            }
             // All its memory is there already.
             _ => self.keeper = None,
         }
@@ -160,7 +183,19 @@ impl Connection {
         userfaultfd: Option<OwnedFd>,
         fill: FillOptions,
     ) -> Result<(), PostcopyError> {
-        self.start_source(Beginning::TakenOver(userfaultfd), socket, fill)
+        self.start_source(Beginning::TakenOver(userfaultfd), socket, fill).map(drop)
+    }
+
+    /// Serves a guest that runs, in the place of a process of which nothing is left. Returns what
+    /// wakes whoever waits for memory.
+    pub fn take_up(
+        &mut self,
+        interrupted: Interrupted,
+        socket: UnixStream,
+        fill: FillOptions,
+    ) -> Result<impl Fn() + Send + use<>, PostcopyError> {
+        let source = self.start_source(Beginning::Interrupted(interrupted), socket, fill)?;
+        Ok(source.waker())
     }
 
     fn start_source(
@@ -168,7 +203,7 @@ impl Connection {
         beginning: Beginning,
         socket: UnixStream,
         fill: FillOptions,
-    ) -> Result<(), PostcopyError> {
+    ) -> Result<&PostcopySource, PostcopyError> {
         let options = PostcopyOptions {
             placement: self.delivery.placement,
             pid: self.qemu.pid(),
@@ -181,13 +216,16 @@ impl Connection {
                 (None, false) => Duration::ZERO,
             },
             space: self.space.clone(),
+            fail_on_damage: self.delivery.fail_on_damage,
             kept: self.kept.clone(),
         };
         let pages = Arc::new(Arc::clone(&self.image));
         let (source, reports) = PostcopySource::start(beginning, pages, socket, options)?;
-        self.source = Some(Source::Postcopy(source));
         self.reports.source = Some(reports);
-        Ok(())
+        match self.source.insert(Source::Postcopy(source)) {
+            Source::Postcopy(source) => Ok(source),
+            Source::Eager(_) => unreachable!("another has just been put there"),
+        }
     }
 
     /// Goes on to the session's next state, doing what has to be done before, and telling how
@@ -201,8 +239,8 @@ impl Connection {
         let mut told = None;
         loop {
             if self.placed && self.serves_running() {
-                let Connection { confinement, qemu, image, delivery, kept, .. } = self;
-                confinement.enter(qemu, image, delivery, kept.as_ref());
+                let Connection { confinement, qemu, image, delivery, kept, run, .. } = self;
+                confinement.enter(qemu, image, delivery, kept.as_ref(), run.as_ref());
             }
             let next = tokio::select! {
                 biased;
@@ -218,16 +256,13 @@ impl Connection {
             match next {
                 Next::Placing { placement, reason } => {
                     self.placed = true;
+                    if let Some(run) = &self.run {
+                        run.note(move |record| record.way = Some(placement.name().to_owned()));
+                    }
                     on_event(RevertEvent::Placing { placement, reason });
                 }
-                Next::TakenOver => {
-                    let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
-                    on_event(RevertEvent::TakenOver {
-                        by: "keeper".to_owned(),
-                        after_ms: ledger.map_or(0.0, Ledger::died_ms_ago),
-                        restarts: ledger.map_or(0, Ledger::restarts),
-                    });
-                }
+                Next::TakenOver => on_event(self.taken_over()),
+                Next::Reconnected => self.reconnected().await?,
                 Next::Continue => {
                     if let Some(qmp) = self.qemu.qmp() {
                         qmp.cont().await?;
@@ -238,8 +273,84 @@ impl Connection {
                     let told = self.ask_status().await?;
                     self.lifecycle.hear(told)?;
                 }
+                Next::Unreadable => self.tell_unreadable(on_event).await?,
+                Next::GiveUp => {
+                    return Err(self.unreadable.take().unwrap_or(PostcopyError::HungUp).into());
+                }
                 Next::Armed | Next::Running | Next::Resident => return Ok(()),
             }
+        }
+    }
+
+    /// That this process has taken the place of another.
+    fn taken_over(&self) -> RevertEvent {
+        let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
+        let restarts = ledger.map_or(0, Ledger::restarts);
+        let (by, after_ms) = match &self.resuming {
+            Some(resuming) => ("resume", resuming.began.elapsed().as_secs_f64() * 1e3),
+            None => ("keeper", ledger.map_or(0.0, Ledger::died_ms_ago)),
+        };
+        RevertEvent::TakenOver { by: by.to_owned(), after_ms, restarts }
+    }
+
+    /// QEMU goes on by the new stream: what a successor needs is there, and the keeper holds it.
+    async fn reconnected(&mut self) -> Result<(), RevertError> {
+        let Some(resuming) = &mut self.resuming else { return Ok(()) };
+        let Some(qmp) = resuming.connected().await? else { return Ok(()) };
+        let pid = self.qemu.pid();
+        if let (Some(kept), Some(Source::Postcopy(source)), Some(pid)) =
+            (&self.kept, &self.source, pid)
+        {
+            let held = source.hold(kept).and_then(|()| kept.hold_orphan(pid, &qmp));
+            held.map_err(PostcopyError::Duplicate)?;
+        }
+        self.qemu = Qemu::Theirs { qmp: Some(qmp), pid };
+        Ok(())
+    }
+
+    /// Tells of memory that can't be read, and begins to try again; or of memory that can be
+    /// read again, and has a guest run that was stopped for it.
+    async fn tell_unreadable(
+        &mut self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<(), RevertError> {
+        let (memory, awaited) = match self.lifecycle.take_unreadable() {
+            Some(Unreadable::PassedOver(error)) => (error, false),
+            Some(Unreadable::Awaited(error)) => (error, true),
+            Some(Unreadable::Over) => {
+                on_event(RevertEvent::Repaired);
+                self.run_again(on_event).await;
+                return Ok(());
+            }
+            None => return Ok(()),
+        };
+        let (memory, error) = describe(&self.image, memory);
+        self.unreadable = Some(error);
+        on_event(match awaited {
+            true => RevertEvent::Stopped { reason: "unreadable".to_owned(), memory },
+            false => RevertEvent::Degraded(memory),
+        });
+        if let (Some(qmp), true) = (self.qemu.qmp(), awaited) {
+            self.halt.stop(qmp, self.kept.as_ref().map(|kept| &kept.ledger));
+        }
+        if let Some(Source::Postcopy(source)) = &mut self.source {
+            source.repair()?;
+        }
+        Ok(())
+    }
+
+    /// Has a guest run again that QEMU was told to stop, since it waited for memory.
+    pub async fn run_again(&mut self, on_event: &mut impl FnMut(RevertEvent)) {
+        let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
+        if !self.halt.is_stopped(ledger) {
+            return;
+        }
+        let Some(qmp) = self.qemu.last_qmp().await else { return };
+        if let Err(error) = self.halt.run(&qmp, ledger).await {
+            on_event(RevertEvent::Note {
+                what: "the guest was stopped, and may stand still".to_owned(),
+                why: format!("QEMU was not had to run it again: {error}"),
+            });
         }
     }
 
@@ -255,13 +366,14 @@ impl Connection {
 
     /// Waits for the next report of QEMU or the source. Safe to cancel.
     async fn listen(&mut self) -> Result<Told, RevertError> {
-        let Connection { qemu, reports, lifecycle, .. } = self;
+        let Connection { qemu, reports, lifecycle, resuming, .. } = self;
         let Reports { events, source, poll } = reports;
         let awaits_qemu = lifecycle.awaits_qemu();
         tokio::select! {
             told = resumed(events), if awaits_qemu => Ok(told?),
             told = migration(poll, qemu.qmp()), if awaits_qemu => Ok(told?),
             event = reported(source), if !lifecycle.is_finished() => Ok(Told::Source(event)),
+            error = refused(resuming) => Err(error),
         }
     }
 
@@ -344,7 +456,11 @@ impl Connection {
     /// what QEMU had to say.
     pub async fn fail(mut self, error: RevertError) -> RevertError {
         let error = match self.qemu.is_ours() {
-            true => error.with_words_of_qemu(&self.qemu.words()),
+            true => {
+                let ends = error.is_end_of_qemu();
+                let status = if ends { self.qemu.end_status().await } else { None };
+                error.with_end_of_qemu(status, &self.qemu.words())
+            }
             false if self.lifecycle.has_loaded() => error,
             false => refusal(error),
         };
@@ -380,7 +496,7 @@ fn refusal(error: RevertError) -> RevertError {
 }
 
 /// The two ends of the migration stream.
-fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
+pub(super) fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
     UnixStream::pair().map_err(|source| RevertError::Socket {
         what: "making a socket for the migration stream failed".into(),
         source,
@@ -400,6 +516,14 @@ async fn migration(poll: &mut Option<Interval>, qmp: Option<&Qmp>) -> Result<Tol
     poll.tick().await;
     let status = qmp.migration_info().await?.status;
     Ok(Told::Migration(status.unwrap_or_default()))
+}
+
+/// Waits until QEMU refuses a new stream.
+async fn refused(resuming: &mut Option<Resuming>) -> RevertError {
+    match resuming {
+        Some(resuming) => resuming.refused().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits for the source's next report; nothing when there are no more.

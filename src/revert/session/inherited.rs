@@ -13,11 +13,11 @@ use super::qemu::Qemu;
 use super::running::Running;
 use crate::cancel::Cancellation;
 use crate::host::procfs::AddressSpace;
-use crate::image::Image;
 use crate::keeper::Inheritance;
 use crate::revert::broker::Broker;
 use crate::revert::error::{PostcopyError, RevertError};
-use crate::revert::kept::{Details, Kept};
+use crate::revert::kept::{Details, Kept, note_keepers};
+use crate::runs::{Entry, ProcessId};
 
 impl Running {
     /// Goes on with a guest whose server has died. `cancel` holds for the session.
@@ -47,8 +47,9 @@ impl Running {
             None => qemu.pid().and_then(|pid| AddressSpace::open(pid).ok()),
         };
         let unusable = PostcopyError::Inherited;
-        let Details { image: path, delivery, sandbox } = Details::read(&ledger).map_err(unusable)?;
-        let image = Image::open_file(File::from(image), path)?;
+        let details = Details::read(&ledger).map_err(unusable)?;
+        let image = details.open_image(File::from(image))?;
+        let Details { delivery, sandbox, run, .. } = details;
         let fill = fill_options(&delivery, Vec::new());
         let kept = Kept::inherited(&keeper, ledger);
         let mut connection = Connection::new(
@@ -58,6 +59,13 @@ impl Running {
             delivery,
             cancel,
         );
+        let pid = connection.qemu.pid();
+        connection.run = run.map(Entry::take_over).inspect(|run| {
+            // The predecessor may have died before it was written. In the sandbox, where QEMU can't
+            // be seen, it has been.
+            run.note(move |record| record.qemu = pid.and_then(ProcessId::of).or(record.qemu));
+        });
+        note_keepers(&keeper, connection.run.as_ref());
         connection.keep(keeper, kept);
         connection.space = space.map(Arc::new);
         connection.confinement = match broker {

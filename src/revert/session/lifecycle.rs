@@ -5,7 +5,9 @@
 //! sources is anybody's guess (QEMU may tell of RESUME after the source has finished), so
 //! facts are kept, and each step is taken when all that it needs has become true.
 
-use crate::memory::FaultReport;
+use std::collections::VecDeque;
+
+use crate::memory::{FaultReport, Unreadable};
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::options::Placement;
 use crate::revert::source::PostcopyEvent;
@@ -34,6 +36,8 @@ pub(super) enum Told {
     Source(Option<PostcopyEvent>),
     /// By whoever holds the guest in standby: it may go on.
     Released,
+    /// By the user: the session is to end as soon as the guest needs it no more.
+    Interrupted,
 }
 
 /// What a session does next.
@@ -53,6 +57,14 @@ pub(super) enum Next {
     Resident,
     /// Tell that this process has taken the place of another.
     TakenOver,
+    /// QEMU goes on by a new stream: from now on another can succeed us.
+    Reconnected,
+    /// Deal with what was reported of memory that can't be read
+    /// ([`Lifecycle::take_unreadable`]).
+    Unreadable,
+    /// End: nothing is left to do but to wait for memory that can't be read, and the user does
+    /// not want to wait.
+    GiveUp,
 }
 
 /// The state that a session is in, as far as this machine tells them apart.
@@ -78,8 +90,17 @@ pub(super) struct Lifecycle {
     resumed: bool,
     /// Whether this process has taken over, and that has not been told.
     taken_over: bool,
+    /// Whether QEMU has taken up an interrupted postcopy, and that has not been told.
+    reconnected: bool,
     placing: Option<(Placement, String)>,
     placement: Placement,
+    /// What was reported of memory that can't be read, and has not been told.
+    unreadable: VecDeque<Unreadable>,
+    /// Whether the guest waits for some of it.
+    stopped: bool,
+    /// Whether all is in place but memory that can't be read.
+    filled: bool,
+    interrupted: bool,
     /// What was seen of faults that came from userfaultfd.
     direct_faults: Option<FaultReport>,
     /// What was seen of requests; there once all memory is in place.
@@ -98,8 +119,13 @@ impl Lifecycle {
             preloaded: false,
             resumed: false,
             taken_over: false,
+            reconnected: false,
             placing: None,
             placement: Placement::Socket,
+            unreadable: VecDeque::new(),
+            stopped: false,
+            filled: false,
+            interrupted: false,
             direct_faults: None,
             finished: None,
         }
@@ -132,6 +158,7 @@ impl Lifecycle {
                 false => return Err(RevertError::not_run(status)),
             },
             Told::Released => self.released = true,
+            Told::Interrupted => self.interrupted = true,
             Told::Source(None) => return Err(PostcopyError::HungUp.into()),
             Told::Source(Some(event)) => match event {
                 PostcopyEvent::Placing { placement, reason } => {
@@ -139,8 +166,22 @@ impl Lifecycle {
                     self.placing = Some((placement, reason));
                 }
                 PostcopyEvent::TakenOver => self.taken_over = true,
+                PostcopyEvent::Reconnected => self.reconnected = true,
                 PostcopyEvent::Loaded => self.loaded = true,
                 PostcopyEvent::Preloaded => self.preloaded = true,
+                // Nobody has seen this guest run.
+                PostcopyEvent::Unreadable(Unreadable::Awaited(error)) if !self.has_run() => {
+                    return Err(PostcopyError::Memory(error).into());
+                }
+                PostcopyEvent::Unreadable(what) => {
+                    self.stopped = match what {
+                        Unreadable::Awaited(_) => true,
+                        Unreadable::Over => false,
+                        Unreadable::PassedOver(_) => self.stopped,
+                    };
+                    self.unreadable.push_back(what);
+                }
+                PostcopyEvent::Filled => self.filled = true,
                 PostcopyEvent::Faults(report) => self.direct_faults = report,
                 PostcopyEvent::Finished(report) => self.finished = Some(report),
                 PostcopyEvent::Failed(error) => return Err(error.into()),
@@ -168,13 +209,20 @@ impl Lifecycle {
         if std::mem::take(&mut self.taken_over) {
             return Some(Next::TakenOver);
         }
+        if std::mem::take(&mut self.reconnected) {
+            return Some(Next::Reconnected);
+        }
         if let Some((placement, reason)) = self.placing.take() {
             return Some(Next::Placing { placement, reason });
+        }
+        if !self.unreadable.is_empty() {
+            return Some(Next::Unreadable);
         }
         let next = match self.stage {
             Stage::Launched if self.released || self.loaded => Next::Armed,
             Stage::Armed if self.released => self.behind_armed()?,
             Stage::Running if self.finished.is_some() => Next::Resident,
+            Stage::Running if self.interrupted && (self.stopped || self.filled) => Next::GiveUp,
             _ => return None,
         };
         self.stage = match next {
@@ -184,6 +232,16 @@ impl Lifecycle {
             _ => self.stage,
         };
         Some(next)
+    }
+
+    /// Takes the next of what was reported of memory that can't be read.
+    pub fn take_unreadable(&mut self) -> Option<Unreadable> {
+        self.unreadable.pop_front()
+    }
+
+    /// Whether the guest has run, for all that is known.
+    fn has_run(&self) -> bool {
+        self.resumed || matches!(self.stage, Stage::Running | Stage::Resident)
     }
 
     fn behind_armed(&self) -> Option<Next> {
@@ -244,6 +302,7 @@ impl Lifecycle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::MemoryError;
 
     fn source(event: PostcopyEvent) -> Told {
         Told::Source(Some(event))
@@ -345,6 +404,39 @@ mod tests {
         );
         let failed = mapped(Start::ByItself).hear(Told::Migration("failed".into()));
         assert!(matches!(failed, Err(RevertError::NotRun { .. })));
+    }
+
+    #[test]
+    fn unreadable_memory_ends_a_session_only_before_the_guest_runs_or_when_interrupted() {
+        let unreadable = || MemoryError::Source {
+            block: "pc.ram".into(),
+            offset: 4096,
+            source: "as the test wants".into(),
+        };
+        let awaited = || source(PostcopyEvent::Unreadable(Unreadable::Awaited(unreadable())));
+        let mut session = Lifecycle::new(Start::ByItself, false);
+        session.hear(loaded()).unwrap();
+        assert!(session.hear(awaited()).is_err());
+
+        let mut session = Lifecycle::taken_over();
+        session.hear(awaited()).unwrap();
+        assert_eq!(session.next(), Some(Next::Unreadable));
+        assert!(matches!(session.take_unreadable(), Some(Unreadable::Awaited(_))));
+        assert_eq!(session.next(), None);
+        session.hear(Told::Interrupted).unwrap();
+        assert_eq!(session.next(), Some(Next::GiveUp));
+
+        // What nobody waits for doesn't keep the rest from being brought.
+        let mut session = Lifecycle::taken_over();
+        let passed_over = Unreadable::PassedOver(unreadable());
+        session.hear(source(PostcopyEvent::Unreadable(passed_over))).unwrap();
+        assert!(session.take_unreadable().is_some());
+        session.hear(Told::Interrupted).unwrap();
+        assert_eq!(session.next(), None);
+        session.hear(source(PostcopyEvent::Filled)).unwrap();
+        assert_eq!(session.next(), Some(Next::GiveUp));
+        session.hear(finished()).unwrap();
+        assert_eq!(session.next(), Some(Next::Resident));
     }
 
     #[test]

@@ -26,11 +26,14 @@ mod armed;
 mod confined;
 mod connection;
 mod contents;
+mod halt;
 mod inherited;
 mod launched;
 mod lifecycle;
+mod orphaned;
 mod planned;
 mod qemu;
+mod reconnect;
 mod resident;
 mod running;
 

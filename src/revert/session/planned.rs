@@ -1,6 +1,6 @@
 //! Planned: the command line is rewritten, nothing is touched.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::confined::Confinement;
@@ -18,6 +18,7 @@ use crate::revert::event::RevertEvent;
 use crate::revert::kept::Kept;
 use crate::revert::mapping;
 use crate::revert::options::RevertOptions;
+use crate::runs::{Entry, ProcessId, Record};
 
 /// A guest that could be brought back: the command line is rewritten, nothing is touched.
 pub struct Planned {
@@ -72,12 +73,16 @@ impl Planned {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
-        let Planned { image, plan, start, options, cancel } = self;
-        let RevertOptions { delivery, standby, rtc, keeper, sandbox, .. } = options;
+        let Planned { image, mut plan, start, options, cancel } = self;
+        // Should nobody be left who knows whose guest it is.
+        plan.label = image.identity().to_string();
+        let RevertOptions { delivery, standby, rtc, keeper, sandbox, run, .. } = options;
+        let run = run.map(|options| Entry::begin(&options, record(&image, &plan)));
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| plan.mapped.is_empty());
         let keeper = keeper.and_then(|successor| {
-            let started = Kept::start(&successor, &image, &delivery, sandbox.as_deref());
+            let sandbox = sandbox.as_deref();
+            let started = Kept::start(&successor, &image, &delivery, sandbox, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         // QEMU's start takes tens of milliseconds.
@@ -98,9 +103,11 @@ impl Planned {
         if let Some((_, kept)) = &keeper {
             kept.hold_qemu(&process, &qmp).map_err(PostcopyError::Duplicate)?;
         }
+        let pid = process.pid();
         let qemu = Qemu::ours(process, qmp, ports);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.confinement = Confinement::wanted(sandbox);
+        connection.run = run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
         if let Some((keeper, kept)) = keeper {
             connection.keep(keeper, kept);
         }
@@ -130,6 +137,18 @@ fn tell(
             frozen: disk.frozen().to_owned(),
             overlay: disk.path.clone(),
         });
+    }
+}
+
+/// What is recorded of a guest that is about to be started.
+fn record(image: &Image, plan: &StartPlan) -> Record {
+    let path = image.files().next().map(|(path, _)| path.to_owned()).unwrap_or_default();
+    let pages = image.manifest().blocks.iter().map(|block| block.pages()).sum();
+    let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+    Record {
+        overlays: plan.overlays.iter().filter_map(|disk| disk.path.clone()).collect(),
+        sockets: plan.sockets.clone(),
+        ..Record::new(absolute(path), pages)
     }
 }
 

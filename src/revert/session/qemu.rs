@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use super::adopted::Adopted;
@@ -12,13 +13,16 @@ use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::revert::error::RevertError;
 
 /// The name under which QEMU is given its end of the migration stream.
-const INCOMING: &str = "snapback-incoming";
+pub(super) const INCOMING: &str = "snapback-incoming";
 
 /// The migration capabilities that a postcopy turns on, and off again at its end.
 pub(super) const POSTCOPY: [&str; 2] = ["postcopy-ram", "events"];
 
 /// How long QEMU may take to end the migration once it has confirmed its end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the process of a QEMU that has closed its sockets may take to end.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long it may take to read the last events of a QEMU that has ended.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -116,6 +120,15 @@ impl Qemu {
             Qemu::Ours { process, .. } => process.log_tail(),
             Qemu::Theirs { .. } => String::new(),
             Qemu::Adopted(qemu) => qemu.words(),
+        }
+    }
+
+    /// How it has ended, if it has or is about to, and that comes to us. Its sockets close a
+    /// little before its process ends.
+    pub async fn end_status(&mut self) -> Option<ExitStatus> {
+        match self {
+            Qemu::Ours { process, .. } => process.wait_exit(ENDING_TIMEOUT).await,
+            Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
         }
     }
 

@@ -8,6 +8,7 @@ use crate::qmp::Qmp;
 use crate::revert::collapse::Collapsing;
 use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
+use crate::runs::Entry;
 
 /// A guest that has all its memory. Dropping it ends a QEMU of ours: take it out with
 /// [`into_held`](Resident::into_held) to let it live on.
@@ -18,6 +19,8 @@ pub struct Resident {
     pub(super) collapsing: Option<Collapsing>,
     pub(super) confinement: Confinement,
     pub(super) cancel: Cancellation,
+    /// The session's record, which goes with it.
+    pub(super) _run: Option<Entry>,
 }
 
 /// A guest that has been brought back and is still its owner's: QEMU ends when this is

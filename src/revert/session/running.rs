@@ -1,6 +1,7 @@
 //! Running: the guest runs, its memory follows.
 
 use super::connection::Connection;
+use super::lifecycle::Told;
 use super::qemu::finish_postcopy;
 use super::resident::Resident;
 use crate::revert::error::RevertError;
@@ -29,7 +30,8 @@ impl Running {
     ///
     /// The first request of the session's cancellation is answered with
     /// [`RevertEvent::StillNeeded`], and memory is filled at full speed; the second ends the
-    /// session.
+    /// session. Where memory can't be read, the first one ends it as soon as there is nothing
+    /// else to be brought.
     ///
     /// # Errors
     /// When memory can't be brought, or the session is cancelled.
@@ -41,9 +43,10 @@ impl Running {
         if let Err(error) = follow(&mut connection, on_event).await {
             return Err(connection.fail(error).await);
         }
+        connection.run_again(on_event).await;
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, confinement, .. } =
+        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, confinement, run, .. } =
             connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
@@ -56,11 +59,12 @@ impl Running {
         }
         // It needs no successor from here on.
         drop(keeper);
+        run.iter().for_each(|run| run.note(|record| record.resident = true));
         on_event(outcome.resident());
         if placement.is_postcopy() {
             recorded::remember(confinement.broker(), &delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome, collapsing, confinement, cancel })
+        Ok(Resident { qemu, outcome, collapsing, confinement, cancel, _run: run })
     }
 }
 
@@ -79,6 +83,7 @@ async fn follow(
             () = cancel.requested(), if !hurried => {
                 hurried = true;
                 connection.hurry();
+                connection.lifecycle.hear(Told::Interrupted)?;
                 on_event(RevertEvent::StillNeeded);
             }
             () = cancel.requested_times(2) => {

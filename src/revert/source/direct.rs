@@ -12,8 +12,9 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::event::{LastWord, PostcopyEvent};
 use super::pings::{PROBED, Pongs};
 use crate::cancel::Cancellation;
+use crate::host::uffd::UffdError;
 use crate::memory::{FaultHandler, FaultReport, Memory, Pager};
-use crate::page::BlockId;
+use crate::page::{Block, BlockId};
 use crate::revert::error::PostcopyError;
 use crate::transport::proof::{AttachError, Locator};
 use crate::transport::{DirectTransport, Route, SocketTransport};
@@ -30,6 +31,17 @@ pub(super) enum Opened {
     Refused(AttachError),
     /// The source has ended meanwhile.
     Ended,
+}
+
+/// Wakes whoever waits for memory that the direct transport leads to: each faults again.
+pub(super) fn wake_all(route: &SourceRoute, blocks: &[Block]) -> Result<(), UffdError> {
+    let Some(direct) = route.direct() else { return Ok(()) };
+    for (index, block) in blocks.iter().enumerate() {
+        if let Some(address) = direct.address(BlockId(index as u16)) {
+            direct.uffd().wake(address, block.len.next_multiple_of(block.page_size))?;
+        }
+    }
+    Ok(())
 }
 
 /// What opening it needs of the source.

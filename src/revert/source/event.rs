@@ -3,7 +3,7 @@
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::memory::FaultReport;
+use crate::memory::{FaultReport, Unreadable};
 use crate::revert::error::PostcopyError;
 use crate::revert::options::Placement;
 
@@ -19,10 +19,16 @@ pub(in crate::revert) enum PostcopyEvent {
     },
     /// This source has taken the place of another, and faults are served again.
     TakenOver,
+    /// QEMU goes on with the postcopy that was interrupted, by this source's stream.
+    Reconnected,
     /// The device state is in; QEMU runs the guest next, unless it was told to wait.
     Loaded,
     /// The working set is in place.
     Preloaded,
+    /// Memory can't be read, or can again.
+    Unreadable(Unreadable),
+    /// All has been brought but what can't be read.
+    Filled,
     /// What was seen of faults that came from userfaultfd, if anything.
     Faults(Option<FaultReport>),
     /// QEMU has confirmed that it has everything. The last event, with what requests by

@@ -7,32 +7,38 @@
 //! source hears of its steps through a channel ([`event`]).
 
 mod direct;
+mod doubts;
 mod event;
 mod pings;
 mod requests;
+mod resuming;
 mod sending;
 mod takeover;
 mod transports;
 mod unread;
 
+use std::io;
 use std::net::Shutdown;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 pub(super) use event::{LastWord, PostcopyEvent};
+pub(super) use resuming::Interrupted;
 pub(super) use sending::{Beginning, DeviceState};
 pub(super) use transports::PostcopyOptions;
 
 use super::error::PostcopyError;
-use crate::memory::{ClaimMap, Memory, Pace, Pager};
+use super::kept::Kept;
+use crate::memory::{ClaimMap, Memory, Pace, Pager, repair};
 use crate::page::{Block, BlockId, PageSource};
 use crate::transport::{Route, SocketTransport};
 use crate::wire::ReturnPath;
-use direct::SourceRoute;
+use direct::{SourceRoute, wake_all};
 use pings::Pongs;
 use requests::Requests;
 use sending::Sending;
@@ -47,6 +53,8 @@ pub(super) struct PostcopySource {
     pace: Arc<Pace>,
     /// Tells the thread that sends to fill memory; dropped, it tells it to end.
     release: Option<mpsc::Sender<()>>,
+    events: UnboundedSender<PostcopyEvent>,
+    repairing: bool,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -71,21 +79,33 @@ impl PostcopySource {
         };
         let route = Arc::new(Route::new(transport));
         let transport = Box::new(Arc::clone(&route));
-        let memory = Arc::new(match &ledger {
+        let memory = match &ledger {
             Some(ledger) => {
                 let claims = ClaimMap::over(pages.blocks(), ledger.claim_words());
                 Memory::claimed(pages, transport, claims)
             }
             None => Memory::new(pages, transport),
-        });
+        };
         let pace = Arc::new(Pace::new(options.fill.rate));
         let (events, receiver) = unbounded_channel();
+        let memory = Arc::new(match options.fail_on_damage {
+            true => memory,
+            false => {
+                let events = events.clone();
+                memory.telling(move |what| _ = events.send(PostcopyEvent::Unreadable(what)))
+            }
+        });
         let (pongs, heard) = mpsc::channel();
         let (release, released) = mpsc::channel();
 
+        let path = Unread::new(share()?).map_err(PostcopyError::Duplicate)?;
+        let path = match &beginning {
+            Beginning::Interrupted(_) => path.for_us_alone(),
+            Beginning::New(_) | Beginning::TakenOver(_) => path,
+        };
         let requests = Requests {
             server: Pager::new(Arc::clone(&memory))?.recording(options.record),
-            path: ReturnPath::new(Unread::new(share()?).map_err(PostcopyError::Duplicate)?),
+            path: ReturnPath::new(path),
             ledger,
             memory: Arc::clone(&memory),
             events: events.clone(),
@@ -94,14 +114,14 @@ impl PostcopySource {
         let standby = options.standby;
         let pongs = match &beginning {
             Beginning::New(_) => Pongs::new(heard),
-            Beginning::TakenOver(_) => Pongs::behind_loaded(heard),
+            Beginning::TakenOver(_) | Beginning::Interrupted(_) => Pongs::behind_loaded(heard),
         };
         let transports = Transports {
             options,
             route: Arc::clone(&route),
             memory: Arc::clone(&memory),
             pongs,
-            events,
+            events: events.clone(),
         };
         let beginning = Some(beginning);
         // No thread of ours has claimed anything yet.
@@ -112,8 +132,16 @@ impl PostcopySource {
             let thread = std::thread::Builder::new().name(name.into()).spawn(body);
             thread.map_err(PostcopyError::Thread)
         };
-        let (release, threads) = (Some(release), Vec::new());
-        let mut source = PostcopySource { memory, route, socket, pace, release, threads };
+        let mut source = PostcopySource {
+            memory,
+            route,
+            socket,
+            pace,
+            release: Some(release),
+            events,
+            repairing: false,
+            threads: Vec::new(),
+        };
         if !standby {
             source.release();
         }
@@ -138,10 +166,50 @@ impl PostcopySource {
         blocks.filter_map(range).collect()
     }
 
+    /// Wakes whoever waits for memory that is installed directly.
+    pub fn waker(&self) -> impl Fn() + Send + use<> {
+        let (route, memory) = (Arc::clone(&self.route), Arc::clone(&self.memory));
+        move || {
+            if let Err(error) = wake_all(&route, memory.blocks()) {
+                tracing::debug!("{error}");
+            }
+        }
+    }
+
+    /// Has a keeper hold what a successor needs to go on: nobody held it before.
+    pub fn hold(&self, kept: &Kept) -> io::Result<()> {
+        kept.hold_stream(self.socket.as_fd())?;
+        if let Some(direct) = self.route.direct() {
+            kept.hold_direct(direct.uffd().as_fd(), direct.addresses())?;
+        }
+        Ok(())
+    }
+
     /// Lets the source of a guest in standby fill memory.
     pub fn release(&self) {
         // It fails when the thread has ended, which has told why.
         let _ = self.release.as_ref().map(|release| release.send(()));
+    }
+
+    /// Tries again and again to bring what can't be read, from now on.
+    ///
+    /// # Errors
+    /// When no thread can be started for it.
+    pub fn repair(&mut self) -> Result<(), PostcopyError> {
+        if std::mem::replace(&mut self.repairing, true) {
+            return Ok(());
+        }
+        let (memory, pace) = (Arc::clone(&self.memory), Arc::clone(&self.pace));
+        let events = self.events.clone();
+        let last = LastWord { events: events.clone(), doing: "try again to read memory" };
+        let thread = std::thread::Builder::new().name("repair".into()).spawn(move || {
+            let _last = last;
+            if let Err(error) = repair(&memory, &pace) {
+                let _ = events.send(PostcopyEvent::Failed(error.into()));
+            }
+        });
+        self.threads.push(thread.map_err(PostcopyError::Thread)?);
+        Ok(())
     }
 
     /// Fills at full speed from now on.

@@ -59,6 +59,14 @@ impl Requests {
                 }
                 ReturnPathMessage::Shut(0) => return Ok(()),
                 ReturnPathMessage::Shut(status) => return Err(PostcopyError::Refused(status)),
+                ReturnPathMessage::Received { block, pages } => {
+                    let block = self.find(&block, 0, 0)?;
+                    self.memory.found_bits(block, &pages);
+                }
+                ReturnPathMessage::Resumed => {
+                    let _ = self.events.send(PostcopyEvent::Reconnected);
+                    self.path.input_mut().keep();
+                }
                 ReturnPathMessage::Other(_) => {}
             }
             // Only now: should we be killed before, our successor deals with it again.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::direct::FaultThread;
 use super::event::{LastWord, PostcopyEvent};
 use super::pings;
+use super::resuming::{Interrupted, take_up};
 use super::takeover::TakeOver;
 use super::transports::Transports;
 use crate::memory::{MemoryError, Pace, prefetch, preload};
@@ -46,6 +47,8 @@ pub(in crate::revert) enum Beginning {
     New(DeviceState),
     /// In the place of one that has died, with the userfaultfd that it had copied, if it had.
     TakenOver(Option<OwnedFd>),
+    /// In the place of one of which nothing is left.
+    Interrupted(Interrupted),
 }
 
 pub(super) struct Sending {
@@ -74,6 +77,7 @@ impl Sending {
         let begun = match self.beginning.take() {
             Some(Beginning::New(state)) => self.open(&state)?,
             Some(Beginning::TakenOver(userfaultfd)) => self.take_over(userfaultfd)?,
+            Some(Beginning::Interrupted(found)) => take_up(&mut self.transports, found)?,
             None => None,
         };
         let Some(faults) = begun else { return Ok(()) };
@@ -147,7 +151,11 @@ impl Sending {
 
     /// Brings all memory.
     fn fill(&self) -> Result<(), PostcopyError> {
-        prefetch(&self.transports.memory, &self.transports.options.fill, &self.pace)?;
+        let options = &self.transports.options.fill;
+        let missing = prefetch(&self.transports.memory, options, &self.pace)?;
+        if missing > 0 {
+            let _ = self.transports.events.send(PostcopyEvent::Filled);
+        }
         // What faults have claimed is still on its way.
         while !self.transports.memory.wait_complete(Duration::from_millis(100))
             && !self.pace.is_stopped()

@@ -4,7 +4,7 @@
 //!
 //! - A page that was claimed and not present has been installed or not. Installed directly, the
 //!   kernel refuses it a second time (EEXIST). Sent by socket, it has arrived once QEMU has
-//!   answered a PING behind it, and the page map tells whether it did.
+//!   answered a PING behind it, and the page map tells whether it did ([`doubts`](super::doubts)).
 //! - A section in the stream is whole or not there: it is queued in one step
 //!   (`transport::SocketTransport`).
 //! - A request on the return path leaves the socket only when it has been answered
@@ -16,18 +16,17 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::direct::FaultThread;
+use super::doubts::{Doubt, TRIES, unsettled};
 use super::event::PostcopyEvent;
 use super::pings;
 use super::transports::Transports;
 use crate::host::procfs::AddressSpace;
 use crate::host::uffd::Uffd;
 use crate::keeper::Ledger;
-use crate::memory::MemoryError;
-use crate::page::{Block, BlockId, PAGE_SIZE, Run};
+use crate::page::{BlockId, PAGE_SIZE, Run};
 use crate::revert::error::PostcopyError;
 use crate::revert::options::Placement;
 use crate::transport::DirectTransport;
-use crate::transport::proof::Candidates;
 use crate::wire::ping;
 
 /// What goes on in the place of a source that has died.
@@ -42,7 +41,7 @@ impl TakeOver<'_> {
     /// Serves faults again and settles what the predecessor left unfinished. Returns the
     /// thread that takes faults, if there is one; nothing when the source has ended.
     pub fn run(
-        self,
+        mut self,
         userfaultfd: Option<OwnedFd>,
     ) -> Result<Option<Option<FaultThread>>, PostcopyError> {
         if self.ledger.is_torn() {
@@ -57,8 +56,8 @@ impl TakeOver<'_> {
                 let direct = unsafe { DirectTransport::new(uffd, addresses) };
                 self.transports.route.open_direct(direct);
                 let blocks = 0..self.transports.memory.blocks().len();
-                let all = blocks.into_iter().all(|index| self.is_direct(BlockId(index as u16)));
-                self.serve_faults(all)?
+                let all = blocks.into_iter().all(|index| self.address(BlockId(index as u16)).is_some());
+                self.transports.serve_faults(all)?
             }
             None => None,
         };
@@ -67,64 +66,74 @@ impl TakeOver<'_> {
             self.transports.tell(Placement::Uffd, "taken over");
         }
 
-        let value = pings::TAKEN_OVER + self.ledger.restarts() as u32;
         // A QEMU that has hung up has all memory, or has died: its return path tells which.
-        let sent = self.transports.route.first().send(&ping(value)).is_ok();
-        if !sent || !self.transports.pongs.taken_in(value) {
+        if !self.is_answered() {
             return Ok(None);
         }
         if self.transports.route.direct().is_none() {
             let Some(takes_faults) = self.transports.open_direct()? else { return Ok(None) };
-            faults = self.serve_faults(takes_faults)?;
+            faults = self.transports.serve_faults(takes_faults)?;
         }
-        self.settle()?;
+        if !self.settle()? {
+            return Ok(None);
+        }
+        self.transports.memory.ask_again()?;
         Ok(Some(faults))
     }
 
-    /// Wakes whoever waits for a fault that the predecessor had read, and takes faults itself
-    /// where it may.
-    fn serve_faults(&self, takes_faults: bool) -> Result<Option<FaultThread>, PostcopyError> {
-        let Some(direct) = self.transports.route.direct() else { return Ok(None) };
-        let faults = match takes_faults {
-            true => self.transports.take_faults()?,
-            false => None,
-        };
-        for (index, block) in self.transports.memory.blocks().iter().enumerate() {
-            let Some(address) = direct.address(BlockId(index as u16)) else { continue };
-            let whole = block.len.next_multiple_of(block.page_size);
-            let woken = direct.uffd().wake(address, whole);
-            woken.map_err(|error| MemoryError::FaultHandler(error.into()))?;
-        }
-        Ok(faults)
+    /// Waits until QEMU has taken in all that was sent; false when the source has ended.
+    fn is_answered(&mut self) -> bool {
+        let value = pings::TAKEN_OVER + self.ledger.restarts() as u32;
+        let sent = self.transports.route.first().send(&ping(value)).is_ok();
+        sent && self.transports.pongs.taken_in(value)
     }
 
-    /// Settles the pages that the predecessor left unfinished. QEMU has taken in all that was
-    /// sent.
-    fn settle(&self) -> Result<(), PostcopyError> {
-        let memory = &self.transports.memory;
-        for of_block in self.unfinished.chunk_by(|one, other| one.block == other.block) {
-            let block = of_block[0].block;
-            if self.is_direct(block) {
-                // What is there already is not installed again.
-                of_block.iter().try_for_each(|page| memory.settle(*page, false))?;
-                continue;
-            }
-            let of: &Block = &memory.blocks()[block.index()];
-            let unsettled = |why: String| PostcopyError::Unsettled { block: of.name.clone(), why };
-            if of.page_size != PAGE_SIZE as u64 {
-                return Err(unsettled(": its pages are huge".into()));
-            }
-            let space = self.address_space();
-            let candidates = space.and_then(|space| Candidates::find(&space, of));
-            let candidates = candidates.map_err(|error| unsettled(format!(": {error}")))?;
-            for page in of_block {
-                let arrived = candidates.is_present(page.offset());
-                let arrived =
-                    arrived.ok_or_else(|| unsettled(": it may lie in several places".into()))?;
-                memory.settle(*page, arrived)?;
-            }
+    /// Settles the pages that the predecessor left unfinished. False when the source has ended.
+    fn settle(&mut self) -> Result<bool, PostcopyError> {
+        let memory = Arc::clone(&self.transports.memory);
+        let unfinished = std::mem::take(&mut self.unfinished);
+        let (direct, by_socket): (Vec<_>, Vec<_>) =
+            unfinished.into_iter().partition(|page| self.address(page.block).is_some());
+        // What is there already is not installed again.
+        direct.into_iter().try_for_each(|page| memory.settle(page, false))?;
+        self.settle_by_socket(by_socket)
+    }
+
+    /// Settles pages of blocks that keep to the socket.
+    fn settle_by_socket(&mut self, pages: Vec<Run>) -> Result<bool, PostcopyError> {
+        let memory = Arc::clone(&self.transports.memory);
+        let block = |page: &Run| &memory.blocks()[page.block.index()];
+        if let Some(huge) = pages.iter().find(|page| block(page).page_size != PAGE_SIZE as u64) {
+            return Err(unsettled(block(huge), ": its pages are huge".into()));
         }
-        Ok(())
+        let Some(first) = pages.first() else { return Ok(true) };
+        let space = self.address_space();
+        let space = space.map_err(|error| unsettled(block(first), format!(": {error}")))?;
+        let ids = (0..memory.blocks().len()).map(|index| BlockId(index as u16));
+        let known: Vec<u64> = ids.filter_map(|id| self.address(id)).collect();
+        let doubt = |page| Doubt::new(page, &memory, |id| self.address(id));
+        let mut doubts: Vec<Doubt> = pages.into_iter().map(doubt).collect();
+        for _ in 0..TRIES {
+            if doubts.is_empty() {
+                return Ok(true);
+            }
+            doubts.iter_mut().for_each(|doubt| doubt.before_ping(&memory));
+            if !self.is_answered() {
+                return Ok(false);
+            }
+            let mut left = Vec::new();
+            for doubt in doubts {
+                match doubt.has_arrived(&memory, &space, &known)? {
+                    Some(arrived) => memory.settle(doubt.page, arrived)?,
+                    None => left.push(doubt),
+                }
+            }
+            doubts = left;
+        }
+        match doubts.first() {
+            Some(doubt) => Err(unsettled(block(&doubt.page), ": others look alike".into())),
+            None => Ok(true),
+        }
     }
 
     /// QEMU's memory as /proc shows it: as the predecessor has opened it, where it was in a
@@ -138,8 +147,8 @@ impl TakeOver<'_> {
         }
     }
 
-    /// Whether the direct transport leads to this block.
-    fn is_direct(&self, block: BlockId) -> bool {
-        self.transports.route.direct().is_some_and(|direct| direct.address(block).is_some())
+    /// Where the direct transport finds this block.
+    fn address(&self, block: BlockId) -> Option<u64> {
+        self.transports.route.direct()?.address(block)
     }
 }

@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::direct::{FaultThread, Opened, Opener, SourceRoute};
+use super::direct::{FaultThread, Opened, Opener, SourceRoute, wake_all};
 use super::event::PostcopyEvent;
 use super::pings::Pongs;
 use crate::host::procfs::AddressSpace;
-use crate::memory::{FillOptions, Memory};
-use crate::page::BlockId;
+use crate::memory::{FillOptions, Memory, MemoryError};
 use crate::revert::error::PostcopyError;
 use crate::revert::kept::Kept;
 use crate::revert::options::Placement;
@@ -36,6 +35,9 @@ pub(in crate::revert) struct PostcopyOptions {
     pub record: Duration,
     /// QEMU's memory as /proc shows it, where this process may not open it.
     pub space: Option<Arc<AddressSpace>>,
+    /// Whether memory that can't be read ends the source. Else it is told, and tried again from
+    /// [`repair`](super::PostcopySource::repair) on.
+    pub fail_on_damage: bool,
     /// What a successor needs is noted there.
     pub kept: Option<Kept>,
 }
@@ -82,14 +84,23 @@ impl Transports {
             }
         }
         if let Some(kept) = &self.options.kept {
-            let blocks = 0..self.memory.blocks().len();
-            let addresses: Vec<_> =
-                blocks.map(|index| direct.address(BlockId(index as u16))).collect();
-            kept.hold_direct(direct.uffd().as_fd(), &addresses)
+            kept.hold_direct(direct.uffd().as_fd(), direct.addresses())
                 .map_err(PostcopyError::Duplicate)?;
         }
         self.route.open_direct(direct);
         Ok(Some(unproven.is_empty()))
+    }
+
+    /// Takes faults from userfaultfd where this may be done, and wakes whoever waits for one
+    /// that a process which has died has read.
+    pub fn serve_faults(&self, take: bool) -> Result<Option<FaultThread>, PostcopyError> {
+        let faults = match take {
+            true => self.take_faults()?,
+            false => None,
+        };
+        let woken = wake_all(&self.route, self.memory.blocks());
+        woken.map_err(|error| MemoryError::FaultHandler(error.into()))?;
+        Ok(faults)
     }
 
     pub fn tell(&self, placement: Placement, reason: &str) {

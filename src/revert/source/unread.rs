@@ -1,5 +1,8 @@
 //! The return path, read without being taken out of its socket: what was not dealt with is
 //! still there for a successor.
+//!
+//! As long as nobody could succeed us, what was read is taken out as soon as more is wanted: QEMU
+//! may send more than the socket holds.
 
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
@@ -9,8 +12,12 @@ use std::os::unix::net::UnixStream;
 /// the socket only by [`consume`](Unread::consume).
 pub(super) struct Unread {
     socket: UnixStream,
+    /// Bytes that have been read.
+    read: u64,
     /// Bytes that have left the socket.
     consumed: u64,
+    /// Whether a successor reads again what has not been consumed.
+    kept: bool,
 }
 
 impl Unread {
@@ -31,9 +38,19 @@ impl Unread {
             )
         };
         match set {
-            0 => Ok(Unread { socket, consumed: 0 }),
+            0 => Ok(Unread { socket, read: 0, consumed: 0, kept: true }),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    /// The same for a socket that no successor reads until [`keep`](Unread::keep) is called.
+    pub fn for_us_alone(self) -> Unread {
+        Unread { kept: false, ..self }
+    }
+
+    /// From now on a successor may read what has not been consumed.
+    pub fn keep(&mut self) {
+        self.kept = true;
     }
 
     /// Takes all bytes ahead of this position out of the socket. They have been read, so it
@@ -58,6 +75,9 @@ impl Unread {
 
 impl Read for Unread {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.kept {
+            self.consume(self.read)?;
+        }
         // SAFETY: the buffer is as long as is said, and outlives the call.
         let count = unsafe {
             libc::recv(
@@ -67,7 +87,9 @@ impl Read for Unread {
                 libc::MSG_PEEK,
             )
         };
-        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        self.read += count as u64;
+        Ok(count)
     }
 }
 
@@ -98,5 +120,16 @@ mod tests {
         let mut successor = Unread::new(again).unwrap();
         successor.read_to_end(&mut all).unwrap();
         assert_eq!(all, b"etwo!");
+    }
+
+    #[test]
+    fn more_is_read_than_the_socket_holds_where_nobody_succeeds_us() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut unread = Unread::new(ours).unwrap().for_us_alone();
+        let sender = std::thread::spawn(move || theirs.write_all(&vec![7; 4 << 20]));
+        let mut bytes = vec![0; 4 << 20];
+        unread.read_exact(&mut bytes).unwrap();
+        sender.join().unwrap().unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 7));
     }
 }

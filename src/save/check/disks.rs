@@ -42,18 +42,28 @@ pub(super) async fn check_disks(
     Ok((disks, says))
 }
 
-/// Why a revert will be refused: disks that it won't find where it looks for them, and devices
-/// that were left out.
-pub(super) fn check_revert(machine: &Machine, disks: &[FoundDisk]) -> Option<String> {
-    let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
-    let problems = captured.filter_map(|found| guest::check_given(machine, &found.disk).err());
-    let mut problems: Vec<String> = problems.map(|problem| problem.to_string()).collect();
-    let missing = &machine.hotplug.missing;
-    if !missing.is_empty() {
-        let missing: Vec<String> = missing.iter().map(PluggedDevice::describe).collect();
+/// Whether a revert will find all that is captured. Returns why it will fail all the same: because
+/// of devices and disks that may be missing.
+///
+/// # Errors
+/// [`CheckError::Irrevertible`] for a disk that may not.
+pub(super) fn check_revert(
+    machine: &Machine,
+    disks: &[FoundDisk],
+    options: &SaveOptions,
+) -> Result<Option<String>, SaveError> {
+    let may_be_missing =
+        |found: &FoundDisk| options.allow_missing_devices.iter().any(|name| found.is_called(name));
+    let captured = disks
+        .iter()
+        .filter(|found| found.disk.role == DiskRole::Captured && !may_be_missing(found))
+        .map(|found| &found.disk);
+    guest::check_given(machine, captured)
+        .map_err(|problem| CheckError::Irrevertible { problem })?;
+    let missing: Vec<String> =
+        machine.hotplug.missing.iter().map(PluggedDevice::describe).collect();
+    Ok((!missing.is_empty()).then(|| {
         let missing = missing.join(", ");
-        problems
-            .push(format!("QEMU will refuse it unless it is given what was left out: {missing}"));
-    }
-    (!problems.is_empty()).then(|| problems.join("; "))
+        format!("a revert will fail unless QEMU is given what was left out: {missing}")
+    }))
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::guest::GuestError;
 use crate::kind::{Details, ErrorKind};
 
 /// The oldest QEMU that is known to work, as major and minor version.
@@ -67,6 +68,16 @@ pub enum CheckError {
         /// Why not.
         problem: String,
     },
+    /// A revert would be refused because of a disk.
+    #[error(
+        "a snapshot would be taken that can't be reverted: {problem}; leave the disk out with \
+         `SaveOptions::exclude_disks`, save memory alone with `DiskChoice::None`, or name it in \
+         `SaveOptions::allow_missing_devices` to save it all the same"
+    )]
+    Irrevertible {
+        /// What the revert would say.
+        problem: GuestError,
+    },
     /// A disk was to be left out that is not there.
     #[error(
         "`SaveOptions::exclude_disks`: no disk is called {name}; there are: {}", .disks.join(", ")
@@ -116,6 +127,7 @@ impl CheckError {
             CheckError::NoBackgroundSnapshot { .. } => ErrorKind::UserfaultfdUnavailable,
             CheckError::Unseen => ErrorKind::NotQemu,
             CheckError::Disk { .. } => ErrorKind::DiskUnsupported,
+            CheckError::Irrevertible { problem } => problem.kind(),
             CheckError::NoSuchDisk { .. } => ErrorKind::NoSuchDisk,
             CheckError::Room { .. } => ErrorKind::NoSpace,
             CheckError::Directory { source, .. } => ErrorKind::of_io(source),

@@ -24,8 +24,7 @@ use crate::qmp::{Qmp, QmpError};
 /// How long QEMU may take to greet us.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a machine is looked at that a revert would refuse, before it is saved with a
-/// warning.
+/// How often a machine is looked at that a revert would refuse.
 const LOOKS: u32 = 10;
 
 /// The time between two of these looks.
@@ -92,17 +91,14 @@ pub(super) async fn ensure(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, 
     let mut left = LOOKS;
     loop {
         let (items, checked) = look(qmp, options).await;
-        if let Some(error) = items.into_iter().find_map(|item| item.outcome.err()) {
-            return Err(error);
-        }
-        // There is a result whenever nothing has failed.
-        let checked = checked.ok_or(SaveError::Check(CheckError::Unseen))?;
         left -= 1;
-        // A device that is being removed leaves the machine a moment before its disk does:
-        // saved in between, the disk would have no device in the record.
-        let settled = checked.irrevertible.is_none() || !checked.machine.hotplug.missing.is_empty();
-        if settled || left == 0 {
-            return Ok(checked);
+        match items.into_iter().find_map(|item| item.outcome.err()) {
+            // There is a result whenever nothing has failed.
+            None => return checked.ok_or(SaveError::Check(CheckError::Unseen)),
+            // A device that is being removed leaves the machine a moment before its disk does:
+            // in between, the disk has no device in the record.
+            Some(SaveError::Check(CheckError::Irrevertible { .. })) if left > 0 => {}
+            Some(error) => return Err(error),
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }
@@ -140,12 +136,16 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     };
     let plugged = hotplug::check_hotplug(qmp, &mut machine, &mut disks, options).await;
     let Some(devices) = list.note("hotplug", plugged) else { return (list.0, None) };
-    let irrevertible = disks::check_revert(&machine, &disks);
-    list.0.push(CheckItem {
-        name: "revert",
-        warning: irrevertible.is_some(),
-        outcome: Ok(irrevertible.clone().unwrap_or_else(|| "nothing will keep it".to_owned())),
-    });
+    let revert = disks::check_revert(&machine, &disks, options);
+    let irrevertible = list.note(
+        "revert",
+        revert.map(|why| {
+            let says = why.clone().unwrap_or_else(|| "nothing will keep it".to_owned());
+            (why, says)
+        }),
+    );
+    let irrevertible = irrevertible.flatten();
+    list.warn_if(irrevertible.is_some());
     list.note("room", room::check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
     list.note("agent", check_agent(options).await);
     let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
@@ -195,6 +195,13 @@ impl Checklist {
         };
         self.0.push(CheckItem { name, outcome, warning: false });
         value
+    }
+
+    /// Makes the last item a warning.
+    fn warn_if(&mut self, warning: bool) {
+        if let Some(item) = self.0.last_mut() {
+            item.warning = warning;
+        }
     }
 }
 

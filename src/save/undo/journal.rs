@@ -5,7 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::error::JournalError;
@@ -15,6 +18,9 @@ use crate::save::settings::Settings;
 
 /// The longest journal that is read, in bytes: far more than any save writes.
 const MAX_BYTES: u64 = 16 << 20;
+
+/// How often it is looked whether another has recovered a save.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// What is to be undone.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -43,6 +49,8 @@ impl Plan {
 /// A journal of a save. Dropping it leaves the file: see [`Journal::remove`].
 pub(in crate::save) struct Journal {
     path: PathBuf,
+    /// Held by whoever recovers the save.
+    _lock: Option<Flock<File>>,
 }
 
 impl Journal {
@@ -63,7 +71,7 @@ impl Journal {
 
     /// Writes a new journal, durably.
     pub fn create(image: &Path, plan: &Plan) -> Result<Journal, JournalError> {
-        let journal = Journal { path: Journal::path(image) };
+        let journal = Journal { path: Journal::path(image), _lock: None };
         let mut options = File::options();
         options.write(true).create_new(true).mode(0o600);
         let file = options.open(&journal.path).map_err(|error| match error.kind() {
@@ -99,9 +107,35 @@ impl Journal {
         fs::rename(&new, &self.path).map_err(|e| self.failed("replace", e))
     }
 
+    /// Reads the journal of an image, if there is one, to recover the save by it. Waits for
+    /// another that does so: nothing may be left to do then.
+    pub async fn claim(image: &Path) -> Result<Option<(Journal, Plan)>, JournalError> {
+        let mut lock: Option<Flock<File>> = None;
+        loop {
+            let Some((journal, plan)) = Journal::read(image)? else { return Ok(None) };
+            let failed = |e| journal.failed("lock", e);
+            // Locked, it may have been removed or replaced in between.
+            match &lock {
+                Some(locked) if is_named(locked, &journal.path).map_err(failed)? => {
+                    return Ok(Some((Journal { _lock: lock, ..journal }, plan)));
+                }
+                _ => lock = None,
+            }
+            let file = match File::open(&journal.path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                file => file.map_err(failed)?,
+            };
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(locked) => lock = Some(locked),
+                Err((_, Errno::EWOULDBLOCK)) => tokio::time::sleep(LOOK_EVERY).await,
+                Err((_, errno)) => return Err(failed(errno.into())),
+            }
+        }
+    }
+
     /// Reads the journal of an image, if there is one.
-    pub fn read(image: &Path) -> Result<Option<(Journal, Plan)>, JournalError> {
-        let journal = Journal { path: Journal::path(image) };
+    fn read(image: &Path) -> Result<Option<(Journal, Plan)>, JournalError> {
+        let journal = Journal { path: Journal::path(image), _lock: None };
         let mut text = Vec::new();
         let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(&journal.path);
         let read = file.and_then(|file| {
@@ -135,6 +169,12 @@ impl Journal {
     fn failed(&self, doing: &'static str, source: io::Error) -> JournalError {
         JournalError::Io { doing, journal: self.path.clone(), source }
     }
+}
+
+/// Whether an open file has this name.
+fn is_named(file: &File, path: &Path) -> io::Result<bool> {
+    let meta = file.metadata()?;
+    Ok(file_identity(path)? == Some((meta.dev(), meta.ino())))
 }
 
 /// What tells a file from all others as long as it exists: its file system and its inode.

@@ -25,6 +25,8 @@ use crate::qmp::{Qmp, QmpError};
 pub(super) struct Undo {
     plan: Plan,
     journal: Journal,
+    /// Whether the guest may have written to the overlays.
+    switched: bool,
     /// Why the guest could not be thawed.
     not_thawed: Option<AgentError>,
 }
@@ -48,7 +50,7 @@ impl Undo {
             overlays,
         };
         let journal = Journal::create(&options.image, &plan)?;
-        Ok(Undo { plan, journal, not_thawed: None })
+        Ok(Undo { plan, journal, switched: false, not_thawed: None })
     }
 
     /// Sets QEMU up.
@@ -59,6 +61,11 @@ impl Undo {
     /// The overlays, in the order of the disks to capture.
     pub fn overlays(&self) -> &[Overlay] {
         &self.plan.overlays
+    }
+
+    /// The disks are about to be switched to the overlays: the guest may write to them.
+    pub fn switching(&mut self) {
+        self.switched = true;
     }
 
     /// Freezes the guest's file systems by the agent at `socket`, and returns how many those
@@ -151,6 +158,10 @@ impl Undo {
         // A QEMU that has ended has no settings, and no guest that is frozen.
         if !left.is_empty() && has_ended(qmp, &self.plan).await {
             left.clear();
+            // Nor has its guest written anything to overlays that it never had.
+            if !self.switched {
+                self.plan.overlays.iter().for_each(Overlay::remove);
+            }
         }
         left.extend(overlays::undo_overlays(qmp, &self.plan.overlays, on_event).await);
         if left.is_empty() {

@@ -76,6 +76,12 @@ impl Overlay {
         }
     }
 
+    /// Removes the file of an overlay that nobody has open or has written to.
+    pub fn remove(&self) {
+        // It may not have been made yet. One that can't be removed is told of as left behind.
+        let _ = fs::remove_file(&self.path);
+    }
+
     /// Waits for the end of a commit that has begun.
     async fn end_commit(&self, qmp: &Qmp) -> Result<(), String> {
         match tokio::time::timeout(COMMIT_TIMEOUT, qmp.end_commit(&self.node)).await {

@@ -7,8 +7,7 @@
 
 use std::collections::HashSet;
 
-use super::ExchangeError;
-use crate::guest::{Board, CommandLine, Params};
+use super::{Board, CommandLine, Params};
 use crate::machine::Machine;
 use crate::page::{Block, BlockId, Run};
 
@@ -20,7 +19,8 @@ const MAX_NODES: usize = 128;
 
 /// A part of a block, and where it lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Range {
+pub struct Range {
+    /// The block.
     pub block: BlockId,
     /// Offset in the block in bytes.
     pub offset: u64,
@@ -42,10 +42,9 @@ impl Range {
 /// Main memory's ranges in ascending order of address, and those of a PC's firmware.
 ///
 /// # Errors
-/// When the machine type or its main memory is none that is known here.
-pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, ExchangeError> {
+/// Says what is unknown: the machine type or its main memory is none of those known here.
+pub fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, String> {
     let line = CommandLine::parse(machine.argv.iter().skip(1).map(String::as_str));
-    let unknown = |problem: &str| ExchangeError::NoLayout { problem: problem.to_owned() };
     let find = |name: &str| {
         // Machine types before 4.0 name blocks by their whole path.
         let named = |block: &Block| {
@@ -55,20 +54,21 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
         blocks.iter().position(named).map(|index| BlockId(index as u16))
     };
     let Some(board) = Board::of(&machine.machine_type) else {
-        return Err(unknown("only `pc`, `q35` and ARM's `virt` have a layout that is known here"));
+        let problem = "only `pc`, `q35` and ARM's `virt` have a layout that is known here";
+        return Err(problem.into());
     };
     let backends = backends(&line, board);
     // QEMU starts with neither. So what follows is bounded, and no block lies in two places.
     if backends.len() > MAX_NODES {
-        return Err(unknown(&format!("it has more than {MAX_NODES} NUMA nodes")));
+        return Err(format!("it has more than {MAX_NODES} NUMA nodes"));
     }
     if backends.iter().collect::<HashSet<_>>().len() < backends.len() {
-        return Err(unknown("two of its NUMA nodes have the same memory"));
+        return Err("two of its NUMA nodes have the same memory".into());
     }
     let main: Vec<BlockId> = backends.iter().filter_map(|name| find(name)).collect();
     if main.is_empty() {
         let names = backends.join("`, `");
-        return Err(unknown(&format!("its main memory is no block of a known name (`{names}`)")));
+        return Err(format!("its main memory is no block of a known name (`{names}`)"));
     }
     let size: u64 = main.iter().map(|id| blocks[id.index()].len).sum();
     // Up to where memory lies in one piece, and where it goes on.
@@ -101,6 +101,16 @@ pub(super) fn ranges(machine: &Machine, blocks: &[Block]) -> Result<Vec<Range>, 
     }
     ranges.sort_by_key(|range| range.address);
     Ok(ranges)
+}
+
+/// The guest-physical address of a block's byte at `offset`; nothing where that is not known.
+pub fn address(machine: &Machine, blocks: &[Block], block: BlockId, offset: u64) -> Option<u64> {
+    let ranges = ranges(machine, blocks).ok()?;
+    let at = |range: &Range| Some(range.address + offset.checked_sub(range.offset)?);
+    let holds = |range: &&Range| {
+        range.block == block && (range.offset..range.offset + range.len).contains(&offset)
+    };
+    ranges.iter().find(holds).and_then(at)
 }
 
 /// Names of the blocks that are main memory, in the order in which they are laid out.
@@ -192,11 +202,11 @@ mod tests {
     fn what_is_unknown_is_said() {
         let machine = |name: &str| Machine { machine_type: name.into(), ..Machine::default() };
         let ram = Block { name: "pc.ram".into(), len: GIB, page_size: 4096 };
-        let error = ranges(&machine("microvm"), &[ram]).unwrap_err().to_string();
+        let error = ranges(&machine("microvm"), &[ram]).unwrap_err();
         assert!(error.contains("`q35`"), "{error}");
-        let error = ranges(&machine("pc-q35-7.2"), &[]).unwrap_err().to_string();
+        let error = ranges(&machine("pc-q35-7.2"), &[]).unwrap_err();
         assert!(error.contains("`pc.ram`"), "{error}");
-        let error = ranges(&machine("virt-7.2"), &[]).unwrap_err().to_string();
+        let error = ranges(&machine("virt-7.2"), &[]).unwrap_err();
         assert!(error.contains("`mach-virt.ram`"), "{error}");
         let nodes = |count: usize, name: fn(usize) -> String| {
             let node = |number| ["-numa".to_owned(), format!("node,memdev={}", name(number))];
@@ -204,7 +214,7 @@ mod tests {
             let block = |number| Block { name: name(number), len: 4096, page_size: 4096 };
             let blocks: Vec<_> = (0..count).map(block).collect();
             let machine = Machine { argv, ..machine("pc-q35-7.2") };
-            ranges(&machine, &blocks).map(|ranges| ranges.len()).map_err(|e| e.to_string())
+            ranges(&machine, &blocks).map(|ranges| ranges.len())
         };
         assert_eq!(nodes(MAX_NODES, |number| format!("m{number}")), Ok(MAX_NODES));
         let error = nodes(50_000, |number| format!("m{number}")).unwrap_err();

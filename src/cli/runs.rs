@@ -1,0 +1,184 @@
+//! `ps`, `stop`, `logs` and `gc`: the reverts that are under way, and what killed ones left.
+
+use std::fs::File;
+use std::io::{self, BufRead, IsTerminal, Write};
+
+use clap::Args;
+
+use super::events::CommandEvent;
+use super::failure::Failure;
+use super::output::{Output, print_line};
+use crate::runs::{self, LeftOver, LeftOverKind, Run, RunsError, Stopped};
+
+#[derive(Args)]
+pub(super) struct PsArgs {
+    /// Print one JSON object a line, one for each revert
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct StopArgs {
+    /// The id of the revert, or its beginning (`snapback ps` shows ids)
+    id: String,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct LogsArgs {
+    /// The id of the revert, or its beginning (`snapback ps` shows ids)
+    id: String,
+}
+
+#[derive(Args)]
+pub(super) struct GcArgs {
+    /// Remove without asking
+    #[arg(long)]
+    yes: bool,
+    /// Print one JSON object a line; without --yes nothing is removed then
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Lists the reverts that are under way.
+pub(super) fn ps(args: PsArgs) -> Result<(), Failure> {
+    let (output, runs) = (Output::new(args.json), runs::list()?);
+    if args.json {
+        runs.into_iter().for_each(|run| output.print_json(&CommandEvent::Run(Box::new(run))));
+        return Ok(());
+    }
+    let head = ["ID", "QEMU", "SERVER", "KEEPER", "WAY", "PRESENT", "FAULTS", "RESTARTS", "AGE"];
+    let rows = runs.iter().map(|run| (row(run), run.image.display().to_string()));
+    print_table(head.map(str::to_owned), rows.collect());
+    for run in runs.iter().filter(|run| run.is_stuck()) {
+        let (id, image) = (&run.id, run.image.display());
+        let pid = run.qemu_pid.unwrap_or_default();
+        print_line(&format!(
+            "{id} waits for memory that nobody brings: its server and keeper were killed; \
+             `snapback resume {image} --pid {pid}` goes on with it"
+        ));
+    }
+    if runs.iter().any(Run::is_over) {
+        print_line("`snapback gc` removes what reverts have left that have no process any more");
+    }
+    Ok(())
+}
+
+/// The columns of a revert, but for the last.
+fn row(run: &Run) -> [String; 9] {
+    fn shown<T: ToString>(value: Option<T>) -> String {
+        value.map_or("-".to_owned(), |value| value.to_string())
+    }
+    [
+        run.id.clone(),
+        shown(run.qemu_pid),
+        shown(run.server_pid),
+        shown(run.keeper_pid),
+        shown(run.way.as_ref()),
+        shown(run.present.map(|share| format!("{:.0} %", share * 100.0))),
+        shown(run.faults),
+        shown(run.restarts),
+        format!("{:.0} s", run.age_s),
+    ]
+}
+
+/// Prints columns as wide as they have to be, and behind them the images.
+fn print_table(head: [String; 9], rows: Vec<([String; 9], String)>) {
+    let width = |column: usize| {
+        let cells = rows.iter().map(|(row, _)| &row[column]).chain([&head[column]]);
+        cells.map(|cell| cell.len()).max().unwrap_or_default()
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |row: &[String; 9], last: &str| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}  "));
+        print_line(&format!("{}{last}", cells.collect::<String>()));
+    };
+    line(&head, "IMAGE");
+    rows.iter().for_each(|(row, image)| line(row, image));
+}
+
+/// Ends a guest with its server.
+pub(super) fn stop(args: StopArgs) -> Result<(), Failure> {
+    let output = Output::new(args.json);
+    let run = runs::find(&args.id)?;
+    let Stopped { qemu_pid, removed, kept } = run.stop()?;
+    if args.json {
+        let id = run.id;
+        output.print_json(&CommandEvent::Ended { id, qemu_pid, removed, kept });
+        return Ok(());
+    }
+    match qemu_pid {
+        Some(pid) => print_line(&format!("ended    {} (QEMU process {pid})", run.id)),
+        None => print_line(&format!("ended    {} (its QEMU had ended before)", run.id)),
+    }
+    removed.iter().for_each(|path| print_line(&format!("removed  {}", path.display())));
+    for path in &kept {
+        let path = path.display();
+        print_line(&format!("kept     {path}: the guest has written to it (`snapback gc`)"));
+    }
+    Ok(())
+}
+
+/// Prints the log of a revert's server.
+pub(super) fn logs(args: LogsArgs) -> Result<(), Failure> {
+    let run = runs::find(&args.id)?;
+    let path = run.log()?;
+    let copied = File::open(path).and_then(|mut log| io::copy(&mut log, &mut io::stdout().lock()));
+    match copied {
+        // Nothing is done about a reader that has gone away.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(RunsError::Log { path: path.to_owned(), source: error }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes what killed reverts have left.
+pub(super) fn gc(args: GcArgs) -> Result<(), Failure> {
+    let output = Output::new(args.json);
+    let found = runs::left_overs()?;
+    let remove = args.yes || (!args.json && !found.is_empty() && is_wanted(&found));
+    let mut failed = None;
+    for left in found {
+        let removed = match remove.then(|| left.remove()) {
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                failed.get_or_insert(error);
+                false
+            }
+            None => false,
+        };
+        match args.json {
+            true => output.print_json(&CommandEvent::LeftOver { left, removed }),
+            false if removed => print_line(&format!("removed  {}", describe(&left))),
+            false => {}
+        }
+    }
+    failed.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Shows what was found, and asks whether to remove it.
+fn is_wanted(found: &[LeftOver]) -> bool {
+    found.iter().for_each(|left| print_line(&format!("found    {}", describe(left))));
+    if !io::stdin().is_terminal() {
+        print_line("`snapback gc --yes` removes all of that");
+        return false;
+    }
+    let mut answer = String::new();
+    let mut stderr = io::stderr();
+    let _ = write!(stderr, "Remove all of that? [y/N] ").and_then(|()| stderr.flush());
+    let read = io::stdin().lock().read_line(&mut answer);
+    read.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
+}
+
+fn describe(left: &LeftOver) -> String {
+    let path = left.path.display();
+    match left.what {
+        LeftOverKind::Overlay => format!("{path} (an overlay: what a guest had written)"),
+        LeftOverKind::Socket => format!("{path} (a socket on which nobody listens)"),
+        LeftOverKind::Log => format!("{path} (the log of a server that has ended)"),
+        LeftOverKind::Record => format!("{path} (the record of a revert)"),
+    }
+}

@@ -1,0 +1,34 @@
+//! The reverts of this user that are under way: each has a record in a private directory, from
+//! the start of its QEMU until it depends on nobody any more.
+//!
+//! ```text
+//! $XDG_RUNTIME_DIR/snapback/     or /run/snapback of root, or snapback-UID in the temporary directory
+//!     1f0c92ab/                  one revert, by its id
+//!         state.json             its processes, its image, and what it leaves when all are killed
+//!     1f0c92ab.log               the log of its server, if that runs in the background
+//! ```
+//!
+//! [`list()`] and [`find()`] read them, [`Run::stop`] ends a guest with its server, and
+//! [`left_overs()`] finds what killed processes have left.
+//!
+//! A process is known by its number and the time of its start, since numbers are used again.
+//! How far memory has come is read from the ledger, which the server and its keeper have open.
+
+mod directory;
+mod entry;
+mod error;
+mod left_over;
+mod options;
+mod record;
+mod run;
+mod stop;
+
+pub(crate) use directory::{log_of, new_id};
+pub(crate) use entry::Entry;
+pub use error::RunsError;
+pub use left_over::{LeftOver, LeftOverKind, left_overs};
+pub use options::RunOptions;
+pub(crate) use record::{ProcessId, Record};
+pub use run::{Run, find, list};
+pub(crate) use run::{directory_of, keep_overlays};
+pub use stop::Stopped;

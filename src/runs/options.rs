@@ -1,0 +1,28 @@
+//! How a revert is recorded.
+
+use std::path::PathBuf;
+
+use super::directory::new_id;
+
+/// How a revert is recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RunOptions {
+    /// Its id: 8 hexadecimal digits that no other revert has.
+    pub id: String,
+    /// The log of its server, where its output goes to a file.
+    pub log: Option<PathBuf>,
+}
+
+impl RunOptions {
+    /// Records a revert under a new id.
+    pub fn new() -> RunOptions {
+        RunOptions { id: new_id(), log: None }
+    }
+}
+
+impl Default for RunOptions {
+    fn default() -> RunOptions {
+        RunOptions::new()
+    }
+}

@@ -1,0 +1,167 @@
+//! What is recorded of a revert.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::directory;
+use crate::host::procfs;
+use crate::keeper::Ledger;
+
+/// The file of a record, and its name while it is written.
+pub(super) const FILE: &str = "state.json";
+pub(super) const NEW_FILE: &str = "state.json.new";
+
+/// The longest record that is read, in bytes: far more than any is.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// A process: its number, and what tells it from others that have the number later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ProcessId {
+    pid: i32,
+    /// When it was started, in clock ticks since boot (proc_pid_stat(5), field 22). None of a
+    /// server or a keeper whose record is written in the sandbox, where that can't be seen.
+    started: Option<u64>,
+}
+
+impl ProcessId {
+    /// The process that has this number now.
+    pub fn of(pid: i32) -> Option<ProcessId> {
+        Some(ProcessId { pid, started: Some(procfs::started(pid)?) })
+    }
+
+    /// The server or keeper that has this number now.
+    pub fn serving(pid: i32) -> ProcessId {
+        ProcessId { pid, started: procfs::started(pid) }
+    }
+
+    /// This process, which is a server.
+    pub fn this() -> ProcessId {
+        ProcessId::serving(std::process::id() as i32)
+    }
+
+    /// Its number, while it lives.
+    pub fn living(self) -> Option<i32> {
+        let lives = match self.started {
+            None => Ledger::of_process(self.pid).is_some(),
+            started => procfs::started(self.pid) == started,
+        };
+        lives.then_some(self.pid)
+    }
+}
+
+/// What is recorded of a revert.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub image: PathBuf,
+    /// When it began, in milliseconds since 1970.
+    pub begun_unix_ms: u64,
+    /// Pages of 4096 bytes of its machine.
+    pub pages: u64,
+    pub server: Option<ProcessId>,
+    pub qemu: Option<ProcessId>,
+    pub keeper: Option<ProcessId>,
+    /// By which transport its memory comes, once that is known.
+    pub way: Option<String>,
+    /// All its memory is in place: the guest needs no server, and is its owner's with all that
+    /// it has written.
+    pub resident: bool,
+    /// The overlays of its disks that have a name.
+    pub overlays: Vec<PathBuf>,
+    /// The sockets on which QEMU listens.
+    pub sockets: Vec<PathBuf>,
+    /// The log of its server.
+    pub log: Option<PathBuf>,
+}
+
+impl Record {
+    /// That of a revert of this image, with so many pages, which begins now.
+    pub fn new(image: PathBuf, pages: u64) -> Record {
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        Record {
+            image,
+            begun_unix_ms: now.as_millis() as u64,
+            pages,
+            server: None,
+            qemu: None,
+            keeper: None,
+            way: None,
+            resident: false,
+            overlays: Vec::new(),
+            sockets: Vec::new(),
+            log: None,
+        }
+    }
+
+    /// Writes it to its directory. A reader finds this one or the one before.
+    pub fn write(&self, directory: &Path) -> io::Result<()> {
+        let new = directory.join(NEW_FILE);
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        options.open(&new)?.write_all(&serde_json::to_vec(self)?)?;
+        fs::rename(&new, directory.join(FILE))
+    }
+
+    /// Reads that of a directory. Only a regular file of this user's is read.
+    pub fn read(directory: &Path) -> io::Result<Record> {
+        let mut options = File::options();
+        // A pipe would be waited for.
+        options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let file = options.open(directory.join(FILE))?;
+        let meta = file.metadata()?;
+        if !meta.is_file() || meta.uid() != directory::us() {
+            return Err(io::Error::other("it is not a file of your own"));
+        }
+        let mut text = Vec::new();
+        file.take(MAX_BYTES).read_to_end(&mut text)?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_start_as_well() {
+        let us = ProcessId::this();
+        assert_eq!(us.living(), Some(std::process::id() as i32));
+        let later = us.started.map(|started| started + 1);
+        assert_eq!(ProcessId { started: later, ..us }.living(), None);
+        assert_eq!(ProcessId::of(i32::MAX), None);
+    }
+
+    #[test]
+    fn a_record_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let record =
+            Record { server: Some(ProcessId::this()), ..Record::new("/vm.snap".into(), 7) };
+        record.write(folder.path()).unwrap();
+        let read = Record::read(folder.path()).unwrap();
+        assert_eq!(format!("{read:?}"), format!("{record:?}"));
+        let names = fs::read_dir(folder.path()).unwrap();
+        assert_eq!(names.map(|name| name.unwrap().file_name()).collect::<Vec<_>>(), [FILE]);
+    }
+
+    #[test]
+    fn other_files_are_no_records() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join(FILE);
+        for text in ["", "{}", "[1]", "\0\0", "{\"image\":1}"] {
+            fs::write(&state, text).unwrap();
+            assert!(Record::read(folder.path()).is_err(), "{text}");
+        }
+        fs::write(&state, vec![b'['; 2 << 20]).unwrap();
+        assert!(Record::read(folder.path()).is_err());
+        fs::remove_file(&state).unwrap();
+        nix::unistd::mkfifo(&state, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(Record::read(folder.path()).is_err());
+        fs::remove_file(&state).unwrap();
+        std::os::unix::fs::symlink("/proc/self/stat", &state).unwrap();
+        assert!(Record::read(folder.path()).is_err());
+    }
+}
