@@ -493,7 +493,8 @@ fn a_guest_that_somebody_stops_meanwhile_is_left_alone(dir: &Dir, qemu: Qemu) ->
     watched.is_as_before(dir)?;
 
     // While the save that is killed had not come to stop it.
-    let saving = watched.save(dir).with(&["--quiesce", text(&agent.path)]).start()?;
+    let by_hand = ["--no-keeper", "--quiesce", text(&agent.path)];
+    let saving = watched.save(dir).with(&by_hand).start()?;
     let peer = agent.until("guest-fsfreeze-freeze")?;
     saving.signal(libc::SIGKILL);
     drop((saving, peer));
@@ -738,7 +739,8 @@ fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
     assert_eq!(watched.recover(dir)?, "nothing");
 
     // Before the pause: nothing but files and open nodes.
-    let mut saving = watched.save(dir).start()?;
+    let by_hand = ["--no-keeper"];
+    let mut saving = watched.save(dir).with(&by_hand).start()?;
     saving.wait("ready")?;
     saving.signal(libc::SIGKILL);
     drop(saving);
@@ -746,7 +748,7 @@ fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
 
     // Frozen, just before the pause.
     let agent = Agent::listen(dir)?;
-    let saving = watched.save(dir).with(&["--quiesce", "agent.sock"]).start()?;
+    let saving = watched.save(dir).with(&by_hand).with(&["--quiesce", "agent.sock"]).start()?;
     let peer = agent.until("guest-fsfreeze-freeze")?;
     saving.signal(libc::SIGKILL);
     drop((saving, peer));
@@ -772,7 +774,7 @@ fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
     // 8.1 does not take its protection off memory then: recovering does.
     for _ in 0..8 {
         let mut side = Qmp::connect(&watched.side)?;
-        let saving = watched.save(dir).start()?;
+        let saving = watched.save(dir).with(&by_hand).start()?;
         let seen = |side: &mut Qmp| {
             side.execute("query-status", json!({}))?;
             Ok(side.events().iter().any(|event| event["event"] == "STOP").then_some(()))
@@ -782,14 +784,14 @@ fn a_killed_save_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
         drop((saving, side));
         recover_whatever(dir, &watched)?;
     }
-    let mut saving = watched.save(dir).start()?;
+    let mut saving = watched.save(dir).with(&by_hand).start()?;
     saving.wait("moment")?;
     saving.signal(libc::SIGKILL);
     drop(saving);
     recover_whatever(dir, &watched)?;
 
     // QEMU has ended as well: its overlay is named, and not touched.
-    let mut saving = watched.save(dir).start()?;
+    let mut saving = watched.save(dir).with(&by_hand).start()?;
     saving.wait("ready")?;
     saving.signal(libc::SIGKILL);
     drop(saving);

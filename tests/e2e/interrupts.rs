@@ -201,7 +201,7 @@ fn a_save_that_was_killed_is_recovered(dir: &Dir, qemu: Qemu) -> Result<()> {
     };
     assert_eq!(recover()?, "nothing");
     for _ in 0..TRIES {
-        let mut save = dir.save(&guest, "vm.snap").start()?;
+        let mut save = dir.save(&guest, "vm.snap").with(&["--no-keeper"]).start()?;
         save.wait("moment")?;
         save.signal(libc::SIGKILL);
         drop(save);

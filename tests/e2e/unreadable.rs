@@ -32,23 +32,54 @@ tests! {
     a_mapped_image_that_is_truncated_ends_its_guest
 }
 
-/// A place in the image where a flipped byte damages main memory, with the memory's first byte.
-fn damaging_place(dir: &Dir, image: &Path) -> Result<(u64, u64)> {
-    let data = region(image, DATA)?;
-    // The kernel's, which it may never ask for, comes first.
-    for part in 10..20 {
-        let place = data.start + (data.end - data.start) / 20 * part;
-        flip(image, place)?;
-        let verified = dir.snapback(&["verify", text(image)]).end()?;
-        flip(image, place)?;
-        let range = verified.event("damaged").ok().map(|damaged| damaged["ranges"][0].clone());
-        if let Some(range) = range
-            && range["block"] == "pc.ram"
-        {
-            return Ok((place, range["offset"].as_u64().ok_or("no offset")?));
+/// Flipped bytes of an image that damage main memory in several places: some of them are in what
+/// the guest checks, others may be in the kernel's, which it may never ask for.
+struct Damage {
+    image: PathBuf,
+    /// The bytes in the image.
+    places: Vec<u64>,
+    /// The first byte of main memory that each damages.
+    offsets: Vec<u64>,
+}
+
+impl Damage {
+    fn find(dir: &Dir, image: &Path) -> Result<Damage> {
+        let data = region(image, DATA)?;
+        let mut damage =
+            Damage { image: image.to_owned(), places: Vec::new(), offsets: Vec::new() };
+        for part in 10..20 {
+            let place = data.start + (data.end - data.start) / 20 * part;
+            flip(image, place)?;
+            let verified = dir.snapback(&["verify", text(image)]).end()?;
+            flip(image, place)?;
+            let range = verified.event("damaged").ok().map(|damaged| damaged["ranges"][0].clone());
+            if let Some(range) = range.filter(|range| range["block"] == "pc.ram") {
+                damage.places.push(place);
+                damage.offsets.push(range["offset"].as_u64().ok_or("no offset")?);
+            }
+        }
+        assert!(!damage.places.is_empty(), "no place damages main memory");
+        Ok(damage)
+    }
+
+    /// Damages the image, or repairs it.
+    fn flip(&self) -> Result<()> {
+        self.places.iter().try_for_each(|place| flip(&self.image, *place))
+    }
+
+    /// Checks what was told of it.
+    fn is_named_by(&self, event: &Value) {
+        let at = event["offset"].as_u64().unwrap();
+        let is_here = |offset: &u64| (*offset..*offset + (64 << 10)).contains(&at);
+        assert!(self.offsets.iter().any(is_here), "{:#x?}: {event}", self.offsets);
+        // A small PC's main memory begins at address 0.
+        assert_eq!((&event["block"], &event["guest_physical"]), (&"pc.ram".into(), &at.into()));
+        let why = event["why"].as_str().unwrap();
+        let offset = format!("{at:#x}");
+        for part in [text(&self.image), "chunk", "block `pc.ram`", &offset, "physical address"] {
+            assert!(why.contains(part), "{part}: {why}");
         }
     }
-    Err("no place damages main memory".into())
 }
 
 /// Reverts an image of the shared guest, and fills nothing.
@@ -75,45 +106,32 @@ fn goes_on(mut guest: Reverted, shared: &Shared) -> Result<()> {
     guest.check(&shared.nonce)
 }
 
-/// Checks what was told of memory at `offset` of main memory.
-fn names_it(event: &Value, image: &Path, offset: u64) {
-    let at = event["offset"].as_u64().unwrap();
-    assert!((offset..offset + (64 << 10)).contains(&at), "{offset:#x}: {event}");
-    // A small PC's main memory begins at address 0.
-    assert_eq!((&event["block"], &event["guest_physical"]), (&"pc.ram".into(), &at.into()));
-    let why = event["why"].as_str().unwrap();
-    let offset = format!("{at:#x}");
-    for part in [text(image), "chunk", "block `pc.ram`", &offset, "physical address"] {
-        assert!(why.contains(part), "{part}: {why}");
-    }
-}
-
 fn wait_for_a_repair(
     dir: &Dir,
     qemu: Qemu,
-    repair: impl FnOnce(&Path, u64, &Shared) -> Result<()>,
+    repair: impl FnOnce(&Damage, &Shared) -> Result<()>,
 ) -> Result<()> {
     let image = dir.path("vm.snap");
     let shared = copy(qemu, &image)?;
-    let (place, offset) = damaging_place(dir, &image)?;
-    flip(&image, place)?;
+    let damage = Damage::find(dir, &image)?;
+    damage.flip()?;
     let mut guest = unfilled(dir, &image, &shared.from, &[])?;
     let stopped = wait_stopped(&mut guest)?;
     assert_eq!(stopped["reason"], "unreadable");
-    names_it(&stopped, &image, offset);
-    repair(&image, place, shared)?;
+    damage.is_named_by(&stopped);
+    repair(&damage, shared)?;
     goes_on(guest, shared)
 }
 
 fn a_guest_waits_for_a_bad_page_until_it_is_repaired(dir: &Dir, qemu: Qemu) -> Result<()> {
-    wait_for_a_repair(dir, qemu, |image, place, _| flip(image, place))
+    wait_for_a_repair(dir, qemu, |damage, _| damage.flip())
 }
 
 fn a_guest_waits_for_a_bad_page_until_the_image_is_replaced(dir: &Dir, qemu: Qemu) -> Result<()> {
-    wait_for_a_repair(dir, qemu, |image, _, shared| {
+    wait_for_a_repair(dir, qemu, |damage, shared| {
         let whole = dir.path("whole");
         fs::copy(&shared.image, &whole)?;
-        Ok(fs::rename(whole, image)?)
+        Ok(fs::rename(whole, &damage.image)?)
     })
 }
 
@@ -138,13 +156,13 @@ fn has_ended(ended: &Ended, image: &Path, pid: u32) -> Result<()> {
 
 fn a_bad_page_that_nobody_asks_for_stops_nobody(dir: &Dir, qemu: Qemu) -> Result<()> {
     let (image, from, nonce) = paused(dir, qemu)?;
-    let (place, offset) = damaging_place(dir, &image)?;
-    flip(&image, place)?;
+    let damage = Damage::find(dir, &image)?;
+    damage.flip()?;
     let revert = |name: &str| -> Result<Reverted> {
         let to = dir.make(name)?;
         let revert = dir.revert(&image, &from, &to).with(&["--no-working-set"]);
         let mut guest = Reverted::of(revert, &to)?;
-        names_it(&guest.server.as_mut().unwrap().wait("degraded")?, &image, offset);
+        damage.is_named_by(&guest.server.as_mut().unwrap().wait("degraded")?);
         Ok(guest)
     };
     // Interrupted, it ends once it has brought the rest.
@@ -160,7 +178,7 @@ fn a_bad_page_that_nobody_asks_for_stops_nobody(dir: &Dir, qemu: Qemu) -> Result
     let mut guest = revert("waiting")?;
     cont(&guest.qmp_path)?;
     wait_stopped(&mut guest)?;
-    flip(&image, place)?;
+    damage.flip()?;
     guest.server.as_mut().unwrap().wait("repaired")?;
     guest.check(&nonce)?;
     guest.resident()?;
@@ -249,8 +267,8 @@ fn a_server_is_killed_while_its_guest_waits_for_a_bad_page(dir: &Dir) -> Result<
     for place in ["uffd", "socket"] {
         let image = dir.path(&format!("{place}.snap"));
         let shared = copy(Qemu::V7, &image)?;
-        let (at, _) = damaging_place(dir, &image)?;
-        flip(&image, at)?;
+        let damage = Damage::find(dir, &image)?;
+        damage.flip()?;
         let to = dir.make(place)?;
         let args = [&UNFILLED[..], &["--place", place]].concat();
         let mut guest = Reverted::of(dir.revert(&image, &shared.from, &to).with(&args), &to)?;
@@ -259,7 +277,7 @@ fn a_server_is_killed_while_its_guest_waits_for_a_bad_page(dir: &Dir) -> Result<
         server.signal(libc::SIGKILL);
         server.wait("taken_over")?;
         server.wait("stopped")?;
-        flip(&image, at)?;
+        damage.flip()?;
         server.wait("repaired")?;
         guest.check(&shared.nonce)?;
         let words = "snapback resume --inherited";
@@ -275,8 +293,7 @@ fn a_server_is_killed_while_its_guest_waits_for_a_bad_page(dir: &Dir) -> Result<
 fn damage_ends_a_revert_that_is_told_so(dir: &Dir) -> Result<()> {
     let image = dir.path("vm.snap");
     let shared = copy(Qemu::V10, &image)?;
-    let (place, _) = damaging_place(dir, &image)?;
-    flip(&image, place)?;
+    Damage::find(dir, &image)?.flip()?;
     let to = dir.make("reverted")?;
     let told = dir.revert(&image, &shared.from, &to).with(&["--fail-on-damage"]).fail()?;
     assert!(told.contains("chunk") && told.contains(text(&image)), "{told}");
