@@ -59,12 +59,6 @@ impl Pidfd {
         self.0
     }
 
-    /// The number of the process; nothing once it has ended and been waited for
-    /// (/proc/self/fdinfo, proc_pid_fdinfo(5)).
-    pub fn pid(&self) -> Option<i32> {
-        pid_in(Path::new(&format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())))
-    }
-
     /// Another process that holds both a pidfd of process `pid` and this file, if there is one that
     /// can be looked into.
     pub fn held_with(pid: i32, file: &Path) -> Option<i32> {

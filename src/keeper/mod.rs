@@ -26,5 +26,7 @@ pub use clean_up::clean_up;
 pub use client::{Holder, Keeper, Successor};
 pub use inheritance::Inheritance;
 pub use ledger::{Figures, Ledger};
-pub use protocol::{Held, Message};
+pub use protocol::Held;
+#[cfg(feature = "internals")]
+pub use protocol::Message;
 pub use run::run;
