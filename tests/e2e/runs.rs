@@ -159,9 +159,12 @@ fn what_killed_processes_left_is_removed(dir: &Dir, qemu: Qemu) -> Result<()> {
     send_signal(reverted.pid, libc::SIGKILL);
     wait_gone(reverted.pid)?;
     assert!(!dir.sockets("reverted")?.is_empty());
-    let found = left_overs(dir, &[])?;
+    // A process that has been killed may have files open for a moment more.
+    let found = wait_for(SOON, "the overlay to be nobody's", || {
+        let found = left_overs(dir, &[])?;
+        Ok(found.iter().any(|(path, _)| *path == overlay).then_some(found))
+    })?;
     assert!(found.iter().all(|(path, removed)| path.exists() && !removed), "{found:?}");
-    assert!(found.iter().any(|(path, _)| *path == overlay), "{found:?}");
     let said = dir.snapback(&["gc"]).plain().succeed()?.said;
     assert!(said.last().is_some_and(|line| line.contains("--yes")) && overlay.exists());
     let removed = left_overs(dir, &["--yes"])?;

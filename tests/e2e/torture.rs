@@ -6,14 +6,16 @@
 //! waits for the next server; SNAPBACK_TORTURE sets the number of reverts.
 
 use std::fmt;
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::damage::flip;
 use crate::harness::{Dir, Ended, Reverted, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
 use crate::killed_reverts::{SLOWLY, SUCCESSOR, process};
 use crate::shared::shared;
-use crate::support::{Qemu, Result, SOON, wait_for};
+use crate::support::{Qemu, Result, SOON, process_gone, wait_for};
 use crate::tests;
 
 tests! {
@@ -21,7 +23,7 @@ tests! {
 }
 
 /// Reverts of the short run, and of the long one by default.
-const FEW: u64 = 12;
+const FEW: u64 = 14;
 const MANY: u64 = 200;
 
 /// The seed where none is given.
@@ -50,12 +52,14 @@ enum Fault {
     StopQemu,
     /// The server gets no more memory (RLIMIT_AS, getrlimit(2)).
     StarveServer,
-    // Faults of the image (a flipped byte, a truncated file) belong here once a server stops the
-    // guest for them and waits for the image to be mended.
+    /// Bytes of the image are wrong for a while.
+    FlipBytes,
+    /// The image ends early for a while.
+    TruncateImage,
 }
 
 impl Fault {
-    const ALL: [Fault; 10] = [
+    const ALL: [Fault; 12] = [
         Fault::KillServer,
         Fault::KillServerTwice,
         Fault::KillKeeper,
@@ -66,7 +70,14 @@ impl Fault {
         Fault::StopKeeper,
         Fault::StopQemu,
         Fault::StarveServer,
+        Fault::FlipBytes,
+        Fault::TruncateImage,
     ];
+
+    /// Whether it is done to the image, and not to a process.
+    fn is_of_the_image(self) -> bool {
+        matches!(self, Fault::FlipBytes | Fault::TruncateImage)
+    }
 
     /// Whether the guest may be ended by it.
     fn may_end_the_guest(self) -> bool {
@@ -117,6 +128,9 @@ impl Round {
             MAPPED => "map",
             _ => random.pick(&["uffd", "uffd", "socket", "socket", "eager", "map"]),
         };
+        // Nobody serves a guest whose memory is mapped, and an eager one has all of it before it
+        // runs.
+        let way = if fault.is_of_the_image() { random.pick(&["uffd", "socket"]) } else { way };
         // Only QEMU 8.1 and later map images.
         let qemu = if way == "map" { Qemu::V10 } else { random.pick(&Qemu::ALL) };
         let after = Duration::from_millis(random.below(LATEST));
@@ -170,16 +184,27 @@ fn tortured(dir: &Dir, round: Round, flat: &Path) -> Result<String> {
     let image = if round.way == "map" { flat } else { &shared.image };
     let name = format!("round-{}", round.number);
     let to = dir.make(&name)?;
+    let own = to.join("own.snap");
+    let image = match round.fault.is_of_the_image() {
+        true => {
+            fs::copy(image, &own)?;
+            &own
+        }
+        false => image,
+    };
     let command = dir.revert(image, &shared.from, &to).with(&FILLING).with(&["--place", round.way]);
     let mut guest = Reverted::of(command, &to)?;
     let server = guest.server.as_ref().ok_or("no server")?.pid();
     // It is over with most of the ways before long.
     let keeper = processes(dir, " keeper -- ").first().copied();
     std::thread::sleep(round.after);
-    inject(dir, round, server, keeper, guest.pid)?;
+    match round.fault.is_of_the_image() {
+        true => damage_for_a_while(&own, round.fault, &shared.image)?,
+        false => inject(dir, round, server, keeper, guest.pid)?,
+    }
 
     let ended = guest.server.take().ok_or("no server")?.end()?;
-    let told: Vec<String> = ended.events.iter().filter_map(taken_over).collect();
+    let told: Vec<String> = ended.events.iter().filter_map(worth_telling).collect();
     let came = match (ended.event("resident"), ended.event("error")) {
         (Ok(_), _) if round.fault == Fault::KillQemu => {
             wait_gone(guest.pid)?;
@@ -245,10 +270,16 @@ fn listed(dir: &Dir, pid: u32) -> Result<Option<serde_json::Value>> {
     Ok(events.into_iter().find(|run| run["qemu_pid"] == pid))
 }
 
-fn taken_over(event: &serde_json::Value) -> Option<String> {
-    (event["event"] == "taken_over").then(|| {
-        format!("taken over after {:.0} ms", event["after_ms"].as_f64().unwrap_or(f64::NAN))
-    })
+fn worth_telling(event: &serde_json::Value) -> Option<String> {
+    let name = event["event"].as_str()?;
+    match name {
+        "taken_over" => {
+            let after_ms = event["after_ms"].as_f64().unwrap_or(f64::NAN);
+            Some(format!("taken over after {after_ms:.0} ms"))
+        }
+        "degraded" | "stopped" | "repaired" => Some(name.to_owned()),
+        _ => None,
+    }
 }
 
 /// Processes of the program in the folder with these words on their command line.
@@ -311,7 +342,26 @@ fn inject(dir: &Dir, round: Round, server: u32, keeper: Option<u32>, qemu: u32) 
         Fault::StopKeeper => keeper.into_iter().for_each(stand_still),
         Fault::StopQemu => stand_still(qemu),
         Fault::StarveServer => starve(server),
+        Fault::FlipBytes | Fault::TruncateImage => {}
     }
+    Ok(())
+}
+
+/// Damages an image, and repairs it from a whole copy.
+fn damage_for_a_while(image: &Path, fault: Fault, whole: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(image)?;
+    let len = file.metadata()?.len();
+    match fault {
+        // Memory lies between what describes it, at both ends.
+        Fault::FlipBytes => {
+            for place in (len / 8..len / 8 * 7).step_by((len / 64) as usize) {
+                flip(image, place)?;
+            }
+        }
+        _ => file.set_len(len / 2)?,
+    }
+    std::thread::sleep(STANDS_STILL);
+    fs::copy(whole, image)?;
     Ok(())
 }
 
@@ -381,7 +431,8 @@ fn wait_after_a_kill(dir: &Dir, args: &[&str], to: &PathBuf) -> Result<Wait> {
             break killed.elapsed().as_secs_f64() * 1e3;
         }
         if killed.elapsed() > SOON {
-            return Err("the guest did not go on".into());
+            let (said, lives) = (server.said(), !process_gone(guest.pid));
+            return Err(format!("the guest did not go on (QEMU lives: {lives}): {said:?}").into());
         }
         std::thread::sleep(Duration::from_micros(200));
     };
