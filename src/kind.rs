@@ -209,7 +209,8 @@ mod tests {
 
     #[test]
     fn the_option_to_change_is_the_one_that_the_message_names() {
-        let details = Details::new("\u{60}/a\u{60} is in use: set \u{60}XOptions::b\u{60}", Some("/a"), None);
+        let details =
+            Details::new("\u{60}/a\u{60} is in use: set \u{60}XOptions::b\u{60}", Some("/a"), None);
         assert_eq!(details.option.as_deref(), Some("XOptions::b"));
         assert_eq!(details.path, Some("/a".into()));
     }

@@ -12,11 +12,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::kind::{Details, ErrorKind};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use regex::bytes::Regex;
-use crate::kind::{Details, ErrorKind};
 use tokio::sync::watch;
 
 /// What counts as a sign of life.

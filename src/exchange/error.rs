@@ -4,9 +4,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ExportFormat;
-use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
 use crate::image::ImageError;
+use crate::kind::{Details, ErrorKind};
 use crate::wire::WireError;
 
 /// Why an export or import failed. It leaves no file behind.

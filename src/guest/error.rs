@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
-use crate::kind::{Details, ErrorKind};
 use crate::host::in_use::Protocol;
+use crate::kind::{Details, ErrorKind};
 use crate::qmp::QmpError;
 
 /// Why a guest could not be recorded, or a recorded one not be started.

@@ -6,11 +6,11 @@
 
 mod board;
 mod command_line;
+mod control;
 mod described;
 mod devices;
 #[cfg(test)]
 mod disk_tests;
-mod control;
 mod disks;
 mod error;
 #[cfg(test)]

@@ -149,9 +149,7 @@ pub fn find_small(
     let huge_pages = (base..).step_by(HUGE_PAGE as usize).zip(counts);
     for (address, _) in huge_pages.filter(|(_, count)| *count >= least) {
         match worth.last_mut() {
-            Some(last)
-                if last.end == address && last.end - last.start < COLLAPSED_AT_ONCE =>
-            {
+            Some(last) if last.end == address && last.end - last.start < COLLAPSED_AT_ONCE => {
                 last.end += HUGE_PAGE;
             }
             _ => worth.push(address..address + HUGE_PAGE),
@@ -241,7 +239,8 @@ mod tests {
 
         map.advise(memmap2::Advice::HugePage).unwrap();
         let process = Pidfd::open(pid).unwrap();
-        if matches!(collapse(&process, worth[0].clone()), Ok(collapsed) if collapsed == 2 * HUGE_PAGE) {
+        if matches!(collapse(&process, worth[0].clone()), Ok(collapsed) if collapsed == 2 * HUGE_PAGE)
+        {
             let mut left = Vec::new();
             let small = find_small(&pagemap, range.clone(), LEAST, &mut left).unwrap();
             assert_eq!((small as usize, left), (HUGE / 2 / PAGE_SIZE, vec![]));

@@ -153,8 +153,11 @@ impl Uffd {
     /// [`UffdError::Register`].
     #[cfg(any(test, feature = "internals"))]
     pub unsafe fn register(&self, start: u64, len: u64) -> Result<(), UffdError> {
-        let registered =
-            self.0.register_with_mode(start as *mut _, len as usize, userfaultfd::RegisterMode::MISSING);
+        let registered = self.0.register_with_mode(
+            start as *mut _,
+            len as usize,
+            userfaultfd::RegisterMode::MISSING,
+        );
         let failed = |error| UffdError::Register { start, len, source: io_error(error) };
         registered.map(drop).map_err(failed)
     }

@@ -36,16 +36,16 @@ pub use read::exposure::exposure;
 pub use read::flat::verify_flat;
 pub use read::image::Image;
 pub use read::lineage::{Overview, inspect};
-pub use read::verify::{Damage, DamagedRange, VerifyReport, verify_chain};
 #[cfg(any(test, feature = "internals"))]
 pub use read::verify::verify;
+pub use read::verify::{Damage, DamagedRange, VerifyReport, verify_chain};
 #[cfg(any(test, feature = "internals"))]
 pub use write::flatten::flatten;
-pub use write::options::{Compression, Layout, Saved, WriterOptions};
 #[cfg(any(test, feature = "internals"))]
 pub use write::options::CacheUse;
 #[cfg(feature = "internals")]
 pub use write::options::WriterStats;
+pub use write::options::{Compression, Layout, Saved, WriterOptions};
 pub use write::parent::check_parent;
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};

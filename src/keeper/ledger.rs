@@ -77,7 +77,8 @@ impl Ledger {
     pub fn figures(file: &File) -> io::Result<Figures> {
         let word = |index: u64| {
             let mut bytes = [0; size_of::<u64>()];
-            let position = index.checked_mul(bytes.len() as u64).ok_or(io::ErrorKind::InvalidData)?;
+            let position =
+                index.checked_mul(bytes.len() as u64).ok_or(io::ErrorKind::InvalidData)?;
             file.read_exact_at(&mut bytes, position)?;
             io::Result::Ok(u64::from_ne_bytes(bytes))
         };

@@ -239,7 +239,8 @@ impl Memory {
             return Ok(());
         }
         let mut pager = Pager::new(Arc::clone(self))?;
-        let mut ask = |page: Run| pager.serve(page.block, page.offset(), page.bytes(), Instant::now());
+        let mut ask =
+            |page: Run| pager.serve(page.block, page.offset(), page.bytes(), Instant::now());
         awaited.into_iter().try_for_each(&mut ask)
     }
 

@@ -23,14 +23,8 @@ impl Pager {
         let memory = Arc::clone(&self.memory);
         for run in candidates(&memory, block) {
             // Read before it is claimed: who asks for it meanwhile relies on a claim.
-            let loaded = self.window.load(
-                &memory,
-                &mut *self.reader,
-                run,
-                |_| true,
-                |_, _| true,
-                || {},
-            );
+            let loaded =
+                self.window.load(&memory, &mut *self.reader, run, |_| true, |_, _| true, || {});
             if memory.listener.is_none() {
                 loaded?;
             } else if !memory.pass_over(loaded)? {

@@ -180,7 +180,12 @@ proptest! {
 #[test]
 fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
     let broken = Some(ChunkId(7));
-    let source = Computed { blocks: vec![block("pc.ram", 256, 4096)], chunk_pages: 16, broken, repaired: Arc::default() };
+    let source = Computed {
+        blocks: vec![block("pc.ram", 256, 4096)],
+        chunk_pages: 16,
+        broken,
+        repaired: Arc::default(),
+    };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(Arc::clone(&shelf))));
     let error = prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap_err();
@@ -230,7 +235,12 @@ fn what_cant_be_read_is_told_once_and_brought_when_it_can_be() {
 
 #[test]
 fn a_request_outside_the_machine_is_refused() {
-    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 16, broken: None, repaired: Arc::default() };
+    let source = Computed {
+        blocks: vec![block("pc.ram", 4, 4096)],
+        chunk_pages: 16,
+        broken: None,
+        repaired: Arc::default(),
+    };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(shelf)));
     let mut pager = Pager::new(Arc::clone(&memory)).unwrap();
@@ -243,7 +253,12 @@ fn a_request_outside_the_machine_is_refused() {
 
 #[test]
 fn an_answers_time_counts_from_the_event_and_not_from_its_turn() {
-    let source = Computed { blocks: vec![block("pc.ram", 4, 4096)], chunk_pages: 4, broken: None, repaired: Arc::default() };
+    let source = Computed {
+        blocks: vec![block("pc.ram", 4, 4096)],
+        chunk_pages: 4,
+        broken: None,
+        repaired: Arc::default(),
+    };
     let memory = Memory::new(Arc::new(source), Box::new(Arc::new(Shelf::default())));
     let mut pager = Pager::new(Arc::new(memory)).unwrap();
     let waited = Duration::from_millis(500);

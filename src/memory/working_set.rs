@@ -19,8 +19,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::kind::{Details, ErrorKind};
 use crate::identity::Identity;
+use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, BlockId, Page};
 
 /// How long after the start of a revert demands are recorded, by default.
@@ -334,7 +334,11 @@ mod tests {
     fn what_is_no_file_is_refused_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ws");
-        let load = || WorkingSet::load(&path, Identity::from_bytes([0; 16]), &blocks()).unwrap_err().to_string();
+        let load = || {
+            WorkingSet::load(&path, Identity::from_bytes([0; 16]), &blocks())
+                .unwrap_err()
+                .to_string()
+        };
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(load().contains("not a regular file"), "{}", load());
         fs::remove_file(&path).unwrap();

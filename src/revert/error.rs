@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
-use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
+use crate::kind::{Details, ErrorKind};
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
 use crate::transport::TransportError;
@@ -88,9 +88,7 @@ pub enum RevertError {
         by: i32,
     },
     /// It is not known where QEMU's control socket is.
-    #[error(
-        "process {pid} has no control socket on its command line: name it, by `Orphan::Qmp`"
-    )]
+    #[error("process {pid} has no control socket on its command line: name it, by `Orphan::Qmp`")]
     NoControl {
         /// QEMU's process id.
         pid: i32,
@@ -328,7 +326,9 @@ impl PostcopyError {
     /// What it is about.
     pub fn details(&self) -> Details {
         match self {
-            PostcopyError::Memory(error) | PostcopyError::Unreadable { error, .. } => error.details(),
+            PostcopyError::Memory(error) | PostcopyError::Unreadable { error, .. } => {
+                error.details()
+            }
             PostcopyError::Read { source, .. } => source.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }

@@ -25,12 +25,8 @@ pub async fn prove(
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
     options.standby = false;
-    options.delivery = Delivery {
-        working_set: false,
-        collapse: false,
-        fail_on_damage: true,
-        ..options.delivery
-    };
+    options.delivery =
+        Delivery { working_set: false, collapse: false, fail_on_damage: true, ..options.delivery };
 
     let start = Instant::now();
     let mut ran_after = Duration::ZERO;

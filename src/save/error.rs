@@ -7,10 +7,10 @@ use super::agent::AgentError;
 use super::check::error::CheckError;
 use super::overlays::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
-use crate::kind::{Details, ErrorKind};
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
+use crate::kind::{Details, ErrorKind};
 use crate::qmp::QmpError;
 use crate::wire::WireError;
 

@@ -13,9 +13,9 @@ use uuid::Uuid;
 
 use super::checked::Checked;
 use super::failpoints::failpoint;
-use crate::kind::{Details, ErrorKind};
 use crate::guest::{FoundDisk, write_overlay};
 use crate::host::procfs::owner;
+use crate::kind::{Details, ErrorKind};
 use crate::qmp::{Qmp, QmpError};
 
 /// Why disks could not be switched to overlays.

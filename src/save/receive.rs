@@ -131,8 +131,7 @@ impl Receiving {
     /// Ends a stream that nobody has begun to send, unless its first page comes within `patience`.
     pub async fn end_unless_begun(&mut self, patience: Duration) {
         let first_page = &mut self.first_page;
-        if !first_page.is_terminated()
-            && tokio::time::timeout(patience, first_page).await.is_err()
+        if !first_page.is_terminated() && tokio::time::timeout(patience, first_page).await.is_err()
         {
             // It fails when the stream has ended already.
             let _ = self.socket.shutdown(Shutdown::Both);

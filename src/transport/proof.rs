@@ -11,11 +11,11 @@ use std::io;
 
 use std::path::PathBuf;
 
-use crate::kind::{Details, ErrorKind};
 use crate::host::memory;
 use crate::host::procfs::{Mapping, Pagemap, ranges_of_len};
 use crate::host::rights::{Lack, tracing_lack};
 use crate::host::uffd::Uffd;
+use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, PAGE_SIZE};
 
 /// Why pages can't be installed directly. They go by the socket then.
@@ -146,9 +146,8 @@ impl Locator {
         // registered, which costs too much time to ask of every block.
         let mut guest_memory = None;
         let mut is_registered = |start: &u64| {
-            let mappings = guest_memory.get_or_insert_with(|| {
-                Mapping::registered_of(self.pid).unwrap_or_default()
-            });
+            let mappings = guest_memory
+                .get_or_insert_with(|| Mapping::registered_of(self.pid).unwrap_or_default());
             mappings.iter().any(|mapping| mapping.range().contains(start))
         };
         for (index, probe) in probes {

@@ -256,9 +256,7 @@ impl Search<'_> {
     /// Checks that a block holds pages of the image, if it holds any.
     fn check(&mut self, block: BlockId, place: &Place) -> Result<(), SearchError> {
         match self.compare(block, place.start, &place.present)? {
-            (0, compared) if compared > 0 => {
-                Err(SearchError::OtherImage { pid: self.pid })
-            }
+            (0, compared) if compared > 0 => Err(SearchError::OtherImage { pid: self.pid }),
             _ => Ok(()),
         }
     }

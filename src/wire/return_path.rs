@@ -88,10 +88,12 @@ impl<R: Read> ReturnPath<R> {
             (2, &[a, b, c, d]) => ReturnPathMessage::Pong(u32::from_be_bytes([a, b, c, d])),
             (3 | 4, body) => return request(kind, body, at).map(Some),
             (5, body) => {
-                let name = body.split_first().filter(|(len, name)| usize::from(**len) == name.len());
+                let name =
+                    body.split_first().filter(|(len, name)| usize::from(**len) == name.len());
                 let name = name.and_then(|(_, name)| String::from_utf8(name.to_vec()).ok());
                 let malformed = "a bitmap of received pages without a block's name";
-                let block = name.ok_or_else(|| WireError::Malformed { at, what: malformed.into() })?;
+                let block =
+                    name.ok_or_else(|| WireError::Malformed { at, what: malformed.into() })?;
                 return self.received(block).map(Some);
             }
             (6, &[a, b, c, d]) if u32::from_be_bytes([a, b, c, d]) == RESUME_ACK => {

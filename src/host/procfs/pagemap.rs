@@ -178,10 +178,9 @@ mod tests {
         pagemap.present(range.clone(), 4096, |first, count| runs.push((first, count))).unwrap();
         assert_eq!(runs, [(5, 1)]);
         let mut present = Vec::new();
-        let scanned =
-            pagemap.scan(range, flags::PRESENT, flags::HUGE, |range| {
-                present.push(range);
-            });
+        let scanned = pagemap.scan(range, flags::PRESENT, flags::HUGE, |range| {
+            present.push(range);
+        });
         match scanned {
             Ok(()) => assert_eq!(present, [address(5)..address(6)]),
             Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{error}"),

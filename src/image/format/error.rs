@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::kind::{Details, ErrorKind};
 use crate::identity::Identity;
+use crate::kind::{Details, ErrorKind};
 
 use crate::page::{Block, PAGE_SIZE, Page};
 

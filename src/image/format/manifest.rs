@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 
-use serde::{Deserialize, Serialize};
 use crate::identity::Identity;
+use serde::{Deserialize, Serialize};
 
 use crate::image::format::layout::{MAX_LAYERS, MAX_PAGES};
 use crate::machine::Machine;

@@ -97,9 +97,8 @@ impl Store for FileStore {
         // SAFETY: dup3(2) takes numbers. Both descriptors are open: their owners are borrowed.
         // It replaces ours in one step, so that a thread that reads at the same time reads from
         // one file or the other, and it stays ours to close.
-        let replaced = unsafe {
-            libc::dup3(other.file.as_raw_fd(), self.file.as_raw_fd(), libc::O_CLOEXEC)
-        };
+        let replaced =
+            unsafe { libc::dup3(other.file.as_raw_fd(), self.file.as_raw_fd(), libc::O_CLOEXEC) };
         match replaced {
             -1 => tracing::warn!("`{}`: {}", self.name, io::Error::last_os_error()),
             _ => tracing::info!("`{}` has been replaced: it is read from now on", self.name),

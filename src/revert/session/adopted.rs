@@ -26,12 +26,7 @@ pub(super) struct Adopted {
 impl Adopted {
     /// The QEMU of this pidfd and process id, where that is known, with our end of its control
     /// socket and the file of its output.
-    pub fn new(
-        process: OwnedFd,
-        pid: Option<i32>,
-        control: OwnedFd,
-        output: OwnedFd,
-    ) -> Adopted {
+    pub fn new(process: OwnedFd, pid: Option<i32>, control: OwnedFd, output: OwnedFd) -> Adopted {
         let process = Pidfd::from_fd(process);
         Adopted { process, pid, control, output: Log::of(output), let_go: false }
     }

@@ -19,8 +19,8 @@ use crate::cancel::Cancellation;
 use crate::host::procfs::AddressSpace;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
-use crate::memory::{FillOptions, Unreadable};
 use crate::memory::working_set::RECORD_WINDOW;
+use crate::memory::{FillOptions, Unreadable};
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::revert::collapse::Collapsing;
 use crate::revert::eager::EagerSource;
@@ -31,8 +31,8 @@ use crate::revert::options::Delivery;
 use crate::revert::source::{
     Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
 };
-use crate::runs::Entry;
 use crate::revert::unreadable::describe;
+use crate::runs::Entry;
 
 /// How often QEMU is asked how far it is with a guest whose memory it maps. Its event MIGRATION
 /// comes only with the capability `events`.

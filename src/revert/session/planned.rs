@@ -107,7 +107,8 @@ impl Planned {
         let qemu = Qemu::ours(process, qmp, ports);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.confinement = Confinement::wanted(sandbox);
-        connection.run = run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
+        connection.run =
+            run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
         if let Some((keeper, kept)) = keeper {
             connection.keep(keeper, kept);
         }

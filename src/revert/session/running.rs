@@ -46,8 +46,9 @@ impl Running {
         connection.run_again(on_event).await;
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, confinement, run, .. } =
-            connection;
+        let Connection {
+            qemu, lifecycle, image, delivery, cancel, keeper, confinement, run, ..
+        } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
         if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())

@@ -58,9 +58,8 @@ fn serve_by_socket(
     transports: &mut Transports,
     reason: &str,
 ) -> Result<Option<Option<FaultThread>>, PostcopyError> {
-    let send = |bytes: &[u8]| {
-        transports.route.first().send(bytes).map_err(|_| PostcopyError::HungUp)
-    };
+    let send =
+        |bytes: &[u8]| transports.route.first().send(bytes).map_err(|_| PostcopyError::HungUp);
     for block in transports.memory.blocks() {
         send(&received_bitmap(&block.name))?;
     }

@@ -56,7 +56,8 @@ impl TakeOver<'_> {
                 let direct = unsafe { DirectTransport::new(uffd, addresses) };
                 self.transports.route.open_direct(direct);
                 let blocks = 0..self.transports.memory.blocks().len();
-                let all = blocks.into_iter().all(|index| self.address(BlockId(index as u16)).is_some());
+                let all =
+                    blocks.into_iter().all(|index| self.address(BlockId(index as u16)).is_some());
                 self.transports.serve_faults(all)?
             }
             None => None,
