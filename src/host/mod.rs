@@ -3,6 +3,7 @@
 pub mod huge_pages;
 pub mod in_use;
 pub mod memory;
+pub mod packets;
 mod page_size;
 pub mod pidfd;
 pub mod procfs;

@@ -11,8 +11,9 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
-use super::protocol::{Held, Message, Received, receive, send, socket_pair};
+use super::protocol::{Held, Message, Received, receive, send};
 use super::restarts::Restarts;
+use crate::host::packets;
 use crate::host::sandbox::Sandbox;
 
 /// The program that becomes the keeper, and what it starts when the server has died.
@@ -78,7 +79,7 @@ impl Keeper {
     /// When a descriptor or a thread can't be had. A program that can't be started is only
     /// logged: the session goes on without a keeper.
     pub fn start(successor: Successor) -> io::Result<Keeper> {
-        let (ours, theirs) = socket_pair()?;
+        let (ours, theirs) = packets::pair()?;
         let watched = ours.try_clone()?;
         let (started, starting) = mpsc::channel();
         let mut keeper = Keeper::over(ours, Vec::new());
@@ -242,7 +243,7 @@ fn supervise(
             return state_of(state).give_up(&"it died too often");
         };
         std::thread::sleep(wait);
-        let again = socket_pair().and_then(|(ours, theirs)| {
+        let again = packets::pair().and_then(|(ours, theirs)| {
             let waits = ours.try_clone()?;
             Ok((spawn(successor, theirs)?, ours, waits))
         });

@@ -16,9 +16,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::inheritance::{CONNECTION, number};
 use super::ledger::{Ledger, monotonic_ns};
-use super::process::{Program, has_ended, take_connection};
-use super::protocol::{Held, Message, Received, receive, socket_pair};
+use super::process::{Program, has_ended};
+use super::protocol::{Held, Message, Received, receive};
 use super::restarts::Restarts;
+use crate::host::packets;
 use crate::host::pidfd::Pidfd;
 use crate::host::sandbox::Sandbox;
 
@@ -28,7 +29,7 @@ use crate::host::sandbox::Sandbox;
 /// # Errors
 /// When the process was not started as a keeper.
 pub fn run(arguments: Vec<OsString>) -> io::Result<()> {
-    let server = take_connection()?;
+    let server = packets::take_stdin()?;
     let mut keeper = Keeper {
         server: Some(server),
         held: [const { None }; Held::ALL.len()],
@@ -143,7 +144,7 @@ impl Keeper {
 
     /// Starts a new server, which inherits what is held.
     fn start_server(&self) -> io::Result<(Pidfd, OwnedFd)> {
-        let (ours, theirs) = socket_pair()?;
+        let (ours, theirs) = packets::pair()?;
         // SAFETY: this process has a single thread, and the child makes only system calls before
         // it becomes another program.
         match unsafe { Pidfd::fork() }? {

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::host::sandbox;
 use crate::identity::Identity;
 use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, BlockId, Page};
@@ -124,20 +125,18 @@ impl WorkingSet {
         identity: Identity,
         blocks: &[Block],
     ) -> Result<WorkingSet, WorkingSetError> {
-        WorkingSet::from_bytes(&read_file(path)?, path, identity, blocks)
-    }
-
-    /// As [`WorkingSet::load`], of a file that has been read.
-    ///
-    /// # Errors
-    /// As for [`WorkingSet::load`].
-    pub fn from_bytes(
-        bytes: &[u8],
-        path: &Path,
-        identity: Identity,
-        blocks: &[Block],
-    ) -> Result<WorkingSet, WorkingSetError> {
-        let set = WorkingSet::decode(bytes)
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => WorkingSetError::None(path.to_owned()),
+            _ => WorkingSetError::Io { path: path.to_owned(), doing: "read", source },
+        };
+        let file = sandbox::open(path).map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            let problem = "it is not a regular file";
+            return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        let set = WorkingSet::decode(&bytes)
             .map_err(|problem| WorkingSetError::Unusable { path: path.to_owned(), problem })?;
         let problem = match set {
             _ if set.identity != identity => "it belongs to another image",
@@ -180,7 +179,20 @@ impl WorkingSet {
     /// # Errors
     /// When it can't be written; an older one is then still there, and nothing else.
     pub fn store(&self, path: &Path) -> Result<(), WorkingSetError> {
-        write_file(path, &self.encode())
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(format!(".{}", Uuid::new_v4().simple()));
+        let temporary = PathBuf::from(temporary);
+        let written = (|| {
+            let mut options = File::options();
+            let mut file = options.write(true).create_new(true).mode(0o600).open(&temporary)?;
+            file.write_all(&self.encode())?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        })();
+        written.map_err(|source| {
+            let _ = fs::remove_file(&temporary);
+            WorkingSetError::Io { path: path.to_owned(), doing: "written", source }
+        })
     }
 
     /// The record as the bytes of its file.
@@ -201,7 +213,11 @@ impl WorkingSet {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Result<WorkingSet, &'static str> {
+    /// Reads the bytes of a record's file.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn decode(bytes: &[u8]) -> Result<WorkingSet, &'static str> {
         let word = |at: usize| bytes.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes);
         let half = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes);
         if bytes.get(MAGIC_OFFSET..MAGIC.len()) != Some(&MAGIC[..]) {
@@ -234,52 +250,6 @@ impl WorkingSet {
 
 /// Bytes of a record's file at most.
 pub const MAX_BYTES: usize = ENTRIES_OFFSET + MAX_PAGES * ENTRY_BYTES + CHECKSUM_BYTES;
-
-/// Reads the file of a record.
-///
-/// # Errors
-/// When there is none, or it can't be one.
-pub fn read_file(path: &Path) -> Result<Vec<u8>, WorkingSetError> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => WorkingSetError::None(path.to_owned()),
-        _ => WorkingSetError::Io { path: path.to_owned(), doing: "read", source },
-    };
-    // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = file.map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        let problem = "it is not a regular file";
-        return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-    Ok(bytes)
-}
-
-/// Writes the file of a record, replacing an older one in one step.
-///
-/// # Errors
-/// When the bytes are none of a record, or can't be written; an older file is then still there,
-/// and nothing else.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WorkingSetError> {
-    if let Err(problem) = WorkingSet::decode(bytes) {
-        return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
-    }
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}", Uuid::new_v4().simple()));
-    let temporary = PathBuf::from(temporary);
-    let written = (|| {
-        let mut options = File::options();
-        let mut file = options.write(true).create_new(true).mode(0o600).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    })();
-    written.map_err(|source| {
-        let _ = fs::remove_file(&temporary);
-        WorkingSetError::Io { path: path.to_owned(), doing: "written", source }
-    })
-}
 
 fn fits(page: &Page, blocks: &[Block]) -> bool {
     blocks.get(page.block.index()).is_some_and(|block| page.number < block.pages())

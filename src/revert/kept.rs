@@ -127,17 +127,11 @@ impl Kept {
         self.holder.hold(Held::Stream, stream)
     }
 
-    /// Nobody may look into QEMU any more from now on. Without the right to do so, a successor
-    /// goes without.
-    pub fn hold_address_space(&self, qemu: i32) {
-        let held = AddressSpace::open(qemu).and_then(|space| {
-            let [mappings, page_map] = space.descriptors();
-            self.holder.hold(Held::Mappings, mappings)?;
-            self.holder.hold(Held::PageMap, page_map)
-        });
-        if let Err(error) = held {
-            tracing::debug!("a successor can't look into QEMU: {error}");
-        }
+    /// Nobody may look into QEMU any more from now on.
+    pub fn hold_address_space(&self, qemu: &AddressSpace) -> io::Result<()> {
+        let [mappings, page_map] = qemu.descriptors();
+        self.holder.hold(Held::Mappings, mappings)?;
+        self.holder.hold(Held::PageMap, page_map)
     }
 
     /// This process is in a sandbox from now on, and so will be its successors.

@@ -115,13 +115,15 @@ pub struct ResumeOptions {
     pub delivery: Delivery,
     /// As [`RevertOptions::keeper`].
     pub keeper: Option<Successor>,
+    /// As [`RevertOptions::sandbox`].
+    pub sandbox: Option<PathBuf>,
 }
 
 impl ResumeOptions {
     /// Goes on with that guest of this image.
     pub fn new(image: impl Into<PathBuf>, of: Orphan) -> ResumeOptions {
         let delivery = Delivery { working_set: false, ..Delivery::default() };
-        ResumeOptions { image: image.into(), of, delivery, keeper: None }
+        ResumeOptions { image: image.into(), of, delivery, keeper: None, sandbox: None }
     }
 }
 

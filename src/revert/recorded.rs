@@ -1,6 +1,6 @@
 //! The working set of an image: read before a revert, recorded after it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::broker::Broker;
 use super::options::Delivery;
@@ -11,22 +11,11 @@ use crate::memory::{WorkingSet, WorkingSetError, working_set};
 /// The image's working set, if it is wanted and can be used. It is a hint: a failure to read
 /// it is only logged.
 pub(super) fn recall(delivery: &Delivery, image: &Image) -> Option<WorkingSet> {
-    recall_by(None, delivery, image)
-}
-
-/// The same in a sandbox, whose broker reads the file.
-fn recall_by(broker: Option<&Broker>, delivery: &Delivery, image: &Image) -> Option<WorkingSet> {
     if !delivery.working_set {
         return None;
     }
     let path = path(delivery, image)?;
-    let (identity, blocks) = (image.identity(), &image.manifest().blocks);
-    let set = match broker {
-        None => WorkingSet::load(&path, identity, blocks),
-        Some(broker) => read_by(broker, &path)
-            .and_then(|bytes| WorkingSet::from_bytes(&bytes, &path, identity, blocks)),
-    };
-    match set {
+    match WorkingSet::load(&path, image.identity(), &image.manifest().blocks) {
         Ok(set) => Some(set),
         Err(WorkingSetError::None(_)) => None,
         Err(error) => {
@@ -47,25 +36,19 @@ pub(super) fn remember(
     if !delivery.working_set {
         return;
     }
-    let before = recall_by(broker, delivery, image);
+    let before = recall(delivery, image);
     let (identity, blocks) = (image.identity(), &image.manifest().blocks);
     let next = WorkingSet::following(before.as_ref(), identity, outcome.demanded(), blocks);
     let Some((next, path)) = next.zip(path(delivery, image)) else { return };
     let stored = match broker {
         None => next.store(&path),
         Some(broker) => broker
-            .write_working_set(next.encode())
+            .store_working_set(&next.encode())
             .map_err(|source| WorkingSetError::Io { path, doing: "written", source }),
     };
     if let Err(error) = stored {
         tracing::info!("the working set is not recorded: {error}");
     }
-}
-
-fn read_by(broker: &Broker, path: &Path) -> Result<Vec<u8>, WorkingSetError> {
-    let failed = |source| WorkingSetError::Io { path: path.to_owned(), doing: "read", source };
-    let bytes = broker.read_working_set().map_err(failed)?;
-    bytes.ok_or_else(|| WorkingSetError::None(path.to_owned()))
 }
 
 /// The file of the working set, where the image has one.

@@ -50,6 +50,11 @@ impl AddressSpace {
         }
     }
 
+    /// Whether the process has ended: it has no memory then.
+    pub fn has_ended(&self) -> bool {
+        self.mappings.read_at(&mut [0], 0).map_or(true, |count| count == 0)
+    }
+
     /// Those that are registered with a userfaultfd for missing pages.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ mod system;
 
 pub use address_space::AddressSpace;
 pub use mappings::{Mapping, ranges_of_len};
-pub use pagemap::{Pagemap, flags};
+pub use pagemap::{PAGEMAP_SCAN, Pagemap, flags};
 pub use process::{
     arguments, descriptor_link, descriptors, memory_in_use, owner, path, processes,
     resident_memory, started,

@@ -31,6 +31,9 @@ nix::ioctl_readwrite!(
     pm_scan_arg
 );
 
+/// The number of that request.
+pub const PAGEMAP_SCAN: u64 = nix::request_code_readwrite!(b'f', 16, size_of::<pm_scan_arg>());
+
 /// Ranges that one call of `PAGEMAP_SCAN` tells at most.
 const REGIONS: usize = 1024;
 

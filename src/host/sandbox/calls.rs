@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use crate::host::procfs::PAGEMAP_SCAN;
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -159,10 +160,10 @@ const ALLOWED_OLDER: &[c_long] = &[];
 const UFFDIO: u64 = 0xaa << 8;
 const LETTER: u64 = 0xff << 8;
 
-/// Other requests to devices: is it a terminal, how large is it, close-on-exec, non-blocking.
-/// None that types into a terminal (TIOCSTI).
-const REQUESTS: [u64; 5] =
-    [libc::TCGETS, libc::TIOCGWINSZ, libc::FIONBIO, libc::FIOCLEX, libc::FIONCLEX];
+/// Other requests: is it a terminal, how large is it, close-on-exec, non-blocking; what a page map
+/// that is open tells. None that types into a terminal (TIOCSTI).
+const REQUESTS: [u64; 6] =
+    [libc::TCGETS, libc::TIOCGWINSZ, libc::FIONBIO, libc::FIOCLEX, libc::FIONCLEX, PAGEMAP_SCAN];
 
 /// What a process may do to itself: the names of threads and of memory, and that exec gives no
 /// rights, which holds already.

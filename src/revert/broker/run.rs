@@ -1,14 +1,16 @@
 //! The broker's process.
 
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
-use super::frames::Frame;
-use crate::cancel::Cancellation;
-use crate::memory::{WorkingSetError, working_set};
-use crate::revert::collapse::Collapsing;
+use super::message::{Answer, Question};
+use crate::host::pidfd::Pidfd;
+use crate::host::sandbox::open_here;
+use crate::memory::{WorkingSet, WorkingSetError, working_set};
+use crate::revert::collapse::collapse;
 
 /// What a broker may do for its server. It is given when the broker is started, and not asked
 /// for later.
@@ -17,140 +19,144 @@ use crate::revert::collapse::Collapsing;
 pub struct Rights {
     /// The QEMU whose memory it may collapse.
     pub qemu: Option<i32>,
-    /// The file of the working set, which it may read and write.
+    /// The file of the working set, which it may open for reading, and replace.
     pub working_set: Option<PathBuf>,
+    /// Files that it may open for reading.
+    pub files: Vec<PathBuf>,
 }
 
 /// Does what the server at the other end of `connection` asks for, as far as `rights` go, until
-/// the connection ends.
-pub fn run(connection: UnixStream, rights: Rights) {
-    let connection = Arc::new(connection);
-    let mut collapse: Option<(Cancellation, JoinHandle<()>)> = None;
-    // A server that sends what is no frame is served no more.
-    while let Ok(Some(frame)) = Frame::receive(&*connection) {
-        let answer = match frame {
-            Frame::Read => read(&rights),
-            Frame::Write(bytes) => write(&rights, &bytes),
-            Frame::Collapse(asked) if collapse.is_none() => {
-                let cancel = Cancellation::new();
-                let (to, cancelled, qemu) = (Arc::clone(&connection), cancel.clone(), rights.qemu);
-                let work = std::thread::spawn(move || {
-                    // The server is gone if it can't be told.
-                    let _ = collapse_all(qemu, &asked, &cancelled).send(&*to);
-                });
-                collapse = Some((cancel, work));
-                continue;
-            }
-            Frame::Stop => {
-                collapse.iter().for_each(|(cancel, _)| cancel.request());
-                continue;
-            }
-            _ => Frame::Failed("that is not done here".into()),
+/// the connection ends. A server that sends what is no question is served no more.
+pub fn run(connection: OwnedFd, rights: &Rights) {
+    // By its number it might be another process by the time that it is asked for.
+    let qemu = rights.qemu.and_then(|pid| Pidfd::open(pid).ok());
+    while let Ok(Some((id, question, file))) = Question::receive(&connection) {
+        let answer = match question {
+            Question::Open(path) => open(rights, &path),
+            Question::Store => store(rights, file),
+            Question::Collapse(range) => collapse_in(qemu.as_ref(), range),
         };
-        if answer.send(&*connection).is_err() {
+        let answer = answer.unwrap_or_else(|error| Answer::failed(&error));
+        if answer.send(id, &connection).is_err() {
             break;
         }
     }
-    if let Some((cancel, work)) = collapse {
-        cancel.request();
-        let _ = work.join();
+}
+
+fn open(rights: &Rights, path: &Path) -> io::Result<Answer> {
+    match rights.files.iter().chain(&rights.working_set).any(|file| file == path) {
+        true => Ok(Answer::done(0, Some(open_here(path)?.into()))),
+        false => Err(not_granted()),
     }
 }
 
-fn read(rights: &Rights) -> Frame {
-    let Some(path) = &rights.working_set else { return Frame::Nothing };
-    match working_set::read_file(path) {
-        Ok(bytes) => Frame::Done(bytes),
-        Err(WorkingSetError::None(_)) => Frame::Nothing,
-        Err(error) => Frame::Failed(error.to_string()),
+fn store(rights: &Rights, memory: Option<OwnedFd>) -> io::Result<Answer> {
+    let path = rights.working_set.as_ref().ok_or_else(not_granted)?;
+    let memory = File::from(memory.ok_or(io::ErrorKind::InvalidInput)?);
+    // Anything else might never come to its end.
+    if !memory.metadata()?.is_file() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut bytes = Vec::new();
+    let most = working_set::MAX_BYTES as u64;
+    (&memory).rewind()?;
+    memory.take(most + 1).read_to_end(&mut bytes)?;
+    let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
+    match WorkingSet::decode(&bytes).map_err(invalid)?.store(path) {
+        Err(WorkingSetError::Io { source, .. }) => Err(source),
+        Err(_) => Err(io::ErrorKind::Other.into()),
+        Ok(()) => Ok(Answer::done(0, None)),
     }
 }
 
-fn write(rights: &Rights, bytes: &[u8]) -> Frame {
-    let Some(path) = &rights.working_set else { return Frame::Nothing };
-    match working_set::write_file(path, bytes) {
-        Ok(()) => Frame::Done(Vec::new()),
-        Err(error) => Frame::Failed(error.to_string()),
-    }
+fn collapse_in(qemu: Option<&Pidfd>, range: Range<u64>) -> io::Result<Answer> {
+    let qemu = qemu.ok_or_else(not_granted)?;
+    Ok(Answer::done(collapse(qemu, range)?, None))
 }
 
-/// Collapses what is asked for of its own QEMU, whichever the server names.
-fn collapse_all(qemu: Option<i32>, asked: &[u8], cancel: &Cancellation) -> Frame {
-    let Some(pid) = qemu else { return Frame::Nothing };
-    let collapsing = match serde_json::from_slice::<Collapsing>(asked) {
-        Ok(asked) => Collapsing { pid, ..asked },
-        Err(error) => return Frame::Failed(error.to_string()),
-    };
-    match serde_json::to_vec(&collapsing.run(cancel)) {
-        Ok(event) => Frame::Done(event),
-        Err(error) => Frame::Failed(error.to_string()),
-    }
+fn not_granted() -> io::Error {
+    io::Error::from_raw_os_error(libc::EPERM)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::identity::Identity;
-    use crate::memory::WorkingSet;
-    use crate::page::{BlockId, Page};
+    use std::os::unix::fs::symlink;
 
-    /// What a broker with these rights answers to these requests.
-    fn answers(rights: Rights, asked: Vec<Frame>) -> Vec<Frame> {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let broker = std::thread::spawn(move || run(theirs, rights));
-        let answers = asked.into_iter().map(|frame| {
-            frame.send(&ours).unwrap();
-            Frame::receive(&ours).unwrap().unwrap()
-        });
-        let answers = answers.collect();
-        drop(ours);
+    use super::*;
+    use crate::host::packets;
+    use crate::identity::Identity;
+    use crate::page::{Block, BlockId, Page};
+    use crate::revert::broker::Broker;
+
+    /// What a server that asks a broker with these rights comes to.
+    fn ask<T>(rights: Rights, server: impl FnOnce(&Broker) -> T) -> T {
+        let (ours, theirs) = packets::pair().unwrap();
+        let broker = std::thread::spawn(move || run(theirs, &rights));
+        let connection = Broker::inherited(ours);
+        let result = server(&connection);
+        drop(connection);
         broker.join().unwrap();
-        answers
+        result
+    }
+
+    fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> Option<i32> {
+        result.unwrap_err().raw_os_error()
     }
 
     #[test]
     fn a_working_set_and_nothing_else_is_written() {
         let folder = tempfile::tempdir().unwrap();
-        let rights =
-            || Rights { working_set: Some(folder.path().join("vm.snap.ws")), ..Rights::default() };
-        let block = crate::page::Block { name: "ram".into(), len: 1 << 20, page_size: 4096 };
+        let path = folder.path().join("vm.snap.ws");
+        let block = Block { name: "ram".into(), len: 1 << 20, page_size: 4096 };
         let page = Page { block: BlockId(0), number: 3 };
-        let set =
-            WorkingSet::following(None, Identity::from_bytes([7; 16]), [page], &[block]).unwrap();
-        let told = answers(
-            rights(),
-            vec![
-                Frame::Read,
-                Frame::Write(b"#!/bin/sh".to_vec()),
-                Frame::Read,
-                Frame::Write(set.encode()),
-                Frame::Read,
-                Frame::Done(Vec::new()),
-            ],
-        );
-        assert_eq!(told[0], Frame::Nothing);
-        assert!(matches!(&told[1], Frame::Failed(why) if why.contains("not a working set")));
-        assert_eq!(told[2], Frame::Nothing);
-        assert_eq!(told[3..5], [Frame::Done(Vec::new()), Frame::Done(set.encode())]);
-        assert!(matches!(told[5], Frame::Failed(_)));
+        let set = WorkingSet::following(None, Identity::from_bytes([7; 16]), [page], &[block]);
+        let set = set.unwrap().encode();
+        ask(Rights { working_set: Some(path.clone()), ..Rights::default() }, |broker| {
+            assert_eq!(errno(broker.open(&path)), Some(libc::ENOENT));
+            assert_eq!(errno(broker.store_working_set(b"#!/bin/sh")), Some(libc::EINVAL));
+            assert!(!path.exists());
+            broker.store_working_set(&set).unwrap();
+            let mut read = Vec::new();
+            broker.open(&path).unwrap().read_to_end(&mut read).unwrap();
+            assert_eq!(read, set);
+        });
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]
-    fn a_broker_without_rights_does_nothing() {
-        let asked = || vec![Frame::Read, Frame::Write(Vec::new()), Frame::Collapse(b"{}".to_vec())];
-        assert!(answers(Rights::default(), asked()).iter().all(|told| *told == Frame::Nothing));
+    fn named_files_and_no_others_are_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let [image, other, link] = ["image", "other", "link"].map(|name| folder.path().join(name));
+        std::fs::write(&image, "image").unwrap();
+        std::fs::write(&other, "other").unwrap();
+        symlink(&image, &link).unwrap();
+        ask(Rights { files: vec![image.clone()], ..Rights::default() }, |broker| {
+            let mut file = broker.open(&image).unwrap();
+            assert!(std::io::Write::write(&mut file, b"x").is_err());
+            for path in [&other, &link, &folder.path().join("x/../image"), &"/".into()] {
+                assert_eq!(errno(broker.open(path)), Some(libc::EPERM), "{}", path.display());
+            }
+        });
     }
 
     #[test]
-    fn another_process_than_the_named_one_is_left_alone() {
-        let qemu = std::process::Command::new("true").spawn().unwrap();
-        let pid = qemu.id() as i32;
-        drop(qemu.wait_with_output());
-        let ours = Collapsing { pid: std::process::id() as i32, memory: Vec::new(), rate: None };
-        let asked = Frame::Collapse(serde_json::to_vec(&ours).unwrap());
-        // That one has ended, of which there is nothing to tell.
-        let told = answers(Rights { qemu: Some(pid), ..Rights::default() }, vec![asked]);
-        assert_eq!(told, [Frame::Done(b"null".to_vec())]);
+    fn a_broker_without_rights_does_nothing() {
+        ask(Rights::default(), |broker| {
+            assert_eq!(errno(broker.open(Path::new("/etc/passwd"))), Some(libc::EPERM));
+            assert_eq!(errno(broker.store_working_set(b"")), Some(libc::EPERM));
+            assert_eq!(errno(broker.collapse(0..2 << 20)), Some(libc::EPERM));
+        });
+    }
+
+    #[test]
+    fn a_qemu_that_has_ended_is_an_error() {
+        let mut qemu = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        ask(Rights { qemu: Some(qemu.id() as i32), ..Rights::default() }, |broker| {
+            // By now the broker has opened it.
+            let _ = broker.collapse(0..2 << 20);
+            qemu.kill().unwrap();
+            qemu.wait().unwrap();
+            assert_eq!(errno(broker.collapse(0..2 << 20)), Some(libc::ESRCH));
+        });
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Interval, MissedTickBehavior};
 
-use super::confined::Confinement;
+use super::confined::{Confined, Confinement};
 use super::contents::Contents;
 use super::halt::Halt;
 use super::lifecycle::{Lifecycle, Next, Told};
@@ -54,7 +54,8 @@ pub(super) struct Connection {
     pub cancel: Cancellation,
     kept: Option<Kept>,
     pub confinement: Confinement,
-    /// QEMU's memory as /proc shows it, where this process has taken over.
+    /// QEMU's memory as /proc shows it, where this process may not open that any more, or has taken
+    /// over.
     pub space: Option<Arc<AddressSpace>>,
     /// Whether it is decided by which transport memory goes.
     placed: bool,
@@ -238,10 +239,7 @@ impl Connection {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = None;
         loop {
-            if self.placed && self.serves_running() {
-                let Connection { confinement, qemu, image, delivery, kept, run, .. } = self;
-                confinement.enter(qemu, image, delivery, kept.as_ref(), run.as_ref());
-            }
+            self.confine();
             let next = tokio::select! {
                 biased;
                 next = self.next() => next?,
@@ -280,6 +278,28 @@ impl Connection {
                 Next::Armed | Next::Running | Next::Resident => return Ok(()),
             }
         }
+    }
+
+    /// Enters the sandbox, where one is wanted, once the guest is served and nothing is left to be
+    /// done that takes more rights.
+    fn confine(&mut self) {
+        let is_connected = self.resuming.as_ref().is_none_or(Resuming::is_connected);
+        let is_time = self.placed && is_connected && self.serves_running();
+        if !is_time || !matches!(self.confinement, Confinement::Wanted(_)) {
+            return;
+        }
+        let pid = self.qemu.pid();
+        // Where it can't be looked into, memory is not collapsed, and a successor goes without.
+        self.space = pid.and_then(|pid| AddressSpace::open(pid).ok()).map(Arc::new);
+        let Connection { confinement, qemu, space, image, delivery, kept, run, .. } = self;
+        confinement.enter(&Confined {
+            qemu,
+            space: space.as_deref(),
+            image,
+            delivery,
+            kept: kept.as_ref(),
+            run: run.as_ref(),
+        });
     }
 
     /// That this process has taken the place of another.
@@ -428,7 +448,8 @@ impl Connection {
         };
         let memory = source.proven_ranges();
         let wanted = self.delivery.collapse && !memory.is_empty();
-        wanted.then_some(Collapsing { pid, memory, rate: self.delivery.fill_rate })
+        let space = self.space.clone();
+        wanted.then_some(Collapsing { pid, space, memory, rate: self.delivery.fill_rate })
     }
 
     /// Whether memory comes in: what is served, once the guest runs.

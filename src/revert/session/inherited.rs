@@ -69,7 +69,7 @@ impl Running {
         connection.keep(keeper, kept);
         connection.space = space.map(Arc::new);
         connection.confinement = match broker {
-            Some(broker) => Confinement::Inside(Broker::inherited(broker)),
+            Some(broker) => Confinement::inside(Broker::inherited(broker)),
             None => Confinement::wanted(sandbox),
         };
         connection.take_over(UnixStream::from(stream), userfaultfd, fill)?;

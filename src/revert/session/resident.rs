@@ -1,11 +1,14 @@
 //! Resident: all memory is in place, and the guest depends on nobody.
 
+use std::io;
+
 use super::confined::Confinement;
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::Process;
+use crate::host::pidfd::Pidfd;
 use crate::qmp::Qmp;
-use crate::revert::collapse::Collapsing;
+use crate::revert::collapse::{Collapsing, collapse};
 use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
 use crate::runs::Entry;
@@ -72,11 +75,16 @@ impl Resident {
         let cancelled = cancel.0.clone();
         let confinement = std::mem::take(&mut self.confinement);
         let work = tokio::task::spawn_blocking(move || match confinement.broker() {
-            None => collapsing.run(&cancelled),
-            Some(broker) => broker.collapse(&collapsing, &cancelled).unwrap_or_else(|error| {
-                tracing::warn!("memory was not collapsed into huge pages: {error}");
-                None
-            }),
+            Some(broker) => collapsing.run(|stretch| broker.collapse(stretch), &cancelled),
+            None => {
+                let process = Pidfd::open(collapsing.pid);
+                let process = process.map_err(|error| error.raw_os_error().unwrap_or(libc::ESRCH));
+                let collapse = |stretch| match &process {
+                    Ok(process) => collapse(process, stretch),
+                    Err(errno) => Err(io::Error::from_raw_os_error(*errno)),
+                };
+                collapsing.run(collapse, &cancelled)
+            }
         });
         match work.await {
             Ok(event) => event.map_or((), on_event),
