@@ -124,7 +124,7 @@ fn keep(directory: &Path, mut record: Record, messages: &Receiver<Message>) -> i
     // of them. One that was taken up by hand and failed leaves QEMU to be taken up again. A guest
     // that has all its memory is its owner's, with its overlays.
     let leaves = record.overlays.iter().any(|overlay| overlay.symlink_metadata().is_ok());
-    let waits = record.qemu.and_then(ProcessId::living).is_some();
+    let waits = record.qemu.is_some_and(ProcessId::may_live);
     match !record.resident && (leaves || waits) {
         true => Ok(()),
         false => directory::remove(directory, &[FILE, NEW_FILE]),

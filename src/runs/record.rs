@@ -52,6 +52,14 @@ impl ProcessId {
         };
         lives.then_some(self.pid)
     }
+
+    /// Whether it may live: a process in its sandbox sees only whether there is one of its number.
+    pub fn may_live(self) -> bool {
+        match File::open(procfs::path(self.pid, "stat")) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => true,
+            _ => self.living().is_some(),
+        }
+    }
 }
 
 /// What is recorded of a revert.

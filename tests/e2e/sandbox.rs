@@ -7,6 +7,7 @@ use std::path::Path;
 
 use crate::harness::{Dir, Ended, Reverted, Running, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
+use crate::killed_reverts::{SUCCESSOR, kill_both, process};
 use crate::shared::{copy, shared};
 use crate::support::{Qemu, Result, SOON, wait_for};
 use crate::{tests, tests_on_both};
@@ -17,6 +18,8 @@ tests_on_both! {
 }
 
 tests! {
+    a_guest_that_is_taken_up_by_hand_is_served_from_inside
+    a_broker_that_is_silent_or_gone_hangs_nobody
     a_chain_is_served_on_by_a_successor_inside
     a_detached_server_is_in_the_sandbox
     a_server_that_is_to_keep_its_rights_does
@@ -35,14 +38,6 @@ fn is_inside(pid: u32) -> bool {
     statuses.all(inside)
 }
 
-/// The only process of the folder with these words on its command line.
-fn process(dir: &Dir, words: &str) -> Result<u32> {
-    wait_for(SOON, words, || {
-        let mut all = dir.processes().into_iter().filter(|(_, line)| line.contains(words));
-        Ok(all.next().map(|(pid, _)| pid))
-    })
-}
-
 /// Waits until a process is inside.
 fn wait_inside(pid: u32) -> Result<()> {
     wait_for(SOON, "a process to be in its sandbox", || Ok(is_inside(pid).then_some(())))
@@ -50,7 +45,6 @@ fn wait_inside(pid: u32) -> Result<()> {
 
 const KEEPER: &str = " keeper -- ";
 const BROKER: &str = " broker ";
-const SUCCESSOR: &str = "snapback resume --inherited";
 
 fn server(guest: &mut Reverted) -> Result<&mut Running> {
     guest.server.as_mut().ok_or_else(|| "no server".into())
@@ -133,6 +127,45 @@ fn a_chain_is_served_on_by_a_successor_inside(dir: &Dir) -> Result<()> {
     let ended = finished(&mut second, successor)?;
     assert!(ended.stderr.is_empty(), "{ended:?}");
     second.check(&nonce)
+}
+
+fn a_guest_that_is_taken_up_by_hand_is_served_from_inside(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    let mut guest =
+        Reverted::of(dir.revert(&shared.image, &shared.from, &to).with(&UNFILLED), &to)?;
+    guest.log.wait_beat(0, SOON)?;
+    kill_both(dir, &mut guest)?;
+    let pid = guest.pid.to_string();
+    let resume = dir.snapback(&["resume", text(&shared.image), "--pid", &pid]);
+    let mut resumed = resume.with(&UNFILLED[..2]).start()?;
+    resumed.wait("taken_over")?;
+    wait_inside(resumed.pid())?;
+    let (keeper, broker) = (process(dir, KEEPER)?, process(dir, BROKER)?);
+    wait_inside(keeper)?;
+    resumed.signal(libc::SIGTERM);
+    let ended = resumed.succeed()?;
+    assert!(ended.event("resident").is_ok() && ended.stderr.is_empty(), "{ended:?}");
+    [keeper, broker].into_iter().try_for_each(wait_gone)?;
+    guest.check(&shared.nonce)
+}
+
+fn a_broker_that_is_silent_or_gone_hangs_nobody(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    for (name, signal) in [("silent", libc::SIGSTOP), ("gone", libc::SIGKILL)] {
+        let to = dir.make(name)?;
+        let mut guest =
+            Reverted::of(dir.revert(&shared.image, &shared.from, &to).with(&UNFILLED), &to)?;
+        let server = server(&mut guest)?;
+        wait_inside(server.pid())?;
+        let broker = process(dir, BROKER)?;
+        send_signal(broker, signal);
+        server.signal(libc::SIGTERM);
+        guest.resident()?;
+        wait_gone(broker)?;
+        guest.check(&shared.nonce)?;
+    }
+    Ok(())
 }
 
 fn a_detached_server_is_in_the_sandbox(dir: &Dir) -> Result<()> {

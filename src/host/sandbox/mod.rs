@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub use files::Access;
-pub use outside::{Opener, open, open_here, set_opener};
+pub use outside::{open, open_here, set_opener};
 
 /// A sandbox that has been prepared. Preparing it changes nothing.
 #[derive(Debug)]

@@ -290,7 +290,8 @@ impl Connection {
         }
         let pid = self.qemu.pid();
         // Where it can't be looked into, memory is not collapsed, and a successor goes without.
-        self.space = pid.and_then(|pid| AddressSpace::open(pid).ok()).map(Arc::new);
+        let space = pid.and_then(|pid| AddressSpace::open(pid).ok()).map(Arc::new);
+        self.space = space.or(self.space.take());
         let Connection { confinement, qemu, space, image, delivery, kept, run, .. } = self;
         confinement.enter(&Confined {
             qemu,
@@ -492,6 +493,9 @@ impl Connection {
     /// Ends a session: its QEMU as well, if it is ours.
     pub async fn end(&mut self) {
         self.qemu.kill().await;
+        if let Some(run) = self.run.as_ref().filter(|_| self.qemu.is_ours()) {
+            run.note(|record| record.qemu = None);
+        }
         if let Some(Source::Postcopy(source)) = self.source.take() {
             source.abandon();
         }
