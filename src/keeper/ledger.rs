@@ -59,15 +59,21 @@ impl Ledger {
     /// What a descriptor of one refers to, in /proc/PID/fd, begins with this.
     const LINK: &str = "/memfd:snapback-ledger";
 
-    /// The ledger that a process has open: it is a server or a keeper. None where it has none, or
-    /// can't be looked into.
-    pub fn of_process(pid: i32) -> Option<File> {
-        let is_ledger = |fd: &i32| {
+    /// The ledgers that a process has open: it is a server or a keeper. None where it can't be
+    /// looked into.
+    pub fn of_process(pid: i32) -> impl Iterator<Item = File> {
+        let is_ledger = move |fd: &i32| {
             let link = procfs::descriptor_link(pid, *fd);
             link.is_ok_and(|link| link.to_string_lossy().starts_with(Ledger::LINK))
         };
-        let fd = procfs::descriptors(pid).ok()?.into_iter().find(is_ledger)?;
-        File::open(procfs::path(pid, &format!("fd/{fd}"))).ok()
+        let descriptors = procfs::descriptors(pid).unwrap_or_default();
+        let ledgers = descriptors.into_iter().filter(is_ledger);
+        ledgers.filter_map(move |fd| File::open(procfs::path(pid, &format!("fd/{fd}"))).ok())
+    }
+
+    /// What tells it from all other ledgers that there are: the number of its inode.
+    pub fn mark(ledger: impl AsFd) -> io::Result<u64> {
+        Ok(nix::sys::stat::fstat(ledger)?.st_ino)
     }
 
     /// Reads how far a session is, which may be another process's, from its ledger's file.

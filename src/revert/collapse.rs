@@ -72,31 +72,40 @@ impl Collapsing {
     ) -> Option<RevertEvent> {
         let start = Instant::now();
         let mut collapsed = Collapsed::default();
-        let opened = match &self.space {
-            Some(space) => Ok(Arc::clone(space)),
-            None => AddressSpace::open(self.pid).map(Arc::new),
-        };
-        let done = opened.as_ref().map_err(explained).and_then(|space| {
-            let done = self.collapse(space, collapse, cancel, &mut collapsed);
-            done.map_err(|error| explained(&error))
-        });
-        let has_ended = match &opened {
-            Ok(space) => space.has_ended(),
-            Err(error) => matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)),
-        };
-        // Its memory went with it, and what was seen of it last means nothing.
-        if has_ended {
+        let done = self.collapse(collapse, cancel, &mut collapsed);
+        if let Err(error) = &done
+            && matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+        {
             return None;
         }
         Some(RevertEvent::Collapsed {
             before_bytes: collapsed.before,
             after_bytes: collapsed.after,
             took_ms: start.elapsed().as_secs_f64() * 1e3,
-            stopped: done.err().or(collapsed.stopped),
+            stopped: done.err().map(|error| explained(&error)).or(collapsed.stopped),
         })
     }
 
+    /// As [`run`](Collapsing::run): ESRCH where QEMU has ended.
     fn collapse(
+        &self,
+        collapse: impl FnMut(Range<u64>) -> io::Result<u64>,
+        cancel: &Cancellation,
+        collapsed: &mut Collapsed,
+    ) -> io::Result<()> {
+        let space = match &self.space {
+            Some(space) => Arc::clone(space),
+            None => Arc::new(AddressSpace::open(self.pid)?),
+        };
+        let done = self.collapse_in(&space, collapse, cancel, collapsed);
+        match space.has_ended() {
+            // Its memory went with it, and what was seen of it last means nothing.
+            true => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            false => done,
+        }
+    }
+
+    fn collapse_in(
         &self,
         space: &AddressSpace,
         collapse: impl FnMut(Range<u64>) -> io::Result<u64>,

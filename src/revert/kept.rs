@@ -49,10 +49,14 @@ impl Details {
 }
 
 /// Has the record tell of each keeper.
-pub(super) fn note_keepers(keeper: &Keeper, run: Option<&Entry>) {
+pub(super) fn note_keepers(keeper: &Keeper, ledger: &Ledger, run: Option<&Entry>) {
     if let Some(notes) = run.map(Entry::notes) {
+        let ledger = ledger.clone();
         keeper.on_start(move |process| {
-            notes.note(move |record| record.keeper = Some(ProcessId::serving(process as i32)));
+            let ledger = ledger.clone();
+            notes.note(move |record| {
+                record.keeper = Some(ProcessId::serving(process as i32, &ledger));
+            });
         });
     }
 }
@@ -85,7 +89,7 @@ impl Kept {
         let words = ClaimMap::words_for(blocks);
         let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
         let keeper = Keeper::start(successor.clone())?;
-        note_keepers(&keeper, run);
+        note_keepers(&keeper, &ledger, run);
         let kept = Kept { ledger, holder: keeper.holder() };
         kept.hold_first(file)?;
         Ok((keeper, kept))

@@ -46,15 +46,13 @@ impl Entry {
                 return Err(io::Error::other("its id is not one of 8 hexadecimal digits"));
             }
             directory::make(directory)?;
-            Ok(Record { server: Some(ProcessId::this()), ..record })
+            Ok(Record { server: ProcessId::this(), ..record })
         })
     }
 
-    /// Goes on with the record of a server that has died.
-    pub fn take_over(directory: PathBuf) -> Entry {
-        Entry::start(directory, |directory| {
-            Ok(Record { server: Some(ProcessId::this()), ..Record::read(directory)? })
-        })
+    /// Goes on with the record of a server that has died, as this one.
+    pub fn take_over(directory: PathBuf, server: Option<ProcessId>) -> Entry {
+        Entry::start(directory, move |directory| Ok(Record { server, ..Record::read(directory)? }))
     }
 
     fn start(

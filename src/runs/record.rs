@@ -26,28 +26,33 @@ pub(crate) struct ProcessId {
     /// When it was started, in clock ticks since boot (proc_pid_stat(5), field 22). None of a
     /// server or a keeper whose record is written in the sandbox, where that can't be seen.
     started: Option<u64>,
+    /// The ledger that a server or a keeper holds, [`Ledger::mark`].
+    #[serde(default)]
+    ledger: Option<u64>,
 }
 
 impl ProcessId {
     /// The process that has this number now.
     pub fn of(pid: i32) -> Option<ProcessId> {
-        Some(ProcessId { pid, started: Some(procfs::started(pid)?) })
+        Some(ProcessId { pid, started: Some(procfs::started(pid)?), ledger: None })
     }
 
-    /// The server or keeper that has this number now.
-    pub fn serving(pid: i32) -> ProcessId {
-        ProcessId { pid, started: procfs::started(pid) }
+    /// The server or keeper that has this number now, and holds this ledger.
+    pub fn serving(pid: i32, ledger: &Ledger) -> ProcessId {
+        ProcessId { pid, started: procfs::started(pid), ledger: Ledger::mark(ledger).ok() }
     }
 
-    /// This process, which is a server.
-    pub fn this() -> ProcessId {
-        ProcessId::serving(std::process::id() as i32)
+    /// This process.
+    pub fn this() -> Option<ProcessId> {
+        ProcessId::of(std::process::id() as i32)
     }
 
     /// Its number, while it lives.
     pub fn living(self) -> Option<i32> {
+        let holds =
+            |mark| Ledger::of_process(self.pid).any(|held| Ledger::mark(held).ok() == Some(mark));
         let lives = match self.started {
-            None => Ledger::of_process(self.pid).is_some(),
+            None => self.ledger.is_some_and(holds),
             started => procfs::started(self.pid) == started,
         };
         lives.then_some(self.pid)
@@ -136,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_process_is_known_by_its_start_as_well() {
-        let us = ProcessId::this();
+        let us = ProcessId::this().unwrap();
         assert_eq!(us.living(), Some(std::process::id() as i32));
         let later = us.started.map(|started| started + 1);
         assert_eq!(ProcessId { started: later, ..us }.living(), None);
@@ -144,10 +149,22 @@ mod tests {
     }
 
     #[test]
+    fn where_its_start_was_not_seen_it_is_known_by_its_ledger() {
+        let ledger = Ledger::create(1, 1, b"").unwrap();
+        let pid = std::process::id() as i32;
+        let us = ProcessId { started: None, ..ProcessId::serving(pid, &ledger) };
+        assert_eq!(us.living(), Some(pid));
+        let stranger = us.ledger.map(|mark| mark + 1000);
+        assert_eq!(ProcessId { ledger: stranger, ..us }.living(), None);
+        assert_eq!(ProcessId { ledger: None, ..us }.living(), None);
+        let parent = std::os::unix::process::parent_id() as i32;
+        assert_eq!(ProcessId { pid: parent, ..us }.living(), None);
+    }
+
+    #[test]
     fn a_record_is_read_as_it_was_written() {
         let folder = tempfile::tempdir().unwrap();
-        let record =
-            Record { server: Some(ProcessId::this()), ..Record::new("/vm.snap".into(), 7) };
+        let record = Record { server: ProcessId::this(), ..Record::new("/vm.snap".into(), 7) };
         record.write(folder.path()).unwrap();
         let read = Record::read(folder.path()).unwrap();
         assert_eq!(format!("{read:?}"), format!("{record:?}"));

@@ -178,5 +178,5 @@ impl Run {
 /// What the ledger says that a process has open; none where it has none, or can't be looked
 /// into.
 fn figures_of(pid: i32) -> Option<Figures> {
-    Ledger::figures(&Ledger::of_process(pid)?).ok()
+    Ledger::figures(&Ledger::of_process(pid).next()?).ok()
 }

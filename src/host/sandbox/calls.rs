@@ -32,7 +32,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_close_range,
     libc::SYS_dup,
     libc::SYS_dup3,
-    libc::SYS_fcntl,
     libc::SYS_flock,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
@@ -43,7 +42,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_fstatfs,
     libc::SYS_pipe2,
     libc::SYS_eventfd2,
-    libc::SYS_memfd_create,
     libc::SYS_ppoll,
     libc::SYS_pselect6,
     libc::SYS_epoll_create1,
@@ -63,8 +61,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_shutdown,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     // Files by path, as far as Landlock lets them.
@@ -109,7 +105,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_geteuid,
     libc::SYS_getgid,
     libc::SYS_getegid,
-    libc::SYS_prlimit64,
     libc::SYS_getrusage,
     libc::SYS_sysinfo,
     libc::SYS_uname,
@@ -165,6 +160,23 @@ const LETTER: u64 = 0xff << 8;
 const REQUESTS: [u64; 6] =
     [libc::TCGETS, libc::TIOCGWINSZ, libc::FIONBIO, libc::FIOCLEX, libc::FIONCLEX, PAGEMAP_SCAN];
 
+/// What a process may do with a descriptor (fcntl(2)). None that has the kernel send a signal to
+/// somebody (F_SETOWN, F_SETSIG).
+const FCNTL: [u64; 7] = [
+    libc::F_DUPFD as u64,
+    libc::F_DUPFD_CLOEXEC as u64,
+    libc::F_GETFD as u64,
+    libc::F_SETFD as u64,
+    libc::F_GETFL as u64,
+    libc::F_SETFL as u64,
+    libc::F_GET_SEALS as u64,
+];
+
+/// Options of a socket that give a descriptor of the process at its other end, by which that could
+/// be signalled (`SO_PASSPIDFD` and `SO_PEERPIDFD`, include/uapi/asm-generic/socket.h).
+const PASS_PIDFD: u64 = 76;
+const PEER_PIDFD: u64 = 77;
+
 /// What a process may do to itself: the names of threads and of memory, and that exec gives no
 /// rights, which holds already.
 const PRCTL: [u64; 3] =
@@ -196,8 +208,17 @@ fn allowed() -> io::Result<BpfProgram> {
     rules.insert(libc::SYS_ioctl, ioctl);
     let prctl = PRCTL.map(|option| when(0, SeccompCmpOp::Eq, option));
     rules.insert(libc::SYS_prctl, prctl.into_iter().collect::<io::Result<_>>()?);
-    let clone = when(0, SeccompCmpOp::MaskedEq(NAMESPACES), 0)?;
-    rules.insert(libc::SYS_clone, vec![clone]);
+    let fcntl = FCNTL.map(|command| when(1, SeccompCmpOp::Eq, command));
+    rules.insert(libc::SYS_fcntl, fcntl.into_iter().collect::<io::Result<_>>()?);
+    for (call, rule) in [
+        (libc::SYS_clone, when(0, SeccompCmpOp::MaskedEq(NAMESPACES), 0)?),
+        // Limits of its own only: those of others can end them.
+        (libc::SYS_prlimit64, when(0, SeccompCmpOp::Eq, 0)?),
+        (libc::SYS_getsockopt, when(2, SeccompCmpOp::Ne, PEER_PIDFD)?),
+        (libc::SYS_setsockopt, when(2, SeccompCmpOp::Ne, PASS_PIDFD)?),
+    ] {
+        rules.insert(call, vec![rule]);
+    }
     // Left to the other filter: the stricter of two answers holds.
     rules.insert(libc::SYS_clone3, Vec::new());
     program(rules, refuse(libc::EPERM), SeccompAction::Allow)

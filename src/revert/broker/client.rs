@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -13,12 +13,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{Shutdown, shutdown};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::message::{Answer, Question};
+use super::message::{Answer, PIECE, Question};
 use super::run::Rights;
 use crate::host::packets;
 use crate::host::pidfd::Pidfd;
@@ -95,7 +94,7 @@ impl Broker {
     /// When it is another file, can't be opened, or the broker doesn't answer.
     pub fn open(&self, path: &Path) -> io::Result<File> {
         let path = std::path::absolute(path)?;
-        let file = self.ask(&Question::Open(path), None)?.file;
+        let file = self.ask(&Question::Open(path))?.file;
         file.map(File::from).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
@@ -104,9 +103,10 @@ impl Broker {
     /// # Errors
     /// When it can't be written, or the broker doesn't answer.
     pub fn store_working_set(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut memory = File::from(memfd_create(c"snapback-ws", MFdFlags::MFD_CLOEXEC)?);
-        memory.write_all(bytes)?;
-        self.ask(&Question::Store, Some(memory.as_fd())).map(drop)
+        for piece in bytes.chunks(PIECE) {
+            self.ask(&Question::Take(piece.to_vec()))?;
+        }
+        self.ask(&Question::Store).map(drop)
     }
 
     /// Collapses memory of its QEMU, as [`collapse`](crate::revert::collapse::collapse) does.
@@ -114,14 +114,14 @@ impl Broker {
     /// # Errors
     /// As there, and when the broker doesn't answer.
     pub fn collapse(&self, range: Range<u64>) -> io::Result<u64> {
-        self.ask(&Question::Collapse(range), None).map(|answer| answer.number)
+        self.ask(&Question::Collapse(range)).map(|answer| answer.number)
     }
 
     /// Asks, and waits for the answer, for so long at most.
-    fn ask(&self, question: &Question, file: Option<BorrowedFd<'_>>) -> io::Result<Answer> {
+    fn ask(&self, question: &Question) -> io::Result<Answer> {
         let _asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         let id = Uuid::new_v4().as_u64_pair().0;
-        let sent = packets::send(self.connection(), &question.encode(id), file);
+        let sent = packets::send(self.connection(), &question.encode(id), None);
         sent.map_err(|_| io::Error::other(Unanswered::Ended))?;
         let deadline = Instant::now() + self.patience;
         loop {
@@ -213,7 +213,7 @@ mod tests {
         // What the predecessor had asked for.
         Answer::done(1, None).send(0, &theirs).unwrap();
         let answers = std::thread::spawn(move || {
-            let (id, ..) = Question::receive(&theirs).unwrap().unwrap();
+            let (id, _) = Question::receive(&theirs).unwrap().unwrap();
             Answer::done(2, None).send(id, &theirs).unwrap();
             theirs
         });

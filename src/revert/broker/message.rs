@@ -2,8 +2,8 @@
 //! All numbers are little-endian.
 //!
 //! ```text
-//! question   id u64, kind u8, then by kind: a path; nothing, with the bytes in a memfd; the first
-//!            address u64 and the one behind the last u64
+//! question   id u64, kind u8, then by kind: a path; the next bytes; nothing; the first address u64
+//!            and the one behind the last u64
 //! answer     id u64, errno i32 or 0, number u64; with the file that was asked for
 //! ```
 
@@ -16,19 +16,25 @@ use std::path::{Path, PathBuf};
 
 use crate::host::packets;
 
-/// Bytes of the longest question, a path.
-const MOST: usize = 9 + libc::PATH_MAX as usize;
+/// Bytes of a piece at most; and a path is no longer.
+pub(super) const PIECE: usize = 32 << 10;
+
+/// Bytes of the longest question.
+const MOST: usize = 9 + PIECE;
 
 const OPEN: u8 = 1;
-const STORE: u8 = 2;
-const COLLAPSE: u8 = 3;
+const TAKE: u8 = 2;
+const STORE: u8 = 3;
+const COLLAPSE: u8 = 4;
 
 /// What a server asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Question {
     /// Open this file for reading.
     Open(PathBuf),
-    /// Replace the working set by what the file holds that comes with this.
+    /// Take the next piece of a working set.
+    Take(Vec<u8>),
+    /// Replace the working set by what was taken.
     Store,
     /// Collapse this memory.
     Collapse(Range<u64>),
@@ -55,6 +61,10 @@ impl Question {
                 bytes.push(OPEN);
                 bytes.extend_from_slice(path.as_os_str().as_bytes());
             }
+            Question::Take(piece) => {
+                bytes.push(TAKE);
+                bytes.extend_from_slice(piece);
+            }
             Question::Store => bytes.push(STORE),
             Question::Collapse(range) => {
                 bytes.push(COLLAPSE);
@@ -71,6 +81,7 @@ impl Question {
         let (kind, body) = rest.split_first()?;
         let question = match (*kind, body) {
             (OPEN, path) => Question::Open(Path::new(OsStr::from_bytes(path)).to_owned()),
+            (TAKE, piece) => Question::Take(piece.to_vec()),
             (STORE, []) => Question::Store,
             (COLLAPSE, body) => {
                 let (start, end) = body.split_first_chunk()?;
@@ -82,12 +93,12 @@ impl Question {
         Some((u64::from_le_bytes(*id), question))
     }
 
-    /// Receives the next one, with its file; nothing at the end of the connection, or where what
-    /// comes is no question.
-    pub fn receive(from: impl AsFd) -> io::Result<Option<(u64, Question, Option<OwnedFd>)>> {
+    /// Receives the next one; nothing at the end of the connection, or where what comes is no
+    /// question.
+    pub fn receive(from: impl AsFd) -> io::Result<Option<(u64, Question)>> {
         let mut bytes = [0; MOST];
-        let (len, file) = packets::receive(from, &mut bytes)?;
-        Ok(Question::decode(&bytes[..len]).map(|(id, question)| (id, question, file)))
+        let (len, _) = packets::receive(from, &mut bytes)?;
+        Ok(Question::decode(&bytes[..len]))
     }
 }
 
@@ -136,6 +147,7 @@ mod tests {
     fn questions_are_read_as_they_were_asked() {
         for question in [
             Question::Open("/a b.snap".into()),
+            Question::Take(vec![1, 2, 3]),
             Question::Store,
             Question::Collapse(1 << 40..(1 << 40) + (2 << 20)),
         ] {

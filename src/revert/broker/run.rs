@@ -1,7 +1,6 @@
 //! The broker's process.
 
-use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -30,10 +29,12 @@ pub struct Rights {
 pub fn run(connection: OwnedFd, rights: &Rights) {
     // By its number it might be another process by the time that it is asked for.
     let qemu = rights.qemu.and_then(|pid| Pidfd::open(pid).ok());
-    while let Ok(Some((id, question, file))) = Question::receive(&connection) {
+    let mut taken = Vec::new();
+    while let Ok(Some((id, question))) = Question::receive(&connection) {
         let answer = match question {
             Question::Open(path) => open(rights, &path),
-            Question::Store => store(rights, file),
+            Question::Take(piece) => take(&mut taken, &piece),
+            Question::Store => store(rights, &std::mem::take(&mut taken)),
             Question::Collapse(range) => collapse_in(qemu.as_ref(), range),
         };
         let answer = answer.unwrap_or_else(|error| Answer::failed(&error));
@@ -50,19 +51,19 @@ fn open(rights: &Rights, path: &Path) -> io::Result<Answer> {
     }
 }
 
-fn store(rights: &Rights, memory: Option<OwnedFd>) -> io::Result<Answer> {
-    let path = rights.working_set.as_ref().ok_or_else(not_granted)?;
-    let memory = File::from(memory.ok_or(io::ErrorKind::InvalidInput)?);
-    // Anything else might never come to its end.
-    if !memory.metadata()?.is_file() {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+fn take(taken: &mut Vec<u8>, piece: &[u8]) -> io::Result<Answer> {
+    if taken.len() + piece.len() > working_set::MAX_BYTES {
+        taken.clear();
+        return Err(io::Error::from_raw_os_error(libc::EFBIG));
     }
-    let mut bytes = Vec::new();
-    let most = working_set::MAX_BYTES as u64;
-    (&memory).rewind()?;
-    memory.take(most + 1).read_to_end(&mut bytes)?;
+    taken.extend_from_slice(piece);
+    Ok(Answer::done(0, None))
+}
+
+fn store(rights: &Rights, bytes: &[u8]) -> io::Result<Answer> {
+    let path = rights.working_set.as_ref().ok_or_else(not_granted)?;
     let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
-    match WorkingSet::decode(&bytes).map_err(invalid)?.store(path) {
+    match WorkingSet::decode(bytes).map_err(invalid)?.store(path) {
         Err(WorkingSetError::Io { source, .. }) => Err(source),
         Err(_) => Err(io::ErrorKind::Other.into()),
         Ok(()) => Ok(Answer::done(0, None)),
@@ -80,6 +81,7 @@ fn not_granted() -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -115,6 +117,8 @@ mod tests {
             assert_eq!(errno(broker.open(&path)), Some(libc::ENOENT));
             assert_eq!(errno(broker.store_working_set(b"#!/bin/sh")), Some(libc::EINVAL));
             assert!(!path.exists());
+            let too_long = vec![0; working_set::MAX_BYTES + 1];
+            assert_eq!(errno(broker.store_working_set(&too_long)), Some(libc::EFBIG));
             broker.store_working_set(&set).unwrap();
             let mut read = Vec::new();
             broker.open(&path).unwrap().read_to_end(&mut read).unwrap();

@@ -283,7 +283,7 @@ impl Connection {
     /// Enters the sandbox, where one is wanted, once the guest is served and nothing is left to be
     /// done that takes more rights.
     fn confine(&mut self) {
-        let is_connected = self.resuming.as_ref().is_none_or(Resuming::is_connected);
+        let is_connected = self.resuming.is_none() || self.qemu.qmp().is_some();
         let is_time = self.placed && is_connected && self.serves_running();
         if !is_time || !matches!(self.confinement, Confinement::Wanted(_)) {
             return;

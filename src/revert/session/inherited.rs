@@ -51,6 +51,7 @@ impl Running {
         let image = details.open_image(File::from(image))?;
         let Details { delivery, sandbox, run, .. } = details;
         let fill = fill_options(&delivery, Vec::new());
+        let server = ProcessId::serving(std::process::id() as i32, &ledger);
         let kept = Kept::inherited(&keeper, ledger);
         let mut connection = Connection::new(
             Qemu::Adopted(qemu),
@@ -60,12 +61,12 @@ impl Running {
             cancel,
         );
         let pid = connection.qemu.pid();
-        connection.run = run.map(Entry::take_over).inspect(|run| {
+        connection.run = run.map(|run| Entry::take_over(run, Some(server))).inspect(|run| {
             // The predecessor may have died before it was written. In the sandbox, where QEMU can't
             // be seen, it has been.
             run.note(move |record| record.qemu = pid.and_then(ProcessId::of).or(record.qemu));
         });
-        note_keepers(&keeper, connection.run.as_ref());
+        note_keepers(&keeper, &kept.ledger, connection.run.as_ref());
         connection.keep(keeper, kept);
         connection.space = space.map(Arc::new);
         connection.confinement = match broker {

@@ -24,7 +24,7 @@ use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::Kept;
 use crate::revert::options::{Orphan, Placement, ResumeOptions};
 use crate::revert::source::Interrupted;
-use crate::runs::{self, Entry};
+use crate::runs::{self, Entry, ProcessId};
 use crate::transport::search::{self, Found, SearchError};
 
 /// How long QEMU is asked for the state of its migration. One that does not answer has a virtual
@@ -62,7 +62,7 @@ impl Running {
 
         let (ours, theirs) = socket_pair()?;
         let fill = fill_options(&options.delivery, Vec::new());
-        let run = runs::directory_of(pid).map(Entry::take_over);
+        let run = runs::directory_of(pid).map(|run| Entry::take_over(run, ProcessId::this()));
         let sandbox = options.sandbox.as_deref();
         let kept = options.keeper.as_ref().and_then(|successor| {
             let started = Kept::start(successor, &image, &options.delivery, sandbox, run.as_ref());

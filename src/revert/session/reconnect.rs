@@ -47,11 +47,6 @@ impl Resuming {
         Resuming { began, channel: Some(channel), qmp: None }
     }
 
-    /// Whether QEMU has the stream.
-    pub fn is_connected(&self) -> bool {
-        self.qmp.is_some()
-    }
-
     /// Waits until QEMU has the stream. Safe to cancel, and to call again.
     ///
     /// # Errors
