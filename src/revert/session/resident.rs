@@ -1,7 +1,5 @@
 //! Resident: all memory is in place, and the guest depends on nobody.
 
-use std::io;
-
 use super::confined::Confinement;
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
@@ -77,13 +75,9 @@ impl Resident {
         let work = tokio::task::spawn_blocking(move || match confinement.broker() {
             Some(broker) => collapsing.run(|stretch| broker.collapse(stretch), &cancelled),
             None => {
-                let process = Pidfd::open(collapsing.pid);
-                let process = process.map_err(|error| error.raw_os_error().unwrap_or(libc::ESRCH));
-                let collapse = |stretch| match &process {
-                    Ok(process) => collapse(process, stretch),
-                    Err(errno) => Err(io::Error::from_raw_os_error(*errno)),
-                };
-                collapsing.run(collapse, &cancelled)
+                // There is none where QEMU has ended.
+                let process = Pidfd::open(collapsing.pid).ok()?;
+                collapsing.run(|stretch| collapse(&process, stretch), &cancelled)
             }
         });
         match work.await {
