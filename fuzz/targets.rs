@@ -4,13 +4,14 @@
 
 use std::fs::File;
 use std::io::{Cursor, Read, Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use snapback::exchange::{LibvirtHeader, read_memory};
+use snapback::host::shared_memory::SharedMemory;
 use snapback::image::{Image, inspect, verify_chain, verify_flat};
 use snapback::keeper::{Ledger, Message};
 use snapback::page::{BlockId, Location, Page, PageSource};
@@ -192,12 +193,11 @@ pub fn keeper(data: &[u8]) {
     for bytes in data.chunks(8) {
         let _ = Message::parse(bytes);
     }
-    let Some(memory) = in_memory(data) else { return };
-    // SAFETY: F_ADD_SEALS changes what can be done with our own file.
-    unsafe {
-        libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_GROW | libc::F_SEAL_SHRINK)
+    let Ok(memory) = SharedMemory::create(c"fuzz", data.len().max(1) as u64) else { return };
+    let Ok(fd) = memory.write(data, 0).and_then(|()| memory.as_fd().try_clone_to_owned()) else {
+        return;
     };
-    let Ok(ledger) = Ledger::open(memory.into()) else { return };
+    let Ok(ledger) = Ledger::open(fd) else { return };
     let _ = (ledger.details(), ledger.claim_words().words().len());
     let _ = (ledger.direct(), ledger.last_block(), ledger.restarts(), ledger.qemu());
     let _ = (ledger.is_running(), ledger.is_torn(), ledger.died_ms_ago());

@@ -105,7 +105,7 @@ impl ClaimMap {
         let total = blocks.iter().map(|block| block.pages).sum();
         let map = ClaimMap { words, blocks, total };
         // Whoever ended may have done so between marking pages and counting them.
-        map.counter(PRESENT).store(map.count_present(), Ordering::Release);
+        map.word(PRESENT).store(map.count_present(), Ordering::Release);
         map
     }
 
@@ -113,18 +113,14 @@ impl ClaimMap {
         &self.words.words()[index]
     }
 
-    fn counter(&self, counter: usize) -> &AtomicU64 {
-        self.word(counter)
-    }
-
     /// Counts one request for a page.
     pub fn count_request(&self) {
-        self.counter(REQUESTS).fetch_add(1, Ordering::Relaxed);
+        self.word(REQUESTS).fetch_add(1, Ordering::Relaxed);
     }
 
     /// Requests for pages so far.
     pub fn requests(&self) -> u64 {
-        self.counter(REQUESTS).load(Ordering::Relaxed)
+        self.word(REQUESTS).load(Ordering::Relaxed)
     }
 
     /// Counts the target pages that are present by their bits.
@@ -192,7 +188,7 @@ impl ClaimMap {
 
     /// Target pages that are present.
     pub fn present(&self) -> u64 {
-        self.counter(PRESENT).load(Ordering::Acquire)
+        self.word(PRESENT).load(Ordering::Acquire)
     }
 
     /// Whether the host page that holds this target page is claimed or present.
@@ -271,7 +267,7 @@ impl ClaimMap {
             let old = self.word(claims.present + word).fetch_or(mask, Ordering::AcqRel);
             debug_assert_eq!(old & mask, 0, "a page was installed twice: {run}");
         }
-        let before = self.counter(PRESENT).fetch_add(run.count, Ordering::AcqRel);
+        let before = self.word(PRESENT).fetch_add(run.count, Ordering::AcqRel);
         before + run.count == self.total
     }
 

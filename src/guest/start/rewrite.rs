@@ -17,7 +17,7 @@ use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
 use crate::guest::start::{collisions, logs, netdevs, network, paths, ports};
-use crate::machine::{DiskRole, Machine};
+use crate::machine::{Disk, DiskRole, Machine};
 
 /// How a guest is started differently from its record.
 #[derive(Debug, Clone, Default)]
@@ -150,23 +150,19 @@ fn captured_disks(
 ) -> Result<Vec<(usize, Overlay)>, GuestError> {
     let moved = |path: &str| paths::replace(path, rules);
     frozen::check_names(&machine.disks, &options.disks)?;
-    let captured = machine.disks.iter().filter(|disk| disk.role == DiskRole::Captured);
-    drives::check_given(machine, captured)?;
-    let mut found: Vec<(usize, Overlay)> = Vec::new();
-    for (at, disk) in machine.disks.iter().enumerate() {
-        match disk.role {
-            DiskRole::Captured => {
-                let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
-                let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
-                let chain = frozen::chain(disk, given.as_deref(), moved)?;
-                let place = drives::find(line, disk, Path::new(&machine.cwd))?;
-                found.push((place, Overlay::new(disk, at, chain, &options.overlays)?));
-            }
-            DiskRole::ReadOnly => frozen::check_read_only(disk, moved)?,
-            DiskRole::Excluded | DiskRole::Empty => {}
-        }
-    }
-    Ok(found)
+    let mut read_only = machine.disks.iter().filter(|disk| disk.role == DiskRole::ReadOnly);
+    read_only.try_for_each(|disk| frozen::check_read_only(disk, moved))?;
+    let captured =
+        || machine.disks.iter().enumerate().filter(|(_, disk)| disk.role == DiskRole::Captured);
+    let disks = captured().map(|(_, disk)| disk);
+    let places = drives::find_each(line, disks, Path::new(&machine.cwd))?;
+    let overlay = |((at, disk), place): ((usize, &Disk), usize)| {
+        let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
+        let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
+        let chain = frozen::chain(disk, given.as_deref(), moved)?;
+        Ok((place, Overlay::new(disk, at, chain, &options.overlays)?))
+    };
+    captured().zip(places).map(overlay).collect()
 }
 
 /// The recorded environment names the modules of the recorded binary, which another binary

@@ -25,6 +25,7 @@ use crate::revert::kept::Kept;
 use crate::revert::options::{Orphan, Placement, ResumeOptions};
 use crate::revert::source::Interrupted;
 use crate::runs::{self, Entry, ProcessId};
+use crate::transport::proof::AttachError;
 use crate::transport::search::{self, Found, SearchError};
 
 /// How long QEMU is asked for the state of its migration. One that does not answer has a virtual
@@ -93,7 +94,7 @@ fn reach(orphan: &Orphan) -> Result<(i32, PathBuf), RevertError> {
         Orphan::Qmp(path) => {
             let connected = UnixStream::connect(path)
                 .map_err(|source| QmpError::Connect { path: path.clone(), source })?;
-            let pid = peer_pid(&connected).ok_or(PostcopyError::Adopt(search::unseen()))?;
+            let pid = peer_pid(&connected).ok_or(PostcopyError::Adopt(AttachError::Unseen))?;
             Ok((pid, path.clone()))
         }
     }
