@@ -142,7 +142,7 @@ pub fn qmp(data: &[u8]) {
 }
 
 /// Speaks as QEMU: a line for the greeting, and one for each command, events not counted. It
-/// hangs up when there are no more.
+/// hangs up when there are no more, or behind something that is no answer: nobody waits for that.
 async fn say(data: &[u8], socket: UnixStream) -> std::io::Result<()> {
     let (commands, mut answers) = socket.into_split();
     let mut commands = BufReader::new(commands).lines();
@@ -151,19 +151,18 @@ async fn say(data: &[u8], socket: UnixStream) -> std::io::Result<()> {
     loop {
         loop {
             let Some(line) = lines.next() else { return Ok(()) };
-            let mut answer = serde_json::from_slice::<Value>(line).ok();
-            let is_event = answer.as_ref().is_some_and(|answer| answer.get("event").is_some());
-            match answer.as_mut().and_then(Value::as_object_mut) {
-                Some(fields) if !is_event && !id.is_null() => {
-                    fields.insert("id".into(), id.take());
-                    answers
-                        .write_all(format!("{}\n", answer.unwrap_or_default()).as_bytes())
-                        .await?;
-                }
-                _ => answers.write_all(line).await?,
+            let mut said = serde_json::from_slice::<Value>(line).unwrap_or_default();
+            let is_event = said.get("event").is_some();
+            if let Some(fields) = said.as_object_mut().filter(|_| !is_event && !id.is_null()) {
+                fields.insert("id".into(), id.take());
+                answers.write_all(format!("{said}\n").as_bytes()).await?;
+            } else {
+                answers.write_all(line).await?;
             }
-            if !is_event {
-                break;
+            match said {
+                Value::Object(_) if is_event => {}
+                Value::Object(_) => break,
+                _ => return Ok(()),
             }
         }
         let Some(command) = commands.next_line().await? else { return Ok(()) };
@@ -200,7 +199,7 @@ pub fn keeper(data: &[u8]) {
     };
     let Ok(ledger) = Ledger::open(fd) else { return };
     let _ = (ledger.details(), ledger.claim_words().words().len());
-    let _ = (ledger.direct(), ledger.last_block(), ledger.restarts());
+    let _ = (ledger.direct(), ledger.last_block(), ledger.restarts(), ledger.qemu());
     let _ = (ledger.is_running(), ledger.is_torn(), ledger.died_ms_ago());
 }
 

@@ -10,7 +10,7 @@ use super::FAILED;
 use crate::keeper::Successor;
 
 /// The program that runs now, even if its file has been replaced since.
-const THIS_PROGRAM: &str = "/proc/self/exe";
+pub(super) const THIS_PROGRAM: &str = "/proc/self/exe";
 
 #[derive(Args)]
 pub(super) struct KeeperArgs {

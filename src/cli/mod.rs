@@ -1,6 +1,7 @@
 //! The program's arguments, and what each command does with the library.
 
 mod bench;
+mod broker;
 mod check;
 mod detach;
 mod disks;
@@ -81,6 +82,9 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
+    /// Keep the rights that a page server in its sandbox still needs
+    #[command(hide = true)]
+    Broker(broker::BrokerArgs),
     /// Go on with a reverted guest whose page server and keeper were both killed
     Resume(resume::ResumeArgs),
     /// Hold what a page server needs, and start another when it is killed
@@ -128,6 +132,8 @@ struct RevertArgs {
     /// Start no process that serves the guest on should this one be killed
     #[arg(long)]
     no_keeper: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -192,6 +198,21 @@ impl FillArgs {
     }
 }
 
+/// What this program may do while it serves a guest.
+#[derive(Args)]
+struct SandboxArgs {
+    /// Keep all rights while the guest is served, instead of entering a sandbox
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+impl SandboxArgs {
+    /// The program of the broker, where a sandbox is wanted.
+    fn program(self) -> Option<PathBuf> {
+        (!self.no_sandbox).then(|| keeper::THIS_PROGRAM.into())
+    }
+}
+
 #[derive(Args)]
 #[command(after_help = SERVE_HELP)]
 struct ServeArgs {
@@ -207,6 +228,8 @@ struct ServeArgs {
     place: ServePlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -360,8 +383,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
     let command = match cli.command {
-        // It is to be small: one thread, and no runtime.
+        // They are to be small: no runtime.
         Command::Keeper(args) => return keeper::run(args),
+        Command::Broker(args) => return broker::run(args),
         command => command,
     };
     let runtime =
@@ -413,6 +437,7 @@ async fn run(command: Command) -> ExitCode {
         }
         Command::Resume(args) => (args.json || args.serving_detached, resume::run(args).await),
         Command::Keeper(args) => return keeper::run(args),
+        Command::Broker(args) => return broker::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };
     match result {
@@ -458,6 +483,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         rtc: args.rtc.into(),
         check: args.check,
         keeper,
+        sandbox: args.sandbox.program(),
         run: Some(run),
         ..RevertOptions::new(args.image)
     };
@@ -470,6 +496,7 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let options = ServeOptions {
         delivery: args.delivery.delivery(args.place.into()),
         rtc: args.rtc.into(),
+        sandbox: args.sandbox.program(),
         ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
     let served = crate::revert::serve(&options, cancellation()?, |e| output.revert(&e)).await;

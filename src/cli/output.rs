@@ -69,6 +69,14 @@ impl Output {
         Output { json: true, bar: ProgressBar::hidden(), log: true }
     }
 
+    /// Warns ahead of what a command prints: as an event, or on stderr.
+    pub fn warn(&self, says: String) {
+        match self.json {
+            true => self.print_json(&SaveEvent::Warning { says }),
+            false => drop(writeln!(std::io::stderr(), "snapback: warning: {says}")),
+        }
+    }
+
     /// Prints an event as one JSON object.
     pub fn print_json(&self, event: &impl Serialize) {
         let line = json_line(event);
@@ -252,6 +260,7 @@ impl Output {
         }
         match event {
             RevertEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
+            RevertEvent::Warning { says } => self.say("WARNING", says),
             RevertEvent::Disk { disk, overlay, .. } => {
                 let changes = match overlay {
                     Some(path) => format!("its changes go to {}", path.display()),

@@ -38,6 +38,7 @@ mod mapping;
 mod moments;
 mod ports;
 mod runs;
+mod sandbox;
 mod save_under_fire;
 mod serving;
 mod sessions;
