@@ -17,18 +17,21 @@ use crate::kind::ErrorKind;
 use crate::revert::RevertEvent;
 use crate::runs;
 
-/// Starts the server, and returns once the guest runs.
+/// Starts the server, of a clone by its number where there are several guests, and returns once
+/// the guest runs.
 pub(super) async fn revert(
     log: Option<PathBuf>,
+    clone: Option<u32>,
     cancel: Cancellation,
-    output: &Output,
+    output: Output,
 ) -> Result<(), Failure> {
     let id = runs::new_id();
     let log = log.map_or_else(|| default_log(&id), Ok)?;
     let file = create_log(&log)?;
-    let server = start_server(file, &id).map_err(|e| Failure::io("starting the server failed", &e));
+    let server =
+        start_server(file, &id, clone).map_err(|e| Failure::io("starting the server failed", &e));
     let outcome = match server {
-        Ok(server) => pass_on(server, &cancel, output).await,
+        Ok(server) => pass_on(server, &cancel, &output).await,
         Err(failure) => Err(failure),
     };
     match outcome {
@@ -93,7 +96,7 @@ fn terminate(pid: u32) {
 
 /// Starts this program again, with the same arguments except `--detach`, in a session of its
 /// own so that the terminal's signals don't reach it.
-fn start_server(log: File, id: &str) -> io::Result<tokio::process::Child> {
+fn start_server(log: File, id: &str, clone: Option<u32>) -> io::Result<tokio::process::Child> {
     let mut before_extra = true;
     let arguments = std::env::args_os().skip(1).filter(|argument| {
         before_extra &= argument != "--";
@@ -101,7 +104,9 @@ fn start_server(log: File, id: &str) -> io::Result<tokio::process::Child> {
     });
     let mut arguments: Vec<_> = arguments.collect();
     let extra = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
-    arguments.splice(extra..extra, ["--serving-detached", "--run-id", id].map(Into::into));
+    let only = clone.map(|number| format!("--only={number}"));
+    let added = ["--serving-detached", "--run-id", id].into_iter().chain(only.as_deref());
+    arguments.splice(extra..extra, added.map(Into::into));
     let mut command = tokio::process::Command::new(std::env::current_exe()?);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that

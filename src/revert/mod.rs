@@ -4,6 +4,7 @@
 //! [`revert()`] and [`serve()`] go all the way. Both are a [`session`] of explicit states,
 //! which can also be gone through one by one: to hold a guest in standby, for example.
 
+mod clones;
 mod collapse;
 mod eager;
 mod error;
@@ -24,6 +25,7 @@ mod source;
 mod takeover;
 mod unreadable;
 
+pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, RevertEvent, Unreadable};
 pub use harvest::harvest;
