@@ -386,6 +386,7 @@ pub fn send_signal(pid: u32, signal: i32) {
 /// damage and interrupts is a refusal.
 const FAILED: &[&str] = &[
     "agent_failed",
+    "clones_failed",
     "guest_changed",
     "hook_failed",
     "internal",
