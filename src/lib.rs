@@ -101,9 +101,9 @@ pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
 pub use memory::WorkingSet;
 pub use revert::{
-    Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError, RevertEvent,
-    RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable, harvest, resume, revert, serve,
-    session, take_over,
+    CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError,
+    RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable, harvest, resume,
+    revert, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,

@@ -3,6 +3,7 @@
 mod bench;
 mod broker;
 mod check;
+mod clones;
 mod detach;
 mod disks;
 mod doctor;
@@ -32,7 +33,9 @@ use self::output::Output;
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
+use crate::revert::{
+    CloneIdentity, Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target,
+};
 use crate::runs::RunOptions;
 
 /// Exit code of a program that could not begin.
@@ -92,7 +95,7 @@ enum Command {
     Keeper(keeper::KeeperArgs),
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct RevertArgs {
     /// The image
     image: PathBuf,
@@ -105,6 +108,8 @@ struct RevertArgs {
     /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    clones: clones::ClonesArgs,
     #[command(flatten)]
     host: host::HostArgs,
     #[command(flatten)]
@@ -149,7 +154,7 @@ struct RevertArgs {
 }
 
 /// How memory is brought, in whatever way it reaches the guest.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct DeliveryArgs {
     #[command(flatten)]
     fill: FillArgs,
@@ -159,7 +164,7 @@ struct DeliveryArgs {
 }
 
 /// How memory is filled that the guest does not wait for.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct FillArgs {
     /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
     /// what the guest waits for does not count, and neither do zeros
@@ -199,7 +204,7 @@ impl FillArgs {
 }
 
 /// What this program may do while it serves a guest.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct SandboxArgs {
     /// Keep all rights while the guest is served, instead of entering a sandbox
     #[arg(long)]
@@ -443,7 +448,7 @@ async fn run(command: Command) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::print_failure(&failure, json);
+            Output::new(json).failure(&failure);
             ExitCode::from(failure.exit_code())
         }
     }
@@ -454,14 +459,57 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         true => Output::of_server(),
         false => Output::new(args.json),
     };
-    if args.detach {
-        return detach::revert(args.log, cancellation()?, &output).await;
+    let cancel = cancellation()?;
+    let Some(clones) = args.clones.identities(&args.image)? else {
+        return match args.detach {
+            true => detach::revert(args.log, None, cancel, output).await,
+            false => start(args, None, cancel, output).await,
+        };
+    };
+    clones::for_each(clones, &output, |clone, output| {
+        let (args, cancel) = (args.clone().of_clone(&clone), cancel.clone());
+        async move {
+            match args.clones.only {
+                Some(_) => start(args, Some(clone), cancel, output).await,
+                // A server can serve one guest only: it gives up all other rights.
+                None if !args.detach => detach::serve_clone(clone.number, cancel, output).await,
+                None => detach::revert(args.log, Some(clone.number), cancel, output).await,
+            }
+        }
+    })
+    .await
+}
+
+impl RevertArgs {
+    /// The arguments of one clone.
+    fn of_clone(self, clone: &CloneIdentity) -> RevertArgs {
+        let expand = |text: String| clone.expand(&text);
+        let path = |path: PathBuf| clones::expanded(&path, clone);
+        RevertArgs {
+            qmp: self.qmp.map(path),
+            log: self.log.map(path),
+            paths: self.paths.into_iter().map(|(old, new)| (expand(old), expand(new))).collect(),
+            host: self.host.of_clone(clone),
+            disks: self.disks.of_clone(clone),
+            extra: self.extra.into_iter().map(expand).collect(),
+            ..self
+        }
     }
+}
+
+/// Brings back one guest and serves it.
+async fn start(
+    args: RevertArgs,
+    clone: Option<CloneIdentity>,
+    cancel: Cancellation,
+    output: Output,
+) -> Result<(), Failure> {
     let rewrite = RewriteOptions {
         qemu: args.qemu,
         qmp: args.qmp,
         paths: args.paths,
         extra: args.extra,
+        own: clone.map(|clone| clone.directory),
         ..RewriteOptions::default()
     };
     let mut run = RunOptions::new();
@@ -477,7 +525,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        rewrite: args.host.apply(args.disks.apply(rewrite)),
+        rewrite: args.host.apply(args.disks.apply(rewrite))?,
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),
@@ -487,7 +535,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         run: Some(run),
         ..RevertOptions::new(args.image)
     };
-    let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;
+    let reverted = crate::revert::revert(&options, cancel, |e| output.revert(&e)).await;
     reverted.map(drop).map_err(explained)
 }
 

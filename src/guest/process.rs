@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use crate::guest::GuestError;
 use crate::guest::disks::overlay::Overlays;
+use crate::guest::start::own::OwnDirectory;
 use crate::guest::start::plan::{CONTROL_ID, StartPlan};
 use crate::host::in_use;
 use crate::host::in_use::Address;
@@ -77,14 +78,19 @@ impl Process {
         }
         let log = Log::new(&plan.label).map_err(failed_to("keep QEMU's output"))?;
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
+        let mut own = plan.own.as_deref().map(OwnDirectory::make).transpose()?;
         let overlays = plan.make_overlays()?;
         let child = spawn(&plan, theirs, &log)?;
-        // QEMU's end of everything inherited has to close with QEMU, not with us.
-        let StartPlan { binary, sockets, .. } = plan;
+        // QEMU's end of everything inherited has to close with QEMU, not with us. It has bound its
+        // ports when it answers.
+        let StartPlan { binary, sockets, reserved: _reserved, .. } = plan;
         let process = Process::watch(child, log, sockets, overlays)?;
 
         match Qmp::over(ours, START_TIMEOUT).await {
-            Ok(qmp) => Ok((process, qmp)),
+            Ok(qmp) => {
+                own.iter_mut().for_each(OwnDirectory::keep);
+                Ok((process, qmp))
+            }
             Err(source) => Err(process.failed_start(binary, source).await),
         }
     }

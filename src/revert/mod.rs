@@ -5,6 +5,7 @@
 //! which can also be gone through one by one: to hold a guest in standby, for example.
 
 mod broker;
+mod clones;
 mod collapse;
 mod eager;
 mod error;
@@ -26,6 +27,7 @@ mod takeover;
 mod unreadable;
 
 pub use broker::{Rights, run as run_broker};
+pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, RevertEvent, Unreadable};
 pub use harvest::harvest;

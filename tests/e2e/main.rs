@@ -21,6 +21,7 @@ mod capture;
 mod chains;
 mod checks;
 mod clocks;
+mod clones;
 mod damage;
 mod database;
 mod disk_reverts;

@@ -45,7 +45,7 @@ impl Planned {
         let machine = &image.manifest().machine;
         let stays_paused = options.rewrite.stays_paused() || !machine.running;
         let paused = stays_paused || options.preload || options.standby;
-        let overlays = overlays_beside(&options.image, &options.rewrite.overlays);
+        let overlays = placed(&options.rewrite, &options.image);
         let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
         let (plan, not_mapped) = mapping::plan(&image, options, rewriting)?;
         if options.check {
@@ -153,11 +153,12 @@ fn record(image: &Image, plan: &StartPlan) -> Record {
     }
 }
 
-/// Where overlays go and what they are called: beside the image and after its name, unless
-/// the options say otherwise.
-fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
+/// Where overlays go and what they are called: in the guest's own directory or else beside the
+/// image, and after its name, unless the options say otherwise.
+fn placed(rewrite: &RewriteOptions, image: &Path) -> OverlayOptions {
+    let options = &rewrite.overlays;
     let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = options.directory.clone();
+    let directory = options.directory.clone().or(rewrite.own.clone());
     let directory = directory.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
     let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
     OverlayOptions {
