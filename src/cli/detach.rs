@@ -13,6 +13,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use super::failure::{ErrorEvent, Failure};
 use super::output::Output;
 use crate::cancel::Cancellation;
+use crate::host::program::in_own_session;
 use crate::kind::ErrorKind;
 use crate::revert::RevertEvent;
 use crate::runs;
@@ -133,11 +134,7 @@ fn start_server(log: File, id: &str, clone: Option<u32>) -> io::Result<tokio::pr
     let added = ["--serving-detached", "--run-id", id].into_iter().chain(only.as_deref());
     let mut command = again(&added.collect::<Vec<_>>())?;
     command.stderr(log);
-    // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that
-    // runs between fork and exec.
-    unsafe {
-        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
-    }
+    in_own_session(command.as_std_mut());
     command.spawn()
 }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::procfs;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
@@ -88,8 +89,7 @@ impl Pidfd {
     /// Waits until the process has ended; false if it still runs after `timeout`. The longest
     /// wait is some 24 days (poll(2)).
     pub fn wait_end(&self, timeout: Duration) -> bool {
-        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
-        poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout).is_ok_and(|n| n > 0)
+        wait_end(self.as_fd(), Some(timeout))
     }
 
     /// Sends SIGKILL (pidfd_send_signal(2)).
@@ -127,6 +127,22 @@ impl Pidfd {
 impl AsFd for Pidfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Waits until the process of this pidfd has ended, all its threads included, for so long at most;
+/// says whether it has. Allocates nothing.
+pub fn wait_end(pidfd: BorrowedFd<'_>, within: Option<Duration>) -> bool {
+    let within = match within {
+        Some(time) => PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX),
+        None => PollTimeout::NONE,
+    };
+    loop {
+        match poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], within) {
+            Err(Errno::EINTR) => {}
+            Ok(ready) => return ready > 0,
+            Err(_) => return false,
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Another program run to its end, in bounded time and memory.
 
 use std::io::{self, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::Builder;
@@ -13,6 +14,15 @@ const MAX_SAID: u64 = 4 << 20;
 
 /// How often we look whether the program has ended or was cancelled.
 const NAP: Duration = Duration::from_millis(10);
+
+/// Has a command run in a session of its own, so that signals of our terminal don't reach it.
+pub(crate) fn in_own_session(command: &mut Command) {
+    // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that runs between
+    // fork and exec.
+    unsafe {
+        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
+    }
+}
 
 /// What a program returned.
 #[derive(Debug)]

@@ -12,12 +12,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, read};
+use nix::unistd::read;
 
-use super::process::{Program, has_ended};
+use super::process::Program;
 use super::protocol::{Held, Message, Received, receive};
 use crate::host::packets;
-use crate::host::pidfd::Pidfd;
+use crate::host::pidfd::wait_end;
 
 /// Bytes that are read at once.
 const PIECE_BYTES: usize = 256 << 10;
@@ -43,26 +43,18 @@ pub fn clean_up(arguments: Vec<OsString>) -> io::Result<()> {
         }
     }
     // Its threads may still be at work when its descriptors are closed.
-    if process.is_none_or(|process: OwnedFd| !has_ended(process.as_fd(), None)) {
+    if process.is_none_or(|process: OwnedFd| !wait_end(process.as_fd(), None)) {
         return Ok(());
     }
-    // SAFETY: this process has a single thread, and the child makes only system calls before it
-    // becomes another program.
-    let child = match unsafe { nix::unistd::fork() }? {
-        ForkResult::Parent { child } => child,
-        ForkResult::Child => {
-            let Err(errno) = cleaner.execute();
-            // SAFETY: _exit(2) ends the process and runs nothing of its parent's.
-            unsafe { libc::_exit(errno as i32) }
-        }
-    };
+    // SAFETY: this process has a single thread, and nothing is to be prepared.
+    let child = unsafe { cleaner.start(|| Ok(())) }?;
     // At the same time: the guest may have been stopped, and waits for the cleaner; or it waits
     // for QEMU, and QEMU for us.
     if let Some(stream) = stream {
-        let cleaner = Pidfd::open(child.as_raw())?;
-        drain(&stream, cleaner.as_fd(), &mut buffer);
+        drain(&stream, child.as_fd(), &mut buffer);
     }
-    while waitpid(child, None) == Err(Errno::EINTR) {}
+    // It is the only child.
+    while waitpid(None, None) == Err(Errno::EINTR) {}
     Ok(())
 }
 

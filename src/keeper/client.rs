@@ -5,7 +5,6 @@ use std::convert::Infallible;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -14,6 +13,7 @@ use std::time::Instant;
 use super::protocol::{Held, Message, Received, receive, send};
 use super::restarts::Restarts;
 use crate::host::packets;
+use crate::host::program::in_own_session;
 use crate::host::sandbox::Sandbox;
 
 /// The program that becomes the keeper, and what it starts when the server has died.
@@ -279,10 +279,6 @@ fn spawn(successor: &Successor, theirs: OwnedFd) -> io::Result<Child> {
         command.arg("--clean-up");
     }
     command.arg("--").args(&successor.arguments).stdin(theirs);
-    // SAFETY: setsid(2) is async-signal-safe and touches no memory; it is all that runs between
-    // fork and exec.
-    unsafe {
-        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
-    }
+    in_own_session(&mut command);
     command.spawn()
 }

@@ -1,37 +1,18 @@
-//! What the process of any keeper does: it waits for another process's end, and becomes another
-//! program.
+//! What the process of any keeper starts: this program again, made ready ahead.
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsString};
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::host::pidfd::Pidfd;
 
 /// The program that runs now, even if its file has been replaced.
 const THIS_PROGRAM: &std::ffi::CStr = c"/proc/self/exe";
 
-/// Waits until the process of this pidfd has ended, all its threads included; for so long at
-/// most.
-pub(super) fn has_ended(pidfd: BorrowedFd<'_>, within: Option<Duration>) -> bool {
-    let within = match within {
-        Some(time) => PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX),
-        None => PollTimeout::NONE,
-    };
-    loop {
-        let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
-        match poll(&mut fds, within) {
-            Err(Errno::EINTR) => {}
-            Ok(ready) => return ready > 0,
-            Err(_) => return false,
-        }
-    }
-}
-
-/// A program to become, made ready ahead: its arguments and environment as execve(2) takes them.
+/// A program to start, made ready ahead: its arguments and environment as execve(2) takes them.
 pub(super) struct Program {
     arguments: CStrings,
     environment: CStrings,
@@ -52,8 +33,29 @@ impl Program {
         })
     }
 
+    /// Starts it in a child that has first done what `prepare` does.
+    ///
+    /// # Errors
+    /// When the child can't be had. One that can't become the program ends with the error as its
+    /// exit code.
+    ///
+    /// # Safety
+    /// This process must have a single thread, and `prepare` make system calls only.
+    pub unsafe fn start(&self, prepare: impl FnOnce() -> Result<(), Errno>) -> io::Result<Pidfd> {
+        // SAFETY: by the caller's promise; beside `prepare` the child makes one system call, by
+        // which it becomes another program or ends.
+        match unsafe { Pidfd::fork() }? {
+            Some(child) => Ok(child),
+            None => {
+                let Err(errno) = prepare().and_then(|()| self.execute());
+                // SAFETY: _exit(2) ends the process and runs nothing of its parent's.
+                unsafe { libc::_exit(errno as i32) }
+            }
+        }
+    }
+
     /// Becomes that command.
-    pub fn execute(&self) -> Result<Infallible, Errno> {
+    fn execute(&self) -> Result<Infallible, Errno> {
         let (arguments, environment) = (&self.arguments.pointers, &self.environment.pointers);
         // SAFETY: all strings end with a NUL and both lists with a null pointer; they live as
         // long as `self`.

@@ -4,7 +4,6 @@
 //! It has one thread. What a restart takes is made ready at the start, so that nothing is
 //! allocated when memory is short: that may be what the server died of.
 
-use std::convert::Infallible;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -16,11 +15,11 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::inheritance::{CONNECTION, number};
 use super::ledger::{Ledger, monotonic_ns};
-use super::process::{Program, has_ended};
+use super::process::Program;
 use super::protocol::{Held, Message, Received, receive};
 use super::restarts::Restarts;
 use crate::host::packets;
-use crate::host::pidfd::Pidfd;
+use crate::host::pidfd::{Pidfd, wait_end};
 use crate::host::sandbox::Sandbox;
 
 /// Runs a keeper until its server needs none. Standard input is the connection with the server,
@@ -57,7 +56,7 @@ impl Keeper {
         loop {
             let Some(server) = &self.server else {
                 // Its threads may still be at work when its descriptors are closed.
-                if self.get(Held::Server).is_none_or(|server| !has_ended(server, None)) {
+                if self.get(Held::Server).is_none_or(|server| !wait_end(server, None)) {
                     return self.end_qemu();
                 }
                 match self.replace() {
@@ -125,7 +124,7 @@ impl Keeper {
             self.end_qemu();
             return false;
         };
-        if self.get(Held::Qemu).is_none_or(|qemu| has_ended(qemu, Some(wait))) {
+        if self.get(Held::Qemu).is_none_or(|qemu| wait_end(qemu, Some(wait))) {
             return false;
         }
         ledger.count_restart(monotonic_ns());
@@ -145,27 +144,19 @@ impl Keeper {
     /// Starts a new server, which inherits what is held.
     fn start_server(&self) -> io::Result<(Pidfd, OwnedFd)> {
         let (ours, theirs) = packets::pair()?;
-        // SAFETY: this process has a single thread, and the child makes only system calls before
-        // it becomes another program.
-        match unsafe { Pidfd::fork() }? {
-            Some(child) => Ok((child, ours)),
-            None => {
-                let Err(errno) = self.become_server(&theirs);
-                // SAFETY: _exit(2) ends the process and runs nothing of its parent's.
-                unsafe { libc::_exit(errno as i32) }
-            }
-        }
+        // SAFETY: this process has a single thread, and what is prepared takes system calls only.
+        let child = unsafe { self.command.start(|| self.hand_over(&theirs)) }?;
+        Ok((child, ours))
     }
 
-    /// In the child: has what is held inherited, and becomes the server.
-    fn become_server(&self, connection: &OwnedFd) -> Result<Infallible, Errno> {
+    /// In the child: has what is held inherited.
+    fn hand_over(&self, connection: &OwnedFd) -> Result<(), Errno> {
         let kept_open = nix::fcntl::FdFlag::empty();
         for fd in self.held.iter().flatten() {
             fcntl(fd, FcntlArg::F_SETFD(kept_open))?;
         }
         // SAFETY: dup2(2) takes numbers; the new one is used for this alone.
-        Errno::result(unsafe { libc::dup2(connection.as_raw_fd(), CONNECTION) })?;
-        self.command.execute()
+        Errno::result(unsafe { libc::dup2(connection.as_raw_fd(), CONNECTION) }).map(drop)
     }
 
     /// Ends QEMU, if we know it: a guest whose memory nobody brings would wait for ever.
