@@ -6,9 +6,12 @@
 
 mod address;
 mod error;
+mod xml;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;
+#[cfg(feature = "libvirt")]
+mod calls;
 #[cfg(feature = "libvirt")]
 mod connection;
 #[cfg(feature = "libvirt")]
@@ -26,8 +29,11 @@ mod process;
 
 pub use address::DomainAddress;
 pub use error::LibvirtError;
+pub use xml::{DomainDisk, disks};
 
 #[cfg(not(feature = "libvirt"))]
-pub use absent::Domain;
+pub use absent::{Domain, PATIENCE};
 #[cfg(feature = "libvirt")]
 pub use domain::Domain;
+#[cfg(feature = "libvirt")]
+pub use link::PATIENCE;

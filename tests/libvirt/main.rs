@@ -11,7 +11,9 @@ mod support;
 #[path = "../e2e/harness.rs"]
 mod harness;
 
+mod killed;
 mod monitor;
+mod saving;
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {
