@@ -5,8 +5,8 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use super::address::DomainAddress;
+use super::disk::DomainDisk;
 use super::error::LibvirtError;
-use super::xml::DomainDisk;
 use crate::qmp::Qmp;
 
 /// There is nothing to wait for.

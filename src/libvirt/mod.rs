@@ -5,8 +5,8 @@
 //! break, as when libvirtd is restarted, it is made anew by whoever needs it next.
 
 mod address;
+mod disk;
 mod error;
-mod xml;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;
@@ -26,10 +26,12 @@ mod link;
 mod monitor;
 #[cfg(feature = "libvirt")]
 mod process;
+#[cfg(feature = "libvirt")]
+mod xml;
 
 pub use address::DomainAddress;
+pub use disk::DomainDisk;
 pub use error::LibvirtError;
-pub use xml::{DomainDisk, disks};
 
 #[cfg(not(feature = "libvirt"))]
 pub use absent::{Domain, PATIENCE};
