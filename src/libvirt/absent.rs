@@ -56,6 +56,7 @@ methods! {
     live_xml() -> String;
     persistent_xml() -> Option<String>;
     disks() -> Vec<DomainDisk>;
+    persistent_disks() -> Vec<DomainDisk>;
     agent_is_connected() -> bool;
     suspend() -> ();
     resume() -> ();

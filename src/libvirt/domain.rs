@@ -86,6 +86,11 @@ impl Domain {
         Ok(xml::disks(&xml))
     }
 
+    /// Its disks as its definition has them; none of a transient domain.
+    pub async fn persistent_disks(&self) -> Result<Vec<DomainDisk>, LibvirtError> {
+        Ok(self.persistent_xml().await?.map(|xml| xml::disks(&xml)).unwrap_or_default())
+    }
+
     /// Whether an agent in the guest has its channel to libvirt open.
     pub async fn agent_is_connected(&self) -> Result<bool, LibvirtError> {
         let xml = self.ask("reading the domain's channels", |domain| domain.xml_desc(0)).await?;
