@@ -3,14 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::broker::Broker;
 use super::options::Delivery;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
+use crate::host::procfs::AddressSpace;
+use crate::host::sandbox::Sandbox;
 use crate::identity::Identity;
 use crate::image::{Image, ImageError};
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
@@ -24,6 +27,8 @@ pub(super) struct Details {
     pub image: PathBuf,
     pub identity: Identity,
     pub delivery: Delivery,
+    /// The program of the broker, where the process is to be in a sandbox.
+    pub sandbox: Option<PathBuf>,
     /// The directory of its record, where it has one.
     pub run: Option<PathBuf>,
 }
@@ -44,10 +49,14 @@ impl Details {
 }
 
 /// Has the record tell of each keeper.
-pub(super) fn note_keepers(keeper: &Keeper, run: Option<&Entry>) {
+pub(super) fn note_keepers(keeper: &Keeper, ledger: &Ledger, run: Option<&Entry>) {
     if let Some(notes) = run.map(Entry::notes) {
+        let ledger = ledger.clone();
         keeper.on_start(move |process| {
-            notes.note(move |record| record.keeper = ProcessId::of(process as i32));
+            let ledger = ledger.clone();
+            notes.note(move |record| {
+                record.keeper = Some(ProcessId::serving(process as i32, &ledger));
+            });
         });
     }
 }
@@ -65,6 +74,7 @@ impl Kept {
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,
+        sandbox: Option<&Path>,
         run: Option<&Entry>,
     ) -> io::Result<(Keeper, Kept)> {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
@@ -72,13 +82,14 @@ impl Kept {
             image: std::path::absolute(path)?,
             identity: image.identity(),
             delivery: delivery.clone(),
+            sandbox: sandbox.map(Path::to_owned),
             run: run.map(|run| run.directory().to_owned()),
         };
         let blocks = &image.manifest().blocks;
         let words = ClaimMap::words_for(blocks);
         let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
         let keeper = Keeper::start(successor.clone())?;
-        note_keepers(&keeper, run);
+        note_keepers(&keeper, &ledger, run);
         let kept = Kept { ledger, holder: keeper.holder() };
         kept.hold_first(file)?;
         Ok((keeper, kept))
@@ -98,6 +109,7 @@ impl Kept {
 
     /// QEMU has been started.
     pub fn hold_qemu(&self, process: &Process, qmp: &Qmp) -> io::Result<()> {
+        self.ledger.set_qemu(process.pid());
         self.holder.hold(Held::Qemu, process.pidfd())?;
         self.hold_control(qmp)?;
         self.holder.hold(Held::Output, process.output())
@@ -109,6 +121,7 @@ impl Kept {
         self.hold_control(qmp)?;
         // What it says goes elsewhere.
         self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())?;
+        self.ledger.set_qemu(pid);
         self.ledger.set_running();
         self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())
     }
@@ -124,6 +137,19 @@ impl Kept {
     /// The migration begins.
     pub fn hold_stream(&self, stream: BorrowedFd<'_>) -> io::Result<()> {
         self.holder.hold(Held::Stream, stream)
+    }
+
+    /// Nobody may look into QEMU any more from now on.
+    pub fn hold_address_space(&self, qemu: &AddressSpace) -> io::Result<()> {
+        let [mappings, page_map] = qemu.descriptors();
+        self.holder.hold(Held::Mappings, mappings)?;
+        self.holder.hold(Held::PageMap, page_map)
+    }
+
+    /// This process is in a sandbox from now on, and so will be its successors.
+    pub fn confine(&self, sandbox: Sandbox, broker: &Broker) -> io::Result<()> {
+        self.holder.confine(sandbox);
+        self.holder.hold(Held::Broker, broker.connection())
     }
 
     /// Pages go directly from now on.

@@ -16,8 +16,8 @@ use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
-use crate::guest::start::{collisions, logs, netdevs, network, paths, ports};
-use crate::machine::{DiskRole, Machine};
+use crate::guest::start::{collisions, logs, netdevs, network, own, paths, ports};
+use crate::machine::{Disk, DiskRole, Machine};
 
 /// How a guest is started differently from its record.
 #[derive(Debug, Clone, Default)]
@@ -52,6 +52,11 @@ pub struct RewriteOptions {
     pub overlays: OverlayOptions,
     /// `(NAME, FILE)`: `FILE` is a copy of the frozen file of the disk `NAME`.
     pub disks: Vec<(String, PathBuf)>,
+    /// A directory of the guest's own, made if it isn't there: the sockets and output files of the
+    /// recorded command line go there unless `paths` has a rule for them, the overlays of its
+    /// disks unless [`OverlayOptions::directory`] says otherwise, and each recorded port without a
+    /// rule in `ports` is replaced by a free one. So any number of guests run side by side.
+    pub own: Option<PathBuf>,
     /// Blocks of memory that QEMU is to map from a file.
     pub mapped: Option<MappedMemory>,
 }
@@ -75,7 +80,12 @@ impl RewriteOptions {
 /// running process; the error names the option and the remedy.
 pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan, GuestError> {
     let (program, recorded) = machine.argv.split_first().ok_or(GuestError::EmptyCommandLine)?;
-    let rules = paths::rules(&options.paths)?;
+    let own = options.own.as_deref().map(|path| absolute("own directory", path)).transpose()?;
+    let moves = match &own {
+        Some(own) => own::path_rules(machine, &options.paths, own)?,
+        None => options.paths.clone(),
+    };
+    let rules = paths::rules(&moves)?;
     let mut notes = Vec::new();
 
     let mut line = CommandLine::parse(recorded);
@@ -83,7 +93,11 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     let disks = captured_disks(machine, options, &line, &rules)?;
     paths::replace_in_line(&mut line, &rules);
     netdevs::replace_in_line(&mut line, &options.netdevs, &mut notes)?;
-    let ports = ports::replace_in_line(&mut line, &options.ports, &mut notes)?;
+    let ports = match &own {
+        Some(_) => own::port_rules(&line, &options.ports),
+        None => options.ports.clone(),
+    };
+    let ports = ports::replace_in_line(&mut line, &ports, &mut notes)?;
     pin_machine_type(&mut line, &machine.machine_type);
     line.args.extend(CommandLine::parse(&options.extra).args);
 
@@ -131,7 +145,9 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         env,
         sockets,
         paused,
-        ports,
+        ports: ports.ports,
+        reserved: ports.reserved,
+        own,
         notes,
         mapped,
         overlays: disks.into_iter().map(|(_, overlay)| overlay).collect(),
@@ -150,23 +166,19 @@ fn captured_disks(
 ) -> Result<Vec<(usize, Overlay)>, GuestError> {
     let moved = |path: &str| paths::replace(path, rules);
     frozen::check_names(&machine.disks, &options.disks)?;
-    let captured = machine.disks.iter().filter(|disk| disk.role == DiskRole::Captured);
-    drives::check_given(machine, captured)?;
-    let mut found: Vec<(usize, Overlay)> = Vec::new();
-    for (at, disk) in machine.disks.iter().enumerate() {
-        match disk.role {
-            DiskRole::Captured => {
-                let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
-                let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
-                let chain = frozen::chain(disk, given.as_deref(), moved)?;
-                let place = drives::find(line, disk, Path::new(&machine.cwd))?;
-                found.push((place, Overlay::new(disk, at, chain, &options.overlays)?));
-            }
-            DiskRole::ReadOnly => frozen::check_read_only(disk, moved)?,
-            DiskRole::Excluded | DiskRole::Empty => {}
-        }
-    }
-    Ok(found)
+    let mut read_only = machine.disks.iter().filter(|disk| disk.role == DiskRole::ReadOnly);
+    read_only.try_for_each(|disk| frozen::check_read_only(disk, moved))?;
+    let captured =
+        || machine.disks.iter().enumerate().filter(|(_, disk)| disk.role == DiskRole::Captured);
+    let disks = captured().map(|(_, disk)| disk);
+    let places = drives::find_each(line, disks, Path::new(&machine.cwd))?;
+    let overlay = |((at, disk), place): ((usize, &Disk), usize)| {
+        let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
+        let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
+        let chain = frozen::chain(disk, given.as_deref(), moved)?;
+        Ok((place, Overlay::new(disk, at, chain, &options.overlays)?))
+    };
+    captured().zip(places).map(overlay).collect()
 }
 
 /// The recorded environment names the modules of the recorded binary, which another binary

@@ -24,14 +24,14 @@ pub(super) struct Adopted {
 }
 
 impl Adopted {
-    /// The QEMU of this pidfd, with our end of its control socket and the file of its output.
-    pub fn new(process: OwnedFd, control: OwnedFd, output: OwnedFd) -> Adopted {
+    /// The QEMU of this pidfd and process id, where that is known, with our end of its control
+    /// socket and the file of its output.
+    pub fn new(process: OwnedFd, pid: Option<i32>, control: OwnedFd, output: OwnedFd) -> Adopted {
         let process = Pidfd::from_fd(process);
-        let pid = process.pid();
         Adopted { process, pid, control, output: Log::of(output), let_go: false }
     }
 
-    /// Its process id, while it has not ended.
+    /// Its process id.
     pub fn pid(&self) -> Option<i32> {
         self.pid
     }

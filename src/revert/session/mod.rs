@@ -23,6 +23,7 @@
 
 mod adopted;
 mod armed;
+mod confined;
 mod connection;
 mod contents;
 mod halt;

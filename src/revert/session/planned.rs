@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
 use super::launched::Launched;
@@ -44,7 +45,7 @@ impl Planned {
         let machine = &image.manifest().machine;
         let stays_paused = options.rewrite.stays_paused() || !machine.running;
         let paused = stays_paused || options.preload || options.standby;
-        let overlays = overlays_beside(&options.image, &options.rewrite.overlays);
+        let overlays = placed(&options.rewrite, &options.image);
         let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
         let (plan, not_mapped) = mapping::plan(&image, options, rewriting)?;
         if options.check {
@@ -55,7 +56,7 @@ impl Planned {
                 }
             }
         }
-        tell(&plan, not_mapped, on_event);
+        tell(&plan, not_mapped, image.exposures(), on_event);
         let start = match (plan.paused, stays_paused) {
             (false, _) => Start::ByItself,
             (true, false) => Start::Continued { preload: options.preload },
@@ -75,12 +76,13 @@ impl Planned {
         let Planned { image, mut plan, start, options, cancel } = self;
         // Should nobody be left who knows whose guest it is.
         plan.label = image.identity().to_string();
-        let RevertOptions { delivery, standby, rtc, keeper, run, .. } = options;
+        let RevertOptions { delivery, standby, rtc, keeper, sandbox, run, .. } = options;
         let run = run.map(|options| Entry::begin(&options, record(&image, &plan)));
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| plan.mapped.is_empty());
         let keeper = keeper.and_then(|successor| {
-            let started = Kept::start(&successor, &image, &delivery, run.as_ref());
+            let sandbox = sandbox.as_deref();
+            let started = Kept::start(&successor, &image, &delivery, sandbox, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         // QEMU's start takes tens of milliseconds.
@@ -104,6 +106,7 @@ impl Planned {
         let pid = process.pid();
         let qemu = Qemu::ours(process, qmp, ports);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        connection.confinement = Confinement::wanted(sandbox);
         connection.run =
             run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
         if let Some((keeper, kept)) = keeper {
@@ -113,13 +116,21 @@ impl Planned {
     }
 }
 
-/// Tells what differs from the record.
-fn tell(plan: &StartPlan, not_mapped: Option<String>, on_event: &mut impl FnMut(RevertEvent)) {
+/// Tells what differs from the record, and what should be changed.
+fn tell(
+    plan: &StartPlan,
+    not_mapped: Option<String>,
+    exposures: Vec<String>,
+    on_event: &mut impl FnMut(RevertEvent),
+) {
     for Note { what, why } in plan.notes.clone() {
         on_event(RevertEvent::Note { what, why });
     }
     if let Some(why) = not_mapped {
         on_event(RevertEvent::Note { what: "served memory instead of mapping it".into(), why });
+    }
+    for says in exposures {
+        on_event(RevertEvent::Warning { says });
     }
     for disk in &plan.overlays {
         on_event(RevertEvent::Disk {
@@ -142,11 +153,12 @@ fn record(image: &Image, plan: &StartPlan) -> Record {
     }
 }
 
-/// Where overlays go and what they are called: beside the image and after its name, unless
-/// the options say otherwise.
-fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
+/// Where overlays go and what they are called: in the guest's own directory or else beside the
+/// image, and after its name, unless the options say otherwise.
+fn placed(rewrite: &RewriteOptions, image: &Path) -> OverlayOptions {
+    let options = &rewrite.overlays;
     let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = options.directory.clone();
+    let directory = options.directory.clone().or(rewrite.own.clone());
     let directory = directory.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
     let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
     OverlayOptions {
