@@ -76,7 +76,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    bench cancel exchange guest host identity image keeper kind machine memory page qmp revert
+    bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp revert
     save transport wire
 }
 
@@ -99,6 +99,7 @@ pub use image::{
 };
 pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
+pub use libvirt::DomainAddress;
 pub use memory::WorkingSet;
 pub use revert::{
     CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError,
@@ -106,8 +107,8 @@ pub use revert::{
     revert, serve, session, take_over,
 };
 pub use save::{
-    CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,
-    check, recover, save,
+    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,
+    SaveOptions, SwitchedDisk, check, recover, save,
 };
 
 /// What the errors of the journeys are made of.
@@ -117,6 +118,7 @@ pub mod error {
     pub use crate::host::in_use::{Protocol, ReadError};
     pub use crate::host::rights::Lack;
     pub use crate::host::uffd::UffdError;
+    pub use crate::libvirt::LibvirtError;
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;
     pub use crate::revert::{AttachError, PostcopyError};

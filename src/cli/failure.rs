@@ -92,10 +92,12 @@ impl Failure {
             | HostUnsupported
             | ImageTooNew
             | InputInvalid
+            | LibvirtUnreachable
             | MemoryIncomplete
             | MigrationActive
             | NoSuchDevice
             | NoSuchDisk
+            | NoSuchDomain
             | NotAnImage
             | NotFound
             | NotQemu

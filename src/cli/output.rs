@@ -42,6 +42,8 @@ pub(super) struct Output {
     bar: ProgressBar,
     /// Whether events go to stderr too.
     log: bool,
+    /// Whether the guest is a domain of libvirt's, which knows of the overlays.
+    domain: bool,
     /// The name of the clone that everything is about.
     clone: Option<String>,
 }
@@ -53,20 +55,31 @@ impl Output {
             false => ProgressBar::hidden(),
         };
         LazyLock::force(&START);
-        Output { json, bar, log: false, clone: None }
+        Output { json, bar, log: false, domain: false, clone: None }
+    }
+
+    /// The same for a guest that may be a `domain` of libvirt's.
+    pub fn of_domain(self, domain: bool) -> Output {
+        Output { domain, ..self }
     }
 
     /// The output of a server in the background: JSON to the process that started it, for as
     /// long as that reads, and the same to the log.
     pub fn of_server() -> Output {
         LazyLock::force(&START);
-        Output { json: true, bar: ProgressBar::hidden(), log: true, clone: None }
+        Output { json: true, bar: ProgressBar::hidden(), log: true, domain: false, clone: None }
     }
 
     /// The same for one of several clones, without a bar.
     pub fn of_clone(&self, name: &str) -> Output {
         let clone = Some(name.to_owned());
-        Output { json: self.json, bar: ProgressBar::hidden(), log: self.log, clone }
+        Output {
+            json: self.json,
+            bar: ProgressBar::hidden(),
+            log: self.log,
+            domain: self.domain,
+            clone,
+        }
     }
 
     /// Prints a failure to stderr, and as an event too where events are printed.
@@ -237,8 +250,14 @@ impl Output {
         if disks.is_empty() {
             return;
         }
-        self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
         let detail = |text: &str| print_line(&format!("{:26}{text}", ""));
+        if self.domain {
+            self.say("DISKS", "from now on the domain lives in new files, as libvirt knows:");
+            disks.iter().for_each(|disk| detail(&disk.overlay));
+            detail("Don't write to those below, nor remove them: they are part of this snapshot.");
+            return;
+        }
+        self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
         detail("Started from an old file again, it loses all that it has written since, and");
         detail("destroys this snapshot.");
         for SwitchedDisk { frozen, option, .. } in disks {
