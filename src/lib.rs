@@ -76,7 +76,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    bench cancel exchange guest host identity image keeper kind machine memory page qmp revert
+    bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp revert
     save transport wire
 }
 

@@ -9,7 +9,7 @@ mod logs;
 pub(super) mod mapping;
 mod netdevs;
 mod network;
-mod paths;
+pub(super) mod paths;
 pub(super) mod plan;
 pub(super) mod ports;
 pub(super) mod rewrite;

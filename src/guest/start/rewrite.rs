@@ -11,7 +11,7 @@ use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
 use crate::guest::disks::overlay::{Overlay, OverlayOptions};
-use crate::guest::disks::{drives, frozen};
+use crate::guest::disks::{captured, drives};
 use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
@@ -149,24 +149,13 @@ fn captured_disks(
     rules: &[(&str, &str)],
 ) -> Result<Vec<(usize, Overlay)>, GuestError> {
     let moved = |path: &str| paths::replace(path, rules);
-    frozen::check_names(&machine.disks, &options.disks)?;
     let captured = machine.disks.iter().filter(|disk| disk.role == DiskRole::Captured);
     drives::check_given(machine, captured)?;
-    let mut found: Vec<(usize, Overlay)> = Vec::new();
-    for (at, disk) in machine.disks.iter().enumerate() {
-        match disk.role {
-            DiskRole::Captured => {
-                let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
-                let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
-                let chain = frozen::chain(disk, given.as_deref(), moved)?;
-                let place = drives::find(line, disk, Path::new(&machine.cwd))?;
-                found.push((place, Overlay::new(disk, at, chain, &options.overlays)?));
-            }
-            DiskRole::ReadOnly => frozen::check_read_only(disk, moved)?,
-            DiskRole::Excluded | DiskRole::Empty => {}
-        }
-    }
-    Ok(found)
+    let overlays = captured::overlays(&machine.disks, &options.disks, &options.overlays, moved)?;
+    let place = |(at, overlay): (usize, Overlay)| {
+        Ok((drives::find(line, &machine.disks[at], Path::new(&machine.cwd))?, overlay))
+    };
+    overlays.into_iter().map(place).collect()
 }
 
 /// The recorded environment names the modules of the recorded binary, which another binary

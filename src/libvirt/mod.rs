@@ -1,0 +1,4 @@
+//! libvirt's domains.
+
+pub mod definition;
+pub mod sibling;
