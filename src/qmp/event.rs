@@ -6,7 +6,8 @@ use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::QmpError;
+use super::ending::Ending;
+use super::error::QmpError;
 
 /// How many events a receiver may leave unfetched before the oldest are lost
 /// (which [`Events::next`] then reports).
@@ -48,7 +49,7 @@ impl Event {
 #[derive(Debug)]
 pub struct Events {
     pub(super) queue: broadcast::Receiver<Event>,
-    pub(super) ending: super::Ending,
+    pub(super) ending: Ending,
 }
 
 impl Events {

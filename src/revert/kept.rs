@@ -99,18 +99,26 @@ impl Kept {
     /// QEMU has been started.
     pub fn hold_qemu(&self, process: &Process, qmp: &Qmp) -> io::Result<()> {
         self.holder.hold(Held::Qemu, process.pidfd())?;
-        self.holder.hold(Held::Control, qmp.socket())?;
+        self.hold_control(qmp)?;
         self.holder.hold(Held::Output, process.output())
     }
 
     /// A QEMU that was started by another session goes on by our stream. Told last, and only once
     /// a successor has all that it needs: until it is, QEMU is left alone if we die.
     pub fn hold_orphan(&self, pid: i32, qmp: &Qmp) -> io::Result<()> {
-        self.holder.hold(Held::Control, qmp.socket())?;
+        self.hold_control(qmp)?;
         // What it says goes elsewhere.
         self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())?;
         self.ledger.set_running();
         self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())
+    }
+
+    /// The monitor, where it is ours to pass on: libvirt keeps its own.
+    fn hold_control(&self, qmp: &Qmp) -> io::Result<()> {
+        match qmp.socket() {
+            Some(socket) => self.holder.hold(Held::Control, socket),
+            None => Ok(()),
+        }
     }
 
     /// The migration begins.
