@@ -5,6 +5,7 @@ mod check;
 mod detach;
 mod disks;
 mod doctor;
+mod domain;
 mod events;
 mod exchange;
 mod failure;
@@ -101,6 +102,8 @@ struct RevertArgs {
     /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    domain: domain::DomainArgs,
     #[command(flatten)]
     host: host::HostArgs,
     #[command(flatten)]
@@ -453,6 +456,7 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
     }
     let options = RevertOptions {
         rewrite: args.host.apply(args.disks.apply(rewrite)),
+        domain: args.domain.options(),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),

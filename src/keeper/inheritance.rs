@@ -16,6 +16,9 @@ const FIRST: RawFd = 64;
 /// The number of the new server's end of its connection with the keeper.
 pub(super) const CONNECTION: RawFd = FIRST + Held::ALL.len() as RawFd;
 
+/// What a server may have gone without.
+const OPTIONAL: [Held; 2] = [Held::Control, Held::Userfaultfd];
+
 /// The number at which the keeper holds a descriptor.
 pub(super) fn number(held: Held) -> RawFd {
     FIRST + held as RawFd
@@ -31,8 +34,8 @@ pub struct Inheritance {
     pub(crate) image: OwnedFd,
     /// A pidfd of QEMU.
     pub(crate) qemu: OwnedFd,
-    /// Our end of QEMU's control socket.
-    pub(crate) control: OwnedFd,
+    /// Our end of QEMU's control socket; none where libvirt has it.
+    pub(crate) control: Option<OwnedFd>,
     /// What QEMU's standard error goes to.
     pub(crate) output: OwnedFd,
     /// Our end of the migration stream.
@@ -61,7 +64,7 @@ impl Inheritance {
         for held in Held::ALL {
             match take(number(held)) {
                 Ok(fd) => all.push((held, fd)),
-                Err(error) if held != Held::Userfaultfd => return Err(error),
+                Err(error) if !OPTIONAL.contains(&held) => return Err(error),
                 Err(_) => {}
             }
         }
@@ -74,7 +77,7 @@ impl Inheritance {
             ledger: Ledger::open(needed(Held::Ledger)?)?,
             image: needed(Held::Image)?,
             qemu: needed(Held::Qemu)?,
-            control: needed(Held::Control)?,
+            control: copy(Held::Control)?,
             output: needed(Held::Output)?,
             stream: needed(Held::Stream)?,
             userfaultfd: copy(Held::Userfaultfd)?,

@@ -117,14 +117,14 @@ impl Definition {
 
     /// Puts a disk whose file or device is any of `paths` on an overlay, a qcow2 file that names
     /// what it lies over. libvirt follows that by itself. Returns whether there is such a disk.
-    pub fn put_on_overlay(&mut self, paths: &[&str], overlay: &str) -> bool {
+    pub fn put_on_overlay(&mut self, paths: &[String], overlay: &str) -> bool {
         let disks = self.devices_mut().filter(|device| device.name == "disk");
         let is_it = |disk: &&mut Element| {
             let source = disk.get_child("source");
             let path = source.and_then(|source| {
                 ["file", "dev"].iter().find_map(|name| source.attributes.get(*name))
             });
-            path.is_some_and(|path| paths.contains(&path.as_str()))
+            path.is_some_and(|path| paths.contains(path))
         };
         let mut found = false;
         for disk in disks.filter(is_it) {
@@ -147,6 +147,12 @@ impl Definition {
             }
         }
         found
+    }
+
+    /// Whether it has a network card.
+    pub fn has_network_cards(&self) -> bool {
+        let devices = self.root.get_child("devices");
+        devices.is_some_and(|devices| devices.get_child("interface").is_some())
     }
 
     fn devices_mut(&mut self) -> impl Iterator<Item = &mut Element> {
@@ -272,9 +278,9 @@ mod tests {
     #[test]
     fn a_disk_goes_on_its_overlay() {
         let mut domain = parsed(PLAIN);
-        assert!(!domain.put_on_overlay(&["/dev/vg/b"], "/o"));
+        assert!(!domain.put_on_overlay(&["/dev/vg/b".into()], "/o"));
         assert_eq!(domain, parsed(PLAIN));
-        assert!(domain.put_on_overlay(&["/x", "/dev/vg/a"], "/vm/o.qcow2"));
+        assert!(domain.put_on_overlay(&["/x".into(), "/dev/vg/a".into()], "/vm/o.qcow2"));
         let xml = domain.to_xml().unwrap();
         let disk = "<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/>
             <target dev='vda' bus='virtio'/><source file='/vm/o.qcow2'/></disk>";

@@ -14,6 +14,7 @@ use crate::host::pidfd::Pidfd;
 use crate::identity::Identity;
 use crate::image::{Image, ImageError};
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
+use crate::libvirt::DomainAddress;
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
 use crate::runs::{Entry, ProcessId};
@@ -24,6 +25,9 @@ pub(super) struct Details {
     pub image: PathBuf,
     pub identity: Identity,
     pub delivery: Delivery,
+    /// The domain, where libvirt has started the guest.
+    #[serde(default)]
+    pub domain: Option<DomainAddress>,
     /// The directory of its record, where it has one.
     pub run: Option<PathBuf>,
 }
@@ -65,6 +69,7 @@ impl Kept {
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,
+        domain: Option<DomainAddress>,
         run: Option<&Entry>,
     ) -> io::Result<(Keeper, Kept)> {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
@@ -72,6 +77,7 @@ impl Kept {
             image: std::path::absolute(path)?,
             identity: image.identity(),
             delivery: delivery.clone(),
+            domain,
             run: run.map(|run| run.directory().to_owned()),
         };
         let blocks = &image.manifest().blocks;
@@ -101,6 +107,12 @@ impl Kept {
         self.holder.hold(Held::Qemu, process.pidfd())?;
         self.hold_control(qmp)?;
         self.holder.hold(Held::Output, process.output())
+    }
+
+    /// libvirt has started QEMU. What it says goes to a log of libvirt's.
+    pub fn hold_domain(&self, pid: i32) -> io::Result<()> {
+        self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())?;
+        self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())
     }
 
     /// A QEMU that was started by another session goes on by our stream. Told last, and only once

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::adopted::Adopted;
+use super::adopted::{Adopted, Control};
 use super::connection::Connection;
 use super::contents::fill_options;
 use super::lifecycle::Lifecycle;
@@ -25,10 +25,16 @@ impl Running {
         let Inheritance {
             ledger, image, qemu, control, output, stream, userfaultfd, keeper, ..
         } = inheritance;
+        let details = Details::read(&ledger);
+        let domain = details.as_ref().ok().and_then(|details| details.domain.clone());
+        let control = match (control, domain) {
+            (Some(socket), _) => Control::Socket(socket),
+            (None, Some(domain)) => Control::Domain(domain),
+            (None, None) => Control::Nobody,
+        };
         // From here on an error ends it.
         let qemu = Adopted::new(qemu, control, output);
-        let unusable = PostcopyError::Inherited;
-        let details = Details::read(&ledger).map_err(unusable)?;
+        let details = details.map_err(PostcopyError::Inherited)?;
         let image = details.open_image(File::from(image))?;
         let Details { delivery, run, .. } = details;
         let fill = fill_options(&delivery, Vec::new());
