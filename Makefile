@@ -30,8 +30,8 @@ debian: setup
 
 test: guest debian loom
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
-	cargo test --locked --features internals --lib --bins --examples --tests
-	SNAPBACK_TEST_PLACE=socket cargo test --locked --features internals --test e2e -- $(BOTH_WAYS)
+	cargo test --locked --features $(FEATURES) --lib --bins --examples --tests
+	SNAPBACK_TEST_PLACE=socket cargo test --locked --features $(FEATURES) --test e2e -- $(BOTH_WAYS)
 	cargo test --locked --doc
 
 loom:
@@ -48,7 +48,7 @@ demo: guest
 	cargo run --locked --release --example demo
 
 bench: guest debian
-	cargo bench --locked --features internals
+	cargo bench --locked --features $(FEATURES)
 
 fmt:
 	@rustfmt $(RUST_FILES)
@@ -56,18 +56,21 @@ fmt:
 lint:
 	@rustfmt --check $(RUST_FILES)
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --features internals -- -D warnings
+	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
 	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
 
 clean:
 	cargo clean
 	rm -rf $(addprefix $(DEPS)/,$(MADE))
 
+# What the tests need beside what a bare `cargo build` builds.
+FEATURES := internals,libvirt
+
 # Tests in which it matters by which way memory reaches the guest.
 BOTH_WAYS := backends:: bare:: chains:: damage:: filling:: interrupts:: journeys:: serving:: trouble::
 
 # A test that takes many minutes, by the program as its users get it.
-LONG_TEST := cargo test --locked --release --features internals --test e2e -- --ignored --nocapture
+LONG_TEST := cargo test --locked --release --features $(FEATURES) --test e2e -- --ignored --nocapture
 
 # Every source, by name: `cargo fmt` finds the files of no module that a macro
 # declares, and lib.rs declares nearly all so.

@@ -34,6 +34,8 @@ kinds! {
     CommandLineInvalid = "command_line_invalid",
     /// A revert can't bring back a device that was plugged in.
     DeviceNotReplayable = "device_not_replayable",
+    /// A domain of that name runs.
+    DomainRuns = "domain_runs",
     /// A file of a captured disk has changed since the snapshot.
     DiskChanged = "disk_changed",
     /// A file of a captured disk is missing.
@@ -68,14 +70,22 @@ kinds! {
     Io = "io",
     /// Not all that a failed save had changed could be undone.
     LeftOver = "left_over",
+    /// libvirt refused something, or failed at it.
+    LibvirtRefused = "libvirt_refused",
+    /// libvirt does not answer.
+    LibvirtUnreachable = "libvirt_unreachable",
     /// The memory of a reverted guest is not complete yet.
     MemoryIncomplete = "memory_incomplete",
     /// A migration is under way in this QEMU.
     MigrationActive = "migration_active",
     /// The guest asked for no memory.
     NothingDemanded = "nothing_demanded",
+    /// Whoever holds QEMU's monitor, such as libvirt, did not carry a command there and back.
+    MonitorFailed = "monitor_failed",
     /// There is no device of that name.
     NoSuchDevice = "no_such_device",
+    /// libvirt has no domain of that name.
+    NoSuchDomain = "no_such_domain",
     /// There is not enough room.
     NoSpace = "no_space",
     /// There is no disk of that name.
@@ -139,8 +149,10 @@ impl ErrorKind {
             FileInUse
                 | GuestChanged
                 | Interrupted
+                | LibvirtUnreachable
                 | MemoryIncomplete
                 | MigrationActive
+                | MonitorFailed
                 | PortInUse
                 | QemuTimeout
                 | SocketInUse

@@ -99,6 +99,7 @@ pub use image::{
 };
 pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
+pub use libvirt::DomainOptions;
 pub use memory::WorkingSet;
 pub use revert::{
     Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError, RevertEvent,
@@ -117,6 +118,7 @@ pub mod error {
     pub use crate::host::in_use::{Protocol, ReadError};
     pub use crate::host::rights::Lack;
     pub use crate::host::uffd::UffdError;
+    pub use crate::libvirt::{DefinitionError, LibvirtError, PlanError};
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;
     pub use crate::revert::{AttachError, PostcopyError};

@@ -80,6 +80,7 @@ impl Failure {
             | DiskChanged
             | DiskMissing
             | DiskUnsupported
+            | DomainRuns
             | FileExists
             | FileInUse
             | GuestState
@@ -87,10 +88,12 @@ impl Failure {
             | HostUnsupported
             | ImageTooNew
             | InputInvalid
+            | LibvirtUnreachable
             | MemoryIncomplete
             | MigrationActive
             | NoSuchDevice
             | NoSuchDisk
+            | NoSuchDomain
             | NotAnImage
             | NotFound
             | NotQemu

@@ -268,7 +268,10 @@ mod tests {
             ("<domain", "can't be used"),
             ("<network><name>n</name></network>", "a <network>"),
             ("<domain><name> </name></domain>", "no name"),
-            ("<!DOCTYPE d [<!ENTITY a SYSTEM '/etc/passwd'>]><domain><name>&a;</name></domain>", ""),
+            (
+                "<!DOCTYPE d [<!ENTITY a SYSTEM '/etc/passwd'>]><domain><name>&a;</name></domain>",
+                "",
+            ),
         ] {
             let error = Definition::parse(xml).unwrap_err().to_string();
             assert!(error.contains(problem), "{xml}: {error}");

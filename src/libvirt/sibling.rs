@@ -77,9 +77,8 @@ impl Sibling {
 
     /// A UUID of this sibling's for something that has a name.
     fn derived(&self, name: &str) -> Uuid {
-        let half = |number: u8| {
-            xxh3_64(&[self.uuid.as_bytes(), name.as_bytes(), &[number]].concat())
-        };
+        let half =
+            |number: u8| xxh3_64(&[self.uuid.as_bytes(), name.as_bytes(), &[number]].concat());
         Uuid::from_u64_pair(half(0), half(1))
     }
 

@@ -25,7 +25,8 @@ impl Domain {
         let start = move || {
             let connect = connection::open(address.uri.as_deref())?;
             make_room(&connect, &address.domain, replace)?;
-            let domain = VirtDomain::create_xml(&connect, &xml, sys::VIR_DOMAIN_START_PAUSED)
+            let domain = connect
+                .create_domain_xml(&xml, sys::VIR_DOMAIN_START_PAUSED)
                 .map_err(|error| refused("starting the domain", error))?;
             let end = domain.clone();
             Link::over(connect, domain, address.uri).inspect_err(|_| drop(end.destroy()))
@@ -70,7 +71,7 @@ impl Domain {
         let link = self.link().clone();
         let define = move || {
             link.call("defining the domain", |domain| {
-                VirtDomain::define_xml(&domain.connect()?, &xml).map(drop)
+                domain.connect()?.define_domain_xml(&xml).map(drop)
             })
         };
         on_a_thread(define).await

@@ -70,6 +70,16 @@ pub enum QmpError {
         after: Duration,
     },
 
+    /// Whoever holds QEMU's monitor did not carry the command there, or not its answer back.
+    /// Whether the command was carried out is unknown.
+    #[error("{command} can't be carried to QEMU's monitor, or its answer back: {reason}")]
+    NotCarried {
+        /// The command's name.
+        command: String,
+        /// The reason, in the words of who holds the monitor.
+        reason: String,
+    },
+
     /// The connection is lost, most often because QEMU ended.
     #[error("the connection to QEMU's control socket is lost: {reason}")]
     Gone {
@@ -117,6 +127,7 @@ impl QmpError {
             },
             QmpError::Socket(error) => ErrorKind::of_io(error),
             QmpError::NoGreeting { .. } => ErrorKind::QemuUnreachable,
+            QmpError::NotCarried { .. } => ErrorKind::MonitorFailed,
             QmpError::NotQmp { .. } => ErrorKind::NotQemu,
             QmpError::ClosedBeforeGreeting { .. } | QmpError::Gone { .. } => ErrorKind::QemuEnded,
             QmpError::Command { .. } => ErrorKind::QemuRefused,

@@ -10,6 +10,9 @@ use super::ending::Ending;
 use super::error::QmpError;
 use super::event::{EVENT_QUEUE, Event, Events};
 
+/// QEMU's whole answer to a command, an object with `return` or with `error`; or why there is none.
+pub type Answer = Result<Value, String>;
+
 /// Where a [`Transport`](super::Transport) delivers what QEMU sends.
 #[derive(Debug)]
 pub struct Inbox {
@@ -20,7 +23,7 @@ pub struct Inbox {
 #[derive(Debug)]
 struct Live {
     /// The callers that wait, by the id of their command.
-    waiting: HashMap<u64, oneshot::Sender<Value>>,
+    waiting: HashMap<u64, oneshot::Sender<Answer>>,
     /// `None` once the connection has ended, so that receivers see the end.
     events: Option<broadcast::Sender<Event>>,
 }
@@ -45,7 +48,7 @@ impl Inbox {
             return self.event(event);
         }
         match message.get("id").and_then(Value::as_u64) {
-            Some(id) => self.answer(id, message),
+            Some(id) => self.answer(id, Ok(message)),
             None => tracing::debug!("a QMP answer without a number of ours"),
         }
     }
@@ -58,8 +61,8 @@ impl Inbox {
         }
     }
 
-    /// Delivers the answer to the command `id`: an object with `return`, or with `error`.
-    pub fn answer(&self, id: u64, answer: Value) {
+    /// Delivers the answer to the command `id`.
+    pub fn answer(&self, id: u64, answer: Answer) {
         match self.live().waiting.remove(&id) {
             // Fails when the caller has stopped waiting.
             Some(waiting) => drop(waiting.send(answer)),
@@ -89,7 +92,7 @@ impl Inbox {
     pub(super) fn wait_for(
         &self,
         id: u64,
-    ) -> Result<(Waiter<'_>, oneshot::Receiver<Value>), QmpError> {
+    ) -> Result<(Waiter<'_>, oneshot::Receiver<Answer>), QmpError> {
         let (sender, answer) = oneshot::channel();
         let mut live = self.live();
         if live.events.is_none() {

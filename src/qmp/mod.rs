@@ -33,7 +33,7 @@ pub use commands::{BlockDevice, RamBlock};
 pub use devices::{Chardev, CpuSlot, DeviceProperty, Network, QomChild};
 pub use error::QmpError;
 pub use event::{EVENT_QUEUE, Event, Events};
-pub use inbox::Inbox;
+pub use inbox::{Answer, Inbox};
 pub use transport::{Outgoing, Transport};
 
 use crate::host::pidfd::peer_pid;
@@ -246,7 +246,10 @@ impl Qmp {
             return Err(inbox.gone());
         }
         match tokio::time::timeout(self.timeout, answer).await {
-            Ok(Ok(answer)) => outcome(command, answer),
+            Ok(Ok(Ok(answer))) => outcome(command, answer),
+            Ok(Ok(Err(reason))) => {
+                Err(QmpError::NotCarried { command: command.to_owned(), reason })
+            }
             Ok(Err(_)) => Err(inbox.gone()),
             Err(_) => Err(QmpError::Timeout { command: command.to_owned(), after: self.timeout }),
         }

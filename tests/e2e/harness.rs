@@ -391,6 +391,8 @@ const FAILED: &[&str] = &[
     "internal",
     "io",
     "left_over",
+    "libvirt_refused",
+    "monitor_failed",
     "no_space",
     "not_proved",
     "nothing_demanded",

@@ -10,6 +10,7 @@
 pub mod debian;
 mod disk;
 mod guest;
+pub mod libvirt;
 mod log;
 mod oracle;
 mod process;

@@ -6,7 +6,7 @@ use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::{Note, Overlay, OverlayOptions, Process, RewriteOptions, StartPlan};
 use crate::image::Image;
-use crate::libvirt::{DomainPlan, DomainAddress, StartedDomain};
+use crate::libvirt::{DomainAddress, DomainPlan, StartedDomain};
 use crate::revert::error::RevertError;
 use crate::revert::mapping;
 use crate::revert::options::RevertOptions;
@@ -101,10 +101,11 @@ impl Launcher {
     pub async fn launch(self, label: String, cancel: &Cancellation) -> Result<Qemu, RevertError> {
         let interrupted = || RevertError::Interrupted("QEMU was not up yet");
         match self {
-            Launcher::Process(plan) => {
+            Launcher::Process(mut plan) => {
+                plan.label = label;
                 let ports = plan.ports.clone();
                 let (process, qmp) = tokio::select! {
-                    started = Process::start(StartPlan { label, ..*plan }) => started?,
+                    started = Process::start(*plan) => started?,
                     () = cancel.requested() => return Err(interrupted()),
                 };
                 Ok(Qemu::ours(process, qmp, ports))

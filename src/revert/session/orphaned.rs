@@ -63,7 +63,7 @@ impl Running {
         let fill = fill_options(&options.delivery, Vec::new());
         let run = runs::directory_of(pid).map(Entry::take_over);
         let kept = options.keeper.as_ref().and_then(|successor| {
-            let started = Kept::start(successor, &image, &options.delivery, run.as_ref());
+            let started = Kept::start(successor, &image, &options.delivery, None, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         let qemu = Qemu::Theirs { qmp: None, pid: Some(pid) };

@@ -75,7 +75,8 @@ impl Planned {
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| !is_mapped);
         let keeper = keeper.and_then(|successor| {
-            let started = Kept::start(&successor, &image, &delivery, launcher.domain(), run.as_ref());
+            let started =
+                Kept::start(&successor, &image, &delivery, launcher.domain(), run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         // QEMU's start takes tens of milliseconds.

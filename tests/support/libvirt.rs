@@ -1,0 +1,332 @@
+//! A libvirt of the tests' own: virtlogd and libvirtd as Debian ships them, in a mount namespace
+//! in which their directories are folders of ours, so that a libvirt of the machine and ours
+//! don't meet. Needs root.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::{
+    Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, deps, run,
+    spawn_bound, wait_for,
+};
+
+/// The directories of libvirt's that are compiled in, and our folders for them.
+const DIRECTORIES: [(&str, &str); 5] = [
+    ("/etc/libvirt", "etc"),
+    ("/var/lib/libvirt", "lib"),
+    ("/run/libvirt", "run"),
+    ("/var/log/libvirt", "log"),
+    ("/var/cache/libvirt", "cache"),
+];
+
+/// Allowed for a boot.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// A libvirt that runs. Dropping it ends its guests, then its daemons.
+pub struct Libvirt {
+    folder: TempDir,
+    /// Keeps the namespace.
+    namespace: Daemon,
+    daemons: Mutex<Daemons>,
+}
+
+struct Daemons {
+    libvirtd: Option<Daemon>,
+    _virtlogd: Daemon,
+}
+
+/// A process that is killed when it is dropped.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The libvirt that all tests of this program share, until it ends.
+///
+/// # Errors
+/// When it can't be started.
+pub fn shared_libvirt() -> Result<&'static Libvirt> {
+    static SHARED: OnceLock<std::result::Result<&'static Libvirt, String>> = OnceLock::new();
+    extern "C" fn end() {
+        if let Some(Ok(libvirt)) = SHARED.get() {
+            libvirt.end();
+            let _ = fs::remove_dir_all(libvirt.folder.path());
+        }
+    }
+    let start = || {
+        let libvirt: &Libvirt = Box::leak(Box::new(Libvirt::start().map_err(|e| e.to_string())?));
+        // SAFETY: the function lives as long as the program, and does not unwind.
+        assert_eq!(unsafe { libc::atexit(end) }, 0);
+        Ok(libvirt)
+    };
+    SHARED.get_or_init(start).clone().map_err(Into::into)
+}
+
+impl Libvirt {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// When it isn't installed, or this isn't root.
+    pub fn start() -> Result<Libvirt> {
+        let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
+        // Its guests run as another user.
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+        let mut script = String::from("set -e\n");
+        for (directory, ours) in DIRECTORIES {
+            let ours = folder.path().join(ours);
+            fs::create_dir(&ours)?;
+            script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
+        }
+        for file in ["libvirtd.conf", "virtlogd.conf", "qemu.conf"] {
+            fs::write(folder.path().join("etc").join(file), "")?;
+        }
+        let ready = folder.path().join("ready");
+        script += &format!("touch {}\nexec sleep infinity\n", text(&ready));
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+        let namespace = Daemon(start(command, &folder.path().join("namespace.log"))?);
+        wait_for(SOON, "a mount namespace (as root)", || Ok(ready.exists().then_some(())))?;
+        let within = |program, args: &[&str]| within(&namespace.0, folder.path(), program, args);
+        let virtlogd = within("virtlogd", &["--pid-file", "/run/libvirt/virtlogd.pid"])?;
+        let daemons = Mutex::new(Daemons { libvirtd: None, _virtlogd: virtlogd });
+        let libvirt = Libvirt { folder, namespace, daemons };
+        libvirt.start_libvirtd()?;
+        Ok(libvirt)
+    }
+
+    /// Starts libvirtd, after [`Libvirt::stop_libvirtd`]; its guests have run on.
+    ///
+    /// # Errors
+    /// When it doesn't answer.
+    pub fn start_libvirtd(&self) -> Result<()> {
+        let args = ["--pid-file", "/run/libvirt/libvirtd.pid"];
+        let libvirtd = within(&self.namespace.0, self.folder.path(), "libvirtd", &args)?;
+        self.daemons().libvirtd = Some(libvirtd);
+        wait_for(SOON, "libvirtd to answer", || Ok(self.virsh(&["list"]).ok().map(drop)))
+    }
+
+    /// Kills libvirtd: all its connections break. Its guests run on.
+    pub fn stop_libvirtd(&self) {
+        self.daemons().libvirtd = None;
+    }
+
+    fn daemons(&self) -> std::sync::MutexGuard<'_, Daemons> {
+        self.daemons.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its connection URI.
+    pub fn uri(&self) -> String {
+        format!("qemu+unix:///system?socket={}", text(&self.folder.path().join("run/libvirt-sock")))
+    }
+
+    /// A file or folder in the folder of its guests' files.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// What `virsh` prints.
+    ///
+    /// # Errors
+    /// When it fails, with what it said.
+    pub fn virsh(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new("virsh");
+        command.args(["--quiet", "--connect", &self.uri()]).args(args).stdin(Stdio::null());
+        let done = command.output()?;
+        if !done.status.success() {
+            let said = String::from_utf8_lossy(&done.stderr);
+            return Err(format!("virsh {}: {said}", args.join(" ")).into());
+        }
+        Ok(String::from_utf8(done.stdout)?)
+    }
+
+    /// The process of a domain's QEMU.
+    ///
+    /// # Errors
+    /// When it doesn't run.
+    pub fn pid_of(&self, domain: &str) -> Result<u32> {
+        let file = self.path("run/qemu").join(format!("{domain}.pid"));
+        Ok(fs::read_to_string(file)?.trim().parse()?)
+    }
+
+    /// Defines a domain, starts it, and waits until its guest is ready.
+    ///
+    /// # Errors
+    /// When it can't be started, or isn't ready in time.
+    pub fn boot(&self, options: &DomainOptions) -> Result<Attached> {
+        let folder = self.path(options.name);
+        fs::create_dir(&folder)?;
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
+        for name in ["vmlinuz", "initramfs.cpio"] {
+            // libvirt gives what it opens to its guests' user, so these are copies.
+            fs::copy(artifact(deps().join(name))?, folder.join(name))?;
+        }
+        for disk in &options.disks {
+            disk.make(&folder)?;
+        }
+        let xml = folder.join("domain.xml");
+        fs::write(&xml, options.xml(&folder))?;
+        self.virsh(&["define", text(&xml)])?;
+        self.virsh(&["start", options.name])?;
+        let pid = self.pid_of(options.name)?;
+        let log = SerialLog::whole(&folder.join("serial0.log"));
+        wait_for(BOOT_TIMEOUT, "libvirt's guest to be ready", || {
+            Ok(log.text().contains("ORACLE READY").then_some(()))
+        })
+        .map_err(|e| format!("{e}; its console ends:\n{}", log.tail()))?;
+        let mut guest = Attached::to(pid, &folder)?;
+        guest.log = log;
+        Ok(guest)
+    }
+
+    /// Ends its guests and its daemons.
+    fn end(&self) {
+        self.stop_libvirtd();
+        let names = fs::read_dir(self.path("run/qemu")).into_iter().flatten().flatten();
+        for entry in names {
+            let path = entry.path();
+            let Some(domain) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            let Some(domain) = domain.strip_suffix(".pid").filter(|name| *name != "driver") else {
+                continue;
+            };
+            // A file of a QEMU that has ended may be left.
+            let Ok(process) = self.pid_of(domain).and_then(Pidfd::open) else { continue };
+            let line = self
+                .pid_of(domain)
+                .and_then(|pid| Ok(fs::read_to_string(format!("/proc/{pid}/cmdline"))?));
+            if line.is_ok_and(|line| line.contains(&format!("guest={domain}"))) {
+                let _ = process.kill();
+            }
+        }
+        let mut daemons = self.daemons();
+        let _ = daemons._virtlogd.0.kill();
+        let _ = daemons._virtlogd.0.wait();
+        drop(daemons);
+        // SAFETY: kill(2) takes numbers only; the process is a child that was not waited for.
+        unsafe { libc::kill(self.namespace.0.id() as i32, libc::SIGKILL) };
+    }
+}
+
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Starts a program in our namespace.
+fn within(namespace: &Child, folder: &Path, program: &str, args: &[&str]) -> Result<Daemon> {
+    let mut command = Command::new("nsenter");
+    command.args(["--mount", "--target", &namespace.id().to_string(), program]).args(args);
+    Ok(Daemon(start(command, &folder.join(format!("{program}.log")))?))
+}
+
+fn start(mut command: Command, log: &Path) -> Result<Child> {
+    let log = fs::File::options().create(true).append(true).open(log)?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    spawn_bound(command)
+}
+
+/// A domain to boot.
+pub struct DomainOptions {
+    /// Its name, and that of its folder.
+    pub name: &'static str,
+    /// The oracle, and the QEMU it runs on.
+    pub guest: GuestOptions,
+    pub disks: Vec<DomainDisk>,
+    /// More devices, in XML.
+    pub devices: String,
+}
+
+impl DomainOptions {
+    fn xml(&self, folder: &Path) -> String {
+        let file = |name: &str| text(&folder.join(name)).to_owned();
+        let GuestOptions { mib, vcpus, qemu, .. } = &self.guest;
+        let disks: String = self.disks.iter().map(|disk| disk.xml(folder)).collect();
+        let emulator = qemu.binary();
+        format!(
+            "<domain type='qemu'><name>{}</name><memory unit='MiB'>{mib}</memory>
+             <vcpu>{vcpus}</vcpu>
+             <os><type arch='x86_64' machine='pc'>hvm</type>
+               <kernel>{}</kernel><initrd>{}</initrd><cmdline>{}</cmdline></os>
+             <features><acpi/></features>
+             <devices><emulator>{}</emulator>{disks}
+               <serial type='file'><source path='{}' append='on'/><target port='0'/></serial>
+               <serial type='unix'><source mode='bind' path='{}'/><target port='1'/></serial>
+               <controller type='usb' model='none'/><memballoon model='none'/>{}
+             </devices></domain>",
+            self.name,
+            file("vmlinuz"),
+            file("initramfs.cpio"),
+            self.guest.kernel_command_line(),
+            text(&emulator),
+            file("serial0.log"),
+            file("serial1.sock"),
+            self.devices,
+        )
+    }
+}
+
+/// A disk of a domain.
+pub struct DomainDisk {
+    /// Its name for libvirt, such as `vda`, which is that of its file too.
+    pub target: &'static str,
+    /// libvirt's name of its bus: `virtio`, `scsi`.
+    pub bus: &'static str,
+    pub format: Format,
+    pub mib: u64,
+}
+
+impl DomainDisk {
+    fn file(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}.{}", self.target, self.format.name()))
+    }
+
+    fn make(&self, folder: &Path) -> Result<()> {
+        let (file, size) = (self.file(folder), format!("{}M", self.mib));
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", self.format.name(), text(&file), &size]);
+        run(&mut command).map(drop)
+    }
+
+    fn xml(&self, folder: &Path) -> String {
+        let controller = match self.bus {
+            "scsi" => "<controller type='scsi' model='virtio-scsi'/>",
+            _ => "",
+        };
+        format!(
+            "{controller}<disk type='file' device='disk'><driver name='qemu' type='{}'/>
+             <source file='{}'/><target dev='{}' bus='{}'/></disk>",
+            self.format.name(),
+            text(&self.file(folder)),
+            self.target,
+            self.bus,
+        )
+    }
+}
+
+/// A path of these tests, all of which are UTF-8.
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A domain as tests like it: small, writing, and 48 MiB of it incompressible. It has no disks.
+pub fn domain_options(name: &'static str, qemu: Qemu) -> DomainOptions {
+    let guest = GuestOptions {
+        qemu,
+        mib: 160,
+        fill: super::Fill::Mib(64),
+        random_percent: 75,
+        writers: 2,
+        ..GuestOptions::default()
+    };
+    DomainOptions { name, guest, disks: Vec::new(), devices: String::new() }
+}
