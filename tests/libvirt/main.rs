@@ -12,6 +12,7 @@ mod support;
 mod harness;
 
 mod monitor;
+mod reverting;
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {
