@@ -99,7 +99,7 @@ pub use image::{
 };
 pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
-pub use libvirt::DomainOptions;
+pub use libvirt::{DomainAddress, DomainOptions};
 pub use memory::WorkingSet;
 pub use revert::{
     Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError, RevertEvent,
@@ -107,8 +107,8 @@ pub use revert::{
     session, take_over,
 };
 pub use save::{
-    CheckItem, DiskChoice, PauseParts, Recovered, SaveError, SaveEvent, SaveOptions, SwitchedDisk,
-    check, recover, save,
+    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,
+    SaveOptions, SwitchedDisk, check, recover, save,
 };
 
 /// What the errors of the journeys are made of.

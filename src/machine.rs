@@ -36,9 +36,14 @@ pub struct Machine {
     #[serde(default)]
     pub disks: Vec<Disk>,
     /// The machine as libvirt describes it (domain XML, at most 16 MiB), where the
-    /// image was made of a guest that libvirt saved.
+    /// image was made of a guest that libvirt saved, or of a domain of libvirt's: as it ran,
+    /// and as libvirt would migrate it (VIR_DOMAIN_XML_MIGRATABLE).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub libvirt_xml: Option<String>,
+    /// The domain's persistent definition at that time (VIR_DOMAIN_XML_INACTIVE), where the
+    /// image was made of a domain that had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub libvirt_inactive_xml: Option<String>,
     /// What was plugged in and out while the guest ran.
     #[serde(default, skip_serializing_if = "Hotplug::is_empty")]
     pub hotplug: Hotplug,

@@ -172,6 +172,8 @@ pub(super) struct Info {
     pub hotplug: Hotplug,
     /// The machine as libvirt describes it.
     pub libvirt_xml: Option<String>,
+    /// Its persistent definition in libvirt.
+    pub libvirt_inactive_xml: Option<String>,
     /// The guest's RAMBlocks.
     pub blocks: Vec<InfoBlock>,
     /// `packed` or `flat`.

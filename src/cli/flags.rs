@@ -42,7 +42,8 @@ const NAMES: &[(&str, &str)] = &[
     ("`SaveOptions::no_wait`", "--no-wait"),
     ("`SaveOptions::overlay_dir`", "--overlay-dir"),
     ("`SaveOptions::parent`", "--parent"),
-    ("`SaveOptions::qmp`", "--qmp"),
+    ("where `SaveOptions::guest` is a domain", "with --domain"),
+    ("`SaveOptions::guest`", "--qmp or --domain"),
     ("`SaveOptions::quiesce`", "--quiesce"),
     ("`recover()`", "`snapback save --recover`"),
 ];

@@ -8,6 +8,8 @@ use clap::Args;
 
 use super::FAILED;
 use crate::keeper::Successor;
+use crate::libvirt::DomainAddress;
+use crate::save::GuestAddress;
 
 /// The program that runs now, even if its file has been replaced since.
 const THIS_PROGRAM: &str = "/proc/self/exe";
@@ -35,12 +37,21 @@ pub(super) fn successor(json: bool, serving_detached: bool) -> Successor {
 }
 
 /// What the keeper of a save of this guest to this image starts should the save be killed.
-pub(super) fn cleaner(qmp: &Path, image: &Path, json: bool) -> Successor {
+pub(super) fn cleaner(guest: &GuestAddress, image: &Path, json: bool) -> Successor {
     let mut arguments: Vec<OsString> = vec!["save".into(), "--recover".into()];
     if json {
         arguments.push("--json".into());
     }
-    arguments.extend(["--qmp".into(), qmp.into(), "--".into(), image.into()]);
+    match guest {
+        GuestAddress::Socket(socket) => arguments.extend(["--qmp".into(), socket.into()]),
+        GuestAddress::Domain(DomainAddress { domain, uri, .. }) => {
+            arguments.extend(["--domain".into(), domain.into()]);
+            if let Some(uri) = uri {
+                arguments.extend(["--connect".into(), uri.into()]);
+            }
+        }
+    }
+    arguments.extend(["--".into(), image.into()]);
     Successor::cleaning_up(THIS_PROGRAM, arguments)
 }
 

@@ -45,6 +45,7 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
             disks: machine.disks,
             hotplug: machine.hotplug,
             libvirt_xml: machine.libvirt_xml,
+            libvirt_inactive_xml: machine.libvirt_inactive_xml,
             blocks: manifest.blocks.iter().map(block).collect(),
             layout,
             layers: manifest.layers.iter().zip(&layers).map(layer_event).collect(),

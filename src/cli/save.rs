@@ -14,8 +14,9 @@ use super::{cancellation, keeper, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
 use crate::kind::ErrorKind;
+use crate::libvirt::DomainAddress;
 use crate::revert::{RevertOptions, prove};
-use crate::save::{DiskChoice, SaveEvent, SaveOptions, recover, save};
+use crate::save::{DiskChoice, GuestAddress, Quiesce, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
 pub(super) struct SaveArgs {
@@ -53,8 +54,14 @@ pub(super) struct SaveArgs {
 #[derive(Args)]
 pub(super) struct GuestArgs {
     /// The guest's QMP socket (a unix socket)
-    #[arg(long, value_name = "SOCKET")]
-    qmp: PathBuf,
+    #[arg(long, value_name = "SOCKET", required_unless_present = "domain")]
+    qmp: Option<PathBuf>,
+    /// A domain of libvirt's that runs, in place of a QMP socket
+    #[arg(long, value_name = "NAME|UUID", conflicts_with = "qmp")]
+    domain: Option<String>,
+    /// With --domain: libvirt's connection URI [default: the one that virsh takes]
+    #[arg(long, value_name = "URI", requires = "domain")]
+    connect: Option<String>,
     /// What becomes of writable disks
     #[arg(long, value_name = "HOW", default_value = "overlay")]
     disks: Disks,
@@ -78,9 +85,10 @@ pub(super) struct GuestArgs {
     /// Store only what differs from this image, which the new one then refers to
     #[arg(long, value_name = "IMAGE")]
     parent: Option<PathBuf>,
-    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket
-    #[arg(long, value_name = "AGENT_SOCKET")]
-    quiesce: Option<PathBuf>,
+    /// Freeze the guest's file systems around the moment, by qemu-guest-agent on this socket, or
+    /// through libvirt (auto)
+    #[arg(long, value_name = "AGENT_SOCKET|auto", value_parser = parse_quiesce)]
+    quiesce: Option<Quiesce>,
     /// Replace an existing image
     #[arg(long)]
     force: bool,
@@ -94,8 +102,31 @@ enum Disks {
     None,
 }
 
+/// What stands for the agent's channel that libvirt has.
+const AUTO: &str = "auto";
+
+fn parse_quiesce(text: &str) -> Result<Quiesce, String> {
+    Ok(match text {
+        AUTO => Quiesce::Libvirt,
+        socket => Quiesce::Socket(socket.into()),
+    })
+}
+
 impl GuestArgs {
+    /// The guest.
+    fn address(&self) -> GuestAddress {
+        match (&self.domain, &self.qmp) {
+            (Some(domain), _) => {
+                let mut address = DomainAddress::new(domain);
+                address.uri = self.connect.clone();
+                address.into()
+            }
+            (None, socket) => socket.clone().unwrap_or_default().into(),
+        }
+    }
+
     pub(super) fn options(self, image: PathBuf) -> SaveOptions {
+        let guest = self.address();
         let disks = match self.memory_only || self.disks == Disks::None {
             true => DiskChoice::None,
             false => DiskChoice::Overlay,
@@ -109,7 +140,7 @@ impl GuestArgs {
             parent: self.parent,
             quiesce: self.quiesce,
             force: self.force,
-            ..SaveOptions::new(self.qmp, image)
+            ..SaveOptions::new(guest, image)
         }
     }
 }
@@ -117,12 +148,13 @@ impl GuestArgs {
 /// Runs the command.
 pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
+    let guest = args.guest.address();
     if args.recover {
-        let done = recover(&args.guest.qmp, &args.image, |event| output.save(&event)).await?;
+        let done = recover(guest, &args.image, |event| output.save(&event)).await?;
         output.recovered(&done);
         return Ok(());
     }
-    let keeper = keeper::cleaner(&args.guest.qmp, &args.image, args.json);
+    let keeper = keeper::cleaner(&guest, &args.image, args.json);
     let options = SaveOptions {
         keeper: (!args.no_keeper).then_some(keeper),
         no_wait: args.no_wait,

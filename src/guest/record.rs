@@ -35,6 +35,7 @@ pub async fn capture(pid: i32, qmp: &Qmp) -> Result<Machine, GuestError> {
         uncaptured_disks: Vec::new(),
         disks: Vec::new(),
         libvirt_xml: None,
+        libvirt_inactive_xml: None,
         hotplug: Hotplug::default(),
     })
 }

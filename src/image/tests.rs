@@ -62,6 +62,7 @@ pub(super) fn details() -> Details {
             uncaptured_disks: vec![],
             disks: vec![],
             libvirt_xml: None,
+            libvirt_inactive_xml: None,
             hotplug: Default::default(),
         },
         moment_unix_us: 1_700_000_000_000_000,

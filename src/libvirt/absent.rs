@@ -1,10 +1,16 @@
-//! In place of libvirt, in a program that was built without it.
+//! In place of libvirt, in a program that was built without it: a [`Domain`] that can't be had, with
+//! the methods of the one that can (`domain.rs`).
 
 use std::convert::Infallible;
+use std::time::Duration;
 
 use super::address::DomainAddress;
 use super::error::LibvirtError;
+use super::xml::DomainDisk;
 use crate::qmp::Qmp;
+
+/// There is nothing to wait for.
+pub const PATIENCE: Duration = Duration::ZERO;
 
 /// A connection to a running domain: there is none without libvirt.
 #[derive(Debug, Clone)]
@@ -15,7 +21,7 @@ impl Domain {
     ///
     /// # Errors
     /// [`LibvirtError::NotBuilt`].
-    pub async fn open(_: &DomainAddress) -> Result<Domain, LibvirtError> {
+    pub async fn open(_: &DomainAddress, _: Duration) -> Result<Domain, LibvirtError> {
         Err(LibvirtError::NotBuilt)
     }
 
@@ -31,49 +37,50 @@ impl Domain {
     ///
     /// # Errors
     /// None.
-    pub async fn resume(&self) -> Result<(), LibvirtError> {
-        match self.0 {}
-    }
-
-    /// Never called.
-    ///
-    /// # Errors
-    /// None.
-    pub async fn destroy(&self) -> Result<(), LibvirtError> {
-        match self.0 {}
-    }
-
-    /// Never called.
-    ///
-    /// # Errors
-    /// None.
     pub fn destroy_now(&self) -> Result<(), LibvirtError> {
         match self.0 {}
     }
 
-    /// Never called.
-    ///
-    /// # Errors
-    /// None.
-    pub async fn define(&self, _: String) -> Result<(), LibvirtError> {
-        match self.0 {}
-    }
-
-    /// Never called.
+    /// Its name.
     pub fn name(&self) -> &str {
         match self.0 {}
     }
 
-    /// Never called.
+    /// Its UUID.
     pub fn uuid(&self) -> &str {
         match self.0 {}
     }
+}
 
-    /// Never called.
-    ///
-    /// # Errors
-    /// None.
-    pub async fn monitor(&self) -> Result<Qmp, LibvirtError> {
-        match self.0 {}
-    }
+/// Makes methods that are never called.
+macro_rules! methods {
+    ($($name:ident($($argument:ty),*) -> $result:ty;)*) => {
+        impl Domain {
+            $(
+                /// Never called.
+                #[allow(clippy::missing_errors_doc)]
+                pub async fn $name(&self, $(_: $argument),*) -> Result<$result, LibvirtError> {
+                    match self.0 {}
+                }
+            )*
+        }
+    };
+}
+
+methods! {
+    monitor() -> Qmp;
+    live_xml() -> String;
+    persistent_xml() -> Option<String>;
+    disks() -> Vec<DomainDisk>;
+    agent_is_connected() -> bool;
+    suspend() -> ();
+    resume() -> ();
+    destroy() -> ();
+    define(String) -> ();
+    put_overlays(&[(String, String)], &[String]) -> ();
+    has_block_job(&str) -> bool;
+    begin_commit(&str) -> ();
+    end_commit(&str) -> ();
+    freeze() -> u64;
+    thaw() -> ();
 }

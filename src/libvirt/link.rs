@@ -1,9 +1,7 @@
 //! The connection to one running domain, opened anew when it broke. Everything here blocks.
 
-use std::ffi::{CString, c_int, c_uint};
 use std::fmt;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::null_mut;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,16 +9,16 @@ use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
-use virt::sys;
 
 use super::address::DomainAddress;
+use super::calls;
 use super::connection;
 use super::error::LibvirtError;
 use super::events::Subscription;
 use crate::qmp::Inbox;
 
-/// For how long after a connection broke calls wait until libvirtd is back.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+/// For how long after a connection broke calls wait until libvirt is back.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The time between two attempts to connect.
 const RETRY_EVERY: Duration = Duration::from_millis(100);
@@ -51,9 +49,18 @@ struct Handle {
 }
 
 impl Link {
-    /// Connects to a domain that runs.
-    pub fn open(address: &DomainAddress) -> Result<Link, LibvirtError> {
-        let connect = connection::open(address.uri.as_deref())?;
+    /// Connects to a domain that runs. Waits for a libvirt that does not answer, for as long as
+    /// `patience` lasts.
+    pub fn open(address: &DomainAddress, patience: Duration) -> Result<Link, LibvirtError> {
+        let start = Instant::now();
+        let connect = loop {
+            match connection::open(address.uri.as_deref()) {
+                Err(LibvirtError::Connect { .. }) if start.elapsed() < patience => {
+                    std::thread::sleep(RETRY_EVERY);
+                }
+                opened => break opened?,
+            }
+        };
         let domain = look_up(&connect, &address.domain)?;
         Link::over(connect, domain, address.uri.clone())
     }
@@ -116,7 +123,7 @@ impl Link {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<String, LibvirtError> {
         self.call(doing, |domain| match fd {
-            Some(fd) => command_with_file(domain, command, fd),
+            Some(fd) => calls::command_with_file(domain, command, fd),
             None => domain.qemu_monitor_command(command, 0),
         })
     }
@@ -198,34 +205,4 @@ fn look_up(connect: &Connect, domain: &str) -> Result<Domain, LibvirtError> {
 
 pub(super) fn refused(doing: &str, error: Error) -> LibvirtError {
     LibvirtError::Refused { doing: doing.to_owned(), reason: error.message().to_owned() }
-}
-
-/// virDomainQemuMonitorCommandWithFiles (libvirt 8.2), which the crate `virt` doesn't have.
-fn command_with_file(domain: &Domain, command: &str, fd: BorrowedFd<'_>) -> Result<String, Error> {
-    let command = CString::new(command)?;
-    let mut files: [c_int; 1] = [fd.as_raw_fd()];
-    let mut answer = null_mut();
-    // SAFETY: the domain, the command and the descriptor live until the call returns. libvirt
-    // reads as many descriptors as it is told, and writes the address of a string that is ours
-    // to free. No descriptors are asked back.
-    let done = unsafe {
-        sys::virDomainQemuMonitorCommandWithFiles(
-            domain.as_ptr(),
-            command.as_ptr(),
-            files.len() as c_uint,
-            files.as_mut_ptr(),
-            null_mut(),
-            null_mut(),
-            &mut answer,
-            0,
-        )
-    };
-    if done < 0 {
-        return Err(Error::last_error());
-    }
-    // SAFETY: libvirt has set it to a string, made by malloc(3), which nobody else uses.
-    let text = unsafe { std::ffi::CStr::from_ptr(answer) }.to_string_lossy().into_owned();
-    // SAFETY: as above; it is not used any more.
-    unsafe { libc::free(answer.cast()) };
-    Ok(text)
 }

@@ -13,9 +13,12 @@ mod launch;
 mod options;
 mod plan;
 mod sibling;
+mod xml;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;
+#[cfg(feature = "libvirt")]
+mod calls;
 #[cfg(feature = "libvirt")]
 mod connection;
 #[cfg(feature = "libvirt")]
@@ -39,8 +42,11 @@ pub use error::LibvirtError;
 pub use launch::{LaunchError, StartedDomain};
 pub use options::DomainOptions;
 pub use plan::{DomainPlan, PlanError, restorable};
+pub use xml::{DomainDisk, disks};
 
 #[cfg(not(feature = "libvirt"))]
-pub use absent::Domain;
+pub use absent::{Domain, PATIENCE};
 #[cfg(feature = "libvirt")]
 pub use domain::Domain;
+#[cfg(feature = "libvirt")]
+pub use link::PATIENCE;

@@ -147,9 +147,9 @@ impl Saved {
     /// one where it is `wanted`.
     fn read(machine: &Machine, wanted: bool) -> Result<Saved, PlanError> {
         let live = machine.libvirt_xml.as_deref().ok_or(PlanError::NoDomain)?;
-        let inactive = wanted.then_some(live);
+        let inactive = machine.libvirt_inactive_xml.as_deref().unwrap_or(live);
         let mut start = Definition::parse(live)?;
-        let mut persistent = inactive.map(Definition::parse).transpose()?;
+        let mut persistent = wanted.then(|| Definition::parse(inactive)).transpose()?;
         [Some(&mut start), persistent.as_mut()]
             .into_iter()
             .flatten()

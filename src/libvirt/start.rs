@@ -34,15 +34,6 @@ impl Domain {
         Ok(Domain::of(on_a_thread(start).await?))
     }
 
-    /// Runs the guest of a domain that is paused.
-    ///
-    /// # Errors
-    /// See [`LibvirtError`].
-    pub async fn resume(&self) -> Result<(), LibvirtError> {
-        let link = self.link().clone();
-        on_a_thread(move || link.call("resuming the domain", VirtDomain::resume)).await.map(drop)
-    }
-
     /// Ends the domain, without asking its guest. One that has ended is left.
     ///
     /// # Errors

@@ -11,13 +11,14 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::kind::{Details, ErrorKind};
+use crate::libvirt::LibvirtError;
 
 /// How long to wait for the agent.
 pub(super) struct Patience {
     /// Until it answers at all.
     answer: Duration,
     /// Until it has frozen: file systems are written out first.
-    freeze: Duration,
+    pub freeze: Duration,
     /// Until it has thawed.
     thaw: Duration,
     /// Until it can be told to thaw: an agent that is still busy freezing, or whose guest
@@ -64,6 +65,23 @@ pub enum AgentError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// libvirt, which has the agent's channel, can't reach it.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    /// The guest was to be frozen through libvirt, and is none of libvirt's.
+    #[error(
+        "the guest's agent can be reached through libvirt only where `SaveOptions::guest` is a domain"
+    )]
+    NoDomain,
+    /// No agent in the domain's guest has opened its channel.
+    #[error(
+        "no agent answers libvirt: the domain {domain} needs a channel of the name \
+         org.qemu.guest_agent.0, and its guest a running qemu-guest-agent"
+    )]
+    Disconnected {
+        /// The domain.
+        domain: String,
+    },
     /// It refuses.
     #[error("the guest agent refused {command}: {reason}")]
     Refused {
@@ -84,7 +102,10 @@ impl AgentError {
     pub fn details(&self) -> Details {
         let path = match self {
             AgentError::Io { socket, .. } | AgentError::Timeout { socket, .. } => Some(socket),
-            AgentError::Refused { .. } => None,
+            AgentError::Refused { .. }
+            | AgentError::Libvirt(_)
+            | AgentError::NoDomain
+            | AgentError::Disconnected { .. } => None,
         };
         Details::new(&self.to_string(), path, None)
     }
@@ -96,7 +117,11 @@ impl AgentError {
     fn may_pass(&self) -> bool {
         use std::io::ErrorKind::{ConnectionRefused, NotFound};
         match self {
-            AgentError::Refused { .. } => false,
+            AgentError::Refused { .. }
+            | AgentError::NoDomain
+            | AgentError::Disconnected { .. }
+            | AgentError::Libvirt(LibvirtError::ShutOff { .. }) => false,
+            AgentError::Libvirt(_) => true,
             AgentError::Io { source, .. } => !matches!(source.kind(), ConnectionRefused | NotFound),
             AgentError::Timeout { .. } => true,
         }
@@ -117,14 +142,19 @@ pub(super) async fn check(socket: &Path, patience: &Patience) -> Result<String, 
 }
 
 /// Thaws all file systems of a guest: the agent can't thaw less than all.
-///
-/// An agent that was asked to freeze does so even if nobody waits for it any more, and does
-/// not answer before it has finished. So this is tried again until `patience` is over.
 pub(super) async fn thaw(socket: &Path, patience: &Patience) -> Result<(), AgentError> {
+    persist(patience, || async { Agent::connect(socket, patience).await?.thaw().await }).await
+}
+
+/// Tries to thaw until it works or `patience` is over. An agent that was asked to freeze does so
+/// even if nobody waits for it any more, and does not answer before it has finished.
+pub(super) async fn persist<F>(patience: &Patience, thaw: impl Fn() -> F) -> Result<(), AgentError>
+where
+    F: Future<Output = Result<(), AgentError>>,
+{
     let end = Instant::now() + patience.persist;
     loop {
-        let thaw = async { Agent::connect(socket, patience).await?.thaw().await };
-        match thaw.await {
+        match thaw().await {
             Err(error) if error.may_pass() && Instant::now() < end => {
                 tracing::info!("{error}; trying again to thaw");
                 tokio::time::sleep(RETRY_EVERY).await;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::guest::FoundDisk;
 use crate::image::Image;
+use crate::libvirt::DomainDisk;
 use crate::machine::{DiskRole, Machine};
 use crate::qmp::RamBlock;
 
@@ -17,6 +18,8 @@ pub(super) struct Checked {
     pub parent: Option<Arc<Image>>,
     /// All disks; the role says which are captured.
     pub disks: Vec<FoundDisk>,
+    /// The same as libvirt knows them, where the guest is a domain of libvirt's.
+    pub domain_disks: Vec<DomainDisk>,
     /// The devices of the record, by their paths in QEMU's object tree.
     pub devices: Vec<String>,
     /// Why `revert` will refuse the image, if it will.
@@ -35,8 +38,19 @@ impl Checked {
         self.disks.iter().filter(|found| found.disk.role == DiskRole::Captured)
     }
 
+    /// libvirt's name of a disk.
+    pub fn target(&self, found: &FoundDisk) -> Option<&str> {
+        target(&self.domain_disks, found)
+    }
+
     /// The guest's RAM in bytes, all blocks together.
     pub fn ram_bytes(&self) -> u64 {
         self.blocks.iter().map(|block| block.used_len).sum()
     }
+}
+
+/// libvirt's name of a disk: its device has the id that libvirt gave it.
+pub(super) fn target<'a>(disks: &'a [DomainDisk], found: &FoundDisk) -> Option<&'a str> {
+    let is_it = |disk: &&DomainDisk| disk.alias.as_ref().is_some_and(|id| found.is_called(id));
+    disks.iter().find(is_it).map(|disk| disk.target.as_str())
 }

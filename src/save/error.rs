@@ -11,6 +11,7 @@ use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
+use crate::libvirt::LibvirtError;
 use crate::qmp::QmpError;
 use crate::wire::WireError;
 
@@ -26,6 +27,9 @@ pub enum SaveError {
     /// The host's pages have another size.
     #[error(transparent)]
     PageSize(#[from] PageSizeError),
+    /// libvirt failed, whose domain the guest is.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -139,6 +143,7 @@ impl SaveError {
         match self {
             Check(error) => error.kind(),
             PageSize(error) => error.kind(),
+            Libvirt(error) => error.kind(),
             Qmp(error) => error.kind(),
             Vm(error) => error.kind(),
             Image(error) => error.kind(),
@@ -165,6 +170,7 @@ impl SaveError {
         use SaveError::*;
         match self {
             Check(error) => error.details(),
+            Libvirt(error) => error.details(),
             Qmp(error) => error.details(),
             Vm(error) => error.details(),
             Image(error) => error.details(),

@@ -29,7 +29,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         received: Received,
         moment: Moment,
     ) -> Result<Written, SaveError> {
-        self.undo.restore_settings(&self.qmp).await?;
+        self.undo.restore_settings(&self.access.qmp).await?;
         failpoint("restored");
         let (stalled, writing) = (received.stalled(), received.cancellation());
         let mut machine = self.machine();
@@ -89,7 +89,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         match cause {
             // QEMU takes no other settings while a migration is under way, nor commits.
             SaveError::InterruptedTwice => cause,
-            cause => self.undo.all(&self.qmp, cause, &mut self.on_event).await,
+            cause => self.undo.all(&self.access, cause, &mut self.on_event).await,
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Taking a snapshot of a running guest: checks first, then a pause of milliseconds in
 //! which its disks are frozen, then its memory is received while it runs on.
 
+mod access;
+mod address;
 mod agent;
 mod check;
 mod checked;
@@ -16,6 +18,7 @@ mod overlays;
 mod pause;
 mod prefault;
 mod prepare;
+mod quiesce;
 mod receive;
 mod recover;
 mod release;
@@ -29,12 +32,13 @@ use self::saving::Saving;
 use crate::cancel::Cancellation;
 use crate::image::Saved;
 
+pub use address::GuestAddress;
 pub use agent::AgentError;
 pub use check::error::{CheckError, Obstacle};
 pub use check::{CheckItem, check};
 pub use error::SaveError;
 pub use event::{PauseParts, SaveEvent, SwitchedDisk};
-pub use options::{DiskChoice, SaveOptions};
+pub use options::{DiskChoice, Quiesce, SaveOptions};
 pub use overlays::OverlayError;
 pub use recover::{Recovered, recover};
 pub use undo::error::{JournalError, LeftOver};

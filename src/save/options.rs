@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::address::GuestAddress;
 use crate::image::Compression;
 use crate::keeper::Successor;
 
@@ -9,8 +10,8 @@ use crate::keeper::Successor;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct SaveOptions {
-    /// The guest's QMP socket.
-    pub qmp: PathBuf,
+    /// The guest.
+    pub guest: GuestAddress,
     /// The image to write.
     pub image: PathBuf,
     /// How memory is stored.
@@ -25,9 +26,8 @@ pub struct SaveOptions {
     /// each by its id; and disks that may be captured although no option defines them, by the
     /// name of their node, drive or device.
     pub allow_missing_devices: Vec<String>,
-    /// The socket of qemu-guest-agent, which then freezes the guest's file systems around
-    /// the moment.
-    pub quiesce: Option<PathBuf>,
+    /// The qemu-guest-agent that freezes the guest's file systems around the moment.
+    pub quiesce: Option<Quiesce>,
     /// Fail instead of waiting when the guest was reverted and its memory is not complete.
     pub no_wait: bool,
     /// Replace an existing image.
@@ -44,11 +44,11 @@ pub struct SaveOptions {
 }
 
 impl SaveOptions {
-    /// Saves the guest behind the QMP socket `qmp` to `image`: with all its disks,
-    /// compressed with zstd at level 1, with no limits.
-    pub fn new(qmp: impl Into<PathBuf>, image: impl Into<PathBuf>) -> SaveOptions {
+    /// Saves a guest, as one behind a QMP socket or a domain of libvirt's, to `image`: with all
+    /// its disks, compressed with zstd at level 1, with no limits.
+    pub fn new(guest: impl Into<GuestAddress>, image: impl Into<PathBuf>) -> SaveOptions {
         SaveOptions {
-            qmp: qmp.into(),
+            guest: guest.into(),
             image: image.into(),
             compression: Compression::Zstd(1),
             disks: DiskChoice::Overlay,
@@ -63,6 +63,16 @@ impl SaveOptions {
             keeper: None,
         }
     }
+}
+
+/// How qemu-guest-agent is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Quiesce {
+    /// By its socket.
+    Socket(PathBuf),
+    /// Through libvirt, which has the agent's channel of a domain.
+    Libvirt,
 }
 
 /// What becomes of a guest's writable disks.

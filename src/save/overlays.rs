@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
 
+use super::access::Access;
 use super::checked::Checked;
 use super::failpoints::failpoint;
 use crate::guest::{FoundDisk, write_overlay};
 use crate::host::procfs::owner;
 use crate::kind::{Details, ErrorKind};
+use crate::libvirt::LibvirtError;
 use crate::qmp::{Qmp, QmpError};
 
 /// Why disks could not be switched to overlays.
@@ -61,6 +63,12 @@ pub enum OverlayError {
          a disk out"
     )]
     Switch(QmpError),
+    /// libvirt can't. All disks are as they were.
+    #[error(
+        "the disks can't be switched to their overlays: {0}; `SaveOptions::exclude_disks` leaves \
+         a disk out"
+    )]
+    Libvirt(LibvirtError),
 }
 
 impl OverlayError {
@@ -70,6 +78,7 @@ impl OverlayError {
             OverlayError::Create { source, .. } => ErrorKind::of_io(source),
             OverlayError::Path(_) => ErrorKind::OptionsInvalid,
             OverlayError::Open { source, .. } | OverlayError::Switch(source) => source.kind(),
+            OverlayError::Libvirt(error) => error.kind(),
         }
     }
 
@@ -79,7 +88,7 @@ impl OverlayError {
             OverlayError::Create { path, .. }
             | OverlayError::Path(path)
             | OverlayError::Open { path, .. } => Some(path),
-            OverlayError::Switch(_) => None,
+            OverlayError::Switch(_) | OverlayError::Libvirt(_) => None,
         };
         Details::new(&self.to_string(), path, None)
     }
@@ -97,6 +106,9 @@ pub(super) struct Overlay {
     pub file_node: String,
     /// The overlay's file, absolute.
     pub path: String,
+    /// Of a libvirt's domain: libvirt's name of the disk, such as `vda`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
 }
 
 impl Overlay {
@@ -104,8 +116,8 @@ impl Overlay {
     ///
     /// # Errors
     /// When a path can't be told to QEMU.
-    pub fn plan<'a>(
-        disks: impl Iterator<Item = &'a FoundDisk>,
+    pub fn plan(
+        checked: &Checked,
         directory: Option<&Path>,
         image: &Path,
     ) -> Result<Vec<Overlay>, OverlayError> {
@@ -130,16 +142,18 @@ impl Overlay {
                     file_node: format!("{node}-file"),
                     node,
                     path,
+                    target: checked.target(found).map(str::to_owned),
                 },
             ))
         };
-        disks.enumerate().filter_map(plan).collect()
+        checked.captured().enumerate().filter_map(plan).collect()
     }
 
-    /// Makes the overlay's file and opens it in QEMU, ready to be put over its disk.
+    /// Makes the overlay's file and opens it in QEMU, ready to be put over its disk. libvirt opens
+    /// it itself when it switches.
     async fn prepare(
         &self,
-        qmp: &Qmp,
+        access: &Access,
         found: &FoundDisk,
         owner: Owner,
     ) -> Result<(), OverlayError> {
@@ -154,7 +168,10 @@ impl Overlay {
         });
         made.map_err(|source| OverlayError::Create { path: path.clone(), disk, source })?;
 
-        let opened = self.open(qmp, found).await;
+        if access.domain.is_some() {
+            return Ok(());
+        }
+        let opened = self.open(&access.qmp, found).await;
         opened.map_err(|source| OverlayError::Open { path, disk: self.disk.clone(), source })
     }
 
@@ -186,23 +203,35 @@ impl Overlay {
 /// # Errors
 /// When one can't be made. The caller has to take away those that were made.
 pub(super) async fn prepare(
-    qmp: &Qmp,
+    access: &Access,
     checked: &Checked,
     overlays: &[Overlay],
 ) -> Result<(), OverlayError> {
     let owner = Owner(owner(checked.pid));
     for (number, (overlay, found)) in overlays.iter().zip(checked.captured()).enumerate() {
-        overlay.prepare(qmp, found, owner).await?;
+        overlay.prepare(access, found, owner).await?;
         failpoint(&format!("overlay {number}"));
     }
     Ok(())
 }
 
 /// Switches all disks to their overlays, all or none.
-pub(super) async fn switch(qmp: &Qmp, overlays: &[Overlay]) -> Result<(), OverlayError> {
+pub(super) async fn switch(
+    access: &Access,
+    checked: &Checked,
+    overlays: &[Overlay],
+) -> Result<(), OverlayError> {
+    if let Some(domain) = &access.domain {
+        let target = |o: &Overlay| Some((o.target.clone()?, o.path.clone()));
+        let switched: Vec<(String, String)> = overlays.iter().filter_map(target).collect();
+        let others = checked.domain_disks.iter().map(|disk| &disk.target);
+        let others = others.filter(|name| switched.iter().all(|(target, _)| target != *name));
+        let others: Vec<String> = others.cloned().collect();
+        return domain.put_overlays(&switched, &others).await.map_err(OverlayError::Libvirt);
+    }
     let pairs: Vec<(&str, &str)> =
         overlays.iter().map(|o| (o.frozen.as_str(), o.node.as_str())).collect();
-    qmp.put_overlays(&pairs).await.map_err(OverlayError::Switch)
+    access.qmp.put_overlays(&pairs).await.map_err(OverlayError::Switch)
 }
 
 /// The directory of an overlay: the one that was asked for, or else that of the file below

@@ -21,17 +21,17 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 // Writing the journal may have taken a while.
                 self.check_unchanged().await?;
                 clock.hold();
-                self.qmp.stop().await?;
+                self.access.stop().await?;
                 clock.step();
                 failpoint("stopped");
             }
             self.undo.switching();
-            overlays::switch(&self.qmp, self.undo.overlays()).await?;
+            overlays::switch(&self.access, &self.checked, self.undo.overlays()).await?;
             clock.step();
             failpoint("switched");
         }
         self.begun = true;
-        migration::begin(&self.qmp).await?;
+        migration::begin(&self.access.qmp).await?;
         failpoint("migrating");
         Ok(())
     }
@@ -40,11 +40,11 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// depend on it, and a guest that somebody else has stopped is not ours to let go. So is one
     /// whose devices are not those of the record any more: it could not be reverted.
     async fn check_unchanged(&self) -> Result<(), SaveError> {
-        let state = self.qmp.status().await?;
+        let state = self.access.qmp.status().await?;
         if (state == "running") != self.checked.machine.running {
             return Err(SaveError::Meanwhile { state });
         }
-        match guest::device_paths(&self.qmp).await? == self.checked.devices {
+        match guest::device_paths(&self.access.qmp).await? == self.checked.devices {
             true => Ok(()),
             false => Err(SaveError::DevicesChanged),
         }
@@ -55,7 +55,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     pub async fn release(&self, clock: &mut PauseClock) -> Result<(), SaveError> {
         if clock.held() {
             clock.step();
-            self.qmp.cont().await?;
+            self.access.cont().await?;
             clock.released();
         }
         Ok(())

@@ -14,7 +14,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Sets QEMU up. QEMU itself may still refuse the save here; if it doesn't, the guest can
     /// be saved, as far as anybody can tell.
     pub async fn set_up(&mut self) -> Result<(), SaveError> {
-        self.undo.apply_settings(&self.qmp).await?;
+        self.undo.apply_settings(&self.access.qmp).await?;
         failpoint("settings");
         let checked = &self.checked;
         let event = SaveEvent::Checked {
@@ -32,7 +32,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
 
     /// Makes the overlays, prefaults and collapses guest memory, and flushes disks.
     pub async fn prepare(&mut self) -> Result<(), SaveError> {
-        overlays::prepare(&self.qmp, &self.checked, self.undo.overlays()).await?;
+        overlays::prepare(&self.access, &self.checked, self.undo.overlays()).await?;
         let overlays: Vec<String> =
             self.undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
         let shorten_the_pause = self.pause_shortener();

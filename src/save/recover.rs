@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::agent;
-use super::check::ANSWER_TIMEOUT;
+use super::access::Access;
+use super::address::GuestAddress;
 use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
 use super::migration::wait_end;
@@ -13,7 +13,7 @@ use super::undo::error::LeftOver;
 use super::undo::journal::{Journal, Plan, file_identity};
 use super::undo::overlays::undo_overlays;
 use crate::image::{ImageError, inspect};
-use crate::qmp::Qmp;
+use crate::libvirt::PATIENCE;
 
 /// What became of a save that was killed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,8 +34,8 @@ pub enum Recovered {
     Undone,
 }
 
-/// Cleans up behind a save of `image` that was killed at any point: lets the guest behind
-/// the socket `qmp` go on if the save held it, thaws its file systems, puts QEMU's settings
+/// Cleans up behind a save of `image` that was killed at any point: lets the guest go on if the save
+/// held it, thaws its file systems, puts QEMU's settings
 /// back, and commits overlays back into the disks. Where another process recovers the save, such as
 /// the one that its keeper has started, it waits for that. Don't recover a save that is still under
 /// way: it would be undone while it runs.
@@ -46,26 +46,35 @@ pub enum Recovered {
 /// [`SaveError::Unclear`] when it can't be told whether the image is whole; then nothing was
 /// touched.
 pub async fn recover(
-    qmp: &Path,
+    guest: impl Into<GuestAddress>,
     image: &Path,
     mut on_event: impl FnMut(SaveEvent),
 ) -> Result<Recovered, SaveError> {
     let Some((journal, mut plan)) = Journal::claim(image).await? else {
         return Ok(Recovered::Nothing { journal: Journal::path(image) });
     };
+    let guest = guest.into();
     let (saved, lives) = (find_saved(image, &plan)?, plan.qemu_lives());
     let left = match (&saved, lives) {
         (Some(_), false) => Vec::new(),
         // All else was undone before the image got its name.
-        (Some(_), true) => thaw(&mut plan, &mut on_event).await.into_iter().collect(),
+        (Some(_), true) if plan.frozen.is_none() => Vec::new(),
+        (Some(_), true) => {
+            let access = match &guest {
+                // All of QEMU's places may be taken: its agent has a socket of its own.
+                GuestAddress::Socket(_) => None,
+                GuestAddress::Domain(_) => Some(Access::open(&guest, PATIENCE).await?),
+            };
+            thaw(access.as_ref(), &mut plan, &mut on_event).await.into_iter().collect()
+        }
         (None, false) => plan.overlays.iter().filter_map(Overlay::left_behind).collect(),
         (None, true) => {
             let pid = plan.qemu.map(|(pid, _)| pid);
-            let qmp = reach(qmp, pid).await?;
-            if qmp.peer_pid() != pid {
+            let access = reach(&guest, pid).await?;
+            if access.qmp.peer_pid() != pid {
                 return Err(SaveError::OtherQemu { pid: pid.unwrap_or(0) });
             }
-            undo(&qmp, &mut plan, &mut on_event).await?
+            undo(&access, &mut plan, &mut on_event).await?
         }
     };
     if !left.is_empty() {
@@ -105,20 +114,21 @@ fn find_saved(image: &Path, plan: &Plan) -> Result<Option<Vec<SwitchedDisk>>, Sa
 }
 
 /// Connects to the QEMU in process `pid`, whose snapshot was broken off.
-async fn reach(qmp: &Path, pid: Option<i32>) -> Result<Qmp, SaveError> {
-    let connected = while_releasing(pid, Qmp::connect(qmp, ANSWER_TIMEOUT)).await;
-    Ok(connected.map_err(SaveError::Protected)??)
+async fn reach(guest: &GuestAddress, pid: Option<i32>) -> Result<Access, SaveError> {
+    // libvirtd may just be restarted.
+    while_releasing(pid, Access::open(guest, PATIENCE)).await.map_err(SaveError::Protected)?
 }
 
 /// Undoes as much as can be undone. Returns the rest.
 async fn undo(
-    qmp: &Qmp,
+    access: &Access,
     plan: &mut Plan,
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Result<Vec<LeftOver>, SaveError> {
+    let qmp = &access.qmp;
     // The guest comes first.
     if plan.held && qmp.status().await? == "paused" {
-        qmp.cont().await?;
+        access.cont().await?;
     }
     // A migration under way fails by itself, since nobody reads its stream.
     if qmp.migration_info().await?.status.is_some() {
@@ -129,22 +139,26 @@ async fn undo(
     }
     // Again: a migration that was in its set-up may have stopped it anew.
     if plan.held && qmp.status().await? == "paused" {
-        qmp.cont().await?;
+        access.cont().await?;
     }
     plan.held = false;
     // Only a guest that runs on can answer.
-    let mut left: Vec<LeftOver> = thaw(plan, on_event).await.into_iter().collect();
+    let mut left: Vec<LeftOver> = thaw(Some(access), plan, on_event).await.into_iter().collect();
     if let Err(error) = plan.settings.restore(qmp).await {
         left.push(LeftOver::Settings(error));
     }
-    left.extend(undo_overlays(qmp, &plan.overlays, on_event).await);
+    left.extend(undo_overlays(access, &plan.overlays, on_event).await);
     Ok(left)
 }
 
 /// Thaws the guest, if it may be frozen.
-async fn thaw(plan: &mut Plan, on_event: &mut impl FnMut(SaveEvent)) -> Option<LeftOver> {
-    let socket = plan.frozen.as_ref()?;
-    match agent::thaw(socket, &agent::PATIENCE).await {
+async fn thaw(
+    access: Option<&Access>,
+    plan: &mut Plan,
+    on_event: &mut impl FnMut(SaveEvent),
+) -> Option<LeftOver> {
+    let agent = plan.frozen.as_ref()?;
+    match agent.thaw(access.and_then(|access| access.domain.as_ref())).await {
         Ok(()) => {
             plan.frozen = None;
             on_event(SaveEvent::Thawed);

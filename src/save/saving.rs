@@ -1,8 +1,10 @@
 //! A save under way: what every step of it needs.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
-use super::check::{self, ANSWER_TIMEOUT};
+use super::access::Access;
+use super::check;
 use super::checked::Checked;
 use super::error::SaveError;
 use super::event::SaveEvent;
@@ -13,15 +15,14 @@ use super::undo::Undo;
 use crate::cancel::Cancellation;
 use crate::host::pidfd::Pidfd;
 use crate::keeper::{Held, Keeper, Successor};
-use crate::qmp::Qmp;
 
 /// A save under way. Each step is a method, in a file of its own.
 pub(super) struct Saving<'a, F> {
     pub options: &'a SaveOptions,
     pub cancel: Cancellation,
     pub on_event: F,
-    /// The guest's monitor.
-    pub qmp: Qmp,
+    /// The guest's monitor, and libvirt where it has the guest.
+    pub access: Access,
     /// What the checks found out about the guest.
     pub checked: Checked,
     /// What has been changed in the guest's QEMU.
@@ -40,22 +41,22 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         mut on_event: F,
     ) -> Result<Saving<'a, F>, SaveError> {
         let connect_and_check = async {
-            let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
+            let access = Access::open(&options.guest, Duration::ZERO).await?;
             if !options.no_wait {
-                check::wait_complete(&qmp, || on_event(SaveEvent::Waiting)).await?;
+                check::wait_complete(&access.qmp, || on_event(SaveEvent::Waiting)).await?;
             }
-            let checked = check::ensure(&qmp, options).await?;
-            Ok::<_, SaveError>((qmp, checked))
+            let checked = check::ensure(&access, options).await?;
+            Ok::<_, SaveError>((access, checked))
         };
-        let (qmp, checked) = tokio::select! {
+        let (access, checked) = tokio::select! {
             ready = connect_and_check => ready?,
             () = cancel.requested() => return Err(SaveError::Interrupted),
         };
-        let settings = Settings::ask(&qmp, checked.background).await?;
+        let settings = Settings::ask(&access.qmp, checked.background).await?;
         let undo = Undo::begin(settings, options, &checked)?;
         let keeper = options.keeper.clone().and_then(start_keeper);
         failpoint("journal");
-        Ok(Saving { options, cancel, on_event, qmp, checked, undo, keeper, begun: false })
+        Ok(Saving { options, cancel, on_event, access, checked, undo, keeper, begun: false })
     }
 
     /// Has the keeper read on from `stream` should this process be killed.

@@ -26,10 +26,10 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Takes the snapshot and receives all of it. If that fails, the guest goes on, the
     /// migration has been ended and nothing is left of the image.
     pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {
-        let stream = migration::open_stream(&self.qmp).await?;
+        let stream = migration::open_stream(&self.access.qmp).await?;
         self.keep(stream.as_fd());
         let mut receiving = Receiving::start(stream, self.options, &self.checked)?;
-        let mut events = self.qmp.events();
+        let mut events = self.access.qmp.events();
         let frozen = self.freeze().await;
         let mut clock = PauseClock::new(self.checked.machine.running);
         let cancel = self.cancel.clone();
@@ -61,8 +61,8 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
 
     /// Freezes the guest's file systems, if that is asked for.
     async fn freeze(&mut self) -> Result<(), SaveError> {
-        let Some(socket) = &self.options.quiesce else { return Ok(()) };
-        let filesystems = self.undo.freeze(socket, &self.cancel).await?;
+        let Some(quiesce) = &self.options.quiesce else { return Ok(()) };
+        let filesystems = self.undo.freeze(quiesce, &self.access, &self.cancel).await?;
         self.tell(SaveEvent::Frozen { filesystems });
         Ok(())
     }
@@ -105,7 +105,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 // A tiny machine's stream may end before we have looked for its first page.
                 clock.pass();
                 self.release(clock).await?;
-                migration::wait_end(&self.qmp).await?;
+                migration::wait_end(&self.access.qmp).await?;
                 failpoint("received");
                 // Its events may still be waiting too: QEMU sent them before its last answer.
                 while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await
@@ -120,7 +120,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             }
             // QEMU's own reason, where it has one, says more than the end of its stream.
             Err(error @ SaveError::Wire(WireError::Ended { .. })) => {
-                let end = migration::wait_end(&self.qmp);
+                let end = migration::wait_end(&self.access.qmp);
                 let pid = self.left_protected(true);
                 while_releasing(pid, end).await.map_err(SaveError::Protected)??;
                 Err(error)
@@ -131,7 +131,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
 
     /// The guest goes on: its file systems are thawed.
     async fn go_on(&mut self) {
-        if self.undo.guest_goes_on().await {
+        if self.undo.guest_goes_on(&self.access).await {
             self.tell(SaveEvent::Thawed);
         }
     }
@@ -145,7 +145,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         clock: &PauseClock,
     ) -> SaveError {
         // The guest comes first.
-        if !clock.held() || self.qmp.cont().await.is_ok() {
+        if !clock.held() || self.access.cont().await.is_ok() {
             self.undo.let_go();
         }
         let must_drain = self.checked.must_drain;
@@ -154,16 +154,16 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             self.tell(SaveEvent::Draining);
         }
         let (begun, drained) = (self.begun, must_drain.then_some(self.checked.pid));
-        let Saving { qmp, undo, cancel, .. } = self;
+        let Saving { access, undo, cancel, .. } = self;
         let thaw = async {
             tokio::select! {
-                thawed = undo.thaw() => thawed,
+                thawed = undo.thaw(access) => thawed,
                 () = cancel.requested_times(2) => false,
             }
         };
         let end = async {
             tokio::select! {
-                () = migration::end(qmp, receiving, drained, begun) => error,
+                () = migration::end(&access.qmp, receiving, drained, begun) => error,
                 () = cancel.requested_times(2) => SaveError::InterruptedTwice,
             }
         };

@@ -11,8 +11,10 @@ mod support;
 #[path = "../e2e/harness.rs"]
 mod harness;
 
+mod killed;
 mod monitor;
 mod reverting;
+mod saving;
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {

@@ -16,6 +16,10 @@ tests! {
     what_is_not_there_is_named
 }
 
+/// Without waiting for a libvirt that does not answer.
+const NOW: Duration = Duration::ZERO;
+
+/// The address of a domain.
 fn address(libvirt: &Libvirt, domain: &str) -> DomainAddress {
     let mut address = DomainAddress::new(domain);
     address.uri = Some(libvirt.uri());
@@ -26,8 +30,8 @@ fn a_domains_monitor_is_a_qmp(_: &Dir) -> Result<()> {
     let libvirt = shared_libvirt()?;
     let guest = libvirt.boot(&domain_options("monitored", Qemu::V7))?;
     tokio::runtime::Runtime::new()?.block_on(async {
-        let domain = Domain::open(&address(libvirt, "monitored")).await?;
-        let by_uuid = Domain::open(&address(libvirt, domain.uuid())).await?;
+        let domain = Domain::open(&address(libvirt, "monitored"), NOW).await?;
+        let by_uuid = Domain::open(&address(libvirt, domain.uuid()), NOW).await?;
         assert_eq!(by_uuid.name(), "monitored");
 
         let qmp = domain.monitor().await?;
@@ -69,14 +73,14 @@ fn a_domains_monitor_is_a_qmp(_: &Dir) -> Result<()> {
 fn what_is_not_there_is_named(_: &Dir) -> Result<()> {
     let libvirt = shared_libvirt()?;
     tokio::runtime::Runtime::new()?.block_on(async {
-        let error = Domain::open(&address(libvirt, "nobody")).await.unwrap_err();
+        let error = Domain::open(&address(libvirt, "nobody"), NOW).await.unwrap_err();
         assert!(matches!(error, LibvirtError::NoDomain { .. }), "{error}");
         let mut nowhere = DomainAddress::new("nobody");
         nowhere.uri = Some("qemu+unix:///system?socket=/nonexistent/libvirt-sock".into());
-        let error = Domain::open(&nowhere).await.unwrap_err();
+        let error = Domain::open(&nowhere, NOW).await.unwrap_err();
         assert!(matches!(error, LibvirtError::Connect { .. }), "{error}");
         nowhere.uri = Some("test:///default".into());
-        let error = Domain::open(&nowhere).await.unwrap_err();
+        let error = Domain::open(&nowhere, NOW).await.unwrap_err();
         assert!(matches!(error, LibvirtError::OtherDriver { .. }), "{error}");
         Ok(())
     })

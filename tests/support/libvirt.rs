@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use super::disk::VIRTIO_SCSI;
 use super::{
     Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, deps, run,
     spawn_bound, wait_for,
@@ -24,6 +25,11 @@ const DIRECTORIES: [(&str, &str); 5] = [
     ("/var/log/libvirt", "log"),
     ("/var/cache/libvirt", "cache"),
 ];
+
+/// `qemu.conf`: QEMU 7.2 as another user may call userfaultfd(2) only where the sysctl
+/// `vm.unprivileged_userfaultfd` is 1, which is the whole machine's.
+const MAY_USE_USERFAULTFD: &str =
+    "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\n";
 
 /// Allowed for a boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -87,8 +93,10 @@ impl Libvirt {
             fs::create_dir(&ours)?;
             script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
         }
-        for file in ["libvirtd.conf", "virtlogd.conf", "qemu.conf"] {
-            fs::write(folder.path().join("etc").join(file), "")?;
+        for (file, settings) in
+            [("libvirtd.conf", ""), ("virtlogd.conf", ""), ("qemu.conf", MAY_USE_USERFAULTFD)]
+        {
+            fs::write(folder.path().join("etc").join(file), settings)?;
         }
         let ready = folder.path().join("ready");
         script += &format!("touch {}\nexec sleep infinity\n", text(&ready));
@@ -272,6 +280,18 @@ impl DomainOptions {
             file("serial1.sock"),
             self.devices,
         )
+    }
+}
+
+impl DomainOptions {
+    /// The same with two disks: `vda`, a raw one on virtio, and `sda`, a qcow2 one on SCSI.
+    pub fn with_two_disks(mut self) -> DomainOptions {
+        let disk = |target, bus, format| DomainDisk { target, bus, format, mib: 16 };
+        self.disks.push(disk("vda", "virtio", Format::Raw));
+        self.disks.push(disk("sda", "scsi", Format::Qcow2));
+        self.guest.virtio_blk = true;
+        self.guest.modules = VIRTIO_SCSI;
+        self
     }
 }
 

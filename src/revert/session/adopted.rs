@@ -8,7 +8,7 @@ use tokio::net::UnixStream as AsyncUnixStream;
 
 use crate::guest::Log;
 use crate::host::pidfd::Pidfd;
-use crate::libvirt::{Domain, DomainAddress};
+use crate::libvirt::{Domain, DomainAddress, PATIENCE};
 use crate::qmp::{Qmp, QmpError};
 use crate::revert::error::RevertError;
 
@@ -60,7 +60,9 @@ impl Adopted {
     pub async fn qmp(&self) -> Result<Qmp, RevertError> {
         let socket = match &self.control {
             Control::Socket(socket) => socket,
-            Control::Domain(domain) => return Ok(Domain::open(domain).await?.monitor().await?),
+            Control::Domain(domain) => {
+                return Ok(Domain::open(domain, PATIENCE).await?.monitor().await?);
+            }
             Control::Nobody => return Err(QmpError::Gone { reason: NOBODY.into() }.into()),
         };
         Ok(Adopted::go_on(socket).await?)

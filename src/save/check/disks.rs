@@ -2,16 +2,20 @@
 
 use super::error::CheckError;
 use crate::guest::{self, FoundDisk};
+use crate::libvirt::DomainDisk;
 use crate::machine::{DiskRole, Machine, PluggedDevice};
 use crate::qmp::Qmp;
+use crate::save::checked::target;
 use crate::save::error::SaveError;
 use crate::save::options::{DiskChoice, SaveOptions};
 
-/// The disks, each with its role.
+/// The disks, each with its role. Where the guest is a domain of libvirt's, `domain_disks` are those
+/// that libvirt knows, by which alone they can be captured.
 pub(super) async fn check_disks(
     pid: i32,
     qmp: &Qmp,
     machine: &Machine,
+    domain_disks: Option<&[DomainDisk]>,
     options: &SaveOptions,
 ) -> Result<(Vec<FoundDisk>, String), SaveError> {
     let mut disks = guest::disks(pid, qmp, machine).await?;
@@ -26,6 +30,9 @@ pub(super) async fn check_disks(
         let excluded = options.exclude_disks.iter().any(|name| found.is_called(name));
         if options.disks == DiskChoice::None || excluded {
             continue;
+        }
+        if domain_disks.is_some_and(|known| target(known, found).is_none()) {
+            found.problem = Some("libvirt doesn't know it as a disk of this domain".to_owned());
         }
         if let Some(problem) = found.problem.take() {
             return Err(CheckError::Disk { disk: found.disk.describe(), problem }.into());

@@ -6,6 +6,12 @@ use crate::qmp::Qmp;
 use crate::save::error::SaveError;
 use crate::save::options::SaveOptions;
 
+/// The devices of a domain: libvirt knows them, whenever they were plugged in.
+pub(super) async fn check_domain(qmp: &Qmp) -> Result<(Vec<String>, String), SaveError> {
+    let devices = guest::device_paths(qmp).await?;
+    Ok((devices, "libvirt knows what was plugged in".to_owned()))
+}
+
 /// Brings the machine's record up to date, and returns its devices. A device that a revert can't
 /// bring back is an error, unless it may be left out.
 pub(super) async fn check_hotplug(

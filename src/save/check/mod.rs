@@ -3,6 +3,7 @@
 pub(super) mod error;
 
 mod disks;
+mod domain;
 mod hotplug;
 mod obstacles;
 mod room;
@@ -10,19 +11,19 @@ mod room;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::domain::Described;
 use self::error::{CheckError, OLDEST_QEMU};
-use super::agent;
+use super::access::Access;
 use super::checked::Checked;
 use super::error::SaveError;
 use super::options::SaveOptions;
+use super::quiesce;
 use super::settings::Settings;
 use crate::guest;
 use crate::image::Image;
+use crate::libvirt::Domain;
 use crate::machine::Machine;
 use crate::qmp::{Qmp, QmpError};
-
-/// How long QEMU may take to greet us.
-pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a machine is looked at that a revert would refuse.
 const LOOKS: u32 = 10;
@@ -44,7 +45,7 @@ const LETS_GO: (u32, u32) = (8, 1);
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct CheckItem {
-    /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `disks`,
+    /// What: `qemu`, `state`, `migration`, `devices`, `memory`, `process`, `libvirt`, `disks`,
     /// `hotplug`, `revert`, `room`, `agent`, `parent` or `background-snapshot`.
     pub name: &'static str,
     /// What was found, or why a save would not work.
@@ -63,8 +64,8 @@ pub struct CheckItem {
 /// [`SaveError::Qmp`] when nothing can be asked. What stands in the way of a save is told by
 /// the items.
 pub async fn check(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> {
-    let qmp = Qmp::connect(&options.qmp, ANSWER_TIMEOUT).await?;
-    let (mut items, checked) = look(&qmp, options).await;
+    let access = Access::open(&options.guest, Duration::ZERO).await?;
+    let (mut items, checked) = look(&access, options).await;
     let background = checked.as_ref().is_none_or(|checked| checked.background);
     let says = match background {
         true => "QEMU can write-protect its memory with userfaultfd on this host",
@@ -72,7 +73,7 @@ pub async fn check(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> {
     };
     items.push(CheckItem {
         name: "background-snapshot",
-        outcome: try_settings(&qmp, background).await.map(|()| says.to_owned()),
+        outcome: try_settings(&access.qmp, background).await.map(|()| says.to_owned()),
         warning: false,
     });
     Ok(items)
@@ -87,10 +88,10 @@ async fn try_settings(qmp: &Qmp, background: bool) -> Result<(), SaveError> {
 }
 
 /// Runs all checks except QEMU's own, which it makes when `background-snapshot` is set.
-pub(super) async fn ensure(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, SaveError> {
+pub(super) async fn ensure(access: &Access, options: &SaveOptions) -> Result<Checked, SaveError> {
     let mut left = LOOKS;
     loop {
-        let (items, checked) = look(qmp, options).await;
+        let (items, checked) = look(access, options).await;
         left -= 1;
         match items.into_iter().find_map(|item| item.outcome.err()) {
             // There is a result whenever nothing has failed.
@@ -106,7 +107,8 @@ pub(super) async fn ensure(qmp: &Qmp, options: &SaveOptions) -> Result<Checked, 
 
 /// Looks at everything, in the order in which it is listed. What was found is returned once
 /// all of it could be looked at, even if some of it stands in the way of a save.
-async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Checked>) {
+async fn look(access: &Access, options: &SaveOptions) -> (Vec<CheckItem>, Option<Checked>) {
+    let Access { qmp, domain } = access;
     let mut list = Checklist(Vec::new());
     let version = qmp.version();
     let number = (version.major, version.minor);
@@ -123,20 +125,33 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     let background = running != Some(false) || number >= KEEPS_PAUSED;
     let blocks = list.note("memory", obstacles::check_memory(qmp, background).await);
     let process = list.note("process", record(qmp).await);
+    let described = match domain {
+        Some(domain) => list.note("libvirt", Described::read(domain).await),
+        None => Some(Described::default()),
+    };
     let disks = match &process {
         Some((pid, machine)) => {
-            list.note("disks", disks::check_disks(*pid, qmp, machine, options).await)
+            let known = described.as_ref().filter(|_| domain.is_some());
+            let known = known.map(|described| &described.disks[..]);
+            list.note("disks", disks::check_disks(*pid, qmp, machine, known, options).await)
         }
         None => None,
     };
-    let (Some(running), Some(blocks), Some((pid, mut machine)), Some(mut disks)) =
-        (running, blocks, process, disks)
+    let (Some(running), Some(blocks), Some((pid, mut machine)), Some(mut disks), Some(described)) =
+        (running, blocks, process, disks, described)
     else {
         return (list.0, None);
     };
-    let plugged = hotplug::check_hotplug(qmp, &mut machine, &mut disks, options).await;
+    let plugged = match domain {
+        // What was plugged in is in the domain's XML.
+        Some(_) => hotplug::check_domain(qmp).await,
+        None => hotplug::check_hotplug(qmp, &mut machine, &mut disks, options).await,
+    };
     let Some(devices) = list.note("hotplug", plugged) else { return (list.0, None) };
-    let revert = disks::check_revert(&machine, &disks, options);
+    let revert = match domain {
+        Some(_) => Ok(None),
+        None => disks::check_revert(&machine, &disks, options),
+    };
     let irrevertible = list.note(
         "revert",
         revert.map(|why| {
@@ -147,11 +162,14 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
     let irrevertible = irrevertible.flatten();
     list.warn_if(irrevertible.is_some());
     list.note("room", room::check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
-    list.note("agent", check_agent(options).await);
+    list.note("agent", check_agent(options, domain.as_ref()).await);
     let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
     let uncaptured = disks.iter().filter(|found| found.writable());
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
-    let machine = Machine { running, uncaptured_disks, ..machine };
+    let Described { live: libvirt_xml, persistent: libvirt_inactive_xml, disks: domain_disks } =
+        described;
+    let machine =
+        Machine { running, uncaptured_disks, libvirt_xml, libvirt_inactive_xml, ..machine };
     let must_drain = background && number < LETS_GO;
     let checked = Checked {
         machine,
@@ -159,6 +177,7 @@ async fn look(qmp: &Qmp, options: &SaveOptions) -> (Vec<CheckItem>, Option<Check
         blocks,
         parent,
         disks,
+        domain_disks,
         devices,
         irrevertible,
         background,
@@ -176,9 +195,12 @@ fn open_parent(options: &SaveOptions) -> Result<(Option<Arc<Image>>, String), Sa
 }
 
 /// Asks the guest agent that is to freeze file systems whether it could.
-async fn check_agent(options: &SaveOptions) -> Result<((), String), SaveError> {
+async fn check_agent(
+    options: &SaveOptions,
+    domain: Option<&Domain>,
+) -> Result<((), String), SaveError> {
     match &options.quiesce {
-        Some(socket) => Ok(((), agent::check(socket, &agent::PATIENCE).await?)),
+        Some(quiesce) => Ok(((), quiesce::check(quiesce, domain).await?)),
         None => Ok(((), "none was asked for".into())),
     }
 }

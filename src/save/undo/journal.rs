@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::error::JournalError;
 use crate::host::procfs::started;
 use crate::save::overlays::Overlay;
+use crate::save::quiesce::Frozen;
 use crate::save::settings::Settings;
 
 /// The longest journal that is read, in bytes: far more than any save writes.
@@ -31,8 +32,8 @@ pub(in crate::save) struct Plan {
     pub replaces: Option<(u64, u64)>,
     /// The guest ran until we stopped it, or were about to.
     pub held: bool,
-    /// The guest agent's socket, if its file systems may be frozen by us.
-    pub frozen: Option<PathBuf>,
+    /// The guest's agent, if its file systems may be frozen by us.
+    pub frozen: Option<Frozen>,
     /// QEMU's settings as they were.
     pub settings: Settings,
     /// Overlays that may exist.

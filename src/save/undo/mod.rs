@@ -4,17 +4,18 @@ pub(super) mod error;
 pub(super) mod journal;
 pub(super) mod overlays;
 
-use std::path::Path;
 use std::time::Duration;
 
 use self::error::LeftOver;
 use self::journal::{Journal, Plan, file_identity};
-use super::agent::{self, Agent, AgentError, PATIENCE};
+use super::access::Access;
+use super::agent::AgentError;
 use super::checked::Checked;
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::options::SaveOptions;
+use super::options::{Quiesce, SaveOptions};
 use super::overlays::Overlay;
+use super::quiesce::Freezer;
 use super::settings::Settings;
 use crate::cancel::Cancellation;
 use crate::host::procfs::started;
@@ -39,8 +40,7 @@ impl Undo {
         options: &SaveOptions,
         checked: &Checked,
     ) -> Result<Undo, SaveError> {
-        let overlays =
-            Overlay::plan(checked.captured(), options.overlay_dir.as_deref(), &options.image)?;
+        let overlays = Overlay::plan(checked, options.overlay_dir.as_deref(), &options.image)?;
         let plan = Plan {
             qemu: started(checked.pid).map(|started| (checked.pid, started)),
             replaces: file_identity(&options.image).ok().flatten(),
@@ -68,14 +68,18 @@ impl Undo {
         self.switched = true;
     }
 
-    /// Freezes the guest's file systems by the agent at `socket`, and returns how many those
-    /// are. Whatever comes of it, [`Undo::thaw`] is due.
-    pub async fn freeze(&mut self, socket: &Path, cancel: &Cancellation) -> Result<u64, SaveError> {
+    /// Freezes the guest's file systems by its agent, and returns how many those are. Whatever
+    /// comes of it, [`Undo::thaw`] is due.
+    pub async fn freeze(
+        &mut self,
+        quiesce: &Quiesce,
+        access: &Access,
+        cancel: &Cancellation,
+    ) -> Result<u64, SaveError> {
+        let domain = access.domain.as_ref();
         let freeze = async {
-            let agent = Agent::connect(socket, &PATIENCE).await?;
-            // `recover` may be called in another working directory.
-            let absolute = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
-            self.plan.frozen = Some(absolute);
+            let agent = Freezer::reach(quiesce, domain).await?;
+            self.plan.frozen = Some(agent.frozen());
             self.write()?;
             Ok::<u64, SaveError>(agent.freeze().await?)
         };
@@ -86,8 +90,9 @@ impl Undo {
         if let Err(SaveError::Agent(AgentError::Refused { .. })) = frozen {
             // An agent that fails to freeze thaws by itself. It is told again to be sure, and
             // may refuse that too.
-            let _ = agent::thaw(socket, &PATIENCE).await;
-            self.plan.frozen = None;
+            if let Some(agent) = self.plan.frozen.take() {
+                let _ = agent.thaw(domain).await;
+            }
         }
         frozen
     }
@@ -95,9 +100,9 @@ impl Undo {
     /// Thaws the guest's file systems, if they may be frozen, and returns whether it did.
     /// They count as frozen until that has worked, so this may be dropped at any time and
     /// called again.
-    pub async fn thaw(&mut self) -> bool {
-        let Some(socket) = &self.plan.frozen else { return false };
-        match agent::thaw(socket, &PATIENCE).await {
+    pub async fn thaw(&mut self, access: &Access) -> bool {
+        let Some(agent) = &self.plan.frozen else { return false };
+        match agent.thaw(access.domain.as_ref()).await {
             Ok(()) => self.plan.frozen = None,
             Err(error) => self.not_thawed = Some(error),
         }
@@ -118,12 +123,12 @@ impl Undo {
     /// To be called once the guest goes on: thaws it, and returns whether it did. From now on
     /// the journal says that a guest which is found paused was not paused by us. No failure
     /// in here ends the save.
-    pub async fn guest_goes_on(&mut self) -> bool {
+    pub async fn guest_goes_on(&mut self, access: &Access) -> bool {
         if !self.plan.held && self.plan.frozen.is_none() {
             return false;
         }
         self.plan.held = false;
-        let thawed = self.thaw().await;
+        let thawed = self.thaw(access).await;
         if let Err(error) = self.write() {
             tracing::debug!("{error}");
         }
@@ -144,26 +149,26 @@ impl Undo {
     /// not be undone: then the journal stays.
     pub async fn all(
         mut self,
-        qmp: &Qmp,
+        access: &Access,
         cause: SaveError,
         on_event: &mut impl FnMut(SaveEvent),
     ) -> SaveError {
         let mut left = Vec::new();
-        if let Err(error) = self.restore_settings(qmp).await {
+        if let Err(error) = self.restore_settings(&access.qmp).await {
             left.push(LeftOver::Settings(error));
         }
         if self.plan.frozen.is_some() {
             left.push(LeftOver::Frozen(self.not_thawed.take()));
         }
         // A QEMU that has ended has no settings, and no guest that is frozen.
-        if !left.is_empty() && has_ended(qmp, &self.plan).await {
+        if !left.is_empty() && has_ended(&access.qmp, &self.plan).await {
             left.clear();
             // Nor has its guest written anything to overlays that it never had.
             if !self.switched {
                 self.plan.overlays.iter().for_each(Overlay::remove);
             }
         }
-        left.extend(overlays::undo_overlays(qmp, &self.plan.overlays, on_event).await);
+        left.extend(overlays::undo_overlays(access, &self.plan.overlays, on_event).await);
         if left.is_empty() {
             return match self.journal.remove() {
                 Ok(()) => cause,

@@ -8,7 +8,9 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::error::LeftOver;
+use crate::libvirt::{Domain, LibvirtError};
 use crate::qmp::{BlockEdge, Qmp, QmpError};
+use crate::save::access::Access;
 use crate::save::event::SaveEvent;
 use crate::save::failpoints::failpoint;
 use crate::save::overlays::Overlay;
@@ -19,17 +21,28 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Takes all overlays away. Returns those that could not be taken away.
 pub(in crate::save) async fn undo_overlays(
-    qmp: &Qmp,
+    access: &Access,
     overlays: &[Overlay],
     on_event: &mut impl FnMut(SaveEvent),
 ) -> Vec<LeftOver> {
     let mut left = Vec::new();
     for overlay in overlays {
-        match overlay.undo(qmp).await {
+        let Access { qmp, domain } = access;
+        let undone = match (domain, &overlay.target) {
+            (Some(domain), Some(target)) => overlay.undo_in_domain(domain, target).await,
+            _ => overlay.undo(qmp).await,
+        };
+        match undone {
             Ok(true) => on_event(SaveEvent::Committed { disk: overlay.disk.clone() }),
             Ok(false) => {}
             Err(_) if qmp.ended().is_some() => left.extend(overlay.left_behind()),
-            Err(reason) => left.push(overlay.left_over(reason, overlay.commit_by_hand(qmp).await)),
+            Err(reason) => {
+                let remedy = match (domain, &overlay.target) {
+                    (Some(domain), Some(target)) => commit_by_virsh(domain, target),
+                    _ => overlay.commit_by_hand(qmp).await,
+                };
+                left.push(overlay.left_over(reason, remedy));
+            }
         }
     }
     left
@@ -70,9 +83,41 @@ impl Overlay {
         if is_open(&self.file_node) {
             qmp.blockdev_del(&self.file_node).await.map_err(text)?;
         }
+        self.remove_unused()?;
+        Ok(in_use)
+    }
+
+    /// The same through libvirt, which knows the disk as `target`.
+    async fn undo_in_domain(&self, domain: &Domain, target: &str) -> Result<bool, String> {
+        let text = |e: LibvirtError| e.to_string();
+        // An earlier attempt may have been killed.
+        let mut in_use = domain.has_block_job(target).await.map_err(text)?;
+        if !in_use {
+            let disks = domain.disks().await.map_err(text)?;
+            let disk = disks.into_iter().find(|disk| disk.target == target).unwrap_or_default();
+            if let Some(above) = disk.source.as_ref().filter(|_| disk.below.contains(&self.path)) {
+                return Err(format!("{above} lies over it meanwhile"));
+            }
+            in_use = disk.source.as_ref() == Some(&self.path);
+            if in_use {
+                domain.begin_commit(target).await.map_err(text)?;
+                failpoint("committing");
+            }
+        }
+        if in_use {
+            let end = tokio::time::timeout(COMMIT_TIMEOUT, domain.end_commit(target)).await;
+            end.map_err(|_| format!("it has not ended in {COMMIT_TIMEOUT:?}"))?.map_err(text)?;
+            failpoint("committed");
+        }
+        self.remove_unused()?;
+        Ok(in_use)
+    }
+
+    /// Removes the file, which no QEMU has open any more.
+    fn remove_unused(&self) -> Result<(), String> {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.to_string()),
-            _ => Ok(in_use),
+            _ => Ok(()),
         }
     }
 
@@ -129,6 +174,15 @@ impl Overlay {
              `{{\"execute\":\"job-complete\",\"arguments\":{complete}}}`"
         )
     }
+}
+
+/// What commits the overlay of a domain that runs.
+fn commit_by_virsh(domain: &Domain, target: &str) -> String {
+    let name = domain.name();
+    format!(
+        "try again with `recover()` of this image, or commit it by `virsh blockcommit {name} \
+         {target} --shallow --active --pivot`"
+    )
 }
 
 /// The node on top of those that lie over `node`.

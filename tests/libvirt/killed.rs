@@ -1,0 +1,203 @@
+//! Saves that are killed at each step, or during which libvirtd is restarted.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::harness::{Dir, Running, check};
+use crate::saving::{Disks, ask, overlays, save};
+use crate::support::libvirt::{Libvirt, domain_options, shared_libvirt};
+use crate::support::{Attached, Qemu, Result};
+use crate::tests;
+
+tests! {
+    a_save_is_killed_at_every_step
+    a_killed_save_is_cleaned_up_by_its_keeper
+    libvirtd_is_restarted_during_a_save
+}
+
+/// The variable that names the step at which a save stops: in builds for tests only.
+pub const STOP_AT: &str = "SNAPBACK_TEST_STOP_AT";
+
+/// What a save with two disks does, step by step.
+const STEPS: [&str; 15] = [
+    "journal",
+    "settings",
+    "overlay 0",
+    "overlay 1",
+    "ready",
+    "held",
+    "stopped",
+    "switched",
+    "migrating",
+    "first page",
+    "released",
+    "moment",
+    "received",
+    "restored",
+    "named",
+];
+
+/// A domain that is saved and killed, and what is known of it.
+struct Domain {
+    libvirt: &'static Libvirt,
+    name: &'static str,
+    guest: Attached,
+}
+
+/// What a save changes, and what undoing it has to put back.
+#[derive(Debug, PartialEq)]
+struct State {
+    state: String,
+    disks: Disks,
+    capabilities: Value,
+    jobs: Value,
+    overlays: usize,
+    files: Vec<String>,
+}
+
+impl Domain {
+    fn boot(name: &'static str) -> Result<Domain> {
+        let libvirt = shared_libvirt()?;
+        let mut guest = libvirt.boot(&domain_options(name, Qemu::V7).with_two_disks())?;
+        for disk in ["vda", "sda"] {
+            ask(&mut guest, &format!("disk write /dev/{disk} 64 7"))?;
+        }
+        Ok(Domain { libvirt, name, guest })
+    }
+
+    fn monitor(&self, command: &str) -> Result<Value> {
+        let command = format!("{{\"execute\":\"{command}\"}}");
+        let answer = self.libvirt.virsh(&["qemu-monitor-command", self.name, &command])?;
+        Ok(serde_json::from_str::<Value>(&answer)?["return"].clone())
+    }
+
+    fn state(&self, dir: &Dir) -> Result<State> {
+        Ok(State {
+            state: self.libvirt.virsh(&["domstate", self.name])?.trim().to_owned(),
+            disks: Disks::of(self.libvirt, self.name)?,
+            capabilities: self.monitor("query-migrate-capabilities")?,
+            jobs: self.monitor("query-jobs")?,
+            overlays: overlays(self.name, self.libvirt)?.len(),
+            files: dir.names(".")?,
+        })
+    }
+
+    fn is_as_before(&mut self, dir: &Dir, before: &State, step: &str) -> Result<()> {
+        assert_eq!(&self.state(dir)?, before, "killed at `{step}`");
+        self.is_well(step)
+    }
+
+    fn is_well(&mut self, step: &str) -> Result<()> {
+        check(&mut self.guest).map_err(|e| format!("killed at `{step}`: {e}"))?;
+        for disk in ["vda", "sda"] {
+            ask(&mut self.guest, &format!("disk check /dev/{disk} 64 7"))?;
+        }
+        Ok(())
+    }
+
+    /// Recovers; the outcome.
+    fn recover(&self, dir: &Dir) -> Result<String> {
+        let ended = save(dir, self.libvirt, self.name, "vm.snap").with(&["--recover"]).succeed()?;
+        Ok(ended.event("recovered")?["outcome"].as_str().unwrap_or_default().to_owned())
+    }
+
+    fn save_to(&self, dir: &Dir, step: &str, args: &[&str]) -> Result<Running> {
+        let saving = save(dir, self.libvirt, self.name, "vm.snap").with(args);
+        let saving = saving.env(STOP_AT, step).start()?;
+        saving.wait_stopped()?;
+        Ok(saving)
+    }
+}
+
+fn a_save_is_killed_at_every_step(dir: &Dir) -> Result<()> {
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    let mut domain = Domain::boot("killed")?;
+    assert_eq!(domain.recover(dir)?, "nothing");
+    for step in STEPS {
+        let before = domain.state(dir)?;
+        domain.save_to(dir, step, &["--no-keeper"])?.signal(libc::SIGKILL);
+        let outcome = domain.recover(dir).map_err(|e| format!("killed at `{step}`: {e}"))?;
+        if step == "named" {
+            assert_eq!(outcome, "saved");
+            domain.is_well(step)?;
+            fs::remove_file(dir.path("vm.snap"))?;
+        } else {
+            assert_eq!(outcome, "undone");
+            domain.is_as_before(dir, &before, step)?;
+        }
+    }
+
+    // A save that undoes itself is killed, and then recovering as well.
+    for step in ["committing", "committed"] {
+        let before = domain.state(dir)?;
+        let undoing = domain.save_to(dir, &format!("moment,{step}"), &["--no-keeper"])?;
+        undoing.signal(libc::SIGINT);
+        undoing.signal(libc::SIGCONT);
+        undoing.wait_stopped()?;
+        undoing.signal(libc::SIGKILL);
+        drop(undoing);
+        let recovering = save(dir, domain.libvirt, domain.name, "vm.snap").with(&["--recover"]);
+        let recovering = recovering.env(STOP_AT, step).start()?;
+        recovering.wait_stopped()?;
+        recovering.signal(libc::SIGKILL);
+        drop(recovering);
+        assert_eq!(domain.recover(dir)?, "undone");
+        domain.is_as_before(dir, &before, step)?;
+    }
+    save(dir, domain.libvirt, domain.name, "vm.snap").succeed().map(drop)
+}
+
+fn a_killed_save_is_cleaned_up_by_its_keeper(dir: &Dir) -> Result<()> {
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    let mut domain = Domain::boot("kept")?;
+    for step in ["settings", "stopped", "switched", "migrating", "moment", "named"] {
+        let before = domain.state(dir)?;
+        let saving = domain.save_to(dir, step, &[])?;
+        saving.signal(libc::SIGKILL);
+        // Its keeper speaks for it.
+        let ended = saving.end()?;
+        let outcome = ended.event("recovered").map_err(|e| format!("killed at `{step}`: {e}"))?;
+        match step {
+            "named" => assert_eq!(outcome["outcome"], "saved"),
+            _ => {
+                assert_eq!(outcome["outcome"], "undone");
+                domain.is_as_before(dir, &before, step)?;
+            }
+        }
+    }
+    domain.is_well("named")
+}
+
+fn libvirtd_is_restarted_during_a_save(dir: &Dir) -> Result<()> {
+    if !cfg!(debug_assertions) {
+        return Ok(());
+    }
+    let mut domain = Domain::boot("restarted")?;
+    for step in STEPS.into_iter().filter(|step| *step != "named") {
+        let before = domain.state(dir)?;
+        let saving = domain.save_to(dir, step, &["--force"])?;
+        domain.libvirt.stop_libvirtd();
+        saving.signal(libc::SIGCONT);
+        domain.libvirt.start_libvirtd()?;
+        let ended = saving.end()?;
+        match ended.code {
+            // All that is left to do is asked again.
+            Some(0) => {
+                domain.is_well(step)?;
+                fs::remove_file(dir.path("vm.snap"))?;
+            }
+            _ => {
+                ended.failure().map_err(|e| format!("restarted at `{step}`: {e}"))?;
+                domain.is_as_before(dir, &before, step)?;
+            }
+        }
+        eprintln!("restarted at `{step}`: {:?}", ended.event("error").ok());
+        assert!(!dir.path(".vm.snap.journal").exists(), "restarted at `{step}`: {ended:?}");
+    }
+    Ok(())
+}
