@@ -213,7 +213,7 @@ fn what_was_plugged_in_comes_back(dir: &Dir) -> Result<()> {
         libvirt.virsh(&["attach-device", "plugged", text(&card(&guest.dir)?), "--live"])?;
         crate::support::wait_for(crate::support::SOON, "the guest to see them", || {
             devices = guest.oracle.ask("devices")?;
-            Ok((devices.matches("1af4:").count() >= 4).then_some(()))
+            Ok((devices.matches("1af4:").count() == 5).then_some(()))
         })
     })?;
     let (mut guest, _) = saved.replaced(dir)?;

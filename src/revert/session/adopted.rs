@@ -51,6 +51,11 @@ impl Adopted {
         self.pid
     }
 
+    /// Whether libvirt has started it.
+    pub fn is_libvirts(&self) -> bool {
+        matches!(self.control, Control::Domain(_))
+    }
+
     /// What it has written to its standard error.
     pub fn words(&self) -> String {
         self.output.tail()

@@ -97,6 +97,17 @@ impl Qemu {
         reached.inspect_err(|error| tracing::warn!("QEMU's control socket: {error}")).ok()
     }
 
+    /// The capabilities that are on for a postcopy only. libvirt has QEMU tell of every
+    /// migration, and waits for that when it saves the domain itself.
+    pub fn turned_on(&self) -> &'static [&'static str] {
+        let is_libvirts = match self {
+            Qemu::Domain { .. } => true,
+            Qemu::Adopted(qemu) => qemu.is_libvirts(),
+            Qemu::Ours { .. } | Qemu::Theirs { .. } => false,
+        };
+        if is_libvirts { &POSTCOPY[..1] } else { &POSTCOPY }
+    }
+
     /// Its process id, where it is known.
     pub fn pid(&self) -> Option<i32> {
         match self {
@@ -236,8 +247,8 @@ pub(super) async fn has_run(events: &mut Events) -> bool {
 }
 
 /// Waits until QEMU has ended the migration, whose completion it has confirmed on the return
-/// path, and turns its capabilities off again, as they are in a QEMU that was never migrated.
-pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
+/// path, and turns the capabilities off that were turned on for it.
+pub(super) async fn finish_postcopy(qmp: &Qmp, turned_on: &[&str]) -> Result<(), QmpError> {
     let mut events = qmp.events();
     let status = qmp.migration_info().await?.status.unwrap_or_default();
     // Any other status belongs to a later migration: somebody saves this guest, for example.
@@ -246,7 +257,8 @@ pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
             |event: &Event| event.name == "MIGRATION" && event.data["status"] == "completed";
         events.wait(ended, END_TIMEOUT).await?;
     }
-    qmp.set_migration_capabilities(&POSTCOPY.map(|name| (name, false))).await
+    let off: Vec<_> = turned_on.iter().map(|name| (*name, false)).collect();
+    qmp.set_migration_capabilities(&off).await
 }
 
 #[cfg(test)]
@@ -257,7 +269,7 @@ mod tests {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::UnixStream;
 
-    use super::{Qmp, QmpError, finish_postcopy, has_run};
+    use super::{POSTCOPY, Qmp, QmpError, finish_postcopy, has_run};
     use std::time::Duration;
 
     /// A QEMU's control socket: `answer` gives what is sent for each command.
@@ -302,7 +314,7 @@ mod tests {
             ],
             _ => vec![json!({"return": {}})],
         });
-        finish_postcopy(&qmp.await).await.unwrap();
+        finish_postcopy(&qmp.await, &POSTCOPY).await.unwrap();
     }
 
     #[tokio::test]
@@ -311,7 +323,7 @@ mod tests {
             "query-migrate" => vec![json!({"return": {"status": "active"}})],
             _ => vec![json!({"error": {"class": "GenericError", "desc": "there is a migration"}})],
         });
-        let error = finish_postcopy(&qmp.await).await.unwrap_err();
+        let error = finish_postcopy(&qmp.await, &POSTCOPY).await.unwrap_err();
         assert!(matches!(&error, QmpError::Command { .. }), "{error}");
     }
 
