@@ -19,7 +19,13 @@ tests! {
     what_virsh_saved_reverts_as_its_domain
     what_is_exported_is_restored_by_virsh
     what_stands_in_the_way_is_told
+    a_server_that_is_killed_is_succeeded
+    libvirtd_may_be_gone_while_memory_comes
+    a_paused_guest_stays_paused
 }
+
+/// Fills memory, and takes some seconds for that.
+const SLOWLY: [&str; 4] = ["--replace", "--fill-rate", "12M", "--no-working-set"];
 
 /// A domain with two disks and a network card.
 fn options(name: &'static str) -> DomainOptions {
@@ -283,4 +289,50 @@ fn what_stands_in_the_way_is_told(dir: &Dir) -> Result<()> {
     assert_eq!(files.filter(|entry| made(&entry.file_name())).count(), 0);
     saved.virsh("destroy", &[])?;
     Ok(())
+}
+
+fn a_server_that_is_killed_is_succeeded(dir: &Dir) -> Result<()> {
+    let saved = Saved::make(dir, &options("killed-server"), |_, _| Ok(()))?;
+    let mut server = saved.revert(dir, &SLOWLY).start()?;
+    let mut guest = Attached::to(pid(&server.wait("running")?)?, &saved.folder)?;
+    server.signal(libc::SIGKILL);
+    assert_eq!(server.wait("taken_over")?["by"], "keeper");
+    saved.check(&mut guest)?;
+    server.wait("resident")?;
+    server.end()?;
+    saved.check(&mut guest)?;
+    std::mem::forget(guest);
+    // Its successor has told QEMU, by libvirt, that the migration is over.
+    let file = saved.libvirt.path("killed-server.save");
+    saved.virsh("save", &[text(&file)]).map(drop)
+}
+
+fn libvirtd_may_be_gone_while_memory_comes(dir: &Dir) -> Result<()> {
+    let saved = Saved::make(dir, &options("daemonless"), |_, _| Ok(()))?;
+    let mut server = saved.revert(dir, &SLOWLY).start()?;
+    let mut guest = Attached::to(pid(&server.wait("running")?)?, &saved.folder)?;
+    saved.libvirt.stop_libvirtd();
+    saved.check(&mut guest)?;
+    saved.libvirt.start_libvirtd()?;
+    server.wait("resident")?;
+    server.succeed()?;
+    saved.check(&mut guest)?;
+    std::mem::forget(guest);
+    assert_eq!(saved.virsh("domstate", &[])?.trim(), "running");
+    saved.virsh("destroy", &[]).map(drop)
+}
+
+fn a_paused_guest_stays_paused(dir: &Dir) -> Result<()> {
+    let saved = Saved::make(dir, &options("suspended"), |_, _| Ok(()))?;
+    saved.virsh("suspend", &[])?;
+    save(dir, saved.libvirt, saved.name, "paused.snap").succeed()?;
+    let paused = Saved { image: dir.path("paused.snap"), ..saved };
+    paused.revert(dir, &["--replace"]).succeed()?;
+    assert_eq!(paused.virsh("domstate", &[])?.trim(), "paused");
+    paused.virsh("resume", &[])?;
+    let mut guest = Attached::to(paused.libvirt.pid_of(paused.name)?, &paused.folder)?;
+    ask(&mut guest, "disk check /dev/vda 64 8")?;
+    check(&mut guest)?;
+    std::mem::forget(guest);
+    paused.virsh("destroy", &[]).map(drop)
 }
