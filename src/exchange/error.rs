@@ -97,7 +97,7 @@ pub enum ExchangeError {
     Vm(#[from] GuestError),
     /// The image's domain can't be written.
     #[error(transparent)]
-    Domain(#[from] PlanError),
+    Domain(Box<PlanError>),
     /// The command line names another machine type than the stream.
     #[error(
         "the command line names the machine type `{given}`, but the guest is a `{stream}`: device \
@@ -150,6 +150,15 @@ pub enum ExchangeError {
     /// The export or import was cancelled.
     #[error("interrupted: nothing was written")]
     Interrupted,
+}
+
+impl From<PlanError> for ExchangeError {
+    fn from(error: PlanError) -> ExchangeError {
+        match error {
+            PlanError::Guest(error) => error.into(),
+            error => ExchangeError::Domain(Box::new(error)),
+        }
+    }
 }
 
 impl ExchangeError {

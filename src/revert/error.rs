@@ -31,7 +31,7 @@ pub enum RevertError {
     Vm(#[from] GuestError),
     /// The image's domain can't be started as it was saved.
     #[error(transparent)]
-    Domain(PlanError),
+    Domain(Box<PlanError>),
     /// libvirt does not start the domain, or run it.
     #[error(transparent)]
     Libvirt(#[from] LibvirtError),
@@ -174,7 +174,7 @@ impl From<PlanError> for RevertError {
     fn from(error: PlanError) -> RevertError {
         match error {
             PlanError::Guest(error) => error.into(),
-            error => RevertError::Domain(error),
+            error => RevertError::Domain(Box::new(error)),
         }
     }
 }
