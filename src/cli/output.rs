@@ -50,6 +50,8 @@ pub(super) struct Output {
     bar: ProgressBar,
     /// Whether events go to stderr too.
     log: bool,
+    /// Whether the guest is a domain of libvirt's, which knows of the overlays.
+    domain: bool,
 }
 
 impl Output {
@@ -59,14 +61,19 @@ impl Output {
             false => ProgressBar::hidden(),
         };
         LazyLock::force(&START);
-        Output { json, bar, log: false }
+        Output { json, bar, log: false, domain: false }
+    }
+
+    /// The same for a guest that may be a `domain` of libvirt's.
+    pub fn of_domain(self, domain: bool) -> Output {
+        Output { domain, ..self }
     }
 
     /// The output of a server in the background: JSON to the process that started it, for as
     /// long as that reads, and the same to the log.
     pub fn of_server() -> Output {
         LazyLock::force(&START);
-        Output { json: true, bar: ProgressBar::hidden(), log: true }
+        Output { json: true, bar: ProgressBar::hidden(), log: true, domain: false }
     }
 
     /// Prints an event as one JSON object.
@@ -200,8 +207,14 @@ impl Output {
         if disks.is_empty() {
             return;
         }
-        self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
         let detail = |text: &str| print_line(&format!("{:26}{text}", ""));
+        if self.domain {
+            self.say("DISKS", "from now on the domain lives in new files, as libvirt knows:");
+            disks.iter().for_each(|disk| detail(&disk.overlay));
+            detail("Don't write to those below, nor remove them: they are part of this snapshot.");
+            return;
+        }
+        self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
         detail("Started from an old file again, it loses all that it has written since, and");
         detail("destroys this snapshot.");
         for SwitchedDisk { frozen, option, .. } in disks {

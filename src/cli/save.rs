@@ -147,7 +147,7 @@ impl GuestArgs {
 
 /// Runs the command.
 pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
-    let output = Output::new(args.json);
+    let output = Output::new(args.json).of_domain(args.guest.domain.is_some());
     let guest = args.guest.address();
     if args.recover {
         let done = recover(guest, &args.image, |event| output.save(&event)).await?;

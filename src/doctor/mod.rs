@@ -98,7 +98,7 @@ impl Diagnosis {
 pub fn examine() -> Diagnosis {
     let mut items = host::examine();
     items.extend(qemu::examine());
-    items.push(libvirt::examine());
+    items.extend(libvirt::examine());
     Diagnosis::of(items)
 }
 

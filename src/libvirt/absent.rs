@@ -5,8 +5,8 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use super::address::DomainAddress;
+use super::disk::DomainDisk;
 use super::error::LibvirtError;
-use super::xml::DomainDisk;
 use crate::qmp::Qmp;
 
 /// There is nothing to wait for.
@@ -72,6 +72,7 @@ methods! {
     live_xml() -> String;
     persistent_xml() -> Option<String>;
     disks() -> Vec<DomainDisk>;
+    persistent_disks() -> Vec<DomainDisk>;
     agent_is_connected() -> bool;
     suspend() -> ();
     resume() -> ();

@@ -8,11 +8,11 @@ use virt::error::Error;
 use virt::sys;
 
 use super::address::DomainAddress;
+use super::disk::DomainDisk;
 use super::error::LibvirtError;
 use super::link::{Link, PATIENCE};
 use super::monitor::Monitor;
-use super::xml::{self, DomainDisk};
-use super::{calls, process};
+use super::{calls, process, xml};
 use crate::qmp::{DEFAULT_TIMEOUT, Qmp};
 
 /// How often a commit is asked whether it is done.
@@ -74,31 +74,34 @@ impl Domain {
     /// (`virsh dumpxml --migratable --security-info`).
     pub async fn live_xml(&self) -> Result<String, LibvirtError> {
         let flags = sys::VIR_DOMAIN_XML_MIGRATABLE | sys::VIR_DOMAIN_XML_SECURE;
-        self.call("reading the domain's XML", move |domain| domain.xml_desc(flags)).await
+        self.ask("reading the domain's XML", move |domain| domain.xml_desc(flags)).await
     }
 
     /// The domain as it will be after its next start (`virsh dumpxml --inactive
     /// --security-info`). None where it is transient.
     pub async fn persistent_xml(&self) -> Result<Option<String>, LibvirtError> {
         let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
-        self.call("reading the domain's definition", move |domain| {
-            match domain.is_persistent()? {
-                true => domain.xml_desc(flags).map(Some),
-                false => Ok(None),
-            }
+        self.ask("reading the domain's definition", move |domain| match domain.is_persistent()? {
+            true => domain.xml_desc(flags).map(Some),
+            false => Ok(None),
         })
         .await
     }
 
     /// Its disks as it runs.
     pub async fn disks(&self) -> Result<Vec<DomainDisk>, LibvirtError> {
-        let xml = self.call("reading the domain's disks", |domain| domain.xml_desc(0)).await?;
+        let xml = self.ask("reading the domain's disks", |domain| domain.xml_desc(0)).await?;
         Ok(xml::disks(&xml))
+    }
+
+    /// Its disks as its definition has them; none of a transient domain.
+    pub async fn persistent_disks(&self) -> Result<Vec<DomainDisk>, LibvirtError> {
+        Ok(self.persistent_xml().await?.map(|xml| xml::disks(&xml)).unwrap_or_default())
     }
 
     /// Whether an agent in the guest has its channel to libvirt open.
     pub async fn agent_is_connected(&self) -> Result<bool, LibvirtError> {
-        let xml = self.call("reading the domain's channels", |domain| domain.xml_desc(0)).await?;
+        let xml = self.ask("reading the domain's channels", |domain| domain.xml_desc(0)).await?;
         Ok(xml::agent_is_connected(&xml))
     }
 
@@ -179,9 +182,20 @@ impl Domain {
 
     async fn block_job(&self, target: &str) -> Result<Option<(u64, u64)>, LibvirtError> {
         let target = target.to_owned();
-        self.call("asking for block jobs", move |domain| calls::block_job(domain, &target)).await
+        self.ask("asking for block jobs", move |domain| calls::block_job(domain, &target)).await
     }
 
+    /// As [`Link::ask`].
+    async fn ask<T: Send + 'static>(
+        &self,
+        doing: &'static str,
+        question: impl Fn(&virt::domain::Domain) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, LibvirtError> {
+        let link = self.link.clone();
+        on_a_thread(move || link.ask(doing, question)).await
+    }
+
+    /// As [`Link::call`].
     async fn call<T: Send + 'static>(
         &self,
         doing: &'static str,

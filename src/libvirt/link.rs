@@ -115,6 +115,18 @@ impl Link {
         })
     }
 
+    /// Asks libvirt something: once more where the connection broke meanwhile.
+    pub fn ask<T>(
+        &self,
+        doing: &str,
+        question: impl Fn(&Domain) -> Result<T, Error>,
+    ) -> Result<T, LibvirtError> {
+        match self.call(doing, &question) {
+            Err(LibvirtError::Lost { .. }) => self.call(doing, &question),
+            answer => answer,
+        }
+    }
+
     /// Has QEMU carry out a command of its monitor, and returns QEMU's whole answer.
     pub fn monitor_command(
         &self,

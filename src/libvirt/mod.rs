@@ -8,12 +8,12 @@
 
 mod address;
 mod definition;
+mod disk;
 mod error;
 mod launch;
 mod options;
 mod plan;
 mod sibling;
-mod xml;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;
@@ -35,14 +35,16 @@ mod monitor;
 mod process;
 #[cfg(feature = "libvirt")]
 mod start;
+#[cfg(feature = "libvirt")]
+mod xml;
 
 pub use address::DomainAddress;
 pub use definition::DefinitionError;
+pub use disk::DomainDisk;
 pub use error::LibvirtError;
 pub use launch::{LaunchError, StartedDomain};
 pub use options::DomainOptions;
 pub use plan::{DomainPlan, PlanError, restorable};
-pub use xml::{DomainDisk, disks};
 
 #[cfg(not(feature = "libvirt"))]
 pub use absent::{Domain, PATIENCE};

@@ -42,8 +42,8 @@ fn carry_all(link: &Link, queue: &Receiver<Outgoing>) {
     for command in queue {
         let name = command.request["execute"].as_str().unwrap_or_default();
         let answer = match carry(link, name, &command) {
-            // It changes nothing, so it may have been carried out: it is asked again.
-            Err(LibvirtError::Lost { .. }) if is_question(name) => carry(link, name, &command),
+            // libvirtd was restarted. It may have been carried out.
+            Err(LibvirtError::Lost { .. }) if is_repeatable(name) => carry(link, name, &command),
             answer => answer,
         };
         match answer {
@@ -63,10 +63,11 @@ fn carry(link: &Link, name: &str, command: &Outgoing) -> Result<Value, LibvirtEr
     Ok(serde_json::from_str(&answer).unwrap_or_else(|_| json!({ "unreadable": answer })))
 }
 
-/// Whether a command only asks.
-fn is_question(name: &str) -> bool {
-    name.starts_with("query-")
-        || name.starts_with("x-query-")
-        || name.starts_with("qom-list")
-        || name == "qom-get"
+/// Whether a command does the same when it is carried out twice: those that only ask, and those that
+/// set something.
+fn is_repeatable(name: &str) -> bool {
+    const SET: [&str; 6] =
+        ["cont", "getfd", "migrate-set-capabilities", "migrate-set-parameters", "qom-get", "stop"];
+    ["query-", "x-query-", "qom-list"].iter().any(|prefix| name.starts_with(prefix))
+        || SET.contains(&name)
 }

@@ -2,27 +2,16 @@
 
 use xmltree::Element;
 
-/// A disk of a domain.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DomainDisk {
-    /// libvirt's name of it, such as `vda`.
-    pub target: String,
-    /// The id of its device in QEMU, where the domain runs.
-    pub alias: Option<String>,
-    /// The file or block device on top.
-    pub source: Option<String>,
-    /// The files below, as far as libvirt lists them.
-    pub below: Vec<String>,
-}
+use super::disk::DomainDisk;
 
 /// The disks of a domain. None of a text that is no domain.
-pub fn disks(xml: &str) -> Vec<DomainDisk> {
+pub(super) fn disks(xml: &str) -> Vec<DomainDisk> {
     let disks = devices(xml, "disk");
     disks.iter().filter_map(disk).collect()
 }
 
 /// Whether an agent in the guest has its channel to libvirt open.
-pub fn agent_is_connected(xml: &str) -> bool {
+pub(super) fn agent_is_connected(xml: &str) -> bool {
     let is_open = |channel: &Element| {
         channel.get_child("target").is_some_and(|target| {
             target.attributes.get("name").is_some_and(|name| name == "org.qemu.guest_agent.0")

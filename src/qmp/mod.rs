@@ -32,8 +32,8 @@ pub use block::{BlockEdge, BlockNode};
 pub use commands::{BlockDevice, RamBlock};
 pub use devices::{Chardev, CpuSlot, DeviceProperty, Network, QomChild};
 pub use error::QmpError;
-pub use event::{EVENT_QUEUE, Event, Events};
-pub use inbox::{Answer, Inbox};
+pub use event::{Event, Events};
+pub use inbox::Inbox;
 pub use transport::{Outgoing, Transport};
 
 use crate::host::pidfd::peer_pid;
@@ -130,6 +130,7 @@ impl Qmp {
     ///
     /// # Errors
     /// As for [`Qmp::execute`].
+    #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
     pub async fn over_transport(
         transport: Box<dyn Transport>,
         inbox: Arc<Inbox>,
@@ -221,7 +222,7 @@ impl Qmp {
         self.send(command, arguments, Some(fd)).await
     }
 
-    /// A receiver of all events from now on. It holds [`EVENT_QUEUE`] events
+    /// A receiver of all events from now on. It holds [`EVENT_QUEUE`](event::EVENT_QUEUE) events
     /// unfetched; when more come, the loss is reported, never silent.
     pub fn events(&self) -> Events {
         self.connection.inbox.events()

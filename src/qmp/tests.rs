@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
 use super::commands::{MigrationInfo, parse_ram_blocks};
+use super::event::EVENT_QUEUE;
 use super::*;
 
 const LONG: Duration = Duration::from_secs(60);

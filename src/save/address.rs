@@ -1,6 +1,6 @@
 //! Which guest is meant.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::libvirt::DomainAddress;
 
@@ -14,32 +14,8 @@ pub enum GuestAddress {
     Domain(DomainAddress),
 }
 
-impl From<PathBuf> for GuestAddress {
-    fn from(socket: PathBuf) -> GuestAddress {
-        GuestAddress::Socket(socket)
-    }
-}
-
-impl From<&PathBuf> for GuestAddress {
-    fn from(socket: &PathBuf) -> GuestAddress {
-        GuestAddress::Socket(socket.clone())
-    }
-}
-
-impl From<&Path> for GuestAddress {
-    fn from(socket: &Path) -> GuestAddress {
-        GuestAddress::Socket(socket.to_owned())
-    }
-}
-
-impl From<&str> for GuestAddress {
-    fn from(socket: &str) -> GuestAddress {
-        GuestAddress::Socket(socket.into())
-    }
-}
-
-impl From<String> for GuestAddress {
-    fn from(socket: String) -> GuestAddress {
+impl<P: Into<PathBuf>> From<P> for GuestAddress {
+    fn from(socket: P) -> GuestAddress {
         GuestAddress::Socket(socket.into())
     }
 }

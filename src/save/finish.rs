@@ -6,6 +6,7 @@ use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
 use super::failpoints::failpoint;
 use super::moment::{Moment, millis};
+use super::overlays::Overlay;
 use super::receive::Received;
 use super::saving::Saving;
 use crate::guest;
@@ -50,6 +51,40 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
             Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
             saved => Ok(Written { saved: saved?, stalled, disks }),
+        }
+    }
+
+    /// Notes disks that the domain will have again after its next start: libvirt changes its
+    /// persistent definition too, where that names the same file.
+    pub async fn note_definition(&mut self) {
+        let Some(domain) = &self.access.domain else { return };
+        let defined = match domain.persistent_disks().await {
+            Ok(defined) => defined,
+            Err(error) => return tracing::warn!("{error}"),
+        };
+        let goes_back = |overlay: &&Overlay| {
+            let named = defined.iter().find(|disk| Some(&disk.target) == overlay.target.as_ref());
+            named.is_some_and(|disk| disk.source.as_ref() != Some(&overlay.path))
+        };
+        let back: Vec<String> = self
+            .undo
+            .overlays()
+            .iter()
+            .filter(goes_back)
+            .map(|overlay| {
+                format!("{} ({})", overlay.target.as_deref().unwrap_or_default(), overlay.path)
+            })
+            .collect();
+        if !back.is_empty() {
+            let name = domain.name();
+            let what =
+                format!("the persistent definition of {name} names other files than it runs on");
+            let why = format!(
+                "it named others before, and libvirt leaves them: `virsh edit {name}` puts the \
+                 overlays there: {}",
+                back.join(", ")
+            );
+            self.tell(SaveEvent::Note { what, why });
         }
     }
 

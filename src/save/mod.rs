@@ -78,6 +78,8 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         self.set_up().await?;
         self.prepare().await?;
         let (received, moment) = self.take().await?;
-        self.write(received, moment).await
+        let written = self.write(received, moment).await?;
+        self.note_definition().await;
+        Ok(written)
     }
 }

@@ -11,6 +11,7 @@ mod support;
 #[path = "../e2e/harness.rs"]
 mod harness;
 
+mod figures;
 mod killed;
 mod monitor;
 mod reverting;

@@ -27,7 +27,8 @@ fn address(libvirt: &Libvirt, domain: &str) -> DomainAddress {
 }
 
 fn a_domains_monitor_is_a_qmp(_: &Dir) -> Result<()> {
-    let libvirt = shared_libvirt()?;
+    // Not that of other tests, which need its libvirtd.
+    let libvirt = &Libvirt::start()?;
     let guest = libvirt.boot(&domain_options("monitored", Qemu::V7))?;
     tokio::runtime::Runtime::new()?.block_on(async {
         let domain = Domain::open(&address(libvirt, "monitored"), NOW).await?;
