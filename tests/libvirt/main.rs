@@ -14,6 +14,7 @@ mod harness;
 mod figures;
 mod killed;
 mod monitor;
+mod quiesced;
 mod reverting;
 mod saving;
 

@@ -13,8 +13,8 @@ use tempfile::TempDir;
 
 use super::disk::VIRTIO_SCSI;
 use super::{
-    Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, deps, run,
-    spawn_bound, wait_for,
+    Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, debian, deps,
+    run, spawn_bound, wait_for,
 };
 
 /// The directories of libvirt's that are compiled in, and our folders for them.
@@ -29,7 +29,7 @@ const DIRECTORIES: [(&str, &str); 5] = [
 /// `qemu.conf`: QEMU 7.2 as another user may call userfaultfd(2) only where the sysctl
 /// `vm.unprivileged_userfaultfd` is 1, which is the whole machine's.
 const MAY_USE_USERFAULTFD: &str =
-    "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\n";
+    "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\nremember_owner = 0\n";
 
 /// Allowed for a boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -179,7 +179,10 @@ impl Libvirt {
             fs::copy(artifact(deps().join(name))?, folder.join(name))?;
         }
         for disk in &options.disks {
-            disk.make(&folder)?;
+            match options.guest.debian {
+                true => debian::make_disk(&disk.file(&folder)).map(drop)?,
+                false => disk.make(&folder)?,
+            }
         }
         let xml = folder.join("domain.xml");
         fs::write(&xml, options.xml(&folder))?;
@@ -188,7 +191,9 @@ impl Libvirt {
         let pid = self.pid_of(options.name)?;
         let log = SerialLog::whole(&folder.join("serial0.log"));
         wait_for(BOOT_TIMEOUT, "libvirt's guest to be ready", || {
-            Ok(log.text().contains("ORACLE READY").then_some(()))
+            let ready =
+                |said: &str| ["ORACLE READY", "DEBIAN READY"].iter().any(|r| said.contains(r));
+            Ok(ready(&log.text()).then_some(()))
         })
         .map_err(|e| format!("{e}; its console ends:\n{}", log.tail()))?;
         let mut guest = Attached::to(pid, &folder)?;
@@ -293,6 +298,20 @@ impl DomainOptions {
         self.guest.modules = VIRTIO_SCSI;
         self
     }
+}
+
+/// A domain whose guest is Debian, on its disk `vda`, with a channel for its agent.
+pub fn debian_options(name: &'static str, qemu: Qemu) -> DomainOptions {
+    let mut options = domain_options(name, qemu);
+    options.guest.mib = 512;
+    options.guest.debian = true;
+    options.guest.virtio_blk = true;
+    options.guest.modules = "virtio_console";
+    options.disks.push(DomainDisk { target: "vda", bus: "virtio", format: Format::Qcow2, mib: 0 });
+    options.devices = "<channel type='unix'>
+         <target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+        .to_owned();
+    options
 }
 
 /// A disk of a domain.
