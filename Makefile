@@ -2,7 +2,7 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test loom torture soak demo bench fmt lint clean
+.PHONY: help setup guest debian test loom torture soak demo bench fmt lint deny clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   set up, then run the benchmarks"
 	@echo "make fmt     format all Rust sources"
 	@echo "make lint    check formatting and run clippy, warnings as errors"
+	@echo "make deny    check licences, sources and advisories of the crates in use"
 	@echo "make clean   remove what was built and set up here; installed packages stay"
 
 setup:
@@ -59,6 +60,9 @@ lint:
 	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
 	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
 
+deny:
+	@scripts/deny.sh
+
 clean:
 	cargo clean
 	rm -rf $(addprefix $(DEPS)/,$(MADE))
@@ -80,4 +84,4 @@ DEPS := $(or $(SNAPBACK_DEPS),.deps)
 GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz
+MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target qemu-10.0 stamps vmlinuz

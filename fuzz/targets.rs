@@ -4,13 +4,14 @@
 
 use std::fs::File;
 use std::io::{Cursor, Read, Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use snapback::exchange::{LibvirtHeader, read_memory};
+use snapback::host::shared_memory::SharedMemory;
 use snapback::image::{Image, inspect, verify_chain, verify_flat};
 use snapback::keeper::{Ledger, Message};
 use snapback::page::{BlockId, Location, Page, PageSource};
@@ -141,7 +142,7 @@ pub fn qmp(data: &[u8]) {
 }
 
 /// Speaks as QEMU: a line for the greeting, and one for each command, events not counted. It
-/// hangs up when there are no more.
+/// hangs up when there are no more, or behind something that is no answer: nobody waits for that.
 async fn say(data: &[u8], socket: UnixStream) -> std::io::Result<()> {
     let (commands, mut answers) = socket.into_split();
     let mut commands = BufReader::new(commands).lines();
@@ -150,19 +151,18 @@ async fn say(data: &[u8], socket: UnixStream) -> std::io::Result<()> {
     loop {
         loop {
             let Some(line) = lines.next() else { return Ok(()) };
-            let mut answer = serde_json::from_slice::<Value>(line).ok();
-            let is_event = answer.as_ref().is_some_and(|answer| answer.get("event").is_some());
-            match answer.as_mut().and_then(Value::as_object_mut) {
-                Some(fields) if !is_event && !id.is_null() => {
-                    fields.insert("id".into(), id.take());
-                    answers
-                        .write_all(format!("{}\n", answer.unwrap_or_default()).as_bytes())
-                        .await?;
-                }
-                _ => answers.write_all(line).await?,
+            let mut said = serde_json::from_slice::<Value>(line).unwrap_or_default();
+            let is_event = said.get("event").is_some();
+            if let Some(fields) = said.as_object_mut().filter(|_| !is_event && !id.is_null()) {
+                fields.insert("id".into(), id.take());
+                answers.write_all(format!("{said}\n").as_bytes()).await?;
+            } else {
+                answers.write_all(line).await?;
             }
-            if !is_event {
-                break;
+            match said {
+                Value::Object(_) if is_event => {}
+                Value::Object(_) => break,
+                _ => return Ok(()),
             }
         }
         let Some(command) = commands.next_line().await? else { return Ok(()) };
@@ -193,14 +193,13 @@ pub fn keeper(data: &[u8]) {
     for bytes in data.chunks(8) {
         let _ = Message::parse(bytes);
     }
-    let Some(memory) = in_memory(data) else { return };
-    // SAFETY: F_ADD_SEALS changes what can be done with our own file.
-    unsafe {
-        libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_GROW | libc::F_SEAL_SHRINK)
+    let Ok(memory) = SharedMemory::create(c"fuzz", data.len().max(1) as u64) else { return };
+    let Ok(fd) = memory.write(data, 0).and_then(|()| memory.as_fd().try_clone_to_owned()) else {
+        return;
     };
-    let Ok(ledger) = Ledger::open(memory.into()) else { return };
+    let Ok(ledger) = Ledger::open(fd) else { return };
     let _ = (ledger.details(), ledger.claim_words().words().len());
-    let _ = (ledger.direct(), ledger.last_block(), ledger.restarts());
+    let _ = (ledger.direct(), ledger.last_block(), ledger.restarts(), ledger.qemu());
     let _ = (ledger.is_running(), ledger.is_torn(), ledger.died_ms_ago());
 }
 

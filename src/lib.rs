@@ -102,9 +102,9 @@ pub use kind::{Details, ErrorKind};
 pub use libvirt::{DomainAddress, DomainOptions};
 pub use memory::WorkingSet;
 pub use revert::{
-    Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError, RevertEvent,
-    RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable, harvest, resume, revert, serve,
-    session, take_over,
+    CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError,
+    RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable, harvest, resume,
+    revert, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,

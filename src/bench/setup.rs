@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::directory::Directory;
 use super::{BenchError, BenchOptions, Cache, host};
-use crate::guest::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths};
+use crate::guest::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths, own_name};
 use crate::image::Image;
 use crate::machine::Machine;
 use crate::page::PAGE_SIZE;
@@ -184,16 +184,6 @@ impl Disk {
             source,
         })
     }
-}
-
-/// A file's own name, made different from those already taken.
-fn own_name(path: &str, taken: &mut HashSet<String>) -> String {
-    let name = Path::new(path).file_name().map_or("file".into(), |name| name.to_string_lossy());
-    let numbered = (2..).map(|number| format!("{name}-{number}"));
-    let mut names = std::iter::once(name.to_string()).chain(numbered);
-    let free = names.find(|name| !taken.contains(name)).unwrap_or_default();
-    taken.insert(free.clone());
-    free
 }
 
 /// The writable disks that runs would change, except those that a path rule of the user maps.

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::clones::expanded;
 use crate::guest::{OverlayOptions, RewriteOptions};
+use crate::revert::CloneIdentity;
 
 /// How the captured disks are brought back.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(super) struct RevertDisksArgs {
     /// Create the disks' overlays in this directory [default: beside the image]
     #[arg(long, value_name = "DIR")]
@@ -21,6 +23,12 @@ pub(super) struct RevertDisksArgs {
 }
 
 impl RevertDisksArgs {
+    /// The arguments of one clone.
+    pub(super) fn of_clone(self, clone: &CloneIdentity) -> RevertDisksArgs {
+        let overlay_dir = self.overlay_dir.map(|path| expanded(&path, clone));
+        RevertDisksArgs { overlay_dir, ..self }
+    }
+
     /// Adds them to a revert's options.
     pub(super) fn apply(self, options: RewriteOptions) -> RewriteOptions {
         RewriteOptions {

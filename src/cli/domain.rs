@@ -5,13 +5,13 @@ use clap::Args;
 use crate::libvirt::DomainOptions;
 
 /// Which domain is started, by which libvirt.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(super) struct DomainArgs {
     /// Have libvirt start the guest, as the domain of this name or UUID with which it was saved
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["qemu", "qmp", "ports", "netdevs", "truncate_logs", "ephemeral", "extra"]
+        conflicts_with_all = ["qemu", "qmp", "ports", "netdevs", "truncate_logs", "ephemeral", "extra", "count", "name", "dir"]
     )]
     domain: Option<String>,
     /// The libvirt to connect to, such as qemu:///system [default: as virsh]

@@ -261,6 +261,7 @@ fn schema() -> Value {
             "v": { "const": VERSION },
             "event": { "type": "string" },
             "ms": { "type": "number", "minimum": 0 },
+            "clone": { "type": "string" },
         },
         "anyOf": events,
         "unevaluatedProperties": false,

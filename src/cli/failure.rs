@@ -70,6 +70,11 @@ impl Failure {
         with_flags(&self.message)
     }
 
+    /// What kind of error it is.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
     /// The exit code of a program that ends with it (docs/events.md).
     pub fn exit_code(&self) -> u8 {
         use ErrorKind::*;

@@ -2,15 +2,18 @@
 
 use clap::Args;
 
+use super::failure::Failure;
 use crate::guest::{NewPort, RewriteOptions};
+use crate::kind::ErrorKind;
+use crate::revert::CloneIdentity;
 
 /// Ports, networks and log files of a reverted guest.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(super) struct HostArgs {
     /// Bind the port NEW of this host wherever the recorded command line binds OLD; with NEW
     /// auto, a free one, which the event `running` names
-    #[arg(long = "port", value_name = "OLD=NEW", value_parser = parse_port_pair)]
-    ports: Vec<(u16, NewPort)>,
+    #[arg(long = "port", value_name = "OLD=NEW", value_parser = parse_port_template)]
+    ports: Vec<String>,
     /// Use the network backend SPEC, as -netdev takes it, in place of the recorded one with this
     /// id
     #[arg(long = "netdev", value_name = "ID=SPEC", value_parser = parse_netdev)]
@@ -21,11 +24,33 @@ pub(super) struct HostArgs {
 }
 
 impl HostArgs {
-    /// Adds them to a revert's options.
-    pub(super) fn apply(self, options: RewriteOptions) -> RewriteOptions {
-        let HostArgs { ports, netdevs, truncate_logs } = self;
-        RewriteOptions { ports, netdevs, truncate_logs, ..options }
+    /// The arguments of one clone.
+    pub(super) fn of_clone(self, clone: &CloneIdentity) -> HostArgs {
+        let expand = |text: String| clone.expand(&text);
+        let pair = |(id, spec): (String, String)| (expand(id), expand(spec));
+        HostArgs {
+            ports: self.ports.into_iter().map(expand).collect(),
+            netdevs: self.netdevs.into_iter().map(pair).collect(),
+            ..self
+        }
     }
+
+    /// Adds them to a revert's options.
+    pub(super) fn apply(self, options: RewriteOptions) -> Result<RewriteOptions, Failure> {
+        let HostArgs { ports, netdevs, truncate_logs } = self;
+        let pair = |text: String| {
+            let wrong =
+                |why| Failure::said(ErrorKind::OptionsInvalid, format!("--port {text}: {why}"));
+            parse_port_pair(&text).map_err(wrong)
+        };
+        let ports = ports.into_iter().map(pair).collect::<Result<_, _>>()?;
+        Ok(RewriteOptions { ports, netdevs, truncate_logs, ..options })
+    }
+}
+
+/// Checks a pair as it will be for the first clone.
+fn parse_port_template(text: &str) -> Result<String, String> {
+    parse_port_pair(&CloneIdentity::new(1, "1", "1").expand(text)).map(|_| text.to_owned())
 }
 
 pub(super) fn parse_port_pair(text: &str) -> Result<(u16, NewPort), String> {

@@ -12,7 +12,7 @@ use crate::libvirt::DomainAddress;
 use crate::save::GuestAddress;
 
 /// The program that runs now, even if its file has been replaced since.
-const THIS_PROGRAM: &str = "/proc/self/exe";
+pub(super) const THIS_PROGRAM: &str = "/proc/self/exe";
 
 #[derive(Args)]
 pub(super) struct KeeperArgs {

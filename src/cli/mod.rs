@@ -1,7 +1,9 @@
 //! The program's arguments, and what each command does with the library.
 
 mod bench;
+mod broker;
 mod check;
+mod clones;
 mod detach;
 mod disks;
 mod doctor;
@@ -32,7 +34,9 @@ use self::output::Output;
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
-use crate::revert::{Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target};
+use crate::revert::{
+    CloneIdentity, Delivery, Placement, RevertError, RevertOptions, ServeOptions, Target,
+};
 use crate::runs::RunOptions;
 
 /// Exit code of a program that could not begin.
@@ -82,6 +86,9 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
     Bench(bench::BenchArgs),
+    /// Keep the rights that a page server in its sandbox still needs
+    #[command(hide = true)]
+    Broker(broker::BrokerArgs),
     /// Go on with a reverted guest whose page server and keeper were both killed
     Resume(resume::ResumeArgs),
     /// Hold what a page server needs, and start another when it is killed
@@ -89,7 +96,7 @@ enum Command {
     Keeper(keeper::KeeperArgs),
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct RevertArgs {
     /// The image
     image: PathBuf,
@@ -104,6 +111,8 @@ struct RevertArgs {
     paths: Vec<(String, String)>,
     #[command(flatten)]
     domain: domain::DomainArgs,
+    #[command(flatten)]
+    clones: clones::ClonesArgs,
     #[command(flatten)]
     host: host::HostArgs,
     #[command(flatten)]
@@ -131,6 +140,8 @@ struct RevertArgs {
     /// Start no process that serves the guest on should this one be killed
     #[arg(long)]
     no_keeper: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -146,7 +157,7 @@ struct RevertArgs {
 }
 
 /// How memory is brought, in whatever way it reaches the guest.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct DeliveryArgs {
     #[command(flatten)]
     fill: FillArgs,
@@ -156,7 +167,7 @@ struct DeliveryArgs {
 }
 
 /// How memory is filled that the guest does not wait for.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct FillArgs {
     /// Fill memory at most this fast, in bytes a second (suffixes K, M, G: powers of 1024);
     /// what the guest waits for does not count, and neither do zeros
@@ -195,6 +206,21 @@ impl FillArgs {
     }
 }
 
+/// What this program may do while it serves a guest.
+#[derive(Args, Clone)]
+struct SandboxArgs {
+    /// Keep all rights while the guest is served, instead of entering a sandbox
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+impl SandboxArgs {
+    /// The program of the broker, where a sandbox is wanted.
+    fn program(self) -> Option<PathBuf> {
+        (!self.no_sandbox).then(|| keeper::THIS_PROGRAM.into())
+    }
+}
+
 #[derive(Args)]
 #[command(after_help = SERVE_HELP)]
 struct ServeArgs {
@@ -210,6 +236,8 @@ struct ServeArgs {
     place: ServePlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -363,8 +391,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     init_log();
     let command = match cli.command {
-        // It is to be small: one thread, and no runtime.
+        // They are to be small: no runtime.
         Command::Keeper(args) => return keeper::run(args),
+        Command::Broker(args) => return broker::run(args),
         command => command,
     };
     let runtime =
@@ -416,12 +445,13 @@ async fn run(command: Command) -> ExitCode {
         }
         Command::Resume(args) => (args.json || args.serving_detached, resume::run(args).await),
         Command::Keeper(args) => return keeper::run(args),
+        Command::Broker(args) => return broker::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::print_failure(&failure, json);
+            Output::new(json).failure(&failure);
             ExitCode::from(failure.exit_code())
         }
     }
@@ -432,14 +462,57 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         true => Output::of_server(),
         false => Output::new(args.json),
     };
-    if args.detach {
-        return detach::revert(args.log, cancellation()?, &output).await;
+    let cancel = cancellation()?;
+    let Some(clones) = args.clones.identities(&args.image)? else {
+        return match args.detach {
+            true => detach::revert(args.log, None, cancel, output).await,
+            false => start(args, None, cancel, output).await,
+        };
+    };
+    clones::for_each(clones, &output, |clone, output| {
+        let (args, cancel) = (args.clone().of_clone(&clone), cancel.clone());
+        async move {
+            match args.clones.only {
+                Some(_) => start(args, Some(clone), cancel, output).await,
+                // A server can serve one guest only: it gives up all other rights.
+                None if !args.detach => detach::serve_clone(clone.number, cancel, output).await,
+                None => detach::revert(args.log, Some(clone.number), cancel, output).await,
+            }
+        }
+    })
+    .await
+}
+
+impl RevertArgs {
+    /// The arguments of one clone.
+    fn of_clone(self, clone: &CloneIdentity) -> RevertArgs {
+        let expand = |text: String| clone.expand(&text);
+        let path = |path: PathBuf| clones::expanded(&path, clone);
+        RevertArgs {
+            qmp: self.qmp.map(path),
+            log: self.log.map(path),
+            paths: self.paths.into_iter().map(|(old, new)| (expand(old), expand(new))).collect(),
+            host: self.host.of_clone(clone),
+            disks: self.disks.of_clone(clone),
+            extra: self.extra.into_iter().map(expand).collect(),
+            ..self
+        }
     }
+}
+
+/// Brings back one guest and serves it.
+async fn start(
+    args: RevertArgs,
+    clone: Option<CloneIdentity>,
+    cancel: Cancellation,
+    output: Output,
+) -> Result<(), Failure> {
     let rewrite = RewriteOptions {
         qemu: args.qemu,
         qmp: args.qmp,
         paths: args.paths,
         extra: args.extra,
+        own: clone.map(|clone| clone.directory),
         ..RewriteOptions::default()
     };
     let mut run = RunOptions::new();
@@ -455,17 +528,18 @@ async fn revert(args: RevertArgs) -> Result<(), Failure> {
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        rewrite: args.host.apply(args.disks.apply(rewrite)),
+        rewrite: args.host.apply(args.disks.apply(rewrite))?,
         domain: args.domain.options(),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,
         keeper,
+        sandbox: args.sandbox.program(),
         run: Some(run),
         ..RevertOptions::new(args.image)
     };
-    let reverted = crate::revert::revert(&options, cancellation()?, |e| output.revert(&e)).await;
+    let reverted = crate::revert::revert(&options, cancel, |e| output.revert(&e)).await;
     reverted.map(drop).map_err(explained)
 }
 
@@ -474,6 +548,7 @@ async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let options = ServeOptions {
         delivery: args.delivery.delivery(args.place.into()),
         rtc: args.rtc.into(),
+        sandbox: args.sandbox.program(),
         ..ServeOptions::new(args.image, Target::Migration(args.to))
     };
     let served = crate::revert::serve(&options, cancellation()?, |e| output.revert(&e)).await;

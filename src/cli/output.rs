@@ -23,14 +23,6 @@ fn ms() -> f64 {
     (START.elapsed().as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Prints a failure to stderr, and as an event too where events are printed.
-pub(super) fn print_failure(failure: &Failure, json: bool) {
-    if json {
-        print_line(&json_line(&failure.event()));
-    }
-    let _ = writeln!(std::io::stderr(), "snapback: {}", failure.message());
-}
-
 /// Prints one line, with flags for the fields that it names. Nothing is done about a reader
 /// that has gone away.
 pub(super) fn print_line(line: &str) {
@@ -52,6 +44,8 @@ pub(super) struct Output {
     log: bool,
     /// Whether the guest is a domain of libvirt's, which knows of the overlays.
     domain: bool,
+    /// The name of the clone that everything is about.
+    clone: Option<String>,
 }
 
 impl Output {
@@ -61,7 +55,7 @@ impl Output {
             false => ProgressBar::hidden(),
         };
         LazyLock::force(&START);
-        Output { json, bar, log: false, domain: false }
+        Output { json, bar, log: false, domain: false, clone: None }
     }
 
     /// The same for a guest that may be a `domain` of libvirt's.
@@ -73,12 +67,60 @@ impl Output {
     /// long as that reads, and the same to the log.
     pub fn of_server() -> Output {
         LazyLock::force(&START);
-        Output { json: true, bar: ProgressBar::hidden(), log: true, domain: false }
+        Output { json: true, bar: ProgressBar::hidden(), log: true, domain: false, clone: None }
+    }
+
+    /// The same for one of several clones, without a bar.
+    pub fn of_clone(&self, name: &str) -> Output {
+        let clone = Some(name.to_owned());
+        Output {
+            json: self.json,
+            bar: ProgressBar::hidden(),
+            log: self.log,
+            domain: self.domain,
+            clone,
+        }
+    }
+
+    /// Prints a failure to stderr, and as an event too where events are printed.
+    pub fn failure(&self, failure: &Failure) {
+        if self.json {
+            print_line(&self.json_line(&failure.event()));
+        }
+        let of = self.clone.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+        let _ = writeln!(std::io::stderr(), "snapback: {of}{}", failure.message());
+    }
+
+    /// An event as one JSON object, the version, its name and its time first.
+    fn json_line(&self, event: &impl Serialize) -> String {
+        let fields = match serde_json::to_value(event) {
+            Ok(Value::Object(fields)) => fields,
+            // Every event is a struct or a struct-like variant.
+            _ => serde_json::Map::new(),
+        };
+        let name = fields.get("event").unwrap_or(&Value::Null);
+        let mut line = format!("{{\"v\":{VERSION},\"event\":{name},\"ms\":{}", ms());
+        if let Some(clone) = &self.clone {
+            line.push_str(&format!(",\"clone\":{}", Value::String(clone.clone())));
+        }
+        for (key, value) in fields.iter().filter(|(key, _)| *key != "event") {
+            line.push_str(&format!(",\"{key}\":{value}"));
+        }
+        line.push('}');
+        line
+    }
+
+    /// Warns ahead of what a command prints: as an event, or on stderr.
+    pub fn warn(&self, says: String) {
+        match self.json {
+            true => self.print_json(&SaveEvent::Warning { says }),
+            false => drop(writeln!(std::io::stderr(), "snapback: warning: {says}")),
+        }
     }
 
     /// Prints an event as one JSON object.
     pub fn print_json(&self, event: &impl Serialize) {
-        let line = json_line(event);
+        let line = self.json_line(event);
         print_line(&line);
         if self.log {
             let _ = writeln!(std::io::stderr(), "{}", with_flags(&line));
@@ -86,7 +128,8 @@ impl Output {
     }
 
     pub fn say(&self, what: &str, details: &str) {
-        let line = format!("{:>10.1} ms  {what:<11}{details}", ms());
+        let of = self.clone.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+        let line = format!("{:>10.1} ms  {what:<11}{of}{details}", ms());
         // Suspending a bar draws it, which is too early before it has a length.
         match self.bar.length() {
             None | Some(0) => print_line(line.trim_end()),
@@ -265,6 +308,7 @@ impl Output {
         }
         match event {
             RevertEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
+            RevertEvent::Warning { says } => self.say("WARNING", says),
             RevertEvent::Disk { disk, overlay, .. } => {
                 let changes = match overlay {
                     Some(path) => format!("its changes go to {}", path.display()),
@@ -350,22 +394,6 @@ impl Output {
     }
 }
 
-/// An event as one JSON object, the version, its name and its time first.
-fn json_line(event: &impl Serialize) -> String {
-    let fields = match serde_json::to_value(event) {
-        Ok(Value::Object(fields)) => fields,
-        // Every event is a struct or a struct-like variant.
-        _ => serde_json::Map::new(),
-    };
-    let name = fields.get("event").unwrap_or(&Value::Null);
-    let mut line = format!("{{\"v\":{VERSION},\"event\":{name},\"ms\":{}", ms());
-    for (key, value) in fields.iter().filter(|(key, _)| *key != "event") {
-        line.push_str(&format!(",\"{key}\":{value}"));
-    }
-    line.push('}');
-    line
-}
-
 fn bar_style() -> ProgressStyle {
     ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
@@ -394,10 +422,15 @@ mod tests {
 
     #[test]
     fn an_event_begins_with_its_version_name_and_time() {
-        let line = json_line(&json!({ "bytes": 1, "event": "verified", "message": "a \"b\"" }));
+        let event = json!({ "bytes": 1, "event": "verified", "message": "a \"b\"" });
+        let line = Output::new(true).json_line(&event);
         assert!(line.starts_with("{\"v\":1,\"event\":\"verified\",\"ms\":"), "{line}");
         let event: Value = serde_json::from_str(&line).unwrap();
         assert!(event["ms"].is_number(), "{line}");
         assert_eq!((&event["bytes"], &event["message"]), (&json!(1), &json!("a \"b\"")));
+        assert_eq!(event["clone"], Value::Null);
+        let line = Output::new(true).of_clone("w1").json_line(&event);
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(event["clone"], json!("w1"), "{line}");
     }
 }

@@ -16,6 +16,9 @@ use crate::page::{Block, PAGE_SIZE};
 /// Shows what an image holds.
 pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
     let Overview { manifest, file_len, layers } = inspect(path)?;
+    if let Some(says) = crate::image::exposure(path) {
+        output.warn(says);
+    }
     let machine = &manifest.machine;
     let data_bytes = manifest.data_pages * PAGE_SIZE as u64;
     let zero_bytes = manifest.zero_pages * PAGE_SIZE as u64;

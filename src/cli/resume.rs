@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args, ValueEnum};
 use super::failure::Failure;
 use super::keeper::successor;
 use super::output::Output;
-use super::{FillArgs, cancellation};
+use super::{FillArgs, SandboxArgs, cancellation};
 use crate::keeper::Inheritance;
 use crate::kind::ErrorKind;
 use crate::revert::{Orphan, Placement, ResumeOptions};
@@ -33,6 +33,8 @@ pub(super) struct ResumeArgs {
     /// Start no process that serves the guest on should this one be killed
     #[arg(long)]
     no_keeper: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Set by the keeper: what the server that was killed has left comes as descriptors
     #[arg(long, hide = true, group = "of", conflicts_with = "image")]
     inherited: bool,
@@ -90,6 +92,7 @@ pub(super) async fn run(args: ResumeArgs) -> Result<(), Failure> {
     let options = ResumeOptions {
         delivery: args.fill.delivery(args.place.into()),
         keeper: (!args.no_keeper).then_some(successor),
+        sandbox: args.sandbox.program(),
         ..ResumeOptions::new(args.image.unwrap_or_default(), of)
     };
     let served = crate::revert::resume(&options, cancellation()?, |e| output.revert(&e)).await;

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use crate::revert::Rtc;
 
 /// The time that the machine's clock shows after a revert.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(super) struct RtcArgs {
     /// What the machine's battery-backed clock (RTC) shows; the guest's own clock always goes on
     /// from the moment of the snapshot

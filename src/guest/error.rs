@@ -361,6 +361,18 @@ pub enum GuestError {
         source: io::Error,
     },
 
+    /// A guest's own directory can't be made.
+    #[error(
+        "the directory {path} of the guest's own can't be made ({source}): choose another with \
+             `RewriteOptions::own`", path = path.display()
+    )]
+    OwnDirectory {
+        /// The directory.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+
     /// A guest to be discarded would write to its disks.
     #[error(
         "the guest can't be kept from writing to its disks ({disks}), which are defined by \
@@ -436,6 +448,7 @@ impl GuestError {
             ReadProcess { source, .. }
             | DiskUnreadable { source, .. }
             | Overlay { source, .. }
+            | OwnDirectory { source, .. }
             | WorkingDirectory { source, .. }
             | Supervise { source, .. } => ErrorKind::of_io(source),
             ReadHost(error) => error.kind(),
@@ -489,6 +502,7 @@ impl GuestError {
             | DiskUnreadable { path, .. }
             | Overlay { directory: path, .. }
             | WorkingDirectory { path, .. }
+            | OwnDirectory { path, .. }
             | Start { binary: path, .. }
             | Exited { binary: path, .. }
             | NoControl { binary: path, .. } => (Some(path.clone()), None),

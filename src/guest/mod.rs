@@ -41,6 +41,7 @@ pub use record::capture;
 pub use rights::userfaultfd_lack;
 pub use start::collisions::exclusive_paths;
 pub use start::mapping::MappedMemory;
+pub use start::own::own_name;
 pub use start::paths::moved;
 pub use start::plan::{Note, StartPlan};
 pub use start::ports::NewPort;

@@ -12,18 +12,18 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::guest::GuestError;
 use crate::guest::disks::overlay::Overlays;
+use crate::guest::start::own::OwnDirectory;
 use crate::guest::start::plan::{CONTROL_ID, StartPlan};
 use crate::host::in_use;
 use crate::host::in_use::Address;
 use crate::host::pidfd::Pidfd;
 use crate::host::procfs::descriptor_link;
+use crate::host::shared_memory::sealed_file;
 use crate::qmp::{Qmp, QmpError};
 
 /// How long QEMU may take from its start until it answers on QMP. It takes 40 ms; a loaded
@@ -57,6 +57,8 @@ pub struct Process {
     /// The thread that reaps it and cleans up behind it.
     reaper: Option<JoinHandle<()>>,
     detached: bool,
+    /// Its listening sockets with a file, which is removed when it has ended.
+    sockets: Vec<PathBuf>,
     /// The overlays that it writes to.
     overlays: Overlays,
 }
@@ -76,14 +78,19 @@ impl Process {
         }
         let log = Log::new(&plan.label).map_err(failed_to("keep QEMU's output"))?;
         let (ours, theirs) = control_pair().map_err(failed_to("make a control socket"))?;
+        let mut own = plan.own.as_deref().map(OwnDirectory::make).transpose()?;
         let overlays = plan.make_overlays()?;
         let child = spawn(&plan, theirs, &log)?;
-        // QEMU's end of everything inherited has to close with QEMU, not with us.
-        let StartPlan { binary, sockets, .. } = plan;
+        // QEMU's end of everything inherited has to close with QEMU, not with us. It has bound its
+        // ports when it answers.
+        let StartPlan { binary, sockets, reserved: _reserved, .. } = plan;
         let process = Process::watch(child, log, sockets, overlays)?;
 
         match Qmp::over(ours, START_TIMEOUT).await {
-            Ok(qmp) => Ok((process, qmp)),
+            Ok(qmp) => {
+                own.iter_mut().for_each(OwnDirectory::keep);
+                Ok((process, qmp))
+            }
             Err(source) => Err(process.failed_start(binary, source).await),
         }
     }
@@ -107,8 +114,16 @@ impl Process {
             }
         };
         let (tell, ended) = watch::channel(None);
-        let mut process =
-            Process { pid, pidfd, log, ended, reaper: None, detached: false, overlays };
+        let mut process = Process {
+            pid,
+            pidfd,
+            log,
+            ended,
+            reaper: None,
+            detached: false,
+            sockets: sockets.clone(),
+            overlays,
+        };
         // A thread and not a task: it reaps QEMU even when the runtime has ended.
         let reaper = move || {
             let status = child.wait();
@@ -181,6 +196,11 @@ impl Process {
     /// ([`Log::of`]).
     pub fn output(&self) -> BorrowedFd<'_> {
         self.log.file.as_fd()
+    }
+
+    /// Its listening sockets with a file, which is removed when it has ended.
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
     }
 
     /// Keeps the overlays of its disks when QEMU ends, since a guest has written to them.
@@ -309,13 +329,8 @@ pub struct Log {
 
 impl Log {
     fn new(label: &str) -> io::Result<Log> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let name = CString::new(format!("{LOG_NAME}{label}"))?;
-        let file = File::from(memfd_create(name.as_c_str(), flags)?);
-        file.set_len(LOG_CAPACITY)?;
-        let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
-        Ok(Log { file })
+        Ok(Log { file: sealed_file(&name, LOG_CAPACITY)? })
     }
 
     /// The output of a QEMU that another process has started ([`Process::output`]).

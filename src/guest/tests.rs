@@ -582,3 +582,39 @@ fn paths_that_each_qemu_needs_for_itself() {
     assert_eq!(paths, ["/vm/port", "/vm/qemu.log", "/vm/serial.log", "/vm/vnc", "qmp.sock"]);
     assert!(exclusive_paths(&Machine::default()).is_empty());
 }
+
+#[test]
+fn what_no_two_guests_can_share_goes_to_a_place_of_its_own() {
+    let argv = [
+        "qemu",
+        "-serial",
+        "file:/vm/log",
+        "-serial",
+        "file:/vm/kept/log",
+        "-chardev",
+        "socket,id=c,path=/other/log,server=on,wait=off",
+        "-qmp",
+        "tcp:127.0.0.1:4444,server=on",
+        "-drive",
+        "file=/vm/disk",
+    ];
+    let machine = Machine {
+        binary: "/usr/bin/qemu-system-x86_64".into(),
+        argv: argv.map(String::from).into(),
+        cwd: "/".into(),
+        ..Machine::default()
+    };
+    let options = RewriteOptions {
+        own: Some("/own".into()),
+        paths: vec![("/vm/kept".into(), "/mine".into())],
+        ..RewriteOptions::default()
+    };
+    let plan = rewrite(&machine, &options).unwrap();
+    let line = plan.argv.join(" ");
+    for part in ["=/own/log,", "=/own/log-2,", "=/mine/log,", "file=/vm/disk"] {
+        assert!(line.replace("append=on", ",").contains(part), "{part}: {line}");
+    }
+    let new = plan.ports[&4444];
+    assert!(new != 4444 && line.contains(&format!("tcp:127.0.0.1:{new},")), "{line}");
+    assert!(!std::path::Path::new("/own").exists());
+}

@@ -19,8 +19,8 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 /// two huge pages it lets go of the process's memory.
 pub const COLLAPSED_AT_ONCE: u64 = 8 * HUGE_PAGE;
 
-/// The kernel's settings of huge pages.
-const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
+/// The directory of the kernel's settings of huge pages.
+pub const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
 
 /// The setting that says who gets transparent huge pages
 /// (`Documentation/admin-guide/mm/transhuge.rst`).

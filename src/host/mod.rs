@@ -3,11 +3,13 @@
 pub mod huge_pages;
 pub mod in_use;
 pub mod memory;
+pub mod packets;
 mod page_size;
 pub mod pidfd;
 pub mod procfs;
 pub mod program;
 pub mod rights;
+pub mod sandbox;
 pub mod shared_memory;
 pub mod uffd;
 

@@ -27,15 +27,36 @@ impl Pidfd {
         new_descriptor(fd).map(Pidfd)
     }
 
+    /// Forks this process. Returns the child; nothing in the child itself. Unlike opening the
+    /// child by its number, it can't miss one that ends at once.
+    ///
+    /// # Errors
+    /// As for fork(2).
+    ///
+    /// # Safety
+    /// As for fork(2), and the C library does not hear of it: in a process with one thread, the
+    /// child may make system calls only before it becomes another program or ends.
+    pub unsafe fn fork() -> io::Result<Option<Pidfd>> {
+        let mut pidfd: libc::c_int = -1;
+        let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
+        // SAFETY: without CLONE_VM the child has a copy of all memory, stack included. The
+        // kernel writes the pidfd to the third argument, in the parent (clone(2)).
+        let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+        match child {
+            0 => Ok(None),
+            1.. => new_descriptor(pidfd.into()).map(|fd| Some(Pidfd(fd))),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Adopts a descriptor that pidfd_open(2) has made, as another process passes it on.
     pub fn from_fd(fd: OwnedFd) -> Pidfd {
         Pidfd(fd)
     }
 
-    /// The number of the process; nothing once it has ended and been waited for
-    /// (/proc/self/fdinfo, proc_pid_fdinfo(5)).
-    pub fn pid(&self) -> Option<i32> {
-        pid_in(Path::new(&format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())))
+    /// The descriptor.
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
     }
 
     /// Another process that holds both a pidfd of process `pid` and this file, if there is one that

@@ -1,9 +1,10 @@
 //! Memory that lives as long as any process holds its descriptor (memfd_create(2)).
 
-use std::fs::File;
+use std::ffi::CStr;
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::atomic::AtomicU64;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -12,6 +13,20 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Seals without which a mapping could lose its memory (SIGBUS, memfd_create(2)).
 const SEALS: SealFlag = SealFlag::F_SEAL_GROW.union(SealFlag::F_SEAL_SHRINK);
+
+/// A file of `len` bytes in memory. `name` shows in /proc/PID/fd. It can't become a program, which
+/// somebody who holds it in a sandbox could write and run.
+///
+/// # Errors
+/// When the kernel has no memory or no descriptor left.
+pub fn sealed_file(name: &CStr, len: u64) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(name, flags)?);
+    file.set_len(len)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS))?;
+    Ok(file)
+}
 
 /// Memory of a fixed size behind a descriptor, mapped. It begins as zeros, and takes no room
 /// where it was never written.
@@ -26,12 +41,8 @@ impl SharedMemory {
     ///
     /// # Errors
     /// When the kernel has no memory or no descriptor left.
-    pub fn create(name: &std::ffi::CStr, len: u64) -> io::Result<SharedMemory> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create(name, flags)?);
-        file.set_len(len)?;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS))?;
-        SharedMemory::map(file)
+    pub fn create(name: &CStr, len: u64) -> io::Result<SharedMemory> {
+        SharedMemory::map(sealed_file(name, len)?)
     }
 
     /// Maps the memory behind a descriptor that [`SharedMemory::create`] made.
@@ -94,8 +105,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_shared_and_keeps_its_size() {
+    fn memory_is_shared_and_keeps_its_size_and_is_no_program() {
         let one = SharedMemory::create(c"test", 8192).unwrap();
+        assert_eq!(one.file.metadata().unwrap().permissions().mode() & 0o111, 0);
         let fd = one.as_fd().try_clone_to_owned().unwrap();
         let other = SharedMemory::open(fd).unwrap();
         assert_eq!((one.words().len(), other.words().len()), (1024, 1024));

@@ -14,8 +14,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, read};
 
-use super::process::{Program, has_ended, take_connection};
+use super::process::{Program, has_ended};
 use super::protocol::{Held, Message, Received, receive};
+use crate::host::packets;
 use crate::host::pidfd::Pidfd;
 
 /// Bytes that are read at once.
@@ -27,7 +28,7 @@ const PIECE_BYTES: usize = 256 << 10;
 /// # Errors
 /// When the process was not started as a keeper, or cleaning up can't be started.
 pub fn clean_up(arguments: Vec<OsString>) -> io::Result<()> {
-    let save = take_connection()?;
+    let save = packets::take_stdin()?;
     let cleaner = Program::new(arguments)?;
     let mut buffer = vec![0; PIECE_BYTES];
     let (mut process, mut stream) = (None, None);

@@ -11,8 +11,10 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
-use super::protocol::{Held, Message, Received, receive, send, socket_pair};
+use super::protocol::{Held, Message, Received, receive, send};
 use super::restarts::Restarts;
+use crate::host::packets;
+use crate::host::sandbox::Sandbox;
 
 /// The program that becomes the keeper, and what it starts when the server has died.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +55,8 @@ struct State {
     /// Our end of the connection; none once there is no keeper any more.
     keeper: Option<OwnedFd>,
     held: Vec<(Held, OwnedFd)>,
+    /// The sandbox that the keeper is to be in.
+    sandbox: Option<Sandbox>,
     ended: bool,
     /// The latest keeper's process, once it has been started.
     process: Option<u32>,
@@ -75,7 +79,7 @@ impl Keeper {
     /// When a descriptor or a thread can't be had. A program that can't be started is only
     /// logged: the session goes on without a keeper.
     pub fn start(successor: Successor) -> io::Result<Keeper> {
-        let (ours, theirs) = socket_pair()?;
+        let (ours, theirs) = packets::pair()?;
         let watched = ours.try_clone()?;
         let (started, starting) = mpsc::channel();
         let mut keeper = Keeper::over(ours, Vec::new());
@@ -112,8 +116,14 @@ impl Keeper {
     }
 
     fn over(keeper: OwnedFd, held: Vec<(Held, OwnedFd)>) -> Keeper {
-        let state =
-            State { keeper: Some(keeper), held, ended: false, process: None, on_start: None };
+        let state = State {
+            keeper: Some(keeper),
+            held,
+            sandbox: None,
+            ended: false,
+            process: None,
+            on_start: None,
+        };
         Keeper { state: Arc::new(Mutex::new(state)), starting: None }
     }
 
@@ -156,6 +166,13 @@ impl Holder {
             state.held.push((held, fd));
         }
         Ok(())
+    }
+
+    /// Has the keeper enter this sandbox, with all servers that it starts from now on.
+    pub fn confine(&self, sandbox: Sandbox) {
+        let mut state = state_of(&self.0);
+        state.tell(Message::Confine, sandbox.ruleset());
+        state.sandbox = Some(sandbox);
     }
 }
 
@@ -226,7 +243,7 @@ fn supervise(
             return state_of(state).give_up(&"it died too often");
         };
         std::thread::sleep(wait);
-        let again = socket_pair().and_then(|(ours, theirs)| {
+        let again = packets::pair().and_then(|(ours, theirs)| {
             let waits = ours.try_clone()?;
             Ok((spawn(successor, theirs)?, ours, waits))
         });
@@ -238,6 +255,10 @@ fn supervise(
                 state.keeper = Some(ours);
                 for (held, fd) in &state.held {
                     state.tell(Message::Hold(*held), Some(fd.as_fd()));
+                }
+                // One that was started from inside is in it already.
+                if let Some(sandbox) = &state.sandbox {
+                    state.tell(Message::Confine, sandbox.ruleset());
                 }
                 if state.ended {
                     state.tell(Message::Ended, None);

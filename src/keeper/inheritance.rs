@@ -16,9 +16,6 @@ const FIRST: RawFd = 64;
 /// The number of the new server's end of its connection with the keeper.
 pub(super) const CONNECTION: RawFd = FIRST + Held::ALL.len() as RawFd;
 
-/// What a server may have gone without.
-const OPTIONAL: [Held; 2] = [Held::Control, Held::Userfaultfd];
-
 /// The number at which the keeper holds a descriptor.
 pub(super) fn number(held: Held) -> RawFd {
     FIRST + held as RawFd
@@ -42,6 +39,12 @@ pub struct Inheritance {
     pub(crate) stream: OwnedFd,
     /// The copy of QEMU's userfaultfd, where there is one.
     pub(crate) userfaultfd: Option<OwnedFd>,
+    /// QEMU's mappings and its page map, where the server was in a sandbox.
+    pub(crate) mappings: Option<OwnedFd>,
+    pub(crate) page_map: Option<OwnedFd>,
+    /// The connection with the server's broker, where the server was in a sandbox. This process
+    /// is in it too.
+    pub(crate) broker: Option<OwnedFd>,
     /// The keeper that has started this process.
     pub(crate) keeper: Keeper,
 }
@@ -64,7 +67,7 @@ impl Inheritance {
         for held in Held::ALL {
             match take(number(held)) {
                 Ok(fd) => all.push((held, fd)),
-                Err(error) if !OPTIONAL.contains(&held) => return Err(error),
+                Err(error) if held.is_needed() => return Err(error),
                 Err(_) => {}
             }
         }
@@ -81,6 +84,9 @@ impl Inheritance {
             output: needed(Held::Output)?,
             stream: needed(Held::Stream)?,
             userfaultfd: copy(Held::Userfaultfd)?,
+            mappings: copy(Held::Mappings)?,
+            page_map: copy(Held::PageMap)?,
+            broker: copy(Held::Broker)?,
             keeper: Keeper::inherited(keeper, all, successor)?,
         })
     }

@@ -14,6 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::host::procfs;
 use crate::host::shared_memory::SharedMemory;
 use crate::memory::claim::{self, Words};
 
@@ -35,6 +36,7 @@ mod field {
     pub const TORN: usize = 8;
     pub const LAST_BLOCK: usize = 9;
     pub const HALTED: usize = 10;
+    pub const QEMU: usize = 11;
     pub const COUNT: usize = 16;
 }
 
@@ -54,8 +56,25 @@ pub struct Figures {
 pub struct Ledger(Arc<SharedMemory>);
 
 impl Ledger {
-    /// What a descriptor of a ledger refers to, in /proc/PID/fd, begins with this.
-    pub const LINK: &str = "/memfd:snapback-ledger";
+    /// What a descriptor of one refers to, in /proc/PID/fd, begins with this.
+    const LINK: &str = "/memfd:snapback-ledger";
+
+    /// The ledgers that a process has open: it is a server or a keeper. None where it can't be
+    /// looked into.
+    pub fn of_process(pid: i32) -> impl Iterator<Item = File> {
+        let is_ledger = move |fd: &i32| {
+            let link = procfs::descriptor_link(pid, *fd);
+            link.is_ok_and(|link| link.to_string_lossy().starts_with(Ledger::LINK))
+        };
+        let descriptors = procfs::descriptors(pid).unwrap_or_default();
+        let ledgers = descriptors.into_iter().filter(is_ledger);
+        ledgers.filter_map(move |fd| File::open(procfs::path(pid, &format!("fd/{fd}"))).ok())
+    }
+
+    /// What tells it from all other ledgers that there are: the number of its inode.
+    pub fn mark(ledger: impl AsFd) -> io::Result<u64> {
+        Ok(nix::sys::stat::fstat(ledger)?.st_ino)
+    }
 
     /// Reads how far a session is, which may be another process's, from its ledger's file.
     ///
@@ -142,6 +161,16 @@ impl Ledger {
         let first = field::COUNT + self.get(field::BLOCKS) as usize;
         let count = self.get(field::CLAIM_WORDS) as usize;
         Box::new(ClaimWords { memory: Arc::clone(&self.0), first, count })
+    }
+
+    /// Notes QEMU's process id.
+    pub fn set_qemu(&self, pid: i32) {
+        self.set(field::QEMU, pid as u64);
+    }
+
+    /// QEMU's process id, where it was noted.
+    pub fn qemu(&self) -> Option<i32> {
+        i32::try_from(self.get(field::QEMU)).ok().filter(|pid| *pid > 0)
     }
 
     /// Notes that the guest runs: from now on a successor can go on.
@@ -254,12 +283,14 @@ mod tests {
         ledger.set_running();
         ledger.set_direct(&[None, Some(0x7000)]);
         ledger.set_last_block(1);
+        ledger.set_qemu(4711);
         ledger.claim_words().words()[9].store(9, Ordering::Release);
         ledger.count_restart(monotonic_ns());
         let other = Ledger::open(ledger.as_fd().try_clone_to_owned().unwrap()).unwrap();
         assert!(other.is_running() && !other.is_torn());
         assert_eq!(other.direct(), Some(vec![None, Some(0x7000)]));
         assert_eq!((other.last_block(), other.restarts()), (Some(1), 1));
+        assert_eq!(other.qemu(), Some(4711));
         assert_eq!(other.claim_words().words()[9].load(Ordering::Acquire), 9);
         assert_eq!(other.details().unwrap(), b"details");
         assert!(other.died_ms_ago() < 60e3);

@@ -1,10 +1,10 @@
-//! What the process of any keeper does: it takes the connection that it was started with, waits for
-//! another process's end, and becomes another program.
+//! What the process of any keeper does: it waits for another process's end, and becomes another
+//! program.
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
@@ -13,18 +13,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The program that runs now, even if its file has been replaced.
 const THIS_PROGRAM: &std::ffi::CStr = c"/proc/self/exe";
-
-/// Takes the connection from standard input, where /dev/null takes its place.
-pub(super) fn take_connection() -> io::Result<OwnedFd> {
-    let input = io::stdin();
-    let connection = input.as_fd().try_clone_to_owned()?;
-    let kind = nix::sys::socket::getsockopt(&connection, nix::sys::socket::sockopt::SockType)?;
-    if kind != nix::sys::socket::SockType::SeqPacket {
-        return Err(Errno::ENOTSOCK.into());
-    }
-    nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?)?;
-    Ok(connection)
-}
 
 /// Waits until the process of this pidfd has ended, all its threads included; for so long at
 /// most.

@@ -1,11 +1,10 @@
 //! What a server tells its keeper: messages of a fixed size over a SOCK_SEQPACKET pair, each
 //! with at most one descriptor (SCM_RIGHTS, unix(7)). The keeper answers nothing.
 
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use crate::host::packets;
 
 /// A descriptor that the keeper holds, by what it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,11 +26,17 @@ pub enum Held {
     Stream,
     /// The copy of QEMU's userfaultfd.
     Userfaultfd,
+    /// QEMU's mappings (/proc/PID/smaps). Nobody in a sandbox can open them.
+    Mappings,
+    /// QEMU's page map (/proc/PID/pagemap). Nobody in a sandbox can open it.
+    PageMap,
+    /// The server's end of its connection with the broker.
+    Broker,
 }
 
 impl Held {
     /// All of them, by number.
-    pub const ALL: [Held; 8] = [
+    pub const ALL: [Held; 11] = [
         Held::Server,
         Held::Ledger,
         Held::Image,
@@ -40,7 +45,16 @@ impl Held {
         Held::Output,
         Held::Stream,
         Held::Userfaultfd,
+        Held::Mappings,
+        Held::PageMap,
+        Held::Broker,
     ];
+
+    /// Whether no server can go on without it.
+    pub(super) fn is_needed(self) -> bool {
+        use Held::{Broker, Control, Mappings, PageMap, Userfaultfd};
+        !matches!(self, Control | Userfaultfd | Mappings | PageMap | Broker)
+    }
 }
 
 /// A message to the keeper.
@@ -49,6 +63,9 @@ pub enum Message {
     /// Hold the descriptor that comes with this message, in place of an earlier one of its
     /// kind.
     Hold(Held),
+    /// Enter the sandbox whose Landlock ruleset comes with this message; without one, only its
+    /// seccomp filter. A new server is then inside as well.
+    Confine,
     /// The server ends, and needs no successor.
     Ended,
 }
@@ -59,12 +76,14 @@ pub(super) const MESSAGE_BYTES: usize = 8;
 const MAGIC: [u8; 4] = *b"SBK1";
 const HOLD: u8 = 1;
 const ENDED: u8 = 2;
+const CONFINE: u8 = 3;
 
 impl Message {
     fn bytes(self) -> [u8; MESSAGE_BYTES] {
         let (kind, held) = match self {
             Message::Hold(held) => (HOLD, held as u8),
             Message::Ended => (ENDED, 0),
+            Message::Confine => (CONFINE, 0),
         };
         let [a, b, c, d] = MAGIC;
         [a, b, c, d, kind, held, 0, 0]
@@ -76,6 +95,7 @@ impl Message {
         let message = match (bytes[4], Held::ALL.get(usize::from(bytes[5]))) {
             (HOLD, Some(held)) => Message::Hold(*held),
             (ENDED, Some(_)) => Message::Ended,
+            (CONFINE, Some(_)) => Message::Confine,
             _ => return None,
         };
         (message.bytes() == bytes).then_some(message)
@@ -88,12 +108,7 @@ pub(super) fn send(
     message: Message,
     fd: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
-    let raw = fd.map(|fd| [fd.as_raw_fd()]);
-    let rights = raw.as_ref().map(|raw| ControlMessage::ScmRights(raw));
-    let bytes = message.bytes();
-    let flags = MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], rights.as_slice(), flags, None)?;
-    Ok(())
+    packets::send(socket, &message.bytes(), fd)
 }
 
 /// What was received.
@@ -107,56 +122,13 @@ pub(super) enum Received {
 
 /// Receives the next message; waits for one. Allocates nothing.
 pub(super) fn receive(socket: impl AsFd) -> io::Result<Received> {
-    /// Room for the header of one descriptor's control message and the descriptor itself.
-    #[repr(C, align(8))]
-    struct Control([u8; 64]);
-
     let mut bytes = [0u8; MESSAGE_BYTES + 1];
-    let mut control = Control([0; 64]);
-    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // SAFETY: a header of zeros is a valid one: null pointers, and lengths of 0.
-    let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-    header.msg_iov = &raw mut part;
-    header.msg_iovlen = 1;
-    header.msg_control = control.0.as_mut_ptr().cast();
-    header.msg_controllen = control.0.len() as _;
-    let socket = socket.as_fd().as_raw_fd();
-    // SAFETY: the header names one buffer and room for control messages, both of the lengths
-    // that it says, which outlive the call.
-    let len = unsafe { libc::recvmsg(socket, &raw mut header, libc::MSG_CMSG_CLOEXEC) };
-    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
-    // SAFETY: the kernel has filled in the control messages and their length.
-    let fd = unsafe { first_descriptor(&header) };
+    let (len, fd) = packets::receive(socket, &mut bytes)?;
     match Message::parse(&bytes[..len]) {
         Some(message) => Ok(Received::Message(message, fd)),
         None if len == 0 => Ok(Received::End),
         None => Ok(Received::Noise),
     }
-}
-
-/// The descriptor that came with a message. There is room for no second one in what a server
-/// sends.
-///
-/// # Safety
-/// `header` must have been filled in by recvmsg(2), and its descriptors not been taken before.
-unsafe fn first_descriptor(header: &libc::msghdr) -> Option<OwnedFd> {
-    // SAFETY: the macros of cmsg(3) stay within the room for control messages that the kernel
-    // has filled in; a message of type SCM_RIGHTS is followed by at least one descriptor, which
-    // is new and nobody else's.
-    unsafe {
-        let message = libc::CMSG_FIRSTHDR(header).as_ref()?;
-        let is_one = message.cmsg_level == libc::SOL_SOCKET
-            && message.cmsg_type == libc::SCM_RIGHTS
-            && message.cmsg_len as usize >= libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
-        let fd = is_one.then(|| libc::CMSG_DATA(message).cast::<RawFd>().read_unaligned());
-        fd.map(|fd| OwnedFd::from_raw_fd(fd))
-    }
-}
-
-/// The two ends of a connection between a server and its keeper.
-pub(super) fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
 #[cfg(test)]
@@ -167,7 +139,7 @@ mod tests {
 
     #[test]
     fn messages_arrive_with_their_descriptors() {
-        let (ours, theirs) = socket_pair().unwrap();
+        let (ours, theirs) = packets::pair().unwrap();
         let (one, other) = nix::unistd::pipe().unwrap();
         send(ours.as_fd(), Message::Hold(Held::Image), Some(other.as_fd())).unwrap();
         send(ours.as_fd(), Message::Ended, None).unwrap();
@@ -193,7 +165,8 @@ mod tests {
 
     #[test]
     fn every_message_is_read_as_it_was_sent() {
-        let messages = Held::ALL.map(Message::Hold).into_iter().chain([Message::Ended]);
+        let others = [Message::Confine, Message::Ended];
+        let messages = Held::ALL.map(Message::Hold).into_iter().chain(others);
         for message in messages {
             assert_eq!(Message::parse(&message.bytes()), Some(message));
         }

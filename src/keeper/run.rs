@@ -13,14 +13,15 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::ForkResult;
 
 use super::inheritance::{CONNECTION, number};
 use super::ledger::{Ledger, monotonic_ns};
-use super::process::{Program, has_ended, take_connection};
-use super::protocol::{Held, Message, Received, receive, socket_pair};
+use super::process::{Program, has_ended};
+use super::protocol::{Held, Message, Received, receive};
 use super::restarts::Restarts;
+use crate::host::packets;
 use crate::host::pidfd::Pidfd;
+use crate::host::sandbox::Sandbox;
 
 /// Runs a keeper until its server needs none. Standard input is the connection with the server,
 /// `arguments` are those of a new server.
@@ -28,7 +29,7 @@ use crate::host::pidfd::Pidfd;
 /// # Errors
 /// When the process was not started as a keeper.
 pub fn run(arguments: Vec<OsString>) -> io::Result<()> {
-    let server = take_connection()?;
+    let server = packets::take_stdin()?;
     let mut keeper = Keeper {
         server: Some(server),
         held: [const { None }; Held::ALL.len()],
@@ -66,6 +67,11 @@ impl Keeper {
             };
             match receive(server) {
                 Ok(Received::Message(Message::Ended, _)) => return,
+                Ok(Received::Message(Message::Confine, ruleset)) => {
+                    if let Err(error) = Sandbox::of(ruleset).enter_alone() {
+                        eprintln!("snapback: the keeper can't enter its sandbox: {error}");
+                    }
+                }
                 Ok(Received::Message(Message::Hold(held), Some(fd))) => {
                     if let Err(error) = self.hold(held, fd) {
                         eprintln!("snapback: the keeper can't hold {held:?}: {error}");
@@ -126,10 +132,7 @@ impl Keeper {
         match self.start_server() {
             Ok((server, connection)) => {
                 self.server = Some(connection);
-                let held = Pidfd::open(server).and_then(|server| {
-                    self.hold(Held::Server, server.as_fd().try_clone_to_owned()?)
-                });
-                held.is_ok()
+                self.hold(Held::Server, server.into_fd()).is_ok()
             }
             Err(error) => {
                 eprintln!("snapback: no new page server can be started: {error}");
@@ -140,13 +143,13 @@ impl Keeper {
     }
 
     /// Starts a new server, which inherits what is held.
-    fn start_server(&self) -> io::Result<(i32, OwnedFd)> {
-        let (ours, theirs) = socket_pair()?;
+    fn start_server(&self) -> io::Result<(Pidfd, OwnedFd)> {
+        let (ours, theirs) = packets::pair()?;
         // SAFETY: this process has a single thread, and the child makes only system calls before
         // it becomes another program.
-        match unsafe { nix::unistd::fork() }? {
-            ForkResult::Parent { child } => Ok((child.as_raw(), ours)),
-            ForkResult::Child => {
+        match unsafe { Pidfd::fork() }? {
+            Some(child) => Ok((child, ours)),
+            None => {
                 let Err(errno) = self.become_server(&theirs);
                 // SAFETY: _exit(2) ends the process and runs nothing of its parent's.
                 unsafe { libc::_exit(errno as i32) }

@@ -4,7 +4,8 @@
 //! written since would be overwritten. So a thread claims a page before it installs it, and
 //! only one thread gets the claim. There are two bits per host page (the unit that
 //! userfaultfd installs), in words that are changed atomically; no thread ever waits. A third
-//! bit marks pages that the guest waits for and that can't be read at present.
+//! bit marks pages that the guest waits for and that can't be read at present, a fourth those that
+//! count as present and are left to the kernel.
 //!
 //! The words may lie in memory that outlives this process. Another process that opens the map
 //! finds what its predecessor had claimed and not finished ([`ClaimMap::unfinished`]).
@@ -53,6 +54,8 @@ struct BlockClaims {
     present: usize,
     /// The first of the words with one bit per unit: it was asked for and could not be read.
     awaited: usize,
+    /// The first of the words with one bit per unit: it is present, but was not installed.
+    left: usize,
 }
 
 const BITS: u64 = u64::BITS as u64;
@@ -66,8 +69,8 @@ pub const REQUESTS: usize = 1;
 /// The number of words ahead of those of the blocks.
 const COUNTERS: usize = 2;
 
-/// Bits per unit: claimed, present, awaited.
-const KINDS: usize = 3;
+/// Bits per unit: claimed, present, awaited, left.
+const KINDS: usize = 4;
 
 impl ClaimMap {
     /// A map in which every page of `blocks` is absent.
@@ -99,13 +102,14 @@ impl ClaimMap {
                 claimed,
                 present: claimed + count,
                 awaited: claimed + 2 * count,
+                left: claimed + 3 * count,
             }
         };
         let blocks: Vec<BlockClaims> = blocks.iter().map(claims).collect();
         let total = blocks.iter().map(|block| block.pages).sum();
         let map = ClaimMap { words, blocks, total };
         // Whoever ended may have done so between marking pages and counting them.
-        map.counter(PRESENT).store(map.count_present(), Ordering::Release);
+        map.word(PRESENT).store(map.count_present(), Ordering::Release);
         map
     }
 
@@ -113,18 +117,14 @@ impl ClaimMap {
         &self.words.words()[index]
     }
 
-    fn counter(&self, counter: usize) -> &AtomicU64 {
-        self.word(counter)
-    }
-
     /// Counts one request for a page.
     pub fn count_request(&self) {
-        self.counter(REQUESTS).fetch_add(1, Ordering::Relaxed);
+        self.word(REQUESTS).fetch_add(1, Ordering::Relaxed);
     }
 
     /// Requests for pages so far.
     pub fn requests(&self) -> u64 {
-        self.counter(REQUESTS).load(Ordering::Relaxed)
+        self.word(REQUESTS).load(Ordering::Relaxed)
     }
 
     /// Counts the target pages that are present by their bits.
@@ -166,6 +166,21 @@ impl ClaimMap {
         self.runs_where(block, awaited, found);
     }
 
+    /// Notes that pages which the caller has claimed, and is going to mark as present, are left to
+    /// the kernel.
+    pub fn set_left(&self, run: Run) {
+        let claims = &self.blocks[run.block.index()];
+        for (word, mask) in claims.words(run) {
+            self.word(claims.left + word).fetch_or(mask, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether the host page that holds this target page is left to the kernel.
+    pub fn is_left(&self, block: BlockId, page: u64) -> bool {
+        let claims = &self.blocks[block.index()];
+        self.is_set(claims, claims.left, page)
+    }
+
     fn bits(&self, first: usize, word: usize) -> u64 {
         self.word(first + word).load(Ordering::Acquire)
     }
@@ -192,7 +207,7 @@ impl ClaimMap {
 
     /// Target pages that are present.
     pub fn present(&self) -> u64 {
-        self.counter(PRESENT).load(Ordering::Acquire)
+        self.word(PRESENT).load(Ordering::Acquire)
     }
 
     /// Whether the host page that holds this target page is claimed or present.
@@ -271,7 +286,7 @@ impl ClaimMap {
             let old = self.word(claims.present + word).fetch_or(mask, Ordering::AcqRel);
             debug_assert_eq!(old & mask, 0, "a page was installed twice: {run}");
         }
-        let before = self.counter(PRESENT).fetch_add(run.count, Ordering::AcqRel);
+        let before = self.word(PRESENT).fetch_add(run.count, Ordering::AcqRel);
         before + run.count == self.total
     }
 

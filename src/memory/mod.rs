@@ -360,7 +360,7 @@ impl Memory {
             let piece = Run { block: run.block, first, count: end - first };
             self.claims.claim(piece, |claimed| {
                 match may_leave && claimed.count == step {
-                    true => self.arrived(claimed),
+                    true => self.leave(claimed)?,
                     false => self.install_claimed(run, claimed, content)?,
                 }
                 installed += claimed.count;
@@ -389,6 +389,14 @@ impl Memory {
         placed.map_err(|source| self.transport_error(run, source))?;
         self.arrived(run);
         Ok(())
+    }
+
+    /// Leaves claimed pages of zeros to the kernel. Whoever asked for one between the claim and
+    /// now relies on being woken, as installing does: it then asks again, and is answered.
+    fn leave(&self, run: Run) -> Result<(), MemoryError> {
+        self.claims.set_left(run);
+        self.arrived(run);
+        self.wake(run)
     }
 
     /// Marks claimed pages as present; wakes [`Memory::wait_complete`] behind the last one.

@@ -229,23 +229,18 @@ impl Pager {
     }
 }
 
-/// Answers a request for a host page that is in place: the thread is woken to look again. If
-/// its zeros were left out, they are installed now, and those behind them.
+/// Answers a request for a host page that counts as in place: the thread is woken to look again.
+/// If the page was left to the kernel it is installed now, with those like it behind it, unless it
+/// would go by the socket: QEMU must not be sent what may have been installed since. And what was
+/// sent by the socket may still be on its way: installed as well, it would come a second time.
 fn serve_again(memory: &Memory, host_page: Run) -> Result<(), MemoryError> {
-    let page = Page { block: host_page.block, number: host_page.first };
-    let is_left = memory.leaves_zeros(page.block)
-        && memory.source.locate(page).map_err(|e| memory.source_error(host_page, e))?
-            == Location::Zero;
-    if !is_left {
+    let is_left = |number: &u64| memory.claims.is_left(host_page.block, *number);
+    if !memory.leaves_zeros(host_page.block) || !is_left(&host_page.first) {
         return memory.wake(host_page);
     }
-    // Of pages that are in place, zeros alone are ever missing.
-    let is_left = |number: &u64| {
-        let near = Page { number: *number, ..page };
-        memory.claims.is_present(near.block, near.number) && memory.source.is_zero(near)
-    };
-    let most = cut(memory, page, LEFT_AT_ONCE);
-    let count = (most.first + 1..most.end()).take_while(is_left).count() as u64 + 1;
+    let first = Page { block: host_page.block, number: host_page.first };
+    let most = cut(memory, first, LEFT_AT_ONCE);
+    let count = (most.first..most.end()).take_while(is_left).count() as u64;
     memory.make_up(Run { count, ..host_page })
 }
 

@@ -20,6 +20,10 @@ struct Computed {
 }
 
 impl Computed {
+    fn of(blocks: Vec<Block>, chunk_pages: usize) -> Computed {
+        Computed { blocks, chunk_pages, broken: None, repaired: Arc::default() }
+    }
+
     fn group(&self, page: Page) -> u64 {
         page.number / self.chunk_pages as u64
     }
@@ -119,6 +123,44 @@ impl Transport for Arc<Shelf> {
     }
 }
 
+/// Memory of which zeros are left out, that notes who is woken and what is installed all the same.
+#[derive(Default)]
+struct Leaving {
+    woken: Mutex<Vec<Run>>,
+    zeroed: Mutex<Vec<Run>>,
+    /// Whether zeros may be installed.
+    installs: bool,
+}
+
+impl Transport for Arc<Leaving> {
+    fn copy(&self, _: &Block, _: Run, _: &[u8]) -> Result<(), TransportError> {
+        Ok(())
+    }
+
+    fn zero(&self, _: &Block, run: Run) -> Result<(), TransportError> {
+        assert!(self.installs, "zeros were installed");
+        self.zeroed.lock().unwrap().push(run);
+        Ok(())
+    }
+
+    fn wake(&self, _: &Block, run: Run) -> Result<(), TransportError> {
+        self.woken.lock().unwrap().push(run);
+        Ok(())
+    }
+
+    fn step_pages(&self, _: BlockId) -> u64 {
+        64
+    }
+
+    fn zero_step_pages(&self, _: BlockId) -> u64 {
+        512
+    }
+
+    fn leaves_zeros(&self, _: BlockId) -> bool {
+        true
+    }
+}
+
 fn block(name: &str, pages: u64, page_size: u64) -> Block {
     Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size }
 }
@@ -153,7 +195,7 @@ proptest! {
             .enumerate()
             .map(|(i, (pages, size))| block(&format!("b{i}"), *pages, *size))
             .collect();
-        let computed = |blocks| Computed { blocks, chunk_pages: 1 << chunk_shift, broken: None, repaired: Arc::default() };
+        let computed = |blocks| Computed::of(blocks, 1 << chunk_shift);
         let shelf = Arc::new(Shelf::default());
         let transport = Box::new(Arc::clone(&shelf));
         let memory = Arc::new(Memory::new(Arc::new(computed(blocks.clone())), transport));
@@ -179,13 +221,8 @@ proptest! {
 
 #[test]
 fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
-    let broken = Some(ChunkId(7));
-    let source = Computed {
-        blocks: vec![block("pc.ram", 256, 4096)],
-        chunk_pages: 16,
-        broken,
-        repaired: Arc::default(),
-    };
+    let whole = Computed::of(vec![block("pc.ram", 256, 4096)], 16);
+    let source = Computed { broken: Some(ChunkId(7)), ..whole };
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(Arc::clone(&shelf))));
     let error = prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap_err();
@@ -200,10 +237,9 @@ fn memory_that_can_never_be_whole_is_a_loud_failure_and_the_rest_arrives() {
 fn what_cant_be_read_is_told_once_and_brought_when_it_can_be() {
     let repaired = Arc::new(AtomicBool::new(false));
     let source = || Computed {
-        blocks: vec![block("pc.ram", 256, 4096)],
-        chunk_pages: 16,
         broken: Some(ChunkId(7)),
         repaired: Arc::clone(&repaired),
+        ..Computed::of(vec![block("pc.ram", 256, 4096)], 16)
     };
     let shelf = Arc::new(Shelf::default());
     let (tell, told) = std::sync::mpsc::channel();
@@ -233,14 +269,45 @@ fn what_cant_be_read_is_told_once_and_brought_when_it_can_be() {
     check_all(&source(), &shelf);
 }
 
+/// Whoever finds such a page claimed and not present yet waits to be woken.
+#[test]
+fn zeros_that_are_left_out_wake_who_waits_for_them() {
+    let source = Computed::of(vec![block("pc.ram", 3 * 512, 4096)], 512);
+    let leaving = Arc::new(Leaving::default());
+    let memory = Arc::new(Memory::new(Arc::new(source), Box::new(Arc::clone(&leaving))));
+    prefetch(&memory, &two_threads(), &Pace::new(None)).unwrap();
+    assert!(memory.wait_complete(Duration::ZERO));
+    let zeros = Run { block: BlockId(0), first: 2 * 512, count: 512 };
+    assert_eq!(*leaving.woken.lock().unwrap(), [zeros]);
+}
+
+/// Zeros that were sent by the socket are on their way for a while. Only those that were left out
+/// are ever missing.
+#[test]
+fn only_zeros_that_were_left_out_are_made_up_for() {
+    let source = || Computed::of(vec![block("pc.ram", 3 * 512, 4096)], 512);
+    let zeros = |count| Run { block: BlockId(0), first: 2 * 512, count };
+    for left in [false, true] {
+        let transport = Arc::new(Leaving { installs: true, ..Leaving::default() });
+        let memory = Memory::new(Arc::new(source()), Box::new(Arc::clone(&transport)));
+        match left {
+            true => _ = memory.install(zeros(512), Content::Zero, || {}).unwrap(),
+            false => memory.found(zeros(512)),
+        }
+        transport.woken.lock().unwrap().clear();
+        let mut pager = Pager::new(Arc::new(memory)).unwrap();
+        pager.serve(BlockId(0), zeros(1).offset(), 4096, Instant::now()).unwrap();
+        let (woken, zeroed) = (transport.woken.lock().unwrap(), transport.zeroed.lock().unwrap());
+        match left {
+            true => assert_eq!((&woken[..], &zeroed[..]), (&[][..], &[zeros(16)][..])),
+            false => assert_eq!((&woken[..], &zeroed[..]), (&[zeros(1)][..], &[][..])),
+        }
+    }
+}
+
 #[test]
 fn a_request_outside_the_machine_is_refused() {
-    let source = Computed {
-        blocks: vec![block("pc.ram", 4, 4096)],
-        chunk_pages: 16,
-        broken: None,
-        repaired: Arc::default(),
-    };
+    let source = Computed::of(vec![block("pc.ram", 4, 4096)], 16);
     let shelf = Arc::new(Shelf::default());
     let memory = Arc::new(Memory::new(Arc::new(source), Box::new(shelf)));
     let mut pager = Pager::new(Arc::clone(&memory)).unwrap();
@@ -253,12 +320,7 @@ fn a_request_outside_the_machine_is_refused() {
 
 #[test]
 fn an_answers_time_counts_from_the_event_and_not_from_its_turn() {
-    let source = Computed {
-        blocks: vec![block("pc.ram", 4, 4096)],
-        chunk_pages: 4,
-        broken: None,
-        repaired: Arc::default(),
-    };
+    let source = Computed::of(vec![block("pc.ram", 4, 4096)], 4);
     let memory = Memory::new(Arc::new(source), Box::new(Arc::new(Shelf::default())));
     let mut pager = Pager::new(Arc::new(memory)).unwrap();
     let waited = Duration::from_millis(500);

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::host::sandbox;
 use crate::identity::Identity;
 use crate::kind::{Details, ErrorKind};
 use crate::page::{Block, BlockId, Page};
@@ -128,16 +129,13 @@ impl WorkingSet {
             io::ErrorKind::NotFound => WorkingSetError::None(path.to_owned()),
             _ => WorkingSetError::Io { path: path.to_owned(), doing: "read", source },
         };
-        let mut bytes = Vec::new();
-        let most = ENTRIES_OFFSET + MAX_PAGES * ENTRY_BYTES + CHECKSUM_BYTES;
-        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(failed)?;
+        let file = sandbox::open(path).map_err(failed)?;
         if !file.metadata().map_err(failed)?.is_file() {
             let problem = "it is not a regular file";
             return Err(WorkingSetError::Unusable { path: path.to_owned(), problem });
         }
-        file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
         let set = WorkingSet::decode(&bytes)
             .map_err(|problem| WorkingSetError::Unusable { path: path.to_owned(), problem })?;
         let problem = match set {
@@ -197,7 +195,8 @@ impl WorkingSet {
         })
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// The record as the bytes of its file.
+    pub fn encode(&self) -> Vec<u8> {
         let pages = &self.pages[..self.pages.len().min(MAX_PAGES)];
         let mut bytes =
             Vec::with_capacity(ENTRIES_OFFSET + pages.len() * ENTRY_BYTES + CHECKSUM_BYTES);
@@ -214,7 +213,11 @@ impl WorkingSet {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Result<WorkingSet, &'static str> {
+    /// Reads the bytes of a record's file.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn decode(bytes: &[u8]) -> Result<WorkingSet, &'static str> {
         let word = |at: usize| bytes.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes);
         let half = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes);
         if bytes.get(MAGIC_OFFSET..MAGIC.len()) != Some(&MAGIC[..]) {
@@ -244,6 +247,9 @@ impl WorkingSet {
         })
     }
 }
+
+/// Bytes of a record's file at most.
+pub const MAX_BYTES: usize = ENTRIES_OFFSET + MAX_PAGES * ENTRY_BYTES + CHECKSUM_BYTES;
 
 fn fits(page: &Page, blocks: &[Block]) -> bool {
     blocks.get(page.block.index()).is_some_and(|block| page.number < block.pages())

@@ -10,14 +10,15 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::event::RevertEvent;
 use crate::cancel::Cancellation;
-use crate::host::huge_pages::{HugePagePolicy, collapse, find_small, huge_bytes};
+use crate::host::huge_pages::{self, HugePagePolicy, find_small, huge_bytes};
 use crate::host::pidfd::Pidfd;
-use crate::host::procfs::{self, Mapping, MemInfo, Pagemap};
+use crate::host::procfs::{AddressSpace, MemInfo, Pagemap};
 use crate::rate::RateLimit;
 
 /// A call in which the guest may wait for the kernel is followed by a rest of this share of the
@@ -27,9 +28,6 @@ const REST: f64 = 0.25;
 /// The share of the host's memory that stays available: one part of so many.
 const SPARED: u64 = 16;
 
-/// Calls between two looks at the host's memory.
-const LOOK_EVERY: usize = 2;
-
 /// Calls in a row that can collapse nothing before it is given up: the host's memory is
 /// fragmented then, and looking for huge pages is expensive.
 const REFUSED: usize = 8;
@@ -37,11 +35,26 @@ const REFUSED: usize = 8;
 /// The longest sleep that doesn't look for a cancellation.
 const NAP: Duration = Duration::from_millis(5);
 
+/// Collapses a stretch of a process's memory, [`huge_pages::collapse`].
+///
+/// # Errors
+/// As there, and ENOMEM where the host is short of memory: a stretch may take as much as it is
+/// large, if most of it are zeros.
+pub(super) fn collapse(process: &Pidfd, stretch: Range<u64>) -> io::Result<u64> {
+    let memory = MemInfo::read()?;
+    if memory.available < memory.total / SPARED {
+        return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+    }
+    huge_pages::collapse(process, stretch)
+}
+
 /// Memory of a QEMU that is to be in huge pages.
 #[derive(Debug)]
 pub(super) struct Collapsing {
     /// QEMU's process.
     pub pid: i32,
+    /// The same as /proc shows it, where this process may not open that any more.
+    pub space: Option<Arc<AddressSpace>>,
     /// Where its guest's memory lies, as far as that is proven.
     pub memory: Vec<Range<u64>>,
     /// The most bytes a second that are collapsed.
@@ -49,41 +62,71 @@ pub(super) struct Collapsing {
 }
 
 impl Collapsing {
-    /// Collapses what is worth it, stretch by stretch. Returns the event that tells what came of
-    /// it; none where QEMU has ended. It blocks; `cancel` ends it within some milliseconds.
-    pub fn run(&self, cancel: &Cancellation) -> Option<RevertEvent> {
+    /// Collapses what is worth it, stretch by stretch, by `collapse`. Returns the event that tells
+    /// what came of it; none where QEMU has ended. It blocks; `cancel` ends it within some
+    /// milliseconds.
+    pub fn run(
+        &self,
+        collapse: impl FnMut(Range<u64>) -> io::Result<u64>,
+        cancel: &Cancellation,
+    ) -> Option<RevertEvent> {
         let start = Instant::now();
         let mut collapsed = Collapsed::default();
-        if let Err(error) = self.collapse(cancel, &mut collapsed) {
-            collapsed.stopped = Some(explained(&error));
+        let done = self.collapse(collapse, cancel, &mut collapsed);
+        if let Err(error) = &done
+            && matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+        {
+            return None;
         }
-        // Its memory went with it, and what was seen of it last means nothing.
-        procfs::started(self.pid)?;
         Some(RevertEvent::Collapsed {
             before_bytes: collapsed.before,
             after_bytes: collapsed.after,
             took_ms: start.elapsed().as_secs_f64() * 1e3,
-            stopped: collapsed.stopped,
+            stopped: done.err().map(|error| explained(&error)).or(collapsed.stopped),
         })
     }
 
-    fn collapse(&self, cancel: &Cancellation, collapsed: &mut Collapsed) -> io::Result<()> {
-        let process = Pidfd::open(self.pid)?;
-        let pagemap = Pagemap::open(self.pid)?;
+    /// As [`run`](Collapsing::run): ESRCH where QEMU has ended.
+    fn collapse(
+        &self,
+        collapse: impl FnMut(Range<u64>) -> io::Result<u64>,
+        cancel: &Cancellation,
+        collapsed: &mut Collapsed,
+    ) -> io::Result<()> {
+        let space = match &self.space {
+            Some(space) => Arc::clone(space),
+            None => Arc::new(AddressSpace::open(self.pid)?),
+        };
+        let done = self.collapse_in(&space, collapse, cancel, collapsed);
+        match space.has_ended() {
+            // Its memory went with it, and what was seen of it last means nothing.
+            true => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            false => done,
+        }
+    }
+
+    fn collapse_in(
+        &self,
+        space: &AddressSpace,
+        collapse: impl FnMut(Range<u64>) -> io::Result<u64>,
+        cancel: &Cancellation,
+        collapsed: &mut Collapsed,
+    ) -> io::Result<()> {
+        let pagemap = space.pagemap();
         let policy = HugePagePolicy::read();
-        let ranges = self.wanted(policy)?;
+        let ranges = self.wanted(space, policy)?;
         if ranges.is_empty() {
             let why = "the host wants none for this guest (/sys/kernel/mm/transparent_hugepage)";
             collapsed.stopped = Some(why.into());
         }
-        collapsed.before = huge_bytes_in(&pagemap, &ranges)?;
+        collapsed.before = huge_bytes_in(pagemap, &ranges)?;
         collapsed.after = collapsed.before;
         let mut worth = Vec::new();
         for range in &ranges {
-            find_small(&pagemap, range.clone(), policy.least, &mut worth)?;
+            find_small(pagemap, range.clone(), policy.least, &mut worth)?;
         }
-        let stopped = self.collapse_all(&process, &worth, cancel);
-        collapsed.after = huge_bytes_in(&pagemap, &ranges)?;
+        let stopped = self.collapse_all(collapse, &worth, cancel);
+        collapsed.after = huge_bytes_in(pagemap, &ranges)?;
         if let Some(why) = stopped? {
             collapsed.stopped = Some(why.into());
         }
@@ -91,8 +134,8 @@ impl Collapsing {
     }
 
     /// The guest's memory that is wanted in huge pages.
-    fn wanted(&self, policy: HugePagePolicy) -> io::Result<Vec<Range<u64>>> {
-        let mut mappings = Mapping::all_of_in_detail(self.pid)?;
+    fn wanted(&self, space: &AddressSpace, policy: HugePagePolicy) -> io::Result<Vec<Range<u64>>> {
+        let mut mappings = space.mappings()?;
         mappings.retain(|mapping| policy.wants(mapping));
         let pairs = self.memory.iter().flat_map(|memory| {
             mappings
@@ -106,23 +149,24 @@ impl Collapsing {
     /// stopped early, if it has.
     fn collapse_all(
         &self,
-        process: &Pidfd,
+        mut collapse: impl FnMut(Range<u64>) -> io::Result<u64>,
         stretches: &[Range<u64>],
         cancel: &Cancellation,
     ) -> io::Result<Option<&'static str>> {
         let mut rate = self.rate.map(|rate| RateLimit::new(rate, Instant::now()));
         let mut refused = 0;
-        for (number, stretch) in stretches.iter().enumerate() {
+        for stretch in stretches {
             if cancel.is_requested() {
                 return Ok(Some("interrupted"));
             }
-            if number % LOOK_EVERY == 0 && is_short_of_memory()? {
-                return Ok(Some("the host is short of memory"));
-            }
             let start = Instant::now();
-            refused = match collapse(process, stretch.clone())? {
-                0 => refused + 1,
-                _ => 0,
+            refused = match collapse(stretch.clone()) {
+                Ok(0) => refused + 1,
+                Ok(_) => 0,
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                    return Ok(Some("the host is short of memory"));
+                }
+                Err(error) => return Err(error),
             };
             if refused == REFUSED {
                 return Ok(Some("the host finds no memory for huge pages"));
@@ -148,12 +192,6 @@ struct Collapsed {
 
 fn huge_bytes_in(pagemap: &Pagemap, ranges: &[Range<u64>]) -> io::Result<u64> {
     ranges.iter().map(|range| huge_bytes(pagemap, range.clone())).sum()
-}
-
-/// A stretch may take as much memory as it is large, if most of it are zeros.
-fn is_short_of_memory() -> io::Result<bool> {
-    let memory = MemInfo::read()?;
-    Ok(memory.available < memory.total / SPARED)
 }
 
 /// Sleeps until then.
@@ -197,7 +235,12 @@ mod tests {
     fn collapsing(map: &memmap2::MmapMut, rate: Option<u64>) -> Collapsing {
         let start = map.as_ptr() as u64;
         let memory = vec![start..start + map.len() as u64];
-        Collapsing { pid: std::process::id() as i32, memory, rate }
+        Collapsing { pid: std::process::id() as i32, space: None, memory, rate }
+    }
+
+    fn run(collapsing: &Collapsing, cancel: &Cancellation) -> Option<RevertEvent> {
+        let process = Pidfd::open(collapsing.pid).unwrap();
+        collapsing.run(|stretch| collapse(&process, stretch), cancel)
     }
 
     /// Bytes in huge pages at the end, and why it stopped. The kernel collapses memory by itself
@@ -212,7 +255,7 @@ mod tests {
     #[test]
     fn small_pages_become_huge_ones() {
         let map = small_memory(12);
-        let (after, stopped) = told(collapsing(&map, None).run(&Cancellation::new()));
+        let (after, stopped) = told(run(&collapsing(&map, None), &Cancellation::new()));
         // Where this process may not, or the host wants no huge pages, it says so.
         assert!(after == 12 << 20 || stopped.is_some(), "{after} {stopped:?}");
     }
@@ -222,7 +265,7 @@ mod tests {
         let map = small_memory(12);
         let cancel = Cancellation::new();
         cancel.request();
-        let (_, stopped) = told(collapsing(&map, None).run(&cancel));
+        let (_, stopped) = told(run(&collapsing(&map, None), &cancel));
         assert!(stopped.is_some());
     }
 
@@ -237,7 +280,7 @@ mod tests {
             after.request();
         });
         // One byte a second.
-        told(collapsing(&map, Some(1)).run(&cancel));
+        told(run(&collapsing(&map, Some(1)), &cancel));
         assert!(start.elapsed() < Duration::from_secs(30));
     }
 
@@ -247,6 +290,7 @@ mod tests {
         let pid = other.id() as i32;
         other.wait().unwrap();
         let memory = vec![0..HUGE_PAGE];
-        assert_eq!(Collapsing { pid, memory, rate: None }.run(&Cancellation::new()), None);
+        let collapsing = Collapsing { pid, space: None, memory, rate: None };
+        assert_eq!(collapsing.run(|_| panic!("there is no memory"), &Cancellation::new()), None);
     }
 }

@@ -23,6 +23,11 @@ pub enum RevertEvent {
         /// Why.
         why: String,
     },
+    /// Something that should be changed, and holds up nothing.
+    Warning {
+        /// What, and how.
+        says: String,
+    },
     /// A disk that is part of the snapshot: where the guest's changes to it go.
     Disk {
         /// The disk.

@@ -3,14 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::broker::Broker;
 use super::options::Delivery;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
+use crate::host::procfs::AddressSpace;
+use crate::host::sandbox::Sandbox;
 use crate::identity::Identity;
 use crate::image::{Image, ImageError};
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
@@ -28,6 +31,8 @@ pub(super) struct Details {
     /// The domain, where libvirt has started the guest.
     #[serde(default)]
     pub domain: Option<DomainAddress>,
+    /// The program of the broker, where the process is to be in a sandbox.
+    pub sandbox: Option<PathBuf>,
     /// The directory of its record, where it has one.
     pub run: Option<PathBuf>,
 }
@@ -48,10 +53,14 @@ impl Details {
 }
 
 /// Has the record tell of each keeper.
-pub(super) fn note_keepers(keeper: &Keeper, run: Option<&Entry>) {
+pub(super) fn note_keepers(keeper: &Keeper, ledger: &Ledger, run: Option<&Entry>) {
     if let Some(notes) = run.map(Entry::notes) {
+        let ledger = ledger.clone();
         keeper.on_start(move |process| {
-            notes.note(move |record| record.keeper = ProcessId::of(process as i32));
+            let ledger = ledger.clone();
+            notes.note(move |record| {
+                record.keeper = Some(ProcessId::serving(process as i32, &ledger));
+            });
         });
     }
 }
@@ -70,6 +79,7 @@ impl Kept {
         image: &Image,
         delivery: &Delivery,
         domain: Option<DomainAddress>,
+        sandbox: Option<&Path>,
         run: Option<&Entry>,
     ) -> io::Result<(Keeper, Kept)> {
         let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
@@ -78,13 +88,14 @@ impl Kept {
             identity: image.identity(),
             delivery: delivery.clone(),
             domain,
+            sandbox: sandbox.map(Path::to_owned),
             run: run.map(|run| run.directory().to_owned()),
         };
         let blocks = &image.manifest().blocks;
         let words = ClaimMap::words_for(blocks);
         let ledger = Ledger::create(blocks.len(), words, &serde_json::to_vec(&details)?)?;
         let keeper = Keeper::start(successor.clone())?;
-        note_keepers(&keeper, run);
+        note_keepers(&keeper, &ledger, run);
         let kept = Kept { ledger, holder: keeper.holder() };
         kept.hold_first(file)?;
         Ok((keeper, kept))
@@ -104,6 +115,7 @@ impl Kept {
 
     /// QEMU has been started.
     pub fn hold_qemu(&self, process: &Process, qmp: &Qmp) -> io::Result<()> {
+        self.ledger.set_qemu(process.pid());
         self.holder.hold(Held::Qemu, process.pidfd())?;
         self.hold_control(qmp)?;
         self.holder.hold(Held::Output, process.output())
@@ -111,6 +123,7 @@ impl Kept {
 
     /// libvirt has started QEMU. What it says goes to a log of libvirt's.
     pub fn hold_domain(&self, pid: i32) -> io::Result<()> {
+        self.ledger.set_qemu(pid);
         self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())?;
         self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())
     }
@@ -121,6 +134,7 @@ impl Kept {
         self.hold_control(qmp)?;
         // What it says goes elsewhere.
         self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())?;
+        self.ledger.set_qemu(pid);
         self.ledger.set_running();
         self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())
     }
@@ -136,6 +150,19 @@ impl Kept {
     /// The migration begins.
     pub fn hold_stream(&self, stream: BorrowedFd<'_>) -> io::Result<()> {
         self.holder.hold(Held::Stream, stream)
+    }
+
+    /// Nobody may look into QEMU any more from now on.
+    pub fn hold_address_space(&self, qemu: &AddressSpace) -> io::Result<()> {
+        let [mappings, page_map] = qemu.descriptors();
+        self.holder.hold(Held::Mappings, mappings)?;
+        self.holder.hold(Held::PageMap, page_map)
+    }
+
+    /// This process is in a sandbox from now on, and so will be its successors.
+    pub fn confine(&self, sandbox: Sandbox, broker: &Broker) -> io::Result<()> {
+        self.holder.confine(sandbox);
+        self.holder.hold(Held::Broker, broker.connection())
     }
 
     /// Pages go directly from now on.

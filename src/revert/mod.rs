@@ -4,6 +4,8 @@
 //! [`revert()`] and [`serve()`] go all the way. Both are a [`session`] of explicit states,
 //! which can also be gone through one by one: to hold a guest in standby, for example.
 
+mod broker;
+mod clones;
 mod collapse;
 mod eager;
 mod error;
@@ -24,6 +26,8 @@ mod source;
 mod takeover;
 mod unreadable;
 
+pub use broker::{Rights, run as run_broker};
+pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, RevertEvent, Unreadable};
 pub use harvest::harvest;

@@ -44,6 +44,11 @@ pub struct RevertOptions {
     /// [`RevertEvent::Resident`](super::RevertEvent::Resident). Without, the guest then waits
     /// for ever.
     pub keeper: Option<Successor>,
+    /// The program `snapback`. With it, this process and its keeper enter a sandbox as soon as
+    /// the guest runs, and start that program outside of it, as the process that keeps the few
+    /// rights which are needed later. **The sandbox holds for the whole process that calls this, and
+    /// for good.** Without, or where memory is not served, the process keeps its rights.
+    pub sandbox: Option<PathBuf>,
     /// How this revert is recorded while it is under way, for [`runs`](crate::runs). Without, it
     /// is not.
     pub run: Option<RunOptions>,
@@ -62,6 +67,7 @@ impl RevertOptions {
             rtc: Rtc::default(),
             check: false,
             keeper: None,
+            sandbox: None,
             run: None,
         }
     }
@@ -83,6 +89,8 @@ pub struct ServeOptions {
     pub standby: bool,
     /// What the machine's battery-backed clock shows.
     pub rtc: Rtc,
+    /// As [`RevertOptions::sandbox`].
+    pub sandbox: Option<PathBuf>,
 }
 
 impl ServeOptions {
@@ -94,6 +102,7 @@ impl ServeOptions {
             delivery: Delivery::default(),
             standby: false,
             rtc: Rtc::default(),
+            sandbox: None,
         }
     }
 }
@@ -111,13 +120,15 @@ pub struct ResumeOptions {
     pub delivery: Delivery,
     /// As [`RevertOptions::keeper`].
     pub keeper: Option<Successor>,
+    /// As [`RevertOptions::sandbox`].
+    pub sandbox: Option<PathBuf>,
 }
 
 impl ResumeOptions {
     /// Goes on with that guest of this image.
     pub fn new(image: impl Into<PathBuf>, of: Orphan) -> ResumeOptions {
         let delivery = Delivery { working_set: false, ..Delivery::default() };
-        ResumeOptions { image: image.into(), of, delivery, keeper: None }
+        ResumeOptions { image: image.into(), of, delivery, keeper: None, sandbox: None }
     }
 }
 

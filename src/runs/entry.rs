@@ -50,11 +50,9 @@ impl Entry {
         })
     }
 
-    /// Goes on with the record of a server that has died.
-    pub fn take_over(directory: PathBuf) -> Entry {
-        Entry::start(directory, |directory| {
-            Ok(Record { server: ProcessId::this(), ..Record::read(directory)? })
-        })
+    /// Goes on with the record of a server that has died, as this one.
+    pub fn take_over(directory: PathBuf, server: Option<ProcessId>) -> Entry {
+        Entry::start(directory, move |directory| Ok(Record { server, ..Record::read(directory)? }))
     }
 
     fn start(
@@ -78,6 +76,11 @@ impl Entry {
     /// Its directory, for a server that may have to take over.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The directory in which its own and the user's are removed, once they are empty.
+    pub fn removed_from(&self) -> Option<PathBuf> {
+        self.directory.parent()?.parent().map(Path::to_owned)
     }
 
     /// What notes changes from elsewhere.
@@ -119,7 +122,7 @@ fn keep(directory: &Path, mut record: Record, messages: &Receiver<Message>) -> i
     // of them. One that was taken up by hand and failed leaves QEMU to be taken up again. A guest
     // that has all its memory is its owner's, with its overlays.
     let leaves = record.overlays.iter().any(|overlay| overlay.symlink_metadata().is_ok());
-    let waits = record.qemu.and_then(ProcessId::living).is_some();
+    let waits = record.qemu.is_some_and(ProcessId::may_live);
     match !record.resident && (leaves || waits) {
         true => Ok(()),
         false => directory::remove(directory, &[FILE, NEW_FILE]),

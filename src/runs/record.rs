@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::directory;
 use crate::host::procfs;
+use crate::keeper::Ledger;
 
 /// The file of a record, and its name while it is written.
 pub(super) const FILE: &str = "state.json";
@@ -22,14 +23,23 @@ const MAX_BYTES: u64 = 1 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ProcessId {
     pid: i32,
-    /// When it was started, in clock ticks since boot (proc_pid_stat(5), field 22).
-    started: u64,
+    /// When it was started, in clock ticks since boot (proc_pid_stat(5), field 22). None of a
+    /// server or a keeper whose record is written in the sandbox, where that can't be seen.
+    started: Option<u64>,
+    /// The ledger that a server or a keeper holds, [`Ledger::mark`].
+    #[serde(default)]
+    ledger: Option<u64>,
 }
 
 impl ProcessId {
     /// The process that has this number now.
     pub fn of(pid: i32) -> Option<ProcessId> {
-        Some(ProcessId { pid, started: procfs::started(pid)? })
+        Some(ProcessId { pid, started: Some(procfs::started(pid)?), ledger: None })
+    }
+
+    /// The server or keeper that has this number now, and holds this ledger.
+    pub fn serving(pid: i32, ledger: &Ledger) -> ProcessId {
+        ProcessId { pid, started: procfs::started(pid), ledger: Ledger::mark(ledger).ok() }
     }
 
     /// This process.
@@ -39,7 +49,21 @@ impl ProcessId {
 
     /// Its number, while it lives.
     pub fn living(self) -> Option<i32> {
-        (procfs::started(self.pid) == Some(self.started)).then_some(self.pid)
+        let holds =
+            |mark| Ledger::of_process(self.pid).any(|held| Ledger::mark(held).ok() == Some(mark));
+        let lives = match self.started {
+            None => self.ledger.is_some_and(holds),
+            started => procfs::started(self.pid) == started,
+        };
+        lives.then_some(self.pid)
+    }
+
+    /// Whether it may live: a process in its sandbox sees only whether there is one of its number.
+    pub fn may_live(self) -> bool {
+        match File::open(procfs::path(self.pid, "stat")) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => true,
+            _ => self.living().is_some(),
+        }
     }
 }
 
@@ -119,8 +143,22 @@ mod tests {
     fn a_process_is_known_by_its_start_as_well() {
         let us = ProcessId::this().unwrap();
         assert_eq!(us.living(), Some(std::process::id() as i32));
-        assert_eq!(ProcessId { started: us.started + 1, ..us }.living(), None);
+        let later = us.started.map(|started| started + 1);
+        assert_eq!(ProcessId { started: later, ..us }.living(), None);
         assert_eq!(ProcessId::of(i32::MAX), None);
+    }
+
+    #[test]
+    fn where_its_start_was_not_seen_it_is_known_by_its_ledger() {
+        let ledger = Ledger::create(1, 1, b"").unwrap();
+        let pid = std::process::id() as i32;
+        let us = ProcessId { started: None, ..ProcessId::serving(pid, &ledger) };
+        assert_eq!(us.living(), Some(pid));
+        let stranger = us.ledger.map(|mark| mark + 1000);
+        assert_eq!(ProcessId { ledger: stranger, ..us }.living(), None);
+        assert_eq!(ProcessId { ledger: None, ..us }.living(), None);
+        let parent = std::os::unix::process::parent_id() as i32;
+        assert_eq!(ProcessId { pid: parent, ..us }.living(), None);
     }
 
     #[test]

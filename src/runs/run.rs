@@ -1,6 +1,6 @@
 //! The reverts that are recorded, as they are now.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use super::directory::{self, base, check_private, is_id};
 use super::{Record, RunsError};
-use crate::host::procfs::{descriptor_link, descriptors, path};
 use crate::keeper::{Figures, Ledger};
 
 /// A revert that is recorded.
@@ -179,11 +178,5 @@ impl Run {
 /// What the ledger says that a process has open; none where it has none, or can't be looked
 /// into.
 fn figures_of(pid: i32) -> Option<Figures> {
-    let is_ledger = |fd: &i32| {
-        let link = descriptor_link(pid, *fd);
-        link.is_ok_and(|link| link.to_string_lossy().starts_with(Ledger::LINK))
-    };
-    let fd = descriptors(pid).ok()?.into_iter().find(is_ledger)?;
-    let file = File::open(path(pid, &format!("fd/{fd}"))).ok()?;
-    Ledger::figures(&file).ok()
+    Ledger::figures(&Ledger::of_process(pid).next()?).ok()
 }

@@ -86,10 +86,9 @@ fn end(
     if process.and_then(ProcessId::living).is_none() {
         return Ok(None);
     }
-    match ending {
-        Ending::Kill => {}
-        Ending::Tell => drop(pidfd.terminate()),
-        Ending::Wait => {}
+    if ending == Ending::Tell {
+        // It fails when the process has ended.
+        let _ = pidfd.terminate();
     }
     if ending != Ending::Kill && pidfd.wait_end(PATIENCE) {
         return Ok(Some(pid));

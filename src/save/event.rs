@@ -23,7 +23,8 @@ pub enum SaveEvent {
         /// Writable disks that are left out.
         uncaptured_disks: Vec<String>,
     },
-    /// The image will be whole, but `revert` will refuse it. Only when there is such a reason.
+    /// The image will be whole, but `revert` will refuse it, or others may read its parents. Only
+    /// when there is such a reason.
     Warning {
         /// The reason, and what to do instead.
         says: String,

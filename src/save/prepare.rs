@@ -27,6 +27,10 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         if let Some(says) = self.checked.irrevertible.clone() {
             self.tell(SaveEvent::Warning { says });
         }
+        let exposures = self.checked.parent.as_ref().map(|parent| parent.exposures());
+        for says in exposures.unwrap_or_default() {
+            self.tell(SaveEvent::Warning { says });
+        }
         Ok(())
     }
 

@@ -71,6 +71,16 @@ impl AttachError {
     }
 }
 
+/// A copy of the one userfaultfd that a QEMU in postcopy has.
+///
+/// # Errors
+/// When QEMU may not be traced, or does not have just one.
+pub(super) fn the_userfaultfd(pid: i32) -> Result<Uffd, AttachError> {
+    let mut uffds = Uffd::all_of(pid).map_err(AttachError::at(pid, "the userfaultfd"))?;
+    let (count, last) = (uffds.len(), uffds.pop());
+    last.filter(|_| count == 1).ok_or(AttachError::Count { pid, count })
+}
+
 /// Finds the RAMBlocks of a QEMU in postcopy.
 pub struct Locator {
     pid: i32,
@@ -98,11 +108,7 @@ impl Locator {
     /// When QEMU may not be traced, or does not have just one userfaultfd.
     pub fn attach(pid: i32, blocks: &[Block]) -> Result<Locator, AttachError> {
         let failed = |what| AttachError::at(pid, what);
-        let mut uffds = Uffd::all_of(pid).map_err(failed("the userfaultfd"))?;
-        let (count, last) = (uffds.len(), uffds.pop());
-        let Some(uffd) = last.filter(|_| count == 1) else {
-            return Err(AttachError::Count { pid, count });
-        };
+        let uffd = the_userfaultfd(pid)?;
         // Only smaps tells the sizes of pages, but it takes the kernel several times as long
         // to write: milliseconds, in which the guest runs already.
         let mappings = match blocks.iter().all(|block| block.page_size == PAGE_SIZE as u64) {

@@ -5,7 +5,7 @@
 //! several are of one size, what is in them tells them apart: pages that the guest has not written
 //! to are those of the image. So do they tell whether the image is the guest's at all.
 
-use super::proof::AttachError;
+use super::proof::{AttachError, the_userfaultfd};
 use crate::host::memory;
 use crate::host::procfs::{Mapping, Pagemap};
 use crate::host::uffd::Uffd;
@@ -74,11 +74,6 @@ impl SearchError {
     }
 }
 
-/// The error for a QEMU whose process is not known.
-pub fn unseen() -> AttachError {
-    AttachError::Unseen
-}
-
 /// A guest's memory as it was found.
 #[derive(Debug)]
 pub struct Found {
@@ -97,9 +92,7 @@ pub struct Found {
 /// When QEMU can't be looked into, or its memory is not that of `pages`.
 pub fn find(pid: i32, pages: &dyn PageSource) -> Result<Found, SearchError> {
     let failed = |what| AttachError::at(pid, what);
-    let mut uffds = Uffd::all_of(pid).map_err(failed("the userfaultfd"))?;
-    let (count, last) = (uffds.len(), uffds.pop());
-    let uffd = last.filter(|_| count == 1).ok_or(AttachError::Count { pid, count })?;
+    let uffd = the_userfaultfd(pid)?;
     let mappings = Mapping::registered_of(pid).map_err(failed("the list of mappings"))?;
     let pagemap = Pagemap::open(pid).map_err(failed("the page map"))?;
     let reader = pages.reader().map_err(SearchError::Source)?;

@@ -386,6 +386,7 @@ pub fn send_signal(pid: u32, signal: i32) {
 /// damage and interrupts is a refusal.
 const FAILED: &[&str] = &[
     "agent_failed",
+    "clones_failed",
     "guest_changed",
     "hook_failed",
     "internal",
@@ -486,10 +487,15 @@ impl Reverted {
 
     /// Takes over the guest in QEMU process `pid`, which runs already.
     pub fn take(server: Running, pid: u32, folder: &Path) -> Result<Reverted> {
+        Ok(Reverted { server: Some(server), ..Reverted::alone(pid, folder)? })
+    }
+
+    /// The guest in QEMU process `pid`, whose server is somebody else's.
+    pub fn alone(pid: u32, folder: &Path) -> Result<Reverted> {
         let mut guest = Attached::to(pid, folder)?;
         // Its file is new: all of it is the reverted guest's.
         guest.log = SerialLog::whole(&folder.join("serial0.log"));
-        Ok(Reverted { guest, server: Some(server) })
+        Ok(Reverted { guest, server: None })
     }
 
     /// Waits until all memory is in place and the program has ended well.

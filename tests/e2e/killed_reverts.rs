@@ -186,14 +186,15 @@ fn qemu_is_killed_and_all_end_with_it(dir: &Dir, qemu: Qemu) -> Result<()> {
 }
 
 /// Kills the first server and its keeper, neither of which can replace the other.
-fn kill_both(killed: &mut Killed) -> Result<()> {
-    let keeper = process(killed.dir, " keeper -- ")?;
-    killed.server().signal(libc::SIGSTOP);
-    killed.server().wait_stopped()?;
+pub fn kill_both(dir: &Dir, guest: &mut Reverted) -> Result<()> {
+    let keeper = process(dir, " keeper -- ")?;
+    let server = guest.server.take().ok_or("no server")?;
+    server.signal(libc::SIGSTOP);
+    server.wait_stopped()?;
     send_signal(keeper, libc::SIGKILL);
     wait_gone(keeper)?;
-    killed.kill_first();
-    killed.guest.server.take().ok_or("no server")?.end().map(drop)
+    server.signal(libc::SIGKILL);
+    server.end().map(drop)
 }
 
 /// Both are killed under a guest that was reverted with `args`. Takes it up again with `resume`'s
@@ -202,7 +203,7 @@ fn is_taken_up_again(dir: &Dir, qemu: Qemu, args: &[&str], place: &str) -> Resul
     let mut killed = Killed::start(dir, qemu, args)?;
     let beat = killed.guest.log.wait_beat(0, SOON)?;
     killed.guest.log.wait_beat(beat.number + 2, SOON)?;
-    kill_both(&mut killed)?;
+    kill_both(dir, &mut killed.guest)?;
 
     let image = &shared(qemu)?.image;
     let pid = killed.guest.pid.to_string();
@@ -265,7 +266,7 @@ fn a_guest_that_is_served_or_another_images_is_not_taken_up(dir: &Dir) -> Result
     let image = &shared(Qemu::V7)?.image;
     let refusal = resume(image, &killed.guest.qmp_path)?;
     assert!(refusal.contains("serves this guest"), "{refusal}");
-    kill_both(&mut killed)?;
+    kill_both(dir, &mut killed.guest)?;
     let refusal = resume(&shared(Qemu::V10)?.image, &killed.guest.qmp_path)?;
     assert!(refusal.contains("is not this image's"), "{refusal}");
 

@@ -69,16 +69,25 @@ pub fn check_given<'a>(
     disks: impl IntoIterator<Item = &'a Disk>,
 ) -> Result<(), GuestError> {
     let line = CommandLine::parse(machine.argv.get(1..).unwrap_or_default());
+    find_each(&line, disks, Path::new(&machine.cwd)).map(drop)
+}
+
+/// Finds the options that define these disks, in their order, as [`find`] does; each has its own.
+pub(in crate::guest) fn find_each<'a>(
+    line: &CommandLine,
+    disks: impl IntoIterator<Item = &'a Disk>,
+    cwd: &Path,
+) -> Result<Vec<usize>, GuestError> {
     let mut found: Vec<(usize, &Disk)> = Vec::new();
     for disk in disks {
-        let place = find(&line, disk, Path::new(&machine.cwd))?;
+        let place = find(line, disk, cwd)?;
         if let Some((_, other)) = found.iter().find(|(taken, _)| *taken == place) {
             let (disk, other) = (disk.describe(), other.describe());
             return Err(GuestError::DisksGivenAsOne { disk, other });
         }
         found.push((place, disk));
     }
-    Ok(())
+    Ok(found.into_iter().map(|(place, _)| place).collect())
 }
 
 /// Replaces disks by their overlays, each at the position that [`find`] returned.

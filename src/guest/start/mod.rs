@@ -1,7 +1,7 @@
 //! How a recorded guest is started: [`rewrite`] turns its command line into a [`plan`] by
 //! replacing [`paths`], [`ports`] and [`netdevs`], resolving [`collisions`] with running
-//! processes and in the [`network`], keeping [`logs`], and where asked by [`isolation`] from
-//! network and disks or by [`mapping`] its memory.
+//! processes and in the [`network`], keeping [`logs`], and where asked by moving things to a place of
+//! their [`own`], by [`isolation`] from network and disks or by [`mapping`] its memory.
 
 pub(super) mod collisions;
 pub(super) mod isolation;
@@ -9,6 +9,7 @@ mod logs;
 pub(super) mod mapping;
 mod netdevs;
 mod network;
+pub(super) mod own;
 pub(super) mod paths;
 pub(super) mod plan;
 pub(super) mod ports;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use crate::guest::GuestError;
 use crate::guest::disks::overlay::{Overlay, Overlays};
+use crate::host::in_use::ReservedPort;
 
 /// The id of the character backend of snapback's own control socket.
 pub(in crate::guest) const CONTROL_ID: &str = "snapback-control";
@@ -43,6 +44,10 @@ pub struct StartPlan {
     pub paused: bool,
     /// Ports of this host that were replaced, by their recorded ones.
     pub ports: BTreeMap<u16, u16>,
+    /// Those of them that are kept free for QEMU, until it has bound them.
+    pub(in crate::guest) reserved: Vec<ReservedPort>,
+    /// The guest's own directory, which is made before the start.
+    pub(in crate::guest) own: Option<PathBuf>,
     /// What differs from the record.
     pub notes: Vec<Note>,
     /// Names of the blocks that it maps from a file.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::guest::GuestError;
 use crate::guest::command_line::{CommandLine, ports};
 use crate::guest::start::plan::Note;
-use crate::host::in_use;
+use crate::host::in_use::{self, ReservedPort};
 
 /// What replaces a recorded port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,16 @@ pub enum NewPort {
     Free,
 }
 
-/// Replaces ports, and returns each rule's old and new port.
+/// Ports that replace others.
+#[derive(Debug, Default)]
+pub(super) struct Replaced {
+    /// The new port for each old one.
+    pub ports: BTreeMap<u16, u16>,
+    /// Those of them that are kept free for QEMU to bind.
+    pub reserved: Vec<ReservedPort>,
+}
+
+/// Replaces ports by these rules.
 ///
 /// # Errors
 /// [`GuestError::PortRule`] when a rule can't be followed, [`GuestError::NoSuchPort`] when no
@@ -26,16 +35,16 @@ pub(super) fn replace_in_line(
     line: &mut CommandLine,
     rules: &[(u16, NewPort)],
     notes: &mut Vec<Note>,
-) -> Result<BTreeMap<u16, u16>, GuestError> {
+) -> Result<Replaced, GuestError> {
     if rules.is_empty() {
-        return Ok(BTreeMap::new());
+        return Ok(Replaced::default());
     }
     let bound = line.options().flat_map(ports::bound).map(|port| port.number);
-    let chosen = choose(rules, &bound.collect())?;
+    let replaced = choose(rules, &bound.collect())?;
     for option in line.options_mut() {
         let mut used = Vec::new();
         let new = ports::replaced(option, &mut |port| {
-            let new = chosen.get(&port.number).copied()?;
+            let new = replaced.ports.get(&port.number).copied()?;
             used.push(format!("{}={new}", port.number));
             Some(new)
         })?;
@@ -45,15 +54,12 @@ pub(super) fn replace_in_line(
             *option = new;
         }
     }
-    Ok(chosen)
+    Ok(replaced)
 }
 
 /// The new port for each old one. `bound` are those that the command line binds.
-fn choose(
-    rules: &[(u16, NewPort)],
-    bound: &BTreeSet<u16>,
-) -> Result<BTreeMap<u16, u16>, GuestError> {
-    let mut chosen = BTreeMap::new();
+fn choose(rules: &[(u16, NewPort)], bound: &BTreeSet<u16>) -> Result<Replaced, GuestError> {
+    let Replaced { mut ports, mut reserved } = Replaced::default();
     let mut taken: Vec<u16> = bound.iter().copied().collect();
     taken.extend(rules.iter().filter_map(|(_, new)| match new {
         NewPort::Number(new) => Some(*new),
@@ -73,13 +79,18 @@ fn choose(
         let new = match new {
             NewPort::Number(0) => return Err(refuse("0", "0 is no port".to_owned())),
             NewPort::Number(new) => *new,
-            NewPort::Free => in_use::free_port(&taken)
-                .map_err(|error| refuse("auto", format!("no port is free: {error}")))?,
+            NewPort::Free => {
+                let port = in_use::reserve_port(&taken)
+                    .map_err(|error| refuse("auto", format!("no port is free: {error}")))?;
+                let number = port.number;
+                reserved.push(port);
+                number
+            }
         };
         taken.push(new);
-        if chosen.insert(*old, new).is_some() {
+        if ports.insert(*old, new).is_some() {
             return Err(refuse(&new.to_string(), "the port has another rule".to_owned()));
         }
     }
-    Ok(chosen)
+    Ok(Replaced { ports, reserved })
 }

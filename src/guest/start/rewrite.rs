@@ -16,8 +16,8 @@ use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
-use crate::guest::start::{collisions, logs, netdevs, network, paths, ports};
-use crate::machine::{DiskRole, Machine};
+use crate::guest::start::{collisions, logs, netdevs, network, own, paths, ports};
+use crate::machine::Machine;
 
 /// How a guest is started differently from its record.
 #[derive(Debug, Clone, Default)]
@@ -52,6 +52,11 @@ pub struct RewriteOptions {
     pub overlays: OverlayOptions,
     /// `(NAME, FILE)`: `FILE` is a copy of the frozen file of the disk `NAME`.
     pub disks: Vec<(String, PathBuf)>,
+    /// A directory of the guest's own, made if it isn't there: the sockets and output files of the
+    /// recorded command line go there unless `paths` has a rule for them, the overlays of its
+    /// disks unless [`OverlayOptions::directory`] says otherwise, and each recorded port without a
+    /// rule in `ports` is replaced by a free one. So any number of guests run side by side.
+    pub own: Option<PathBuf>,
     /// Blocks of memory that QEMU is to map from a file.
     pub mapped: Option<MappedMemory>,
 }
@@ -75,7 +80,12 @@ impl RewriteOptions {
 /// running process; the error names the option and the remedy.
 pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan, GuestError> {
     let (program, recorded) = machine.argv.split_first().ok_or(GuestError::EmptyCommandLine)?;
-    let rules = paths::rules(&options.paths)?;
+    let own = options.own.as_deref().map(|path| absolute("own directory", path)).transpose()?;
+    let moves = match &own {
+        Some(own) => own::path_rules(machine, &options.paths, own)?,
+        None => options.paths.clone(),
+    };
+    let rules = paths::rules(&moves)?;
     let mut notes = Vec::new();
 
     let mut line = CommandLine::parse(recorded);
@@ -83,7 +93,11 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     let disks = captured_disks(machine, options, &line, &rules)?;
     paths::replace_in_line(&mut line, &rules);
     netdevs::replace_in_line(&mut line, &options.netdevs, &mut notes)?;
-    let ports = ports::replace_in_line(&mut line, &options.ports, &mut notes)?;
+    let ports = match &own {
+        Some(_) => own::port_rules(&line, &options.ports),
+        None => options.ports.clone(),
+    };
+    let ports = ports::replace_in_line(&mut line, &ports, &mut notes)?;
     pin_machine_type(&mut line, &machine.machine_type);
     line.args.extend(CommandLine::parse(&options.extra).args);
 
@@ -131,7 +145,9 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         env,
         sockets,
         paused,
-        ports,
+        ports: ports.ports,
+        reserved: ports.reserved,
+        own,
         notes,
         mapped,
         overlays: disks.into_iter().map(|(_, overlay)| overlay).collect(),
@@ -149,13 +165,10 @@ fn captured_disks(
     rules: &[(&str, &str)],
 ) -> Result<Vec<(usize, Overlay)>, GuestError> {
     let moved = |path: &str| paths::replace(path, rules);
-    let captured = machine.disks.iter().filter(|disk| disk.role == DiskRole::Captured);
-    drives::check_given(machine, captured)?;
     let overlays = captured::overlays(&machine.disks, &options.disks, &options.overlays, moved)?;
-    let place = |(at, overlay): (usize, Overlay)| {
-        Ok((drives::find(line, &machine.disks[at], Path::new(&machine.cwd))?, overlay))
-    };
-    overlays.into_iter().map(place).collect()
+    let disks = overlays.iter().map(|(at, _)| &machine.disks[*at]);
+    let places = drives::find_each(line, disks, Path::new(&machine.cwd))?;
+    Ok(places.into_iter().zip(overlays.into_iter().map(|(_, overlay)| overlay)).collect())
 }
 
 /// The recorded environment names the modules of the recorded binary, which another binary

@@ -13,7 +13,7 @@ mod taps;
 
 pub use files::{Holder, has_open, holders, is_open_elsewhere};
 pub use owner::Owner;
-pub use ports::{Port, Protocol, bound_over, free_port};
+pub use ports::{Port, Protocol, ReservedPort, bound_over, reserve_port};
 pub use sockets::{Address, is_listening};
 pub use table::ReadError;
 pub use taps::{Attached, attached};

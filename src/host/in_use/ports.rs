@@ -6,7 +6,9 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use socket2::{Domain, Socket, Type};
 
 use super::owner::{self, Owner};
 use super::table::{ReadError, read};
@@ -151,16 +153,28 @@ fn address_of(text: &str) -> Option<IpAddr> {
     }
 }
 
-/// A port that nobody has bound, of either protocol and at no address, and that is none of
-/// `except`. Somebody may bind it before the caller does.
+/// A port that was free, kept from everybody who asks the system for any TCP port. Who asks for
+/// this one, and sets SO_REUSEADDR (socket(7)) as QEMU does for all that it listens on, gets it.
+#[derive(Debug)]
+pub struct ReservedPort {
+    /// Its number.
+    pub number: u16,
+    /// Bound to it, and not listening.
+    _socket: Socket,
+}
+
+/// Reserves a port that nobody has bound, of either protocol and at no address, and that is none
+/// of `except`. Of UDP it is not kept: somebody may bind it before the caller does.
 ///
 /// # Errors
 /// When the system has no port to give.
-pub fn free_port(except: &[u16]) -> io::Result<u16> {
+pub fn reserve_port(except: &[u16]) -> io::Result<ReservedPort> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
     for _ in 0..ATTEMPTS {
-        match free_for_both() {
-            Ok(port) if !except.contains(&port) => return Ok(port),
+        let reserved = reserve(Domain::IPV6, Ipv6Addr::UNSPECIFIED.into())
+            .or_else(|_| reserve(Domain::IPV4, Ipv4Addr::UNSPECIFIED.into()));
+        match reserved.and_then(|port| free_for_udp(port.number).map(|()| port)) {
+            Ok(port) if !except.contains(&port.number) => return Ok(port),
             Ok(_) => {}
             Err(error) => last = error,
         }
@@ -168,19 +182,28 @@ pub fn free_port(except: &[u16]) -> io::Result<u16> {
     Err(last)
 }
 
-fn free_for_both() -> io::Result<u16> {
-    let everywhere = |port: u16| {
-        TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
-            .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
-    };
-    let port = everywhere(0)?.local_addr()?.port();
+/// Reserves whatever TCP port the system gives at all addresses of a family.
+fn reserve(domain: Domain, address: IpAddr) -> io::Result<ReservedPort> {
+    let socket = Socket::new(domain, Type::STREAM, None)?;
+    // Bound without SO_REUSEADDR it is a port that nobody else has; set later, it lets in others
+    // that set it too.
+    socket.bind(&SocketAddr::from((address, 0)).into())?;
+    socket.set_reuse_address(true)?;
+    let number = socket.local_addr()?.as_socket().map(|address| address.port());
+    let number = number.ok_or(io::ErrorKind::AddrNotAvailable)?;
+    Ok(ReservedPort { number, _socket: socket })
+}
+
+fn free_for_udp(port: u16) -> io::Result<()> {
     UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))
-        .or_else(|_| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)))?;
-    Ok(port)
+        .or_else(|_| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)))
+        .map(drop)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     fn port(protocol: Protocol, host: &str, number: u16) -> Port {
@@ -232,9 +255,14 @@ mod tests {
     }
 
     #[test]
-    fn a_free_port_can_be_bound() {
-        let number = free_port(&[]).unwrap();
+    fn a_reserved_port_is_free_for_who_asks_for_it() {
+        let reserved = reserve_port(&[]).unwrap();
+        let number = reserved.number;
         assert_eq!(bound_over(&port(Protocol::Tcp, "", number)).unwrap(), None);
-        assert_ne!(free_port(&[number]).unwrap(), number);
+        assert_ne!(reserve_port(&[number]).unwrap().number, number);
+        // The standard library sets SO_REUSEADDR, as QEMU does.
+        for address in ["0.0.0.0", "127.0.0.1"] {
+            TcpListener::bind((address, number)).unwrap();
+        }
     }
 }

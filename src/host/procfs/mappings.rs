@@ -62,8 +62,13 @@ impl Mapping {
     /// As for [`Mapping::all_of`].
     pub fn registered_of(pid: i32) -> io::Result<Vec<Mapping>> {
         let mut mappings = Mapping::all_of_in_detail(pid)?;
-        mappings.retain(|mapping| mapping.has_flag(*b"um"));
+        mappings.retain(Mapping::is_registered);
         Ok(mappings)
+    }
+
+    /// Whether it is registered with a userfaultfd for missing pages. Only smaps tells.
+    pub fn is_registered(&self) -> bool {
+        self.has_flag(*b"um")
     }
 
     /// Its size in bytes.
@@ -122,7 +127,7 @@ pub fn ranges_of_len(mappings: &[Mapping], len: u64) -> Vec<Range<u64>> {
 }
 
 /// The mappings in the text of maps or smaps. Lines that are neither are passed over.
-fn parse(text: &[u8]) -> Vec<Mapping> {
+pub(super) fn parse(text: &[u8]) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.split(|byte| *byte == b'\n') {
         if let Some(mapping) = header(line) {

@@ -1,12 +1,14 @@
 //! What the kernel tells under /proc (proc(5)): one parser for each of its formats.
 
+mod address_space;
 mod mappings;
 mod pagemap;
 mod process;
 mod system;
 
+pub use address_space::AddressSpace;
 pub use mappings::{Mapping, ranges_of_len};
-pub use pagemap::{Pagemap, flags};
+pub use pagemap::{PAGEMAP_SCAN, Pagemap, flags};
 pub use process::{
     arguments, descriptor_link, descriptors, memory_in_use, owner, path, processes,
     resident_memory, started,

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use linux_raw_sys::general::{page_region, pm_scan_arg};
@@ -31,6 +31,9 @@ nix::ioctl_readwrite!(
     pm_scan_arg
 );
 
+/// The number of that request.
+pub const PAGEMAP_SCAN: u64 = nix::request_code_readwrite!(b'f', 16, size_of::<pm_scan_arg>());
+
 /// Ranges that one call of `PAGEMAP_SCAN` tells at most.
 const REGIONS: usize = 1024;
 
@@ -47,6 +50,12 @@ fn is_present(entry: &[u8]) -> bool {
 #[derive(Debug)]
 pub struct Pagemap(File);
 
+impl AsFd for Pagemap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Pagemap {
     /// Opens the page map of a process.
     ///
@@ -54,6 +63,11 @@ impl Pagemap {
     /// When the process has ended or may not be traced (ptrace(2)).
     pub fn open(pid: i32) -> io::Result<Pagemap> {
         Ok(Pagemap(File::open(super::path(pid, "pagemap"))?))
+    }
+
+    /// The page map that another process has opened.
+    pub(super) fn of(fd: OwnedFd) -> Pagemap {
+        Pagemap(fd.into())
     }
 
     /// Whether the process has memory at this address, be it swapped out. Asking touches

@@ -1,6 +1,7 @@
 //! The reading side of images.
 
 pub(super) mod cursor;
+pub(super) mod exposure;
 pub(super) mod flat;
 mod frame;
 pub(super) mod image;

@@ -1,11 +1,12 @@
 //! Images in files.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::host::sandbox;
 use crate::image::format::error::ImageError;
 use crate::image::store::{Neighbour, Store};
 
@@ -26,12 +27,7 @@ impl FileStore {
     /// something else than a regular file.
     pub fn open(path: &Path) -> Result<FileStore, ImageError> {
         let io = |error| ImageError::io("open", path, error);
-        // Without O_NONBLOCK a FIFO of that name would block here (fifo(7)).
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(nix::libc::O_NONBLOCK)
-            .open(path)
-            .map_err(io)?;
+        let file = sandbox::open(path).map_err(io)?;
         FileStore::of(file, path)
     }
 

@@ -39,14 +39,13 @@ pub(super) struct Adopted {
 }
 
 impl Adopted {
-    /// The QEMU of this pidfd, with the file of its output.
-    pub fn new(process: OwnedFd, control: Control, output: OwnedFd) -> Adopted {
+    /// The QEMU of this pidfd and process id, where that is known, with the file of its output.
+    pub fn new(process: OwnedFd, pid: Option<i32>, control: Control, output: OwnedFd) -> Adopted {
         let process = Pidfd::from_fd(process);
-        let pid = process.pid();
         Adopted { process, pid, control, output: Log::of(output), let_go: false }
     }
 
-    /// Its process id, while it has not ended.
+    /// Its process id.
     pub fn pid(&self) -> Option<i32> {
         self.pid
     }

@@ -9,12 +9,14 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Interval, MissedTickBehavior};
 
+use super::confined::{Confined, Confinement};
 use super::contents::Contents;
 use super::halt::Halt;
 use super::lifecycle::{Lifecycle, Next, Told};
 use super::qemu::{Qemu, has_run, migrate_from};
 use super::reconnect::Resuming;
 use crate::cancel::Cancellation;
+use crate::host::procfs::AddressSpace;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
 use crate::memory::working_set::RECORD_WINDOW;
@@ -51,6 +53,12 @@ pub(super) struct Connection {
     pub delivery: Delivery,
     pub cancel: Cancellation,
     kept: Option<Kept>,
+    pub confinement: Confinement,
+    /// QEMU's memory as /proc shows it, where this process may not open that any more, or has taken
+    /// over.
+    pub space: Option<Arc<AddressSpace>>,
+    /// Whether it is decided by which transport memory goes.
+    placed: bool,
     /// Set where the session began with a QEMU whose channel was lost.
     pub resuming: Option<Resuming>,
     halt: Halt,
@@ -94,6 +102,9 @@ impl Connection {
             delivery,
             cancel,
             kept: None,
+            confinement: Confinement::None,
+            space: None,
+            placed: false,
             resuming: None,
             halt: Halt::default(),
             unreadable: None,
@@ -205,6 +216,7 @@ impl Connection {
                 (None, true) => RECORD_WINDOW,
                 (None, false) => Duration::ZERO,
             },
+            space: self.space.clone(),
             fail_on_damage: self.delivery.fail_on_damage,
             kept: self.kept.clone(),
         };
@@ -227,6 +239,7 @@ impl Connection {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = None;
         loop {
+            self.confine();
             let next = tokio::select! {
                 biased;
                 next = self.next() => next?,
@@ -240,6 +253,7 @@ impl Connection {
             };
             match next {
                 Next::Placing { placement, reason } => {
+                    self.placed = true;
                     if let Some(run) = &self.run {
                         run.note(move |record| record.way = Some(placement.name().to_owned()));
                     }
@@ -262,6 +276,29 @@ impl Connection {
                 Next::Armed | Next::Running | Next::Resident => return Ok(()),
             }
         }
+    }
+
+    /// Enters the sandbox, where one is wanted, once the guest is served and nothing is left to be
+    /// done that takes more rights.
+    fn confine(&mut self) {
+        let is_connected = self.resuming.is_none() || self.qemu.qmp().is_some();
+        let is_time = self.placed && is_connected && self.serves_running();
+        if !is_time || !matches!(self.confinement, Confinement::Wanted(_)) {
+            return;
+        }
+        let pid = self.qemu.pid();
+        // Where it can't be looked into, memory is not collapsed, and a successor goes without.
+        let space = pid.and_then(|pid| AddressSpace::open(pid).ok()).map(Arc::new);
+        self.space = space.or(self.space.take());
+        let Connection { confinement, qemu, space, image, delivery, kept, run, .. } = self;
+        confinement.enter(&Confined {
+            qemu,
+            space: space.as_deref(),
+            image,
+            delivery,
+            kept: kept.as_ref(),
+            run: run.as_ref(),
+        });
     }
 
     /// That this process has taken the place of another.
@@ -410,7 +447,8 @@ impl Connection {
         };
         let memory = source.proven_ranges();
         let wanted = self.delivery.collapse && !memory.is_empty();
-        wanted.then_some(Collapsing { pid, memory, rate: self.delivery.fill_rate })
+        let space = self.space.clone();
+        wanted.then_some(Collapsing { pid, space, memory, rate: self.delivery.fill_rate })
     }
 
     /// Whether memory comes in: what is served, once the guest runs.
@@ -419,6 +457,11 @@ impl Connection {
             Some(Source::Eager(_)) => !self.lifecycle.is_finished(),
             _ => self.lifecycle.is_running(),
         }
+    }
+
+    /// Whether the guest runs and is served.
+    fn serves_running(&self) -> bool {
+        matches!(self.source, Some(Source::Postcopy(_))) && self.lifecycle.is_running()
     }
 
     /// That the session was cancelled before its guest ran.
@@ -448,6 +491,9 @@ impl Connection {
     /// Ends a session: its QEMU as well, if it is ours.
     pub async fn end(&mut self) {
         self.qemu.kill().await;
+        if let Some(run) = self.run.as_ref().filter(|_| self.qemu.is_ours()) {
+            run.note(|record| record.qemu = None);
+        }
         if let Some(Source::Postcopy(source)) = self.source.take() {
             source.abandon();
         }

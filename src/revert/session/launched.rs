@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::armed::Armed;
+use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
 use super::lifecycle::{Lifecycle, Start};
@@ -41,7 +42,7 @@ impl Launched {
         cancel: Cancellation,
     ) -> Result<Launched, RevertError> {
         check_page_size()?;
-        let ServeOptions { image, to, delivery, standby, rtc } = options;
+        let ServeOptions { image, to, delivery, standby, rtc, sandbox } = options;
         if delivery.placement == Placement::Map {
             let problem = "a QEMU that was started already has its memory".to_owned();
             return Err(GuestError::NotMapped { problem }.into());
@@ -67,7 +68,8 @@ impl Launched {
             _ => Start::LeftToOwner,
         };
         let lifecycle = Lifecycle::new(start, *standby);
-        let connection = Connection::new(qemu, lifecycle, image, delivery.clone(), cancel);
+        let mut connection = Connection::new(qemu, lifecycle, image, delivery.clone(), cancel);
+        connection.confinement = Confinement::wanted(sandbox.clone());
         Ok(Launched { connection, contents: Reading::Done(contents), socket })
     }
 
@@ -79,6 +81,11 @@ impl Launched {
     /// When QEMU refuses the guest, or the session is cancelled.
     pub async fn arm(self, on_event: &mut impl FnMut(RevertEvent)) -> Result<Armed, RevertError> {
         let Launched { mut connection, contents, socket } = self;
+        if !connection.qemu.is_ours() {
+            for says in connection.image.exposures() {
+                on_event(RevertEvent::Warning { says });
+            }
+        }
         let cancelled = connection.cancel.requested();
         let arming = async {
             connection.begin(contents.finish().await?, socket).await?;

@@ -30,7 +30,7 @@ impl Launcher {
     ) -> Result<(Launcher, Option<String>), RevertError> {
         let RevertOptions { rewrite, domain, .. } = options;
         let Some(domain) = domain else {
-            let overlays = overlays_beside(&options.image, &rewrite.overlays);
+            let overlays = placed(rewrite, &options.image);
             let rewriting = RewriteOptions { paused, overlays, ..rewrite.clone() };
             let (plan, not_mapped) = mapping::plan(image, options, rewriting)?;
             return Ok((Launcher::Process(Box::new(plan)), not_mapped));
@@ -122,11 +122,12 @@ impl Launcher {
     }
 }
 
-/// Where overlays go and what they are called: beside the image and after its name, unless
-/// the options say otherwise.
-fn overlays_beside(image: &Path, options: &OverlayOptions) -> OverlayOptions {
+/// Where overlays go and what they are called: in the guest's own directory or else beside the
+/// image, and after its name, unless the options say otherwise.
+fn placed(rewrite: &RewriteOptions, image: &Path) -> OverlayOptions {
+    let options = &rewrite.overlays;
     let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = options.directory.clone();
+    let directory = options.directory.clone().or(rewrite.own.clone());
     let directory = directory.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
     let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
     OverlayOptions {

@@ -88,6 +88,8 @@ pub(super) struct Lifecycle {
     loaded: bool,
     preloaded: bool,
     resumed: bool,
+    /// Whether this process takes over, and the source has not reported that it serves.
+    taking_over: bool,
     /// Whether this process has taken over, and that has not been told.
     taken_over: bool,
     /// Whether QEMU has taken up an interrupted postcopy, and that has not been told.
@@ -118,6 +120,7 @@ impl Lifecycle {
             loaded: false,
             preloaded: false,
             resumed: false,
+            taking_over: false,
             taken_over: false,
             reconnected: false,
             placing: None,
@@ -133,8 +136,10 @@ impl Lifecycle {
 
     /// A session whose guest runs, taken over from another process.
     pub fn taken_over() -> Lifecycle {
-        let (stage, loaded, resumed) = (Stage::Running, true, true);
-        Lifecycle { stage, loaded, resumed, ..Lifecycle::new(Start::ByItself, false) }
+        let (stage, taking_over) = (Stage::Running, true);
+        let (loaded, resumed) = (true, true);
+        let new = Lifecycle::new(Start::ByItself, false);
+        Lifecycle { stage, taking_over, loaded, resumed, ..new }
     }
 
     /// The same for a guest whose memory QEMU maps.
@@ -165,7 +170,7 @@ impl Lifecycle {
                     self.placement = placement;
                     self.placing = Some((placement, reason));
                 }
-                PostcopyEvent::TakenOver => self.taken_over = true,
+                PostcopyEvent::TakenOver => (self.taking_over, self.taken_over) = (false, true),
                 PostcopyEvent::Reconnected => self.reconnected = true,
                 PostcopyEvent::Loaded => self.loaded = true,
                 PostcopyEvent::Preloaded => self.preloaded = true,
@@ -208,6 +213,11 @@ impl Lifecycle {
     pub fn next(&mut self) -> Option<Next> {
         if std::mem::take(&mut self.taken_over) {
             return Some(Next::TakenOver);
+        }
+        // Another thread of the source may have reported already what its predecessor's guest
+        // waits for. Nothing is told ahead of the takeover.
+        if self.taking_over && self.finished.is_none() {
+            return None;
         }
         if std::mem::take(&mut self.reconnected) {
             return Some(Next::Reconnected);
@@ -418,8 +428,12 @@ mod tests {
         session.hear(loaded()).unwrap();
         assert!(session.hear(awaited()).is_err());
 
+        let taken_over = || source(PostcopyEvent::TakenOver);
         let mut session = Lifecycle::taken_over();
         session.hear(awaited()).unwrap();
+        assert_eq!(session.next(), None, "the takeover is told first");
+        session.hear(taken_over()).unwrap();
+        assert_eq!(session.next(), Some(Next::TakenOver));
         assert_eq!(session.next(), Some(Next::Unreadable));
         assert!(matches!(session.take_unreadable(), Some(Unreadable::Awaited(_))));
         assert_eq!(session.next(), None);
@@ -428,6 +442,8 @@ mod tests {
 
         // What nobody waits for doesn't keep the rest from being brought.
         let mut session = Lifecycle::taken_over();
+        session.hear(taken_over()).unwrap();
+        assert_eq!(session.next(), Some(Next::TakenOver));
         let passed_over = Unreadable::PassedOver(unreadable());
         session.hear(source(PostcopyEvent::Unreadable(passed_over))).unwrap();
         assert!(session.take_unreadable().is_some());

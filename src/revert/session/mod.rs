@@ -24,6 +24,7 @@
 
 mod adopted;
 mod armed;
+mod confined;
 mod connection;
 mod contents;
 mod halt;

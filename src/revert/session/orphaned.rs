@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::confined::Confinement;
 use super::connection::{Connection, socket_pair};
 use super::contents::fill_options;
 use super::lifecycle::Lifecycle;
@@ -23,7 +24,8 @@ use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::Kept;
 use crate::revert::options::{Orphan, Placement, ResumeOptions};
 use crate::revert::source::Interrupted;
-use crate::runs::{self, Entry};
+use crate::runs::{self, Entry, ProcessId};
+use crate::transport::proof::AttachError;
 use crate::transport::search::{self, Found, SearchError};
 
 /// How long QEMU is asked for the state of its migration. One that does not answer has a virtual
@@ -61,14 +63,17 @@ impl Running {
 
         let (ours, theirs) = socket_pair()?;
         let fill = fill_options(&options.delivery, Vec::new());
-        let run = runs::directory_of(pid).map(Entry::take_over);
+        let run = runs::directory_of(pid).map(|run| Entry::take_over(run, ProcessId::this()));
+        let sandbox = options.sandbox.as_deref();
         let kept = options.keeper.as_ref().and_then(|successor| {
-            let started = Kept::start(successor, &image, &options.delivery, None, run.as_ref());
+            let started =
+                Kept::start(successor, &image, &options.delivery, None, sandbox, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         let qemu = Qemu::Theirs { qmp: None, pid: Some(pid) };
         let (lifecycle, delivery) = (Lifecycle::taken_over(), options.delivery.clone());
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        connection.confinement = Confinement::wanted(options.sandbox.clone());
         connection.run = run;
         if let Some((keeper, kept)) = kept {
             connection.keep(keeper, kept);
@@ -90,7 +95,7 @@ fn reach(orphan: &Orphan) -> Result<(i32, PathBuf), RevertError> {
         Orphan::Qmp(path) => {
             let connected = UnixStream::connect(path)
                 .map_err(|source| QmpError::Connect { path: path.clone(), source })?;
-            let pid = peer_pid(&connected).ok_or(PostcopyError::Adopt(search::unseen()))?;
+            let pid = peer_pid(&connected).ok_or(PostcopyError::Adopt(AttachError::Unseen))?;
             Ok((pid, path.clone()))
         }
     }

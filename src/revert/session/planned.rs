@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
 use super::launched::Launched;
@@ -51,7 +52,7 @@ impl Planned {
                 }
             }
         }
-        tell(&launcher, not_mapped, on_event);
+        tell(&launcher, not_mapped, image.exposures(), on_event);
         let start = match (launcher.is_paused(), stays_paused) {
             (false, _) => Start::ByItself,
             (true, false) => Start::Continued { preload: options.preload },
@@ -69,14 +70,17 @@ impl Planned {
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
         let Planned { image, launcher, start, options, cancel } = self;
-        let RevertOptions { delivery, standby, rtc, keeper, run, .. } = options;
+        let RevertOptions { delivery, standby, rtc, keeper, sandbox, run, .. } = options;
+        // Who speaks to libvirt may have to connect anew.
+        let domain = launcher.domain();
+        let sandbox = sandbox.filter(|_| domain.is_none());
         let run = run.map(|options| Entry::begin(&options, launcher.record(&image)));
         let is_mapped = !launcher.mapped().is_empty();
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| !is_mapped);
         let keeper = keeper.and_then(|successor| {
-            let started =
-                Kept::start(&successor, &image, &delivery, launcher.domain(), run.as_ref());
+            let sandbox = sandbox.as_deref();
+            let started = Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         // QEMU's start takes tens of milliseconds.
@@ -90,6 +94,7 @@ impl Planned {
             qemu.keep_by(kept).map_err(PostcopyError::Duplicate)?;
         }
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        connection.confinement = Confinement::wanted(sandbox);
         connection.run =
             run.inspect(|run| run.note(move |record| record.qemu = pid.and_then(ProcessId::of)));
         if let Some((keeper, kept)) = keeper {
@@ -99,13 +104,21 @@ impl Planned {
     }
 }
 
-/// Tells what differs from the record.
-fn tell(launcher: &Launcher, not_mapped: Option<String>, on_event: &mut impl FnMut(RevertEvent)) {
+/// Tells what differs from the record, and what should be changed.
+fn tell(
+    launcher: &Launcher,
+    not_mapped: Option<String>,
+    exposures: Vec<String>,
+    on_event: &mut impl FnMut(RevertEvent),
+) {
     for Note { what, why } in launcher.notes().to_vec() {
         on_event(RevertEvent::Note { what, why });
     }
     if let Some(why) = not_mapped {
         on_event(RevertEvent::Note { what: "served memory instead of mapping it".into(), why });
+    }
+    for says in exposures {
+        on_event(RevertEvent::Warning { says });
     }
     for disk in launcher.overlays() {
         on_event(RevertEvent::Disk {

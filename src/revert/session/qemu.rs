@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -116,6 +117,17 @@ impl Qemu {
             Qemu::Theirs { pid, .. } => *pid,
             Qemu::Adopted(qemu) => qemu.pid(),
         }
+    }
+
+    /// The directories of socket files that are removed behind it.
+    pub fn socket_directories(&self) -> Vec<PathBuf> {
+        let Qemu::Ours { process, .. } = self else { return Vec::new() };
+        let directories = process.sockets().iter().filter_map(|socket| socket.parent());
+        let named = directories.map(|path| match path.as_os_str().is_empty() {
+            true => PathBuf::from("."),
+            false => path.to_owned(),
+        });
+        named.collect()
     }
 
     /// Whether it ends with a session that fails.

@@ -1,10 +1,12 @@
 //! Resident: all memory is in place, and the guest depends on nobody.
 
+use super::confined::Confinement;
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::Process;
+use crate::host::pidfd::Pidfd;
 use crate::qmp::Qmp;
-use crate::revert::collapse::Collapsing;
+use crate::revert::collapse::{Collapsing, collapse};
 use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
 use crate::runs::Entry;
@@ -16,6 +18,7 @@ pub struct Resident {
     pub(super) outcome: Outcome,
     /// Nothing where its memory is left as it came, or has been collapsed.
     pub(super) collapsing: Option<Collapsing>,
+    pub(super) confinement: Confinement,
     pub(super) cancel: Cancellation,
     /// The session's record, which goes with it.
     pub(super) _run: Option<Entry>,
@@ -68,7 +71,15 @@ impl Resident {
         let Some(collapsing) = self.collapsing.take() else { return };
         let cancel = CancelOnDrop(self.cancel.child());
         let cancelled = cancel.0.clone();
-        let work = tokio::task::spawn_blocking(move || collapsing.run(&cancelled));
+        let confinement = std::mem::take(&mut self.confinement);
+        let work = tokio::task::spawn_blocking(move || match confinement.broker() {
+            Some(broker) => collapsing.run(|stretch| broker.collapse(stretch), &cancelled),
+            None => {
+                // There is none where QEMU has ended.
+                let process = Pidfd::open(collapsing.pid).ok()?;
+                collapsing.run(|stretch| collapse(&process, stretch), &cancelled)
+            }
+        });
         match work.await {
             Ok(event) => event.map_or((), on_event),
             // The guest needs nothing of it, but a fault of ours is not to be hidden.

@@ -46,7 +46,9 @@ impl Running {
         connection.run_again(on_event).await;
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let Connection { qemu, lifecycle, image, delivery, cancel, keeper, run, .. } = connection;
+        let Connection {
+            qemu, lifecycle, image, delivery, cancel, keeper, confinement, run, ..
+        } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
         if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())
@@ -61,9 +63,9 @@ impl Running {
         run.iter().for_each(|run| run.note(|record| record.resident = true));
         on_event(outcome.resident());
         if placement.is_postcopy() {
-            recorded::remember(&delivery, &image, &outcome);
+            recorded::remember(confinement.broker(), &delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome, collapsing, cancel, _run: run })
+        Ok(Resident { qemu, outcome, collapsing, confinement, cancel, _run: run })
     }
 }
 

@@ -6,6 +6,7 @@
 //! no more, the page in doubt has not arrived, and if there is one more for each page that may
 //! have come meanwhile as well, it has. In between the next PING makes more of them sure.
 
+use crate::host::procfs::AddressSpace;
 use crate::memory::Memory;
 use crate::page::{Block, BlockId, Page, Run};
 use crate::revert::error::PostcopyError;
@@ -51,13 +52,12 @@ impl Doubt {
     pub fn has_arrived(
         &self,
         memory: &Memory,
-        pid: Option<i32>,
+        space: &AddressSpace,
         known: &[u64],
     ) -> Result<Option<bool>, PostcopyError> {
         let block = &memory.blocks()[self.page.block.index()];
         let unseen = |why: String| unsettled(block, why);
-        let pid = pid.ok_or_else(|| unseen(": QEMU's process is not known".into()))?;
-        let lookalikes = Lookalikes::find(pid, block, known);
+        let lookalikes = Lookalikes::find(space, block, known);
         let lookalikes = lookalikes.map_err(|error| unseen(format!(": {error}")))?;
         if lookalikes.count() != self.others.len() + 1 {
             let count = lookalikes.count();
@@ -147,8 +147,8 @@ mod tests {
         let memory = Memory::claimed(Arc::new(Zeros(blocks)), Box::new(Nowhere), claims);
 
         let mut doubt = Doubt::new(run(0), &memory, |_| None);
-        let pid = Some(std::process::id() as i32);
-        let arrived = |doubt: &Doubt| doubt.has_arrived(&memory, pid, &[]).unwrap();
+        let space = AddressSpace::open(std::process::id() as i32).unwrap();
+        let arrived = |doubt: &Doubt| doubt.has_arrived(&memory, &space, &[]).unwrap();
         doubt.before_ping(&memory);
         assert_eq!(arrived(&doubt), Some(false));
         let (uffd, map) = &places[0];
@@ -162,6 +162,6 @@ mod tests {
         assert_eq!(arrived(&doubt), Some(false));
         // Where another place is known, one is left.
         let known = [places[1].1.as_ptr() as u64];
-        assert!(doubt.has_arrived(&memory, pid, &known).is_err());
+        assert!(doubt.has_arrived(&memory, &space, &known).is_err());
     }
 }

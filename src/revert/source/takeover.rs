@@ -11,6 +11,7 @@
 //!   ([`Unread`](super::unread::Unread)), so it is read again.
 //! - A fault that was read from userfaultfd is lost. Waking the thread makes it fault again.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use super::doubts::{Doubt, TRIES, unsettled};
 use super::event::PostcopyEvent;
 use super::pings;
 use super::transports::Transports;
+use crate::host::procfs::AddressSpace;
 use crate::host::uffd::Uffd;
 use crate::keeper::Ledger;
 use crate::page::{BlockId, PAGE_SIZE, Run};
@@ -105,6 +107,9 @@ impl TakeOver<'_> {
         if let Some(huge) = pages.iter().find(|page| block(page).page_size != PAGE_SIZE as u64) {
             return Err(unsettled(block(huge), ": its pages are huge".into()));
         }
+        let Some(first) = pages.first() else { return Ok(true) };
+        let space = self.address_space();
+        let space = space.map_err(|error| unsettled(block(first), format!(": {error}")))?;
         let ids = (0..memory.blocks().len()).map(|index| BlockId(index as u16));
         let known: Vec<u64> = ids.filter_map(|id| self.address(id)).collect();
         let doubt = |page| Doubt::new(page, &memory, |id| self.address(id));
@@ -119,7 +124,7 @@ impl TakeOver<'_> {
             }
             let mut left = Vec::new();
             for doubt in doubts {
-                match doubt.has_arrived(&memory, self.transports.options.pid, &known)? {
+                match doubt.has_arrived(&memory, &space, &known)? {
                     Some(arrived) => memory.settle(doubt.page, arrived)?,
                     None => left.push(doubt),
                 }
@@ -129,6 +134,17 @@ impl TakeOver<'_> {
         match doubts.first() {
             Some(doubt) => Err(unsettled(block(&doubt.page), ": others look alike".into())),
             None => Ok(true),
+        }
+    }
+
+    /// QEMU's memory as /proc shows it: as the predecessor has opened it, where it was in a
+    /// sandbox.
+    fn address_space(&self) -> io::Result<Arc<AddressSpace>> {
+        let options = &self.transports.options;
+        match (&options.space, options.pid) {
+            (Some(space), _) => Ok(Arc::clone(space)),
+            (None, Some(pid)) => AddressSpace::open(pid).map(Arc::new),
+            (None, None) => Err(io::Error::other("QEMU's process is not known")),
         }
     }
 

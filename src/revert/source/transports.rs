@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::direct::{FaultThread, Opened, Opener, SourceRoute, wake_all};
 use super::event::PostcopyEvent;
 use super::pings::Pongs;
+use crate::host::procfs::AddressSpace;
 use crate::memory::{FillOptions, Memory, MemoryError};
 use crate::revert::error::PostcopyError;
 use crate::revert::kept::Kept;
@@ -32,6 +33,8 @@ pub(in crate::revert) struct PostcopyOptions {
     /// How long demands are recorded: those by the return path from the start of the
     /// source on, those by userfaultfd from its release on.
     pub record: Duration,
+    /// QEMU's memory as /proc shows it, where this process may not open it.
+    pub space: Option<Arc<AddressSpace>>,
     /// Whether memory that can't be read ends the source. Else it is told, and tried again from
     /// [`repair`](super::PostcopySource::repair) on.
     pub fail_on_damage: bool,
