@@ -57,7 +57,7 @@ enum Command {
     /// Tell whether a save would work, without touching the guest
     Check(check::CheckArgs),
     /// Start a saved guest, which runs at once
-    Revert(RevertArgs),
+    Revert(Box<RevertArgs>),
     /// Bring a saved guest to a QEMU that waits for an incoming migration
     Serve(ServeArgs),
     /// Show or record an image's working set: the pages that a revert brings first
@@ -424,7 +424,7 @@ async fn run(command: Command) -> ExitCode {
     let (json, result) = match command {
         Command::Save(args) => (args.json, save::run(args).await),
         Command::Check(args) => (args.json, check::run(args).await),
-        Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
+        Command::Revert(args) => (args.json || args.serving_detached, revert(*args).await),
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
