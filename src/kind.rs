@@ -36,6 +36,8 @@ kinds! {
     CommandLineInvalid = "command_line_invalid",
     /// A revert can't bring back a device that was plugged in.
     DeviceNotReplayable = "device_not_replayable",
+    /// A domain of that name runs.
+    DomainRuns = "domain_runs",
     /// A file of a captured disk has changed since the snapshot.
     DiskChanged = "disk_changed",
     /// A file of a captured disk is missing.

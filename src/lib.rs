@@ -99,7 +99,7 @@ pub use image::{
 };
 pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
-pub use libvirt::DomainAddress;
+pub use libvirt::{DomainAddress, DomainOptions};
 pub use memory::WorkingSet;
 pub use revert::{
     CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError,
@@ -118,7 +118,7 @@ pub mod error {
     pub use crate::host::in_use::{Protocol, ReadError};
     pub use crate::host::rights::Lack;
     pub use crate::host::uffd::UffdError;
-    pub use crate::libvirt::LibvirtError;
+    pub use crate::libvirt::{DefinitionError, LibvirtError, PlanError};
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;
     pub use crate::revert::{AttachError, PostcopyError};

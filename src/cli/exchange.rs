@@ -70,6 +70,8 @@ enum Format {
     Memory,
     /// An ELF core of physical memory, for crash, gdb and readelf
     Elf,
+    /// A saved domain, for virsh restore
+    Libvirt,
 }
 
 impl From<Format> for ExportFormat {
@@ -79,6 +81,7 @@ impl From<Format> for ExportFormat {
             Format::MappedRam => ExportFormat::MappedRam,
             Format::Memory => ExportFormat::Memory,
             Format::Elf => ExportFormat::Elf,
+            Format::Libvirt => ExportFormat::Libvirt,
         }
     }
 }

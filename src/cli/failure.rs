@@ -85,6 +85,7 @@ impl Failure {
             | DiskChanged
             | DiskMissing
             | DiskUnsupported
+            | DomainRuns
             | FileExists
             | FileInUse
             | GuestState

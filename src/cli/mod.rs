@@ -7,6 +7,7 @@ mod clones;
 mod detach;
 mod disks;
 mod doctor;
+mod domain;
 mod events;
 mod exchange;
 mod failure;
@@ -56,7 +57,7 @@ enum Command {
     /// Tell whether a save would work, without touching the guest
     Check(check::CheckArgs),
     /// Start a saved guest, which runs at once
-    Revert(RevertArgs),
+    Revert(Box<RevertArgs>),
     /// Bring a saved guest to a QEMU that waits for an incoming migration
     Serve(ServeArgs),
     /// Show or record an image's working set: the pages that a revert brings first
@@ -108,6 +109,8 @@ struct RevertArgs {
     /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    domain: domain::DomainArgs,
     #[command(flatten)]
     clones: clones::ClonesArgs,
     #[command(flatten)]
@@ -421,7 +424,7 @@ async fn run(command: Command) -> ExitCode {
     let (json, result) = match command {
         Command::Save(args) => (args.json, save::run(args).await),
         Command::Check(args) => (args.json, check::run(args).await),
-        Command::Revert(args) => (args.json || args.serving_detached, revert(args).await),
+        Command::Revert(args) => (args.json || args.serving_detached, revert(*args).await),
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
@@ -526,6 +529,7 @@ async fn start(
     }
     let options = RevertOptions {
         rewrite: args.host.apply(args.disks.apply(rewrite))?,
+        domain: args.domain.options(),
         delivery,
         preload: args.preload,
         rtc: args.rtc.into(),

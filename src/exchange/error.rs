@@ -7,6 +7,7 @@ use super::ExportFormat;
 use crate::guest::GuestError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
+use crate::libvirt::PlanError;
 use crate::wire::WireError;
 
 /// Why an export or import failed. It leaves no file behind.
@@ -91,9 +92,12 @@ pub enum ExchangeError {
     /// The given command line can't be used.
     #[error("the given command line can't be used: {0}")]
     CommandLine(String),
-    /// The machine can't be recorded.
+    /// The machine can't be recorded, or its disks not be used.
     #[error(transparent)]
     Vm(#[from] GuestError),
+    /// The image's domain can't be written.
+    #[error(transparent)]
+    Domain(Box<PlanError>),
     /// The command line names another machine type than the stream.
     #[error(
         "the command line names the machine type `{given}`, but the guest is a `{stream}`: device \
@@ -148,6 +152,15 @@ pub enum ExchangeError {
     Interrupted,
 }
 
+impl From<PlanError> for ExchangeError {
+    fn from(error: PlanError) -> ExchangeError {
+        match error {
+            PlanError::Guest(error) => error.into(),
+            error => ExchangeError::Domain(Box::new(error)),
+        }
+    }
+}
+
 impl ExchangeError {
     /// What kind of error it is, for programs to act on.
     pub fn kind(&self) -> ErrorKind {
@@ -155,6 +168,7 @@ impl ExchangeError {
         match self {
             Image(error) => error.kind(),
             Vm(error) => error.kind(),
+            Domain(error) => error.kind(),
             Stream { error, .. } => match error.kind() {
                 ErrorKind::QemuProtocol | ErrorKind::QemuEnded | ErrorKind::GuestUnsupported => {
                     ErrorKind::InputInvalid

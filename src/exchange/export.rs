@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::output::Output;
-use super::{ExchangeError, ExchangeEvent, Watch, elf, mapped_ram, memory, stream};
+use super::{ExchangeError, ExchangeEvent, Watch, elf, libvirt, mapped_ram, memory, stream};
 use crate::cancel::Cancellation;
 use crate::image::{Image, check_replaces_none};
 
@@ -22,6 +22,9 @@ pub enum ExportFormat {
     Memory,
     /// An ELF core of the guest's physical memory, for `crash`, `gdb` and `readelf`.
     Elf,
+    /// A saved domain, which libvirt's own `restore` takes (virsh(1)). Each captured disk gets an
+    /// overlay, beside its frozen file and named after the export.
+    Libvirt,
 }
 
 impl fmt::Display for ExportFormat {
@@ -31,6 +34,7 @@ impl fmt::Display for ExportFormat {
             ExportFormat::MappedRam => "mapped-ram",
             ExportFormat::Memory => "memory",
             ExportFormat::Elf => "elf",
+            ExportFormat::Libvirt => "libvirt",
         })
     }
 }
@@ -90,6 +94,13 @@ pub fn export(
             let output = Output::file(path, options.force)?;
             elf::write(&image, &output, &mut watch)?;
             output.commit()?
+        }
+        (ExportFormat::Libvirt, Some(path)) => {
+            let mut output = Output::file(path, options.force)?;
+            let mut overlays = libvirt::write(&image, path, &mut output, &mut watch)?;
+            let file_bytes = output.commit()?;
+            overlays.keep();
+            file_bytes
         }
         (ExportFormat::Memory, Some(_)) if options.force => {
             return Err(ExchangeError::ForceDirectory);

@@ -235,7 +235,13 @@ impl Source {
                 let input = Cursor::new(self.begins).chain(Patient::new(self.input, cancel));
                 stream::read(StreamReader::new(input), None, path, image, check, watch)
             }
-            Some(Compressed::Raw) => {
+            // The places in it are counted from the beginning of the file.
+            Some(Compressed::Sparse) if self.is_file => {
+                let at = self.libvirt.as_ref().map_or(0, |found| found.stream_at);
+                let stream = StreamReader::of_file_from(&self.input, at);
+                stream::read(stream, Some(&self.input), path, image, check, watch)
+            }
+            Some(Compressed::Raw | Compressed::Sparse) => {
                 let stream = StreamReader::new(Patient::new(self.input, cancel));
                 stream::read(stream, None, path, image, check, watch)
             }

@@ -5,8 +5,13 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
-use super::ExchangeError;
+use super::output::Output;
+use super::{ExchangeError, ExchangeEvent, Watch, stream};
+use crate::guest::Overlays;
+use crate::image::Image;
+use crate::libvirt::restorable;
 
 /// First bytes of a file that libvirt has finished.
 pub(super) const MAGIC: [u8; 16] = *b"LibvirtQemudSave";
@@ -20,6 +25,13 @@ const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
 /// of the host that wrote it.
 const HEADER_BYTES: usize = 16 + 19 * 4;
 
+/// The version that is written, and the number of a stream that is not compressed.
+const VERSION: u32 = 2;
+const RAW: u32 = 0;
+
+/// Zeros behind the XML, in bytes, as libvirt leaves them.
+const EDIT_BYTES: usize = 64 << 10;
+
 /// The most XML that is believed, in bytes; a domain's is some KiB.
 const MAX_DATA_BYTES: u32 = 16 << 20;
 
@@ -32,6 +44,9 @@ pub enum Compressed {
     By(&'static str),
     /// By zstd.
     Zstd,
+    /// Not at all, but every page has its place in the file (libvirt's `sparse`, 11.2 and
+    /// later): QEMU's mapped-ram behind the header.
+    Sparse,
 }
 
 /// What stands before the stream.
@@ -43,6 +58,8 @@ pub struct LibvirtHeader {
     pub compressed: Compressed,
     /// The domain, as XML.
     pub xml: String,
+    /// Where in the file the stream begins, in bytes.
+    pub stream_at: u64,
 }
 
 impl LibvirtHeader {
@@ -89,11 +106,7 @@ impl LibvirtHeader {
             3 => Compressed::By("xz"),
             4 => Compressed::By("lzop"),
             5 => Compressed::Zstd,
-            6 => {
-                return Err("its memory is in libvirt's format `sparse`: restore it, and save it \
-                            again with `virsh save --image-format raw`"
-                    .into());
-            }
+            6 => Compressed::Sparse,
             other => return Err(format!("its memory is in a format of number {other}")),
         };
         let mut data = Vec::new();
@@ -112,7 +125,21 @@ impl LibvirtHeader {
         if !xml.trim_start().starts_with('<') {
             return Err("what should be its XML is something else".into());
         }
-        Ok(LibvirtHeader { was_running: was_running != 0, compressed, xml })
+        let stream_at = HEADER_BYTES as u64 + u64::from(data_len);
+        Ok(LibvirtHeader { was_running: was_running != 0, compressed, xml, stream_at })
+    }
+
+    /// The header, as libvirt writes it on this host, with room behind the XML for
+    /// `virsh save-image-edit`.
+    pub fn write(was_running: bool, xml: &str) -> Vec<u8> {
+        let data_len = xml.len() + 1 + EDIT_BYTES;
+        let words = [VERSION, data_len as u32, u32::from(was_running), RAW];
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
+        bytes.resize(HEADER_BYTES, 0);
+        bytes.extend(xml.as_bytes());
+        bytes.resize(HEADER_BYTES + data_len, 0);
+        bytes
     }
 
     /// For `map_err` on [`LibvirtHeader::read`]: names the file.
@@ -120,6 +147,27 @@ impl LibvirtHeader {
         let path = path.to_owned();
         move |problem| ExchangeError::Libvirt { path, problem }
     }
+}
+
+/// Writes an image as a domain that libvirt has saved, for a file of this name. Returns the
+/// overlays that were made for its disks, which go unless they are kept.
+pub(super) fn write(
+    image: &Arc<Image>,
+    path: &Path,
+    output: &mut Output,
+    watch: &mut Watch<'_>,
+) -> Result<Overlays, ExchangeError> {
+    let machine = &image.manifest().machine;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let (xml, overlays) = restorable(machine, &name)?;
+    let made = Overlays::named(&overlays)?;
+    for overlay in overlays.iter().filter_map(|overlay| overlay.path.as_ref()) {
+        let what = format!("the domain will write to the new overlay `{}`", overlay.display());
+        watch.tell(ExchangeEvent::Note { what });
+    }
+    output.put(&LibvirtHeader::write(machine.running, &xml))?;
+    stream::write(image, output, watch)?;
+    Ok(made)
 }
 
 #[cfg(test)]
@@ -149,8 +197,20 @@ mod tests {
             assert_eq!(found.xml, "<domain/>");
             assert_eq!((found.was_running, found.compressed), (true, Compressed::By("xz")));
         }
+        let sparse = read([2, 22, 1, 6, 12], false, xml).unwrap();
+        assert_eq!((sparse.compressed, sparse.stream_at), (Compressed::Sparse, 92 + 22));
         let found = read([1, 22, 0, 0, 0], false, xml).unwrap();
         assert_eq!((found.was_running, found.compressed), (false, Compressed::Raw));
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let written = LibvirtHeader::write(true, "<domain/>");
+        let (begins, mut rest) = written.split_first_chunk().unwrap();
+        let found = LibvirtHeader::read(begins, &mut rest).unwrap();
+        assert_eq!((found.xml.as_str(), found.was_running), ("<domain/>", true));
+        assert_eq!(found.compressed, Compressed::Raw);
+        assert!(rest.is_empty() && found.stream_at == written.len() as u64);
     }
 
     #[test]
@@ -161,7 +221,6 @@ mod tests {
         assert!(says([2, u32::MAX, 1, 0, 0], b"").contains("4294967295 bytes"));
         assert!(says([2, 9, 1, 0, 10], b"<domain/>").contains("10 of 9 bytes"));
         assert!(says([2, 9, 1, 7, 0], b"<domain/>").contains("number 7"));
-        assert!(says([2, 9, 1, 6, 0], b"<domain/>").contains("sparse"));
         assert!(says([2, 12, 1, 0, 0], b"<domain/>").contains("after 9 of 12 bytes"));
         assert!(says([2, 4, 1, 0, 0], b"QEVM").contains("something else"));
         let unfinished = LibvirtHeader::read(&MAGIC_PARTIAL, &mut &b""[..]).unwrap_err();

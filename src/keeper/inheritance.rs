@@ -31,8 +31,8 @@ pub struct Inheritance {
     pub(crate) image: OwnedFd,
     /// A pidfd of QEMU.
     pub(crate) qemu: OwnedFd,
-    /// Our end of QEMU's control socket.
-    pub(crate) control: OwnedFd,
+    /// Our end of QEMU's control socket; none where libvirt has it.
+    pub(crate) control: Option<OwnedFd>,
     /// What QEMU's standard error goes to.
     pub(crate) output: OwnedFd,
     /// Our end of the migration stream.
@@ -80,7 +80,7 @@ impl Inheritance {
             ledger: Ledger::open(needed(Held::Ledger)?)?,
             image: needed(Held::Image)?,
             qemu: needed(Held::Qemu)?,
-            control: needed(Held::Control)?,
+            control: copy(Held::Control)?,
             output: needed(Held::Output)?,
             stream: needed(Held::Stream)?,
             userfaultfd: copy(Held::Userfaultfd)?,

@@ -52,7 +52,8 @@ impl Held {
 
     /// Whether no server can go on without it.
     pub(super) fn is_needed(self) -> bool {
-        !matches!(self, Held::Userfaultfd | Held::Mappings | Held::PageMap | Held::Broker)
+        use Held::{Broker, Control, Mappings, PageMap, Userfaultfd};
+        !matches!(self, Control | Userfaultfd | Mappings | PageMap | Broker)
     }
 }
 

@@ -25,6 +25,22 @@ impl Domain {
         Err(LibvirtError::NotBuilt)
     }
 
+    /// Fails.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NotBuilt`].
+    pub async fn create(_: DomainAddress, _: String, _: bool) -> Result<Domain, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn destroy_now(&self) -> Result<(), LibvirtError> {
+        match self.0 {}
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         match self.0 {}
@@ -60,6 +76,8 @@ methods! {
     agent_is_connected() -> bool;
     suspend() -> ();
     resume() -> ();
+    destroy() -> ();
+    define(String) -> ();
     put_overlays(&[(String, String)], &[String]) -> ();
     has_block_job(&str) -> bool;
     begin_commit(&str) -> ();

@@ -34,7 +34,15 @@ impl Domain {
     pub async fn open(address: &DomainAddress, patience: Duration) -> Result<Domain, LibvirtError> {
         let address = address.clone();
         let link = on_a_thread(move || Link::open(&address, patience)).await?;
-        Ok(Domain { link: Arc::new(link) })
+        Ok(Domain::of(link))
+    }
+
+    pub(super) fn of(link: Link) -> Domain {
+        Domain { link: Arc::new(link) }
+    }
+
+    pub(super) fn link(&self) -> &Arc<Link> {
+        &self.link
     }
 
     /// Its name.
@@ -199,7 +207,7 @@ impl Domain {
 }
 
 /// Runs what blocks on a thread for that.
-async fn on_a_thread<T: Send + 'static>(
+pub(super) async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, LibvirtError> + Send + 'static,
 ) -> Result<T, LibvirtError> {
     match tokio::task::spawn_blocking(work).await {

@@ -51,6 +51,12 @@ pub enum LibvirtError {
         /// Its name.
         domain: String,
     },
+    /// A domain of that name runs.
+    #[error("the domain {domain} runs: `DomainOptions::replace` ends it first")]
+    Runs {
+        /// Its name.
+        domain: String,
+    },
     /// Its QEMU is not found among the processes of this host.
     #[error(
         "the QEMU process of the domain {domain} is not found: snapback has to run on the \
@@ -91,6 +97,7 @@ impl LibvirtError {
             LibvirtError::Lost { .. } => ErrorKind::MonitorFailed,
             LibvirtError::OtherDriver { .. } => ErrorKind::NotQemu,
             LibvirtError::NoDomain { .. } => ErrorKind::NoSuchDomain,
+            LibvirtError::Runs { .. } => ErrorKind::DomainRuns,
             LibvirtError::ShutOff { .. } => ErrorKind::QemuEnded,
             LibvirtError::NoProcess { .. } => ErrorKind::NotQemu,
             LibvirtError::Refused { .. } => ErrorKind::LibvirtRefused,

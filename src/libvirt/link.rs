@@ -62,6 +62,15 @@ impl Link {
             }
         };
         let domain = look_up(&connect, &address.domain)?;
+        Link::over(connect, domain, address.uri.clone())
+    }
+
+    /// Takes over the connection to `uri`, in which this domain was found or started.
+    pub fn over(
+        connect: Connect,
+        domain: Domain,
+        uri: Option<String>,
+    ) -> Result<Link, LibvirtError> {
         let failed = |error| refused("looking at the domain", error);
         let name = domain.name().map_err(failed)?;
         let uuid = domain.uuid_string().map_err(failed)?;
@@ -69,7 +78,7 @@ impl Link {
         let inbox = Arc::new(Inbox::default());
         let handle = Handle::new(connect, domain, &inbox).map_err(failed)?;
         let current = Current { handle: Arc::new(handle), lost: None };
-        let (uri, current) = (address.uri.clone(), Mutex::new(current));
+        let current = Mutex::new(current);
         Ok(Link { uri, name, uuid, id, inbox, current })
     }
 
@@ -206,6 +215,6 @@ fn look_up(connect: &Connect, domain: &str) -> Result<Domain, LibvirtError> {
     })
 }
 
-fn refused(doing: &str, error: Error) -> LibvirtError {
+pub(super) fn refused(doing: &str, error: Error) -> LibvirtError {
     LibvirtError::Refused { doing: doing.to_owned(), reason: error.message().to_owned() }
 }

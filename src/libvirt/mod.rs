@@ -3,10 +3,17 @@
 //! A [`Domain`] is a connection to one running domain, by libvirt's own library (the feature
 //! `libvirt`). [`Domain::monitor`] talks QMP to its QEMU through libvirt. Should the connection
 //! break, as when libvirtd is restarted, it is made anew by whoever needs it next.
+//!
+//! A saved domain is started again by a [`DomainPlan`]: its definition, changed as a tree of XML.
 
 mod address;
+mod definition;
 mod disk;
 mod error;
+mod launch;
+mod options;
+mod plan;
+mod sibling;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;
@@ -27,11 +34,17 @@ mod monitor;
 #[cfg(feature = "libvirt")]
 mod process;
 #[cfg(feature = "libvirt")]
+mod start;
+#[cfg(feature = "libvirt")]
 mod xml;
 
 pub use address::DomainAddress;
+pub use definition::DefinitionError;
 pub use disk::DomainDisk;
 pub use error::LibvirtError;
+pub use launch::{LaunchError, StartedDomain};
+pub use options::DomainOptions;
+pub use plan::{DomainPlan, PlanError, restorable};
 
 #[cfg(not(feature = "libvirt"))]
 pub use absent::{Domain, PATIENCE};

@@ -7,6 +7,7 @@ use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
+use crate::libvirt::{LaunchError, LibvirtError, PlanError};
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
 use crate::transport::TransportError;
@@ -28,6 +29,12 @@ pub enum RevertError {
     /// QEMU can't be started as recorded.
     #[error(transparent)]
     Vm(#[from] GuestError),
+    /// The image's domain can't be started as it was saved.
+    #[error(transparent)]
+    Domain(Box<PlanError>),
+    /// libvirt does not start the domain, or run it.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
     /// QEMU takes no postcopy migration, by which memory is brought while the guest runs.
     #[error(
         "QEMU takes no postcopy migration here ({refusal}){}; `Placement::Eager` needs none",
@@ -140,6 +147,8 @@ impl RevertError {
                 kind => kind,
             },
             Rtc(_) => ErrorKind::OptionsInvalid,
+            Domain(error) => error.kind(),
+            Libvirt(error) => error.kind(),
             Damaged(_) => ErrorKind::ImageDamaged,
             NothingDemanded => ErrorKind::NothingDemanded,
             Interrupted(_) => ErrorKind::Interrupted,
@@ -153,9 +162,28 @@ impl RevertError {
             Image(error) => error.details(),
             Vm(error) => error.details(),
             Qmp(error) => error.details(),
+            Libvirt(error) => error.details(),
             WorkingSet(error) => error.details(),
             Postcopy { error, .. } => error.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
+        }
+    }
+}
+
+impl From<PlanError> for RevertError {
+    fn from(error: PlanError) -> RevertError {
+        match error {
+            PlanError::Guest(error) => error.into(),
+            error => RevertError::Domain(Box::new(error)),
+        }
+    }
+}
+
+impl From<LaunchError> for RevertError {
+    fn from(error: LaunchError) -> RevertError {
+        match error {
+            LaunchError::Guest(error) => error.into(),
+            LaunchError::Libvirt(error) => error.into(),
         }
     }
 }

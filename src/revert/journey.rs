@@ -4,7 +4,7 @@ use super::error::RevertError;
 use super::event::RevertEvent;
 use super::options::RevertOptions;
 use super::outcome::Outcome;
-use super::session::{Held, Planned};
+use super::session::{Held, Planned, Resident};
 use crate::cancel::Cancellation;
 
 /// A guest that has been brought back.
@@ -31,15 +31,15 @@ pub struct Reverted {
 pub async fn revert(
     options: &RevertOptions,
     cancel: Cancellation,
-    on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let held = revert_held(options, cancel, on_event).await?;
-    let outcome = held.outcome.clone();
-    Ok(Reverted { pid: held.detach(), outcome })
+    let (pid, outcome) = to_resident(options, cancel, &mut on_event).await?.let_go();
+    Ok(Reverted { pid: pid.unwrap_or_default(), outcome })
 }
 
-/// As [`revert`], but QEMU does not outlive what is returned. Overlays of its disks stay,
-/// unless they are ephemeral.
+/// As [`revert`], but QEMU does not outlive what is returned, and it is always one of ours:
+/// [`RevertOptions::domain`] counts for nothing. Overlays of its disks stay, unless they are
+/// ephemeral.
 ///
 /// # Errors
 /// As [`revert`].
@@ -48,12 +48,23 @@ pub async fn revert_held(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Held, RevertError> {
-    let planned = Planned::new(options, cancel, &mut on_event).await?;
-    let launched = planned.launch(&mut on_event).await?;
-    let armed = launched.arm(&mut on_event).await?;
-    let running = armed.run(&mut on_event).await?;
-    let mut resident = running.fill(&mut on_event).await?;
-    resident.collapse(&mut on_event).await;
+    let options = RevertOptions { domain: None, ..options.clone() };
+    let resident = to_resident(&options, cancel, &mut on_event).await?;
     let held = resident.into_held();
     Ok(held.unwrap_or_else(|| unreachable!("a session that was planned has a QEMU of ours")))
+}
+
+/// Goes all the way.
+async fn to_resident(
+    options: &RevertOptions,
+    cancel: Cancellation,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<Resident, RevertError> {
+    let planned = Planned::new(options, cancel, on_event).await?;
+    let launched = planned.launch(on_event).await?;
+    let armed = launched.arm(on_event).await?;
+    let running = armed.run(on_event).await?;
+    let mut resident = running.fill(on_event).await?;
+    resident.collapse(on_event).await;
+    Ok(resident)
 }

@@ -17,6 +17,7 @@ use crate::host::sandbox::Sandbox;
 use crate::identity::Identity;
 use crate::image::{Image, ImageError};
 use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
+use crate::libvirt::DomainAddress;
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
 use crate::runs::{Entry, ProcessId};
@@ -27,6 +28,9 @@ pub(super) struct Details {
     pub image: PathBuf,
     pub identity: Identity,
     pub delivery: Delivery,
+    /// The domain, where libvirt has started the guest.
+    #[serde(default)]
+    pub domain: Option<DomainAddress>,
     /// The program of the broker, where the process is to be in a sandbox.
     pub sandbox: Option<PathBuf>,
     /// The directory of its record, where it has one.
@@ -74,6 +78,7 @@ impl Kept {
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,
+        domain: Option<DomainAddress>,
         sandbox: Option<&Path>,
         run: Option<&Entry>,
     ) -> io::Result<(Keeper, Kept)> {
@@ -82,6 +87,7 @@ impl Kept {
             image: std::path::absolute(path)?,
             identity: image.identity(),
             delivery: delivery.clone(),
+            domain,
             sandbox: sandbox.map(Path::to_owned),
             run: run.map(|run| run.directory().to_owned()),
         };
@@ -113,6 +119,13 @@ impl Kept {
         self.holder.hold(Held::Qemu, process.pidfd())?;
         self.hold_control(qmp)?;
         self.holder.hold(Held::Output, process.output())
+    }
+
+    /// libvirt has started QEMU. What it says goes to a log of libvirt's.
+    pub fn hold_domain(&self, pid: i32) -> io::Result<()> {
+        self.ledger.set_qemu(pid);
+        self.holder.hold(Held::Qemu, Pidfd::open(pid)?.as_fd())?;
+        self.holder.hold(Held::Output, File::open("/dev/null")?.as_fd())
     }
 
     /// A QEMU that was started by another session goes on by our stream. Told last, and only once

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::rtc::Rtc;
 use crate::guest::RewriteOptions;
 use crate::keeper::Successor;
+use crate::libvirt::DomainOptions;
 use crate::runs::RunOptions;
 
 /// How often progress is told, by default.
@@ -22,6 +23,9 @@ pub struct RevertOptions {
     pub image: PathBuf,
     /// How the recorded command line is changed.
     pub rewrite: RewriteOptions,
+    /// Have libvirt start it, as the domain that was saved. Of `rewrite`, the paths, the disks and
+    /// the overlays count then.
+    pub domain: Option<DomainOptions>,
     /// How its memory is brought.
     pub delivery: Delivery,
     /// Let the guest run only once its working set is in place.
@@ -56,6 +60,7 @@ impl RevertOptions {
         RevertOptions {
             image: image.into(),
             rewrite: RewriteOptions::default(),
+            domain: None,
             delivery: Delivery::default(),
             preload: false,
             standby: false,

@@ -22,5 +22,5 @@ pub async fn take_over(
     let running = Running::inherit(inheritance, cancel)?;
     let mut resident = running.fill(&mut on_event).await?;
     resident.collapse(&mut on_event).await;
-    Ok(resident.let_go())
+    Ok(resident.let_go().1)
 }

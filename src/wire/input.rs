@@ -37,6 +37,11 @@ impl<R: Read> Input<R> {
         Input { inner, skip, buffer: vec![0; BUFFER_BYTES].into(), start: 0, end: 0, at: 0 }
     }
 
+    /// The same with its first byte at this offset.
+    pub fn counting_from(self, at: u64) -> Input<R> {
+        Input { at, ..self }
+    }
+
     /// Continues at `offset` of the stream, which is not before the current position.
     pub fn skip_to(&mut self, offset: u64, inside: &'static str) -> Result<(), WireError> {
         let at = self.at;

@@ -94,8 +94,17 @@ impl<R: Read> StreamReader<R> {
     where
         R: Seek,
     {
+        StreamReader::of_file_from(file, 0)
+    }
+
+    /// The same for a stream that begins behind something else, at offset `at` of its file, where
+    /// the file stands.
+    pub fn of_file_from(file: R, at: u64) -> StreamReader<R>
+    where
+        R: Seek,
+    {
         let skip: Skip<R> = |file, count| file.seek_relative(count);
-        StreamReader::over(Input::skipping(file, skip))
+        StreamReader::over(Input::skipping(file, skip).counting_from(at))
     }
 
     fn over(input: Input<R>) -> StreamReader<R> {

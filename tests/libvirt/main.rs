@@ -15,6 +15,7 @@ mod figures;
 mod killed;
 mod monitor;
 mod quiesced;
+mod reverting;
 mod saving;
 
 /// Makes tests of functions of a folder.

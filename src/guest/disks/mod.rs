@@ -2,6 +2,7 @@
 //! it, and the overlays that keep them as they are.
 
 pub(super) mod attached;
+pub(super) mod captured;
 pub(super) mod drives;
 pub(super) mod frozen;
 pub(super) mod overlay;

@@ -157,11 +157,19 @@ impl Overlay {
 
 /// Overlays that were created. Dropping this removes them, unless they are kept.
 #[derive(Debug, Default)]
-pub(in crate::guest) struct Overlays {
+pub struct Overlays {
     paths: Vec<PathBuf>,
 }
 
 impl Overlays {
+    /// Creates overlays that have names.
+    ///
+    /// # Errors
+    /// When one can't be created: none is left then.
+    pub fn named(overlays: &[Overlay]) -> Result<Overlays, GuestError> {
+        Overlays::make(overlays, |_, _| {})
+    }
+
     /// Creates overlays. For those without a name, `inherit` gets a descriptor for QEMU and the
     /// number of its descriptor set.
     pub(in crate::guest) fn make(
@@ -186,7 +194,7 @@ impl Overlays {
     }
 
     /// Keeps them, since a guest has written to them.
-    pub(in crate::guest) fn keep(&mut self) {
+    pub fn keep(&mut self) {
         self.paths.clear();
     }
 }

@@ -10,7 +10,7 @@ pub(super) mod mapping;
 mod netdevs;
 mod network;
 pub(super) mod own;
-mod paths;
+pub(super) mod paths;
 pub(super) mod plan;
 pub(super) mod ports;
 pub(super) mod rewrite;

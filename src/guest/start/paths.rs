@@ -22,6 +22,17 @@ pub(super) fn rules(rules: &[(String, String)]) -> Result<Vec<(&str, &str)>, Gue
         .collect()
 }
 
+/// What replaces the paths in a text by such rules, as [`RewriteOptions::paths`] has them.
+///
+/// # Errors
+/// [`GuestError::PathRule`] when a side is empty or `/`.
+///
+/// [`RewriteOptions::paths`]: crate::RewriteOptions::paths
+pub fn moved(pairs: &[(String, String)]) -> Result<impl Fn(&str) -> String, GuestError> {
+    let rules = rules(pairs)?;
+    Ok(move |text: &str| replace(text, &rules))
+}
+
 /// Replaces the paths that a command line names: files may lie elsewhere on this host.
 /// The guest kernel's own command line (`-append`) names files of the guest and stays.
 pub(super) fn replace_in_line(line: &mut CommandLine, rules: &[(&str, &str)]) {

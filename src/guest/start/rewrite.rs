@@ -11,13 +11,13 @@ use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
 use crate::guest::disks::overlay::{Overlay, OverlayOptions};
-use crate::guest::disks::{drives, frozen};
+use crate::guest::disks::{captured, drives};
 use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
 use crate::guest::start::{collisions, logs, netdevs, network, own, paths, ports};
-use crate::machine::{Disk, DiskRole, Machine};
+use crate::machine::Machine;
 
 /// How a guest is started differently from its record.
 #[derive(Debug, Clone, Default)]
@@ -165,20 +165,10 @@ fn captured_disks(
     rules: &[(&str, &str)],
 ) -> Result<Vec<(usize, Overlay)>, GuestError> {
     let moved = |path: &str| paths::replace(path, rules);
-    frozen::check_names(&machine.disks, &options.disks)?;
-    let mut read_only = machine.disks.iter().filter(|disk| disk.role == DiskRole::ReadOnly);
-    read_only.try_for_each(|disk| frozen::check_read_only(disk, moved))?;
-    let captured =
-        || machine.disks.iter().enumerate().filter(|(_, disk)| disk.role == DiskRole::Captured);
-    let disks = captured().map(|(_, disk)| disk);
+    let overlays = captured::overlays(&machine.disks, &options.disks, &options.overlays, moved)?;
+    let disks = overlays.iter().map(|(at, _)| &machine.disks[*at]);
     let places = drives::find_each(line, disks, Path::new(&machine.cwd))?;
-    let overlay = |((at, disk), place): ((usize, &Disk), usize)| {
-        let given = options.disks.iter().find(|(name, _)| disk.is_called(name));
-        let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
-        let chain = frozen::chain(disk, given.as_deref(), moved)?;
-        Ok((place, Overlay::new(disk, at, chain, &options.overlays)?))
-    };
-    captured().zip(places).map(overlay).collect()
+    Ok(places.into_iter().zip(overlays.into_iter().map(|(_, overlay)| overlay)).collect())
 }
 
 /// The recorded environment names the modules of the recorded binary, which another binary

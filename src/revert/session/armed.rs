@@ -59,6 +59,12 @@ impl Armed {
         let pid = connection.qemu.pid().filter(|_| connection.qemu.is_ours());
         let ports = connection.qemu.ports().clone();
         on_event(RevertEvent::Running { pid, ports });
+        if let Err(error) = connection.qemu.define().await {
+            on_event(RevertEvent::Note {
+                what: "the saved definition was not made the domain's persistent one".to_owned(),
+                why: error.to_string(),
+            });
+        }
         Ok(Running { connection })
     }
 

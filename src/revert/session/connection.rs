@@ -262,9 +262,7 @@ impl Connection {
                 Next::TakenOver => on_event(self.taken_over()),
                 Next::Reconnected => self.reconnected().await?,
                 Next::Continue => {
-                    if let Some(qmp) = self.qemu.qmp() {
-                        qmp.cont().await?;
-                    }
+                    self.qemu.run_guest().await?;
                     self.lifecycle.hear(Told::Resumed)?;
                 }
                 Next::AskStatus => {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::adopted::Adopted;
+use super::adopted::{Adopted, Control};
 use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::fill_options;
@@ -39,6 +39,13 @@ impl Running {
             keeper,
             ..
         } = inheritance;
+        let details = Details::read(&ledger);
+        let domain = details.as_ref().ok().and_then(|details| details.domain.clone());
+        let control = match (control, domain) {
+            (Some(socket), _) => Control::Socket(socket),
+            (None, Some(domain)) => Control::Domain(domain),
+            (None, None) => Control::Nobody,
+        };
         // From here on an error ends it.
         let qemu = Adopted::new(qemu, ledger.qemu(), control, output);
         let space = match mappings.zip(page_map) {
@@ -46,8 +53,7 @@ impl Running {
             // Before this process enters a sandbox of its own.
             None => qemu.pid().and_then(|pid| AddressSpace::open(pid).ok()),
         };
-        let unusable = PostcopyError::Inherited;
-        let details = Details::read(&ledger).map_err(unusable)?;
+        let details = details.map_err(PostcopyError::Inherited)?;
         let image = details.open_image(File::from(image))?;
         let Details { delivery, sandbox, run, .. } = details;
         let fill = fill_options(&delivery, Vec::new());

@@ -14,7 +14,8 @@
 //! Each state is left by a method that consumes it and gives the next. One that fails ends
 //! the session: a QEMU of ours is ended, somebody else's is left to its owner.
 //!
-//! A session is entered by [`Planned::new`], which leads to a QEMU of ours, or by
+//! A session is entered by [`Planned::new`], which leads to a QEMU of ours or to a domain that
+//! libvirt starts in our place, or by
 //! [`Launched::outside`] with a QEMU that somebody else has started. It can be held in
 //! [`Armed`] ([`RevertOptions::standby`](super::RevertOptions::standby)).
 
@@ -29,6 +30,7 @@ mod contents;
 mod halt;
 mod inherited;
 mod launched;
+mod launcher;
 mod lifecycle;
 mod orphaned;
 mod planned;

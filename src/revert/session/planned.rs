@@ -1,29 +1,27 @@
 //! Planned: the command line is rewritten, nothing is touched.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
 use super::launched::Launched;
+use super::launcher::Launcher;
 use super::lifecycle::{Lifecycle, Start};
-use super::qemu::Qemu;
 use crate::cancel::Cancellation;
-use crate::guest::{Note, OverlayOptions, Process, RewriteOptions, StartPlan};
+use crate::guest::Note;
 use crate::host::check_page_size;
 use crate::image::{Image, verify_chain, verify_flat};
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::RevertEvent;
 use crate::revert::kept::Kept;
-use crate::revert::mapping;
 use crate::revert::options::RevertOptions;
-use crate::runs::{Entry, ProcessId, Record};
+use crate::runs::{Entry, ProcessId};
 
 /// A guest that could be brought back: the command line is rewritten, nothing is touched.
 pub struct Planned {
     image: Arc<Image>,
-    plan: StartPlan,
+    launcher: Launcher,
     start: Start,
     options: RevertOptions,
     cancel: Cancellation,
@@ -45,9 +43,7 @@ impl Planned {
         let machine = &image.manifest().machine;
         let stays_paused = options.rewrite.stays_paused() || !machine.running;
         let paused = stays_paused || options.preload || options.standby;
-        let overlays = placed(&options.rewrite, &options.image);
-        let rewriting = RewriteOptions { paused, overlays, ..options.rewrite.clone() };
-        let (plan, not_mapped) = mapping::plan(&image, options, rewriting)?;
+        let (launcher, not_mapped) = Launcher::plan(&image, options, paused)?;
         if options.check {
             tokio::select! {
                 checked = check(&image) => checked?,
@@ -56,13 +52,13 @@ impl Planned {
                 }
             }
         }
-        tell(&plan, not_mapped, image.exposures(), on_event);
-        let start = match (plan.paused, stays_paused) {
+        tell(&launcher, not_mapped, image.exposures(), on_event);
+        let start = match (launcher.is_paused(), stays_paused) {
             (false, _) => Start::ByItself,
             (true, false) => Start::Continued { preload: options.preload },
             (true, true) => Start::LeftToOwner,
         };
-        Ok(Planned { image, plan, start, options: options.clone(), cancel })
+        Ok(Planned { image, launcher, start, options: options.clone(), cancel })
     }
 
     /// Starts QEMU, while what it is given is read from the image.
@@ -73,42 +69,34 @@ impl Planned {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
-        let Planned { image, mut plan, start, options, cancel } = self;
-        // Should nobody be left who knows whose guest it is.
-        plan.label = image.identity().to_string();
+        let Planned { image, launcher, start, options, cancel } = self;
         let RevertOptions { delivery, standby, rtc, keeper, sandbox, run, .. } = options;
-        let run = run.map(|options| Entry::begin(&options, record(&image, &plan)));
+        // Who speaks to libvirt may have to connect anew.
+        let domain = launcher.domain();
+        let sandbox = sandbox.filter(|_| domain.is_none());
+        let run = run.map(|options| Entry::begin(&options, launcher.record(&image)));
+        let is_mapped = !launcher.mapped().is_empty();
         // A guest whose memory is mapped needs nobody.
-        let keeper = keeper.filter(|_| plan.mapped.is_empty());
+        let keeper = keeper.filter(|_| !is_mapped);
         let keeper = keeper.and_then(|successor| {
             let sandbox = sandbox.as_deref();
-            let started = Kept::start(&successor, &image, &delivery, sandbox, run.as_ref());
+            let started = Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref());
             started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
         });
         // QEMU's start takes tens of milliseconds.
-        let contents = Reading::start(&image, &delivery, rtc, &plan.mapped);
+        let contents = Reading::start(&image, &delivery, rtc, launcher.mapped());
         let lifecycle = Lifecycle::new(start, standby);
-        let lifecycle = match plan.mapped.is_empty() {
-            true => lifecycle,
-            false => lifecycle.mapped(),
-        };
-        let ports = plan.ports.clone();
-        let (process, qmp) = tokio::select! {
-            started = Process::start(plan) => started?,
-            () = cancel.requested() => {
-                return Err(RevertError::Interrupted("QEMU was not up yet"));
-            }
-        };
-        on_event(RevertEvent::QemuReady { pid: process.pid() });
+        let lifecycle = if is_mapped { lifecycle.mapped() } else { lifecycle };
+        let qemu = launcher.launch(image.identity().to_string(), &cancel).await?;
+        let pid = qemu.pid();
+        on_event(RevertEvent::QemuReady { pid: pid.unwrap_or_default() });
         if let Some((_, kept)) = &keeper {
-            kept.hold_qemu(&process, &qmp).map_err(PostcopyError::Duplicate)?;
+            qemu.keep_by(kept).map_err(PostcopyError::Duplicate)?;
         }
-        let pid = process.pid();
-        let qemu = Qemu::ours(process, qmp, ports);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.confinement = Confinement::wanted(sandbox);
         connection.run =
-            run.inspect(|run| run.note(move |record| record.qemu = ProcessId::of(pid)));
+            run.inspect(|run| run.note(move |record| record.qemu = pid.and_then(ProcessId::of)));
         if let Some((keeper, kept)) = keeper {
             connection.keep(keeper, kept);
         }
@@ -118,12 +106,12 @@ impl Planned {
 
 /// Tells what differs from the record, and what should be changed.
 fn tell(
-    plan: &StartPlan,
+    launcher: &Launcher,
     not_mapped: Option<String>,
     exposures: Vec<String>,
     on_event: &mut impl FnMut(RevertEvent),
 ) {
-    for Note { what, why } in plan.notes.clone() {
+    for Note { what, why } in launcher.notes().to_vec() {
         on_event(RevertEvent::Note { what, why });
     }
     if let Some(why) = not_mapped {
@@ -132,39 +120,12 @@ fn tell(
     for says in exposures {
         on_event(RevertEvent::Warning { says });
     }
-    for disk in &plan.overlays {
+    for disk in launcher.overlays() {
         on_event(RevertEvent::Disk {
             disk: disk.disk.clone(),
             frozen: disk.frozen().to_owned(),
             overlay: disk.path.clone(),
         });
-    }
-}
-
-/// What is recorded of a guest that is about to be started.
-fn record(image: &Image, plan: &StartPlan) -> Record {
-    let path = image.files().next().map(|(path, _)| path.to_owned()).unwrap_or_default();
-    let pages = image.manifest().blocks.iter().map(|block| block.pages()).sum();
-    let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
-    Record {
-        overlays: plan.overlays.iter().filter_map(|disk| disk.path.clone()).collect(),
-        sockets: plan.sockets.clone(),
-        ..Record::new(absolute(path), pages)
-    }
-}
-
-/// Where overlays go and what they are called: in the guest's own directory or else beside the
-/// image, and after its name, unless the options say otherwise.
-fn placed(rewrite: &RewriteOptions, image: &Path) -> OverlayOptions {
-    let options = &rewrite.overlays;
-    let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = options.directory.clone().or(rewrite.own.clone());
-    let directory = directory.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
-    let name = || image.file_name().map(|name| name.to_string_lossy().into_owned());
-    OverlayOptions {
-        directory: Some(directory),
-        prefix: options.prefix.clone().or_else(name),
-        ephemeral: options.ephemeral,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The QEMU of a session: ours, or somebody else's.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -9,8 +10,10 @@ use std::time::Duration;
 
 use super::adopted::Adopted;
 use crate::guest::Process;
+use crate::libvirt::StartedDomain;
 use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::revert::error::RevertError;
+use crate::revert::kept::Kept;
 
 /// The name under which QEMU is given its end of the migration stream.
 pub(super) const INCOMING: &str = "snapback-incoming";
@@ -38,6 +41,13 @@ pub(super) enum Qemu {
         /// Ports of this host that were replaced, by their recorded ones.
         ports: BTreeMap<u16, u16>,
     },
+    /// One that libvirt has started for us, and that ends with the session unless it is let go.
+    Domain {
+        domain: StartedDomain,
+        qmp: Qmp,
+        /// All its events from its start on.
+        said: Events,
+    },
     /// One that somebody else has started.
     Theirs {
         /// Its QMP, where that is how we have come to it.
@@ -56,19 +66,25 @@ impl Qemu {
         Qemu::Ours { process, qmp, said, ports }
     }
 
+    /// One that libvirt has started for us.
+    pub fn domain(domain: StartedDomain, qmp: Qmp) -> Qemu {
+        let said = qmp.events();
+        Qemu::Domain { domain, qmp, said }
+    }
+
     /// Ports of this host that were replaced, by their recorded ones.
     pub fn ports(&self) -> &BTreeMap<u16, u16> {
         static NONE: BTreeMap<u16, u16> = BTreeMap::new();
         match self {
             Qemu::Ours { ports, .. } => ports,
-            Qemu::Theirs { .. } | Qemu::Adopted(_) => &NONE,
+            Qemu::Domain { .. } | Qemu::Theirs { .. } | Qemu::Adopted(_) => &NONE,
         }
     }
 
     /// Its QMP, if we speak to it.
     pub fn qmp(&self) -> Option<&Qmp> {
         match self {
-            Qemu::Ours { qmp, .. } => Some(qmp),
+            Qemu::Ours { qmp, .. } | Qemu::Domain { qmp, .. } => Some(qmp),
             Qemu::Theirs { qmp, .. } => qmp.as_ref(),
             Qemu::Adopted(_) => None,
         }
@@ -82,10 +98,22 @@ impl Qemu {
         reached.inspect_err(|error| tracing::warn!("QEMU's control socket: {error}")).ok()
     }
 
+    /// The capabilities that are on for a postcopy only. libvirt has QEMU tell of every
+    /// migration, and waits for that when it saves the domain itself.
+    pub fn turned_on(&self) -> &'static [&'static str] {
+        let is_libvirts = match self {
+            Qemu::Domain { .. } => true,
+            Qemu::Adopted(qemu) => qemu.is_libvirts(),
+            Qemu::Ours { .. } | Qemu::Theirs { .. } => false,
+        };
+        if is_libvirts { &POSTCOPY[..1] } else { &POSTCOPY }
+    }
+
     /// Its process id, where it is known.
     pub fn pid(&self) -> Option<i32> {
         match self {
             Qemu::Ours { process, .. } => Some(process.pid()),
+            Qemu::Domain { domain, .. } => Some(domain.pid()),
             Qemu::Theirs { pid, .. } => *pid,
             Qemu::Adopted(qemu) => qemu.pid(),
         }
@@ -109,8 +137,39 @@ impl Qemu {
 
     /// Keeps the overlays of its disks from now on: its guest writes to them.
     pub fn keep_overlays(&mut self) {
-        if let Qemu::Ours { process, .. } = self {
-            process.keep_overlays();
+        match self {
+            Qemu::Ours { process, .. } => process.keep_overlays(),
+            Qemu::Domain { domain, .. } => domain.keep_overlays(),
+            Qemu::Theirs { .. } | Qemu::Adopted(_) => {}
+        }
+    }
+
+    /// Has it run its guest.
+    pub async fn run_guest(&self) -> Result<(), RevertError> {
+        match self {
+            // libvirt knows of it then, and has locks taken that it holds for a guest that runs.
+            Qemu::Domain { domain, .. } => Ok(domain.resume().await?),
+            qemu => match qemu.qmp() {
+                Some(qmp) => Ok(qmp.cont().await?),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Has libvirt keep the domain's definition, where that was asked for.
+    pub async fn define(&mut self) -> Result<(), RevertError> {
+        match self {
+            Qemu::Domain { domain, .. } => Ok(domain.define().await?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has a keeper hold it.
+    pub fn keep_by(&self, kept: &Kept) -> io::Result<()> {
+        match self {
+            Qemu::Ours { process, qmp, .. } => kept.hold_qemu(process, qmp),
+            Qemu::Domain { domain, .. } => kept.hold_domain(domain.pid()),
+            Qemu::Theirs { .. } | Qemu::Adopted(_) => Ok(()),
         }
     }
 
@@ -118,7 +177,7 @@ impl Qemu {
     pub fn words(&self) -> String {
         match self {
             Qemu::Ours { process, .. } => process.log_tail(),
-            Qemu::Theirs { .. } => String::new(),
+            Qemu::Domain { .. } | Qemu::Theirs { .. } => String::new(),
             Qemu::Adopted(qemu) => qemu.words(),
         }
     }
@@ -128,7 +187,7 @@ impl Qemu {
     pub async fn end_status(&mut self) -> Option<ExitStatus> {
         match self {
             Qemu::Ours { process, .. } => process.wait_exit(ENDING_TIMEOUT).await,
-            Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
+            Qemu::Domain { .. } | Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
         }
     }
 
@@ -136,6 +195,7 @@ impl Qemu {
     pub async fn kill(&mut self) {
         match self {
             Qemu::Ours { process, .. } => process.kill().await,
+            Qemu::Domain { domain, .. } => domain.end().await,
             Qemu::Adopted(qemu) => qemu.kill(),
             Qemu::Theirs { .. } => {}
         }
@@ -144,11 +204,11 @@ impl Qemu {
     /// Keeps the overlays of a QEMU that has been ended if its guest has run: it may have
     /// told others of data that is in them.
     pub async fn settle_overlays(&mut self) {
-        if let Qemu::Ours { process, said, .. } = self {
+        if let Qemu::Ours { said, .. } | Qemu::Domain { said, .. } = self {
             // With QEMU gone, its events end: all of them can be read.
             let has_run = tokio::time::timeout(LAST_WORDS_TIMEOUT, has_run(said)).await;
             if has_run != Ok(false) {
-                process.keep_overlays();
+                self.keep_overlays();
             }
         }
     }
@@ -199,8 +259,8 @@ pub(super) async fn has_run(events: &mut Events) -> bool {
 }
 
 /// Waits until QEMU has ended the migration, whose completion it has confirmed on the return
-/// path, and turns its capabilities off again, as they are in a QEMU that was never migrated.
-pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
+/// path, and turns the capabilities off that were turned on for it.
+pub(super) async fn finish_postcopy(qmp: &Qmp, turned_on: &[&str]) -> Result<(), QmpError> {
     let mut events = qmp.events();
     let status = qmp.migration_info().await?.status.unwrap_or_default();
     // Any other status belongs to a later migration: somebody saves this guest, for example.
@@ -209,7 +269,8 @@ pub(super) async fn finish_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
             |event: &Event| event.name == "MIGRATION" && event.data["status"] == "completed";
         events.wait(ended, END_TIMEOUT).await?;
     }
-    qmp.set_migration_capabilities(&POSTCOPY.map(|name| (name, false))).await
+    let off: Vec<_> = turned_on.iter().map(|name| (*name, false)).collect();
+    qmp.set_migration_capabilities(&off).await
 }
 
 #[cfg(test)]
@@ -220,7 +281,7 @@ mod tests {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::UnixStream;
 
-    use super::{Qmp, QmpError, finish_postcopy, has_run};
+    use super::{POSTCOPY, Qmp, QmpError, finish_postcopy, has_run};
     use std::time::Duration;
 
     /// A QEMU's control socket: `answer` gives what is sent for each command.
@@ -265,7 +326,7 @@ mod tests {
             ],
             _ => vec![json!({"return": {}})],
         });
-        finish_postcopy(&qmp.await).await.unwrap();
+        finish_postcopy(&qmp.await, &POSTCOPY).await.unwrap();
     }
 
     #[tokio::test]
@@ -274,7 +335,7 @@ mod tests {
             "query-migrate" => vec![json!({"return": {"status": "active"}})],
             _ => vec![json!({"error": {"class": "GenericError", "desc": "there is a migration"}})],
         });
-        let error = finish_postcopy(&qmp.await).await.unwrap_err();
+        let error = finish_postcopy(&qmp.await, &POSTCOPY).await.unwrap_err();
         assert!(matches!(&error, QmpError::Command { .. }), "{error}");
     }
 

@@ -88,20 +88,24 @@ impl Resident {
         }
     }
 
-    /// The QEMU that was started for it; nothing where somebody else has started it.
+    /// The QEMU that we have started for it; nothing where somebody else, such as libvirt, has.
     pub fn into_held(self) -> Option<Held> {
         match self.qemu {
             Qemu::Ours { process, qmp, .. } => Some(Held { process, qmp, outcome: self.outcome }),
-            Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
+            Qemu::Domain { .. } | Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
         }
     }
 
-    /// Lets a QEMU live on that was taken over from another process.
-    pub fn let_go(self) -> Outcome {
-        if let Qemu::Adopted(mut qemu) = self.qemu {
-            qemu.let_go();
+    /// Lets QEMU live on, whoever has started it; returns its process id, where it is known.
+    pub fn let_go(self) -> (Option<i32>, Outcome) {
+        let pid = self.qemu.pid();
+        match self.qemu {
+            Qemu::Ours { mut process, .. } => process.detach(),
+            Qemu::Domain { mut domain, .. } => domain.let_go(),
+            Qemu::Adopted(mut qemu) => qemu.let_go(),
+            Qemu::Theirs { .. } => {}
         }
-        self.outcome
+        (pid, self.outcome)
     }
 }
 

@@ -54,7 +54,7 @@ impl Running {
         if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())
             // QEMU has confirmed that it has all of the guest, which depends on nobody
             // any more: whatever happens from here on, it stays.
-            && let Err(error) = finish_postcopy(&qmp).await
+            && let Err(error) = finish_postcopy(&qmp, qemu.turned_on()).await
         {
             tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
         }
