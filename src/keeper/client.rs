@@ -13,6 +13,7 @@ use std::time::Instant;
 use super::protocol::{Held, Message, Received, receive, send};
 use super::restarts::Restarts;
 use crate::host::packets;
+use crate::host::pidfd::Pidfd;
 use crate::host::program::in_own_session;
 use crate::host::sandbox::Sandbox;
 
@@ -73,16 +74,18 @@ impl std::fmt::Debug for OnStart {
 }
 
 impl Keeper {
-    /// Starts a keeper, without waiting for it.
+    /// Starts a keeper of this process, without waiting for it.
     ///
     /// # Errors
     /// When a descriptor or a thread can't be had. A program that can't be started is only
     /// logged: the session goes on without a keeper.
     pub fn start(successor: Successor) -> io::Result<Keeper> {
+        let this = Pidfd::open(std::process::id() as i32)?;
         let (ours, theirs) = packets::pair()?;
         let watched = ours.try_clone()?;
         let (started, starting) = mpsc::channel();
         let mut keeper = Keeper::over(ours, Vec::new());
+        keeper.holder().hold(Held::Server, this.as_fd())?;
         keeper.starting = Some(starting);
         let state = Arc::clone(&keeper.state);
         let watch = move || {
@@ -146,6 +149,11 @@ impl Keeper {
     pub fn holder(&self) -> Holder {
         Holder(Arc::clone(&self.state))
     }
+}
+
+/// What has been started, or nothing: whoever wants a keeper does without one that can't be had.
+pub fn if_started<T>(started: io::Result<T>) -> Option<T> {
+    started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
 }
 
 /// Gives a keeper things to hold. Once its [`Keeper`] has been dropped it does nothing.

@@ -23,7 +23,7 @@ mod restarts;
 mod run;
 
 pub use clean_up::clean_up;
-pub use client::{Holder, Keeper, Successor};
+pub use client::{Holder, Keeper, Successor, if_started};
 pub use inheritance::Inheritance;
 pub use ledger::{Figures, Ledger};
 pub use protocol::Held;

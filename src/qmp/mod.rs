@@ -49,13 +49,13 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone)]
 pub struct Qmp {
     connection: Arc<Connection>,
+    version: Arc<QemuVersion>,
     timeout: Duration,
 }
 
 /// What the clones of a [`Qmp`] share.
 #[derive(Debug)]
 struct Connection {
-    version: QemuVersion,
     peer_pid: Option<i32>,
     inbox: Arc<Inbox>,
     transport: Box<dyn Transport>,
@@ -146,13 +146,11 @@ impl Qmp {
         peer_pid: Option<i32>,
         first_id: u64,
     ) -> Result<Qmp, QmpError> {
-        let mut qmp = Qmp::start(transport, inbox, QemuVersion::default(), peer_pid, first_id);
-        let version = qmp.execute("query-version", ()).await?;
-        let version = greeted(Ok(json!({ "QMP": { "version": version } })))?;
-        if let Some(connection) = Arc::get_mut(&mut qmp.connection) {
-            connection.version = version;
-        }
-        Ok(qmp)
+        let unknown = QemuVersion::default();
+        let qmp = Qmp::start(transport, inbox, unknown, peer_pid, first_id);
+        let answer = qmp.execute("query-version", ()).await?;
+        let version = version_of(&answer).ok_or_else(|| not_qmp(&answer))?;
+        Ok(Qmp { version: Arc::new(version), ..qmp })
     }
 
     /// A connection whose first command has the number `next_id`.
@@ -164,8 +162,9 @@ impl Qmp {
         next_id: u64,
     ) -> Qmp {
         let next_id = next_id.into();
-        let connection = Connection { version, peer_pid, inbox, transport, next_id };
-        Qmp { connection: Arc::new(connection), timeout: DEFAULT_TIMEOUT }
+        let connection = Connection { peer_pid, inbox, transport, next_id };
+        let (connection, version) = (Arc::new(connection), Arc::new(version));
+        Qmp { connection, version, timeout: DEFAULT_TIMEOUT }
     }
 
     /// The socket, for a process that may have to go on with the connection
@@ -176,12 +175,12 @@ impl Qmp {
 
     /// The same connection with another limit to how long a command may take.
     pub fn with_timeout(&self, timeout: Duration) -> Qmp {
-        Qmp { connection: self.connection.clone(), timeout }
+        Qmp { timeout, ..self.clone() }
     }
 
     /// QEMU's version.
     pub fn version(&self) -> &QemuVersion {
-        &self.connection.version
+        &self.version
     }
 
     /// QEMU's process. Over a socket it is the process that made the other end, by `SO_PEERCRED`
@@ -296,15 +295,20 @@ fn greeted(greeting: Result<Value, ReadError>) -> Result<QemuVersion, QmpError> 
             return Err(QmpError::ClosedBeforeGreeting { reason: reason.to_string() });
         }
     };
-    let version = &greeting["QMP"]["version"];
+    version_of(&greeting["QMP"]["version"]).ok_or_else(|| not_qmp(&greeting))
+}
+
+/// The version that a greeting holds, and `query-version` returns.
+fn version_of(version: &Value) -> Option<QemuVersion> {
     let number = |part| version["qemu"][part].as_u64().and_then(|n| u32::try_from(n).ok());
-    match (number("major"), number("minor"), number("micro")) {
-        (Some(major), Some(minor), Some(micro)) => Ok(QemuVersion {
-            major,
-            minor,
-            micro,
-            package: version["package"].as_str().unwrap_or_default().to_owned(),
-        }),
-        _ => Err(QmpError::NotQmp { got: greeting.to_string().chars().take(80).collect() }),
-    }
+    Some(QemuVersion {
+        major: number("major")?,
+        minor: number("minor")?,
+        micro: number("micro")?,
+        package: version["package"].as_str().unwrap_or_default().to_owned(),
+    })
+}
+
+fn not_qmp(got: &Value) -> QmpError {
+    QmpError::NotQmp { got: got.to_string().chars().take(80).collect() }
 }

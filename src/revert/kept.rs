@@ -16,7 +16,7 @@ use crate::host::procfs::AddressSpace;
 use crate::host::sandbox::Sandbox;
 use crate::identity::Identity;
 use crate::image::{Image, ImageError};
-use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
+use crate::keeper::{Held, Holder, Keeper, Ledger, Successor, if_started};
 use crate::libvirt::DomainAddress;
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
@@ -73,8 +73,20 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Starts a keeper for a session that begins. Dropping it ends the keeper.
+    /// Starts a keeper for a session that begins; nothing, with a warning, where none can be had.
+    /// Dropping it ends the keeper.
     pub fn start(
+        successor: &Successor,
+        image: &Image,
+        delivery: &Delivery,
+        domain: Option<DomainAddress>,
+        sandbox: Option<&Path>,
+        run: Option<&Entry>,
+    ) -> Option<(Keeper, Kept)> {
+        if_started(Kept::try_start(successor, image, delivery, domain, sandbox, run))
+    }
+
+    fn try_start(
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,
@@ -97,20 +109,14 @@ impl Kept {
         let keeper = Keeper::start(successor.clone())?;
         note_keepers(&keeper, &ledger, run);
         let kept = Kept { ledger, holder: keeper.holder() };
-        kept.hold_first(file)?;
+        kept.holder.hold(Held::Ledger, kept.ledger.as_fd())?;
+        kept.holder.hold(Held::Image, file.as_fd())?;
         Ok((keeper, kept))
     }
 
     /// Those of a session that has been taken over.
     pub fn inherited(keeper: &Keeper, ledger: Ledger) -> Kept {
         Kept { ledger, holder: keeper.holder() }
-    }
-
-    fn hold_first(&self, image: &File) -> io::Result<()> {
-        let this = Pidfd::open(std::process::id() as i32)?;
-        self.holder.hold(Held::Server, this.as_fd())?;
-        self.holder.hold(Held::Ledger, self.ledger.as_fd())?;
-        self.holder.hold(Held::Image, image.as_fd())
     }
 
     /// QEMU has been started.

@@ -1,6 +1,6 @@
 //! A save under way: what every step of it needs.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use super::access::Access;
@@ -13,8 +13,7 @@ use super::options::SaveOptions;
 use super::settings::Settings;
 use super::undo::Undo;
 use crate::cancel::Cancellation;
-use crate::host::pidfd::Pidfd;
-use crate::keeper::{Held, Keeper, Successor};
+use crate::keeper::{Held, Keeper, if_started};
 
 /// A save under way. Each step is a method, in a file of its own.
 pub(super) struct Saving<'a, F> {
@@ -54,7 +53,7 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         };
         let settings = Settings::ask(&access.qmp, checked.background).await?;
         let undo = Undo::begin(settings, options, &checked)?;
-        let keeper = options.keeper.clone().and_then(start_keeper);
+        let keeper = options.keeper.clone().map(Keeper::start).and_then(if_started);
         failpoint("journal");
         Ok(Saving { options, cancel, on_event, access, checked, undo, keeper, begun: false })
     }
@@ -72,15 +71,4 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
     pub fn tell(&mut self, event: SaveEvent) {
         (self.on_event)(event);
     }
-}
-
-/// Starts a keeper that knows this process. The save does without one that can't be started.
-fn start_keeper(successor: Successor) -> Option<Keeper> {
-    let start = || {
-        let this = Pidfd::open(std::process::id() as i32)?;
-        let keeper = Keeper::start(successor)?;
-        keeper.holder().hold(Held::Server, this.as_fd())?;
-        Ok::<_, std::io::Error>(keeper)
-    };
-    start().inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
 }

@@ -66,9 +66,7 @@ impl Running {
         let run = runs::directory_of(pid).map(|run| Entry::take_over(run, ProcessId::this()));
         let sandbox = options.sandbox.as_deref();
         let kept = options.keeper.as_ref().and_then(|successor| {
-            let started =
-                Kept::start(successor, &image, &options.delivery, None, sandbox, run.as_ref());
-            started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
+            Kept::start(successor, &image, &options.delivery, None, sandbox, run.as_ref())
         });
         let qemu = Qemu::Theirs { qmp: None, pid: Some(pid) };
         let (lifecycle, delivery) = (Lifecycle::taken_over(), options.delivery.clone());

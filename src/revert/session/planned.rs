@@ -80,8 +80,7 @@ impl Planned {
         let keeper = keeper.filter(|_| !is_mapped);
         let keeper = keeper.and_then(|successor| {
             let sandbox = sandbox.as_deref();
-            let started = Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref());
-            started.inspect_err(|error| tracing::warn!("no keeper can be started: {error}")).ok()
+            Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref())
         });
         // QEMU's start takes tens of milliseconds.
         let contents = Reading::start(&image, &delivery, rtc, launcher.mapped());

@@ -1,0 +1,201 @@
+//! `snapback revert`: one guest, or several clones of it, here or in the background.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::failure::Failure;
+use super::output::Output;
+use super::{
+    DeliveryArgs, SandboxArgs, cancellation, clones, detach, disks, domain, host, keeper,
+    parse_path_pair, rtc,
+};
+use crate::cancel::Cancellation;
+use crate::guest::RewriteOptions;
+use crate::revert::{CloneIdentity, Placement, RevertError, RevertOptions};
+use crate::runs::RunOptions;
+
+#[derive(Args, Clone)]
+pub(super) struct RevertArgs {
+    /// The image
+    image: PathBuf,
+    /// The QEMU binary to use instead of the recorded one
+    #[arg(long, value_name = "BIN")]
+    qemu: Option<PathBuf>,
+    /// Create a QMP socket there (a Unix socket)
+    #[arg(long, value_name = "PATH")]
+    qmp: Option<PathBuf>,
+    /// Use the path NEW wherever the recorded command line names OLD or a path below it
+    #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
+    paths: Vec<(String, String)>,
+    #[command(flatten)]
+    domain: domain::DomainArgs,
+    #[command(flatten)]
+    clones: clones::ClonesArgs,
+    #[command(flatten)]
+    host: host::HostArgs,
+    #[command(flatten)]
+    disks: disks::RevertDisksArgs,
+    #[command(flatten)]
+    rtc: rtc::RtcArgs,
+    /// How memory reaches the guest
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    place: PlacementArg,
+    #[command(flatten)]
+    delivery: DeliveryArgs,
+    /// Let the guest run only once its working set is in place
+    #[arg(long, conflicts_with = "no_working_set")]
+    preload: bool,
+    /// Verify the whole image first; with --place map nothing else verifies it
+    #[arg(long)]
+    check: bool,
+    /// Return as soon as the guest runs; memory is filled in the background
+    #[arg(long)]
+    detach: bool,
+    /// With --detach: the log file of the background server [default: a new file in a
+    /// private directory, which is named]
+    #[arg(long, value_name = "FILE", requires = "detach")]
+    log: Option<PathBuf>,
+    /// Start no process that serves the guest on should this one be killed
+    #[arg(long)]
+    no_keeper: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+    /// Set by --detach for the server that it starts
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub serving_detached: bool,
+    /// Set by --detach: the id of this revert
+    #[arg(long, hide = true, requires = "serving_detached")]
+    run_id: Option<String>,
+    /// More arguments for QEMU
+    #[arg(last = true, value_name = "QEMU ARGS")]
+    extra: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum PlacementArg {
+    /// Mapped from a flat image, else directly into its memory, else by QEMU's socket, else
+    /// eagerly
+    Auto,
+    /// Directly into its memory, by QEMU's userfaultfd, or fail
+    Uffd,
+    /// By QEMU's postcopy socket
+    Socket,
+    /// By a private mapping of a flat image, or fail
+    Map,
+    /// By an ordinary stream, all memory before the guest runs: needs no userfaultfd
+    Eager,
+}
+
+impl From<PlacementArg> for Placement {
+    fn from(placement: PlacementArg) -> Placement {
+        match placement {
+            PlacementArg::Auto => Placement::Auto,
+            PlacementArg::Uffd => Placement::Uffd,
+            PlacementArg::Socket => Placement::Socket,
+            PlacementArg::Map => Placement::Map,
+            PlacementArg::Eager => Placement::Eager,
+        }
+    }
+}
+
+/// Runs the command.
+pub(super) async fn run(args: RevertArgs) -> Result<(), Failure> {
+    let output = match args.serving_detached {
+        true => Output::of_server(),
+        false => Output::new(args.json),
+    };
+    let cancel = cancellation()?;
+    let Some(clones) = args.clones.identities(&args.image)? else {
+        return match args.detach {
+            true => detach::revert(args.log, None, cancel, output).await,
+            false => start(args, None, cancel, output).await,
+        };
+    };
+    clones::for_each(clones, &output, |clone, output| {
+        let (args, cancel) = (args.clone().of_clone(&clone), cancel.clone());
+        async move {
+            match args.clones.only {
+                Some(_) => start(args, Some(clone), cancel, output).await,
+                // A server can serve one guest only: it gives up all other rights.
+                None if !args.detach => detach::serve_clone(clone.number, cancel, output).await,
+                None => detach::revert(args.log, Some(clone.number), cancel, output).await,
+            }
+        }
+    })
+    .await
+}
+
+impl RevertArgs {
+    /// The arguments of one clone.
+    fn of_clone(self, clone: &CloneIdentity) -> RevertArgs {
+        let expand = |text: String| clone.expand(&text);
+        let path = |path: PathBuf| clones::expanded(&path, clone);
+        RevertArgs {
+            qmp: self.qmp.map(path),
+            log: self.log.map(path),
+            paths: self.paths.into_iter().map(|(old, new)| (expand(old), expand(new))).collect(),
+            host: self.host.of_clone(clone),
+            disks: self.disks.of_clone(clone),
+            extra: self.extra.into_iter().map(expand).collect(),
+            ..self
+        }
+    }
+}
+
+/// Brings back one guest and serves it.
+async fn start(
+    args: RevertArgs,
+    clone: Option<CloneIdentity>,
+    cancel: Cancellation,
+    output: Output,
+) -> Result<(), Failure> {
+    let rewrite = RewriteOptions {
+        qemu: args.qemu,
+        qmp: args.qmp,
+        paths: args.paths,
+        extra: args.extra,
+        own: clone.map(|clone| clone.directory),
+        ..RewriteOptions::default()
+    };
+    let mut run = RunOptions::new();
+    if let Some(id) = args.run_id {
+        // Its standard error goes to the log.
+        run.log = std::fs::read_link("/proc/self/fd/2").ok();
+        run.id = id;
+    }
+    let keeper = (!args.no_keeper).then(|| keeper::successor(args.json, args.serving_detached));
+    let mut delivery = args.delivery.delivery(args.place.into());
+    if args.serving_detached {
+        // Its events go to a log that grows for as long as it runs.
+        delivery.progress_every = Duration::from_secs(1);
+    }
+    let options = RevertOptions {
+        rewrite: args.host.apply(args.disks.apply(rewrite))?,
+        domain: args.domain.options(),
+        delivery,
+        preload: args.preload,
+        rtc: args.rtc.into(),
+        check: args.check,
+        keeper,
+        sandbox: args.sandbox.program(),
+        run: Some(run),
+        ..RevertOptions::new(args.image)
+    };
+    let reverted = crate::revert::revert(&options, cancel, |e| output.revert(&e)).await;
+    reverted.map(drop).map_err(explained)
+}
+
+/// What failed in a revert, with the argument in place of the option.
+pub(super) fn explained(error: RevertError) -> Failure {
+    match error {
+        RevertError::Rtc(why) => Failure::from(RevertError::Rtc(why)).in_words(format!(
+            "the machine's clock can't go on from the moment: {why}; leave out --rtc keep"
+        )),
+        error => error.into(),
+    }
+}
