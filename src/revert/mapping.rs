@@ -29,6 +29,23 @@ const MOST_SENT: u64 = 192 << 20;
 const NOT_LOCAL: [i64; 7] =
     [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
 
+/// Why the image's memory is not mapped where that can't be, if it would be elsewhere.
+///
+/// # Errors
+/// When it is asked for.
+pub(super) fn refuse(
+    image: &Image,
+    options: &RevertOptions,
+    problem: &str,
+) -> Result<Option<String>, RevertError> {
+    let problem = problem.to_owned();
+    match options.delivery.placement {
+        Placement::Map => Err(GuestError::NotMapped { problem }.into()),
+        Placement::Auto if !image.manifest().flat.is_empty() => Ok(Some(problem)),
+        _ => Ok(None),
+    }
+}
+
 /// Plans the start of QEMU, with the image's memory mapped where that is wanted and possible.
 /// Returns also why a flat image is not mapped, where that was left to us.
 pub(super) fn plan(

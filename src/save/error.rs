@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::agent::AgentError;
 use super::check::error::CheckError;
-use super::overlays::OverlayError;
+use super::overlay_error::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
 use crate::guest::GuestError;
 use crate::host::PageSizeError;

@@ -14,6 +14,7 @@ mod finish;
 mod migration;
 mod moment;
 mod options;
+mod overlay_error;
 mod overlays;
 mod pause;
 mod prefault;
@@ -39,7 +40,7 @@ pub use check::{CheckItem, check};
 pub use error::SaveError;
 pub use event::{PauseParts, SaveEvent, SwitchedDisk};
 pub use options::{DiskChoice, Quiesce, SaveOptions};
-pub use overlays::OverlayError;
+pub use overlay_error::OverlayError;
 pub use recover::{Recovered, recover};
 pub use undo::error::{JournalError, LeftOver};
 

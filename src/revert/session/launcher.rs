@@ -35,9 +35,10 @@ impl Launcher {
             let (plan, not_mapped) = mapping::plan(image, options, rewriting)?;
             return Ok((Launcher::Process(Box::new(plan)), not_mapped));
         };
+        let not_mapped = mapping::refuse(image, options, "libvirt starts the guest")?;
         let path = std::path::absolute(&options.image).unwrap_or_else(|_| options.image.clone());
         let plan = DomainPlan::new(&image.manifest().machine, &path, domain, rewrite, &[])?;
-        Ok((Launcher::Domain(Box::new(plan)), None))
+        Ok((Launcher::Domain(Box::new(plan)), not_mapped))
     }
 
     /// Whether QEMU waits to be told before it runs the guest.
