@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::bare::query;
-use crate::harness::{Dir, Reverted, Running, check, send_signal, text, wait_gone};
+use crate::bare::{Bare, query};
+use crate::harness::{Dir, Reverted, Running, check, in_a_folder, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
-use crate::shared::shared;
-use crate::support::{Qemu, Result, SOON, wait_for};
+use crate::shared::{options, shared};
+use crate::support::{Fill, Guest, GuestOptions, Pidfd, Qemu, Result, SOON, wait_for};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
@@ -331,4 +331,73 @@ fn a_revert_without_a_keeper_starts_none(dir: &Dir) -> Result<()> {
     assert!(!dir.processes().iter().any(|(_, line)| line.contains(" keeper ")));
     guest.resident()?;
     guest.check(&shared.nonce)
+}
+
+/// Prints what docs/reliability.md tells of the keeper and of `resume`: on a machine that does
+/// nothing else, `cargo test --release --features internals --test e2e -- --ignored --nocapture
+/// figures_of_the_keeper`.
+#[test]
+#[ignore = "it measures"]
+fn figures_of_the_keeper() -> Result<()> {
+    for qemu in Qemu::ALL {
+        in_a_folder(|dir| time_with_a_keeper(dir, qemu))?;
+        in_a_folder(|dir| time_of_a_resume(dir, qemu))?;
+    }
+    Ok(())
+}
+
+/// The time until the guest runs, without and with a keeper, by turns.
+fn time_with_a_keeper(dir: &Dir, qemu: Qemu) -> Result<()> {
+    const REVERTS: usize = 21;
+    let bare = Bare::start(dir, qemu, &[])?;
+    let image = dir.path("vm.snap");
+    dir.snapback(&["save", "--qmp", text(&bare.socket), text(&image)]).succeed()?;
+    let ways: [&[&str]; 2] = [&["--no-keeper"], &[]];
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..REVERTS {
+        for (way, times) in ways.iter().zip(&mut times) {
+            let ended = dir.snapback(&["revert", text(&image)]).with(way).succeed()?;
+            let running = ended.event("running")?;
+            let pid = running["pid"].as_u64().ok_or("no process")? as u32;
+            Pidfd::open(pid)?.kill()?;
+            wait_gone(pid)?;
+            times.push(running["ms"].as_f64().ok_or("no time")?);
+        }
+    }
+    for (way, times) in ["without", "with"].iter().zip(&mut times) {
+        times.sort_by(f64::total_cmp);
+        let (least, median) = (times[0], times[REVERTS / 2]);
+        println!("{qemu:?}, {way} a keeper: running after {median:.1} ms, least {least:.1}");
+    }
+    Ok(())
+}
+
+/// How long a guest of 4 GiB is looked for that nobody serves any more, and what its keeper took.
+fn time_of_a_resume(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let options = GuestOptions { mib: 4096, fill: Fill::Mib(1024), ..options(qemu) };
+    let original = Guest::boot(&options)?;
+    dir.save(&original, "vm.snap").succeed()?;
+    let image = dir.path("vm.snap");
+    for number in 0..5 {
+        let to = dir.make(&format!("reverted{number}"))?;
+        let revert = dir.revert(&image, &original.dir, &to).with(&SLOWLY);
+        let mut guest = Reverted::of(revert, &to)?;
+        let first = guest.log.wait_beat(0, SOON)?;
+        guest.log.wait_beat(first.number + 10, SOON)?;
+        let keeper = process(dir, " keeper -- ")?;
+        let rollup = std::fs::read_to_string(format!("/proc/{keeper}/smaps_rollup"))?;
+        let private: u64 = rollup
+            .lines()
+            .filter(|line| line.starts_with("Private_"))
+            .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .sum();
+        kill_both(dir, &mut guest)?;
+        let pid = guest.pid.to_string();
+        let resume = dir.snapback(&["resume", text(&image), "--pid", &pid]).with(&SLOWLY[..2]);
+        let mut resumed = resume.start()?;
+        let told = resumed.wait("taken_over")?;
+        println!("{qemu:?}, 4 GiB: the keeper had {private} KiB of its own; resumed: {told}");
+        drop(resumed);
+    }
+    Ok(())
 }

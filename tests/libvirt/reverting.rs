@@ -283,7 +283,9 @@ fn what_stands_in_the_way_is_told(dir: &Dir) -> Result<()> {
     assert!(refusal.contains("obstacles runs") && refusal.contains("--replace"), "{refusal}");
     let refusal = revert(dir, saved.libvirt, &saved.image, "another").fail()?;
     assert!(refusal.contains("`obstacles`") && refusal.contains("--new"), "{refusal}");
-    // Nothing is left of either.
+    let refusal = refused(&["--replace", "--place", "map"])?;
+    assert!(refusal.contains("libvirt starts the guest"), "{refusal}");
+    // Nothing is left of any.
     let made = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("obstacles.");
     let files = fs::read_dir(&saved.folder)?.flatten();
     assert_eq!(files.filter(|entry| made(&entry.file_name())).count(), 0);
