@@ -20,14 +20,30 @@ use crate::host::uffd::Uffd;
 /// When the process can't be looked at or its userfaultfd can't be had: that takes root,
 /// or the same user and the right to trace it (ptrace(2)).
 pub(super) fn release_memory(pid: i32) -> io::Result<usize> {
+    let protected = protected(pid)?;
+    match unregister(pid, &protected) {
+        // QEMU from 8.1 on may have closed its userfaultfd since they were found.
+        Err(error) => match self::protected(pid)?.is_empty() {
+            true => Ok(protected.len()),
+            false => Err(error),
+        },
+        Ok(()) => Ok(protected.len()),
+    }
+}
+
+/// The mappings that are registered with userfaultfd for writes to protected pages.
+fn protected(pid: i32) -> io::Result<Vec<Mapping>> {
     let mut protected = Mapping::all_of_in_detail(pid)?;
-    // Registered with userfaultfd for writes to protected pages.
     protected.retain(|mapping| mapping.has_flag(*b"uw"));
+    Ok(protected)
+}
+
+fn unregister(pid: i32, protected: &[Mapping]) -> io::Result<()> {
     if protected.is_empty() {
-        return Ok(0);
+        return Ok(());
     }
     let uffds = Uffd::all_of(pid)?;
-    for mapping in &protected {
+    for mapping in protected {
         // One of them has it registered; the others say that they have not.
         let mut result = Err(io::Error::other("no userfaultfd is left that protects memory"));
         for uffd in &uffds {
@@ -35,7 +51,7 @@ pub(super) fn release_memory(pid: i32) -> io::Result<usize> {
         }
         result?;
     }
-    Ok(protected.len())
+    Ok(())
 }
 
 /// How often write protection is taken off while QEMU is waited for.

@@ -53,7 +53,9 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         };
         let settings = Settings::ask(&access.qmp, checked.background).await?;
         let undo = Undo::begin(settings, options, &checked)?;
-        let keeper = options.keeper.clone().map(Keeper::start).and_then(if_started);
+        let mut keeper = options.keeper.clone().map(Keeper::start).and_then(if_started);
+        // Nothing is changed before there is somebody to undo it.
+        keeper.iter_mut().for_each(Keeper::wait_started);
         failpoint("journal");
         Ok(Saving { options, cancel, on_event, access, checked, undo, keeper, begun: false })
     }
