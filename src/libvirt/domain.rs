@@ -196,7 +196,7 @@ impl Domain {
     }
 
     /// As [`Link::call`].
-    async fn call<T: Send + 'static>(
+    pub(super) async fn call<T: Send + 'static>(
         &self,
         doing: &'static str,
         call: impl FnOnce(&virt::domain::Domain) -> Result<T, Error> + Send + 'static,

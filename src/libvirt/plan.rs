@@ -148,13 +148,11 @@ impl Saved {
     fn read(machine: &Machine, wanted: bool) -> Result<Saved, PlanError> {
         let live = machine.libvirt_xml.as_deref().ok_or(PlanError::NoDomain)?;
         let inactive = machine.libvirt_inactive_xml.as_deref().unwrap_or(live);
-        let mut start = Definition::parse(live)?;
-        let mut persistent = wanted.then(|| Definition::parse(inactive)).transpose()?;
-        [Some(&mut start), persistent.as_mut()]
-            .into_iter()
-            .flatten()
-            .for_each(Definition::remove_what_we_left);
-        Ok(Saved { start, persistent })
+        let start = Definition::parse(live)?;
+        let persistent = wanted.then(|| Definition::parse(inactive)).transpose()?;
+        let mut saved = Saved { start, persistent };
+        saved.definitions().for_each(Definition::remove_what_we_left);
+        Ok(saved)
     }
 
     fn definitions(&mut self) -> impl Iterator<Item = &mut Definition> {

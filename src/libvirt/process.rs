@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::fstat;
+use serde_json::json;
 
 use super::error::LibvirtError;
 use super::link::Link;
@@ -21,13 +22,14 @@ pub(super) fn find(link: &Link) -> Result<i32, LibvirtError> {
     let thread = |error: std::io::Error| LibvirtError::Thread(error.to_string());
     let (_ours, mark) = UnixStream::pair().map_err(thread)?;
     let inode = fstat(&mark).map_err(|errno| thread(errno.into()))?.st_ino;
-    let name = format!("{{\"fdname\":\"{MARK}\"}}");
-    let getfd = format!("{{\"execute\":\"getfd\",\"arguments\":{name}}}");
-    link.monitor_command("getfd", &getfd, Some(mark.as_fd()))?;
+    let tell = |name: &str, fd| {
+        let command = json!({ "execute": name, "arguments": { "fdname": MARK } });
+        link.monitor_command(name, &command.to_string(), fd)
+    };
+    tell("getfd", Some(mark.as_fd()))?;
     let socket = PathBuf::from(format!("socket:[{inode}]"));
     let found = started.iter().copied().find(|pid| holds(*pid, &socket));
-    let closefd = format!("{{\"execute\":\"closefd\",\"arguments\":{name}}}");
-    link.monitor_command("closefd", &closefd, None)?;
+    tell("closefd", None)?;
     let only = match started[..] {
         [pid] if descriptors(pid).is_err() => Some(pid),
         _ => None,

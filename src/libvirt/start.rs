@@ -59,13 +59,10 @@ impl Domain {
     /// # Errors
     /// See [`LibvirtError`].
     pub async fn define(&self, xml: String) -> Result<(), LibvirtError> {
-        let link = self.link().clone();
-        let define = move || {
-            link.call("defining the domain", |domain| {
-                domain.connect()?.define_domain_xml(&xml).map(drop)
-            })
-        };
-        on_a_thread(define).await
+        self.call("defining the domain", move |domain| {
+            domain.connect()?.define_domain_xml(&xml).map(drop)
+        })
+        .await
     }
 }
 

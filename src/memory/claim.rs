@@ -152,10 +152,7 @@ impl ClaimMap {
 
     /// Notes that the guest waits for pages that can't be read at present.
     pub fn set_awaited(&self, run: Run) {
-        let claims = &self.blocks[run.block.index()];
-        for (word, mask) in claims.words(run) {
-            self.word(claims.awaited + word).fetch_or(mask, Ordering::AcqRel);
-        }
+        self.mark(run, self.blocks[run.block.index()].awaited);
     }
 
     /// Calls `found` with each run of pages of the block that are
@@ -169,9 +166,13 @@ impl ClaimMap {
     /// Notes that pages which the caller has claimed, and is going to mark as present, are left to
     /// the kernel.
     pub fn set_left(&self, run: Run) {
-        let claims = &self.blocks[run.block.index()];
-        for (word, mask) in claims.words(run) {
-            self.word(claims.left + word).fetch_or(mask, Ordering::AcqRel);
+        self.mark(run, self.blocks[run.block.index()].left);
+    }
+
+    /// Sets the bits of a run in the words from `first` on.
+    fn mark(&self, run: Run, first: usize) {
+        for (word, mask) in self.blocks[run.block.index()].words(run) {
+            self.word(first + word).fetch_or(mask, Ordering::AcqRel);
         }
     }
 

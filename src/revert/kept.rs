@@ -16,7 +16,7 @@ use crate::host::procfs::AddressSpace;
 use crate::host::sandbox::Sandbox;
 use crate::identity::Identity;
 use crate::image::{Image, ImageError};
-use crate::keeper::{Held, Holder, Keeper, Ledger, Successor, if_started};
+use crate::keeper::{Held, Holder, Keeper, Ledger, Successor};
 use crate::libvirt::DomainAddress;
 use crate::memory::ClaimMap;
 use crate::qmp::Qmp;
@@ -73,20 +73,8 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Starts a keeper for a session that begins; nothing, with a warning, where none can be had.
-    /// Dropping it ends the keeper.
+    /// Starts a keeper for a session that begins. Dropping it ends the keeper.
     pub fn start(
-        successor: &Successor,
-        image: &Image,
-        delivery: &Delivery,
-        domain: Option<DomainAddress>,
-        sandbox: Option<&Path>,
-        run: Option<&Entry>,
-    ) -> Option<(Keeper, Kept)> {
-        if_started(Kept::try_start(successor, image, delivery, domain, sandbox, run))
-    }
-
-    fn try_start(
         successor: &Successor,
         image: &Image,
         delivery: &Delivery,

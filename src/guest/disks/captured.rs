@@ -26,7 +26,7 @@ pub fn overlays(
         match disk.role {
             DiskRole::Captured => {
                 let given = given.iter().find(|(name, _)| disk.is_called(name));
-                let given = given.map(|(_, path)| absolute(path)).transpose()?;
+                let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
                 let chain = frozen::chain(disk, given.as_deref(), &moved)?;
                 found.push((at, Overlay::new(disk, at, chain, options)?));
             }
@@ -37,9 +37,11 @@ pub fn overlays(
     Ok(found)
 }
 
-fn absolute(path: &Path) -> Result<PathBuf, GuestError> {
+/// The path of `what`, made absolute: the caller's relative paths start from our working
+/// directory, not from QEMU's.
+pub(in crate::guest) fn absolute(what: &'static str, path: &Path) -> Result<PathBuf, GuestError> {
     std::path::absolute(path).map_err(|source| GuestError::Path {
-        what: "disk",
+        what,
         path: path.to_owned(),
         problem: source.to_string(),
     })

@@ -10,6 +10,7 @@ use crate::guest::GuestError;
 use crate::guest::command_line::backend::{self, Use};
 use crate::guest::command_line::parameters::{Params, Spec};
 use crate::guest::command_line::{CommandLine, CommandOption};
+use crate::guest::disks::captured::absolute;
 use crate::guest::disks::overlay::{Overlay, OverlayOptions};
 use crate::guest::disks::{captured, drives};
 use crate::guest::start::isolation::isolate;
@@ -191,15 +192,6 @@ fn program_and_environment(
             Ok((PathBuf::from(paths::replace(&machine.binary, rules)), env))
         }
     }
-}
-
-/// Relative paths of the caller start from our working directory, not from QEMU's.
-fn absolute(what: &'static str, path: &Path) -> Result<PathBuf, GuestError> {
-    std::path::absolute(path).map_err(|source| GuestError::Path {
-        what,
-        path: path.to_owned(),
-        problem: source.to_string(),
-    })
 }
 
 /// The option for the control socket that the caller requested.

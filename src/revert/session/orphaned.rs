@@ -18,6 +18,7 @@ use crate::guest;
 use crate::host::check_page_size;
 use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::image::Image;
+use crate::keeper::if_started;
 use crate::page::PageSource;
 use crate::qmp::{Qmp, QmpError};
 use crate::revert::error::{PostcopyError, RevertError};
@@ -66,7 +67,14 @@ impl Running {
         let run = runs::directory_of(pid).map(|run| Entry::take_over(run, ProcessId::this()));
         let sandbox = options.sandbox.as_deref();
         let kept = options.keeper.as_ref().and_then(|successor| {
-            Kept::start(successor, &image, &options.delivery, None, sandbox, run.as_ref())
+            if_started(Kept::start(
+                successor,
+                &image,
+                &options.delivery,
+                None,
+                sandbox,
+                run.as_ref(),
+            ))
         });
         let qemu = Qemu::Theirs { qmp: None, pid: Some(pid) };
         let (lifecycle, delivery) = (Lifecycle::taken_over(), options.delivery.clone());

@@ -12,6 +12,7 @@ use crate::cancel::Cancellation;
 use crate::guest::Note;
 use crate::host::check_page_size;
 use crate::image::{Image, verify_chain, verify_flat};
+use crate::keeper::if_started;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::RevertEvent;
 use crate::revert::kept::Kept;
@@ -80,7 +81,7 @@ impl Planned {
         let keeper = keeper.filter(|_| !is_mapped);
         let keeper = keeper.and_then(|successor| {
             let sandbox = sandbox.as_deref();
-            Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref())
+            if_started(Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref()))
         });
         // QEMU's start takes tens of milliseconds.
         let contents = Reading::start(&image, &delivery, rtc, launcher.mapped());
