@@ -51,13 +51,7 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("clones: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::exit_code("clones", run())
 }
 
 fn run() -> Result<()> {

@@ -37,13 +37,7 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("domain: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::exit_code("domain", run())
 }
 
 fn run() -> Result<()> {

@@ -51,13 +51,7 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("delta: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::exit_code("delta", run())
 }
 
 fn run() -> Result<()> {

@@ -106,13 +106,7 @@ fn chunk(kib: &str) -> Result<usize> {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("image_sweep: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::exit_code("image_sweep", run())
 }
 
 fn run() -> Result<()> {

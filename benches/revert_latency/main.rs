@@ -91,13 +91,7 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("revert_latency: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    support::exit_code("revert_latency", run())
 }
 
 fn run() -> Result<()> {

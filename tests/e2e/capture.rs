@@ -11,8 +11,9 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::bare::{Bare, query};
+use crate::harness::STOP_AT;
 use crate::harness::{Dir, Ended, Running, Snapback, check, text, wait_gone};
-use crate::killed::{STOP_AT, kill_at_its_step};
+use crate::killed::kill_at_its_step;
 use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, cont,
     convert, debian, qmp, query_status, run, stop, wait_for,

@@ -1,13 +1,14 @@
 //! Several guests of one image by one command, beside the living original.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 
 use serde_json::Value;
 
 use crate::harness::{Dir, Ended, Reverted, check, text};
-use crate::shared::{borrow, options, shared};
-use crate::support::{Guest, GuestOptions, Qemu, Result};
+use crate::ports::{free_port, with_ports};
+use crate::shared::{borrow, shared};
+use crate::support::{Qemu, Result};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
@@ -53,18 +54,8 @@ fn clones_run_side_by_side(dir: &Dir, qemu: Qemu) -> Result<()> {
 }
 
 fn clones_have_ports_of_their_own(dir: &Dir) -> Result<()> {
-    let port = || Ok::<_, std::io::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port());
-    let (forward, serial) = (port()?, port()?);
-    let args = [
-        "-netdev",
-        &format!("user,id=net0,hostfwd=tcp:127.0.0.1:{forward}-:22"),
-        "-device",
-        "e1000,netdev=net0,romfile=",
-        "-serial",
-        &format!("tcp:127.0.0.1:{serial},server=on,wait=off"),
-    ];
-    let args = args.map(String::from).into();
-    let mut guest = Guest::boot(&GuestOptions { args, ..options(Qemu::V10) })?;
+    let (forward, serial) = (free_port()?, free_port()?);
+    let mut guest = with_ports(Qemu::V10, forward, serial)?;
     let nonce = guest.oracle.nonce()?;
     dir.save(&guest, "vm.snap").succeed()?;
     let ended = dir.snapback(&["revert", text(&dir.path("vm.snap"))]).with(&["--count", "4"]);

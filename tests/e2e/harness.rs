@@ -540,7 +540,50 @@ pub fn check(guest: &mut Contact) -> Result<()> {
     Ok(())
 }
 
+/// Prints the median of some times in milliseconds, and the least.
+pub fn print_times(what: &str, times: &mut [f64]) {
+    times.sort_by(f64::total_cmp);
+    let (least, median) = (times[0], times[times.len() / 2]);
+    println!("{what}: {median:.1} ms, least {least:.1}");
+}
+
 /// Waits until a process is gone.
 pub fn wait_gone(pid: u32) -> Result<()> {
     wait_until(SOON, "a process to end", || process_gone(pid))
 }
+
+/// The variable that names the step at which a save stops: in builds for tests only.
+pub const STOP_AT: &str = "SNAPBACK_TEST_STOP_AT";
+
+/// What a save with two disks does, step by step.
+pub const STEPS: [&str; 15] = [
+    "journal",
+    "settings",
+    "overlay 0",
+    "overlay 1",
+    "ready",
+    "held",
+    "stopped",
+    "switched",
+    "migrating",
+    "first page",
+    "released",
+    "moment",
+    "received",
+    "restored",
+    "named",
+];
+
+/// Makes tests of functions of a folder.
+macro_rules! tests {
+    ($($name:ident)*) => {$(
+        mod $name {
+            #[test]
+            fn works() -> crate::support::Result<()> {
+                crate::harness::in_a_folder(super::$name)
+            }
+        }
+    )*};
+}
+
+pub(crate) use tests;

@@ -10,7 +10,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::bare::Bare;
-use crate::harness::{Dir, in_a_folder, text};
+use crate::harness::{Dir, in_a_folder, print_times, text};
 use crate::shared::options;
 use crate::support::{
     Contact, Error, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, qmp, run, wait_for,
@@ -418,9 +418,7 @@ fn time_until_running(dir: &Dir, qemu: Qemu) -> Result<()> {
         }
     }
     for (devices, times) in ["no", "five"].iter().zip(&mut times) {
-        times.sort_by(f64::total_cmp);
-        let (least, median) = (times[0], times[REVERTS / 2]);
-        println!("{qemu:?}, {devices} plugged devices: {median:.1} ms, least {least:.1}");
+        print_times(&format!("{qemu:?}, {devices} plugged devices"), times);
     }
     Ok(())
 }

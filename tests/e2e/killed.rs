@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::bare::query;
-use crate::harness::{Dir, Running, Snapback, check};
+use crate::harness::{Dir, Running, STEPS, STOP_AT, Snapback, check};
 use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, query_status,
 };
@@ -17,28 +17,6 @@ tests_on_both! {
     an_image_that_cant_be_read_is_not_given_up
     a_killed_save_is_cleaned_up_by_its_keeper
 }
-
-/// The variable that names the step at which a save stops: in builds for tests only.
-pub const STOP_AT: &str = "SNAPBACK_TEST_STOP_AT";
-
-/// What a save with two disks does, step by step.
-pub const STEPS: [&str; 15] = [
-    "journal",
-    "settings",
-    "overlay 0",
-    "overlay 1",
-    "ready",
-    "held",
-    "stopped",
-    "switched",
-    "migrating",
-    "first page",
-    "released",
-    "moment",
-    "received",
-    "restored",
-    "named",
-];
 
 /// The same without disks, where that differs.
 const STEPS_WITHOUT_DISKS: [&str; 5] = ["settings", "migrating", "moment", "restored", "named"];

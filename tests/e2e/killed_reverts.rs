@@ -4,7 +4,9 @@
 use std::time::{Duration, Instant};
 
 use crate::bare::{Bare, query};
-use crate::harness::{Dir, Reverted, Running, check, in_a_folder, send_signal, text, wait_gone};
+use crate::harness::{
+    Dir, Reverted, Running, check, in_a_folder, print_times, send_signal, text, wait_gone,
+};
 use crate::interrupts::UNFILLED;
 use crate::shared::{options, shared};
 use crate::support::{Fill, Guest, GuestOptions, Pidfd, Qemu, Result, SOON, wait_for};
@@ -365,9 +367,7 @@ fn time_with_a_keeper(dir: &Dir, qemu: Qemu) -> Result<()> {
         }
     }
     for (way, times) in ["without", "with"].iter().zip(&mut times) {
-        times.sort_by(f64::total_cmp);
-        let (least, median) = (times[0], times[REVERTS / 2]);
-        println!("{qemu:?}, {way} a keeper: running after {median:.1} ms, least {least:.1}");
+        print_times(&format!("{qemu:?}, {way} a keeper: running after"), times);
     }
     Ok(())
 }

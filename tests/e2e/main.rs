@@ -49,18 +49,6 @@ mod trouble;
 mod unprivileged;
 mod unreadable;
 
-/// Makes tests of functions of a folder.
-macro_rules! tests {
-    ($($name:ident)*) => {$(
-        mod $name {
-            #[test]
-            fn works() -> crate::support::Result<()> {
-                crate::harness::in_a_folder(super::$name)
-            }
-        }
-    )*};
-}
-
 /// Makes two tests of each function of a folder and a QEMU: one on every QEMU.
 macro_rules! tests_on_both {
     ($($name:ident)*) => {$(
@@ -80,4 +68,5 @@ macro_rules! tests_on_both {
     )*};
 }
 
-pub(crate) use {tests, tests_on_both};
+pub(crate) use harness::tests;
+pub(crate) use tests_on_both;

@@ -16,12 +16,12 @@ tests_on_both! {
     a_log_goes_on
 }
 
-fn free_port() -> Result<u16> {
+pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn a_guest_with_ports_comes_back_beside_the_living(dir: &Dir, qemu: Qemu) -> Result<()> {
-    let (forward, serial) = (free_port()?, free_port()?);
+/// A guest with a port that is forwarded to it, and a serial port that listens on another.
+pub fn with_ports(qemu: Qemu, forward: u16, serial: u16) -> Result<Guest> {
     let args = [
         "-netdev",
         &format!("user,id=net0,hostfwd=tcp:127.0.0.1:{forward}-:22"),
@@ -31,7 +31,12 @@ fn a_guest_with_ports_comes_back_beside_the_living(dir: &Dir, qemu: Qemu) -> Res
         &format!("tcp:127.0.0.1:{serial},server=on,wait=off"),
     ];
     let args = args.map(String::from).into();
-    let mut guest = Guest::boot(&GuestOptions { args, ..options(qemu) })?;
+    Guest::boot(&GuestOptions { args, ..options(qemu) })
+}
+
+fn a_guest_with_ports_comes_back_beside_the_living(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let (forward, serial) = (free_port()?, free_port()?);
+    let mut guest = with_ports(qemu, forward, serial)?;
     let nonce = guest.oracle.nonce()?;
     dir.save(&guest, "vm.snap").succeed()?;
 

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::harness::{Dir, Running, check};
+use crate::harness::{Dir, Running, STEPS, STOP_AT, check};
 use crate::saving::{Disks, ask, overlays, save};
 use crate::support::libvirt::{Libvirt, domain_options, shared_libvirt};
 use crate::support::{Attached, Qemu, Result};
@@ -15,28 +15,6 @@ tests! {
     a_killed_save_is_cleaned_up_by_its_keeper
     libvirtd_is_restarted_during_a_save
 }
-
-/// The variable that names the step at which a save stops: in builds for tests only.
-pub const STOP_AT: &str = "SNAPBACK_TEST_STOP_AT";
-
-/// What a save with two disks does, step by step.
-const STEPS: [&str; 15] = [
-    "journal",
-    "settings",
-    "overlay 0",
-    "overlay 1",
-    "ready",
-    "held",
-    "stopped",
-    "switched",
-    "migrating",
-    "first page",
-    "released",
-    "moment",
-    "received",
-    "restored",
-    "named",
-];
 
 /// A domain that is saved and killed, and what is known of it.
 struct Domain<'a> {

@@ -18,16 +18,4 @@ mod quiesced;
 mod reverting;
 mod saving;
 
-/// Makes tests of functions of a folder.
-macro_rules! tests {
-    ($($name:ident)*) => {$(
-        mod $name {
-            #[test]
-            fn works() -> crate::support::Result<()> {
-                crate::harness::in_a_folder(super::$name)
-            }
-        }
-    )*};
-}
-
-pub(crate) use tests;
+pub(crate) use harness::tests;

@@ -1,7 +1,7 @@
 //! Domains whose file systems are frozen by libvirt's own channel to the guest's agent.
 
 use crate::harness::Dir;
-use crate::killed::STOP_AT;
+use crate::harness::STOP_AT;
 use crate::saving::{Disks, save};
 use crate::support::libvirt::{debian_options, shared_libvirt};
 use crate::support::{Qemu, Result, debian};

@@ -125,7 +125,7 @@ fn a_save_that_fails_leaves_the_domain_as_it_was(dir: &Dir) -> Result<()> {
     ask(&mut guest, "disk write /dev/vda 64 7")?;
     let before = Disks::of(libvirt, name)?;
     let saving =
-        save(dir, libvirt, name, "vm.snap").env(crate::killed::STOP_AT, "moment").start()?;
+        save(dir, libvirt, name, "vm.snap").env(crate::harness::STOP_AT, "moment").start()?;
     saving.wait_stopped()?;
     saving.signal(libc::SIGINT);
     saving.signal(libc::SIGCONT);

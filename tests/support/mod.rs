@@ -17,6 +17,7 @@ mod process;
 mod qemu;
 mod qmp;
 
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 pub use disk::{Bus, Disk, Format, Given, convert, run};
@@ -62,5 +63,16 @@ pub fn wait_for<T>(
             return Err(format!("waited {timeout:?} in vain for {what}").into());
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// How the program `name` ends, behind a message where it has failed.
+pub fn exit_code(name: &str, result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
