@@ -236,8 +236,8 @@ fn bare_faults(pages: u64, touches: Touches) -> (Histogram<u64>, Histogram<u64>)
                     std::hint::spin_loop();
                 }
                 let heard = Instant::now();
-                for address in faults {
-                    let at = address & !(PAGE_SIZE as u64 - 1);
+                for fault in faults {
+                    let at = fault.address & !(PAGE_SIZE as u64 - 1);
                     // SAFETY: memory of ours, registered, that holds nothing yet.
                     unsafe { uffd.copy(at, &page, PAGE_SIZE as u64) }.expect("a page");
                     answers.saturating_record(heard.elapsed().as_nanos() as u64);

@@ -90,6 +90,8 @@ kinds! {
     NoSuchDomain = "no_such_domain",
     /// There is not enough room.
     NoSpace = "no_space",
+    /// A guest can't be reset inside its QEMU.
+    NotResettable = "not_resettable",
     /// There is no disk of that name.
     NoSuchDisk = "no_such_disk",
     /// The file is no image.

@@ -76,13 +76,14 @@ macro_rules! rooms {
 }
 
 rooms! {
-    bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp revert
+    bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp reset revert
     save transport wire
 }
 
 #[doc(hidden)]
 pub mod cli;
 pub mod doctor;
+mod qcow2;
 mod rate;
 pub mod runs;
 
@@ -102,9 +103,9 @@ pub use kind::{Details, ErrorKind};
 pub use libvirt::{DomainAddress, DomainOptions};
 pub use memory::WorkingSet;
 pub use revert::{
-    CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResumeOptions, RevertError,
-    RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable, harvest, resume,
-    revert, serve, session, take_over,
+    CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResetWay, ResumeOptions,
+    RevertError, RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable,
+    harvest, resume, revert, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,
@@ -121,6 +122,7 @@ pub mod error {
     pub use crate::libvirt::{DefinitionError, LibvirtError, PlanError};
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;
+    pub use crate::reset::ResetError;
     pub use crate::revert::{AttachError, PostcopyError};
     pub use crate::save::{AgentError, CheckError, JournalError, LeftOver, Obstacle, OverlayError};
     pub use crate::transport::TransportError;

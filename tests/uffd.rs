@@ -60,7 +60,7 @@ fn copy_silently(uffd: &Uffd, ram: &Ram, number: u64, bytes: &[u8; PAGE_SIZE]) {
 fn fault(uffd: &Uffd) -> u64 {
     let mut faults = FaultBuffer::default();
     wait_readable(uffd);
-    uffd.read_faults(&mut faults).unwrap().next().unwrap()
+    uffd.read_faults(&mut faults).unwrap().next().unwrap().address
 }
 
 fn wait_readable(uffd: &Uffd) {

@@ -152,6 +152,7 @@ impl Run {
                 directory: Some(self.overlays.clone()),
                 prefix: None,
                 ephemeral: true,
+                ..OverlayOptions::default()
             },
             ..RewriteOptions::default()
         }

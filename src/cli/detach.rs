@@ -1,6 +1,7 @@
 //! Servers that are copies of this program, whose events are passed on: the one in the background
 //! of `revert --detach`, until the guest runs, and that of each clone of `revert --count`.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -16,7 +17,11 @@ use crate::cancel::Cancellation;
 use crate::host::program::in_own_session;
 use crate::kind::ErrorKind;
 use crate::revert::RevertEvent;
-use crate::runs;
+use crate::runs::{self, Again};
+
+/// The arguments that make this program a server in the background.
+const SERVING: &str = "--serving-detached";
+const RUN_ID: &str = "--run-id";
 
 /// Starts a server in the background, of a clone by its number where there are several guests, and
 /// returns once the guest runs.
@@ -26,13 +31,54 @@ pub(super) async fn revert(
     cancel: Cancellation,
     output: Output,
 ) -> Result<(), Failure> {
+    let only = clone.map(|number| format!("--only={number}"));
+    let arguments = with(own_arguments(), only.as_deref());
+    in_background(arguments, None, log, cancel, &output).await
+}
+
+/// Reverts in the background as another revert was begun, and returns once the guest runs.
+pub(super) async fn repeat(
+    other: &Again,
+    cancel: Cancellation,
+    output: &Output,
+) -> Result<(), Failure> {
+    let arguments = other.arguments.iter().map(OsString::from).collect();
+    in_background(arguments, Some(&other.directory), None, cancel, output).await
+}
+
+/// How the revert of this process is begun again.
+pub(super) fn this() -> io::Result<Again> {
+    let mut arguments = own_arguments();
+    let extra = arguments.split_off(extra_at(&arguments));
+    // What makes it a server in the background.
+    arguments.retain(|argument| argument != SERVING);
+    if let Some(at) = arguments.iter().position(|argument| argument == RUN_ID) {
+        arguments.drain(at..(at + 2).min(arguments.len()));
+    }
+    let text = |argument: OsString| argument.to_string_lossy().into_owned();
+    let arguments = arguments.into_iter().chain(extra).map(text).collect();
+    Ok(Again { arguments, directory: std::env::current_dir()? })
+}
+
+/// Starts a server in the background with the arguments of one in the foreground, and returns once
+/// the guest runs.
+async fn in_background(
+    arguments: Vec<OsString>,
+    directory: Option<&Path>,
+    log: Option<PathBuf>,
+    cancel: Cancellation,
+    output: &Output,
+) -> Result<(), Failure> {
     let id = runs::new_id();
     let log = log.map_or_else(|| default_log(&id), Ok)?;
-    let file = create_log(&log)?;
-    let server =
-        start_server(file, &id, clone).map_err(|e| Failure::io("starting the server failed", &e));
+    let mut command = program(with(arguments, [SERVING, RUN_ID, &id]))?;
+    command.stderr(create_log(&log)?);
+    directory.map(|directory| command.current_dir(directory));
+    // In a session of its own, so that the terminal's signals don't reach it.
+    in_own_session(command.as_std_mut());
+    let server = command.spawn().map_err(|e| Failure::io("starting the server failed", &e));
     let outcome = match server {
-        Ok(server) => pass_on(server, Until::Running, &cancel, &output).await,
+        Ok(server) => pass_on(server, Until::Running, &cancel, output).await,
         Err(failure) => Err(failure),
     };
     match outcome {
@@ -55,7 +101,8 @@ pub(super) async fn serve_clone(
     cancel: Cancellation,
     output: Output,
 ) -> Result<(), Failure> {
-    let mut command = again(&[&format!("--only={number}"), "--json"])?;
+    let only = format!("--only={number}");
+    let mut command = program(with(own_arguments(), [only.as_str(), "--json"]))?;
     // An interrupt from the terminal reaches it through us alone.
     command.process_group(0).stderr(Stdio::inherit());
     let server = command.spawn().map_err(|e| Failure::io("starting a server failed", &e))?;
@@ -128,26 +175,33 @@ fn terminate(pid: u32) {
     let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
 }
 
-/// Starts a server in a session of its own, so that the terminal's signals don't reach it.
-fn start_server(log: File, id: &str, clone: Option<u32>) -> io::Result<tokio::process::Child> {
-    let only = clone.map(|number| format!("--only={number}"));
-    let added = ["--serving-detached", "--run-id", id].into_iter().chain(only.as_deref());
-    let mut command = again(&added.collect::<Vec<_>>())?;
-    command.stderr(log);
-    in_own_session(command.as_std_mut());
-    command.spawn()
-}
-
-/// This program again, with the same arguments except `--detach` and `--json`, and some more.
-fn again(added: &[&str]) -> io::Result<tokio::process::Command> {
+/// The arguments of this process, except `--detach` and `--json`.
+fn own_arguments() -> Vec<OsString> {
     let mut before_extra = true;
     let arguments = std::env::args_os().skip(1).filter(|argument| {
         before_extra &= argument != "--";
         !(before_extra && (argument == "--detach" || argument == "--json"))
     });
-    let mut arguments: Vec<_> = arguments.collect();
-    let extra = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
-    arguments.splice(extra..extra, added.iter().map(Into::into));
+    arguments.collect()
+}
+
+/// Where the arguments for QEMU begin.
+fn extra_at(arguments: &[OsString]) -> usize {
+    arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len())
+}
+
+/// Some more arguments, ahead of those for QEMU.
+fn with<'a>(
+    mut arguments: Vec<OsString>,
+    added: impl IntoIterator<Item = &'a str>,
+) -> Vec<OsString> {
+    let extra = extra_at(&arguments);
+    arguments.splice(extra..extra, added.into_iter().map(OsString::from));
+    arguments
+}
+
+/// This program with these arguments. What it prints is passed on.
+fn program(arguments: Vec<OsString>) -> io::Result<tokio::process::Command> {
     let mut command = tokio::process::Command::new(std::env::current_exe()?);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
     Ok(command)

@@ -36,6 +36,7 @@ impl RevertDisksArgs {
                 directory: self.overlay_dir,
                 prefix: None,
                 ephemeral: self.ephemeral,
+                ..OverlayOptions::default()
             },
             disks: self.disks,
             ..options

@@ -102,6 +102,7 @@ impl Failure {
             | NotAnImage
             | NotFound
             | NotQemu
+            | NotResettable
             | OptionsInvalid
             | ParentMissing
             | PortInUse

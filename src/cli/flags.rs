@@ -23,6 +23,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`RewriteOptions::disks`", "--disk"),
     ("`OverlayOptions::directory`", "--overlay-dir"),
     ("`RevertOptions::domain`", "--domain"),
+    ("`RevertOptions::resettable`", "--resettable"),
     ("`DomainOptions::sibling`", "--new"),
     ("`DomainOptions::replace`", "--replace"),
     ("by `Orphan::Qmp`", "by --qmp"),

@@ -17,6 +17,7 @@ mod host;
 mod keeper;
 mod output;
 mod report;
+mod reset;
 mod resume;
 mod revert;
 mod rtc;
@@ -56,6 +57,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Start a saved guest, which runs at once
     Revert(Box<revert::RevertArgs>),
+    /// Take a reverted guest back to its image, inside its QEMU
+    Reset(reset::ResetArgs),
     /// Bring a saved guest to a QEMU that waits for an incoming migration
     Serve(ServeArgs),
     /// Show or record an image's working set: the pages that a revert brings first
@@ -341,6 +344,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Reset(args) => (args.json, reset::reset(args).await),
         Command::Ps(args) => (args.json, runs::ps(args)),
         Command::Stop(args) => (args.json, runs::stop(args)),
         Command::Logs(args) => (false, runs::logs(args)),

@@ -12,7 +12,7 @@ use super::events::{CommandEvent, VERSION};
 use super::failure::Failure;
 use super::flags::with_flags;
 use crate::page::PAGE_SIZE;
-use crate::revert::{Placement, Progress, RevertEvent};
+use crate::revert::{Placement, Progress, ResetWay, RevertEvent};
 use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
 
 /// When the program began, from which the times of events count.
@@ -370,6 +370,18 @@ impl Output {
                          {answer_p99_us:.0} µs (99 %)"
                     ),
                 );
+            }
+            RevertEvent::Resettable { written } => self.say(
+                "resettable",
+                &format!("it has written {written} pages so far; `snapback reset` undoes that"),
+            ),
+            RevertEvent::Reset { how, pages, took_ms } => {
+                let how = match (how, pages) {
+                    (ResetWay::InPlace, Some(pages)) => format!("{pages} pages written back"),
+                    (ResetWay::InPlace, None) => "in place".to_owned(),
+                    _ => "in a new process".to_owned(),
+                };
+                self.say("reset", &format!("{how}, in {took_ms:.1} ms"));
             }
             RevertEvent::Collapsed { before_bytes, after_bytes, took_ms, stopped } => {
                 let (before, after) = (size(*before_bytes), size(*after_bytes));

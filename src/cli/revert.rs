@@ -50,6 +50,10 @@ pub(super) struct RevertArgs {
     /// Verify the whole image first; with --place map nothing else verifies it
     #[arg(long)]
     check: bool,
+    /// Have the guest be such that `snapback reset` can take it back inside its QEMU: a process
+    /// tracks what it writes, until it ends or an interrupt comes
+    #[arg(long, conflicts_with_all = ["domain", "new"])]
+    resettable: bool,
     /// Return as soon as the guest runs; memory is filled in the background
     #[arg(long)]
     detach: bool,
@@ -163,6 +167,7 @@ async fn start(
         ..RewriteOptions::default()
     };
     let mut run = RunOptions::new();
+    run.again = args.resettable.then(detach::this).transpose()?;
     if let Some(id) = args.run_id {
         // Its standard error goes to the log.
         run.log = std::fs::read_link("/proc/self/fd/2").ok();
@@ -181,6 +186,7 @@ async fn start(
         preload: args.preload,
         rtc: args.rtc.into(),
         check: args.check,
+        resettable: args.resettable,
         keeper,
         sandbox: args.sandbox.program(),
         run: Some(run),

@@ -49,7 +49,12 @@ fn machine(directory: &Path, device: &str, node: Option<&str>, args: &str) -> Ma
 fn in_directory(directory: &Path, ephemeral: bool) -> RewriteOptions {
     let directory = Some(directory.to_owned());
     RewriteOptions {
-        overlays: OverlayOptions { directory, prefix: Some("vm.snap".into()), ephemeral },
+        overlays: OverlayOptions {
+            directory,
+            prefix: Some("vm.snap".into()),
+            ephemeral,
+            ..OverlayOptions::default()
+        },
         ..RewriteOptions::default()
     }
 }

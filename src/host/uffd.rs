@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use linux_raw_sys::general as sys;
 use nix::errno::Errno;
-use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, UffdBuilder};
+use userfaultfd::{Error, Event, EventBuffer, FaultKind, FeatureFlags, RegisterMode, UffdBuilder};
 
 use super::pidfd::Pidfd;
 use super::procfs;
@@ -153,13 +153,48 @@ impl Uffd {
     /// [`UffdError::Register`].
     #[cfg(any(test, feature = "internals"))]
     pub unsafe fn register(&self, start: u64, len: u64) -> Result<(), UffdError> {
-        let registered = self.0.register_with_mode(
-            start as *mut _,
-            len as usize,
-            userfaultfd::RegisterMode::MISSING,
-        );
+        let registered =
+            self.0.register_with_mode(start as *mut _, len as usize, RegisterMode::MISSING);
         let failed = |error| UffdError::Register { start, len, source: io_error(error) };
         registered.map(drop).map_err(failed)
+    }
+
+    /// Registers memory of the process whose userfaultfd this is, be it another: touching what
+    /// is missing there waits until it is installed, and writing to what is write-protected until
+    /// that is undone. A range of which some is registered already is registered anew.
+    ///
+    /// The process need not have asked for it when it made its userfaultfd: the kernel tells
+    /// of such faults in any case (`userfault_msg` in Linux's `fs/userfaultfd.c`).
+    ///
+    /// # Errors
+    /// [`UffdError::Register`]: EBUSY where another userfaultfd holds some of it, EINVAL where the
+    /// kernel can't write-protect memory of this kind (hugetlbfs and shared memory before Linux
+    /// 5.19).
+    pub fn register_for_tracking(&self, start: u64, len: u64) -> Result<(), UffdError> {
+        let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+        let registered = self.0.register_with_mode(start as *mut _, len as usize, modes);
+        let failed = |error| UffdError::Register { start, len, source: io_error(error) };
+        registered.map(drop).map_err(failed)
+    }
+
+    /// Write-protects what is in memory of a range: whoever writes there waits. What is missing is
+    /// not protected, except in shared memory.
+    ///
+    /// # Errors
+    /// [`UffdError::Gone`] and [`UffdError::Call`].
+    pub fn protect(&self, start: u64, len: u64) -> Result<(), UffdError> {
+        let failed = |error| protection_error("write-protect memory", start, error);
+        again(|| self.0.write_protect(start as *mut _, len as usize)).map_err(failed)
+    }
+
+    /// Undoes that, and wakes whoever waits to write there.
+    ///
+    /// # Errors
+    /// As for [`Uffd::protect`].
+    pub fn unprotect(&self, start: u64, len: u64) -> Result<(), UffdError> {
+        let failed = |error| protection_error("let memory be written", start, error);
+        let unprotect = || self.0.remove_write_protection(start as *mut _, len as usize, true);
+        again(unprotect).map_err(failed)
     }
 
     /// Ends the registration of a range: nothing waits there any more, and nothing is
@@ -263,8 +298,7 @@ impl Uffd {
         })
     }
 
-    /// Takes the faults that are there, as the addresses that threads wait for, which need
-    /// not be those of pages. Never waits and allocates nothing. Events that are no faults
+    /// Takes the faults that are there. Never waits and allocates nothing. Events that are no faults
     /// are dropped.
     ///
     /// # Errors
@@ -272,7 +306,7 @@ impl Uffd {
     pub fn read_faults<'a>(
         &self,
         buffer: &'a mut FaultBuffer,
-    ) -> Result<impl Iterator<Item = u64> + use<'a>, UffdError> {
+    ) -> Result<impl Iterator<Item = Fault> + use<'a>, UffdError> {
         let events = match self.0.read_events(&mut buffer.0) {
             Ok(events) => Some(events),
             Err(error) if errno(&error) == Errno::EINTR => None,
@@ -281,11 +315,40 @@ impl Uffd {
                 return Err(UffdError::Call { what: "read events", address: 0, source });
             }
         };
-        let address = |event| match event {
-            Ok(Event::Pagefault { addr, .. }) => Some(addr as u64),
+        let fault = |event| match event {
+            Ok(Event::Pagefault { addr, kind, .. }) => {
+                let protected = matches!(kind, FaultKind::WriteProtected);
+                Some(Fault { address: addr as u64, protected })
+            }
             _ => None,
         };
-        Ok(events.into_iter().flatten().filter_map(address))
+        Ok(events.into_iter().flatten().filter_map(fault))
+    }
+}
+
+/// What a thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fault {
+    /// The address that it has touched, which need not be that of a page.
+    pub address: u64,
+    /// Whether it waits to write to a page that is write-protected; else for one that is missing.
+    pub protected: bool,
+}
+
+/// Repeats a call that has been told to.
+fn again(call: impl Fn() -> Result<(), Error>) -> Result<(), Error> {
+    loop {
+        match call() {
+            Err(error) if errno(&error) == Errno::EAGAIN => std::thread::yield_now(),
+            done => return done,
+        }
+    }
+}
+
+fn protection_error(what: &'static str, address: u64, error: Error) -> UffdError {
+    match errno(&error) {
+        Errno::ESRCH => UffdError::Gone { address, source: io_error(error) },
+        _ => UffdError::Call { what, address, source: io_error(error) },
     }
 }
 

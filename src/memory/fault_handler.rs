@@ -181,7 +181,7 @@ impl FaultHandler {
         let faults =
             self.uffd.read_faults(buffer).map_err(|e| MemoryError::FaultHandler(e.into()))?;
         self.faults.clear();
-        self.faults.extend(faults);
+        self.faults.extend(faults.map(|fault| fault.address));
         Ok((!self.faults.is_empty()).then(Instant::now))
     }
 

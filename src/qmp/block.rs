@@ -124,7 +124,7 @@ impl Qmp {
             match self.job(job).await? {
                 None => return Ok(()),
                 Some(Job { status, error, .. }) if status == "concluded" => {
-                    self.execute("job-dismiss", json!({ "id": job })).await?;
+                    self.dismiss(job).await?;
                     return concluded(BLOCK_COMMIT, error);
                 }
                 // All is copied but what the guest writes just now.
@@ -139,8 +139,7 @@ impl Qmp {
 
     /// The job of that name, if there is one.
     pub async fn job(&self, id: &str) -> Result<Option<Job>, QmpError> {
-        let jobs: Vec<Job> = self.query("query-jobs", ()).await?;
-        Ok(jobs.into_iter().find(|job| job.id == id))
+        Ok(self.jobs().await?.into_iter().find(|job| job.id == id))
     }
 }
 

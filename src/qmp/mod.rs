@@ -12,6 +12,7 @@ mod error;
 mod event;
 mod inbox;
 mod message;
+mod snapshots;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -28,7 +29,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
-pub use block::{BlockEdge, BlockNode};
+pub use block::{BlockEdge, BlockNode, Job};
 pub use commands::{BlockDevice, RamBlock};
 pub use devices::{Chardev, CpuSlot, DeviceProperty, Network, QomChild};
 pub use error::QmpError;

@@ -10,6 +10,7 @@ use crate::kind::{Details, ErrorKind};
 use crate::libvirt::{LaunchError, LibvirtError, PlanError};
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
+use crate::reset::ResetError;
 use crate::transport::TransportError;
 use crate::transport::proof::AttachError;
 use crate::transport::search::SearchError;
@@ -29,6 +30,9 @@ pub enum RevertError {
     /// QEMU can't be started as recorded.
     #[error(transparent)]
     Vm(#[from] GuestError),
+    /// The guest can't be reset inside its QEMU, or could not.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
     /// The image's domain can't be started as it was saved.
     #[error(transparent)]
     Domain(Box<PlanError>),
@@ -148,6 +152,7 @@ impl RevertError {
             },
             Rtc(_) => ErrorKind::OptionsInvalid,
             Domain(error) => error.kind(),
+            Reset(error) => error.kind(),
             Libvirt(error) => error.kind(),
             Damaged(_) => ErrorKind::ImageDamaged,
             NothingDemanded => ErrorKind::NothingDemanded,
@@ -161,12 +166,20 @@ impl RevertError {
         match self {
             Image(error) => error.details(),
             Vm(error) => error.details(),
+            Reset(error) => error.details(),
             Qmp(error) => error.details(),
             Libvirt(error) => error.details(),
             WorkingSet(error) => error.details(),
             Postcopy { error, .. } => error.details(),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }
+    }
+}
+
+impl RevertError {
+    /// Whether a reset was refused before anything was touched.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, RevertError::Reset(error) if error.is_refusal())
     }
 }
 

@@ -103,6 +103,21 @@ pub enum RevertEvent {
         /// The time that 99 of 100 answers took at most, in microseconds.
         answer_p99_us: f64,
     },
+    /// The guest can be reset inside its QEMU from now on.
+    Resettable {
+        /// Host pages that it has written so far.
+        written: u64,
+    },
+    /// The guest was taken back to its image, and goes on from there.
+    Reset {
+        /// How.
+        how: ResetWay,
+        /// Host pages that were written back; none in a new process.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pages: Option<u64>,
+        /// From the request until the guest ran again, in milliseconds.
+        took_ms: f64,
+    },
     /// Memory that came in small pages was collapsed into huge ones. It comes only where memory
     /// was installed directly, [`Delivery::collapse`](super::Delivery::collapse) is set, and
     /// QEMU has not ended.
@@ -117,6 +132,17 @@ pub enum RevertEvent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         stopped: Option<String>,
     },
+}
+
+/// How a guest was reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ResetWay {
+    /// Inside its QEMU.
+    InPlace,
+    /// By a new process in the place of its QEMU.
+    NewProcess,
 }
 
 /// Memory that can't be read.

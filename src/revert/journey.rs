@@ -4,7 +4,7 @@ use super::error::RevertError;
 use super::event::RevertEvent;
 use super::options::RevertOptions;
 use super::outcome::Outcome;
-use super::session::{Held, Planned, Resident};
+use super::session::{Held, Planned, Resettable, Resident};
 use crate::cancel::Cancellation;
 
 /// A guest that has been brought back.
@@ -19,7 +19,9 @@ pub struct Reverted {
 
 /// Brings a guest back and returns once all its memory is in place and, unless
 /// [`Delivery::collapse`](super::Delivery::collapse) is off, in huge pages. QEMU then runs on by
-/// itself. `on_event` is called as things happen.
+/// itself. `on_event` is called as things happen. Where
+/// [`RevertOptions::resettable`] is set, it goes on to serve resets ([`runs`](crate::runs)), until
+/// QEMU ends or `cancel` is requested.
 ///
 /// The first request of `cancel` ends a revert whose guest does not run yet. Later it is
 /// answered with [`RevertEvent::StillNeeded`], and the second ends it in any case. Once all
@@ -33,8 +35,31 @@ pub async fn revert(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let (pid, outcome) = to_resident(options, cancel, &mut on_event).await?.let_go();
+    let resident = to_resident(options, cancel, &mut on_event).await?;
+    let (pid, outcome) = match options.resettable {
+        true => serve_resets(resident, &mut on_event).await?,
+        false => resident.let_go(),
+    };
     Ok(Reverted { pid: pid.unwrap_or_default(), outcome })
+}
+
+/// Resets a guest whenever that is asked for. One that can't be reset inside its QEMU is let go.
+async fn serve_resets(
+    resident: Resident,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<(Option<i32>, Outcome), RevertError> {
+    match Resettable::track(resident).await {
+        Ok(mut resettable) => {
+            on_event(RevertEvent::Resettable { written: resettable.written() });
+            resettable.serve(on_event).await?;
+            Ok(resettable.let_go())
+        }
+        Err(not) => {
+            let what = "the guest can't be reset inside its QEMU".to_owned();
+            on_event(RevertEvent::Note { what, why: not.error.to_string() });
+            Ok(not.resident.let_go())
+        }
+    }
 }
 
 /// As [`revert`], but QEMU does not outlive what is returned, and it is always one of ours:

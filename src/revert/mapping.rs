@@ -29,6 +29,9 @@ const MOST_SENT: u64 = 192 << 20;
 const NOT_LOCAL: [i64; 7] =
     [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
 
+/// Why memory is not mapped of which writes are tracked.
+const TRACKED: &str = "writes to mapped memory are not tracked, as a reset needs it";
+
 /// Why the image's memory is not mapped where that can't be, if it would be elsewhere.
 ///
 /// # Errors
@@ -61,6 +64,9 @@ pub(super) fn plan(
         && (options.delivery.placement != Placement::Auto || image.manifest().flat.is_empty())
     {
         return without(None);
+    }
+    if let (true, Some(problem)) = (options.resettable, refuse(image, options, TRACKED)?) {
+        return without(Some(problem));
     }
     let memory = match mapped_memory(image, options, wanted) {
         Ok(memory) => memory,

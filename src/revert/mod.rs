@@ -29,7 +29,7 @@ mod unreadable;
 pub use broker::{Rights, run as run_broker};
 pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
-pub use event::{Progress, RevertEvent, Unreadable};
+pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
 pub use harvest::harvest;
 pub use journey::{Reverted, revert, revert_held};
 pub use options::{

@@ -39,6 +39,10 @@ pub struct RevertOptions {
     /// Check the whole image before anything of it is used. Memory that is mapped is
     /// checked in no other way.
     pub check: bool,
+    /// Prepare the guest to be reset inside its QEMU
+    /// ([`Resettable`](super::session::Resettable)): its overlays get an internal snapshot, its
+    /// memory is not mapped, and its writes are tracked once all its memory is in place.
+    pub resettable: bool,
     /// The program that is started to hold all that is needed to go on, and to serve the guest should this
     /// process be killed between [`RevertEvent::Running`](super::RevertEvent::Running) and
     /// [`RevertEvent::Resident`](super::RevertEvent::Resident). Without, the guest then waits
@@ -66,6 +70,7 @@ impl RevertOptions {
             standby: false,
             rtc: Rtc::default(),
             check: false,
+            resettable: false,
             keeper: None,
             sandbox: None,
             run: None,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use super::record::{FILE, NEW_FILE};
+use super::record::FILES;
 use super::{ProcessId, Record, RunOptions, directory};
 
 /// The record of a revert. Dropping it removes the record, unless there is something left for
@@ -39,7 +39,8 @@ impl std::fmt::Debug for Message {
 impl Entry {
     /// Begins the record of a revert that this process serves.
     pub fn begin(options: &RunOptions, record: Record) -> Entry {
-        let record = Record { log: options.log.clone(), ..record };
+        let (log, again) = (options.log.clone(), options.again.clone());
+        let record = Record { log, again, ..record };
         let is_id = directory::is_id(&options.id);
         Entry::start(directory::of(&options.id), move |directory| {
             if !is_id {
@@ -125,6 +126,6 @@ fn keep(directory: &Path, mut record: Record, messages: &Receiver<Message>) -> i
     let waits = record.qemu.is_some_and(ProcessId::may_live);
     match !record.resident && (leaves || waits) {
         true => Ok(()),
-        false => directory::remove(directory, &[FILE, NEW_FILE]),
+        false => directory::remove(directory, &FILES),
     }
 }

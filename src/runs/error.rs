@@ -37,6 +37,23 @@ pub enum RunsError {
         /// The id.
         id: String,
     },
+    /// Nobody tracks what the guest writes.
+    #[error(
+        "nobody tracks what the guest of revert `{id}` writes: `RevertOptions::resettable` has that \
+         done, from when all memory is in place"
+    )]
+    NotTracked {
+        /// The id.
+        id: String,
+    },
+    /// The server of a revert did not answer.
+    #[error("the server of revert `{id}` does not answer: {source}")]
+    Asking {
+        /// The id.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
     /// A log can't be read.
     #[error("the log `{}` can't be read: {source}", .path.display())]
     Log {
@@ -72,6 +89,8 @@ impl RunsError {
         match self {
             NoSuchRun { .. } | NoLog { .. } => ErrorKind::NotFound,
             Ambiguous { .. } => ErrorKind::OptionsInvalid,
+            NotTracked { .. } => ErrorKind::NotResettable,
+            Asking { .. } => ErrorKind::ServerLost,
             Directory { source, .. }
             | Log { source, .. }
             | Process { source, .. }

@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::directory::{base, check_private, is_id, us};
-use super::record::{FILE, NEW_FILE};
+use super::record::{FILES, NEW_FILE};
 use super::run::{ids, names};
 use super::{Run, RunsError, directory, list};
 use crate::host::in_use::{self, Address};
@@ -117,7 +117,7 @@ impl LeftOver {
     /// When it isn't, or can't be removed.
     pub fn remove(&self) -> Result<(), RunsError> {
         let removed = self.check().and_then(|_still_nobodys| match self.what {
-            LeftOverKind::Record => directory::remove(&self.path, &[FILE, NEW_FILE]),
+            LeftOverKind::Record => directory::remove(&self.path, &FILES),
             _ => fs::remove_file(&self.path),
         });
         removed.map_err(|source| RunsError::Remove { path: self.path.clone(), source })
@@ -241,7 +241,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let record = left(LeftOverKind::Record, folder.path().join("snapback/1f0c92ab"));
         directory::make(&record.path).unwrap();
-        fs::write(record.path.join(FILE), "x").unwrap();
+        fs::write(record.path.join("state.json"), "x").unwrap();
         fs::write(record.path.join("stranger"), "x").unwrap();
         assert!(record.remove().is_err() && record.path.join("stranger").exists());
         fs::remove_file(record.path.join("stranger")).unwrap();

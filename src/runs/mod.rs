@@ -4,6 +4,7 @@
 //! ```text
 //! $XDG_RUNTIME_DIR/snapback/     or /run/snapback of root, or snapback-UID in the temporary directory
 //!     1f0c92ab/                  one revert, by its id
+//!         reset.sock             where its reset is asked for, if it can be reset
 //!         state.json             its processes, its image, and what it leaves when all are killed
 //!     1f0c92ab.log               the log of its server, if that runs in the background
 //! ```
@@ -20,6 +21,7 @@ mod error;
 mod left_over;
 mod options;
 mod record;
+mod reset;
 mod run;
 mod stop;
 
@@ -28,7 +30,10 @@ pub(crate) use entry::Entry;
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;
+pub use record::Again;
 pub(crate) use record::{ProcessId, Record};
+pub use reset::ResetOutcome;
+pub(crate) use reset::{is_tracked, stop_tracking};
 pub use run::{Run, find, list};
 pub(crate) use run::{directory_of, keep_overlays};
 pub use stop::Stopped;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::Again;
 use super::directory::new_id;
 
 /// How a revert is recorded.
@@ -12,12 +13,14 @@ pub struct RunOptions {
     pub id: String,
     /// The log of its server, where its output goes to a file.
     pub log: Option<PathBuf>,
+    /// How the same is done again, where a guest can't be reset inside its QEMU.
+    pub again: Option<Again>,
 }
 
 impl RunOptions {
     /// Records a revert under a new id.
     pub fn new() -> RunOptions {
-        RunOptions { id: new_id(), log: None }
+        RunOptions { id: new_id(), log: None, again: None }
     }
 }
 

@@ -11,10 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::directory;
 use crate::host::procfs;
 use crate::keeper::Ledger;
+use crate::reset::SOCKET;
 
 /// The file of a record, and its name while it is written.
 pub(super) const FILE: &str = "state.json";
 pub(super) const NEW_FILE: &str = "state.json.new";
+
+/// All that a server makes in its directory.
+pub(super) const FILES: [&str; 3] = [FILE, NEW_FILE, SOCKET];
 
 /// The longest record that is read, in bytes: far more than any is.
 const MAX_BYTES: u64 = 1 << 20;
@@ -67,6 +71,15 @@ impl ProcessId {
     }
 }
 
+/// How a revert is done again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Again {
+    /// The arguments of the program `snapback`, with which it returns once the guest runs.
+    pub arguments: Vec<String>,
+    /// The working directory.
+    pub directory: PathBuf,
+}
+
 /// What is recorded of a revert.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -89,6 +102,9 @@ pub(crate) struct Record {
     pub sockets: Vec<PathBuf>,
     /// The log of its server.
     pub log: Option<PathBuf>,
+    /// How it is done again, where that was told.
+    #[serde(default)]
+    pub again: Option<Again>,
 }
 
 impl Record {
@@ -107,6 +123,7 @@ impl Record {
             overlays: Vec::new(),
             sockets: Vec::new(),
             log: None,
+            again: None,
         }
     }
 

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::directory::{self, base, check_private, is_id};
-use super::{Record, RunsError};
+use super::{Again, Record, RunsError};
 use crate::keeper::{Figures, Ledger};
 
 /// A revert that is recorded.
@@ -159,6 +159,11 @@ impl Run {
 
     fn is_unserved(&self) -> bool {
         self.server_pid.is_none() && self.keeper_pid.is_none()
+    }
+
+    /// How it is done again, where that was told.
+    pub fn again(&self) -> Option<&Again> {
+        self.record.again.as_ref()
     }
 
     /// The log of its server.

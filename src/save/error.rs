@@ -13,6 +13,7 @@ use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::libvirt::LibvirtError;
 use crate::qmp::QmpError;
+use crate::runs::RunsError;
 use crate::wire::WireError;
 
 /// Why a save failed. The guest runs on (or stays paused) as before, and neither an image nor
@@ -27,6 +28,9 @@ pub enum SaveError {
     /// The host's pages have another size.
     #[error(transparent)]
     PageSize(#[from] PageSizeError),
+    /// Whoever tracks the guest's writes for a reset did not let go of its memory.
+    #[error(transparent)]
+    Tracked(#[from] RunsError),
     /// libvirt failed, whose domain the guest is.
     #[error(transparent)]
     Libvirt(#[from] LibvirtError),
@@ -143,6 +147,7 @@ impl SaveError {
         match self {
             Check(error) => error.kind(),
             PageSize(error) => error.kind(),
+            Tracked(error) => error.kind(),
             Libvirt(error) => error.kind(),
             Qmp(error) => error.kind(),
             Vm(error) => error.kind(),

@@ -15,8 +15,9 @@ use super::access::Access;
 use super::checked::Checked;
 use super::failpoints::failpoint;
 use super::overlay_error::OverlayError;
-use crate::guest::{FoundDisk, write_overlay};
+use crate::guest::FoundDisk;
 use crate::host::procfs::owner;
+use crate::qcow2::{Backing, write_overlay};
 use crate::qmp::{Qmp, QmpError};
 
 /// A disk's overlay.
@@ -88,7 +89,8 @@ impl Overlay {
         options.write(true).create_new(true).mode(0o600);
         let made = options.open(&path).and_then(|file| {
             let below = found.disk.chain.first().ok_or(io::ErrorKind::NotFound)?;
-            write_overlay(&file, found.disk.size, &below.path, &below.format)?;
+            let backing = Backing { path: &below.path, format: &below.format };
+            write_overlay(&file, found.disk.size, backing, None)?;
             owner.give(&file)
         });
         made.map_err(|source| OverlayError::Create { path: path.clone(), disk, source })?;

@@ -14,6 +14,8 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Sets QEMU up. QEMU itself may still refuse the save here; if it doesn't, the guest can
     /// be saved, as far as anybody can tell.
     pub async fn set_up(&mut self) -> Result<(), SaveError> {
+        // QEMU refuses to write-protect what somebody else has write-protected.
+        runs::stop_tracking(self.checked.pid).await?;
         self.undo.apply_settings(&self.access.qmp).await?;
         failpoint("settings");
         let checked = &self.checked;

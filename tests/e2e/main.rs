@@ -38,6 +38,7 @@ mod libvirt;
 mod mapping;
 mod moments;
 mod ports;
+mod resets;
 mod runs;
 mod sandbox;
 mod save_under_fire;

@@ -6,5 +6,4 @@ pub(super) mod captured;
 pub(super) mod drives;
 pub(super) mod frozen;
 pub(super) mod overlay;
-pub(super) mod qcow2;
 pub(super) mod stamp;

@@ -14,12 +14,15 @@ use uuid::Uuid;
 
 use crate::guest::GuestError;
 use crate::guest::disks::frozen;
-use crate::guest::disks::qcow2::write_overlay;
 use crate::machine::{Disk, DiskFile};
+use crate::qcow2::{Backing, write_overlay};
 
 /// Number of the first descriptor set (`-add-fd`) by which QEMU gets overlays without a name,
 /// far above any that a command line would use.
 const FIRST_SET: usize = 900_000;
+
+/// The internal snapshot to which a reset goes back.
+pub const RESET_POINT: &str = "snapback-reset";
 
 /// Where overlays are created, and how long they stay.
 #[derive(Debug, Clone, Default)]
@@ -31,6 +34,8 @@ pub struct OverlayOptions {
     pub prefix: Option<String>,
     /// Whether overlays have no name and disappear with QEMU, however it ends.
     pub ephemeral: bool,
+    /// Whether each has an internal snapshot of its empty state, [`RESET_POINT`].
+    pub(crate) reset_point: bool,
 }
 
 /// An overlay to be created.
@@ -44,6 +49,8 @@ pub struct Overlay {
     directory: PathBuf,
     /// The descriptor set by which QEMU opens a file without a name.
     set: usize,
+    /// Whether it has the snapshot [`RESET_POINT`].
+    reset_point: bool,
     /// Size that the guest sees, in bytes.
     size: u64,
     /// The frozen files, the one on top first; at least one.
@@ -78,6 +85,7 @@ impl Overlay {
             path,
             directory,
             set: FIRST_SET + at,
+            reset_point: options.reset_point,
             size: disk.size,
             chain,
         })
@@ -146,7 +154,8 @@ impl Overlay {
         let Some(DiskFile { path, format, .. }) = self.chain.first() else {
             return Err(GuestError::DiskNotRecorded { disk: self.disk.clone() });
         };
-        let written = write_overlay(&file, self.size, path, format);
+        let snapshot = self.reset_point.then_some(RESET_POINT);
+        let written = write_overlay(&file, self.size, Backing { path, format }, snapshot);
         if written.is_err() {
             self.path.iter().for_each(|path| drop(fs::remove_file(path)));
         }
@@ -307,6 +316,7 @@ mod tests {
             directory: Some(directory.path().into()),
             prefix: Some(prefix.into()),
             ephemeral,
+            ..OverlayOptions::default()
         };
         let names = || fs::read_dir(directory.path()).unwrap().count();
         let plan = |options| Overlay::new(&disk(), 0, disk().chain, &options).unwrap();
@@ -337,7 +347,8 @@ mod tests {
     fn a_directory_that_can_not_be_used_is_named() {
         let directory = Some("/nowhere/at/all".into());
         for ephemeral in [false, true] {
-            let options = OverlayOptions { directory: directory.clone(), prefix: None, ephemeral };
+            let directory = directory.clone();
+            let options = OverlayOptions { directory, ephemeral, ..OverlayOptions::default() };
             let overlay = Overlay::new(&disk(), 0, disk().chain, &options).unwrap();
             let error = overlay.make().unwrap_err().to_string();
             assert!(

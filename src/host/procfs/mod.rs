@@ -2,12 +2,14 @@
 
 mod address_space;
 mod mappings;
+mod memory;
 mod pagemap;
 mod process;
 mod system;
 
 pub use address_space::AddressSpace;
 pub use mappings::{Mapping, ranges_of_len};
+pub use memory::ProcessMemory;
 pub use pagemap::{PAGEMAP_SCAN, Pagemap, flags};
 pub use process::{
     arguments, descriptor_link, descriptors, memory_in_use, owner, path, processes,

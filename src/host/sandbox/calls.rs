@@ -54,7 +54,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_inotify_init1,
     libc::SYS_inotify_add_watch,
     libc::SYS_inotify_rm_watch,
-    // Sockets that are connected.
+    // Sockets that are connected, or listen already.
+    libc::SYS_accept4,
     libc::SYS_socketpair,
     libc::SYS_sendto,
     libc::SYS_sendmsg,

@@ -13,6 +13,7 @@ use super::confined::{Confined, Confinement};
 use super::contents::Contents;
 use super::halt::Halt;
 use super::lifecycle::{Lifecycle, Next, Told};
+use super::preparation::{Installed, Preparation};
 use super::qemu::{Qemu, has_run, migrate_from};
 use super::reconnect::Resuming;
 use crate::cancel::Cancellation;
@@ -22,12 +23,14 @@ use crate::keeper::{Keeper, Ledger};
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::memory::{FillOptions, Unreadable};
 use crate::qmp::{Events, Qmp, QmpError};
+use crate::reset::ResetError;
 use crate::revert::collapse::Collapsing;
 use crate::revert::eager::EagerSource;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
+use crate::revert::rtc::Rtc;
 use crate::revert::source::{
     Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
 };
@@ -57,6 +60,12 @@ pub(super) struct Connection {
     /// QEMU's memory as /proc shows it, where this process may not open that any more, or has taken
     /// over.
     pub space: Option<Arc<AddressSpace>>,
+    /// What the machine's battery-backed clock shows.
+    pub rtc: Rtc,
+    /// Whether the guest is to be reset inside its QEMU.
+    pub resettable: bool,
+    /// What that needs, once it has been prepared.
+    preparation: Option<Result<Preparation, ResetError>>,
     /// Whether it is decided by which transport memory goes.
     placed: bool,
     /// Set where the session began with a QEMU whose channel was lost.
@@ -104,6 +113,9 @@ impl Connection {
             kept: None,
             confinement: Confinement::None,
             space: None,
+            rtc: Rtc::default(),
+            resettable: false,
+            preparation: None,
             placed: false,
             resuming: None,
             halt: Halt::default(),
@@ -286,6 +298,7 @@ impl Connection {
         if !is_time || !matches!(self.confinement, Confinement::Wanted(_)) {
             return;
         }
+        self.prepare_reset();
         let pid = self.qemu.pid();
         // Where it can't be looked into, memory is not collapsed, and a successor goes without.
         let space = pid.and_then(|pid| AddressSpace::open(pid).ok()).map(Arc::new);
@@ -299,6 +312,27 @@ impl Connection {
             kept: kept.as_ref(),
             run: run.as_ref(),
         });
+    }
+
+    /// Prepares a reset inside QEMU, where one is wanted.
+    fn prepare_reset(&mut self) {
+        let (true, None, Some(pid)) = (self.resettable, &self.preparation, self.qemu.pid()) else {
+            return;
+        };
+        self.preparation = Some(Preparation::new(pid, &self.image, self.run.as_ref()));
+    }
+
+    /// What a reset inside QEMU needs; none where none is wanted.
+    pub fn take_preparation(&mut self) -> Option<Result<Preparation, ResetError>> {
+        self.prepare_reset();
+        self.preparation.take()
+    }
+
+    /// The memory that was installed by userfaultfd.
+    pub fn installed(&self) -> Option<Installed> {
+        let Some(Source::Postcopy(source)) = &self.source else { return None };
+        let (uffd, addresses) = source.installed()?;
+        Some(Installed { image: Arc::clone(&self.image), uffd, addresses })
     }
 
     /// That this process has taken the place of another.

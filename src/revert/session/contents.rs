@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 
 use super::qemu::{POSTCOPY, Qemu};
 use crate::guest::userfaultfd_lack;
-use crate::image::{Image, Sections};
+use crate::image::{Image, Manifest, Sections};
 use crate::memory::FillOptions;
 use crate::page::Page;
 use crate::qmp::{Qmp, QmpError};
@@ -125,7 +125,15 @@ impl Reading {
 
 /// The parts of the saved stream that are not RAM, with the clock set as `rtc` says.
 fn sections(image: &Image, rtc: Rtc) -> Result<Sections, RevertError> {
-    let (mut sections, manifest) = (image.sections()?, image.manifest());
+    set_clock(image.sections()?, image.manifest(), rtc)
+}
+
+/// These parts with the clock set as `rtc` says, for a guest that goes on now.
+pub(super) fn set_clock(
+    mut sections: Sections,
+    manifest: &Manifest,
+    rtc: Rtc,
+) -> Result<Sections, RevertError> {
     if rtc == Rtc::Keep {
         let moment = UNIX_EPOCH + Duration::from_micros(manifest.moment_unix_us);
         let since = moment.elapsed().unwrap_or_default().as_nanos();

@@ -30,7 +30,7 @@ impl Launcher {
     ) -> Result<(Launcher, Option<String>), RevertError> {
         let RevertOptions { rewrite, domain, .. } = options;
         let Some(domain) = domain else {
-            let overlays = placed(rewrite, &options.image);
+            let overlays = placed(options);
             let rewriting = RewriteOptions { paused, overlays, ..rewrite.clone() };
             let (plan, not_mapped) = mapping::plan(image, options, rewriting)?;
             return Ok((Launcher::Process(Box::new(plan)), not_mapped));
@@ -125,8 +125,9 @@ impl Launcher {
 
 /// Where overlays go and what they are called: in the guest's own directory or else beside the
 /// image, and after its name, unless the options say otherwise.
-fn placed(rewrite: &RewriteOptions, image: &Path) -> OverlayOptions {
-    let options = &rewrite.overlays;
+fn placed(options: &RevertOptions) -> OverlayOptions {
+    let RevertOptions { rewrite, image, resettable: reset_point, .. } = options;
+    let (options, reset_point) = (&rewrite.overlays, *reset_point);
     let parent = || image.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = options.directory.clone().or(rewrite.own.clone());
     let directory = directory.unwrap_or_else(|| parent().unwrap_or(Path::new(".")).to_owned());
@@ -135,5 +136,6 @@ fn placed(rewrite: &RewriteOptions, image: &Path) -> OverlayOptions {
         directory: Some(directory),
         prefix: options.prefix.clone().or_else(name),
         ephemeral: options.ephemeral,
+        reset_point,
     }
 }

@@ -8,6 +8,8 @@
 //! | [`Running`] | runs | memory follows |
 //! | [`Resident`] | runs | all memory is in place, the guest depends on nobody |
 //!
+//! One that is to be reset inside its QEMU goes on to a sixth, [`Resettable`].
+//!
 //! Memory that is mapped, or comes eagerly, is in place before the guest runs: nothing of it
 //! follows, and a guest in standby has all of it when it is armed.
 //!
@@ -34,13 +36,16 @@ mod launcher;
 mod lifecycle;
 mod orphaned;
 mod planned;
+mod preparation;
 mod qemu;
 mod reconnect;
+mod resettable;
 mod resident;
 mod running;
 
 pub use armed::Armed;
 pub use launched::Launched;
 pub use planned::Planned;
+pub use resettable::{NotResettable, Reset, Resettable};
 pub use resident::{Held, Resident};
 pub use running::Running;

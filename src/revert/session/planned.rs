@@ -71,7 +71,8 @@ impl Planned {
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
         let Planned { image, launcher, start, options, cancel } = self;
-        let RevertOptions { delivery, standby, rtc, keeper, sandbox, run, .. } = options;
+        let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, .. } =
+            options;
         // Who speaks to libvirt may have to connect anew.
         let domain = launcher.domain();
         let sandbox = sandbox.filter(|_| domain.is_none());
@@ -95,6 +96,7 @@ impl Planned {
         }
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.confinement = Confinement::wanted(sandbox);
+        (connection.rtc, connection.resettable) = (rtc, resettable);
         connection.run =
             run.inspect(|run| run.note(move |record| record.qemu = pid.and_then(ProcessId::of)));
         if let Some((keeper, kept)) = keeper {

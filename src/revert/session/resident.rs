@@ -1,14 +1,20 @@
 //! Resident: all memory is in place, and the guest depends on nobody.
 
+use std::sync::Arc;
+
 use super::confined::Confinement;
+use super::preparation::{Installed, Preparation};
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
+use crate::image::Image;
 use crate::qmp::Qmp;
+use crate::reset::ResetError;
 use crate::revert::collapse::{Collapsing, collapse};
 use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
+use crate::revert::rtc::Rtc;
 use crate::runs::Entry;
 
 /// A guest that has all its memory. Dropping it ends a QEMU of ours: take it out with
@@ -18,6 +24,10 @@ pub struct Resident {
     pub(super) outcome: Outcome,
     /// Nothing where its memory is left as it came, or has been collapsed.
     pub(super) collapsing: Option<Collapsing>,
+    /// What a reset inside its QEMU needs; none where that was not asked for.
+    pub(super) reset: Option<Result<(Installed, Preparation), ResetError>>,
+    pub(super) image: Arc<Image>,
+    pub(super) rtc: Rtc,
     pub(super) confinement: Confinement,
     pub(super) cancel: Cancellation,
     /// The session's record, which goes with it.

@@ -46,18 +46,29 @@ impl Running {
         connection.run_again(on_event).await;
         let progress = connection.progress();
         let collapsing = connection.collapsing();
+        let installed = connection.installed();
+        let preparation = connection.take_preparation();
+        let rtc = connection.rtc;
         let Connection {
             qemu, lifecycle, image, delivery, cancel, keeper, confinement, run, ..
         } = connection;
         let (placement, faults) = lifecycle.into_result();
         let outcome = Outcome { progress, placement, faults };
+        let mut let_go = true;
         if let (Some(qmp), true) = (qemu.last_qmp().await, placement.is_postcopy())
             // QEMU has confirmed that it has all of the guest, which depends on nobody
             // any more: whatever happens from here on, it stays.
             && let Err(error) = finish_postcopy(&qmp, qemu.turned_on()).await
         {
             tracing::warn!("the guest's memory is complete, but QEMU was not tidied up: {error}");
+            let_go = false;
         }
+        // What is registered while QEMU still has to let go of it would be lost.
+        let installed = installed.filter(|_| let_go);
+        let reset = preparation.and_then(|preparation| match preparation {
+            Ok(preparation) => Some(Ok((installed?, preparation))),
+            Err(error) => Some(Err(error)),
+        });
         // It needs no successor from here on.
         drop(keeper);
         run.iter().for_each(|run| run.note(|record| record.resident = true));
@@ -65,7 +76,17 @@ impl Running {
         if placement.is_postcopy() {
             recorded::remember(confinement.broker(), &delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome, collapsing, confinement, cancel, _run: run })
+        Ok(Resident {
+            qemu,
+            outcome,
+            collapsing,
+            reset,
+            image,
+            rtc,
+            confinement,
+            cancel,
+            _run: run,
+        })
     }
 }
 

@@ -34,6 +34,7 @@ pub(super) use transports::PostcopyOptions;
 
 use super::error::PostcopyError;
 use super::kept::Kept;
+use crate::host::uffd::Uffd;
 use crate::memory::{ClaimMap, Memory, Pace, Pager, repair};
 use crate::page::{Block, BlockId, PageSource};
 use crate::transport::{Route, SocketTransport};
@@ -164,6 +165,13 @@ impl PostcopySource {
             Some(start..start + block.len)
         };
         blocks.filter_map(range).collect()
+    }
+
+    /// The userfaultfd by which memory is installed directly, and the address of each block, if it
+    /// is known.
+    pub fn installed(&self) -> Option<(Arc<Uffd>, Vec<Option<u64>>)> {
+        let direct = self.route.direct()?;
+        Some((Arc::clone(direct.uffd()), direct.addresses().to_vec()))
     }
 
     /// Wakes whoever waits for memory that is installed directly.

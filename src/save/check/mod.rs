@@ -24,6 +24,7 @@ use crate::image::Image;
 use crate::libvirt::Domain;
 use crate::machine::Machine;
 use crate::qmp::{Qmp, QmpError};
+use crate::runs;
 
 /// How often a machine is looked at that a revert would refuse.
 const LOOKS: u32 = 10;
@@ -71,11 +72,12 @@ pub async fn check(options: &SaveOptions) -> Result<Vec<CheckItem>, SaveError> {
         true => "QEMU can write-protect its memory with userfaultfd on this host",
         false => "not needed: the guest is paused",
     };
-    items.push(CheckItem {
-        name: "background-snapshot",
-        outcome: try_settings(&access.qmp, background).await.map(|()| says.to_owned()),
-        warning: false,
-    });
+    let outcome = match checked.is_some_and(|checked| runs::is_tracked(checked.pid)) {
+        // QEMU would refuse it now.
+        true => Ok("its writes are tracked for a reset: a save ends that".to_owned()),
+        false => try_settings(&access.qmp, background).await.map(|()| says.to_owned()),
+    };
+    items.push(CheckItem { name: "background-snapshot", outcome, warning: false });
     Ok(items)
 }
 

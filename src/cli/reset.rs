@@ -1,0 +1,88 @@
+//! `snapback reset`: a guest goes back to its image, inside its QEMU or in a new one.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::failure::Failure;
+use super::output::Output;
+use super::{cancellation, detach};
+use crate::cancel::Cancellation;
+use crate::kind::ErrorKind;
+use crate::qmp::Qmp;
+use crate::revert::{ResetWay, RevertEvent};
+use crate::runs::{self, Again, ResetOutcome, Run, RunsError};
+
+/// How long QEMU may take to greet.
+const GREETING: Duration = Duration::from_secs(10);
+
+#[derive(Args)]
+pub(super) struct ResetArgs {
+    /// The id of the revert, or its beginning (`snapback ps` shows ids)
+    #[arg(required_unless_present = "qmp", conflicts_with = "qmp")]
+    id: Option<String>,
+    /// The guest whose QEMU listens on this QMP socket (a Unix socket)
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+    /// Fail where the guest can't be reset inside its QEMU, instead of starting a new one
+    #[arg(long)]
+    in_place: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command.
+pub(super) async fn reset(args: ResetArgs) -> Result<(), Failure> {
+    let began = Instant::now();
+    let output = Output::new(args.json);
+    let run = match (&args.id, &args.qmp) {
+        (Some(id), _) => runs::find(id)?,
+        (None, Some(socket)) => run_of(socket).await?,
+        (None, None) => unreachable!("one of them is required"),
+    };
+    let (kind, why) = match run.reset().await {
+        Ok(ResetOutcome::Done { pages, took_ms }) => {
+            let how = ResetWay::InPlace;
+            output.revert(&RevertEvent::Reset { how, pages: Some(pages), took_ms });
+            return Ok(());
+        }
+        Ok(ResetOutcome::Refused { why }) => (ErrorKind::NotResettable, why),
+        Ok(ResetOutcome::Failed { why }) => (ErrorKind::QemuFailed, why),
+        Err(error @ RunsError::NotTracked { .. }) => (error.kind(), error.to_string()),
+        Err(error) => return Err(error.into()),
+    };
+    let again = match (run.again(), args.in_place) {
+        (Some(again), false) => again.clone(),
+        _ => return Err(Failure::said(kind, why)),
+    };
+    output.revert(&RevertEvent::Note { what: "the guest gets a new QEMU".to_owned(), why });
+    replace(&run, &again, cancellation()?, &output).await?;
+    let took_ms = began.elapsed().as_secs_f64() * 1e3;
+    output.revert(&RevertEvent::Reset { how: ResetWay::NewProcess, pages: None, took_ms });
+    Ok(())
+}
+
+/// The revert whose QEMU listens on a socket.
+async fn run_of(socket: &Path) -> Result<Run, Failure> {
+    let qmp = Qmp::connect(socket, GREETING).await.map_err(crate::revert::RevertError::from)?;
+    let pid = qmp.peer_pid();
+    let mut runs = runs::list()?;
+    runs.retain(|run| run.qemu_pid.is_some() && run.qemu_pid == pid);
+    runs.pop().ok_or_else(|| RunsError::NoSuchRun { id: socket.display().to_string() }.into())
+}
+
+/// Ends the guest with all that it has written, and reverts to its image as that was done before.
+async fn replace(
+    run: &Run,
+    again: &Again,
+    cancel: Cancellation,
+    output: &Output,
+) -> Result<(), Failure> {
+    for overlay in run.stop()?.kept {
+        std::fs::remove_file(&overlay)
+            .map_err(|error| Failure::io("removing what the guest has written failed", &error))?;
+    }
+    detach::repeat(again, cancel, output).await
+}

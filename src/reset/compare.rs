@@ -1,0 +1,124 @@
+//! Finds what a guest has written before its writes were tracked.
+
+use std::sync::atomic::Ordering;
+
+use super::ResetError;
+use super::shared::Shared;
+use crate::image::{Cursor, Piece};
+use crate::page::{PAGE_SIZE, PageBytes, Run};
+
+/// Pages that are read at once: 256 KiB.
+const STEP_PAGES: u64 = 64;
+
+/// Compares all memory with the image, from the first page on, and notes what differs as
+/// written. Each page is write-protected before it is looked at: what is seen is either what the
+/// guest still has, or noted already.
+///
+/// # Errors
+/// When the image or the guest's memory can't be read.
+pub(super) fn compare(shared: &Shared) -> Result<(), ResetError> {
+    let mut cursor = Cursor::over_all(&shared.guest.image)?;
+    let mut memory = vec![0; STEP_PAGES as usize * PAGE_SIZE];
+    while let Some(piece) = cursor.next_piece()? {
+        let run = piece.run();
+        for first in (run.first..run.end()).step_by(STEP_PAGES as usize) {
+            let count = STEP_PAGES.min(run.end() - first);
+            let step = Run { first, count, ..run };
+            let stored = match &piece {
+                Piece::Zeros(_) => None,
+                Piece::Data(_, bytes) => {
+                    let at = (first - run.first) as usize * PAGE_SIZE;
+                    Some(&bytes[at..at + step.bytes() as usize])
+                }
+            };
+            if shared.has_ended() {
+                return Ok(());
+            }
+            compare_step(shared, step, stored, &mut memory)?;
+            shared.compared[run.block.index()].store(whole_units(shared, step), Ordering::Release);
+        }
+    }
+    Ok(())
+}
+
+/// How many host pages of a block have been compared up to the end of a run.
+fn whole_units(shared: &Shared, run: Run) -> u64 {
+    let block = shared.guest.block(run.block);
+    match run.end() == block.pages() {
+        true => block.len.div_ceil(block.page_size),
+        false => run.end() * PAGE_SIZE as u64 / block.page_size,
+    }
+}
+
+fn compare_step(
+    shared: &Shared,
+    run: Run,
+    stored: Option<&[u8]>,
+    memory: &mut [u8],
+) -> Result<(), ResetError> {
+    let guest = &shared.guest;
+    let start = guest.address(run.block, run.first);
+    let mut present = [false; STEP_PAGES as usize];
+    guest.present(start..start + run.bytes(), PAGE_SIZE as u64, |first, count| {
+        present[first as usize..(first + count) as usize].fill(true);
+    })?;
+    if present.iter().any(|present| *present) {
+        let bytes = &mut memory[..run.bytes() as usize];
+        read_present(shared, start, &present[..run.count as usize], bytes)?;
+    }
+    for (at, page) in (run.first..run.end()).enumerate() {
+        let bytes = |all: &[u8]| -> Option<PageBytes> {
+            all[at * PAGE_SIZE..].first_chunk::<PAGE_SIZE>().copied()
+        };
+        let old = stored.and_then(bytes);
+        let same = match (present[at], stored) {
+            // The kernel would give zeros.
+            (false, stored) => stored.is_none(),
+            (true, None) => is_zero(&memory[at * PAGE_SIZE..][..PAGE_SIZE]),
+            (true, Some(stored)) => {
+                stored[at * PAGE_SIZE..][..PAGE_SIZE] == memory[at * PAGE_SIZE..][..PAGE_SIZE]
+            }
+        };
+        if !same {
+            note(shared, run, page, old)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads what is in memory. What is missing is left out: reading it would make it be there.
+fn read_present(
+    shared: &Shared,
+    start: u64,
+    present: &[bool],
+    memory: &mut [u8],
+) -> Result<(), ResetError> {
+    let mut at = 0;
+    for stretch in present.chunk_by(|a, b| a == b) {
+        let bytes = &mut memory[at * PAGE_SIZE..(at + stretch.len()) * PAGE_SIZE];
+        if stretch[0] {
+            shared.guest.read(start + (at * PAGE_SIZE) as u64, bytes)?;
+        }
+        at += stretch.len();
+    }
+    Ok(())
+}
+
+/// Notes that a page differs from what the image has.
+fn note(shared: &Shared, run: Run, page: u64, old: Option<PageBytes>) -> Result<(), ResetError> {
+    let address = shared.guest.address(run.block, page);
+    let Some(unit) = shared.guest.find(address) else { return Ok(()) };
+    let is_small = unit.len == PAGE_SIZE as u64;
+    let copy = move |room: &mut PageBytes| {
+        *room = old.unwrap_or([0; PAGE_SIZE]);
+        Ok::<(), ResetError>(())
+    };
+    let copy = is_small.then_some(copy);
+    shared.log().add(unit.block, unit.number, copy)?;
+    // It is written back with the others, which are not protected any more.
+    Ok(shared.uffd.unprotect(unit.address, unit.len)?)
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}

@@ -1,0 +1,36 @@
+//! A guest goes back to its image inside its own QEMU, which keeps its process, its monitor, its
+//! ports and its network.
+//!
+//! Three things go back:
+//!
+//! - **memory**: whatever was written since the image's moment. A [`Tracker`] has all of it
+//!   write-protected through QEMU's userfaultfd, hears of each page's first write, and sets aside
+//!   what was in it. Going back writes those pages, and nothing else;
+//! - **disks**: each is an overlay with an internal snapshot of its empty state;
+//! - **devices**: QEMU's `snapshot-load` takes their state from an internal snapshot of any qcow2
+//!   node, and need not find RAM there. [`rewind()`] gives it a file in memory that holds the
+//!   devices of the image ([`StateFile`]), and has it go to the overlays' snapshots in the same
+//!   command.
+//!
+//! Whoever tracks can be killed at any time: the userfaultfd closes with its last holder, the
+//! kernel then takes all protection off, and the guest runs on untracked.
+
+mod compare;
+mod dirty;
+mod error;
+mod memory;
+mod obstacles;
+mod requests;
+mod rewind;
+mod shared;
+mod state_file;
+mod tracker;
+mod write_back;
+
+pub use error::ResetError;
+pub(crate) use memory::GuestMemory;
+pub(crate) use obstacles::Machine;
+pub(crate) use requests::{Answer, Request, Requests, SOCKET, ask};
+pub(crate) use rewind::rewind;
+pub(crate) use state_file::StateFile;
+pub(crate) use tracker::Tracker;

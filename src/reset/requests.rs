@@ -1,0 +1,149 @@
+//! How a reset is asked for from another process: a Unix socket, a line of JSON each way.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+/// The name of the socket in the directory of a revert.
+pub(crate) const SOCKET: &str = "reset.sock";
+
+/// A line is no longer than this, in bytes.
+const MAX_LINE: u64 = 64 << 10;
+
+/// How long whoever asks may take to say what.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Request {
+    /// To take the guest back.
+    Reset,
+    /// To track its writes no more: somebody else is about to write-protect its memory.
+    LetGo,
+}
+
+/// What has come of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Answer {
+    /// It is done.
+    Done {
+        /// Host pages that were written back.
+        pages: u64,
+        /// How long it took, in milliseconds.
+        took_ms: f64,
+    },
+    /// It can't be done. Nothing was touched.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// It failed half-way. The guest does not run any more.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// Where resets are asked for.
+pub(crate) struct Requests(UnixListener);
+
+/// A request that waits for its answer.
+pub(crate) struct Asked {
+    pub request: Request,
+    stream: UnixStream,
+}
+
+impl Requests {
+    /// Listens at this path, for this user alone.
+    ///
+    /// # Errors
+    /// When there is something already, or the directory can't be written to.
+    pub fn listen(path: &Path) -> io::Result<Requests> {
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
+        Ok(Requests(listener))
+    }
+
+    /// Waits for the next request. Safe to cancel. Whoever says nothing that is understood is hung
+    /// up on.
+    pub async fn next(&self) -> Asked {
+        loop {
+            let Ok((stream, _)) = self.0.accept().await else {
+                // Of descriptors, for example, there may be more again.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            let asked = tokio::time::timeout(PATIENCE, read_line(stream)).await;
+            if let Ok(Ok((request, stream))) = asked {
+                return Asked { request, stream };
+            }
+        }
+    }
+}
+
+impl Asked {
+    /// Answers it. Who has asked may be gone, which changes nothing.
+    pub async fn answer(mut self, answer: &Answer) {
+        let _ = write_line(&mut self.stream, answer).await;
+    }
+}
+
+/// Asks the server that listens at this path, and waits for its answer.
+///
+/// # Errors
+/// When nobody listens there, or the server ends before it has answered.
+pub(crate) async fn ask(path: &Path, request: Request) -> io::Result<Answer> {
+    let mut stream = UnixStream::connect(path).await?;
+    write_line(&mut stream, &request).await?;
+    Ok(read_line(stream).await?.0)
+}
+
+async fn read_line<T: serde::de::DeserializeOwned>(
+    stream: UnixStream,
+) -> io::Result<(T, UnixStream)> {
+    use tokio::io::AsyncReadExt;
+    let mut reader = BufReader::new(stream.take(MAX_LINE));
+    let mut line = String::new();
+    if reader.read_line(&mut line).await? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok((serde_json::from_str(&line)?, reader.into_inner().into_inner()))
+}
+
+async fn write_line(stream: &mut UnixStream, value: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    stream.write_all(&line).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_asked_is_answered_and_nonsense_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(SOCKET);
+        let requests = Requests::listen(&path).unwrap();
+        let served = tokio::spawn(async move {
+            let asked = requests.next().await;
+            let request = asked.request;
+            asked.answer(&Answer::Done { pages: 7, took_ms: 5.5 }).await;
+            request
+        });
+        let mut nonsense = UnixStream::connect(&path).await.unwrap();
+        nonsense.write_all(b"{]\n").await.unwrap();
+        assert!(read_line::<Answer>(nonsense).await.is_err());
+        let answer = ask(&path, Request::Reset).await.unwrap();
+        assert_eq!(answer, Answer::Done { pages: 7, took_ms: 5.5 });
+        assert_eq!(served.await.unwrap(), Request::Reset);
+        assert!(ask(&path, Request::Reset).await.is_err());
+    }
+}

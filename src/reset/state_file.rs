@@ -1,0 +1,47 @@
+//! The file from which QEMU takes the state of the devices.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::ResetError;
+use crate::guest::RESET_POINT;
+use crate::image::Sections;
+use crate::qcow2::write_state;
+use crate::wire::tail;
+
+/// A disk in memory whose internal snapshot [`RESET_POINT`] holds the state of a guest's devices,
+/// and no RAM.
+pub(crate) struct StateFile {
+    file: File,
+}
+
+impl StateFile {
+    /// One that is empty.
+    ///
+    /// # Errors
+    /// When the kernel has no memory or no descriptor left.
+    pub fn new() -> Result<StateFile, ResetError> {
+        let file = memfd_create(c"snapback-state", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from);
+        Ok(StateFile { file: file.map_err(ResetError::StateFile)?.into() })
+    }
+
+    /// Writes it anew, for these parts of a migration stream. QEMU loads from it what it would load
+    /// from a file that its own `savevm` has written, but for RAM (`qemu_loadvm_state` in QEMU's
+    /// `migration/savevm.c` asks for no section).
+    ///
+    /// QEMU must not have it open: going to a snapshot changes the file, and it can't be gone to
+    /// again.
+    ///
+    /// # Errors
+    /// When the state is too large, or memory is short.
+    pub fn write(&self, sections: &Sections) -> Result<BorrowedFd<'_>, ResetError> {
+        let mut stream = sections.config.clone();
+        stream.extend(tail(&sections.devices, &sections.vmdesc));
+        let emptied = self.file.set_len(0);
+        let written = emptied.and_then(|()| write_state(&self.file, RESET_POINT, &stream));
+        written.map(|()| self.file.as_fd()).map_err(ResetError::StateFile)
+    }
+}

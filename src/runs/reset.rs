@@ -1,0 +1,83 @@
+//! A guest is taken back to its image by its server.
+
+use std::io;
+
+use super::{Run, RunsError};
+use crate::reset::{Answer, Request, SOCKET, ask};
+
+/// What has come of a reset inside QEMU.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum ResetOutcome {
+    /// The guest is back at its image, and goes on from there.
+    Done {
+        /// Host pages that were written back.
+        pages: u64,
+        /// How long it took, in milliseconds.
+        took_ms: f64,
+    },
+    /// The guest can't be reset so, and goes on as it was.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// It failed half-way, and the guest's QEMU has been ended.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// Whether the writes of the guest in this QEMU are tracked: nobody else can write-protect its
+/// memory meanwhile.
+pub(crate) fn is_tracked(qemu: i32) -> bool {
+    tracked(qemu).is_some()
+}
+
+/// Has the writes of the guest in this QEMU be tracked no more, if they are: somebody else is about
+/// to write-protect its memory. It can't be reset inside its QEMU from then on.
+///
+/// # Errors
+/// When whoever tracks them does not answer.
+pub(crate) async fn stop_tracking(qemu: i32) -> Result<(), RunsError> {
+    let Some(run) = tracked(qemu) else { return Ok(()) };
+    match run.ask(Request::LetGo).await {
+        Ok(_) | Err(RunsError::NotTracked { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn tracked(qemu: i32) -> Option<Run> {
+    let mut runs = super::list().unwrap_or_default();
+    runs.retain(|run| run.qemu_pid == Some(qemu) && run.is_tracked());
+    runs.pop()
+}
+
+impl Run {
+    /// Takes the guest back to its image inside its QEMU. What it has written since is gone.
+    ///
+    /// # Errors
+    /// When nobody tracks its writes: it was not started as one to be reset, is not resident yet, or
+    /// its server was killed.
+    pub async fn reset(&self) -> Result<ResetOutcome, RunsError> {
+        Ok(match self.ask(Request::Reset).await? {
+            Answer::Done { pages, took_ms } => ResetOutcome::Done { pages, took_ms },
+            Answer::Refused { why } => ResetOutcome::Refused { why },
+            Answer::Failed { why } => ResetOutcome::Failed { why },
+        })
+    }
+
+    fn is_tracked(&self) -> bool {
+        self.directory().join(SOCKET).exists()
+    }
+
+    async fn ask(&self, request: Request) -> Result<Answer, RunsError> {
+        let path = self.directory().join(SOCKET);
+        ask(&path, request).await.map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                RunsError::NotTracked { id: self.id.clone() }
+            }
+            _ => RunsError::Asking { id: self.id.clone(), source },
+        })
+    }
+}
