@@ -1,7 +1,8 @@
 //! `snapback reset`: a guest goes back to its image, inside its QEMU or in a new one.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 
@@ -9,13 +10,10 @@ use super::failure::Failure;
 use super::output::Output;
 use super::{cancellation, detach};
 use crate::cancel::Cancellation;
+use crate::host::pidfd::peer_pid;
 use crate::kind::ErrorKind;
-use crate::qmp::Qmp;
 use crate::revert::{ResetWay, RevertEvent};
 use crate::runs::{self, Again, ResetOutcome, Run, RunsError};
-
-/// How long QEMU may take to greet.
-const GREETING: Duration = Duration::from_secs(10);
 
 #[derive(Args)]
 pub(super) struct ResetArgs {
@@ -39,7 +37,7 @@ pub(super) async fn reset(args: ResetArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     let run = match (&args.id, &args.qmp) {
         (Some(id), _) => runs::find(id)?,
-        (None, Some(socket)) => run_of(socket).await?,
+        (None, Some(socket)) => run_of(socket)?,
         (None, None) => unreachable!("one of them is required"),
     };
     let (kind, why) = match run.reset().await {
@@ -65,9 +63,16 @@ pub(super) async fn reset(args: ResetArgs) -> Result<(), Failure> {
 }
 
 /// The revert whose QEMU listens on a socket.
-async fn run_of(socket: &Path) -> Result<Run, Failure> {
-    let qmp = Qmp::connect(socket, GREETING).await.map_err(crate::revert::RevertError::from)?;
-    let pid = qmp.peer_pid();
+fn run_of(socket: &Path) -> Result<Run, Failure> {
+    let unreachable = |error| {
+        Failure::new(
+            ErrorKind::QemuUnreachable,
+            &format!("nobody listens on `{}`", socket.display()),
+            &error,
+        )
+    };
+    // Who listens is known without a word: waiting for QEMU's greeting would cost a millisecond.
+    let pid = peer_pid(&UnixStream::connect(socket).map_err(|e: std::io::Error| unreachable(e))?);
     let mut runs = runs::list()?;
     runs.retain(|run| run.qemu_pid.is_some() && run.qemu_pid == pid);
     runs.pop().ok_or_else(|| RunsError::NoSuchRun { id: socket.display().to_string() }.into())

@@ -8,7 +8,7 @@
 //!   what was in it. Going back writes those pages, and nothing else;
 //! - **disks**: each is an overlay with an internal snapshot of its empty state;
 //! - **devices**: QEMU's `snapshot-load` takes their state from an internal snapshot of any qcow2
-//!   node, and need not find RAM there. [`rewind()`] gives it a file in memory that holds the
+//!   node, and need not find RAM there. [`Rewinder`] gives it a file in memory that holds the
 //!   devices of the image ([`StateFile`]), and has it go to the overlays' snapshots in the same
 //!   command.
 //!
@@ -29,8 +29,7 @@ mod write_back;
 
 pub use error::ResetError;
 pub(crate) use memory::GuestMemory;
-pub(crate) use obstacles::Machine;
 pub(crate) use requests::{Answer, Request, Requests, SOCKET, ask};
-pub(crate) use rewind::rewind;
+pub(crate) use rewind::Rewinder;
 pub(crate) use state_file::StateFile;
 pub(crate) use tracker::Tracker;

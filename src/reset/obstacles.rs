@@ -11,7 +11,7 @@ const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// What a machine has been made of since its image: what a reset does not bring back.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Machine {
+pub(super) struct Machine {
     devices: BTreeSet<String>,
 }
 

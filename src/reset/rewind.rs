@@ -23,92 +23,131 @@ const JOB: &str = "snapback-reset";
 /// How long QEMU may take for one step.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Takes a guest back to the moment of its image: memory, devices and disks. It runs then if it
-/// did at the moment. Returns how many host pages were written back.
-///
-/// Memory is written back twice. Before the devices' state is loaded, since some look at their
-/// rings there while they load; and behind it, since QEMU resets the machine first, which writes
-/// firmware and the like to memory.
-///
-/// # Errors
-/// [`ResetError::Obstacle`]: nothing was touched. Any other once the guest has been stopped: it
-/// does not run, and must not be run.
-pub(crate) async fn rewind(
-    qmp: &Qmp,
-    machine: &Machine,
-    tracker: &Arc<Tracker>,
-    state: (&StateFile, &Sections),
+/// Takes a guest back to the moment of its image, again and again.
+pub(crate) struct Rewinder {
+    qmp: Qmp,
+    machine: Machine,
+    tracker: Arc<Tracker>,
+    state: StateFile,
+    /// Whether QEMU has the state file open.
+    is_open: bool,
+    /// Whether the guest ran at the moment.
     runs: bool,
-) -> Result<u64, ResetError> {
-    tracker.ready().await?;
-    let qmp = &qmp.with_timeout(PATIENCE);
-    let resettable = machine.check(qmp).await?;
-    // What an earlier reset has left in QEMU is taken away behind it: here it would cost time.
-    let (stopped, opened) = tokio::join!(biased; stop(qmp, &resettable), open(qmp, state));
-    stopped?;
-    opened?;
-    let mut pages = restore(tracker).await?;
-    load(qmp, &resettable).await?;
-    pages += restore(tracker).await?;
-    if runs {
-        qmp.cont().await?;
-    }
-    if let Err(error) = close(qmp).await {
-        // The guest is right all the same; the next reset finds the name taken, and says so.
-        tracing::warn!("QEMU still has the state of the devices open: {error}");
-    }
-    Ok(pages)
 }
 
-/// Has the guest stand still.
-async fn stop(qmp: &Qmp, resettable: &Resettable) -> Result<(), QmpError> {
-    qmp.stop().await?;
-    match resettable.needs_reset {
-        true => qmp.system_reset().await,
-        false => Ok(()),
+impl Rewinder {
+    /// Looks at a machine that is as its image says, and whose memory is tracked.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn new(
+        qmp: &Qmp,
+        tracker: Arc<Tracker>,
+        state: StateFile,
+        runs: bool,
+    ) -> Result<Rewinder, ResetError> {
+        let qmp = qmp.with_timeout(PATIENCE);
+        let machine = Machine::look(&qmp).await?;
+        Ok(Rewinder { qmp, machine, tracker, state, is_open: false, runs })
+    }
+
+    /// What tracks the guest's writes.
+    pub fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
+    }
+
+    /// Makes ready for the next time to go back, while the guest runs: QEMU opens a file with the
+    /// devices' state of these sections, in the place of the one that it has been given before.
+    ///
+    /// # Errors
+    /// When QEMU refuses. It is tried again when it is needed.
+    pub async fn prepare(&mut self, sections: &Sections) -> Result<(), ResetError> {
+        if std::mem::take(&mut self.is_open) {
+            close(&self.qmp).await?;
+        }
+        open(&self.qmp, self.state.write(sections)?).await?;
+        self.is_open = true;
+        Ok(())
+    }
+
+    /// Takes the guest back: memory, devices and disks. It runs then if it did at the moment.
+    /// Returns how many host pages were written back. The devices' state is that of the last
+    /// [`Rewinder::prepare`], or else that of `sections`.
+    ///
+    /// Memory is written back twice. Before the devices' state is loaded, since some look at their
+    /// rings there while they load; and behind it, since QEMU resets the machine first, which
+    /// writes firmware and the like to memory.
+    ///
+    /// # Errors
+    /// [`ResetError::Obstacle`]: nothing was touched. Any other: the guest may stand still between
+    /// two moments, and must not be run.
+    pub async fn rewind(&mut self, sections: &Sections) -> Result<u64, ResetError> {
+        self.tracker.ready().await?;
+        let resettable = self.machine.check(&self.qmp).await?;
+        if !self.is_open {
+            self.prepare(sections).await?;
+        }
+        self.stop(&resettable).await?;
+        let mut pages = self.blocking(Tracker::restore).await?;
+        self.load(&resettable).await?;
+        pages += self.blocking(Tracker::restore_again).await?;
+        if self.runs {
+            self.qmp.cont().await?;
+        }
+        Ok(pages)
+    }
+
+    /// Has the guest stand still.
+    async fn stop(&self, resettable: &Resettable) -> Result<(), QmpError> {
+        self.qmp.stop().await?;
+        match resettable.needs_reset {
+            true => self.qmp.system_reset().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Writes memory back, on a thread that may block.
+    async fn blocking(
+        &self,
+        restore: fn(&Tracker) -> Result<u64, ResetError>,
+    ) -> Result<u64, ResetError> {
+        let tracker = Arc::clone(&self.tracker);
+        let restored = tokio::task::spawn_blocking(move || restore(&tracker)).await;
+        restored.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    }
+
+    /// Has QEMU load the devices' state, and go back to the disks' snapshots.
+    async fn load(&self, resettable: &Resettable) -> Result<(), ResetError> {
+        let overlays = resettable.overlays.iter().map(String::as_str);
+        let devices: Vec<&str> = [NODE].into_iter().chain(overlays).collect();
+        match self.qmp.snapshot_load(JOB, RESET_POINT, NODE, &devices, PATIENCE).await {
+            Err(QmpError::Command { desc, .. }) => Err(ResetError::Load(desc)),
+            loaded => Ok(loaded?),
+        }
     }
 }
 
-/// Has QEMU open the state file.
-async fn open(qmp: &Qmp, (file, sections): (&StateFile, &Sections)) -> Result<(), ResetError> {
+/// Has QEMU open the state file. Nothing of it need ever reach a disk.
+async fn open(qmp: &Qmp, file: std::os::fd::BorrowedFd<'_>) -> Result<(), QmpError> {
+    let cache = json!({ "direct": false, "no-flush": true });
     let node = json!({
         "driver": "qcow2",
         "node-name": NODE,
-        "cache": { "direct": false, "no-flush": true },
+        "cache": cache,
         "file": {
             "driver": "file",
             "filename": format!("/dev/fdset/{SET}"),
             "auto-read-only": false,
             "locking": "off",
-            "cache": { "direct": false, "no-flush": true },
+            "cache": cache,
         },
     });
-    let fd = file.write(sections)?;
-    let (added, opened) = tokio::join!(biased; qmp.add_fd(SET, fd), qmp.blockdev_add(&node));
-    added?;
-    Ok(opened?)
+    let (added, opened) = tokio::join!(biased; qmp.add_fd(SET, file), qmp.blockdev_add(&node));
+    added.and(opened)
 }
 
 /// Has QEMU close it.
 async fn close(qmp: &Qmp) -> Result<(), QmpError> {
     let (deleted, removed) = tokio::join!(biased; qmp.blockdev_del(NODE), qmp.remove_fds(SET));
-    deleted?;
-    removed
-}
-
-/// Writes memory back.
-async fn restore(tracker: &Arc<Tracker>) -> Result<u64, ResetError> {
-    let tracker = Arc::clone(tracker);
-    let restored = tokio::task::spawn_blocking(move || tracker.restore()).await;
-    restored.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
-}
-
-/// Has QEMU load the devices' state, and go back to the disks' snapshots.
-async fn load(qmp: &Qmp, resettable: &Resettable) -> Result<(), ResetError> {
-    let overlays = resettable.overlays.iter().map(String::as_str);
-    let devices: Vec<&str> = [NODE].into_iter().chain(overlays).collect();
-    match qmp.snapshot_load(JOB, RESET_POINT, NODE, &devices, PATIENCE).await {
-        Err(QmpError::Command { desc, .. }) => Err(ResetError::Load(desc)),
-        loaded => Ok(loaded?),
-    }
+    deleted.and(removed)
 }

@@ -1,8 +1,8 @@
 //! Tracks a guest's writes, and undoes them.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -12,18 +12,26 @@ use tokio::sync::watch;
 
 use super::ResetError;
 use super::compare::compare;
+use super::dirty::DirtyPage;
 use super::memory::{GuestMemory, Unit};
 use super::shared::Shared;
 use super::write_back::WriteBack;
 use crate::host::uffd::{Fault, FaultBuffer, Uffd};
 use crate::page::{PAGE_SIZE, PageBytes};
 
+/// The most host pages that are expected to be written when devices are loaded: some dozens are, of
+/// firmware and tables.
+const MOST_EXPECTED: usize = 1024;
+
 /// Tracks a guest's writes from its start on. Dropping it ends that, and the guest runs on.
 pub(crate) struct Tracker {
     shared: Arc<Shared>,
     wake: Arc<EventFd>,
     compared: watch::Receiver<Option<Result<(), String>>>,
-    faults: Option<JoinHandle<()>>,
+    /// The host pages that QEMU has written when it loaded the devices last.
+    written_by_loading: Mutex<Vec<Unit>>,
+    /// None once it has been waited for.
+    faults: Mutex<Option<JoinHandle<()>>>,
     /// Not waited for: it ends by itself, soon after the tracking has.
     _compare: JoinHandle<()>,
 }
@@ -68,7 +76,11 @@ impl Tracker {
             })
         });
         match compare {
-            Ok(_compare) => Ok(Tracker { shared, wake, compared, faults: Some(faults), _compare }),
+            Ok(_compare) => {
+                let faults = Mutex::new(Some(faults));
+                let written_by_loading = Mutex::default();
+                Ok(Tracker { shared, wake, compared, written_by_loading, faults, _compare })
+            }
             Err(error) => {
                 end(&wake, faults);
                 Err(error)
@@ -97,19 +109,54 @@ impl Tracker {
         let _ = ended.wait_for(|ended| *ended).await;
     }
 
-    /// Has all memory be what it was at the moment of the image, and tracks what is written from
-    /// then on. Returns how many host pages were written back. It blocks; the guest must stand
-    /// still.
+    /// Has all memory be what it was at the moment of the image. Returns how many host pages were
+    /// written back. It blocks; the guest must stand still, and QEMU is about to load its devices.
     ///
     /// # Errors
     /// When memory can't be read or written. Some of it is then what it was, and some is not.
     pub fn restore(&self) -> Result<u64, ResetError> {
+        let count = self.write_back(|_| {})?;
+        // Each of these would cost a fault, while everybody waits for QEMU.
+        for unit in self.written_by_loading().iter() {
+            expect_write(&self.shared, *unit)?;
+        }
+        Ok(count)
+    }
+
+    /// The same behind the loading, which has written to some memory.
+    ///
+    /// # Errors
+    /// As for [`Tracker::restore`].
+    pub fn restore_again(&self) -> Result<u64, ResetError> {
+        self.write_back(|pages| {
+            let unit = |page: &DirtyPage| self.shared.guest.unit(page.block, page.unit);
+            let mut written = self.written_by_loading();
+            written.clear();
+            written.extend(pages.iter().take(MOST_EXPECTED).map(unit));
+        })
+    }
+
+    /// Writes back all that was written, and tracks what is from then on.
+    fn write_back(&self, seen: impl FnOnce(&[DirtyPage])) -> Result<u64, ResetError> {
         let shared = &*self.shared;
         let (pages, aside) = shared.log().take();
+        seen(&pages);
         let written = WriteBack::new(shared, &aside).all(&pages);
         let count = pages.len() as u64;
         shared.log().give_back(pages, aside);
         written.map(|()| count)
+    }
+
+    fn written_by_loading(&self) -> MutexGuard<'_, Vec<Unit>> {
+        self.written_by_loading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tracks no more, and takes all protection off. The guest runs on.
+    pub fn end(&self) {
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(faults) = faults {
+            end(&self.wake, faults);
+        }
     }
 
     /// How many host pages were written since the last reset.
@@ -120,9 +167,7 @@ impl Tracker {
 
 impl Drop for Tracker {
     fn drop(&mut self) {
-        if let Some(faults) = self.faults.take() {
-            end(&self.wake, faults);
-        }
+        self.end();
     }
 }
 
@@ -178,14 +223,25 @@ fn answer(shared: &Shared, fault: Fault) -> Result<(), ResetError> {
     // Read ahead of the lock. A page that is missing would be waited for, and by whom if not us: it
     // can be only where the guest has given it back and writes to it all the same, since every
     // write to what is missing comes as another kind of fault.
+    let may_be_missing = !is_the_images || !guest.is_present(unit);
+    note_and_unprotect(shared, unit, !may_be_missing)
+}
+
+/// Notes a page that is about to be written ahead of the fault. Nobody writes there now.
+fn expect_write(shared: &Shared, unit: Unit) -> Result<(), ResetError> {
+    note_and_unprotect(shared, unit, shared.guest.is_present(unit))
+}
+
+/// Notes that a page is about to be written, with what is in it unless the image is to be asked for
+/// that, and lets it be written.
+fn note_and_unprotect(shared: &Shared, unit: Unit, set_aside: bool) -> Result<(), ResetError> {
     let mut bytes = [0; PAGE_SIZE];
-    let is_small = unit.len == PAGE_SIZE as u64;
-    let old = match is_the_images && is_small && guest.is_present(unit) {
-        true => guest.read(unit.address, &mut bytes).map(|()| Some(&bytes))?,
+    let old = match set_aside && unit.len == PAGE_SIZE as u64 {
+        true => shared.guest.read(unit.address, &mut bytes).map(|()| Some(&bytes))?,
         false => None,
     };
     note(shared, unit, old)?;
-    Ok(uffd.unprotect(unit.address, unit.len)?)
+    Ok(shared.uffd.unprotect(unit.address, unit.len)?)
 }
 
 /// Notes that a page is about to be written, with what is in it where the image need not be

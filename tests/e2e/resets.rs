@@ -1,16 +1,40 @@
 //! A guest goes back to its image inside its own QEMU, again and again.
 
-use crate::harness::{Dir, Reverted, Running, Snapback, text};
-use crate::shared::shared;
-use crate::support::{Qemu, Result, SOON, SerialLog};
-use crate::tests_on_both;
+use std::path::Path;
+
+use serde_json::json;
+use snapback::image::Image;
+use snapback::page::{BlockId, Location, PAGE_SIZE, Page, PageSource};
+
+use crate::harness::{Dir, Reverted, Running, Snapback, send_signal, text, wait_gone};
+use crate::moments::records;
+use crate::shared::{options, shared};
+use crate::support::{
+    Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, debian, pmemsave, qmp,
+    query_status, stop, wait_for, wait_until,
+};
+use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_guest_is_reset_again_and_again
+    disk_and_memory_go_back_together
+    a_database_under_load_goes_back
+    every_page_is_the_images_after_a_reset
+    a_guest_outlives_whoever_tracks_it
+    a_resettable_guest_is_saved
+}
+
+tests! {
+    a_guest_with_a_new_device_gets_a_new_process
+}
+
+/// How often a guest is reset: a hundred times where it may take long.
+fn rounds() -> u64 {
+    std::env::var("SNAPBACK_RESETS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(10)
 }
 
 /// A revert of the shared guest whose `reset` is to be had.
-pub fn resettable(command: Snapback, folder: &std::path::Path) -> Result<Reverted> {
+pub fn resettable(command: Snapback, folder: &Path) -> Result<Reverted> {
     let mut guest = Reverted::of(command.with(&["--resettable"]), folder)?;
     server(&mut guest)?.wait("resettable")?;
     Ok(guest)
@@ -35,8 +59,8 @@ fn a_guest_is_reset_again_and_again(dir: &Dir, qemu: Qemu) -> Result<()> {
     let to = dir.make("reverted")?;
     let mut guest = resettable(dir.revert(&shared.image, &shared.from, &to), &to)?;
     let first = guest.log.wait_beat(0, SOON)?;
-    for round in 0..10 {
-        let last = guest.log.wait_beat(first.number + 30 + round, SOON)?;
+    for round in 0..rounds() {
+        let last = guest.log.wait_beat(first.number + 30 + round % 7, SOON)?;
         let (took, pages) = reset(dir, &mut guest)?;
         println!("reset {round}: {pages} pages in {took:.1} ms");
         guest.log = SerialLog::from_now(&to.join("serial0.log"));
@@ -45,4 +69,176 @@ fn a_guest_is_reset_again_and_again(dir: &Dir, qemu: Qemu) -> Result<()> {
         guest.check(&shared.nonce)?;
     }
     Ok(())
+}
+
+/// A guest that appends records to a file, each followed by fsync, and keeps in memory how far it
+/// has come: what it has on its disk after a reset is what it had at the moment, and goes on so.
+fn disk_and_memory_go_back_together(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut guest = recording(dir, qemu)?;
+    let nonce = guest.oracle.nonce()?;
+    wait_for(SOON, "records", || Ok((records(&mut guest)? > 20).then_some(())))?;
+    dir.save(&guest, "vm.snap").succeed()?;
+    let from = guest.dir.clone();
+    drop(guest.kill());
+    let to = dir.make("reverted")?;
+    let mut guest = resettable(dir.revert(&dir.path("vm.snap"), &from, &to), &to)?;
+    let mut first = None;
+    for round in 0..rounds() {
+        let now = records(&mut guest)?;
+        wait_for(SOON, "records", || Ok((records(&mut guest)? > now + 50).then_some(())))?;
+        let before = records(&mut guest)?;
+        reset(dir, &mut guest)?;
+        let after = records(&mut guest)?;
+        let first = *first.get_or_insert(after);
+        assert!(after < before && after <= first + 50, "{before}, then {after}, not {first}");
+        if round % 5 == 0 {
+            let checked = guest.oracle.ask_within("records check", SOON * 5)?;
+            assert!(checked.starts_with("ok "), "round {round}: {checked}");
+            guest.check(&nonce)?;
+        }
+    }
+    Ok(())
+}
+
+/// A guest with a disk to which it writes numbered records.
+fn recording(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+    let disk = Disk::new("disk", &dir.path("disk.raw"));
+    disk.make_ext4(48)?;
+    let fill = Fill::Mib(24);
+    let options = GuestOptions { disks: vec![disk], fill, rate: 500, ..options(qemu) };
+    let mut guest = Guest::boot(&options)?;
+    guest.oracle.ask("records start /dev/vda 0")?;
+    Ok(guest)
+}
+
+/// A database at work in a real userland is whole after each reset.
+fn a_database_under_load_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let mut guest = Guest::boot(&debian::options(qemu, disk))?;
+    debian::start_pgbench(&mut guest.oracle, 2)?;
+    debian::start_journal(&mut guest.oracle)?;
+    wait_until(SOON, "commits", || debian::acknowledged(&guest).len() > 20)?;
+    dir.save(&guest, "vm.snap").succeed()?;
+    let from = guest.dir.clone();
+    drop(guest.kill());
+    let to = dir.make("reverted")?;
+    let mut guest = resettable(dir.revert(&dir.path("vm.snap"), &from, &to), &to)?;
+    for _ in 0..rounds() {
+        let told = debian::acknowledged(&guest).len();
+        wait_until(SOON, "more commits", || debian::acknowledged(&guest).len() > told + 5)?;
+        reset(dir, &mut guest)?;
+    }
+    let told = debian::acknowledged(&guest).len();
+    wait_until(SOON, "more commits", || debian::acknowledged(&guest).len() > told + 2)?;
+    debian::stop_load(&mut guest.oracle)?;
+    debian::check(&mut guest.oracle)
+}
+
+/// The memory of a guest that stands still at its moment is compared with the image from outside.
+fn every_page_is_the_images_after_a_reset(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut guest = Guest::boot(&options(qemu))?;
+    let nonce = guest.oracle.nonce()?;
+    // QEMU before 9.0 runs a guest that was saved while it stood still.
+    stop(&guest.qmp_path)?;
+    dir.save(&guest, "vm.snap").succeed()?;
+    let from = guest.dir.clone();
+    drop(guest.kill());
+    let (image, to) = (dir.path("vm.snap"), dir.make("reverted")?);
+    let mut guest = resettable(dir.revert(&image, &from, &to), &to)?;
+    for _ in 0..3 {
+        cont(&guest.qmp_path)?;
+        let beat = guest.log.last_beat().map_or(0, |beat| beat.number);
+        guest.log.wait_beat(beat + 20, SOON)?;
+        reset(dir, &mut guest)?;
+        assert_eq!(query_status(&guest.qmp_path)?, "paused");
+        let memory = dir.path("memory");
+        let len = 256 << 20;
+        pmemsave(&guest.qmp_path, 0, len, &memory)?;
+        let wrong = differing(&image, &memory, len)?;
+        assert!(wrong.is_empty(), "{wrong:x?}");
+    }
+    cont(&guest.qmp_path)?;
+    guest.check(&nonce)
+}
+
+/// Where the main memory in a file differs from that of an image: addresses of pages.
+fn differing(image: &Path, memory: &Path, len: u64) -> Result<Vec<u64>> {
+    let image = Image::open(image)?;
+    let block = image.manifest().blocks.iter().position(|block| block.name == "pc.ram");
+    let block = BlockId(block.ok_or("no main memory")? as u16);
+    let (memory, mut reader) = (std::fs::read(memory)?, image.reader()?);
+    let mut wrong = Vec::new();
+    for number in 0..len.min(image.blocks()[block.index()].len) / PAGE_SIZE as u64 {
+        let now = &memory[number as usize * PAGE_SIZE..][..PAGE_SIZE];
+        let same = match image.locate(Page { block, number })? {
+            Location::Zero => now.iter().all(|byte| *byte == 0),
+            Location::Stored { chunk, slot } => {
+                now == &reader.read(chunk)?[slot * PAGE_SIZE..][..PAGE_SIZE]
+            }
+        };
+        if !same {
+            wrong.push(number * PAGE_SIZE as u64);
+        }
+    }
+    Ok(wrong)
+}
+
+/// What has been plugged in since would stay: the guest gets a new QEMU instead.
+fn a_guest_with_a_new_device_gets_a_new_process(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    let mut guest = resettable(dir.revert(&shared.image, &shared.from, &to), &to)?;
+    let device = json!({ "driver": "virtio-rng-pci", "id": "new" });
+    qmp(&guest.qmp_path, "device_add", device)?;
+    let socket = guest.qmp_path.clone();
+    let refused = dir.snapback(&["reset", "--in-place", "--qmp", text(&socket)]).end()?;
+    assert_eq!(
+        (refused.code, &refused.event("error")?["code"]),
+        (Some(3), &"not_resettable".into())
+    );
+    assert!(refused.event("error")?["message"].as_str().is_some_and(|m| m.contains("`new (")));
+    guest.check(&shared.nonce)?;
+    let mut replaced = replace(dir, &guest)?;
+    wait_gone(guest.pid)?;
+    replaced.check(&shared.nonce)
+}
+
+/// Resets a guest that can't be reset in place.
+fn replace(dir: &Dir, guest: &Reverted) -> Result<Reverted> {
+    let ended = dir.snapback(&["reset", "--qmp", text(&guest.qmp_path)]).succeed()?;
+    assert_eq!(ended.event("reset")?["how"], "new_process", "{ended:?}");
+    let pid = ended.event("running")?["pid"].as_u64().ok_or("no process")? as u32;
+    Reverted::alone(pid, &guest.dir)
+}
+
+/// A server that is killed takes nothing with it: the guest runs on, untracked.
+fn a_guest_outlives_whoever_tracks_it(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let mut guest = resettable(dir.revert(&shared.image, &shared.from, &to), &to)?;
+    reset(dir, &mut guest)?;
+    send_signal(server(&mut guest)?.pid(), libc::SIGKILL);
+    let beat = guest.log.last_beat().map_or(0, |beat| beat.number);
+    guest.log.wait_beat(beat + 20, SOON)?;
+    guest.check(&shared.nonce)?;
+    let mut replaced = replace(dir, &guest)?;
+    wait_gone(guest.pid)?;
+    replaced.check(&shared.nonce)
+}
+
+/// A save write-protects memory as well: whoever tracks it lets go.
+fn a_resettable_guest_is_saved(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let mut guest = resettable(dir.revert(&shared.image, &shared.from, &to), &to)?;
+    let checked = dir.snapback(&["check", "--qmp", text(&guest.qmp_path)]).succeed()?;
+    assert!(checked.events.iter().any(|item| {
+        item["item"] == "background-snapshot"
+            && item["says"].as_str().is_some_and(|s| s.contains("tracked"))
+    }));
+    dir.save(&guest, "again.snap").succeed()?;
+    guest.resident()?;
+    guest.check(&shared.nonce)?;
+    let mut again = dir.reverted(&dir.path("again.snap"), &to, "again-of-it")?;
+    again.check(&shared.nonce)
 }

@@ -12,10 +12,10 @@ use crate::runs::Entry;
 pub(super) struct Preparation {
     space: Arc<AddressSpace>,
     memory: ProcessMemory,
-    pub state: StateFile,
-    pub sections: Sections,
+    state: StateFile,
+    sections: Sections,
     /// Where resets are asked for; none where the session is not recorded.
-    pub requests: Option<Requests>,
+    requests: Option<Requests>,
 }
 
 impl Preparation {

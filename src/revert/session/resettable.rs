@@ -6,11 +6,12 @@ use std::time::Instant;
 use super::contents::set_clock;
 use super::resident::Resident;
 use crate::image::Sections;
-use crate::qmp::{Events, Qmp};
-use crate::reset::{Answer, Machine, Request, Requests, ResetError, StateFile, Tracker, rewind};
+use crate::qmp::{Events, QmpError};
+use crate::reset::{Answer, Request, Requests, ResetError, Rewinder};
 use crate::revert::error::RevertError;
 use crate::revert::event::{ResetWay, RevertEvent};
 use crate::revert::outcome::Outcome;
+use crate::revert::rtc::Rtc;
 
 /// A guest that has all its memory, and whose writes are tracked. It depends on nobody: when this
 /// process is killed, the guest runs on, and can't be reset inside its QEMU any more.
@@ -18,14 +19,10 @@ use crate::revert::outcome::Outcome;
 /// Dropping it ends a QEMU of ours: take it out with [`Resettable::let_go`] to let it live on.
 pub struct Resettable {
     // Dropped first: the guest must not wait for whoever is told to end.
-    tracker: Arc<Tracker>,
+    rewinder: Rewinder,
     resident: Resident,
-    qmp: Qmp,
-    machine: Machine,
-    state: StateFile,
     sections: Sections,
     requests: Option<Requests>,
-    resets: u64,
 }
 
 /// What a reset has done.
@@ -53,42 +50,17 @@ impl Resettable {
     /// # Errors
     /// When its memory did not come by userfaultfd, or can't be write-protected.
     pub async fn track(mut resident: Resident) -> Result<Resettable, Box<NotResettable>> {
-        let tracked = match (resident.reset.take(), resident.qemu.qmp().cloned()) {
-            (Some(reset), Some(qmp)) => reset.map(|reset| (reset, qmp)),
-            _ => Err(ResetError::Obstacle(
-                "its memory did not come by userfaultfd, or its QEMU is not one that this process \
-                 has started"
-                    .into(),
-            )),
-        };
-        let begun = tracked
-            .and_then(|((installed, preparation), qmp)| Ok((installed.track(preparation)?, qmp)));
-        let ((tracker, state, sections, requests), qmp) = match begun {
-            Ok(begun) => begun,
-            Err(error) => return Err(Box::new(NotResettable { resident, error })),
-        };
-        let machine = match tracker.ready().await {
-            Ok(()) => Machine::look(&qmp).await.map_err(ResetError::from),
-            Err(error) => Err(error),
-        };
-        match machine {
-            Ok(machine) => Ok(Resettable {
-                tracker: Arc::new(tracker),
-                resident,
-                qmp,
-                machine,
-                state,
-                sections,
-                requests,
-                resets: 0,
-            }),
+        match begin(&mut resident).await {
+            Ok((rewinder, sections, requests)) => {
+                Ok(Resettable { rewinder, resident, sections, requests })
+            }
             Err(error) => Err(Box::new(NotResettable { resident, error })),
         }
     }
 
     /// How many host pages the guest has written since the last reset.
     pub fn written(&self) -> u64 {
-        self.tracker.written()
+        self.rewinder.tracker().written()
     }
 
     /// Takes the guest back to its image: memory, devices and disks. What it has written since is
@@ -98,16 +70,15 @@ impl Resettable {
     /// [`RevertError::Reset`]. Where its [`is_refusal`](ResetError::is_refusal), the guest goes
     /// on untouched; else its QEMU has been ended.
     pub async fn reset(&mut self) -> Result<Reset, RevertError> {
+        let reset = self.rewind().await?;
+        self.prepare().await;
+        Ok(reset)
+    }
+
+    async fn rewind(&mut self) -> Result<Reset, RevertError> {
         let began = Instant::now();
-        let Resettable { resident, qmp, machine, tracker, state, sections, .. } = self;
-        let manifest = resident.image.manifest();
-        let sections = set_clock(sections.clone(), manifest, resident.rtc)?;
-        let runs = manifest.machine.running;
-        match rewind(qmp, machine, tracker, (state, &sections), runs).await {
-            Ok(pages) => {
-                self.resets += 1;
-                Ok(Reset { pages, took_ms: began.elapsed().as_secs_f64() * 1e3 })
-            }
+        match self.rewinder.rewind(&self.sections()?).await {
+            Ok(pages) => Ok(Reset { pages, took_ms: began.elapsed().as_secs_f64() * 1e3 }),
             Err(error) if error.is_refusal() => Err(error.into()),
             Err(error) => {
                 // A mixture of two moments must not run.
@@ -115,6 +86,21 @@ impl Resettable {
                 Err(error.into())
             }
         }
+    }
+
+    /// Makes ready for the next reset, while the guest runs.
+    async fn prepare(&mut self) {
+        // A clock that is kept is set at the last moment.
+        if self.resident.rtc != Rtc::Keep
+            && let Err(error) = self.rewinder.prepare(&self.sections).await
+        {
+            tracing::warn!("the next reset will have to wait for QEMU: {error}");
+        }
+    }
+
+    /// What a guest is given that goes back now.
+    fn sections(&self) -> Result<Sections, RevertError> {
+        set_clock(self.sections.clone(), self.resident.image.manifest(), self.resident.rtc)
     }
 
     /// Resets the guest whenever it is asked for by [`runs`](crate::runs), until its QEMU ends, the
@@ -129,8 +115,8 @@ impl Resettable {
         let Some(requests) = self.requests.take() else { return Ok(()) };
         let cancelled = self.resident.cancel.requested();
         tokio::pin!(cancelled);
-        let mut events = self.qmp.events();
-        let tracker = Arc::clone(&self.tracker);
+        let mut events = self.resident.qemu.qmp().map(|qmp| qmp.events());
+        let tracker = Arc::clone(self.rewinder.tracker());
         loop {
             let asked = tokio::select! {
                 asked = requests.next() => asked,
@@ -139,27 +125,24 @@ impl Resettable {
                 () = tracker.ended() => return Ok(()),
             };
             if asked.request == Request::LetGo {
+                // Whoever asks goes on as soon as it is answered.
+                tracker.end();
                 asked.answer(&Answer::Done { pages: 0, took_ms: 0.0 }).await;
                 return Ok(());
             }
-            let reset = self.reset().await;
-            let answer = match &reset {
-                Ok(Reset { pages, took_ms }) => Answer::Done { pages: *pages, took_ms: *took_ms },
-                Err(error) if error.is_refusal() => Answer::Refused { why: error.to_string() },
-                Err(error) => Answer::Failed { why: error.to_string() },
-            };
-            let is_failure = matches!(answer, Answer::Failed { .. });
-            asked.answer(&answer).await;
+            let reset = self.rewind().await;
+            asked.answer(&answer(&reset)).await;
             match reset {
                 Ok(Reset { pages, took_ms }) => {
                     let how = ResetWay::InPlace;
                     on_event(RevertEvent::Reset { how, pages: Some(pages), took_ms });
+                    self.prepare().await;
                 }
-                Err(error) if is_failure => return Err(error),
-                Err(error) => on_event(RevertEvent::Note {
+                Err(error) if error.is_refusal() => on_event(RevertEvent::Note {
                     what: "the guest was not reset".to_owned(),
                     why: error.to_string(),
                 }),
+                Err(error) => return Err(error),
             }
         }
     }
@@ -167,17 +150,48 @@ impl Resettable {
     /// Lets the guest run on untracked; returns the process id of its QEMU, and how its memory
     /// came.
     pub fn let_go(self) -> (Option<i32>, Outcome) {
-        let Resettable { tracker, resident, .. } = self;
-        drop(tracker);
-        resident.let_go()
+        self.rewinder.tracker().end();
+        self.resident.let_go()
+    }
+}
+
+/// Begins to track the writes of a guest.
+async fn begin(
+    resident: &mut Resident,
+) -> Result<(Rewinder, Sections, Option<Requests>), ResetError> {
+    let prepared = resident.reset.take().transpose()?;
+    let ((installed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(|| {
+        ResetError::Obstacle(
+            "its memory did not come by userfaultfd, or its QEMU is not one that this process has \
+             started"
+                .into(),
+        )
+    })?;
+    let (tracker, state, sections, requests) = installed.track(preparation)?;
+    tracker.ready().await?;
+    let manifest = resident.image.manifest();
+    let mut rewinder =
+        Rewinder::new(qmp, Arc::new(tracker), state, manifest.machine.running).await?;
+    if resident.rtc != Rtc::Keep {
+        rewinder.prepare(&sections).await?;
+    }
+    Ok((rewinder, sections, requests))
+}
+
+fn answer(reset: &Result<Reset, RevertError>) -> Answer {
+    match reset {
+        Ok(Reset { pages, took_ms }) => Answer::Done { pages: *pages, took_ms: *took_ms },
+        Err(error) if error.is_refusal() => Answer::Refused { why: error.to_string() },
+        Err(error) => Answer::Failed { why: error.to_string() },
     }
 }
 
 /// Waits until QEMU is gone.
-async fn gone(events: &mut Events) {
+async fn gone(events: &mut Option<Events>) {
+    let Some(events) = events else { return std::future::pending().await };
     loop {
         match events.next().await {
-            Ok(_) | Err(crate::qmp::QmpError::EventsLost(_)) => {}
+            Ok(_) | Err(QmpError::EventsLost(_)) => {}
             Err(_) => return,
         }
     }

@@ -1,0 +1,237 @@
+//! A guest reset inside its own QEMU, beside a plain revert and QEMU's own `snapshot-load` of the
+//! same guest:
+//!
+//!     cargo bench --features internals --bench resets -- --mib 512 --resets 1000
+//!
+//! Boots a guest, saves it, and reverts it with `--resettable`. Each time it writes a working set
+//! of so many MiB, and is reset by the program: from the program's start until QEMU has told that
+//! the guest runs. Prints tables for docs/performance.md.
+
+#[path = "image_sweep/guests.rs"]
+mod guests;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use guests::snapback;
+use serde_json::{Value, json};
+use support::{Attached, Disk, Fill, Guest, GuestOptions, Qemu, Qmp, Result, wait_for};
+
+/// Pages of the guest's in a MiB.
+const PAGES_A_MIB: u64 = 256;
+
+/// How long a step of QEMU's own may take.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+#[derive(Parser)]
+struct Options {
+    /// RAM of the guest, in MiB
+    #[arg(long, default_value_t = 512)]
+    mib: u64,
+    /// What the guest writes ahead of each reset, in MiB
+    #[arg(long, value_delimiter = ',', default_value = "1,16")]
+    written: Vec<u64>,
+    /// Resets for each of these
+    #[arg(long, default_value_t = 100)]
+    resets: usize,
+    /// Plain reverts and `snapshot-load`s beside them
+    #[arg(long, default_value_t = 5)]
+    peers: usize,
+    /// The QEMU, by its number
+    #[arg(long, default_value = "10", value_parser = Qemu::parse)]
+    qemu: Qemu,
+    /// What `cargo bench` says to every benchmark
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    support::exit_code("resets", run())
+}
+
+fn run() -> Result<()> {
+    let options = Options::parse();
+    let folder = tempfile::Builder::new().prefix("snapback-resets-").tempdir()?;
+    let image = folder.path().join("vm.snap");
+    let recorded = saved(&options, folder.path(), &image)?;
+    println!("A guest of {} MiB, {:?}:\n", options.mib, options.qemu);
+    println!(
+        "| way | written, MiB | pages | p50, ms | p99 | most | first tenth, p50 | last | server, MiB |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    let place = folder.path().join("reset");
+    let mut guest = Reverted::start(&image, &recorded, &place, &["--resettable"], "resettable")?;
+    for written in &options.written {
+        guest.measure(*written, options.resets)?;
+    }
+    drop(guest);
+    for number in 0..options.peers.min(1) {
+        let place = folder.path().join(format!("loadvm-{number}"));
+        let mut guest = Reverted::start(&image, &recorded, &place, &[], "resident")?;
+        row("QEMU's snapshot-load", &mut guest.load_times(options.peers)?);
+    }
+    let mut times = Vec::new();
+    for number in 0..options.peers {
+        let place = folder.path().join(format!("revert-{number}"));
+        times.push(Reverted::start(&image, &recorded, &place, &[], "running")?.told);
+    }
+    row("a plain revert, to running", &mut times);
+    Ok(())
+}
+
+/// Boots a guest and saves it, idle. Returns where its files were.
+fn saved(options: &Options, folder: &Path, image: &Path) -> Result<PathBuf> {
+    let disk = Disk::new("d0", &folder.join("disk.qcow2"));
+    disk.make(64)?;
+    let mut guest = Guest::boot(&GuestOptions {
+        qemu: options.qemu,
+        mib: options.mib,
+        fill: Fill::Mib((options.mib / 2).min(1024)),
+        virtio_blk: true,
+        disks: vec![disk],
+        ..GuestOptions::default()
+    })?;
+    guest.oracle.ask("idle")?;
+    let words = ["save".as_ref(), "--qmp".as_ref(), guest.qmp_path.as_os_str(), image.as_os_str()];
+    snapback(&words)?;
+    let recorded = guest.dir.clone();
+    drop(guest.kill());
+    Ok(recorded)
+}
+
+/// A guest that was brought back. Dropping it ends it.
+struct Reverted {
+    guest: Attached,
+    server: Child,
+    socket: PathBuf,
+    /// When the awaited event was told, in milliseconds.
+    told: f64,
+}
+
+impl Reverted {
+    /// Reverts, and waits for an event.
+    fn start(
+        image: &Path,
+        recorded: &Path,
+        place: &Path,
+        more: &[&str],
+        awaited: &str,
+    ) -> Result<Reverted> {
+        std::fs::create_dir(place)?;
+        let rule = format!("{}={}", recorded.display(), place.display());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+        command.arg("revert").arg(image).args(["--json", "--path", &rule]).args(more);
+        command.arg("--overlay-dir").arg(place);
+        let mut server = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let lines = BufReader::new(server.stdout.take().ok_or("no output")?).lines();
+        let mut pid = None;
+        for line in lines {
+            let event: Value = serde_json::from_str(&line?)?;
+            if event["event"] == "running" {
+                pid = event["pid"].as_u64();
+            }
+            if event["event"] == awaited {
+                let pid = pid.ok_or("it does not run")? as u32;
+                let told = event["ms"].as_f64().ok_or("no time")?;
+                let socket = place.join("qmp.sock");
+                return Ok(Reverted { guest: Attached::to(pid, place)?, server, socket, told });
+            }
+        }
+        Err(format!("the revert ended before it told `{awaited}`").into())
+    }
+
+    /// Resets it again and again, each time with so much written.
+    fn measure(&mut self, written: u64, resets: usize) -> Result<()> {
+        let hot = written * PAGES_A_MIB;
+        let (mut times, mut pages) = (Vec::new(), Vec::new());
+        for _ in 0..resets {
+            self.guest.oracle.ask(&format!("writers 1 0 {hot}"))?;
+            std::thread::sleep(Duration::from_millis(100 + 30 * written));
+            self.guest.oracle.ask("idle")?;
+            let event = self.reset()?;
+            times.push(event["ms"].as_f64().ok_or("no time")?);
+            pages.push(event["pages"].as_u64().ok_or("no pages")?);
+        }
+        pages.sort_unstable();
+        let tenth = (times.len() / 10).max(1);
+        let p50 = |times: &[f64]| percentile(&mut times.to_vec(), 50);
+        let (first, last) = (p50(&times[..tenth]), p50(&times[times.len() - tenth..]));
+        let server = support::resident_kib(self.server.id())? / 1024;
+        println!(
+            "| reset | {written} | {} | {:.1} | {:.1} | {:.1} | {first:.1} | {last:.1} | {server} |",
+            pages[pages.len() / 2],
+            percentile(&mut times, 50),
+            percentile(&mut times, 99),
+            percentile(&mut times, 100),
+        );
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<Value> {
+        let words = ["reset", "--json", "--in-place", "--qmp"].map(OsStr::new);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+        let ended = command.args(words).arg(&self.socket).output()?;
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        match ended.status.success() {
+            true => Ok(serde_json::from_str(said.lines().last().unwrap_or_default())?),
+            false => Err(format!("a reset failed: {said}").into()),
+        }
+    }
+
+    /// Has QEMU save all of the machine into its disk, and load it again so many times.
+    fn load_times(&mut self, times: usize) -> Result<Vec<f64>> {
+        let mut qmp = Qmp::connect(&self.socket)?;
+        let blocks = qmp.execute("query-block", json!({}))?;
+        let node = blocks.as_array().and_then(|blocks| {
+            blocks.iter().find_map(|block| block["inserted"]["node-name"].as_str())
+        });
+        let node = node.ok_or("no disk")?.to_owned();
+        let mut job = |command: &str, number: usize| -> Result<()> {
+            let id = format!("job{number}");
+            let arguments = json!({
+                "job-id": id, "tag": "peer", "vmstate": node, "devices": [node],
+            });
+            qmp.execute(command, arguments)?;
+            wait_for(PATIENCE, "QEMU's job", || {
+                let jobs = qmp.execute("query-jobs", json!({}))?;
+                let jobs = jobs.as_array().cloned().unwrap_or_default();
+                let ours = jobs.iter().find(|job| job["id"] == *id);
+                Ok(ours.filter(|job| job["status"] == "concluded").map(|_| ()))
+            })?;
+            qmp.execute("job-dismiss", json!({ "id": id })).map(drop)
+        };
+        job("snapshot-save", 0)?;
+        let load = |number| {
+            let start = Instant::now();
+            job("snapshot-load", number)?;
+            Ok(start.elapsed().as_secs_f64() * 1e3)
+        };
+        (1..=times).map(load).collect()
+    }
+}
+
+impl Drop for Reverted {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+fn row(way: &str, times: &mut [f64]) {
+    println!(
+        "| {way} | | | {:.1} | | {:.1} | | | |",
+        percentile(times, 50),
+        percentile(times, 100)
+    );
+}
+
+fn percentile(times: &mut [f64], percent: usize) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1]
+}
