@@ -15,7 +15,7 @@ use super::compare::compare;
 use super::dirty::DirtyPage;
 use super::memory::{GuestMemory, Unit};
 use super::shared::Shared;
-use super::write_back::WriteBack;
+use super::write_back::write_back;
 use crate::host::uffd::{Fault, FaultBuffer, Uffd};
 use crate::page::{PAGE_SIZE, PageBytes};
 
@@ -141,7 +141,7 @@ impl Tracker {
         let shared = &*self.shared;
         let (pages, aside) = shared.log().take();
         seen(&pages);
-        let written = WriteBack::new(shared, &aside).all(&pages);
+        let written = write_back(shared, &pages, &aside);
         let count = pages.len() as u64;
         shared.log().give_back(pages, aside);
         written.map(|()| count)

@@ -11,8 +11,30 @@ const RUN_BYTES: usize = 1 << 20;
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
+/// Pages from which on two threads are faster than one: starting one takes as long as writing some
+/// hundred pages.
+const ENOUGH_FOR_TWO: usize = 1024;
+
+/// Writes pages back, which are sorted, and protects them again.
+pub(super) fn write_back(
+    shared: &Shared,
+    pages: &[DirtyPage],
+    aside: &Aside,
+) -> Result<(), ResetError> {
+    let all = |pages: &[DirtyPage]| WriteBack::new(shared, aside).all(pages);
+    if pages.len() < ENOUGH_FOR_TWO {
+        return all(pages);
+    }
+    let (first, second) = pages.split_at(pages.len() / 2);
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| all(second));
+        let first = all(first);
+        first.and(second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
 /// Writes pages back, in runs.
-pub(super) struct WriteBack<'a> {
+struct WriteBack<'a> {
     shared: &'a Shared,
     aside: &'a Aside,
     image: ImagePages<'a>,
@@ -21,13 +43,13 @@ pub(super) struct WriteBack<'a> {
 }
 
 impl<'a> WriteBack<'a> {
-    pub fn new(shared: &'a Shared, aside: &'a Aside) -> WriteBack<'a> {
+    fn new(shared: &'a Shared, aside: &'a Aside) -> WriteBack<'a> {
         let image = ImagePages { shared, reader: None, held: None, chunk: Vec::new() };
         WriteBack { shared, aside, image, run: Vec::new(), first: None }
     }
 
     /// Writes all of them back; they are sorted.
-    pub fn all(mut self, pages: &[DirtyPage]) -> Result<(), ResetError> {
+    fn all(mut self, pages: &[DirtyPage]) -> Result<(), ResetError> {
         for page in pages {
             let unit = self.shared.guest.unit(page.block, page.unit);
             if !self.goes_on(unit) {
