@@ -43,6 +43,10 @@ struct Options {
     /// Plain reverts and `snapshot-load`s beside them
     #[arg(long, default_value_t = 5)]
     peers: usize,
+    /// How long a guest is reset without a break, in seconds, while it reads 64 MiB and writes 4 MiB
+    /// between any two resets
+    #[arg(long, default_value_t = 0)]
+    cycles: u64,
     /// The QEMU, by its number
     #[arg(long, default_value = "10", value_parser = Qemu::parse)]
     qemu: Qemu,
@@ -70,7 +74,13 @@ fn run() -> Result<()> {
     for written in &options.written {
         guest.measure(*written, options.resets)?;
     }
-    drop(guest);
+    if options.cycles > 0 {
+        guest.cycle(Duration::from_secs(options.cycles))?;
+    }
+    let place = folder.path().join("untracked");
+    let mut untracked = Reverted::start(&image, &recorded, &place, &[], "resident")?;
+    costs(&mut untracked, &mut guest, options.peers)?;
+    drop((guest, untracked));
     for number in 0..options.peers.min(1) {
         let place = folder.path().join(format!("loadvm-{number}"));
         let mut guest = Reverted::start(&image, &recorded, &place, &[], "resident")?;
@@ -83,6 +93,29 @@ fn run() -> Result<()> {
     }
     if !times.is_empty() {
         row("a plain revert, to running", &mut times);
+    }
+    Ok(())
+}
+
+/// What tracking costs a guest whose working set has been written: its writes a second, untracked
+/// and tracked by turns.
+fn costs(untracked: &mut Reverted, tracked: &mut Reverted, turns: usize) -> Result<()> {
+    let mut shares = Vec::new();
+    for _ in 0..turns {
+        let (without, with) = (untracked.writes_a_second()?, tracked.writes_a_second()?);
+        shares.push(with / without);
+    }
+    let mut sweeps = Vec::new();
+    for _ in 0..turns * 3 {
+        sweeps.push(untracked.sweep()?.as_secs_f64() * 1e3);
+    }
+    if !shares.is_empty() {
+        row("reading 64 MiB and writing 4 MiB, untracked", &mut sweeps);
+        println!(
+            "| writes a second, tracked / untracked | 8 | | {:.3} | | {:.3} | | | |",
+            percentile(&mut shares, 50),
+            percentile(&mut shares, 100),
+        );
     }
     Ok(())
 }
@@ -150,12 +183,10 @@ impl Reverted {
 
     /// Resets it again and again, each time with so much written.
     fn measure(&mut self, written: u64, resets: usize) -> Result<()> {
-        let hot = written * PAGES_A_MIB;
+        let pages_written = written * PAGES_A_MIB;
         let (mut times, mut pages) = (Vec::new(), Vec::new());
         for _ in 0..resets {
-            self.guest.oracle.ask(&format!("writers 1 0 {hot}"))?;
-            std::thread::sleep(Duration::from_millis(100 + 30 * written));
-            self.guest.oracle.ask("idle")?;
+            self.guest.oracle.ask(&format!("sweep 0 {pages_written}"))?;
             let event = self.reset()?;
             times.push(event["ms"].as_f64().ok_or("no time")?);
             pages.push(event["pages"].as_u64().ok_or("no pages")?);
@@ -173,6 +204,48 @@ impl Reverted {
             percentile(&mut times, 100),
         );
         Ok(())
+    }
+
+    /// Resets it without a break for so long.
+    fn cycle(&mut self, time: Duration) -> Result<()> {
+        let (start, mut resets, mut swept) = (Instant::now(), 0u32, Duration::ZERO);
+        while start.elapsed() < time {
+            swept += self.sweep()?;
+            self.reset()?;
+            resets += 1;
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        println!(
+            "| {:.1} resets a second for {seconds:.0} s; the guest worked for {:.1} ms between two | \
+             4 | | | | | | | {} |",
+            f64::from(resets) / seconds,
+            swept.as_secs_f64() * 1e3 / f64::from(resets),
+            support::resident_kib(self.server.id())? / 1024,
+        );
+        Ok(())
+    }
+
+    /// Has it read 64 MiB and write 4 MiB. Returns how long that takes it.
+    fn sweep(&mut self) -> Result<Duration> {
+        let start = Instant::now();
+        let (read, written) = (64 * PAGES_A_MIB, 4 * PAGES_A_MIB);
+        self.guest.oracle.ask(&format!("sweep {read} {written}"))?;
+        Ok(start.elapsed())
+    }
+
+    /// How many pages of 8 MiB it rewrites a second, once all have been rewritten.
+    fn writes_a_second(&mut self) -> Result<f64> {
+        const SECONDS: u64 = 2;
+        let pages = 8 * PAGES_A_MIB;
+        let oracle = &mut self.guest.oracle;
+        oracle.ask(&format!("sweep 0 {pages}"))?;
+        oracle.ask(&format!("writers 1 0 {pages}"))?;
+        let (before, start) = (oracle.stat("rewritten")?, Instant::now());
+        std::thread::sleep(Duration::from_secs(SECONDS));
+        let written = oracle.stat("rewritten")? - before;
+        let rate = written as f64 / start.elapsed().as_secs_f64();
+        oracle.ask("idle")?;
+        Ok(rate)
     }
 
     fn reset(&self) -> Result<Value> {

@@ -1,11 +1,6 @@
 //! Takes faults from a userfaultfd and has them answered.
 //!
-//! Waking a thread that sleeps in poll(2) takes longer than answering the fault
-//! itself (63 µs against 17 µs was measured with a bare loop), and faults come in
-//! bursts. So the fault handler spins for a while after each fault before it sleeps: twice as
-//! long as before, up to [`SPIN_MAX`], where that has caught a fault or would have; half
-//! as long where the next fault was far away, so that faults that come one by one cost
-//! hardly more than their answers.
+//! Faults come in bursts: it spins for a while after each before it sleeps ([`Spin`]).
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -15,46 +10,17 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::spin::Spin;
 use super::{FaultReport, Memory, MemoryError, Pager};
 use crate::cancel::Cancellation;
 use crate::host::uffd::{FAULTS_AT_ONCE, FaultBuffer, Uffd};
 use crate::page::{BlockId, PAGE_SIZE};
 use crate::transport::{DirectTransport, TransportError};
 
-/// The longest time to spin without an event.
-const SPIN_MAX: Duration = Duration::from_micros(200);
-
-/// The same while memory is being filled: the processors are busy then, and a thread that has
+/// The longest time to spin while memory is being filled: the processors are busy then, and a thread that has
 /// just been given a page may wait for the processor on which we spin (on two processors, one
 /// fault in a hundred waited for all of [`SPIN_MAX`]).
 const SPIN_MAX_FILLING: Duration = Duration::from_micros(60);
-
-/// The shortest time to spin. Without any, faults that come too fast to sleep in between
-/// would never be seen to come in bursts.
-const SPIN_MIN: Duration = Duration::from_micros(5);
-
-/// How long to spin before the next sleep.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Spin(Duration);
-
-impl Spin {
-    /// A fault came while spinning.
-    fn caught(&mut self) {
-        self.0 = (self.0 * 2).min(SPIN_MAX);
-    }
-
-    /// No fault came while spinning.
-    fn in_vain(&mut self) {
-        self.0 = (self.0 / 2).max(SPIN_MIN);
-    }
-
-    /// A fault came this long after the handler went to sleep.
-    fn woken(&mut self, after: Duration) {
-        if after <= SPIN_MAX {
-            self.caught();
-        }
-    }
-}
 
 /// Takes faults from a userfaultfd, of which others may be readers as well.
 pub struct FaultHandler {
@@ -123,7 +89,7 @@ impl FaultHandler {
     /// When a fault could not be answered; the thread that waits for it waits forever.
     pub fn run(mut self) -> Result<FaultReport, MemoryError> {
         let mut buffer = FaultBuffer::default();
-        let mut spin = Spin(SPIN_MAX);
+        let mut spin = Spin::default();
         while let Some(heard) = self.wait(&mut buffer, &mut spin)? {
             for at in 0..self.faults.len() {
                 self.answer(self.faults[at], heard)?;
@@ -139,8 +105,8 @@ impl FaultHandler {
         spin: &mut Spin,
     ) -> Result<Option<Instant>, MemoryError> {
         let start = Instant::now();
-        let most = if self.memory.is_filling() { SPIN_MAX_FILLING } else { SPIN_MAX };
-        while start.elapsed() < most.min(spin.0) && !self.is_stopped() {
+        let most = if self.memory.is_filling() { SPIN_MAX_FILLING } else { Duration::MAX };
+        while start.elapsed() < most.min(spin.time()) && !self.is_stopped() {
             if let Some(heard) = self.take(buffer)? {
                 spin.caught();
                 return Ok(Some(heard));
@@ -205,34 +171,5 @@ impl FaultHandler {
         let offset = (address - start) & !(page_size - 1);
         let len = page_size.min(self.memory.block(block).len - offset);
         self.pager.serve(block, offset, len, heard)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn spinning_gets_short_for_faults_one_by_one_and_long_again_for_bursts() {
-        let mut spin = Spin(SPIN_MAX);
-        let far = Duration::from_millis(10);
-        let spent: Duration = (0..100)
-            .map(|_| {
-                let spun = spin.0;
-                spin.in_vain();
-                spin.woken(far);
-                spun
-            })
-            .sum();
-        assert_eq!(spin, Spin(SPIN_MIN));
-        assert!(spent < SPIN_MAX * 2 + SPIN_MIN * 100, "{spent:?}");
-        // Faults that come right after it has gone to sleep, then while it spins.
-        for _ in 0..20 {
-            spin.woken(SPIN_MAX / 4);
-        }
-        assert_eq!(spin, Spin(SPIN_MAX));
-        spin.in_vain();
-        spin.caught();
-        assert_eq!(spin, Spin(SPIN_MAX));
     }
 }

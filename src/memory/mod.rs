@@ -12,6 +12,7 @@ pub mod pager;
 pub mod prefetch;
 mod probe;
 mod repair;
+mod spin;
 mod unreadable;
 mod window;
 pub mod working_set;
@@ -29,6 +30,7 @@ pub use pace::Pace;
 pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use repair::repair;
+pub use spin::Spin;
 pub use unreadable::Unreadable;
 pub use working_set::{WorkingSet, WorkingSetError};
 

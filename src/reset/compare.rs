@@ -114,7 +114,7 @@ fn note(shared: &Shared, run: Run, page: u64, old: Option<PageBytes>) -> Result<
         Ok::<(), ResetError>(())
     };
     let copy = is_small.then_some(copy);
-    shared.log().add(unit.block, unit.number, copy)?;
+    shared.log().add(unit.block, unit.number, false, copy)?;
     // It is written back with the others, which are not protected any more.
     Ok(shared.uffd.unprotect(unit.address, unit.len)?)
 }

@@ -24,6 +24,8 @@ pub(super) struct DirtyPage {
     /// Its number in the block, in units of the host pages behind that.
     pub unit: u64,
     pub old: Old,
+    /// Whether it was added ahead of any write to it.
+    pub expected: bool,
 }
 
 /// What was set aside, in pieces, so that nothing moves when it grows.
@@ -78,7 +80,7 @@ impl DirtyLog {
         self.seen[block.index()][(unit / 64) as usize] & (1 << (unit % 64)) != 0
     }
 
-    /// Adds a page, unless it is there already. `old` is given room for what was in it, and
+    /// Adds a page that is written, or `expected` to be, unless it is there already. `old` is given room for what was in it, and
     /// returns whether that was set aside; without, the image has it.
     ///
     /// # Errors
@@ -87,6 +89,7 @@ impl DirtyLog {
         &mut self,
         block: BlockId,
         unit: u64,
+        expected: bool,
         old: Option<impl FnOnce(&mut PageBytes) -> Result<(), E>>,
     ) -> Result<(), E> {
         if self.has(block, unit) {
@@ -99,7 +102,7 @@ impl DirtyLog {
             None => Old::Image,
         };
         self.seen[block.index()][(unit / 64) as usize] |= 1 << (unit % 64);
-        self.pages.push(DirtyPage { block, unit, old });
+        self.pages.push(DirtyPage { block, unit, old, expected });
         Ok(())
     }
 
@@ -143,7 +146,7 @@ mod tests {
             room.fill(byte);
             Ok::<(), ()>(())
         };
-        log.add(BLOCK, unit, Some(old)).unwrap();
+        log.add(BLOCK, unit, false, Some(old)).unwrap();
     }
 
     #[test]
@@ -179,7 +182,7 @@ mod tests {
     #[test]
     fn what_can_not_be_set_aside_is_not_noted() {
         let mut log = DirtyLog::new([0, 100].into_iter());
-        assert!(log.add(BLOCK, 5, Some(|_: &mut PageBytes| Err(()))).is_err());
+        assert!(log.add(BLOCK, 5, false, Some(|_: &mut PageBytes| Err(()))).is_err());
         assert!(!log.has(BLOCK, 5) && log.len() == 0 && log.aside.used == 0);
     }
 }

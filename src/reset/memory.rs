@@ -104,6 +104,11 @@ impl GuestMemory {
         self.space.pagemap().is_present(unit.address)
     }
 
+    /// How many host pages from this one on are in memory, one behind the other, of `count`.
+    pub(super) fn present_from(&self, first: Unit, count: u64) -> u64 {
+        self.space.pagemap().present_from(first.address, count)
+    }
+
     /// Calls `found` with each run of pages that are in memory: the number of its first, counted
     /// from the start of the range, and how many they are.
     pub(super) fn present(

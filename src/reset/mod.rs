@@ -18,12 +18,14 @@
 mod compare;
 mod dirty;
 mod error;
+mod faults;
 mod memory;
 mod obstacles;
 mod requests;
 mod rewind;
 mod shared;
 mod state_file;
+mod streams;
 mod tracker;
 mod write_back;
 

@@ -56,12 +56,22 @@ impl Rewinder {
         &self.tracker
     }
 
-    /// Makes ready for the next time to go back, while the guest runs: QEMU opens a file with the
-    /// devices' state of these sections, in the place of the one that it has been given before.
+    /// Makes ready for the next time to go back, while the guest runs. The devices' state is that of
+    /// these sections, where they are known by now.
     ///
     /// # Errors
     /// When QEMU refuses. It is tried again when it is needed.
-    pub async fn prepare(&mut self, sections: &Sections) -> Result<(), ResetError> {
+    pub async fn prepare(&mut self, sections: Option<&Sections>) -> Result<(), ResetError> {
+        self.blocking(Tracker::expect_the_same).await?;
+        match sections {
+            Some(sections) => self.open(sections).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Has QEMU open a file with the devices' state of these sections, in the place of the one that
+    /// it has been given before.
+    async fn open(&mut self, sections: &Sections) -> Result<(), ResetError> {
         if std::mem::take(&mut self.is_open) {
             close(&self.qmp).await?;
         }
@@ -85,7 +95,7 @@ impl Rewinder {
         self.tracker.ready().await?;
         let resettable = self.machine.check(&self.qmp).await?;
         if !self.is_open {
-            self.prepare(sections).await?;
+            self.open(sections).await?;
         }
         self.stop(&resettable).await?;
         let mut pages = self.blocking(Tracker::restore).await?;
@@ -106,14 +116,14 @@ impl Rewinder {
         }
     }
 
-    /// Writes memory back, on a thread that may block.
+    /// Works on memory, on a thread that may block.
     async fn blocking(
         &self,
-        restore: fn(&Tracker) -> Result<u64, ResetError>,
+        work: fn(&Tracker) -> Result<u64, ResetError>,
     ) -> Result<u64, ResetError> {
         let tracker = Arc::clone(&self.tracker);
-        let restored = tokio::task::spawn_blocking(move || restore(&tracker)).await;
-        restored.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+        let done = tokio::task::spawn_blocking(move || work(&tracker)).await;
+        done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 
     /// Has QEMU load the devices' state, and go back to the disks' snapshots.

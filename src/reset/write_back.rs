@@ -15,12 +15,13 @@ static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 /// hundred pages.
 const ENOUGH_FOR_TWO: usize = 1024;
 
-/// Writes pages back, which are sorted, and protects them again.
+/// Writes pages back, which are sorted, and protects them again. Returns those that had been
+/// written, in order: not all that were expected to be need have been.
 pub(super) fn write_back(
     shared: &Shared,
     pages: &[DirtyPage],
     aside: &Aside,
-) -> Result<(), ResetError> {
+) -> Result<Vec<Unit>, ResetError> {
     let all = |pages: &[DirtyPage]| WriteBack::new(shared, aside).all(pages);
     if pages.len() < ENOUGH_FOR_TWO {
         return all(pages);
@@ -29,7 +30,8 @@ pub(super) fn write_back(
     std::thread::scope(|scope| {
         let second = scope.spawn(|| all(second));
         let first = all(first);
-        first.and(second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        let second = second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok([first?, second?].concat())
     })
 }
 
@@ -38,35 +40,42 @@ struct WriteBack<'a> {
     shared: &'a Shared,
     aside: &'a Aside,
     image: ImagePages<'a>,
+    /// What is written back next.
     run: Vec<u8>,
-    first: Option<Unit>,
+    /// The pages of that, and whether each was only expected to be written.
+    units: Vec<(Unit, bool)>,
+    /// What is there now.
+    now: Vec<u8>,
+    written: Vec<Unit>,
 }
 
 impl<'a> WriteBack<'a> {
     fn new(shared: &'a Shared, aside: &'a Aside) -> WriteBack<'a> {
         let image = ImagePages { shared, reader: None, held: None, chunk: Vec::new() };
-        WriteBack { shared, aside, image, run: Vec::new(), first: None }
+        let (run, units) = (Vec::new(), Vec::new());
+        WriteBack { shared, aside, image, run, units, now: Vec::new(), written: Vec::new() }
     }
 
     /// Writes all of them back; they are sorted.
-    fn all(mut self, pages: &[DirtyPage]) -> Result<(), ResetError> {
+    fn all(mut self, pages: &[DirtyPage]) -> Result<Vec<Unit>, ResetError> {
         for page in pages {
             let unit = self.shared.guest.unit(page.block, page.unit);
             if !self.goes_on(unit) {
                 self.flush()?;
-                self.first = Some(unit);
             }
+            self.units.push((unit, page.expected));
             match page.old {
                 Old::Aside(place) => self.run.extend_from_slice(self.aside.page(place)),
                 Old::Image => self.image.append(unit, &mut self.run)?,
             }
         }
-        self.flush()
+        self.flush()?;
+        Ok(self.written)
     }
 
     /// Whether a page belongs to the run.
     fn goes_on(&self, unit: Unit) -> bool {
-        self.first.is_some_and(|first| {
+        self.units.first().is_some_and(|(first, _)| {
             first.block == unit.block
                 && first.address + self.run.len() as u64 == unit.address
                 && self.run.len() + unit.len as usize <= RUN_BYTES
@@ -74,10 +83,31 @@ impl<'a> WriteBack<'a> {
     }
 
     fn flush(&mut self) -> Result<(), ResetError> {
-        let Some(first) = self.first.take() else { return Ok(()) };
+        let Some((first, _)) = self.units.first().copied() else { return Ok(()) };
+        self.find_written(first)?;
         self.shared.guest.write(first, &self.run)?;
         self.shared.uffd.protect(first.address, self.run.len() as u64)?;
         self.run.clear();
+        self.units.clear();
+        Ok(())
+    }
+
+    /// Finds out which pages of the run have been written.
+    fn find_written(&mut self, first: Unit) -> Result<(), ResetError> {
+        let Self { units, run, now, written, .. } = self;
+        if !units.iter().any(|(_, expected)| *expected) {
+            written.extend(units.iter().map(|(unit, _)| *unit));
+            return Ok(());
+        }
+        now.resize(run.len(), 0);
+        self.shared.guest.read(first.address, now)?;
+        for (unit, expected) in units {
+            let at = (unit.address - first.address) as usize;
+            let at = at..at + unit.len as usize;
+            if !*expected || now[at.clone()] != run[at] {
+                written.push(*unit);
+            }
+        }
         Ok(())
     }
 }

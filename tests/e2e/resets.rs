@@ -22,6 +22,7 @@ tests_on_both! {
     every_page_is_the_images_after_a_reset
     a_guest_outlives_whoever_tracks_it
     a_resettable_guest_is_saved
+    a_reset_that_fails_half_way_ends_in_a_new_process
 }
 
 tests! {
@@ -241,4 +242,21 @@ fn a_resettable_guest_is_saved(dir: &Dir, qemu: Qemu) -> Result<()> {
     guest.check(&shared.nonce)?;
     let mut again = dir.reverted(&dir.path("again.snap"), &to, "again-of-it")?;
     again.check(&shared.nonce)
+}
+
+/// A reset that fails once the guest has been stopped never lets it run: a mixture of two moments
+/// is replaced.
+fn a_reset_that_fails_half_way_ends_in_a_new_process(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let to = dir.make("reverted")?;
+    let guest = resettable(dir.revert(&shared.image, &shared.from, &to), &to)?;
+    // Somebody takes away what QEMU is to load.
+    qmp(&guest.qmp_path, "blockdev-del", json!({ "node-name": "snapback-state" }))?;
+    let mut replaced = replace(dir, &guest)?;
+    wait_gone(guest.pid)?;
+    replaced.check(&shared.nonce)?;
+    let ended = guest.server.ok_or("no server")?.end()?;
+    let error = ended.event("error")?;
+    assert_eq!((ended.code, &error["code"]), (Some(1), &"qemu_failed".into()), "{ended:?}");
+    Ok(())
 }

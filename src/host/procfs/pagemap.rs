@@ -78,6 +78,18 @@ impl Pagemap {
         self.0.read_exact_at(&mut entry, at).is_ok() && is_present(&entry)
     }
 
+    /// How many pages from this address on the process has in memory, be it swapped out, one
+    /// behind the other: `count` at most, and no more than 64. It allocates nothing.
+    pub fn present_from(&self, address: u64, count: u64) -> u64 {
+        let mut entries = [0; 64 * 8];
+        let entries = &mut entries[..count.min(64) as usize * 8];
+        let at = address / PAGE_SIZE as u64 * 8;
+        match self.0.read_exact_at(entries, at) {
+            Ok(()) => entries.chunks_exact(8).take_while(|entry| is_present(entry)).count() as u64,
+            Err(_) => 0,
+        }
+    }
+
     /// Calls `found` with each run of pages of `range` that the process has in memory, be it
     /// swapped out: the number of its first page, counted from the range's start, and how many
     /// they are. Of a host page of `page_size` bytes it has all or nothing.
@@ -176,6 +188,10 @@ mod tests {
         let address = |page: u64| start + page * PAGE_SIZE as u64;
         let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
         assert!(pagemap.is_present(address(5)) && !pagemap.is_present(address(6)));
+        assert_eq!(
+            (pagemap.present_from(address(5), 9), pagemap.present_from(address(6), 9)),
+            (1, 0)
+        );
         let mut runs = Vec::new();
         let range = start..start + (8 << 20);
         pagemap.present(range.clone(), 4096, |first, count| runs.push((first, count))).unwrap();

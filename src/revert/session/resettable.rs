@@ -90,10 +90,8 @@ impl Resettable {
 
     /// Makes ready for the next reset, while the guest runs.
     async fn prepare(&mut self) {
-        // A clock that is kept is set at the last moment.
-        if self.resident.rtc != Rtc::Keep
-            && let Err(error) = self.rewinder.prepare(&self.sections).await
-        {
+        let sections = known_ahead(&self.sections, self.resident.rtc);
+        if let Err(error) = self.rewinder.prepare(sections).await {
             tracing::warn!("the next reset will have to wait for QEMU: {error}");
         }
     }
@@ -172,10 +170,14 @@ async fn begin(
     let manifest = resident.image.manifest();
     let mut rewinder =
         Rewinder::new(qmp, Arc::new(tracker), state, manifest.machine.running).await?;
-    if resident.rtc != Rtc::Keep {
-        rewinder.prepare(&sections).await?;
-    }
+    rewinder.prepare(known_ahead(&sections, resident.rtc)).await?;
     Ok((rewinder, sections, requests))
+}
+
+/// The parts of the image that a guest is given at its next reset, unless that has to set its
+/// clock.
+fn known_ahead(sections: &Sections, rtc: Rtc) -> Option<&Sections> {
+    (rtc != Rtc::Keep).then_some(sections)
 }
 
 fn answer(reset: &Result<Reset, RevertError>) -> Answer {

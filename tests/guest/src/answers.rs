@@ -89,6 +89,12 @@ impl Oracle {
                 self.beat_ms.store(0, Ordering::Relaxed);
                 "ok".into()
             }
+            ["sweep", read, rewritten] => {
+                let (read, rewritten) = (number(read)?, number(rewritten)?);
+                self.page(read.max(rewritten), "page")?;
+                (0..rewritten).for_each(|page| self.region.rewrite(page));
+                format!("ok read={:x}", self.region.touch(0..read))
+            }
             ["zero", first, end] => {
                 let (first, end) = (number(first)?, self.page(number(end)?, "end")?);
                 format!("ok zeroed={}", self.region.zero(first..end))

@@ -159,6 +159,11 @@ impl Region {
         }
     }
 
+    /// Reads a word of each page, so that all of them are had.
+    pub fn touch(&self, pages: Range<u64>) -> u64 {
+        pages.fold(0, |sum, page| sum ^ self.hold(page).words()[0])
+    }
+
     /// Turns pages to zeros until their next rewrite; how many of them were good
     /// before, and so were turned.
     pub fn zero(&self, pages: Range<u64>) -> u64 {
