@@ -12,7 +12,8 @@ help:
 	@echo "make test    set up, then run all tests"
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
-	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers"
+	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers;"
+	@echo "             reset guests 100 times each under load"
 	@echo "make soak    revert a guest 1,000 times, and look for what grows"
 	@echo "make demo    set up, then show an instant revert"
 	@echo "make bench   set up, then run the benchmarks"
@@ -42,6 +43,7 @@ loom:
 torture: guest
 	$(LONG_TEST) torture::many_faults
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
+	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::
 
 # What Miri can run, and in minutes: the rest calls the kernel or C.
 MIRI := wire:: page:: rate:: identity:: memory::claim keeper::restarts keeper::protocol::tests::anything guest::command_line::parameters --skip ends_within_its_devices

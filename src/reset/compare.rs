@@ -62,10 +62,7 @@ fn compare_step(
     guest.present(start..start + run.bytes(), PAGE_SIZE as u64, |first, count| {
         present[first as usize..(first + count) as usize].fill(true);
     })?;
-    if present.iter().any(|present| *present) {
-        let bytes = &mut memory[..run.bytes() as usize];
-        read_present(shared, start, &present[..run.count as usize], bytes)?;
-    }
+    read_present(shared, start, &mut present[..run.count as usize], memory)?;
     for (at, page) in (run.first..run.end()).enumerate() {
         let bytes = |all: &[u8]| -> Option<PageBytes> {
             all[at * PAGE_SIZE..].first_chunk::<PAGE_SIZE>().copied()
@@ -86,20 +83,21 @@ fn compare_step(
     Ok(())
 }
 
-/// Reads what is in memory. What is missing is left out: reading it would make it be there.
+/// Reads what is in memory, and notes what is not after all: of shared memory the page map says so
+/// only where it was never used.
 fn read_present(
     shared: &Shared,
     start: u64,
-    present: &[bool],
+    present: &mut [bool],
     memory: &mut [u8],
 ) -> Result<(), ResetError> {
-    let mut at = 0;
-    for stretch in present.chunk_by(|a, b| a == b) {
-        let bytes = &mut memory[at * PAGE_SIZE..(at + stretch.len()) * PAGE_SIZE];
-        if stretch[0] {
-            shared.guest.read(start + (at * PAGE_SIZE) as u64, bytes)?;
-        }
-        at += stretch.len();
+    let memory = &mut memory[..present.len() * PAGE_SIZE];
+    if present.iter().all(|present| *present) && shared.guest.read(start, memory)? {
+        return Ok(());
+    }
+    let pages = memory.chunks_exact_mut(PAGE_SIZE).zip(present).zip(0..);
+    for ((bytes, present), at) in pages.filter(|((_, present), _)| **present) {
+        *present = shared.guest.read(start + at * PAGE_SIZE as u64, bytes)?;
     }
     Ok(())
 }

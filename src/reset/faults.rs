@@ -120,15 +120,12 @@ impl<'a> FaultThread<'a> {
                 .take_while(|at| *at == 0 || !log.has(first.block, first.number + at))
                 .count()
         };
-        // Read ahead of the lock. A page that is missing would be waited for, and by whom if not
-        // us. It can't go missing while it is read, unless the guest has given it back and writes
-        // to it all the same: such a guest hangs itself.
         let count = guest.present_from(first, count as u64);
-        if count == 0 {
+        let old = &mut self.old[..count as usize];
+        // Ahead of the lock. The guest may have given some of it back.
+        if count == 0 || !guest.read(first.address, old.as_flattened_mut())? {
             return without_content(self.shared, first);
         }
-        let old = &mut self.old[..count as usize];
-        guest.read(first.address, old.as_flattened_mut())?;
         for (at, old) in old.iter().enumerate() {
             let unit = guest.unit(first.block, first.number + at as u64);
             note(self.shared, unit, false, Some(old))?;
@@ -148,7 +145,9 @@ pub(super) fn expect(shared: &Shared, unit: Unit) -> Result<(), ResetError> {
     // Nobody writes to it but after it has been noted: by us, or by whoever answers a fault in the
     // meantime, and then what is read here counts for nothing.
     let mut bytes = [0; PAGE_SIZE];
-    shared.guest.read(unit.address, &mut bytes)?;
+    if !shared.guest.read(unit.address, &mut bytes)? {
+        return Ok(());
+    }
     note(shared, unit, true, Some(&bytes))?;
     Ok(shared.uffd.unprotect(unit.address, unit.len)?)
 }

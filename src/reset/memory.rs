@@ -1,5 +1,6 @@
 //! A guest's memory in QEMU's process, beside the image that it goes back to.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,6 +18,17 @@ pub(crate) struct GuestMemory {
     ranges: Vec<(u64, u64, BlockId)>,
     space: Arc<AddressSpace>,
     memory: ProcessMemory,
+}
+
+/// Tells memory that is missing, or write-protected, from what can't be had. The kernel doesn't wait
+/// for whoever serves a userfaultfd in an access by /proc/PID/mem (`access_remote_vm`, which
+/// does without FAULT_FLAG_ALLOW_RETRY), but says EIO.
+fn present(what: &'static str, address: u64, done: io::Result<()>) -> Result<bool, ResetError> {
+    match done {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
+        Err(source) => Err(ResetError::Memory { what, address, source }),
+    }
 }
 
 /// A host page of a guest's memory: what can be write-protected on its own.
@@ -122,20 +134,17 @@ impl GuestMemory {
         self.space.pagemap().present(range, page_size, found).map_err(failed)
     }
 
-    /// Reads memory. Waits where a page is missing: never where faults are answered.
-    pub(super) fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), ResetError> {
-        let failed = |source| ResetError::Memory { what: "read", address, source };
-        self.memory.read(address, bytes).map_err(failed)
+    /// Reads memory of the guest; false where some of it is missing.
+    pub(super) fn read(&self, address: u64, bytes: &mut [u8]) -> Result<bool, ResetError> {
+        present("read", address, self.memory.read(address, bytes))
     }
 
-    /// Writes to a run of the guest's pages. Waits where one is missing or write-protected: never
-    /// where faults are answered.
-    pub(super) fn write(&self, unit: Unit, bytes: &[u8]) -> Result<(), ResetError> {
-        let address = unit.address;
-        let failed = |source| ResetError::Memory { what: "written", address, source };
+    /// Writes to a run of the guest's pages; false where one is missing or write-protected. Those
+    /// before it may be written then.
+    pub(super) fn write(&self, unit: Unit, bytes: &[u8]) -> Result<bool, ResetError> {
         // SAFETY: the address is within a block of the guest, as `new` was promised, and callers
         // write no further than the block goes: what stands there is the guest's alone.
-        unsafe { self.memory.write(address, bytes) }.map_err(failed)
+        present("written", unit.address, unsafe { self.memory.write(unit.address, bytes) })
     }
 
     /// Whether QEMU has ended.

@@ -19,6 +19,7 @@ mod compare;
 mod dirty;
 mod error;
 mod faults;
+mod given_back;
 mod memory;
 mod obstacles;
 mod requests;

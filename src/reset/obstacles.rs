@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::ResetError;
 use crate::guest::RESET_POINT;
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{Qmp, QmpError, QomChild};
 
 /// Where devices are that were plugged in, or given on the command line.
 const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
@@ -13,6 +13,8 @@ const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Machine {
     devices: BTreeSet<String>,
+    /// Whether the guest tells of memory that it does not use, which QEMU then gives back.
+    pub reports_free: bool,
 }
 
 /// What a reset needs to know of a machine that can be reset.
@@ -33,9 +35,19 @@ impl Machine {
     pub async fn look(qmp: &Qmp) -> Result<Machine, QmpError> {
         let [first, second] = DEVICES;
         let (first, second) = tokio::join!(qmp.qom_children(first), qmp.qom_children(second));
+        let (first, second) = (first?, second?);
+        let mut reports_free = false;
+        for (parent, children) in DEVICES.iter().zip([&first, &second]) {
+            for balloon in children.iter().filter(|child| child.kind.contains("balloon")) {
+                let path = format!("{parent}/{}", balloon.name);
+                let reports = qmp.qom_value(&path, "free-page-reporting").await?;
+                reports_free |= reports == Some(true.into());
+            }
+        }
         // Those without an id are numbered in their order.
-        let name = |child: crate::qmp::QomChild| format!("{} ({})", child.name, child.kind);
-        Ok(Machine { devices: first?.into_iter().chain(second?).map(name).collect() })
+        let name = |child: QomChild| format!("{} ({})", child.name, child.kind);
+        let devices = first.into_iter().chain(second).map(name).collect();
+        Ok(Machine { devices, reports_free })
     }
 
     /// Looks whether the machine can be reset in place now.

@@ -11,7 +11,7 @@ use super::state_file::StateFile;
 use super::tracker::Tracker;
 use crate::guest::RESET_POINT;
 use crate::image::Sections;
-use crate::qmp::{Qmp, QmpError};
+use crate::qmp::{Events, Qmp, QmpError};
 
 /// The descriptor set by which QEMU opens the state file: below those of overlays.
 const SET: u64 = 899_999;
@@ -33,6 +33,8 @@ pub(crate) struct Rewinder {
     is_open: bool,
     /// Whether the guest ran at the moment.
     runs: bool,
+    /// What QEMU has told since the last time, or will have been asked for.
+    events: Events,
 }
 
 impl Rewinder {
@@ -47,8 +49,9 @@ impl Rewinder {
         runs: bool,
     ) -> Result<Rewinder, ResetError> {
         let qmp = qmp.with_timeout(PATIENCE);
+        let events = qmp.events();
         let machine = Machine::look(&qmp).await?;
-        Ok(Rewinder { qmp, machine, tracker, state, is_open: false, runs })
+        Ok(Rewinder { qmp, machine, tracker, state, is_open: false, runs, events })
     }
 
     /// What tracks the guest's writes.
@@ -98,6 +101,9 @@ impl Rewinder {
             self.open(sections).await?;
         }
         self.stop(&resettable).await?;
+        if self.has_given_memory_back().await {
+            self.blocking(Tracker::find_given_back).await?;
+        }
         let mut pages = self.blocking(Tracker::restore).await?;
         self.load(&resettable).await?;
         pages += self.blocking(Tracker::restore_again).await?;
@@ -114,6 +120,27 @@ impl Rewinder {
             true => self.qmp.system_reset().await,
             false => Ok(()),
         }
+    }
+
+    /// Whether the guest may have given memory back to the host by its balloon since the last time:
+    /// what was there is gone, and nobody has written to it. QEMU tells of each change of a
+    /// balloon's size.
+    async fn has_given_memory_back(&mut self) -> bool {
+        let Rewinder { events, machine, .. } = self;
+        let told = async {
+            loop {
+                match events.next().await {
+                    Ok(event) if event.name == "BALLOON_CHANGE" => return,
+                    Ok(_) => {}
+                    // It may be among those that are lost.
+                    Err(_) => return,
+                }
+            }
+        };
+        let has_told = tokio::time::timeout(Duration::ZERO, told).await.is_ok();
+        // What it has told further belongs to this time as well.
+        *events = self.qmp.events();
+        has_told || machine.reports_free
     }
 
     /// Works on memory, on a thread that may block.

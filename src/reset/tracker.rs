@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::ResetError;
 use super::compare::compare;
 use super::faults::{FaultThread, expect};
+use super::given_back::find_given_back;
 use super::memory::{GuestMemory, Unit};
 use super::shared::Shared;
 use super::write_back::write_back;
@@ -136,6 +137,16 @@ impl Tracker {
         let count = written.len() as u64;
         self.expected().of_loading = written;
         Ok(count)
+    }
+
+    /// Notes memory that the guest has given back to the host: it is missing, although the image
+    /// has something for it. Returns how many host pages that are. It blocks; the guest must
+    /// stand still.
+    ///
+    /// # Errors
+    /// When it can't be looked for.
+    pub fn find_given_back(&self) -> Result<u64, ResetError> {
+        find_given_back(&self.shared)
     }
 
     /// Has the guest write without a fault what it has written ahead of the last reset: whoever is

@@ -85,10 +85,26 @@ impl<'a> WriteBack<'a> {
     fn flush(&mut self) -> Result<(), ResetError> {
         let Some((first, _)) = self.units.first().copied() else { return Ok(()) };
         self.find_written(first)?;
-        self.shared.guest.write(first, &self.run)?;
+        if !self.shared.guest.write(first, &self.run)? {
+            self.write_one_by_one(first)?;
+        }
         self.shared.uffd.protect(first.address, self.run.len() as u64)?;
         self.run.clear();
         self.units.clear();
+        Ok(())
+    }
+
+    /// Writes a run of which some is missing: the guest has given it back.
+    fn write_one_by_one(&self, first: Unit) -> Result<(), ResetError> {
+        let Shared { guest, uffd, .. } = self.shared;
+        for (unit, _) in &self.units {
+            let at = (unit.address - first.address) as usize;
+            let bytes = &self.run[at..at + unit.len as usize];
+            if !guest.write(*unit, bytes)? {
+                // SAFETY: the host page is the guest's, and the bytes are those that belong there.
+                unsafe { uffd.copy(unit.address, bytes, unit.len) }?;
+            }
+        }
         Ok(())
     }
 
@@ -100,11 +116,12 @@ impl<'a> WriteBack<'a> {
             return Ok(());
         }
         now.resize(run.len(), 0);
-        self.shared.guest.read(first.address, now)?;
+        // Of what is missing all counts as written.
+        let all = !self.shared.guest.read(first.address, now)?;
         for (unit, expected) in units {
             let at = (unit.address - first.address) as usize;
             let at = at..at + unit.len as usize;
-            if !*expected || now[at.clone()] != run[at] {
+            if all || !*expected || now[at.clone()] != run[at] {
                 written.push(*unit);
             }
         }

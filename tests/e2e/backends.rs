@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::bare::Bare;
 use crate::harness::{Dir, check, text};
@@ -46,10 +46,7 @@ fn blocks_that_look_alike_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
 }
 
 fn huge_pages_come_back_whole(dir: &Dir, qemu: Qemu) -> Result<()> {
-    // The pool is the host's, and holds both guests of one of these tests, and two that
-    // are about to end.
-    static POOL: Mutex<()> = Mutex::new(());
-    let _one_at_a_time = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    // For both guests, and two that are about to end.
     let _pool = Pool::of(2 * MIB + 16)?;
     let backend = Some("memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M".to_owned());
     comes_back(dir, &GuestOptions { memory_backend: backend, ..options(qemu) })
@@ -91,17 +88,21 @@ fn comes_back(dir: &Dir, options: &GuestOptions) -> Result<()> {
 }
 
 /// The host's pool of 2 MiB pages, made larger for a test.
-struct Pool {
+pub struct Pool {
     before: String,
+    /// The pool is the host's: one test at a time has it.
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Pool {
     const SIZE: &str = "/proc/sys/vm/nr_hugepages";
 
     /// Room for two guests of so many MiB.
-    fn of(mib: u64) -> Result<Pool> {
+    pub fn of(mib: u64) -> Result<Pool> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let before = fs::read_to_string(Self::SIZE)?.trim().to_owned();
-        let pool = Pool { before };
+        let pool = Pool { before, _alone };
         let wanted = pool.before.parse::<u64>()? + mib;
         // Pages of 2 MiB may have to be put together first.
         let _ = fs::write("/proc/sys/vm/compact_memory", "1");

@@ -159,7 +159,7 @@ fn a_balloon_may_inflate_while_memory_is_filled(dir: &Dir, qemu: Qemu) -> Result
 }
 
 /// Leaves the guest that many MiB, and waits until its balloon holds the rest.
-fn set_balloon(socket: &Path, mib: u64) -> Result<()> {
+pub fn set_balloon(socket: &Path, mib: u64) -> Result<()> {
     let bytes = mib << 20;
     let mut qmp = Qmp::connect(socket)?;
     qmp.execute("balloon", json!({"value": bytes}))?;

@@ -38,6 +38,7 @@ mod libvirt;
 mod mapping;
 mod moments;
 mod ports;
+mod reset_devices;
 mod resets;
 mod runs;
 mod sandbox;

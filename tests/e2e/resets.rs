@@ -8,7 +8,7 @@ use snapback::page::{BlockId, Location, PAGE_SIZE, Page, PageSource};
 
 use crate::harness::{Dir, Reverted, Running, Snapback, send_signal, text, wait_gone};
 use crate::moments::records;
-use crate::shared::{options, shared};
+use crate::shared::{MIB, options, shared};
 use crate::support::{
     Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, debian, pmemsave, qmp,
     query_status, stop, wait_for, wait_until,
@@ -29,9 +29,9 @@ tests! {
     a_guest_with_a_new_device_gets_a_new_process
 }
 
-/// How often a guest is reset: a hundred times where it may take long.
+/// How often a guest is reset: `make torture` does so a hundred times.
 fn rounds() -> u64 {
-    std::env::var("SNAPBACK_RESETS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(10)
+    std::env::var("SNAPBACK_RESETS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(4)
 }
 
 /// A revert of the shared guest whose `reset` is to be had.
@@ -153,7 +153,7 @@ fn every_page_is_the_images_after_a_reset(dir: &Dir, qemu: Qemu) -> Result<()> {
         reset(dir, &mut guest)?;
         assert_eq!(query_status(&guest.qmp_path)?, "paused");
         let memory = dir.path("memory");
-        let len = 256 << 20;
+        let len = MIB << 20;
         pmemsave(&guest.qmp_path, 0, len, &memory)?;
         let wrong = differing(&image, &memory, len)?;
         assert!(wrong.is_empty(), "{wrong:x?}");
@@ -163,13 +163,13 @@ fn every_page_is_the_images_after_a_reset(dir: &Dir, qemu: Qemu) -> Result<()> {
 }
 
 /// Where the main memory in a file differs from that of an image: addresses of pages.
-fn differing(image: &Path, memory: &Path, len: u64) -> Result<Vec<u64>> {
+pub fn differing(image: &Path, memory: &Path, len: u64) -> Result<Vec<u64>> {
     let image = Image::open(image)?;
     let block = image.manifest().blocks.iter().position(|block| block.name == "pc.ram");
     let block = BlockId(block.ok_or("no main memory")? as u16);
     let (memory, mut reader) = (std::fs::read(memory)?, image.reader()?);
     let mut wrong = Vec::new();
-    for number in 0..len.min(image.blocks()[block.index()].len) / PAGE_SIZE as u64 {
+    for number in 0..len / PAGE_SIZE as u64 {
         let now = &memory[number as usize * PAGE_SIZE..][..PAGE_SIZE];
         let same = match image.locate(Page { block, number })? {
             Location::Zero => now.iter().all(|byte| *byte == 0),

@@ -19,23 +19,24 @@ impl ProcessMemory {
         Ok(ProcessMemory(file))
     }
 
-    /// Reads memory. Waits where a page is missing that a userfaultfd serves.
+    /// Reads memory.
     ///
     /// # Errors
-    /// When some of it is not mapped, or the process has ended.
+    /// When the process has ended, and EIO where some of it is not mapped, or is missing and
+    /// served by a userfaultfd: nobody is waited for.
     pub fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.0.read_exact_at(bytes, address)
     }
 
-    /// Writes memory. Waits where a page is missing that a userfaultfd serves, or write-protected
-    /// by one.
+    /// Writes memory.
     ///
     /// # Safety
     /// The range must be memory of which the process expects that somebody else writes to it,
     /// such as that of a guest: anything else in the process may be corrupted.
     ///
     /// # Errors
-    /// As for [`ProcessMemory::read`].
+    /// As for [`ProcessMemory::read`], and EIO where some of it is write-protected by a userfaultfd.
+    /// What stands before that may have been written.
     pub unsafe fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all_at(bytes, address)
     }
