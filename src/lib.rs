@@ -55,6 +55,7 @@
 //! | [`revert()`], [`serve()`], [`harvest()`] | brings a guest back, in a QEMU of ours or of others, or to learn its working set |
 //! | [`take_over()`] | goes on with a guest whose server was killed, started by its keeper |
 //! | [`resume()`] | goes on with a guest whose server and keeper were both killed |
+//! | [`revert_resettable()`] | brings a guest back that can be reset inside its QEMU, again and again |
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
@@ -105,7 +106,8 @@ pub use memory::WorkingSet;
 pub use revert::{
     CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResetWay, ResumeOptions,
     RevertError, RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable,
-    harvest, resume, revert, serve, session, take_over,
+    harvest, resume,
+    revert, revert_resettable, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,

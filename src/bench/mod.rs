@@ -10,6 +10,7 @@ mod directory;
 mod host;
 mod peers;
 pub mod report;
+mod resets;
 mod runs;
 mod sample;
 mod setup;
@@ -273,6 +274,9 @@ pub async fn bench(
         for &cache in &caches {
             for entrant in &entrants {
                 let sample = match entrant {
+                    Entrant::Snapback(Method::Reset) => {
+                        resets::measure(&setup, cache, round, &cancel).await?
+                    }
                     Entrant::Snapback(method) => {
                         runs::measure(&setup, *method, cache, round, &cancel).await?
                     }
@@ -337,7 +341,7 @@ async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, Be
         qemu = format!("{version} {}", version.package).trim_end().to_owned();
         placing = recorder.placing;
     }
-    let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload];
+    let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload, Method::Reset];
     let (mut methods, mut skipped) = (Vec::new(), Vec::new());
     match placing {
         Some((Placement::Uffd, _)) => methods.extend(by_uffd),

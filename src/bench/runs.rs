@@ -73,20 +73,7 @@ pub(super) async fn bring_back(
     how: &How,
     cancel: &Cancellation,
 ) -> Result<(Recorder, Held), BenchError> {
-    let options = RevertOptions {
-        rewrite: run.rewrite(setup.options),
-        delivery: Delivery {
-            placement: how.placement,
-            working_set: how.working_set.is_some(),
-            working_set_file: how.working_set.clone(),
-            // Nothing that a run measures comes behind it.
-            collapse: false,
-            fail_on_damage: true,
-            ..Delivery::default()
-        },
-        preload: how.preload,
-        ..RevertOptions::new(&setup.options.image)
-    };
+    let options = options(setup, run, how);
     let mut recorder = Recorder::new(setup, run);
     let ours = Cancellation::new();
     let mut interrupted = false;
@@ -112,6 +99,24 @@ pub(super) async fn bring_back(
         }
         Err(RevertError::Interrupted(_)) => Err(BenchError::Interrupted),
         held => Ok((recorder, held?)),
+    }
+}
+
+/// How the guest of a run is brought back.
+pub(super) fn options(setup: &Setup<'_>, run: &Run, how: &How) -> RevertOptions {
+    RevertOptions {
+        rewrite: run.rewrite(setup.options),
+        delivery: Delivery {
+            placement: how.placement,
+            working_set: how.working_set.is_some(),
+            working_set_file: how.working_set.clone(),
+            // Nothing that a run measures comes behind it.
+            collapse: false,
+            fail_on_damage: true,
+            ..Delivery::default()
+        },
+        preload: how.preload,
+        ..RevertOptions::new(&setup.options.image)
     }
 }
 

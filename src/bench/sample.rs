@@ -17,6 +17,8 @@ pub enum Method {
     UffdPreload,
     /// snapback, by QEMU's postcopy socket, without a working set.
     Socket,
+    /// snapback, inside the guest's own QEMU: a reset.
+    Reset,
     /// QEMU's `-incoming` from a file that holds a migration stream.
     Stream,
     /// QEMU's `-incoming` from a file made with the capability `mapped-ram`.
@@ -35,6 +37,7 @@ impl Method {
             Method::UffdWorkingSet => "uffd+ws",
             Method::UffdPreload => "uffd+preload",
             Method::Socket => "socket",
+            Method::Reset => "reset",
             Method::Stream => "stream",
             Method::MappedRam => "mapped-ram",
             Method::MappedRamMultifd => "mapped-ram+multifd",
@@ -55,6 +58,7 @@ impl Method {
             Method::UffdWorkingSet => "the same, the recorded working set first",
             Method::UffdPreload => "the same, the guest runs once its working set is in place",
             Method::Socket => "snapback, pages sent by QEMU's postcopy socket, no working set",
+            Method::Reset => "snapback, a reset inside the guest's own QEMU, which has run",
             Method::Stream => "QEMU loads a migration stream from a file",
             Method::MappedRam => "QEMU loads a mapped-ram file",
             Method::MappedRamMultifd => "QEMU loads a mapped-ram file by multifd, 2 channels",

@@ -79,6 +79,24 @@ pub async fn revert_held(
     Ok(held.unwrap_or_else(|| unreachable!("a session that was planned has a QEMU of ours")))
 }
 
+/// As [`revert_held`], and further to a guest that can be reset inside its QEMU, by
+/// [`Resettable::reset`]. [`RevertOptions::resettable`] is taken for set.
+///
+/// # Errors
+/// As [`revert`], and [`RevertError::Reset`] where the guest can't be reset so: its QEMU has been
+/// ended then.
+pub async fn revert_resettable(
+    options: &RevertOptions,
+    cancel: Cancellation,
+    mut on_event: impl FnMut(RevertEvent),
+) -> Result<Resettable, RevertError> {
+    let options = RevertOptions { domain: None, resettable: true, ..options.clone() };
+    let resident = to_resident(&options, cancel, &mut on_event).await?;
+    let resettable = Resettable::track(resident).await.map_err(|not| not.error)?;
+    on_event(RevertEvent::Resettable { written: resettable.written() });
+    Ok(resettable)
+}
+
 /// Goes all the way.
 async fn to_resident(
     options: &RevertOptions,

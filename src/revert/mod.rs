@@ -31,7 +31,7 @@ pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
 pub use harvest::harvest;
-pub use journey::{Reverted, revert, revert_held};
+pub use journey::{Reverted, revert, revert_held, revert_resettable};
 pub use options::{
     Delivery, Orphan, Placement, ResumeOptions, RevertOptions, ServeOptions, Target,
 };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::contents::set_clock;
-use super::resident::Resident;
+use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
 use crate::reset::{Answer, Request, Requests, ResetError, Rewinder};
@@ -56,6 +56,11 @@ impl Resettable {
             }
             Err(error) => Err(Box::new(NotResettable { resident, error })),
         }
+    }
+
+    /// QEMU's process id, where it is known.
+    pub fn pid(&self) -> Option<i32> {
+        self.resident.qemu.pid()
     }
 
     /// How many host pages the guest has written since the last reset.
@@ -143,6 +148,12 @@ impl Resettable {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// The QEMU that we have started for it. Its guest's writes are tracked no more.
+    pub(crate) fn into_held(self) -> Option<Held> {
+        self.rewinder.tracker().end();
+        self.resident.into_held()
     }
 
     /// Lets the guest run on untracked; returns the process id of its QEMU, and how its memory
