@@ -341,7 +341,7 @@ async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, Be
         qemu = format!("{version} {}", version.package).trim_end().to_owned();
         placing = recorder.placing;
     }
-    let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload, Method::Reset];
+    let by_uffd = [Method::Uffd, Method::UffdWorkingSet, Method::UffdPreload];
     let (mut methods, mut skipped) = (Vec::new(), Vec::new());
     match placing {
         Some((Placement::Uffd, _)) => methods.extend(by_uffd),
@@ -351,6 +351,10 @@ async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, Be
         }
     }
     methods.push(Method::Socket);
+    match resets::lack(setup, cancel).await? {
+        None => methods.push(Method::Reset),
+        Some(reason) => skipped.push(Skipped { way: Method::Reset, reason }),
+    }
     Ok(Recorded { methods, skipped, qemu, working_set_pages: pages_in(setup, &working_set)? })
 }
 

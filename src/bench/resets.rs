@@ -1,7 +1,7 @@
 //! One reset: a guest that was brought back and has run is taken back inside its QEMU.
 
 use super::runs::{How, Recorder, options};
-use super::setup::Setup;
+use super::setup::{Run, Setup};
 use super::{BenchError, Cache, Method, Sample};
 use crate::cancel::Cancellation;
 use crate::revert::session::Resettable;
@@ -17,12 +17,7 @@ pub(super) async fn measure(
 ) -> Result<Sample, BenchError> {
     let run = setup.run()?;
     setup.settle(cache, &setup.image_files)?;
-    let options = options(setup, &run, &How::default());
-    let mut resettable = tokio::select! {
-        resettable = revert_resettable(&options, Cancellation::new(), |_| {}) => resettable?,
-        // The guest is of no use: it ends with what is dropped.
-        () = cancel.requested() => return Err(BenchError::Interrupted),
-    };
+    let mut resettable = bring_back(setup, &run, cancel).await?;
     let mut recorder = Recorder::new(setup, &run);
     recorder.ready(resettable.pid().unwrap_or_default());
     resettable.reset().await?;
@@ -31,6 +26,38 @@ pub(super) async fn measure(
     let signs = recorder.signs(&mut held.process, cancel).await;
     held.process.kill().await;
     Ok(recorder.sample(setup, Method::Reset, cache, round, None, signs?))
+}
+
+/// Why the image's guest can't be reset so; none where it can.
+pub(super) async fn lack(
+    setup: &Setup<'_>,
+    cancel: &Cancellation,
+) -> Result<Option<String>, BenchError> {
+    let run = setup.run()?;
+    let reset = match bring_back(setup, &run, cancel).await {
+        Ok(mut resettable) => resettable.reset().await.map(drop),
+        Err(BenchError::Revert(error)) => Err(error),
+        Err(error) => return Err(error),
+    };
+    match reset {
+        Ok(()) => Ok(None),
+        Err(RevertError::Reset(error)) => Ok(Some(error.to_string())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Brings the guest back, such that it can be reset.
+async fn bring_back(
+    setup: &Setup<'_>,
+    run: &Run,
+    cancel: &Cancellation,
+) -> Result<Resettable, BenchError> {
+    let options = options(setup, run, &How::default());
+    tokio::select! {
+        resettable = revert_resettable(&options, Cancellation::new(), |_| {}) => Ok(resettable?),
+        // The guest is of no use: it ends with what is dropped.
+        () = cancel.requested() => Err(BenchError::Interrupted),
+    }
 }
 
 /// The QEMU of a guest that needs no more resets.
