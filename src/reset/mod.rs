@@ -32,7 +32,8 @@ mod write_back;
 
 pub use error::ResetError;
 pub(crate) use memory::GuestMemory;
-pub(crate) use requests::{Answer, Request, Requests, SOCKET, ask};
+pub use requests::ResetOutcome;
+pub(crate) use requests::{Request, Requests, SOCKET, ask};
 pub(crate) use rewind::Rewinder;
 pub(crate) use state_file::StateFile;
 pub(crate) use tracker::Tracker;

@@ -28,23 +28,24 @@ pub(crate) enum Request {
     LetGo,
 }
 
-/// What has come of it.
+/// What has come of a reset inside QEMU.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Answer {
-    /// It is done.
+#[non_exhaustive]
+pub enum ResetOutcome {
+    /// The guest is back at its image, and goes on from there.
     Done {
         /// Host pages that were written back.
         pages: u64,
         /// How long it took, in milliseconds.
         took_ms: f64,
     },
-    /// It can't be done. Nothing was touched.
+    /// The guest can't be reset so, and goes on as it was.
     Refused {
         /// Why.
         why: String,
     },
-    /// It failed half-way. The guest does not run any more.
+    /// It failed half-way, and the guest's QEMU has been ended.
     Failed {
         /// Why.
         why: String,
@@ -89,8 +90,8 @@ impl Requests {
 }
 
 impl Asked {
-    /// Answers it. Who has asked may be gone, which changes nothing.
-    pub async fn answer(mut self, answer: &Answer) {
+    /// ResetOutcomes it. Who has asked may be gone, which changes nothing.
+    pub async fn answer(mut self, answer: &ResetOutcome) {
         let _ = write_line(&mut self.stream, answer).await;
     }
 }
@@ -99,7 +100,7 @@ impl Asked {
 ///
 /// # Errors
 /// When nobody listens there, or the server ends before it has answered.
-pub(crate) async fn ask(path: &Path, request: Request) -> io::Result<Answer> {
+pub(crate) async fn ask(path: &Path, request: Request) -> io::Result<ResetOutcome> {
     let mut stream = UnixStream::connect(path).await?;
     write_line(&mut stream, &request).await?;
     Ok(read_line(stream).await?.0)
@@ -135,14 +136,14 @@ mod tests {
         let served = tokio::spawn(async move {
             let asked = requests.next().await;
             let request = asked.request;
-            asked.answer(&Answer::Done { pages: 7, took_ms: 5.5 }).await;
+            asked.answer(&ResetOutcome::Done { pages: 7, took_ms: 5.5 }).await;
             request
         });
         let mut nonsense = UnixStream::connect(&path).await.unwrap();
         nonsense.write_all(b"{]\n").await.unwrap();
-        assert!(read_line::<Answer>(nonsense).await.is_err());
+        assert!(read_line::<ResetOutcome>(nonsense).await.is_err());
         let answer = ask(&path, Request::Reset).await.unwrap();
-        assert_eq!(answer, Answer::Done { pages: 7, took_ms: 5.5 });
+        assert_eq!(answer, ResetOutcome::Done { pages: 7, took_ms: 5.5 });
         assert_eq!(served.await.unwrap(), Request::Reset);
         assert!(ask(&path, Request::Reset).await.is_err());
     }

@@ -25,6 +25,7 @@ mod reset;
 mod run;
 mod stop;
 
+pub use crate::reset::ResetOutcome;
 pub(crate) use directory::{log_of, new_id};
 pub(crate) use entry::Entry;
 pub use error::RunsError;
@@ -32,7 +33,6 @@ pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;
 pub use record::Again;
 pub(crate) use record::{ProcessId, Record};
-pub use reset::ResetOutcome;
 pub(crate) use reset::{is_tracked, stop_tracking};
 pub use run::{Run, find, list};
 pub(crate) use run::{directory_of, keep_overlays};

@@ -3,30 +3,7 @@
 use std::io;
 
 use super::{Run, RunsError};
-use crate::reset::{Answer, Request, SOCKET, ask};
-
-/// What has come of a reset inside QEMU.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub enum ResetOutcome {
-    /// The guest is back at its image, and goes on from there.
-    Done {
-        /// Host pages that were written back.
-        pages: u64,
-        /// How long it took, in milliseconds.
-        took_ms: f64,
-    },
-    /// The guest can't be reset so, and goes on as it was.
-    Refused {
-        /// Why.
-        why: String,
-    },
-    /// It failed half-way, and the guest's QEMU has been ended.
-    Failed {
-        /// Why.
-        why: String,
-    },
-}
+use crate::reset::{Request, ResetOutcome, SOCKET, ask};
 
 /// Whether the writes of the guest in this QEMU are tracked: nobody else can write-protect its
 /// memory meanwhile.
@@ -60,18 +37,14 @@ impl Run {
     /// When nobody tracks its writes: it was not started as one to be reset, is not resident yet, or
     /// its server was killed.
     pub async fn reset(&self) -> Result<ResetOutcome, RunsError> {
-        Ok(match self.ask(Request::Reset).await? {
-            Answer::Done { pages, took_ms } => ResetOutcome::Done { pages, took_ms },
-            Answer::Refused { why } => ResetOutcome::Refused { why },
-            Answer::Failed { why } => ResetOutcome::Failed { why },
-        })
+        self.ask(Request::Reset).await
     }
 
     fn is_tracked(&self) -> bool {
         self.directory().join(SOCKET).exists()
     }
 
-    async fn ask(&self, request: Request) -> Result<Answer, RunsError> {
+    async fn ask(&self, request: Request) -> Result<ResetOutcome, RunsError> {
         let path = self.directory().join(SOCKET);
         ask(&path, request).await.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {

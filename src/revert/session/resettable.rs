@@ -7,7 +7,7 @@ use super::contents::set_clock;
 use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
-use crate::reset::{Answer, Request, Requests, ResetError, Rewinder};
+use crate::reset::{Request, Requests, ResetError, ResetOutcome, Rewinder};
 use crate::revert::error::RevertError;
 use crate::revert::event::{ResetWay, RevertEvent};
 use crate::revert::outcome::Outcome;
@@ -130,7 +130,7 @@ impl Resettable {
             if asked.request == Request::LetGo {
                 // Whoever asks goes on as soon as it is answered.
                 tracker.end();
-                asked.answer(&Answer::Done { pages: 0, took_ms: 0.0 }).await;
+                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
                 return Ok(());
             }
             let reset = self.rewind().await;
@@ -191,11 +191,11 @@ fn known_ahead(sections: &Sections, rtc: Rtc) -> Option<&Sections> {
     (rtc != Rtc::Keep).then_some(sections)
 }
 
-fn answer(reset: &Result<Reset, RevertError>) -> Answer {
+fn answer(reset: &Result<Reset, RevertError>) -> ResetOutcome {
     match reset {
-        Ok(Reset { pages, took_ms }) => Answer::Done { pages: *pages, took_ms: *took_ms },
-        Err(error) if error.is_refusal() => Answer::Refused { why: error.to_string() },
-        Err(error) => Answer::Failed { why: error.to_string() },
+        Ok(Reset { pages, took_ms }) => ResetOutcome::Done { pages: *pages, took_ms: *took_ms },
+        Err(error) if error.is_refusal() => ResetOutcome::Refused { why: error.to_string() },
+        Err(error) => ResetOutcome::Failed { why: error.to_string() },
     }
 }
 
