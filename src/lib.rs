@@ -83,6 +83,7 @@ rooms! {
 #[doc(hidden)]
 pub mod cli;
 pub mod doctor;
+mod failpoint;
 mod rate;
 pub mod runs;
 

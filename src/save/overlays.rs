@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::access::Access;
 use super::checked::Checked;
-use super::failpoints::failpoint;
 use super::overlay_error::OverlayError;
+use crate::failpoint::failpoint;
 use crate::guest::{FoundDisk, write_overlay};
 use crate::host::procfs::owner;
 use crate::qmp::{Qmp, QmpError};
