@@ -84,6 +84,7 @@ rooms! {
 #[doc(hidden)]
 pub mod cli;
 pub mod doctor;
+mod failpoint;
 mod qcow2;
 mod rate;
 pub mod runs;

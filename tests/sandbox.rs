@@ -14,7 +14,7 @@ use std::thread;
 
 use snapback::host::pidfd::Pidfd;
 use snapback::host::procfs::{Mapping, Pagemap};
-use snapback::host::sandbox::{Access, Sandbox};
+use snapback::host::sandbox::{Access, Sandbox, is_inside};
 
 /// Names the directory of the child that tries; unset in the test itself.
 const PLACE: &str = "SNAPBACK_TEST_SANDBOX";
@@ -120,7 +120,9 @@ fn from_inside() {
         // Unlike `read_exact`, which would try again.
         ours.read(&mut byte).map(|_| byte[0])
     });
+    assert!(!is_inside());
     inside.sandbox.enter().unwrap();
+    assert!(is_inside());
     if !fenced {
         println!("this kernel has no Landlock: files are not tried");
     }

@@ -4,8 +4,6 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Args;
-
 use super::FAILED;
 use crate::keeper::Successor;
 use crate::libvirt::DomainAddress;
@@ -13,16 +11,6 @@ use crate::save::GuestAddress;
 
 /// The program that runs now, even if its file has been replaced since.
 pub(super) const THIS_PROGRAM: &str = "/proc/self/exe";
-
-#[derive(Args)]
-pub(super) struct KeeperArgs {
-    /// Clean up behind a save
-    #[arg(long)]
-    clean_up: bool,
-    /// The arguments of a new server, or of what cleans up
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    successor: Vec<OsString>,
-}
 
 /// What a keeper starts in the place of a server that prints in this way.
 pub(super) fn successor(json: bool, serving_detached: bool) -> Successor {
@@ -55,17 +43,23 @@ pub(super) fn cleaner(guest: &GuestAddress, image: &Path, json: bool) -> Success
     Successor::cleaning_up(THIS_PROGRAM, arguments)
 }
 
-/// Runs a keeper.
-pub(super) fn run(args: KeeperArgs) -> ExitCode {
-    let kept = match args.clean_up {
-        true => crate::keeper::clean_up(args.successor),
-        false => crate::keeper::run(args.successor),
+/// Runs a keeper, where this process was started as one. Nothing else that the program begins with
+/// has happened: a keeper stays beside a guest, and is to be small.
+pub(super) fn run(arguments: impl Iterator<Item = OsString>) -> Option<ExitCode> {
+    let mut arguments = arguments.peekable();
+    arguments.next_if(|argument| argument == "keeper")?;
+    let cleans_up = arguments.next_if(|argument| argument == "--clean-up").is_some();
+    arguments.next_if(|argument| argument == "--");
+    let successor = arguments.collect();
+    let kept = match cleans_up {
+        true => crate::keeper::clean_up(successor),
+        false => crate::keeper::run(successor),
     };
-    match kept {
+    Some(match kept {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("snapback: a keeper is started by a page server or a save only ({error})");
             ExitCode::from(FAILED)
         }
-    }
+    })
 }

@@ -92,9 +92,6 @@ enum Command {
     Broker(broker::BrokerArgs),
     /// Go on with a reverted guest whose page server and keeper were both killed
     Resume(resume::ResumeArgs),
-    /// Hold what a page server needs, and start another when it is killed
-    #[command(hide = true)]
-    Keeper(keeper::KeeperArgs),
 }
 
 /// How memory is brought, in whatever way it reaches the guest.
@@ -302,11 +299,13 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
 /// Runs the program with its arguments. Wrong usage ends it here, with a message and exit
 /// code 2.
 pub fn main() -> ExitCode {
+    if let Some(code) = keeper::run(std::env::args_os().skip(1)) {
+        return code;
+    }
     let cli = Cli::parse();
     init_log();
     let command = match cli.command {
-        // They are to be small: no runtime.
-        Command::Keeper(args) => return keeper::run(args),
+        // It is to be small: no runtime.
         Command::Broker(args) => return broker::run(args),
         command => command,
     };
@@ -359,7 +358,6 @@ async fn run(command: Command) -> ExitCode {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
         }
         Command::Resume(args) => (args.json || args.serving_detached, resume::run(args).await),
-        Command::Keeper(args) => return keeper::run(args),
         Command::Broker(args) => return broker::run(args),
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };

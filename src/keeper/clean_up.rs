@@ -14,9 +14,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::waitpid;
 use nix::unistd::read;
 
-use super::process::Program;
+use super::process::{Program, begin};
 use super::protocol::{Held, Message, Received, receive};
-use crate::host::packets;
 use crate::host::pidfd::wait_end;
 
 /// Bytes that are read at once.
@@ -28,7 +27,7 @@ const PIECE_BYTES: usize = 256 << 10;
 /// # Errors
 /// When the process was not started as a keeper, or cleaning up can't be started.
 pub fn clean_up(arguments: Vec<OsString>) -> io::Result<()> {
-    let save = packets::take_stdin()?;
+    let save = begin()?;
     let cleaner = Program::new(arguments)?;
     let mut buffer = vec![0; PIECE_BYTES];
     let (mut process, mut stream) = (None, None);

@@ -14,7 +14,6 @@ use super::protocol::{Held, Message, Received, receive, send};
 use super::restarts::Restarts;
 use crate::host::packets;
 use crate::host::pidfd::Pidfd;
-use crate::host::program::in_own_session;
 use crate::host::sandbox::Sandbox;
 
 /// The program that becomes the keeper, and what it starts when the server has died.
@@ -278,8 +277,11 @@ fn supervise(
     }
 }
 
-/// Starts the keeper in a session of its own, so that signals of our terminal don't reach it.
-/// Its end of the connection is its standard input.
+/// Starts the keeper. Its end of the connection is its standard input.
+///
+/// It enters a session of its own by itself. Where nothing is to be done between fork and exec,
+/// the child borrows our memory instead of copying our page tables (posix_spawn(3)), which would
+/// hold up all our threads while a guest is brought back.
 fn spawn(successor: &Successor, theirs: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new(&successor.program);
     command.arg("keeper");
@@ -287,6 +289,5 @@ fn spawn(successor: &Successor, theirs: OwnedFd) -> io::Result<Child> {
         command.arg("--clean-up");
     }
     command.arg("--").args(&successor.arguments).stdin(theirs);
-    in_own_session(&mut command);
     command.spawn()
 }

@@ -42,8 +42,8 @@ pub struct Inheritance {
     /// QEMU's mappings and its page map, where the server was in a sandbox.
     pub(crate) mappings: Option<OwnedFd>,
     pub(crate) page_map: Option<OwnedFd>,
-    /// The connection with the server's broker, where the server was in a sandbox. This process
-    /// is in it too.
+    /// The connection with the server's broker, where the server was in a sandbox, or about to
+    /// enter one. Where this process is in a sandbox too, there is a broker.
     pub(crate) broker: Option<OwnedFd>,
     /// The keeper that has started this process.
     pub(crate) keeper: Keeper,

@@ -1,16 +1,31 @@
-//! What the process of any keeper starts: this program again, made ready ahead.
+//! What the process of any keeper begins with, and what it starts: this program again, made ready
+//! ahead.
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsString};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 
 use nix::errno::Errno;
 
+use crate::host::packets;
 use crate::host::pidfd::Pidfd;
 
 /// The program that runs now, even if its file has been replaced.
 const THIS_PROGRAM: &std::ffi::CStr = c"/proc/self/exe";
+
+/// Takes the connection with whoever has started this process, and leaves that one's session, so
+/// that signals of its terminal don't come here. One that came before has ended this process, and
+/// another is started.
+///
+/// # Errors
+/// When this process was not started as a keeper.
+pub(super) fn begin() -> io::Result<OwnedFd> {
+    let connection = packets::take_stdin()?;
+    nix::unistd::setsid()?;
+    Ok(connection)
+}
 
 /// A program to start, made ready ahead: its arguments and environment as execve(2) takes them.
 pub(super) struct Program {

@@ -15,7 +15,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::inheritance::{CONNECTION, number};
 use super::ledger::{Ledger, monotonic_ns};
-use super::process::Program;
+use super::process::{Program, begin};
 use super::protocol::{Held, Message, Received, receive};
 use super::restarts::Restarts;
 use crate::host::packets;
@@ -28,7 +28,7 @@ use crate::host::sandbox::Sandbox;
 /// # Errors
 /// When the process was not started as a keeper.
 pub fn run(arguments: Vec<OsString>) -> io::Result<()> {
-    let server = packets::take_stdin()?;
+    let server = begin()?;
     let mut keeper = Keeper {
         server: Some(server),
         held: [const { None }; Held::ALL.len()],

@@ -153,10 +153,14 @@ impl Kept {
         self.holder.hold(Held::PageMap, page_map)
     }
 
-    /// This process is in a sandbox from now on, and so will be its successors.
-    pub fn confine(&self, sandbox: Sandbox, broker: &Broker) -> io::Result<()> {
-        self.holder.confine(sandbox);
+    /// There is a broker for this process, and for successors in the same sandbox.
+    pub fn hold_broker(&self, broker: &Broker) -> io::Result<()> {
         self.holder.hold(Held::Broker, broker.connection())
+    }
+
+    /// This process is in a sandbox from now on, and so will be its successors.
+    pub fn confine(&self, sandbox: Sandbox) {
+        self.holder.confine(sandbox);
     }
 
     /// Pages go directly from now on.

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
-use super::failpoints::failpoint;
 use super::moment::{Moment, millis};
 use super::overlays::Overlay;
 use super::receive::Received;
 use super::saving::Saving;
+use crate::failpoint::failpoint;
 use crate::guest;
 use crate::image::{ImageError, Saved};
 use crate::machine::{Disk, DiskRole, Machine};

@@ -9,7 +9,6 @@ mod checked;
 mod collapse;
 mod error;
 mod event;
-mod failpoints;
 mod finish;
 mod migration;
 mod moment;

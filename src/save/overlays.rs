@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::access::Access;
 use super::checked::Checked;
-use super::failpoints::failpoint;
 use super::overlay_error::OverlayError;
+use crate::failpoint::failpoint;
 use crate::guest::FoundDisk;
 use crate::host::procfs::owner;
 use crate::qcow2::{Backing, write_overlay};

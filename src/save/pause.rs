@@ -3,10 +3,10 @@
 
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::failpoints::failpoint;
 use super::moment::PauseClock;
 use super::saving::Saving;
 use super::{migration, overlays};
+use crate::failpoint::failpoint;
 use crate::guest;
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::failpoints::failpoint;
 use super::saving::Saving;
 use super::{collapse, overlays, prefault};
+use crate::failpoint::failpoint;
 use crate::{guest, runs};
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {

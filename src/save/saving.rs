@@ -8,11 +8,11 @@ use super::check;
 use super::checked::Checked;
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::failpoints::failpoint;
 use super::options::SaveOptions;
 use super::settings::Settings;
 use super::undo::Undo;
 use crate::cancel::Cancellation;
+use crate::failpoint::failpoint;
 use crate::keeper::{Held, Keeper, if_started};
 
 /// A save under way. Each step is a method, in a file of its own.

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::failpoints::failpoint;
 use super::migration;
 use super::moment::{Moment, PauseClock};
 use super::receive::{Received, Receiving};
 use super::release::while_releasing;
 use super::saving::Saving;
+use crate::failpoint::failpoint;
 use crate::qmp::{Event, Events, QmpError};
 use crate::wire::WireError;
 

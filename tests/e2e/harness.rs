@@ -338,15 +338,7 @@ impl Running {
 
     /// Waits until it stands still (SIGSTOP).
     pub fn wait_stopped(&self) -> Result<()> {
-        wait_for(SOON, "the program to stand still", || {
-            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-            // The name in parentheses may hold anything; the state follows it.
-            match stat.rsplit_once(") ").map(|(_, rest)| &rest[..1]) {
-                Some("T") => Ok(Some(())),
-                Some("Z" | "X") | None => Err("it ended before".into()),
-                Some(_) => Ok(None),
-            }
-        })
+        wait_stopped(self.pid())
     }
 
     /// Waits for its end.
@@ -380,6 +372,19 @@ impl Drop for Running {
 pub fn send_signal(pid: u32, signal: i32) {
     // SAFETY: kill(2) takes numbers only.
     unsafe { libc::kill(pid as i32, signal) };
+}
+
+/// Waits until a process stands still (SIGSTOP).
+pub fn wait_stopped(pid: u32) -> Result<()> {
+    wait_for(SOON, "the program to stand still", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The name in parentheses may hold anything; the state follows it.
+        match stat.rsplit_once(") ").map(|(_, rest)| &rest[..1]) {
+            Some("T") => Ok(Some(())),
+            Some("Z" | "X") | None => Err("it ended before".into()),
+            Some(_) => Ok(None),
+        }
+    })
 }
 
 /// Codes of errors that come up once something has been touched; any other code but those of

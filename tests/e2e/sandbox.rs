@@ -5,7 +5,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::harness::{Dir, Ended, Reverted, Running, send_signal, text, wait_gone};
+use crate::harness::{
+    Dir, Ended, Reverted, Running, STOP_AT, send_signal, text, wait_gone, wait_stopped,
+};
 use crate::interrupts::UNFILLED;
 use crate::killed_reverts::{SUCCESSOR, kill_both, process};
 use crate::shared::{copy, shared};
@@ -22,6 +24,7 @@ tests! {
     a_broker_that_is_silent_or_gone_hangs_nobody
     a_chain_is_served_on_by_a_successor_inside
     a_detached_server_is_in_the_sandbox
+    a_server_that_dies_on_its_way_inside_is_followed_by_one_inside
     a_server_that_is_to_keep_its_rights_does
     an_image_that_others_can_read_is_warned_about
 }
@@ -184,6 +187,30 @@ fn a_detached_server_is_in_the_sandbox(dir: &Dir) -> Result<()> {
     let pid = ended.event("running")?["pid"].as_u64().ok_or("no QEMU")? as u32;
     send_signal(pid, libc::SIGKILL);
     wait_gone(pid)
+}
+
+fn a_server_that_dies_on_its_way_inside_is_followed_by_one_inside(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    let revert = dir.revert(&shared.image, &shared.from, &to).with(&UNFILLED);
+    let mut guest = Reverted::of(revert.env(STOP_AT, "outside"), &to)?;
+    server(&mut guest)?.wait_stopped()?;
+    let (keeper, broker) = (process(dir, KEEPER)?, process(dir, BROKER)?);
+    server(&mut guest)?.signal(libc::SIGKILL);
+    server(&mut guest)?.wait("taken_over")?;
+    let successor = process(dir, SUCCESSOR)?;
+    // It comes the same way, with a broker of its own.
+    wait_stopped(successor)?;
+    wait_gone(broker)?;
+    assert!(!is_inside(successor) && !is_inside(keeper));
+    let broker = process(dir, BROKER)?;
+    send_signal(successor, libc::SIGCONT);
+    wait_inside(successor)?;
+    wait_inside(keeper)?;
+    let ended = finished(&mut guest, successor)?;
+    assert!(ended.stderr.is_empty(), "{ended:?}");
+    [successor, keeper, broker].into_iter().try_for_each(wait_gone)?;
+    guest.check(&shared.nonce)
 }
 
 fn a_server_that_is_to_keep_its_rights_does(dir: &Dir) -> Result<()> {

@@ -19,6 +19,7 @@ mod threads;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+pub use calls::is_inside;
 pub use files::Access;
 pub use outside::{open, open_here, set_opener};
 

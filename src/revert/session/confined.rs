@@ -2,11 +2,12 @@
 //! anybody's for as long as the guest needs it.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::qemu::Qemu;
+use crate::failpoint::failpoint;
 use crate::host::huge_pages;
 use crate::host::procfs::AddressSpace;
 use crate::host::sandbox::{self, Access, Sandbox};
@@ -35,8 +36,17 @@ impl Confinement {
         program.map_or(Confinement::None, Confinement::Wanted)
     }
 
+    /// That of a successor, with what it was given of its predecessor's broker. One that is inside
+    /// was given it; one outside begins anew, and the broker ends.
+    pub fn inherited(broker: Option<OwnedFd>, program: Option<PathBuf>) -> Confinement {
+        match broker.map(Broker::inherited) {
+            Some(broker) if sandbox::is_inside() => Confinement::inside(broker),
+            _ => Confinement::wanted(program),
+        }
+    }
+
     /// Inside, with this broker. What the sandbox refuses to open is opened by it.
-    pub fn inside(broker: Broker) -> Confinement {
+    fn inside(broker: Broker) -> Confinement {
         let broker = Arc::new(broker);
         let opener = Arc::downgrade(&broker);
         sandbox::set_opener(Arc::new(move |path| match opener.upgrade() {
@@ -107,9 +117,13 @@ impl Confined<'_> {
     fn enter(&self, program: &Path) -> io::Result<Broker> {
         let broker = Broker::start(program, &self.rights()?)?;
         let sandbox = Sandbox::new(&self.access())?;
-        if let Some((kept, space)) = self.kept.zip(self.space) {
-            kept.hold_address_space(space)?;
+        // A keeper that is confined has all that a successor needs in there, at whatever moment this
+        // process dies.
+        if let Some(kept) = self.kept {
+            self.space.map_or(Ok(()), |space| kept.hold_address_space(space))?;
+            kept.hold_broker(&broker)?;
         }
+        failpoint("outside");
         sandbox.enter()?;
         if !sandbox.fences_files() {
             tracing::warn!(
@@ -118,7 +132,7 @@ impl Confined<'_> {
             );
         }
         if let Some(kept) = self.kept {
-            kept.confine(sandbox, &broker)?;
+            kept.confine(sandbox);
         }
         Ok(broker)
     }

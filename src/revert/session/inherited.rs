@@ -14,7 +14,6 @@ use super::running::Running;
 use crate::cancel::Cancellation;
 use crate::host::procfs::AddressSpace;
 use crate::keeper::Inheritance;
-use crate::revert::broker::Broker;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::kept::{Details, Kept, note_keepers};
 use crate::runs::{Entry, ProcessId};
@@ -75,10 +74,7 @@ impl Running {
         note_keepers(&keeper, &kept.ledger, connection.run.as_ref());
         connection.keep(keeper, kept);
         connection.space = space.map(Arc::new);
-        connection.confinement = match broker {
-            Some(broker) => Confinement::inside(Broker::inherited(broker)),
-            None => Confinement::wanted(sandbox),
-        };
+        connection.confinement = Confinement::inherited(broker, sandbox);
         connection.take_over(UnixStream::from(stream), userfaultfd, fill)?;
         Ok(Running { connection })
     }

@@ -80,15 +80,21 @@ impl Planned {
         let is_mapped = !launcher.mapped().is_empty();
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| !is_mapped);
-        let keeper = keeper.and_then(|successor| {
+        let keep = async {
             let sandbox = sandbox.as_deref();
-            if_started(Kept::start(&successor, &image, &delivery, domain, sandbox, run.as_ref()))
-        });
+            keeper.and_then(|successor| {
+                let run = run.as_ref();
+                if_started(Kept::start(&successor, &image, &delivery, domain, sandbox, run))
+            })
+        };
         // QEMU's start takes tens of milliseconds.
         let contents = Reading::start(&image, &delivery, rtc, launcher.mapped());
         let lifecycle = Lifecycle::new(start, standby);
         let lifecycle = if is_mapped { lifecycle.mapped() } else { lifecycle };
-        let qemu = launcher.launch(image.identity().to_string(), &cancel).await?;
+        let launch = launcher.launch(image.identity().to_string(), &cancel);
+        // The keeper behind QEMU, whose start it would hold up, and while QEMU's takes its time.
+        let (qemu, keeper) = tokio::join!(biased; launch, keep);
+        let qemu = qemu?;
         let pid = qemu.pid();
         on_event(RevertEvent::QemuReady { pid: pid.unwrap_or_default() });
         if let Some((_, kept)) = &keeper {

@@ -8,11 +8,11 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::error::LeftOver;
+use crate::failpoint::failpoint;
 use crate::libvirt::{Domain, LibvirtError};
 use crate::qmp::{BlockEdge, Qmp, QmpError};
 use crate::save::access::Access;
 use crate::save::event::SaveEvent;
-use crate::save::failpoints::failpoint;
 use crate::save::overlays::Overlay;
 
 /// How long committing one overlay may take: it holds what the guest has written since the
