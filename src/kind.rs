@@ -54,7 +54,7 @@ kinds! {
     GuestState = "guest_state",
     /// Something in the guest rules out a snapshot.
     GuestUnsupported = "guest_unsupported",
-    /// A command that was to be run at the moment failed.
+    /// A command that was to be run at the moment, or once the guest ran, failed.
     HookFailed = "hook_failed",
     /// This host lacks something that is needed.
     HostUnsupported = "host_unsupported",

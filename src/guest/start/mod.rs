@@ -13,4 +13,5 @@ pub(super) mod own;
 pub(super) mod paths;
 pub(super) mod plan;
 pub(super) mod ports;
+pub(super) mod reach;
 pub(super) mod rewrite;

@@ -17,6 +17,7 @@ use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
+use crate::guest::start::reach::Reach;
 use crate::guest::start::{collisions, logs, netdevs, network, own, paths, ports};
 use crate::machine::Machine;
 
@@ -135,6 +136,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     line.push(CommandOption::new("incoming", "defer"));
 
     let sockets = collisions::sockets(&line, &cwd);
+    let reach = Reach::new(&line, &cwd, ports.ports);
     let (binary, env) = program_and_environment(machine, options, &rules)?;
     let program = options.qemu.as_ref().map_or(program.clone(), |_| binary.display().to_string());
     let mut argv = vec![program];
@@ -146,7 +148,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         env,
         sockets,
         paused,
-        ports: ports.ports,
+        reach,
         reserved: ports.reserved,
         own,
         notes,
