@@ -34,7 +34,7 @@ kinds! {
     ClonesFailed = "clones_failed",
     /// A command line can't be used.
     CommandLineInvalid = "command_line_invalid",
-    /// A revert can't bring back a device that was plugged in.
+    /// A revert can't bring back a device that was plugged in, or do with one what was asked.
     DeviceNotReplayable = "device_not_replayable",
     /// A domain of that name runs.
     DomainRuns = "domain_runs",

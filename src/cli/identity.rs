@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::hook::{Hook, RunningHook};
+use crate::guest::RewriteOptions;
 use crate::revert::{CloneIdentity, RevertEvent};
 
 /// What is done for a guest of its own.
@@ -14,9 +15,25 @@ pub(super) struct IdentityArgs {
     /// SNAPBACK_PID, SNAPBACK_QMP and SNAPBACK_PORTS in its environment
     #[arg(long, value_name = "COMMAND")]
     hook_running: Option<String>,
+    /// Give the guest a new generation ID, by which it knows that it is one of several now. It must
+    /// have been saved with the device vmgenid
+    #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
+    vmgenid: Option<Renewed>,
+}
+
+/// What takes the place of something that all guests of an image share.
+#[derive(Clone, Copy, ValueEnum)]
+enum Renewed {
+    /// A random one
+    New,
 }
 
 impl IdentityArgs {
+    /// Adds them to a revert's options.
+    pub fn apply(&self, options: RewriteOptions) -> RewriteOptions {
+        RewriteOptions { new_generation: self.vmgenid.is_some(), ..options }
+    }
+
     /// The command to be run once the guest runs.
     pub fn hook(&self) -> Option<Hook> {
         let command = self.hook_running.clone()?;

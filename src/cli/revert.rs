@@ -186,7 +186,7 @@ async fn start(
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        rewrite: args.host.apply(args.disks.apply(rewrite))?,
+        rewrite: args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?,
         domain: args.domain.options(),
         delivery,
         preload: args.preload,

@@ -3,19 +3,23 @@
 use std::fs;
 use std::path::Path;
 
+use serde_json::json;
+
 use crate::clones::{by_clone, running};
 use crate::harness::{Dir, Reverted, text, wait_gone};
 use crate::shared::shared;
-use crate::support::{Qemu, Result};
+use crate::support::{Contact, Guest, GuestOptions, Qemu, Result, debian, qmp};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_hook_is_told_whose_guest_runs
+    a_guest_finds_its_new_generation_id
 }
 
 tests! {
     a_hook_that_fails_leaves_its_guest_running
     a_hook_that_hangs_is_ended_by_an_interrupt
+    a_generation_id_is_only_for_guests_that_have_one
 }
 
 /// What a hook has found in its environment.
@@ -84,4 +88,75 @@ fn a_hook_that_hangs_is_ended_by_an_interrupt(dir: &Dir) -> Result<()> {
     assert!(ended.failure()?.contains("SIGTERM"), "{ended:?}");
     wait_gone(hook)?;
     guest.check(&shared.nonce)
+}
+
+/// The generation ID that a Debian guest finds in its memory, where its ACPI tables (the name VGIA
+/// in QEMU's SSDT) say, as hexadecimal digits in that order. Its page lies behind the memory that
+/// the kernel uses, so that /dev/mem shows it, by mmap(2) alone.
+fn generation_in_guest(guest: &mut Contact) -> Result<String> {
+    const READ: &str = "t=$(grep -la VGIA /sys/firmware/acpi/tables/SSDT*) && \
+        at=$(grep -abo VGIA $t | head -n 1 | cut -d: -f1) && \
+        perl -e 'open F, \"<\", \"/dev/mem\" or die; \
+        $at = syscall 9, 0, 4096, 1, 1, fileno F, $ARGV[0] + 0; die $! if $at == -1; \
+        print unpack \"x40 H32\", unpack \"P56\", pack \"Q\", $at' \
+        $(od -An -tu4 -j$((at + 5)) -N4 $t)";
+    debian::run(&mut guest.oracle, READ)
+}
+
+/// The generation ID that QEMU gives its guest, as the guest's memory has it: the first three
+/// numbers of it begin with their last byte.
+fn generation_of_qemu(guest: &Contact) -> Result<String> {
+    let answer = qmp(&guest.qmp_path, "query-vm-generation-id", json!({}))?;
+    let guid = answer["guid"].as_str().ok_or("no generation ID")?;
+    let parts: Vec<&str> = guid.split('-').collect();
+    let [a, b, c, d, e] = parts[..] else { return Err(format!("{guid} is no GUID").into()) };
+    let backwards = |digits: &str| -> String {
+        (0..digits.len()).step_by(2).rev().map(|at| &digits[at..at + 2]).collect()
+    };
+    Ok([backwards(a), backwards(b), backwards(c), d.to_owned(), e.to_owned()].concat())
+}
+
+fn a_guest_finds_its_new_generation_id(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let device = "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
+    let args = ["-device", device].map(String::from).into();
+    let mut guest = Guest::boot(&GuestOptions { args, ..debian::options(qemu, disk) })?;
+    const OLD: &str = "af6e4e32d1d1f64bbf41b9bb6c91fb87";
+    assert_eq!(
+        (generation_in_guest(&mut guest)?.as_str(), generation_of_qemu(&guest)?.as_str()),
+        (OLD, OLD)
+    );
+    dir.save(&guest, "vm.snap").succeed()?;
+
+    let mut seen = vec![OLD.to_owned()];
+    for place in ["uffd", "socket", "eager"] {
+        let to = dir.make(place)?;
+        let revert = dir.revert(&dir.path("vm.snap"), &guest.dir, &to);
+        let args = ["--ephemeral", "--place", place, "--vmgenid", "new"];
+        let mut reverted = Reverted::of(revert.with(&args), &to)?;
+        let early = generation_in_guest(&mut reverted)?;
+        reverted.resident()?;
+        let late = generation_in_guest(&mut reverted)?;
+        let given = generation_of_qemu(&reverted)?;
+        assert_eq!((&early, &late), (&given, &given), "{place}");
+        assert!(!seen.contains(&given), "{place}: {seen:?}");
+        seen.push(given);
+    }
+    let mut same = dir.reverted(&dir.path("vm.snap"), &guest.dir, "same")?;
+    assert_eq!(generation_in_guest(&mut same)?, OLD);
+    same.resident().map(drop)
+}
+
+fn a_generation_id_is_only_for_guests_that_have_one(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let revert = dir.snapback(&["revert", text(&shared.image), "--name", "w"]);
+    let ended = revert.with(&["--vmgenid", "new"]).end()?;
+    assert_eq!(
+        (ended.code, &ended.event("error")?["code"]),
+        (Some(3), &"device_not_replayable".into())
+    );
+    let told = ended.failure()?;
+    assert!(told.contains("--vmgenid new") && told.contains("vmgenid,guid=auto"), "{told}");
+    assert!(!dir.path("w").exists());
+    Ok(())
 }

@@ -4,6 +4,7 @@
 //! their [`own`], by [`isolation`] from network and disks or by [`mapping`] its memory.
 
 pub(super) mod collisions;
+mod identity;
 pub(super) mod isolation;
 mod logs;
 pub(super) mod mapping;

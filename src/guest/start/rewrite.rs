@@ -18,7 +18,7 @@ use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
 use crate::guest::start::reach::Reach;
-use crate::guest::start::{collisions, logs, netdevs, network, own, paths, ports};
+use crate::guest::start::{collisions, identity, logs, netdevs, network, own, paths, ports};
 use crate::machine::Machine;
 
 /// How a guest is started differently from its record.
@@ -59,6 +59,9 @@ pub struct RewriteOptions {
     /// disks unless [`OverlayOptions::directory`] says otherwise, and each recorded port without a
     /// rule in `ports` is replaced by a free one. So any number of guests run side by side.
     pub own: Option<PathBuf>,
+    /// Whether the guest gets a new generation ID (device `vmgenid`), which tells it that it is one
+    /// of several now. It must have been saved with such a device.
+    pub new_generation: bool,
     /// Blocks of memory that QEMU is to map from a file.
     pub mapped: Option<MappedMemory>,
 }
@@ -100,6 +103,9 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         None => options.ports.clone(),
     };
     let ports = ports::replace_in_line(&mut line, &ports, &mut notes)?;
+    if options.new_generation {
+        identity::renew_generation(&mut line, &mut notes)?;
+    }
     pin_machine_type(&mut line, &machine.machine_type);
     line.args.extend(CommandLine::parse(&options.extra).args);
 
