@@ -34,7 +34,7 @@ kinds! {
     ClonesFailed = "clones_failed",
     /// A command line can't be used.
     CommandLineInvalid = "command_line_invalid",
-    /// A revert can't bring back a device that was plugged in.
+    /// A revert can't bring back a device that was plugged in, or do with one what was asked.
     DeviceNotReplayable = "device_not_replayable",
     /// A domain of that name runs.
     DomainRuns = "domain_runs",
@@ -54,7 +54,7 @@ kinds! {
     GuestState = "guest_state",
     /// Something in the guest rules out a snapshot.
     GuestUnsupported = "guest_unsupported",
-    /// A command that was to be run at the moment failed.
+    /// A command that was to be run at the moment, or once the guest ran, failed.
     HookFailed = "hook_failed",
     /// This host lacks something that is needed.
     HostUnsupported = "host_unsupported",

@@ -77,7 +77,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp reset revert
+    agent bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp reset revert
     save transport wire
 }
 
@@ -116,6 +116,7 @@ pub use save::{
 
 /// What the errors of the journeys are made of.
 pub mod error {
+    pub use crate::agent::AgentError;
     pub use crate::guest::GuestError;
     pub use crate::host::PageSizeError;
     pub use crate::host::in_use::{Protocol, ReadError};
@@ -126,7 +127,7 @@ pub mod error {
     pub use crate::qmp::QmpError;
     pub use crate::reset::ResetError;
     pub use crate::revert::{AttachError, PostcopyError};
-    pub use crate::save::{AgentError, CheckError, JournalError, LeftOver, Obstacle, OverlayError};
+    pub use crate::save::{CheckError, JournalError, LeftOver, Obstacle, OverlayError};
     pub use crate::transport::TransportError;
     pub use crate::wire::WireError;
 }

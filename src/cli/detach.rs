@@ -12,6 +12,8 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::failure::{ErrorEvent, Failure};
+use super::hook::HookEvent;
+use super::identity::Awaited;
 use super::output::Output;
 use crate::cancel::Cancellation;
 use crate::host::program::in_own_session;
@@ -24,16 +26,17 @@ const SERVING: &str = "--serving-detached";
 const RUN_ID: &str = "--run-id";
 
 /// Starts a server in the background, of a clone by its number where there are several guests, and
-/// returns once the guest runs.
+/// returns once the guest runs and what is `awaited` beyond that has come.
 pub(super) async fn revert(
     log: Option<PathBuf>,
     clone: Option<u32>,
+    awaited: Awaited,
     cancel: Cancellation,
     output: Output,
 ) -> Result<(), Failure> {
     let only = clone.map(|number| format!("--only={number}"));
     let arguments = with(own_arguments(), only.as_deref());
-    in_background(arguments, None, log, cancel, &output).await
+    in_background(arguments, None, log, awaited, cancel, &output).await
 }
 
 /// Reverts in the background as another revert was begun, and returns once the guest runs.
@@ -43,7 +46,8 @@ pub(super) async fn repeat(
     output: &Output,
 ) -> Result<(), Failure> {
     let arguments = other.arguments.iter().map(OsString::from).collect();
-    in_background(arguments, Some(&other.directory), None, cancel, output).await
+    let awaited = Awaited::default();
+    in_background(arguments, Some(&other.directory), None, awaited, cancel, output).await
 }
 
 /// How the revert of this process is begun again.
@@ -66,6 +70,7 @@ async fn in_background(
     arguments: Vec<OsString>,
     directory: Option<&Path>,
     log: Option<PathBuf>,
+    awaited: Awaited,
     cancel: Cancellation,
     output: &Output,
 ) -> Result<(), Failure> {
@@ -78,13 +83,13 @@ async fn in_background(
     in_own_session(command.as_std_mut());
     let server = command.spawn().map_err(|e| Failure::io("starting the server failed", &e));
     let outcome = match server {
-        Ok(server) => pass_on(server, Until::Running, &cancel, output).await,
+        Ok(server) => pass_on(server, Until::Running(awaited), &cancel, output).await,
         Err(failure) => Err(failure),
     };
     match outcome {
-        Ok(server) => {
-            output.detached(server, id, &log);
-            Ok(())
+        Ok(Server { pid, failed }) => {
+            output.detached(pid, id, &log);
+            failed.map_or(Ok(()), Err)
         }
         Err(failure) => {
             // All its events have been passed on.
@@ -112,25 +117,37 @@ pub(super) async fn serve_clone(
 /// How long a server's events are passed on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Until {
-    /// The guest runs.
-    Running,
+    /// The guest runs, and this has come beyond that.
+    Running(Awaited),
     /// Nobody writes to its output any more.
     End,
 }
 
-/// Passes the server's events on; returns its process id.
+/// A server that serves its guest.
+struct Server {
+    /// Its process id.
+    pid: u32,
+    /// What was to be done for a guest that runs, and failed.
+    failed: Option<Failure>,
+}
+
+/// Passes the server's events on.
 async fn pass_on(
     mut server: tokio::process::Child,
     until: Until,
     cancel: &Cancellation,
     output: &Output,
-) -> Result<u32, Failure> {
+) -> Result<Server, Failure> {
     let pid = server.id().unwrap_or_default();
     let Some(stdout) = server.stdout.take() else {
         return Err(Failure::said(ErrorKind::Internal, "the server has no output".into()));
     };
     let mut interrupts = 0;
-    let mut has_all = false;
+    let (mut runs, mut has_all, mut failed) = (false, false, None);
+    let mut awaited = match until {
+        Until::Running(awaited) => awaited,
+        Until::End => Awaited::default(),
+    };
     let mut lines = BufReader::new(stdout).lines();
     loop {
         let line = tokio::select! {
@@ -149,19 +166,27 @@ async fn pass_on(
             let _ = server.wait().await;
             return Err(event.into());
         }
-        let event: RevertEvent = serde_json::from_value(value)?;
-        output.revert(&event);
-        if until == Until::Running && matches!(event, RevertEvent::Running { .. }) {
-            return Ok(pid);
+        if value["event"] == "hook" {
+            let event: HookEvent = serde_json::from_value(value)?;
+            output.hooked(&event);
+            awaited.hook = false;
+            failed = event.into_failure().or(failed);
+        } else {
+            let event: RevertEvent = serde_json::from_value(value)?;
+            output.revert(&event);
+            runs |= matches!(event, RevertEvent::Running { .. });
+            has_all |= matches!(event, RevertEvent::Resident { .. });
         }
-        has_all |= matches!(event, RevertEvent::Resident { .. });
+        if until != Until::End && runs && awaited.is_over() {
+            return Ok(Server { pid, failed });
+        }
     }
     let status = server.wait().await?;
-    if until == Until::End && has_all {
-        return Ok(pid);
+    if has_all {
+        return Ok(Server { pid, failed: None });
     }
     let waited = match until {
-        Until::Running => "ran",
+        Until::Running(_) => "ran",
         Until::End => "had all its memory",
     };
     let message = format!("the server ended before the guest {waited} ({status})");

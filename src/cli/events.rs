@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::failure::ErrorEvent;
+use super::hook::HookEvent;
 use crate::bench::{BenchEvent, Summary};
 use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
@@ -250,6 +251,7 @@ fn schema() -> Value {
         generator.subschema_for::<ExchangeEvent>(),
         generator.subschema_for::<BenchEvent>(),
         generator.subschema_for::<CommandEvent>(),
+        generator.subschema_for::<HookEvent>(),
         generator.subschema_for::<ErrorEvent>(),
     ];
     json!({

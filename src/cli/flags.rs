@@ -16,6 +16,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`RewriteOptions::qemu`", "--qemu"),
     ("`RewriteOptions::paths`", "--path"),
     ("`RewriteOptions::ports`", "--port"),
+    ("`RewriteOptions::new_generation`", "--vmgenid new"),
     ("`RewriteOptions::own`", "--dir"),
     ("`RewriteOptions::netdevs`", "--netdev"),
     ("`RewriteOptions::truncate_logs`", "--truncate-logs"),

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::events::{CommandEvent, VERSION};
 use super::failure::Failure;
 use super::flags::with_flags;
+use super::hook::HookEvent;
 use crate::page::PAGE_SIZE;
 use crate::revert::{Placement, Progress, ResetWay, RevertEvent};
 use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
@@ -392,6 +393,17 @@ impl Output {
                     &format!("{after} in huge pages, {before} before, in {took_ms:.0} ms{stopped}"),
                 );
             }
+        }
+    }
+
+    /// The command that was run once the guest ran has ended.
+    pub fn hooked(&self, event: &HookEvent) {
+        if self.json {
+            return self.print_json(event);
+        }
+        match &event.failed {
+            Some(why) => self.say("hook", why),
+            None => self.say("hook", &format!("done in {:.0} ms", event.took_ms)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! `snapback revert`: one guest, or several clones of it, here or in the background.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -8,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::failure::Failure;
 use super::output::Output;
 use super::{
-    DeliveryArgs, SandboxArgs, cancellation, clones, detach, disks, domain, host, keeper,
+    DeliveryArgs, SandboxArgs, cancellation, clones, detach, disks, domain, host, identity, keeper,
     parse_path_pair, rtc,
 };
 use crate::cancel::Cancellation;
@@ -35,6 +36,8 @@ pub(super) struct RevertArgs {
     clones: clones::ClonesArgs,
     #[command(flatten)]
     host: host::HostArgs,
+    #[command(flatten)]
+    identity: identity::IdentityArgs,
     #[command(flatten)]
     disks: disks::RevertDisksArgs,
     #[command(flatten)]
@@ -116,7 +119,7 @@ pub(super) async fn run(args: RevertArgs) -> Result<(), Failure> {
     let cancel = cancellation()?;
     let Some(clones) = args.clones.identities(&args.image)? else {
         return match args.detach {
-            true => detach::revert(args.log, None, cancel, output).await,
+            true => detach::revert(args.log, None, args.identity.awaited(), cancel, output).await,
             false => start(args, None, cancel, output).await,
         };
     };
@@ -127,7 +130,10 @@ pub(super) async fn run(args: RevertArgs) -> Result<(), Failure> {
                 Some(_) => start(args, Some(clone), cancel, output).await,
                 // A server can serve one guest only: it gives up all other rights.
                 None if !args.detach => detach::serve_clone(clone.number, cancel, output).await,
-                None => detach::revert(args.log, Some(clone.number), cancel, output).await,
+                None => {
+                    let awaited = args.identity.awaited();
+                    detach::revert(args.log, Some(clone.number), awaited, cancel, output).await
+                }
             }
         }
     })
@@ -163,7 +169,7 @@ async fn start(
         qmp: args.qmp,
         paths: args.paths,
         extra: args.extra,
-        own: clone.map(|clone| clone.directory),
+        own: clone.as_ref().map(|clone| clone.directory.clone()),
         ..RewriteOptions::default()
     };
     let mut run = RunOptions::new();
@@ -180,7 +186,7 @@ async fn start(
         delivery.progress_every = Duration::from_secs(1);
     }
     let options = RevertOptions {
-        rewrite: args.host.apply(args.disks.apply(rewrite))?,
+        rewrite: args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?,
         domain: args.domain.options(),
         delivery,
         preload: args.preload,
@@ -192,8 +198,24 @@ async fn start(
         run: Some(run),
         ..RevertOptions::new(args.image)
     };
-    let reverted = crate::revert::revert(&options, cancel, |e| output.revert(&e)).await;
-    reverted.map(drop).map_err(explained)
+    let (output, mut hook, mut hooked) = (Arc::new(output), args.identity.hook(), None);
+    let reverted = crate::revert::revert(&options, cancel.clone(), |event| {
+        // Ahead of the sandbox, from within which nothing can be started.
+        let started = identity::start_when_running(&mut hook, &event, clone.as_ref());
+        output.revert(&event);
+        if let Some(started) = started {
+            let output = Arc::clone(&output);
+            let ended = started.end_told(cancel.clone(), move |event| output.hooked(&event));
+            hooked = Some(tokio::spawn(ended));
+        }
+    });
+    let reverted = reverted.await;
+    let hooked = match hooked {
+        Some(task) => task.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())),
+        None => Ok(()),
+    };
+    reverted.map_err(explained)?;
+    hooked
 }
 
 /// What failed in a revert, with the argument in place of the option.

@@ -1,14 +1,11 @@
 //! `snapback save`: its arguments, and what it runs.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
 use clap::{Args, ValueEnum};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
-use tokio::process::{Child, Command};
 
 use super::failure::Failure;
+use super::hook::{Hook, RunningHook};
 use super::output::Output;
 use super::{cancellation, keeper, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
@@ -161,16 +158,18 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         bandwidth: args.bandwidth,
         ..args.guest.options(args.image)
     };
-    let mut hook = args.on_moment.map(|command| Hook::new(command, &options.image));
+    let whatever = "the image is not affected";
+    let mut hook = args.on_moment.map(|command| Hook::new("--on-moment", command, whatever));
+    let mut running = None;
     let cancel = cancellation()?;
     let outcome = save(&options, cancel.clone(), |event| {
-        if let Some(hook) = &mut hook {
-            hook.hear(&event);
+        if let Some(started) = start_at_moment(&mut hook, &event, &options.image) {
+            running = Some(started);
         }
         output.save(&event);
     });
     let outcome = outcome.await;
-    let ended = match hook {
+    let ended = match running {
         Some(hook) => hook.end(cancel.clone()).await,
         None => Ok(()),
     };
@@ -198,62 +197,19 @@ async fn prove_image(image: &Path, cancel: Cancellation, output: &Output) -> Res
     }
 }
 
-/// A command to be run at the moment.
-struct Hook {
-    command: String,
-    image: PathBuf,
-    running: Option<std::io::Result<Child>>,
-}
-
-impl Hook {
-    fn new(command: String, image: &Path) -> Hook {
-        let image = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
-        Hook { command, image, running: None }
-    }
-
-    /// Starts the command when the moment is told.
-    fn hear(&mut self, event: &SaveEvent) {
-        let SaveEvent::Moment { unix_us, monotonic_us, pause_ms, .. } = event else { return };
-        let mut command = Command::new("sh");
-        command.arg("-c").arg(&self.command).stdin(Stdio::null());
-        // Standard output is for our events only.
-        command.stdout(std::io::stderr());
-        // A process group of its own, so that whatever the shell starts can be told to end.
-        command.process_group(0);
-        command.env("SNAPBACK_IMAGE", &self.image);
-        command.env("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string());
-        command.env("SNAPBACK_MOMENT_MONOTONIC_US", monotonic_us.to_string());
-        command.env("SNAPBACK_PAUSE_MS", pause_ms.map(|ms| ms.to_string()).unwrap_or_default());
-        self.running = Some(command.spawn());
-    }
-
-    /// Waits for the command's end. An interrupt ends it (SIGTERM). Whatever comes of it, the
-    /// image is whole.
-    async fn end(self, cancel: Cancellation) -> Result<(), Failure> {
-        let failed = |kind, why: &dyn std::fmt::Display| {
-            let command = &self.command;
-            Failure::said(
-                kind,
-                format!("--on-moment `{command}`: {why}; the image is not affected"),
-            )
-        };
-        match self.running {
-            None => Ok(()),
-            Some(Err(error)) => Err(failed(ErrorKind::HookFailed, &error)),
-            Some(Ok(mut child)) => tokio::select! {
-                ended = child.wait() => match ended {
-                    Ok(status) if status.success() => Ok(()),
-                    Ok(status) => Err(failed(ErrorKind::HookFailed, &status)),
-                    Err(error) => Err(failed(ErrorKind::HookFailed, &error)),
-                },
-                () = cancel.requested() => {
-                    // Not reaped yet, so the group's number is still the command's.
-                    if let Some(pid) = child.id() {
-                        let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGTERM);
-                    }
-                    Err(failed(ErrorKind::Interrupted, &"interrupted, it was told to end (SIGTERM)"))
-                }
-            },
-        }
-    }
+/// Starts the command of `--on-moment` when the moment is told.
+fn start_at_moment(
+    hook: &mut Option<Hook>,
+    event: &SaveEvent,
+    image: &Path,
+) -> Option<RunningHook> {
+    let SaveEvent::Moment { unix_us, monotonic_us, pause_ms, .. } = event else { return None };
+    let image = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
+    let pause = pause_ms.map(|ms| ms.to_string()).unwrap_or_default();
+    Some(hook.take()?.start([
+        ("SNAPBACK_IMAGE", image.into()),
+        ("SNAPBACK_MOMENT_UNIX_US", unix_us.to_string().into()),
+        ("SNAPBACK_MOMENT_MONOTONIC_US", monotonic_us.to_string().into()),
+        ("SNAPBACK_PAUSE_MS", pause.into()),
+    ]))
 }

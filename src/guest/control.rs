@@ -1,4 +1,4 @@
-//! Where a running QEMU listens for QMP.
+//! Where a QEMU listens for QMP.
 
 use std::path::PathBuf;
 
@@ -11,6 +11,13 @@ use crate::host::procfs::{arguments, path};
 /// The Unix sockets on which a QEMU process listens for QMP, as its command line says.
 pub fn control_sockets(pid: i32) -> Vec<PathBuf> {
     let line = CommandLine::parse(arguments(pid).into_iter().skip(1));
+    // Relative paths start from its working directory, and as it sees them.
+    let absolute = |socket| path(pid, "cwd").join(socket);
+    control_sockets_of(&line).into_iter().map(absolute).collect()
+}
+
+/// The same for a command line, as the paths are written there.
+pub(super) fn control_sockets_of(line: &CommandLine) -> Vec<String> {
     let is_control = |value: &str| Params::parse(value).get("mode") == Some("control");
     let chardevs: Vec<String> = line
         .options()
@@ -28,8 +35,7 @@ pub fn control_sockets(pid: i32) -> Vec<PathBuf> {
         Address::Unix(socket) => Some(socket),
         _ => None,
     });
-    // Relative paths start from its working directory, and as it sees them.
-    unix.map(|socket| path(pid, "cwd").join(socket)).collect()
+    unix.collect()
 }
 
 #[cfg(test)]

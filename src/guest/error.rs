@@ -280,6 +280,14 @@ pub enum GuestError {
         source: io::Error,
     },
 
+    /// A machine without a generation ID was to be given a new one.
+    #[error(
+        "`RewriteOptions::new_generation`: this machine was saved without the device vmgenid, \
+             and a device can't be added to a saved machine; start the guest with -device \
+             vmgenid,guid=auto, and save it again"
+    )]
+    NoVmgenid,
+
     /// No options can define some devices that were plugged in.
     #[error(
         "a revert can't bring back what was plugged in: {devices}; unplug it first, or save \
@@ -478,7 +486,7 @@ impl GuestError {
             | DiskNotGiven { .. }
             | DisksGivenAsOne { .. }
             | NotIsolated { .. } => ErrorKind::DiskUnsupported,
-            NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
+            NoVmgenid | NotReplayable { .. } => ErrorKind::DeviceNotReplayable,
             NoSuchPlugged { .. } => ErrorKind::NoSuchDevice,
             Start { .. } | Exited { .. } | NoControl { .. } => ErrorKind::QemuNotStarted,
         }

@@ -44,4 +44,5 @@ pub use start::own::own_name;
 pub use start::paths::moved;
 pub use start::plan::{Note, StartPlan};
 pub use start::ports::NewPort;
+pub use start::reach::Reach;
 pub use start::rewrite::{RewriteOptions, rewrite};

@@ -56,8 +56,8 @@ fn a_free_port_is_chosen_and_told() {
     let args = ["-netdev", "user,id=n,hostfwd=tcp::61-:22,hostfwd=tcp::63-:23"];
     let options = with_ports(&[(61, NewPort::Free), (63, NewPort::Free)]);
     let plan = plan(&args, &options).unwrap();
-    let (first, second) = (plan.ports[&61], plan.ports[&63]);
-    assert!(first != second && first > 1023, "{:?}", plan.ports);
+    let (first, second) = (plan.reach.ports[&61], plan.reach.ports[&63]);
+    assert!(first != second && first > 1023, "{:?}", plan.reach.ports);
     let expected = format!("user,id=n,hostfwd=tcp::{first}-:22,hostfwd=tcp::{second}-:23");
     assert_eq!(plan.argv[2], expected);
 }

@@ -614,7 +614,7 @@ fn what_no_two_guests_can_share_goes_to_a_place_of_its_own() {
     for part in ["=/own/log,", "=/own/log-2,", "=/mine/log,", "file=/vm/disk"] {
         assert!(line.replace("append=on", ",").contains(part), "{part}: {line}");
     }
-    let new = plan.ports[&4444];
+    let new = plan.reach.ports[&4444];
     assert!(new != 4444 && line.contains(&format!("tcp:127.0.0.1:{new},")), "{line}");
     assert!(!std::path::Path::new("/own").exists());
 }

@@ -61,6 +61,10 @@ pub enum RevertEvent {
         /// [`RewriteOptions::ports`]: crate::RewriteOptions::ports
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "ports")]
         ports: BTreeMap<u16, u16>,
+        /// QEMU's control socket (QMP) for others; none where it has none with a path, and for a
+        /// QEMU that somebody else started.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        qmp: Option<PathBuf>,
     },
     /// The process that served the guest has died, and this one has taken its place.
     TakenOver {
@@ -184,8 +188,13 @@ mod tests {
 
     #[test]
     fn running_tells_ports_by_their_numbers() {
-        let event = RevertEvent::Running { pid: Some(7), ports: [(2222, 40731)].into() };
-        let json = serde_json::json!({"event": "running", "pid": 7, "ports": {"2222": 40731}});
+        let event = RevertEvent::Running {
+            pid: Some(7),
+            ports: [(2222, 40731)].into(),
+            qmp: Some("/q".into()),
+        };
+        let json = serde_json::json!({"event": "running", "pid": 7, "ports": {"2222": 40731},
+                                      "qmp": "/q"});
         assert_eq!(serde_json::to_value(&event).unwrap(), json);
         assert_eq!(serde_json::from_value::<RevertEvent>(json).unwrap(), event);
         let none = serde_json::json!({"event": "running"});

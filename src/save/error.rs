@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::agent::AgentError;
 use super::check::error::CheckError;
 use super::overlay_error::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
+use crate::agent::AgentError;
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;

@@ -33,7 +33,6 @@ use crate::cancel::Cancellation;
 use crate::image::Saved;
 
 pub use address::GuestAddress;
-pub use agent::AgentError;
 pub use check::error::{CheckError, Obstacle};
 pub use check::{CheckItem, check};
 pub use error::SaveError;

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::agent::{self, Agent, AgentError, PATIENCE};
+use super::agent::{self, PATIENCE};
 use super::options::Quiesce;
+use crate::agent::{Agent, AgentError};
 use crate::libvirt::Domain;
 
 /// The agent that is to freeze a guest, reached and ready.
 pub(super) enum Freezer {
-    Socket(PathBuf, Agent<'static>),
+    Socket(PathBuf, Agent),
     Domain(Domain),
 }
 
@@ -19,7 +20,7 @@ impl Freezer {
     pub async fn reach(quiesce: &Quiesce, domain: Option<&Domain>) -> Result<Freezer, AgentError> {
         match (quiesce, domain) {
             (Quiesce::Socket(socket), _) => {
-                let agent = Agent::connect(socket, &PATIENCE).await?;
+                let agent = Agent::connect(socket, PATIENCE.answer).await?;
                 Ok(Freezer::Socket(absolute(socket), agent))
             }
             (Quiesce::Libvirt, Some(domain)) => Ok(Freezer::Domain(domain.clone())),
@@ -39,7 +40,7 @@ impl Freezer {
     /// that fails, they may be frozen all the same, or may be frozen later.
     pub async fn freeze(self) -> Result<u64, AgentError> {
         match self {
-            Freezer::Socket(_, agent) => agent.freeze().await,
+            Freezer::Socket(_, agent) => agent::freeze(agent, &PATIENCE).await,
             Freezer::Domain(domain) => {
                 match tokio::time::timeout(PATIENCE.freeze, domain.freeze()).await {
                     Ok(frozen) => Ok(frozen?),

@@ -22,13 +22,13 @@ tests! {
 }
 
 /// The events of one name, by their clones.
-fn by_clone<'a>(ended: &'a Ended, name: &str) -> BTreeMap<&'a str, &'a Value> {
+pub fn by_clone<'a>(ended: &'a Ended, name: &str) -> BTreeMap<&'a str, &'a Value> {
     let named = ended.events.iter().filter(|event| event["event"] == name);
     named.filter_map(|event| Some((event["clone"].as_str()?, event))).collect()
 }
 
 /// The clones that a command has told to run.
-fn running(dir: &Dir, ended: &Ended) -> Result<BTreeMap<String, Reverted>> {
+pub fn running(dir: &Dir, ended: &Ended) -> Result<BTreeMap<String, Reverted>> {
     let take = |(name, event): (&str, &Value)| {
         let pid = event["pid"].as_u64().ok_or("no process")? as u32;
         Ok((name.to_owned(), Reverted::alone(pid, &dir.path(name))?))

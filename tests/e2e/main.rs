@@ -30,6 +30,7 @@ mod faulty_disk;
 mod filling;
 mod hotplug;
 mod huge_pages;
+mod identity;
 mod interrupts;
 mod journeys;
 mod killed;

@@ -4,6 +4,7 @@
 //! their [`own`], by [`isolation`] from network and disks or by [`mapping`] its memory.
 
 pub(super) mod collisions;
+mod identity;
 pub(super) mod isolation;
 mod logs;
 pub(super) mod mapping;
@@ -13,4 +14,5 @@ pub(super) mod own;
 pub(super) mod paths;
 pub(super) mod plan;
 pub(super) mod ports;
+pub(super) mod reach;
 pub(super) mod rewrite;

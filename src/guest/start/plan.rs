@@ -1,12 +1,12 @@
 //! What starting a recorded guest takes: the program, its arguments, what it inherits,
 //! and what differs from the record.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use crate::guest::GuestError;
 use crate::guest::disks::overlay::{Overlay, Overlays};
+use crate::guest::start::reach::Reach;
 use crate::host::in_use::ReservedPort;
 
 /// The id of the character backend of snapback's own control socket.
@@ -42,9 +42,9 @@ pub struct StartPlan {
     pub sockets: Vec<PathBuf>,
     /// Whether the guest stays paused until its user resumes it.
     pub paused: bool,
-    /// Ports of this host that were replaced, by their recorded ones.
-    pub ports: BTreeMap<u16, u16>,
-    /// Those of them that are kept free for QEMU, until it has bound them.
+    /// How others will reach it.
+    pub reach: Reach,
+    /// The ports in it that are kept free for QEMU, until it has bound them.
     pub(in crate::guest) reserved: Vec<ReservedPort>,
     /// The guest's own directory, which is made before the start.
     pub(in crate::guest) own: Option<PathBuf>,

@@ -17,7 +17,8 @@ use crate::guest::start::isolation::isolate;
 use crate::guest::start::mapping::MappedMemory;
 use crate::guest::start::plan::{CONTROL_ID, Note, StartPlan};
 use crate::guest::start::ports::NewPort;
-use crate::guest::start::{collisions, logs, netdevs, network, own, paths, ports};
+use crate::guest::start::reach::Reach;
+use crate::guest::start::{collisions, identity, logs, netdevs, network, own, paths, ports};
 use crate::machine::Machine;
 
 /// How a guest is started differently from its record.
@@ -58,6 +59,9 @@ pub struct RewriteOptions {
     /// disks unless [`OverlayOptions::directory`] says otherwise, and each recorded port without a
     /// rule in `ports` is replaced by a free one. So any number of guests run side by side.
     pub own: Option<PathBuf>,
+    /// Whether the guest gets a new generation ID (device `vmgenid`), which tells it that it is one
+    /// of several now. It must have been saved with such a device.
+    pub new_generation: bool,
     /// Blocks of memory that QEMU is to map from a file.
     pub mapped: Option<MappedMemory>,
 }
@@ -99,6 +103,9 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         None => options.ports.clone(),
     };
     let ports = ports::replace_in_line(&mut line, &ports, &mut notes)?;
+    if options.new_generation {
+        identity::renew_generation(&mut line, &mut notes)?;
+    }
     pin_machine_type(&mut line, &machine.machine_type);
     line.args.extend(CommandLine::parse(&options.extra).args);
 
@@ -135,6 +142,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
     line.push(CommandOption::new("incoming", "defer"));
 
     let sockets = collisions::sockets(&line, &cwd);
+    let reach = Reach::new(&line, &cwd, ports.ports);
     let (binary, env) = program_and_environment(machine, options, &rules)?;
     let program = options.qemu.as_ref().map_or(program.clone(), |_| binary.display().to_string());
     let mut argv = vec![program];
@@ -146,7 +154,7 @@ pub fn rewrite(machine: &Machine, options: &RewriteOptions) -> Result<StartPlan,
         env,
         sockets,
         paused,
-        ports: ports.ports,
+        reach,
         reserved: ports.reserved,
         own,
         notes,

@@ -2,6 +2,7 @@
 
 use super::connection::Connection;
 use super::running::Running;
+use crate::guest::Reach;
 #[cfg(feature = "internals")]
 use crate::qmp::Qmp;
 use crate::revert::error::RevertError;
@@ -57,8 +58,8 @@ impl Armed {
         connection.qemu.keep_overlays();
         connection.note_running();
         let pid = connection.qemu.pid().filter(|_| connection.qemu.is_ours());
-        let ports = connection.qemu.ports().clone();
-        on_event(RevertEvent::Running { pid, ports });
+        let Reach { ports, qmp, .. } = connection.qemu.reach();
+        on_event(RevertEvent::Running { pid, ports, qmp });
         if let Err(error) = connection.qemu.define().await {
             on_event(RevertEvent::Note {
                 what: "the saved definition was not made the domain's persistent one".to_owned(),

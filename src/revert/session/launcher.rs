@@ -104,12 +104,12 @@ impl Launcher {
         match self {
             Launcher::Process(mut plan) => {
                 plan.label = label;
-                let ports = plan.ports.clone();
+                let reach = plan.reach.clone();
                 let (process, qmp) = tokio::select! {
                     started = Process::start(*plan) => started?,
                     () = cancel.requested() => return Err(interrupted()),
                 };
-                Ok(Qemu::ours(process, qmp, ports))
+                Ok(Qemu::ours(process, qmp, reach))
             }
             Launcher::Domain(plan) => {
                 // libvirt can't be interrupted.

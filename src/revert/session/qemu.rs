@@ -1,6 +1,5 @@
 //! The QEMU of a session: ours, or somebody else's.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -9,7 +8,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use super::adopted::Adopted;
-use crate::guest::Process;
+use crate::guest::{Process, Reach};
 use crate::libvirt::StartedDomain;
 use crate::qmp::{Event, Events, Qmp, QmpError};
 use crate::revert::error::RevertError;
@@ -38,8 +37,8 @@ pub(super) enum Qemu {
         qmp: Qmp,
         /// All its events from its start on.
         said: Events,
-        /// Ports of this host that were replaced, by their recorded ones.
-        ports: BTreeMap<u16, u16>,
+        /// How others reach it.
+        reach: Reach,
     },
     /// One that libvirt has started for us, and that ends with the session unless it is let go.
     Domain {
@@ -61,9 +60,9 @@ pub(super) enum Qemu {
 
 impl Qemu {
     /// One that we have started.
-    pub fn ours(process: Process, qmp: Qmp, ports: BTreeMap<u16, u16>) -> Qemu {
+    pub fn ours(process: Process, qmp: Qmp, reach: Reach) -> Qemu {
         let said = qmp.events();
-        Qemu::Ours { process, qmp, said, ports }
+        Qemu::Ours { process, qmp, said, reach }
     }
 
     /// One that libvirt has started for us.
@@ -72,12 +71,11 @@ impl Qemu {
         Qemu::Domain { domain, qmp, said }
     }
 
-    /// Ports of this host that were replaced, by their recorded ones.
-    pub fn ports(&self) -> &BTreeMap<u16, u16> {
-        static NONE: BTreeMap<u16, u16> = BTreeMap::new();
+    /// How others reach it, where we have started it.
+    pub fn reach(&self) -> Reach {
         match self {
-            Qemu::Ours { ports, .. } => ports,
-            Qemu::Domain { .. } | Qemu::Theirs { .. } | Qemu::Adopted(_) => &NONE,
+            Qemu::Ours { reach, .. } => reach.clone(),
+            Qemu::Domain { .. } | Qemu::Theirs { .. } | Qemu::Adopted(_) => Reach::default(),
         }
     }
 

@@ -4,9 +4,9 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::agent::AgentError;
 use crate::kind::{Details, ErrorKind};
 use crate::qmp::QmpError;
-use crate::save::agent::AgentError;
 
 /// Why a journal can't be kept or used.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,95 @@
+//! Why the guest's agent fails.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::kind::{Details, ErrorKind};
+use crate::libvirt::LibvirtError;
+
+/// Why the guest's agent did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The socket can't be used.
+    #[error("can't talk to the guest agent at {}: {source}", .socket.display())]
+    Io {
+        /// The socket.
+        socket: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// It does not answer.
+    #[error(
+        "the guest agent at {} did not answer {command} within {after:?}: is qemu-guest-agent \
+         running in the guest?", .socket.display()
+    )]
+    Timeout {
+        /// The socket.
+        socket: PathBuf,
+        /// What it was asked.
+        command: &'static str,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// libvirt, which has the agent's channel, can't reach it.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    /// The guest was to be frozen through libvirt, and is none of libvirt's.
+    #[error(
+        "the guest's agent can be reached through libvirt only where `SaveOptions::guest` is a domain"
+    )]
+    NoDomain,
+    /// No agent in the domain's guest has opened its channel.
+    #[error(
+        "no agent answers libvirt: the domain {domain} needs a channel of the name \
+         org.qemu.guest_agent.0, and its guest a running qemu-guest-agent"
+    )]
+    Disconnected {
+        /// The domain.
+        domain: String,
+    },
+    /// It refuses.
+    #[error("the guest agent refused {command}: {reason}")]
+    Refused {
+        /// What it was asked.
+        command: &'static str,
+        /// Its words.
+        reason: String,
+    },
+}
+
+impl AgentError {
+    /// What kind of error it is, for programs to act on.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::AgentFailed
+    }
+
+    /// What it is about.
+    pub fn details(&self) -> Details {
+        let path = match self {
+            AgentError::Io { socket, .. } | AgentError::Timeout { socket, .. } => Some(socket),
+            AgentError::Refused { .. }
+            | AgentError::Libvirt(_)
+            | AgentError::NoDomain
+            | AgentError::Disconnected { .. } => None,
+        };
+        Details::new(&self.to_string(), path, None)
+    }
+}
+
+impl AgentError {
+    /// Whether another attempt may work: not if the agent has refused, nor if nobody listens
+    /// at its socket, as when QEMU has ended.
+    pub(crate) fn may_pass(&self) -> bool {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        match self {
+            AgentError::Refused { .. }
+            | AgentError::NoDomain
+            | AgentError::Disconnected { .. }
+            | AgentError::Libvirt(LibvirtError::ShutOff { .. }) => false,
+            AgentError::Libvirt(_) => true,
+            AgentError::Io { source, .. } => !matches!(source.kind(), ConnectionRefused | NotFound),
+            AgentError::Timeout { .. } => true,
+        }
+    }
+}

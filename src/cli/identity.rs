@@ -1,0 +1,83 @@
+//! The arguments of a revert about what tells its guest from others of the same image.
+
+use std::ffi::OsString;
+
+use clap::{Args, ValueEnum};
+
+use super::hook::{Hook, RunningHook};
+use crate::guest::RewriteOptions;
+use crate::revert::{CloneIdentity, RevertEvent};
+
+/// What is done for a guest of its own.
+#[derive(Args, Clone)]
+pub(super) struct IdentityArgs {
+    /// Run COMMAND (by sh -c) as soon as the guest runs; see SNAPBACK_CLONE, SNAPBACK_DIR,
+    /// SNAPBACK_PID, SNAPBACK_QMP and SNAPBACK_PORTS in its environment
+    #[arg(long, value_name = "COMMAND")]
+    hook_running: Option<String>,
+    /// Give the guest a new generation ID, by which it knows that it is one of several now. It must
+    /// have been saved with the device vmgenid
+    #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
+    vmgenid: Option<Renewed>,
+}
+
+/// What takes the place of something that all guests of an image share.
+#[derive(Clone, Copy, ValueEnum)]
+enum Renewed {
+    /// A random one
+    New,
+}
+
+impl IdentityArgs {
+    /// Adds them to a revert's options.
+    pub fn apply(&self, options: RewriteOptions) -> RewriteOptions {
+        RewriteOptions { new_generation: self.vmgenid.is_some(), ..options }
+    }
+
+    /// The command to be run once the guest runs.
+    pub fn hook(&self) -> Option<Hook> {
+        let command = self.hook_running.clone()?;
+        Some(Hook::new("--hook-running", command, "the guest runs on"))
+    }
+
+    /// What is waited for behind the event `running`.
+    pub fn awaited(&self) -> Awaited {
+        Awaited { hook: self.hook_running.is_some() }
+    }
+}
+
+/// Starts the command of `--hook-running` when it is told that the guest runs.
+pub(super) fn start_when_running(
+    hook: &mut Option<Hook>,
+    event: &RevertEvent,
+    clone: Option<&CloneIdentity>,
+) -> Option<RunningHook> {
+    let RevertEvent::Running { pid, ports, qmp } = event else { return None };
+    let directory = clone.map(|clone| &clone.directory);
+    let directory =
+        directory.map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+    let name = clone.map(|clone| clone.name.clone());
+    // Numbers alone: they can always be written.
+    let ports = serde_json::to_string(ports).unwrap_or_default();
+    Some(hook.take()?.start([
+        ("SNAPBACK_CLONE", OsString::from(name.unwrap_or_default())),
+        ("SNAPBACK_DIR", directory.unwrap_or_default().into()),
+        ("SNAPBACK_PID", pid.map(|pid| pid.to_string()).unwrap_or_default().into()),
+        ("SNAPBACK_QMP", qmp.clone().unwrap_or_default().into()),
+        ("SNAPBACK_PORTS", ports.into()),
+    ]))
+}
+
+/// What is still waited for of what follows on the event `running`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Awaited {
+    /// The end of the hook.
+    pub hook: bool,
+}
+
+impl Awaited {
+    /// Whether all has come.
+    pub fn is_over(self) -> bool {
+        !self.hook
+    }
+}

@@ -1,0 +1,162 @@
+//! What a guest is given of its own once it runs.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::clones::{by_clone, running};
+use crate::harness::{Dir, Reverted, text, wait_gone};
+use crate::shared::shared;
+use crate::support::{Contact, Guest, GuestOptions, Qemu, Result, debian, qmp};
+use crate::{tests, tests_on_both};
+
+tests_on_both! {
+    a_hook_is_told_whose_guest_runs
+    a_guest_finds_its_new_generation_id
+}
+
+tests! {
+    a_hook_that_fails_leaves_its_guest_running
+    a_hook_that_hangs_is_ended_by_an_interrupt
+    a_generation_id_is_only_for_guests_that_have_one
+}
+
+/// What a hook has found in its environment.
+fn variable(found: &Path, name: &str) -> Result<String> {
+    let found = fs::read_to_string(found)?;
+    let value = found.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    Ok(value.ok_or_else(|| format!("no {name}: {found}"))?.to_owned())
+}
+
+fn a_hook_is_told_whose_guest_runs(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let shared = shared(qemu)?;
+    let hook = "kill -0 $SNAPBACK_PID && test -S \"$SNAPBACK_QMP\" && \
+                env >\"$SNAPBACK_DIR/found\"";
+    let args = ["--count", "2", "--name", "w{n}", "--hook-running", hook];
+    let ended = dir.snapback(&["revert", text(&shared.image)]).with(&args).succeed()?;
+    let hooks = by_clone(&ended, "hook");
+    assert_eq!(hooks.keys().collect::<Vec<_>>(), [&"w1", &"w2"], "{ended:?}");
+    assert!(hooks.values().all(|event| event["failed"].is_null()), "{ended:?}");
+    let told = by_clone(&ended, "running");
+    for (name, mut clone) in running(dir, &ended)? {
+        let own = dir.path(&name).canonicalize()?;
+        let found = |variable_name: &str| variable(&own.join("found"), variable_name);
+        assert_eq!(found("SNAPBACK_CLONE")?, name);
+        assert_eq!(Path::new(&found("SNAPBACK_DIR")?).canonicalize()?, own);
+        assert_eq!(found("SNAPBACK_PID")?, clone.pid.to_string());
+        let socket = found("SNAPBACK_QMP")?;
+        assert_eq!(Path::new(&socket).canonicalize()?, own.join("qmp.sock"));
+        assert_eq!(told[name.as_str()]["qmp"], socket);
+        assert_eq!(found("SNAPBACK_PORTS")?, "{}");
+        clone.check(&shared.nonce)?;
+    }
+    Ok(())
+}
+
+fn a_hook_that_fails_leaves_its_guest_running(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    for (name, more) in [("here", &[][..]), ("detached", &["--detach"])] {
+        let to = dir.make(name)?;
+        let revert = dir.revert(&shared.image, &shared.from, &to);
+        let ended = revert.with(&["--hook-running", "sleep 1; exit 7"]).with(more).end()?;
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let told = ended.failure()?;
+        assert!(told.contains("--hook-running `sleep 1; exit 7`: exit status: 7"), "{told}");
+        assert_eq!(ended.event("error")?["code"], "hook_failed");
+        assert!(ended.event("hook")?["failed"].is_string(), "{ended:?}");
+        let pid = ended.event("running")?["pid"].as_u64().ok_or("no process")?;
+        Reverted::alone(pid as u32, &to)?.check(&shared.nonce)?;
+    }
+    Ok(())
+}
+
+fn a_hook_that_hangs_is_ended_by_an_interrupt(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let to = dir.make("new")?;
+    let hook = format!("echo $$ >{}; exec sleep 1000", text(&dir.path("hook")));
+    let revert = dir.revert(&shared.image, &shared.from, &to).with(&["--hook-running", &hook]);
+    let mut revert = revert.start()?;
+    let pid = revert.wait("running")?["pid"].as_u64().ok_or("no process")?;
+    let mut guest = Reverted::alone(pid as u32, &to)?;
+    // By then the process that waits for the hook is in its sandbox.
+    revert.wait("resident")?;
+    let hook: u32 = fs::read_to_string(dir.path("hook"))?.trim().parse()?;
+    revert.signal(libc::SIGINT);
+    let ended = revert.end()?;
+    assert_eq!(ended.code, Some(130), "{ended:?}");
+    assert!(ended.failure()?.contains("SIGTERM"), "{ended:?}");
+    wait_gone(hook)?;
+    guest.check(&shared.nonce)
+}
+
+/// The generation ID that a Debian guest finds in its memory, where its ACPI tables (the name VGIA
+/// in QEMU's SSDT) say, as hexadecimal digits in that order. Its page lies behind the memory that
+/// the kernel uses, so that /dev/mem shows it, by mmap(2) alone.
+fn generation_in_guest(guest: &mut Contact) -> Result<String> {
+    const READ: &str = "t=$(grep -la VGIA /sys/firmware/acpi/tables/SSDT*) && \
+        at=$(grep -abo VGIA $t | head -n 1 | cut -d: -f1) && \
+        perl -e 'open F, \"<\", \"/dev/mem\" or die; \
+        $at = syscall 9, 0, 4096, 1, 1, fileno F, $ARGV[0] + 0; die $! if $at == -1; \
+        print unpack \"x40 H32\", unpack \"P56\", pack \"Q\", $at' \
+        $(od -An -tu4 -j$((at + 5)) -N4 $t)";
+    debian::run(&mut guest.oracle, READ)
+}
+
+/// The generation ID that QEMU gives its guest, as the guest's memory has it: the first three
+/// numbers of it begin with their last byte.
+fn generation_of_qemu(guest: &Contact) -> Result<String> {
+    let answer = qmp(&guest.qmp_path, "query-vm-generation-id", json!({}))?;
+    let guid = answer["guid"].as_str().ok_or("no generation ID")?;
+    let parts: Vec<&str> = guid.split('-').collect();
+    let [a, b, c, d, e] = parts[..] else { return Err(format!("{guid} is no GUID").into()) };
+    let backwards = |digits: &str| -> String {
+        (0..digits.len()).step_by(2).rev().map(|at| &digits[at..at + 2]).collect()
+    };
+    Ok([backwards(a), backwards(b), backwards(c), d.to_owned(), e.to_owned()].concat())
+}
+
+fn a_guest_finds_its_new_generation_id(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let device = "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87";
+    let args = ["-device", device].map(String::from).into();
+    let mut guest = Guest::boot(&GuestOptions { args, ..debian::options(qemu, disk) })?;
+    const OLD: &str = "af6e4e32d1d1f64bbf41b9bb6c91fb87";
+    assert_eq!(
+        (generation_in_guest(&mut guest)?.as_str(), generation_of_qemu(&guest)?.as_str()),
+        (OLD, OLD)
+    );
+    dir.save(&guest, "vm.snap").succeed()?;
+
+    let mut seen = vec![OLD.to_owned()];
+    for place in ["uffd", "socket", "eager"] {
+        let to = dir.make(place)?;
+        let revert = dir.revert(&dir.path("vm.snap"), &guest.dir, &to);
+        let args = ["--ephemeral", "--place", place, "--vmgenid", "new"];
+        let mut reverted = Reverted::of(revert.with(&args), &to)?;
+        let early = generation_in_guest(&mut reverted)?;
+        reverted.resident()?;
+        let late = generation_in_guest(&mut reverted)?;
+        let given = generation_of_qemu(&reverted)?;
+        assert_eq!((&early, &late), (&given, &given), "{place}");
+        assert!(!seen.contains(&given), "{place}: {seen:?}");
+        seen.push(given);
+    }
+    let mut same = dir.reverted(&dir.path("vm.snap"), &guest.dir, "same")?;
+    assert_eq!(generation_in_guest(&mut same)?, OLD);
+    same.resident().map(drop)
+}
+
+fn a_generation_id_is_only_for_guests_that_have_one(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let revert = dir.snapback(&["revert", text(&shared.image), "--name", "w"]);
+    let ended = revert.with(&["--vmgenid", "new"]).end()?;
+    assert_eq!(
+        (ended.code, &ended.event("error")?["code"]),
+        (Some(3), &"device_not_replayable".into())
+    );
+    let told = ended.failure()?;
+    assert!(told.contains("--vmgenid new") && told.contains("vmgenid,guid=auto"), "{told}");
+    assert!(!dir.path("w").exists());
+    Ok(())
+}
