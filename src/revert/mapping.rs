@@ -65,7 +65,9 @@ pub(super) fn plan(
     {
         return without(None);
     }
-    if let (true, Some(problem)) = (options.resettable, refuse(image, options, TRACKED)?) {
+    if options.resettable
+        && let Some(problem) = refuse(image, options, TRACKED)?
+    {
         return without(Some(problem));
     }
     let memory = match mapped_memory(image, options, wanted) {
