@@ -27,6 +27,7 @@ tests_on_both! {
 
 tests! {
     a_guest_with_a_new_device_gets_a_new_process
+    a_flat_image_is_served_to_a_resettable_guest
 }
 
 /// How often a guest is reset: `make torture` does so a hundred times.
@@ -259,4 +260,20 @@ fn a_reset_that_fails_half_way_ends_in_a_new_process(dir: &Dir, qemu: Qemu) -> R
     let error = ended.event("error")?;
     assert_eq!((ended.code, &error["code"]), (Some(1), &"qemu_failed".into()), "{ended:?}");
     Ok(())
+}
+
+/// Memory that is mapped is not tracked: a flat image is served instead, unless mapping was asked
+/// for.
+fn a_flat_image_is_served_to_a_resettable_guest(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let flat = dir.path("flat.snap");
+    let flatten = ["flatten", text(&shared.image), text(&flat), "--layout", "flat"];
+    dir.snapback(&flatten).succeed()?;
+    let mapped = dir.revert(&flat, &shared.from, &dir.make("mapped")?);
+    let refused = mapped.with(&["--resettable", "--place", "map"]).fail()?;
+    assert!(refused.contains("not tracked"), "{refused}");
+    let to = dir.make("reverted")?;
+    let mut guest = resettable(dir.revert(&flat, &shared.from, &to), &to)?;
+    reset(dir, &mut guest)?;
+    guest.check(&shared.nonce)
 }
