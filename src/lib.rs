@@ -105,9 +105,9 @@ pub use kind::{Details, ErrorKind};
 pub use libvirt::{DomainAddress, DomainOptions};
 pub use memory::WorkingSet;
 pub use revert::{
-    CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResetWay, ResumeOptions,
-    RevertError, RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target, Unreadable,
-    harvest, resume, revert, revert_resettable, serve, session, take_over,
+    AgentOptions, CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResetWay,
+    ResumeOptions, RevertError, RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target,
+    Unreadable, harvest, resume, revert, revert_resettable, serve, session, take_over,
 };
 pub use save::{
     CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,

@@ -48,6 +48,25 @@ pub enum AgentError {
         /// The domain.
         domain: String,
     },
+    /// The command line has no channel of an agent's.
+    #[error(
+        "the recorded command line has no channel of the name org.qemu.guest_agent.0 on a Unix \
+         socket: name the socket of the guest's agent with `AgentOptions::socket`"
+    )]
+    NoChannel,
+    /// A guest that stays paused can't do what its agent is told.
+    #[error("the guest stays paused, so that its agent can't be told anything")]
+    Paused,
+    /// A program in the guest did not end well.
+    #[error("the guest's command `{command}` ended with {ended}{said}")]
+    Program {
+        /// The command.
+        command: String,
+        /// How it ended.
+        ended: String,
+        /// What it wrote to its standard error; empty or with a leading separator.
+        said: String,
+    },
     /// It refuses.
     #[error("the guest agent refused {command}: {reason}")]
     Refused {
@@ -61,17 +80,17 @@ pub enum AgentError {
 impl AgentError {
     /// What kind of error it is, for programs to act on.
     pub fn kind(&self) -> ErrorKind {
-        ErrorKind::AgentFailed
+        match self {
+            AgentError::NoChannel | AgentError::Paused => ErrorKind::OptionsInvalid,
+            _ => ErrorKind::AgentFailed,
+        }
     }
 
     /// What it is about.
     pub fn details(&self) -> Details {
         let path = match self {
             AgentError::Io { socket, .. } | AgentError::Timeout { socket, .. } => Some(socket),
-            AgentError::Refused { .. }
-            | AgentError::Libvirt(_)
-            | AgentError::NoDomain
-            | AgentError::Disconnected { .. } => None,
+            _ => None,
         };
         Details::new(&self.to_string(), path, None)
     }
@@ -84,6 +103,9 @@ impl AgentError {
         use std::io::ErrorKind::{ConnectionRefused, NotFound};
         match self {
             AgentError::Refused { .. }
+            | AgentError::NoChannel
+            | AgentError::Paused
+            | AgentError::Program { .. }
             | AgentError::NoDomain
             | AgentError::Disconnected { .. }
             | AgentError::Libvirt(LibvirtError::ShutOff { .. }) => false,

@@ -3,6 +3,7 @@
 
 mod client;
 mod error;
+mod program;
 
 pub(crate) use client::Agent;
 pub use error::AgentError;

@@ -174,6 +174,7 @@ async fn pass_on(
         } else {
             let event: RevertEvent = serde_json::from_value(value)?;
             output.revert(&event);
+            failed = awaited.hear(&event).or(failed);
             runs |= matches!(event, RevertEvent::Running { .. });
             has_all |= matches!(event, RevertEvent::Resident { .. });
         }

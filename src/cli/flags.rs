@@ -30,6 +30,7 @@ const NAMES: &[(&str, &str)] = &[
     ("by `Orphan::Qmp`", "by --qmp"),
     ("`Placement::Auto`", "--place auto"),
     ("`Placement::Eager`", "--place eager"),
+    ("`AgentOptions::socket`", "--agent"),
     ("`BenchOptions::paths`", "--path"),
     ("`BenchOptions::peers`", "--peers"),
     ("in `Sign::nth`", "with --nth"),

@@ -1,12 +1,16 @@
 //! The arguments of a revert about what tells its guest from others of the same image.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::clones::expanded;
+use super::failure::Failure;
 use super::hook::{Hook, RunningHook};
 use crate::guest::RewriteOptions;
-use crate::revert::{CloneIdentity, RevertEvent};
+use crate::kind::ErrorKind;
+use crate::revert::{AgentOptions, CloneIdentity, RevertEvent};
 
 /// What is done for a guest of its own.
 #[derive(Args, Clone)]
@@ -19,6 +23,18 @@ pub(super) struct IdentityArgs {
     /// have been saved with the device vmgenid
     #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
     vmgenid: Option<Renewed>,
+    /// Have the guest's agent (qemu-guest-agent) run COMMAND by the guest's /bin/sh as soon as the
+    /// guest runs, and wait for its end. In it {n} stands for the clone's number, {name} for its
+    /// name and {dir} for its directory
+    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["domain", "new"])]
+    agent_exec: Vec<String>,
+    /// Have the guest's agent set the guest's clock to this host's time as soon as the guest runs
+    #[arg(long, conflicts_with_all = ["domain", "new"])]
+    agent_set_time: bool,
+    /// The socket of the guest's agent [default: that of the port org.qemu.guest_agent.0 on the
+    /// command line]; {n}, {name} and {dir} as above
+    #[arg(long, value_name = "PATH")]
+    agent: Option<PathBuf>,
 }
 
 /// What takes the place of something that all guests of an image share.
@@ -34,6 +50,24 @@ impl IdentityArgs {
         RewriteOptions { new_generation: self.vmgenid.is_some(), ..options }
     }
 
+    /// The arguments of one clone. The hook is told by its environment: `${name}` is the shell's.
+    pub fn of_clone(self, clone: &CloneIdentity) -> IdentityArgs {
+        IdentityArgs {
+            agent_exec: self.agent_exec.iter().map(|command| clone.expand(command)).collect(),
+            agent: self.agent.map(|path| expanded(&path, clone)),
+            ..self
+        }
+    }
+
+    /// What the guest's agent is told.
+    pub fn agent(&self) -> AgentOptions {
+        AgentOptions {
+            socket: self.agent.clone(),
+            set_time: self.agent_set_time,
+            commands: self.agent_exec.clone(),
+        }
+    }
+
     /// The command to be run once the guest runs.
     pub fn hook(&self) -> Option<Hook> {
         let command = self.hook_running.clone()?;
@@ -42,7 +76,7 @@ impl IdentityArgs {
 
     /// What is waited for behind the event `running`.
     pub fn awaited(&self) -> Awaited {
-        Awaited { hook: self.hook_running.is_some() }
+        Awaited { hook: self.hook_running.is_some(), agent: !self.agent().is_empty() }
     }
 }
 
@@ -73,11 +107,23 @@ pub(super) fn start_when_running(
 pub(super) struct Awaited {
     /// The end of the hook.
     pub hook: bool,
+    /// The last that the agent is told.
+    pub agent: bool,
 }
 
 impl Awaited {
+    /// Takes note of an event. Returns what has failed, if that is what it tells.
+    pub fn hear(&mut self, event: &RevertEvent) -> Option<Failure> {
+        let RevertEvent::Agent { failed, left, .. } = event else { return None };
+        self.agent &= *left > 0 && failed.is_none();
+        failed.as_ref().map(|why| {
+            let message = format!("the guest's agent did not do all: {why}; the guest runs on");
+            Failure::said(ErrorKind::AgentFailed, message)
+        })
+    }
+
     /// Whether all has come.
     pub fn is_over(self) -> bool {
-        !self.hook
+        !self.hook && !self.agent
     }
 }

@@ -332,6 +332,10 @@ impl Output {
                     ports.iter().map(|(old, new)| format!("; port {old} is {new}")).collect();
                 self.say("running", &format!("the guest runs{}", ports.concat()));
             }
+            RevertEvent::Agent { did, failed, took_ms, .. } => match failed {
+                Some(why) => self.say("agent", &format!("{did}: {why}")),
+                None => self.say("agent", &format!("{did}: done in {took_ms:.0} ms")),
+            },
             RevertEvent::TakenOver { after_ms, restarts, .. } => self.say(
                 "taken over",
                 &format!(

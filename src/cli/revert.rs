@@ -150,6 +150,7 @@ impl RevertArgs {
             log: self.log.map(path),
             paths: self.paths.into_iter().map(|(old, new)| (expand(old), expand(new))).collect(),
             host: self.host.of_clone(clone),
+            identity: self.identity.of_clone(clone),
             disks: self.disks.of_clone(clone),
             extra: self.extra.into_iter().map(expand).collect(),
             ..self
@@ -195,13 +196,18 @@ async fn start(
         resettable: args.resettable,
         keeper,
         sandbox: args.sandbox.program(),
+        agent: args.identity.agent(),
         run: Some(run),
         ..RevertOptions::new(args.image)
     };
     let (output, mut hook, mut hooked) = (Arc::new(output), args.identity.hook(), None);
+    let (mut awaited, mut told) = (args.identity.awaited(), Ok(()));
     let reverted = crate::revert::revert(&options, cancel.clone(), |event| {
         // Ahead of the sandbox, from within which nothing can be started.
         let started = identity::start_when_running(&mut hook, &event, clone.as_ref());
+        if let Some(failure) = awaited.hear(&event) {
+            told = Err(failure);
+        }
         output.revert(&event);
         if let Some(started) = started {
             let output = Arc::clone(&output);
@@ -215,7 +221,7 @@ async fn start(
         None => Ok(()),
     };
     reverted.map_err(explained)?;
-    hooked
+    told.and(hooked)
 }
 
 /// What failed in a revert, with the argument in place of the option.

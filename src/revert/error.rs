@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
+use crate::agent::AgentError;
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
 use crate::image::ImageError;
@@ -116,6 +117,9 @@ pub enum RevertError {
     /// wants it.
     #[error("the machine's clock can't go on from the moment: {0}; `rtc` has to be `Now`")]
     Rtc(&'static str),
+    /// The guest's agent can't be told what it was to be.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// The image was to be checked, and is damaged.
     #[error("{0}; `snapback verify` says all that is wrong")]
     Damaged(String),
@@ -152,6 +156,7 @@ impl RevertError {
             },
             Rtc(_) => ErrorKind::OptionsInvalid,
             Domain(error) => error.kind(),
+            Agent(error) => error.kind(),
             Reset(error) => error.kind(),
             Libvirt(error) => error.kind(),
             Damaged(_) => ErrorKind::ImageDamaged,
@@ -166,6 +171,7 @@ impl RevertError {
         match self {
             Image(error) => error.details(),
             Vm(error) => error.details(),
+            Agent(error) => error.details(),
             Reset(error) => error.details(),
             Qmp(error) => error.details(),
             Libvirt(error) => error.details(),

@@ -66,6 +66,20 @@ pub enum RevertEvent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         qmp: Option<PathBuf>,
     },
+    /// The guest's agent has done something that it was told once the guest ran
+    /// ([`RevertOptions::agent`](super::RevertOptions::agent)), or has failed. It comes at any time
+    /// behind `Running`.
+    Agent {
+        /// What: a command of the guest's shell, or `guest-set-time`.
+        did: String,
+        /// Why it failed; none where it did not. What was to follow is left out then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failed: Option<String>,
+        /// How long it took, in milliseconds; the first time with the wait for the agent.
+        took_ms: f64,
+        /// How many things are to follow.
+        left: u64,
+    },
     /// The process that served the guest has died, and this one has taken its place.
     TakenOver {
         /// By what: `keeper`, or `resume` where the keeper had died as well.

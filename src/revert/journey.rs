@@ -1,10 +1,14 @@
 //! The whole way of a guest of ours, from the image to a guest that depends on nobody.
 
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
 use super::error::RevertError;
 use super::event::RevertEvent;
+use super::first_breath::FirstBreath;
 use super::options::RevertOptions;
 use super::outcome::Outcome;
-use super::session::{Held, Planned, Resettable, Resident};
+use super::session::{Held, Planned, Resettable, Resident, Running};
 use crate::cancel::Cancellation;
 
 /// A guest that has been brought back.
@@ -103,10 +107,35 @@ async fn to_resident(
     cancel: Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Resident, RevertError> {
-    let planned = Planned::new(options, cancel, on_event).await?;
+    let planned = Planned::new(options, cancel.clone(), on_event).await?;
+    let agent = planned.agent().map(Path::to_owned);
     let launched = planned.launch(on_event).await?;
     let armed = launched.arm(on_event).await?;
     let running = armed.run(on_event).await?;
+    let Some(agent) = agent else { return fill(running, on_event).await };
+    let breath = FirstBreath::begin(&options.agent, &agent).await;
+    // Two tell what happens at the same time.
+    let on_event = Mutex::new(on_event);
+    let tell = |event| (on_event.lock().unwrap_or_else(PoisonError::into_inner))(event);
+    let mut tell_filling = &tell;
+    let (filling, breath) = (fill(running, &mut tell_filling), breath.draw(&cancel, &tell));
+    tokio::pin!(filling, breath);
+    tokio::select! {
+        biased;
+        resident = &mut filling => {
+            let resident = resident?;
+            breath.await;
+            Ok(resident)
+        }
+        () = &mut breath => filling.await,
+    }
+}
+
+/// Brings all memory of a guest that runs, in huge pages.
+async fn fill(
+    running: Running,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<Resident, RevertError> {
     let mut resident = running.fill(on_event).await?;
     resident.collapse(on_event).await;
     Ok(resident)

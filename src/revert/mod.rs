@@ -10,6 +10,7 @@ mod collapse;
 mod eager;
 mod error;
 mod event;
+mod first_breath;
 mod harvest;
 mod journey;
 mod kept;
@@ -33,7 +34,7 @@ pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
 pub use harvest::harvest;
 pub use journey::{Reverted, revert, revert_held, revert_resettable};
 pub use options::{
-    Delivery, Orphan, Placement, ResumeOptions, RevertOptions, ServeOptions, Target,
+    AgentOptions, Delivery, Orphan, Placement, ResumeOptions, RevertOptions, ServeOptions, Target,
 };
 pub use outcome::Outcome;
 pub use prove::prove;

@@ -53,6 +53,10 @@ pub struct RevertOptions {
     /// rights which are needed later. **The sandbox holds for the whole process that calls this, and
     /// for good.** Without, or where memory is not served, the process keeps its rights.
     pub sandbox: Option<PathBuf>,
+    /// What the guest's agent is told as soon as the guest runs. That it fails is told by
+    /// [`RevertEvent::Agent`](super::RevertEvent::Agent), and ends nothing. A guest of libvirt's
+    /// has no agent for us.
+    pub agent: AgentOptions,
     /// How this revert is recorded while it is under way, for [`runs`](crate::runs). Without, it
     /// is not.
     pub run: Option<RunOptions>,
@@ -73,8 +77,29 @@ impl RevertOptions {
             resettable: false,
             keeper: None,
             sandbox: None,
+            agent: AgentOptions::default(),
             run: None,
         }
+    }
+}
+
+/// What the guest's agent (qemu-guest-agent) is told, in this order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AgentOptions {
+    /// The socket of its channel. Without, that of the port `org.qemu.guest_agent.0` on the
+    /// command line.
+    pub socket: Option<PathBuf>,
+    /// To set the guest's clock to the host's time.
+    pub set_time: bool,
+    /// Commands to be run by the guest's shell (`/bin/sh`), one after the other.
+    pub commands: Vec<String>,
+}
+
+impl AgentOptions {
+    /// Whether it is told nothing.
+    pub fn is_empty(&self) -> bool {
+        !self.set_time && self.commands.is_empty()
     }
 }
 

@@ -3,22 +3,25 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::clocks::now;
 use crate::clones::{by_clone, running};
 use crate::harness::{Dir, Reverted, text, wait_gone};
 use crate::shared::shared;
-use crate::support::{Contact, Guest, GuestOptions, Qemu, Result, debian, qmp};
+use crate::support::{Contact, Guest, GuestOptions, Qemu, Result, SOON, debian, qmp, wait_for};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
     a_hook_is_told_whose_guest_runs
     a_guest_finds_its_new_generation_id
+    an_agent_makes_each_clone_its_own
 }
 
 tests! {
     a_hook_that_fails_leaves_its_guest_running
     a_hook_that_hangs_is_ended_by_an_interrupt
+    an_agent_without_a_channel_is_refused
     a_generation_id_is_only_for_guests_that_have_one
 }
 
@@ -157,6 +160,88 @@ fn a_generation_id_is_only_for_guests_that_have_one(dir: &Dir) -> Result<()> {
     );
     let told = ended.failure()?;
     assert!(told.contains("--vmgenid new") && told.contains("vmgenid,guid=auto"), "{told}");
+    assert!(!dir.path("w").exists());
+    Ok(())
+}
+
+/// A Debian guest whose agent answers by a channel of its own, and whose clock is years behind.
+fn with_agent(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+    let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
+    let args = [
+        "-device",
+        "virtio-serial-pci",
+        "-chardev",
+        "socket,id=agent,path=agent.sock,server=on,wait=off",
+        "-device",
+        "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
+    ];
+    let (args, modules) = (args.map(String::from).into(), "virtio_console");
+    let mut guest = Guest::boot(&GuestOptions { args, modules, ..debian::options(qemu, disk) })?;
+    let agent = "qemu-ga -m virtio-serial -p $(ls /dev/vport*p*) -t /run -f /run/agent.pid";
+    debian::run(&mut guest.oracle, &format!("setsid {agent} >/run/agent.log 2>&1 &"))?;
+    wait_for(SOON, "the agent to be connected", || {
+        let chardevs = qmp(&guest.qmp_path, "query-chardev", json!({}))?;
+        let mut chardevs = chardevs.as_array().into_iter().flatten();
+        let opened =
+            |chardev: &Value| chardev["label"] == "agent" && chardev["frontend-open"] == true;
+        Ok(chardevs.any(opened).then_some(()))
+    })?;
+    debian::run(&mut guest.oracle, "hostname original && date -s @1000000000")?;
+    Ok(guest)
+}
+
+fn an_agent_makes_each_clone_its_own(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut guest = with_agent(dir, qemu)?;
+    dir.save(&guest, "vm.snap").succeed()?;
+    let image = dir.path("vm.snap");
+    let tasks = [
+        "--agent-set-time",
+        "--agent-exec",
+        "hostname {name}",
+        "--agent-exec",
+        "echo {n} {dir} >/run/whose",
+    ];
+    let clones = ["--ephemeral", "--count", "2", "--name", "w{n}"];
+    let revert = dir.snapback(&["revert", text(&image)]).with(&clones).with(&tasks);
+    let ended = revert.succeed()?;
+    let before = now();
+    for (name, mut clone) in running(dir, &ended)? {
+        let of_clone = |event: &&Value| event["event"] == "agent" && event["clone"] == name;
+        let told: Vec<&Value> = ended.events.iter().filter(of_clone).collect();
+        let did: Vec<_> = told.iter().filter_map(|event| event["did"].as_str()).collect();
+        assert_eq!(did[..2], ["guest-set-time", &format!("hostname {name}")], "{ended:?}");
+        assert_eq!((did.len(), &told[2]["left"]), (3, &json!(0)), "{ended:?}");
+        assert!(told.iter().all(|event| event["failed"].is_null()), "{ended:?}");
+        assert_eq!(debian::run(&mut clone.oracle, "hostname")?, name);
+        let whose = debian::run(&mut clone.oracle, "cat /run/whose")?;
+        assert_eq!(whose, format!("{} {name}", &name[1..]));
+        let time: f64 = debian::run(&mut clone.oracle, "date +%s")?.parse()?;
+        assert!((before - 60.0..now() + 2.0).contains(&time), "{time} {before}");
+    }
+    assert_eq!(debian::run(&mut guest.oracle, "hostname")?, "original");
+
+    for (name, more) in [("here", &[][..]), ("detached", &["--detach"])] {
+        let to = dir.make(name)?;
+        let tasks = ["--agent-exec", "echo no >&2; exit 4", "--agent-exec", "hostname later"];
+        let revert = dir.snapback(&["revert", text(&image), "--ephemeral", "--dir", text(&to)]);
+        let ended = revert.with(&tasks).with(more).end()?;
+        assert_eq!((ended.code, &ended.event("error")?["code"]), (Some(1), &json!("agent_failed")));
+        let told = ended.failure()?;
+        assert!(told.contains("exit status 4: no"), "{told}");
+        let pid = ended.event("running")?["pid"].as_u64().ok_or("no process")?;
+        let mut guest = Reverted::alone(pid as u32, &to)?;
+        assert_eq!(debian::run(&mut guest.oracle, "hostname")?, "original");
+    }
+    Ok(())
+}
+
+fn an_agent_without_a_channel_is_refused(dir: &Dir) -> Result<()> {
+    let shared = shared(Qemu::V10)?;
+    let revert = dir.snapback(&["revert", text(&shared.image), "--name", "w"]);
+    let ended = revert.with(&["--agent-exec", "hostname {name}"]).end()?;
+    assert_eq!((ended.code, &ended.event("error")?["code"]), (Some(3), &json!("options_invalid")));
+    let told = ended.failure()?;
+    assert!(told.contains("org.qemu.guest_agent.0") && told.contains("--agent"), "{told}");
     assert!(!dir.path("w").exists());
     Ok(())
 }

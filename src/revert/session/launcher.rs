@@ -50,6 +50,14 @@ impl Launcher {
         }
     }
 
+    /// The socket of its agent's channel, where we start it.
+    pub fn agent(&self) -> Option<&Path> {
+        match self {
+            Launcher::Process(plan) => plan.reach.agent.as_deref(),
+            Launcher::Domain(_) => None,
+        }
+    }
+
     /// What differs from the record.
     pub fn notes(&self) -> &[Note] {
         match self {

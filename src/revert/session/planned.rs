@@ -1,5 +1,6 @@
 //! Planned: the command line is rewritten, nothing is touched.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::confined::Confinement;
@@ -15,6 +16,7 @@ use crate::image::{Image, verify_chain, verify_flat};
 use crate::keeper::if_started;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::RevertEvent;
+use crate::revert::first_breath;
 use crate::revert::kept::Kept;
 use crate::revert::options::RevertOptions;
 use crate::runs::{Entry, ProcessId};
@@ -26,6 +28,7 @@ pub struct Planned {
     start: Start,
     options: RevertOptions,
     cancel: Cancellation,
+    agent: Option<PathBuf>,
 }
 
 impl Planned {
@@ -45,6 +48,7 @@ impl Planned {
         let stays_paused = options.rewrite.stays_paused() || !machine.running;
         let paused = stays_paused || options.preload || options.standby;
         let (launcher, not_mapped) = Launcher::plan(&image, options, paused)?;
+        let agent = first_breath::socket(&options.agent, launcher.agent(), stays_paused)?;
         if options.check {
             tokio::select! {
                 checked = check(&image) => checked?,
@@ -59,7 +63,12 @@ impl Planned {
             (true, false) => Start::Continued { preload: options.preload },
             (true, true) => Start::LeftToOwner,
         };
-        Ok(Planned { image, launcher, start, options: options.clone(), cancel })
+        Ok(Planned { image, launcher, start, options: options.clone(), cancel, agent })
+    }
+
+    /// The socket of the agent that is to be told something once the guest runs.
+    pub(in crate::revert) fn agent(&self) -> Option<&Path> {
+        self.agent.as_deref()
     }
 
     /// Starts QEMU, while what it is given is read from the image.
@@ -70,7 +79,7 @@ impl Planned {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
-        let Planned { image, launcher, start, options, cancel } = self;
+        let Planned { image, launcher, start, options, cancel, .. } = self;
         let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, .. } =
             options;
         // Who speaks to libvirt may have to connect anew.

@@ -1,0 +1,111 @@
+//! What a guest's agent is told as soon as the guest runs.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::event::RevertEvent;
+use super::options::AgentOptions;
+use crate::agent::{Agent, AgentError};
+use crate::cancel::Cancellation;
+
+/// How long an attempt to have the agent answer takes, and how many there are. What is sent ahead
+/// of the moment at which the guest opens its end of the channel is lost.
+const ATTEMPT: Duration = Duration::from_secs(5);
+const ATTEMPTS: u32 = 12;
+
+/// Something that an agent is told.
+enum Task {
+    SetTime,
+    Run(String),
+}
+
+impl Task {
+    /// What it is called in events.
+    fn name(&self) -> &str {
+        match self {
+            Task::SetTime => "guest-set-time",
+            Task::Run(command) => command,
+        }
+    }
+
+    async fn carry_out(&self, agent: &mut Agent) -> Result<(), AgentError> {
+        match self {
+            Task::SetTime => agent.set_time().await,
+            Task::Run(command) => agent.run(command).await,
+        }
+    }
+}
+
+/// The socket of the agent's channel where there is something to tell it: the one that was given,
+/// or else the one on the command line of a QEMU of ours.
+///
+/// # Errors
+/// When there is neither, or the guest will stay `paused`.
+pub(super) fn socket(
+    options: &AgentOptions,
+    recorded: Option<&Path>,
+    paused: bool,
+) -> Result<Option<PathBuf>, AgentError> {
+    match (options.is_empty(), options.socket.as_deref().or(recorded)) {
+        (true, _) => Ok(None),
+        (false, _) if paused => Err(AgentError::Paused),
+        (false, None) => Err(AgentError::NoChannel),
+        (false, Some(socket)) => Ok(Some(socket.to_owned())),
+    }
+}
+
+/// An agent that is connected, with what it is to be told.
+pub(super) struct FirstBreath {
+    agent: Result<Agent, AgentError>,
+    tasks: Vec<Task>,
+}
+
+impl FirstBreath {
+    /// Connects. From within the sandbox that can't be done any more.
+    pub async fn begin(options: &AgentOptions, socket: &Path) -> FirstBreath {
+        let set_time = options.set_time.then_some(Task::SetTime);
+        let tasks = set_time.into_iter().chain(options.commands.iter().cloned().map(Task::Run));
+        FirstBreath { agent: Agent::open(socket).await, tasks: tasks.collect() }
+    }
+
+    /// Tells the agent one thing after the other, up to the first that fails. The first request of
+    /// `cancel` ends that.
+    pub async fn draw(self, cancel: &Cancellation, on_event: impl Fn(RevertEvent)) {
+        let FirstBreath { mut agent, tasks } = self;
+        let mut left = tasks.len();
+        let mut synced = false;
+        for task in tasks {
+            let began = Instant::now();
+            let told = async {
+                let agent = agent.as_mut().map_err(|error| error.to_string())?;
+                if !synced {
+                    reach(agent).await.map_err(|error| error.to_string())?;
+                }
+                task.carry_out(agent).await.map_err(|error| error.to_string())
+            };
+            let failed = tokio::select! {
+                told = told => told.err(),
+                () = cancel.requested() => Some("interrupted".to_owned()),
+            };
+            synced = true;
+            left -= 1;
+            let (did, has_failed) = (task.name().to_owned(), failed.is_some());
+            let took_ms = began.elapsed().as_secs_f64() * 1e3;
+            on_event(RevertEvent::Agent { did, failed, took_ms, left: left as u64 });
+            if has_failed {
+                return;
+            }
+        }
+    }
+}
+
+/// Waits until the agent answers.
+async fn reach(agent: &mut Agent) -> Result<(), AgentError> {
+    for _ in 1..ATTEMPTS {
+        match agent.sync(ATTEMPT).await {
+            Err(AgentError::Timeout { .. }) => {}
+            reached => return reached,
+        }
+    }
+    agent.sync(ATTEMPT).await
+}
