@@ -57,6 +57,17 @@ pub enum AgentError {
     /// A guest that stays paused can't do what its agent is told.
     #[error("the guest stays paused, so that its agent can't be told anything")]
     Paused,
+    /// A guest without network cards was to get new addresses for them.
+    #[error(
+        "the machine has no network card to which `AgentOptions::new_macs` could give an address"
+    )]
+    NoCard,
+    /// No interface in the guest has the address of its card.
+    #[error("no network interface in the guest has the address {address}: is its driver loaded?")]
+    NoInterface {
+        /// The card's address.
+        address: String,
+    },
     /// A program in the guest did not end well.
     #[error("the guest's command `{command}` ended with {ended}{said}")]
     Program {
@@ -82,6 +93,7 @@ impl AgentError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             AgentError::NoChannel | AgentError::Paused => ErrorKind::OptionsInvalid,
+            AgentError::NoCard => ErrorKind::NoSuchDevice,
             _ => ErrorKind::AgentFailed,
         }
     }
@@ -105,6 +117,8 @@ impl AgentError {
             AgentError::Refused { .. }
             | AgentError::NoChannel
             | AgentError::Paused
+            | AgentError::NoCard
+            | AgentError::NoInterface { .. }
             | AgentError::Program { .. }
             | AgentError::NoDomain
             | AgentError::Disconnected { .. }

@@ -46,6 +46,30 @@ impl Agent {
         }
     }
 
+    /// Gives the guest's network interface of address `old` the address `new`, by ip(8).
+    ///
+    /// # Errors
+    /// [`AgentError::NoInterface`] when none has that address.
+    pub async fn change_address(&mut self, old: &str, new: &str) -> Result<(), AgentError> {
+        let interfaces = self.ask("guest-network-get-interfaces", Value::Null, ANSWER).await?;
+        let has_it = |interface: &&Value| {
+            let address = interface["hardware-address"].as_str();
+            address.is_some_and(|address| address.eq_ignore_ascii_case(old))
+        };
+        let interface = interfaces.as_array().into_iter().flatten().find(has_it);
+        let name = interface.and_then(|interface| interface["name"].as_str());
+        // What a guest calls its interfaces goes into a command for its own shell.
+        let name = name.and_then(|name| shlex::try_quote(name).ok());
+        let Some(name) = name else {
+            return Err(AgentError::NoInterface { address: old.to_owned() });
+        };
+        // Most drivers take a new address while the interface is up; others only while it is down.
+        let set = format!("ip link set dev {name} address {new}");
+        let switch = |way| format!("ip link set dev {name} {way}");
+        let (down, up) = (switch("down"), switch("up"));
+        self.run(&format!("{set} || {{ {down} && {set} && {up}; }}")).await
+    }
+
     /// Sets the guest's clock to the host's time.
     pub async fn set_time(&mut self) -> Result<(), AgentError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

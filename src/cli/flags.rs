@@ -30,6 +30,7 @@ const NAMES: &[(&str, &str)] = &[
     ("by `Orphan::Qmp`", "by --qmp"),
     ("`Placement::Auto`", "--place auto"),
     ("`Placement::Eager`", "--place eager"),
+    ("`AgentOptions::new_macs`", "--mac new"),
     ("`AgentOptions::socket`", "--agent"),
     ("`BenchOptions::paths`", "--path"),
     ("`BenchOptions::peers`", "--peers"),

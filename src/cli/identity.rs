@@ -23,6 +23,10 @@ pub(super) struct IdentityArgs {
     /// have been saved with the device vmgenid
     #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
     vmgenid: Option<Renewed>,
+    /// Give each network card a new address, by the guest's agent and ip(8) in the guest. Until then
+    /// the guest finds the card's cable unplugged
+    #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
+    mac: Option<Renewed>,
     /// Have the guest's agent (qemu-guest-agent) run COMMAND by the guest's /bin/sh as soon as the
     /// guest runs, and wait for its end. In it {n} stands for the clone's number, {name} for its
     /// name and {dir} for its directory
@@ -63,6 +67,7 @@ impl IdentityArgs {
     pub fn agent(&self) -> AgentOptions {
         AgentOptions {
             socket: self.agent.clone(),
+            new_macs: self.mac.is_some(),
             set_time: self.agent_set_time,
             commands: self.agent_exec.clone(),
         }

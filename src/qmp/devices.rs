@@ -103,6 +103,33 @@ impl Qmp {
         Ok(parse_networks(&self.human("info network").await?))
     }
 
+    /// All network cards, each with the address that it has for its guest.
+    pub async fn cards(&self) -> Result<Vec<(String, String)>, QmpError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Filter {
+            name: String,
+            main_mac: String,
+        }
+        let networks = self.networks().await?;
+        // Of the cards that tell it, the address that the guest has set.
+        let filters: Vec<Filter> = self.query("query-rx-filter", ()).await?;
+        let card = |network: Network| {
+            let recorded =
+                network.details.split(',').find_map(|part| part.strip_prefix("macaddr="));
+            let filter = filters.iter().find(|filter| filter.name == network.name);
+            let address =
+                filter.map(|filter| filter.main_mac.as_str()).or(recorded)?.to_lowercase();
+            Some((network.name.clone(), address))
+        };
+        Ok(networks.into_iter().filter(|network| network.kind == "nic").filter_map(card).collect())
+    }
+
+    /// Plugs the cable of a network card in, or out.
+    pub async fn set_link(&self, card: &str, up: bool) -> Result<(), QmpError> {
+        self.execute("set_link", json!({ "name": card, "up": up })).await.map(drop)
+    }
+
     /// The ports that user networks forward to the guest: the network's id, and the rule as
     /// `hostfwd=` wants it.
     pub async fn host_forwards(&self) -> Result<Vec<(String, String)>, QmpError> {

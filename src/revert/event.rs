@@ -70,7 +70,7 @@ pub enum RevertEvent {
     /// ([`RevertOptions::agent`](super::RevertOptions::agent)), or has failed. It comes at any time
     /// behind `Running`.
     Agent {
-        /// What: a command of the guest's shell, or `guest-set-time`.
+        /// What: a command of the guest's shell, `guest-set-time`, or a card's new address.
         did: String,
         /// Why it failed; none where it did not. What was to follow is left out then.
         #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::cards::Card;
 use super::event::RevertEvent;
 use super::options::AgentOptions;
 use crate::agent::{Agent, AgentError};
 use crate::cancel::Cancellation;
+use crate::qmp::Qmp;
 
 /// How long an attempt to have the agent answer takes, and how many there are. What is sent ahead
 /// of the moment at which the guest opens its end of the channel is lost.
@@ -15,24 +17,28 @@ const ATTEMPTS: u32 = 12;
 
 /// Something that an agent is told.
 enum Task {
+    RenewAddress(Card, Qmp),
     SetTime,
     Run(String),
 }
 
 impl Task {
     /// What it is called in events.
-    fn name(&self) -> &str {
+    fn name(&self) -> String {
         match self {
-            Task::SetTime => "guest-set-time",
-            Task::Run(command) => command,
+            Task::RenewAddress(card, _) => format!("address of {}: {}", card.name, card.new),
+            Task::SetTime => "guest-set-time".to_owned(),
+            Task::Run(command) => command.clone(),
         }
     }
 
-    async fn carry_out(&self, agent: &mut Agent) -> Result<(), AgentError> {
-        match self {
+    async fn carry_out(&self, agent: &mut Agent) -> Result<(), String> {
+        let done = match self {
+            Task::RenewAddress(card, qmp) => return card.renew(agent, qmp).await,
             Task::SetTime => agent.set_time().await,
             Task::Run(command) => agent.run(command).await,
-        }
+        };
+        done.map_err(|error| error.to_string())
     }
 }
 
@@ -62,9 +68,16 @@ pub(super) struct FirstBreath {
 
 impl FirstBreath {
     /// Connects. From within the sandbox that can't be done any more.
-    pub async fn begin(options: &AgentOptions, socket: &Path) -> FirstBreath {
+    pub async fn begin(
+        options: &AgentOptions,
+        socket: &Path,
+        unplugged: Option<(Vec<Card>, Qmp)>,
+    ) -> FirstBreath {
+        let cards = unplugged.into_iter().flat_map(|(cards, qmp)| {
+            cards.into_iter().map(move |card| Task::RenewAddress(card, qmp.clone()))
+        });
         let set_time = options.set_time.then_some(Task::SetTime);
-        let tasks = set_time.into_iter().chain(options.commands.iter().cloned().map(Task::Run));
+        let tasks = cards.chain(set_time).chain(options.commands.iter().cloned().map(Task::Run));
         FirstBreath { agent: Agent::open(socket).await, tasks: tasks.collect() }
     }
 
@@ -81,7 +94,7 @@ impl FirstBreath {
                 if !synced {
                     reach(agent).await.map_err(|error| error.to_string())?;
                 }
-                task.carry_out(agent).await.map_err(|error| error.to_string())
+                task.carry_out(agent).await
             };
             let failed = tokio::select! {
                 told = told => told.err(),
@@ -89,7 +102,7 @@ impl FirstBreath {
             };
             synced = true;
             left -= 1;
-            let (did, has_failed) = (task.name().to_owned(), failed.is_some());
+            let (did, has_failed) = (task.name(), failed.is_some());
             let took_ms = began.elapsed().as_secs_f64() * 1e3;
             on_event(RevertEvent::Agent { did, failed, took_ms, left: left as u64 });
             if has_failed {

@@ -107,13 +107,21 @@ async fn to_resident(
     cancel: Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Resident, RevertError> {
+    let new_macs = options.agent.new_macs;
+    // Cables can be unplugged only between the device state and the guest's first instruction.
+    let standby = options.standby || new_macs;
+    let options = &RevertOptions { standby, ..options.clone() };
     let planned = Planned::new(options, cancel.clone(), on_event).await?;
     let agent = planned.agent().map(Path::to_owned);
     let launched = planned.launch(on_event).await?;
     let armed = launched.arm(on_event).await?;
+    let (armed, unplugged) = match new_macs {
+        true => armed.unplug().await?,
+        false => (armed, None),
+    };
     let running = armed.run(on_event).await?;
     let Some(agent) = agent else { return fill(running, on_event).await };
-    let breath = FirstBreath::begin(&options.agent, &agent).await;
+    let breath = FirstBreath::begin(&options.agent, &agent, unplugged).await;
     // Two tell what happens at the same time.
     let on_event = Mutex::new(on_event);
     let tell = |event| (on_event.lock().unwrap_or_else(PoisonError::into_inner))(event);

@@ -5,6 +5,7 @@
 //! which can also be gone through one by one: to hold a guest in standby, for example.
 
 mod broker;
+mod cards;
 mod clones;
 mod collapse;
 mod eager;

@@ -90,6 +90,9 @@ pub struct AgentOptions {
     /// The socket of its channel. Without, that of the port `org.qemu.guest_agent.0` on the
     /// command line.
     pub socket: Option<PathBuf>,
+    /// To give each network card a new address (MAC). Its cable is unplugged ahead of the guest's
+    /// first instruction, and plugged in again once its address has been changed.
+    pub new_macs: bool,
     /// To set the guest's clock to the host's time.
     pub set_time: bool,
     /// Commands to be run by the guest's shell (`/bin/sh`), one after the other.
@@ -99,7 +102,7 @@ pub struct AgentOptions {
 impl AgentOptions {
     /// Whether it is told nothing.
     pub fn is_empty(&self) -> bool {
-        !self.set_time && self.commands.is_empty()
+        !self.new_macs && !self.set_time && self.commands.is_empty()
     }
 }
 

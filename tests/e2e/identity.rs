@@ -16,6 +16,7 @@ tests_on_both! {
     a_hook_is_told_whose_guest_runs
     a_guest_finds_its_new_generation_id
     an_agent_makes_each_clone_its_own
+    cards_get_addresses_of_their_own
 }
 
 tests! {
@@ -165,7 +166,7 @@ fn a_generation_id_is_only_for_guests_that_have_one(dir: &Dir) -> Result<()> {
 }
 
 /// A Debian guest whose agent answers by a channel of its own, and whose clock is years behind.
-fn with_agent(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+fn with_agent(dir: &Dir, qemu: Qemu, more: &[&str]) -> Result<Guest> {
     let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
     let args = [
         "-device",
@@ -175,7 +176,8 @@ fn with_agent(dir: &Dir, qemu: Qemu) -> Result<Guest> {
         "-device",
         "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
     ];
-    let (args, modules) = (args.map(String::from).into(), "virtio_console");
+    let args = args.iter().chain(more).map(|arg| arg.to_string()).collect();
+    let modules = "virtio_console,failover,net_failover,virtio_net";
     let mut guest = Guest::boot(&GuestOptions { args, modules, ..debian::options(qemu, disk) })?;
     let agent = "qemu-ga -m virtio-serial -p $(ls /dev/vport*p*) -t /run -f /run/agent.pid";
     debian::run(&mut guest.oracle, &format!("setsid {agent} >/run/agent.log 2>&1 &"))?;
@@ -191,7 +193,7 @@ fn with_agent(dir: &Dir, qemu: Qemu) -> Result<Guest> {
 }
 
 fn an_agent_makes_each_clone_its_own(dir: &Dir, qemu: Qemu) -> Result<()> {
-    let mut guest = with_agent(dir, qemu)?;
+    let mut guest = with_agent(dir, qemu, &[])?;
     dir.save(&guest, "vm.snap").succeed()?;
     let image = dir.path("vm.snap");
     let tasks = [
@@ -243,5 +245,51 @@ fn an_agent_without_a_channel_is_refused(dir: &Dir) -> Result<()> {
     let told = ended.failure()?;
     assert!(told.contains("org.qemu.guest_agent.0") && told.contains("--agent"), "{told}");
     assert!(!dir.path("w").exists());
+    Ok(())
+}
+
+/// What the guest needs of ip(8), which it doesn't have: `ip link set dev IF address MAC`, and `up`
+/// (netdevice(7): SIOCSIFHWADDR, SIOCSIFFLAGS with IFF_UP).
+const IP: &str = "socket S, 2, 2, 0; my (undef, undef, undef, $if, $what, $mac) = @ARGV; \
+    $mac =~ tr/://d; exit !($what eq q(up) ? ioctl S, 0x8914, pack q(a16 S x14), $if, 1 : \
+    ioctl S, 0x8924, pack q(a16 S H12 x8), $if, 1, $mac)";
+
+/// The address that QEMU's card takes packets for.
+fn address_of_card(guest: &Contact) -> Result<String> {
+    let filters = qmp(&guest.qmp_path, "query-rx-filter", json!({}))?;
+    Ok(filters[0]["main-mac"].as_str().ok_or("no card")?.to_owned())
+}
+
+fn cards_get_addresses_of_their_own(dir: &Dir, qemu: Qemu) -> Result<()> {
+    const OLD: &str = "52:54:00:ab:cd:01";
+    let card = format!("virtio-net-pci,netdev=n0,id=net0,romfile=,mac={OLD}");
+    let mut guest = with_agent(dir, qemu, &["-netdev", "user,id=n0", "-device", &card])?;
+    let ip = "/usr/local/bin/ip";
+    let install = format!("printf '#!/usr/bin/perl\\n%s\\n' '{IP}' >{ip} && chmod +x {ip}");
+    debian::run(&mut guest.oracle, &install)?;
+    debian::run(&mut guest.oracle, "ip link set dev eth0 up")?;
+    let sees = "cat /sys/class/net/eth0/address /sys/class/net/eth0/carrier";
+    assert_eq!(debian::run(&mut guest.oracle, sees)?, format!("{OLD}\n1"));
+    dir.save(&guest, "vm.snap").succeed()?;
+    let image = dir.path("vm.snap");
+    let revert = || dir.snapback(&["revert", text(&image), "--ephemeral", "--mac", "new"]);
+
+    let mut seen = vec![OLD.to_owned()];
+    let ended = revert().with(&["--count", "2", "--name", "w{n}"]).succeed()?;
+    for mut clone in running(dir, &ended)?.into_values() {
+        let address = address_of_card(&clone)?;
+        assert_eq!(debian::run(&mut clone.oracle, sees)?, format!("{address}\n1"));
+        assert!(!seen.contains(&address), "{seen:?}");
+        assert!(ended.said.iter().any(|line| line.contains(&address)), "{ended:?}");
+        seen.push(address);
+    }
+
+    // A guest whose agent can't be reached keeps its address, and stays unplugged.
+    let to = dir.make("alone")?;
+    let ended = revert().with(&["--dir", text(&to), "--agent", "/nonexistent/agent"]).end()?;
+    assert_eq!((ended.code, &ended.event("error")?["code"]), (Some(1), &json!("agent_failed")));
+    let pid = ended.event("running")?["pid"].as_u64().ok_or("no process")?;
+    let mut alone = Reverted::alone(pid as u32, &to)?;
+    assert_eq!(debian::run(&mut alone.oracle, sees)?, format!("{OLD}\n0"));
     Ok(())
 }

@@ -3,8 +3,8 @@
 use super::connection::Connection;
 use super::running::Running;
 use crate::guest::Reach;
-#[cfg(feature = "internals")]
 use crate::qmp::Qmp;
+use crate::revert::cards::Card;
 use crate::revert::error::RevertError;
 use crate::revert::event::{Progress, RevertEvent};
 
@@ -27,6 +27,18 @@ impl Armed {
     #[doc(hidden)]
     pub fn qmp(&self) -> Option<&Qmp> {
         self.connection.qemu.qmp()
+    }
+
+    /// Unplugs the cables of all network cards of a guest in standby. None where we don't speak to
+    /// QEMU.
+    pub(in crate::revert) async fn unplug(
+        self,
+    ) -> Result<(Armed, Option<(Vec<Card>, Qmp)>), RevertError> {
+        let Some(qmp) = self.connection.qemu.qmp().cloned() else { return Ok((self, None)) };
+        match Card::unplug_all(&qmp).await {
+            Ok(cards) => Ok((self, Some((cards, qmp)))),
+            Err(error) => Err(self.connection.fail(error).await),
+        }
     }
 
     /// How much of its memory is in place.
