@@ -1,7 +1,6 @@
 //! The broker: what is done outside of the sandbox for a page server in it.
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::Args;
 
@@ -22,17 +21,17 @@ pub(super) struct BrokerArgs {
     file: Vec<PathBuf>,
 }
 
-/// Runs a broker. Its connection with the server is its standard input.
-pub(super) fn run(args: BrokerArgs) -> ExitCode {
+/// Runs a broker. Its connection with the server is its standard input. Returns the exit code.
+pub(super) fn run(args: BrokerArgs) -> u8 {
     let BrokerArgs { qemu, working_set, file: files } = args;
     match packets::take_stdin() {
         Ok(connection) => {
             run_broker(connection, &Rights { qemu, working_set, files });
-            ExitCode::SUCCESS
+            0
         }
         Err(error) => {
             eprintln!("snapback: a broker is started by a page server only ({error})");
-            ExitCode::from(FAILED)
+            FAILED
         }
     }
 }

@@ -27,6 +27,7 @@ mod runs;
 mod save;
 mod writing;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -308,7 +309,7 @@ pub fn main() -> ExitCode {
     init_log();
     let command = match cli.command {
         // It is to be small: no runtime.
-        Command::Broker(args) => return broker::run(args),
+        Command::Broker(args) => return ExitCode::from(broker::run(args)),
         command => command,
     };
     let runtime =
@@ -321,10 +322,19 @@ pub fn main() -> ExitCode {
         }
     };
     let code = runtime.block_on(run(command));
-    // A blocking call that is stuck, such as a read of a failed disk, must not keep the
-    // program from ending.
-    runtime.shutdown_background();
-    code
+    leave(code)
+}
+
+/// Ends the program without waiting for its threads: a blocking call that is stuck, such as a read
+/// of a failed disk, must not keep it from ending. Nor may exit(3) be called while they run: the
+/// destructors of libraries that it calls take away what libvirt's event loop is using, and a signal
+/// ends the program instead of its exit code.
+fn leave(code: u8) -> ! {
+    // What can't be written has nobody to be told to.
+    let _ = std::io::stdout().flush();
+    // SAFETY: _exit(2) ends the process and returns to nobody. What this program leaves unflushed
+    // in user space is its standard output alone, flushed above: standard error is not buffered.
+    unsafe { libc::_exit(code.into()) }
 }
 
 /// Diagnostics go to stderr: warnings, or what the variable SNAPBACK_LOG asks for.
@@ -335,7 +345,8 @@ fn init_log() {
     log.with_ansi(false).init();
 }
 
-async fn run(command: Command) -> ExitCode {
+/// Returns the exit code.
+async fn run(command: Command) -> u8 {
     let (json, result) = match command {
         Command::Save(args) => (args.json, save::run(args).await),
         Command::Check(args) => (args.json, check::run(args).await),
@@ -364,10 +375,10 @@ async fn run(command: Command) -> ExitCode {
         Command::Flatten(args) => (args.written.write.json, flatten::flatten(args).await),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(failure) => {
             Output::new(json).failure(&failure);
-            ExitCode::from(failure.exit_code())
+            failure.exit_code()
         }
     }
 }

@@ -64,18 +64,14 @@ pub(super) async fn reset(args: ResetArgs) -> Result<(), Failure> {
 
 /// The revert whose QEMU listens on a socket.
 fn run_of(socket: &Path) -> Result<Run, Failure> {
-    let unreachable = |error| {
-        Failure::new(
-            ErrorKind::QemuUnreachable,
-            &format!("nobody listens on `{}`", socket.display()),
-            &error,
-        )
+    let unreachable = |error: std::io::Error| {
+        let doing = format!("nobody listens on `{}`", socket.display());
+        Failure::new(ErrorKind::QemuUnreachable, &doing, &error)
     };
     // Who listens is known without a word: waiting for QEMU's greeting would cost a millisecond.
-    let pid = peer_pid(&UnixStream::connect(socket).map_err(|e: std::io::Error| unreachable(e))?);
-    let mut runs = runs::list()?;
-    runs.retain(|run| run.qemu_pid.is_some() && run.qemu_pid == pid);
-    runs.pop().ok_or_else(|| RunsError::NoSuchRun { id: socket.display().to_string() }.into())
+    let pid = peer_pid(&UnixStream::connect(socket).map_err(unreachable)?);
+    let run = pid.map(runs::of_qemu).transpose()?.flatten();
+    run.ok_or_else(|| RunsError::NoSuchRun { id: socket.display().to_string() }.into())
 }
 
 /// Ends the guest with all that it has written, and reverts to its image as that was done before.

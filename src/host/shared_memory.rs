@@ -14,16 +14,25 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 /// Seals without which a mapping could lose its memory (SIGBUS, memfd_create(2)).
 const SEALS: SealFlag = SealFlag::F_SEAL_GROW.union(SealFlag::F_SEAL_SHRINK);
 
-/// A file of `len` bytes in memory. `name` shows in /proc/PID/fd. It can't become a program, which
-/// somebody who holds it in a sandbox could write and run.
+/// An empty file in memory. `name` shows in /proc/PID/fd. It can't become a program, which somebody
+/// who holds it in a sandbox could write and run.
+///
+/// # Errors
+/// When the kernel has no memory or no descriptor left.
+pub fn file(name: &CStr) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(name, flags)?);
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    Ok(file)
+}
+
+/// A file of `len` bytes in memory, as [`file`] makes it, that keeps its length.
 ///
 /// # Errors
 /// When the kernel has no memory or no descriptor left.
 pub fn sealed_file(name: &CStr, len: u64) -> io::Result<File> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let file = File::from(memfd_create(name, flags)?);
+    let file = file(name)?;
     file.set_len(len)?;
-    file.set_permissions(Permissions::from_mode(0o600))?;
     fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS))?;
     Ok(file)
 }

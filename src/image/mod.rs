@@ -31,7 +31,7 @@ mod write;
 
 pub use format::error::ImageError;
 pub use format::manifest::{Details, LayerRef, Manifest, Sections};
-pub(crate) use read::cursor::{Cursor, Piece};
+pub(crate) use read::cursor::{Cursor, Held, Piece};
 pub use read::exposure::exposure;
 pub use read::flat::verify_flat;
 pub use read::image::Image;

@@ -7,6 +7,7 @@
 
 pub mod claim;
 mod fault_handler;
+mod fault_reader;
 mod pace;
 pub mod pager;
 pub mod prefetch;
@@ -26,11 +27,11 @@ use std::time::{Duration, Instant};
 
 pub use claim::ClaimMap;
 pub use fault_handler::FaultHandler;
+pub use fault_reader::FaultReader;
 pub use pace::Pace;
 pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use repair::repair;
-pub use spin::Spin;
 pub use unreadable::Unreadable;
 pub use working_set::{WorkingSet, WorkingSetError};
 

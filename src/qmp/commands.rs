@@ -72,6 +72,8 @@ pub struct BlockDevice {
     pub writable: bool,
     /// Whether the medium can be removed, as of a CD drive.
     pub removable: bool,
+    /// The medium's internal snapshots.
+    pub snapshots: Vec<String>,
 }
 
 impl Qmp {
@@ -237,14 +239,27 @@ struct Inserted {
     node_name: Option<String>,
     drv: String,
     ro: bool,
+    #[serde(default)]
+    image: Medium,
+}
+
+#[derive(Default, Deserialize)]
+struct Medium {
+    #[serde(default)]
+    snapshots: Vec<Snapshot>,
+}
+
+#[derive(Deserialize)]
+struct Snapshot {
+    name: String,
 }
 
 impl From<BlockInfo> for BlockDevice {
     fn from(info: BlockInfo) -> Self {
         let writable = info.inserted.as_ref().is_some_and(|medium| !medium.ro);
-        let (node_name, file, driver) = match info.inserted {
-            Some(medium) => (medium.node_name, Some(medium.file), Some(medium.drv)),
-            None => (None, None, None),
+        let (node_name, file, driver, image) = match info.inserted {
+            Some(medium) => (medium.node_name, Some(medium.file), Some(medium.drv), medium.image),
+            None => (None, None, None, Medium::default()),
         };
         BlockDevice {
             device: info.device,
@@ -254,6 +269,7 @@ impl From<BlockInfo> for BlockDevice {
             driver,
             writable,
             removable: info.removable,
+            snapshots: image.snapshots.into_iter().map(|snapshot| snapshot.name).collect(),
         }
     }
 }

@@ -4,40 +4,11 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde_json::json;
 
 use super::{Event, Job, Qmp, QmpError};
 
-/// A disk with what it writes to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct SnapshotDisk {
-    /// The disk, as the device or the drive is called.
-    pub name: String,
-    /// Its node on top.
-    pub node: String,
-    /// Whether the guest can write to it.
-    pub writable: bool,
-    /// The internal snapshots of that node.
-    pub snapshots: Vec<String>,
-}
-
 impl Qmp {
-    /// The disks that have a medium.
-    ///
-    /// # Errors
-    /// As [`Qmp::execute`]; so for all commands below.
-    pub(crate) async fn snapshot_disks(&self) -> Result<Vec<SnapshotDisk>, QmpError> {
-        let list: Vec<Info> = self.query("query-block", ()).await?;
-        let disk = |Info { device, qdev, inserted }: Info| {
-            let Inserted { ro, node, image } = inserted?;
-            let name = qdev.filter(|qdev| !qdev.is_empty()).unwrap_or(device);
-            let snapshots = image.snapshots.into_iter().map(|snapshot| snapshot.name).collect();
-            Some(SnapshotDisk { name, node: node.unwrap_or_default(), writable: !ro, snapshots })
-        };
-        Ok(list.into_iter().filter_map(disk).collect())
-    }
-
     /// Goes back to the internal snapshot `tag` of these nodes, by a job of that name; `vmstate` is
     /// the one whose snapshot holds the state of the machine. The guest stands still then.
     ///
@@ -102,31 +73,4 @@ impl Qmp {
     pub async fn jobs(&self) -> Result<Vec<Job>, QmpError> {
         self.query("query-jobs", ()).await
     }
-}
-
-#[derive(Deserialize)]
-struct Info {
-    #[serde(default)]
-    device: String,
-    qdev: Option<String>,
-    inserted: Option<Inserted>,
-}
-
-#[derive(Deserialize)]
-struct Inserted {
-    ro: bool,
-    #[serde(rename = "node-name")]
-    node: Option<String>,
-    image: Image,
-}
-
-#[derive(Deserialize)]
-struct Image {
-    #[serde(default)]
-    snapshots: Vec<Snapshot>,
-}
-
-#[derive(Deserialize)]
-struct Snapshot {
-    name: String,
 }

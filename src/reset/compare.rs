@@ -3,9 +3,10 @@
 use std::sync::atomic::Ordering;
 
 use super::ResetError;
+use super::memory::ZEROS;
 use super::shared::Shared;
 use crate::image::{Cursor, Piece};
-use crate::page::{PAGE_SIZE, PageBytes, Run};
+use crate::page::{BlockId, PAGE_SIZE, PageBytes, Run};
 
 /// Pages that are read at once: 256 KiB.
 const STEP_PAGES: u64 = 64;
@@ -63,21 +64,12 @@ fn compare_step(
         present[first as usize..(first + count) as usize].fill(true);
     })?;
     read_present(shared, start, &mut present[..run.count as usize], memory)?;
-    for (at, page) in (run.first..run.end()).enumerate() {
-        let bytes = |all: &[u8]| -> Option<PageBytes> {
-            all[at * PAGE_SIZE..].first_chunk::<PAGE_SIZE>().copied()
-        };
-        let old = stored.and_then(bytes);
-        let same = match (present[at], stored) {
-            // The kernel would give zeros.
-            (false, stored) => stored.is_none(),
-            (true, None) => is_zero(&memory[at * PAGE_SIZE..][..PAGE_SIZE]),
-            (true, Some(stored)) => {
-                stored[at * PAGE_SIZE..][..PAGE_SIZE] == memory[at * PAGE_SIZE..][..PAGE_SIZE]
-            }
-        };
-        if !same {
-            note(shared, run, page, old)?;
+    for (at, number) in (run.first..run.end()).enumerate() {
+        // Memory that is missing the kernel would give as zeros.
+        let now = if present[at] { page_of(memory, at) } else { &ZEROS };
+        let old = stored.map_or(&ZEROS, |stored| page_of(stored, at));
+        if now != old || (stored.is_some() && !present[at]) {
+            note(shared, run.block, number, old)?;
         }
     }
     Ok(())
@@ -102,21 +94,15 @@ fn read_present(
     Ok(())
 }
 
-/// Notes that a page differs from what the image has.
-fn note(shared: &Shared, run: Run, page: u64, old: Option<PageBytes>) -> Result<(), ResetError> {
-    let address = shared.guest.address(run.block, page);
-    let Some(unit) = shared.guest.find(address) else { return Ok(()) };
-    let is_small = unit.len == PAGE_SIZE as u64;
-    let copy = move |room: &mut PageBytes| {
-        *room = old.unwrap_or([0; PAGE_SIZE]);
-        Ok::<(), ResetError>(())
-    };
-    let copy = is_small.then_some(copy);
-    shared.log().add(unit.block, unit.number, false, copy)?;
+/// Notes that a page of 4096 bytes differs from what the image has.
+fn note(shared: &Shared, block: BlockId, number: u64, old: &PageBytes) -> Result<(), ResetError> {
+    let in_unit = shared.guest.block(block).pages_per_host_page();
+    let unit = shared.guest.unit(block, number / in_unit);
     // It is written back with the others, which are not protected any more.
-    Ok(shared.uffd.unprotect(unit.address, unit.len)?)
+    Ok(shared.note_and_unprotect(unit, false, (in_unit == 1).then_some(old))?)
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == 0)
+/// A page of several.
+fn page_of(bytes: &[u8], at: usize) -> &PageBytes {
+    &bytes.as_chunks().0[at]
 }

@@ -1,93 +1,45 @@
 //! The thread that hears of each first write.
 
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
-
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
+use std::time::Duration;
 
 use super::ResetError;
 use super::memory::Unit;
 use super::shared::Shared;
 use super::streams::{MOST_AHEAD, Streams};
-use crate::host::uffd::{Fault, FaultBuffer};
-use crate::memory::Spin;
+use crate::host::uffd::Fault;
+use crate::memory::FaultReader;
 use crate::page::{PAGE_SIZE, PageBytes};
+use crate::transport::TransportError;
 
 /// Takes faults, notes what is about to be written, and lets it be written.
 pub(super) struct FaultThread<'a> {
     shared: &'a Shared,
-    /// Becomes readable when it is to end.
-    wake: &'a EventFd,
+    reader: FaultReader,
     streams: Streams,
     /// What was in pages before they are written. Room for it is made ahead.
     old: Box<[PageBytes]>,
-    /// The faults that the last read told of.
-    faults: Vec<Fault>,
 }
 
 impl<'a> FaultThread<'a> {
-    pub fn new(shared: &'a Shared, wake: &'a EventFd) -> FaultThread<'a> {
+    pub fn new(shared: &'a Shared, reader: FaultReader) -> FaultThread<'a> {
         let old = vec![[0; PAGE_SIZE]; MOST_AHEAD as usize].into_boxed_slice();
-        FaultThread { shared, wake, streams: Streams::default(), old, faults: Vec::new() }
+        FaultThread { shared, reader, streams: Streams::default(), old }
     }
 
-    /// Answers faults until it is woken to end, or QEMU has ended.
+    /// Answers faults until its reader is cancelled, or QEMU has ended.
     ///
     /// # Errors
     /// When one can't be answered: whoever waits for it waits until all protection is taken off.
     pub fn run(mut self) -> Result<(), ResetError> {
-        let mut buffer = FaultBuffer::default();
-        let mut spin = Spin::default();
-        while self.wait(&mut buffer, &mut spin)? {
-            for at in 0..self.faults.len() {
-                self.answer(self.faults[at])?;
+        // First writes come in bursts, in which it takes several times as long to be woken as to
+        // answer.
+        while self.reader.wait(Duration::MAX).map_err(gone)?.is_some() {
+            for at in 0..self.reader.faults().len() {
+                self.answer(self.reader.faults()[at])?;
             }
         }
         Ok(())
-    }
-
-    /// Waits for faults; false when it is to end. First writes come in bursts, in which it takes
-    /// several times as long to be woken as to answer.
-    fn wait(&mut self, buffer: &mut FaultBuffer, spin: &mut Spin) -> Result<bool, ResetError> {
-        let start = Instant::now();
-        while start.elapsed() < spin.time() {
-            if self.take(buffer)? {
-                spin.caught();
-                return Ok(true);
-            }
-            std::hint::spin_loop();
-        }
-        spin.in_vain();
-        let asleep = Instant::now();
-        let broken = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
-        loop {
-            let mut fds = [
-                PollFd::new(self.shared.uffd.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(ResetError::Thread(errno.into())),
-            }
-            let seen = |at: usize| fds[at].revents().unwrap_or(PollFlags::empty());
-            if seen(1).intersects(PollFlags::POLLIN) || seen(0).intersects(broken) {
-                return Ok(false);
-            }
-            if self.take(buffer)? {
-                spin.woken(asleep.elapsed());
-                return Ok(true);
-            }
-        }
-    }
-
-    /// Reads the faults that are there; false when there are none.
-    fn take(&mut self, buffer: &mut FaultBuffer) -> Result<bool, ResetError> {
-        self.faults.clear();
-        self.faults.extend(self.shared.uffd.read_faults(buffer)?);
-        Ok(!self.faults.is_empty())
     }
 
     fn answer(&mut self, fault: Fault) -> Result<(), ResetError> {
@@ -100,12 +52,12 @@ impl<'a> FaultThread<'a> {
         if !fault.protected {
             // Never used, or given back by the guest: the kernel would give zeros. What belongs
             // there is the image's to tell.
-            note(self.shared, unit, false, None)?;
+            self.shared.note(unit, false, None);
             return zero(self.shared, unit);
         }
         let compared = compared[unit.block.index()].load(Ordering::Acquire);
         if unit.number >= compared || unit.len != PAGE_SIZE as u64 {
-            return without_content(self.shared, unit);
+            return Ok(self.shared.note_and_unprotect(unit, false, None)?);
         }
         self.answer_ahead(unit, compared)
     }
@@ -124,11 +76,11 @@ impl<'a> FaultThread<'a> {
         let old = &mut self.old[..count as usize];
         // Ahead of the lock. The guest may have given some of it back.
         if count == 0 || !guest.read(first.address, old.as_flattened_mut())? {
-            return without_content(self.shared, first);
+            return Ok(self.shared.note_and_unprotect(first, false, None)?);
         }
         for (at, old) in old.iter().enumerate() {
             let unit = guest.unit(first.block, first.number + at as u64);
-            note(self.shared, unit, false, Some(old))?;
+            self.shared.note(unit, false, Some(old));
         }
         Ok(uffd.unprotect(first.address, count * first.len)?)
     }
@@ -148,31 +100,7 @@ pub(super) fn expect(shared: &Shared, unit: Unit) -> Result<(), ResetError> {
     if !shared.guest.read(unit.address, &mut bytes)? {
         return Ok(());
     }
-    note(shared, unit, true, Some(&bytes))?;
-    Ok(shared.uffd.unprotect(unit.address, unit.len)?)
-}
-
-/// Notes that a page is about to be written whose content the image has, and lets it be written.
-fn without_content(shared: &Shared, unit: Unit) -> Result<(), ResetError> {
-    note(shared, unit, false, None)?;
-    Ok(shared.uffd.unprotect(unit.address, unit.len)?)
-}
-
-/// Notes that a page is about to be written, with what is in it where the image need not be
-/// asked.
-fn note(
-    shared: &Shared,
-    unit: Unit,
-    expected: bool,
-    old: Option<&PageBytes>,
-) -> Result<(), ResetError> {
-    let copy = old.map(|old| {
-        move |room: &mut PageBytes| {
-            room.copy_from_slice(old);
-            Ok::<(), ResetError>(())
-        }
-    });
-    shared.log().add(unit.block, unit.number, expected, copy)
+    Ok(shared.note_and_unprotect(unit, true, Some(&bytes))?)
 }
 
 /// Installs zeros where memory is missing.
@@ -188,4 +116,10 @@ fn zero(shared: &Shared, unit: Unit) -> Result<(), ResetError> {
         }
     };
     Ok(installed?)
+}
+
+/// That the faults can't be read any more.
+pub(super) fn gone(error: TransportError) -> ResetError {
+    let (TransportError::Gone(error) | TransportError::Io(error)) = error;
+    ResetError::Thread(error)
 }

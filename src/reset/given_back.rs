@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::ResetError;
 use super::shared::Shared;
-use crate::page::{BlockId, Page, PageBytes, PageSource};
+use crate::page::{BlockId, Page, PageSource};
 
 /// Notes memory that is missing although the image has something for it. Returns how many host
 /// pages that are.
@@ -20,25 +20,26 @@ pub(super) fn find_given_back(shared: &Shared) -> Result<u64, ResetError> {
         })?;
         let mut at = 0;
         for run in present {
-            found += note_missing(shared, id, at..run.start)?;
+            found += note_missing(shared, id, at..run.start);
             at = run.end;
         }
-        found += note_missing(shared, id, at..block.pages())?;
+        found += note_missing(shared, id, at..block.pages());
     }
     Ok(found)
 }
 
 /// Notes those of these pages, which are missing, that are not zeros in the image.
-fn note_missing(shared: &Shared, block: BlockId, pages: Range<u64>) -> Result<u64, ResetError> {
+fn note_missing(shared: &Shared, block: BlockId, pages: Range<u64>) -> u64 {
     let in_unit = shared.guest.block(block).pages_per_host_page();
     let mut noted = 0;
     for number in pages {
-        let unit = number / in_unit;
-        if !shared.guest.image.is_zero(Page { block, number }) && !shared.log().has(block, unit) {
-            let in_the_image = None::<fn(&mut PageBytes) -> Result<(), ResetError>>;
-            shared.log().add(block, unit, false, in_the_image)?;
+        let unit = shared.guest.unit(block, number / in_unit);
+        if !shared.guest.image.is_zero(Page { block, number })
+            && !shared.log().has(block, unit.number)
+        {
+            shared.note(unit, false, None);
             noted += 1;
         }
     }
-    Ok(noted)
+    noted
 }

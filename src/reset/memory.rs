@@ -7,7 +7,10 @@ use std::sync::Arc;
 use super::ResetError;
 use crate::host::procfs::{AddressSpace, ProcessMemory};
 use crate::image::Image;
-use crate::page::{Block, BlockId, PAGE_SIZE};
+use crate::page::{Block, BlockId, PAGE_SIZE, PageBytes};
+
+/// What the kernel gives where memory is missing.
+pub(super) static ZEROS: PageBytes = [0; PAGE_SIZE];
 
 /// A guest's memory in QEMU's process, beside the image that it goes back to.
 pub(crate) struct GuestMemory {

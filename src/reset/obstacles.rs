@@ -57,7 +57,7 @@ impl Machine {
     pub(super) async fn check(&self, qmp: &Qmp) -> Result<Resettable, ResetError> {
         let (now, disks, jobs, migration, status) = tokio::join!(
             Machine::look(qmp),
-            qmp.snapshot_disks(),
+            qmp.block_devices(),
             qmp.jobs(),
             qmp.migration_info(),
             qmp.status(),
@@ -83,13 +83,13 @@ impl Machine {
         let mut overlays = Vec::new();
         for disk in disks?.into_iter().filter(|disk| disk.writable) {
             if !disk.snapshots.iter().any(|name| name == RESET_POINT) {
-                let name = disk.name;
+                let name = disk.qdev.unwrap_or(disk.device);
                 return refuse(format!(
                     "what is written to the disk `{name}` goes to no overlay that a revert has \
                      made for a reset"
                 ));
             }
-            overlays.push(disk.node);
+            overlays.extend(disk.node_name);
         }
         overlays.sort_unstable();
         overlays.dedup();

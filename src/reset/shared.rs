@@ -1,13 +1,15 @@
 //! What the threads of a tracker share: the guest's memory, and what is known of it.
 
+use std::convert::Infallible;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
 use super::dirty::DirtyLog;
-use super::memory::GuestMemory;
-use crate::host::uffd::Uffd;
+use super::memory::{GuestMemory, Unit};
+use crate::host::uffd::{Uffd, UffdError};
+use crate::page::PageBytes;
 
 /// What the threads of a tracker share.
 pub(super) struct Shared {
@@ -39,6 +41,32 @@ impl Shared {
     pub fn log(&self) -> MutexGuard<'_, DirtyLog> {
         // A thread that has panicked did not leave it half-changed: it panics on no input.
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a page that is written, or `expected` to be, with what is in it where the image need
+    /// not be asked for that.
+    pub fn note(&self, unit: Unit, expected: bool, old: Option<&PageBytes>) {
+        let copy = old.map(|old| {
+            move |room: &mut PageBytes| -> Result<(), Infallible> {
+                room.copy_from_slice(old);
+                Ok(())
+            }
+        });
+        let Ok(()) = self.log().add(unit.block, unit.number, expected, copy);
+    }
+
+    /// Notes a page, and lets it be written.
+    ///
+    /// # Errors
+    /// When it stays protected.
+    pub fn note_and_unprotect(
+        &self,
+        unit: Unit,
+        expected: bool,
+        old: Option<&PageBytes>,
+    ) -> Result<(), UffdError> {
+        self.note(unit, expected, old);
+        self.uffd.unprotect(unit.address, unit.len)
     }
 
     /// Whether nothing is tracked any more.

@@ -1,13 +1,11 @@
 //! The file from which QEMU takes the state of the devices.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::ResetError;
 use crate::guest::RESET_POINT;
+use crate::host::shared_memory;
 use crate::image::Sections;
 use crate::qcow2::write_state;
 use crate::wire::tail;
@@ -24,8 +22,8 @@ impl StateFile {
     /// # Errors
     /// When the kernel has no memory or no descriptor left.
     pub fn new() -> Result<StateFile, ResetError> {
-        let file = memfd_create(c"snapback-state", MFdFlags::MFD_CLOEXEC).map_err(io::Error::from);
-        Ok(StateFile { file: file.map_err(ResetError::StateFile)?.into() })
+        let file = shared_memory::file(c"snapback-state").map_err(ResetError::StateFile)?;
+        Ok(StateFile { file })
     }
 
     /// Writes it anew, for these parts of a migration stream. QEMU loads from it what it would load

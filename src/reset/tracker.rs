@@ -3,17 +3,18 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::watch;
 
 use super::ResetError;
 use super::compare::compare;
-use super::faults::{FaultThread, expect};
+use super::faults::{FaultThread, expect, gone};
 use super::given_back::find_given_back;
 use super::memory::{GuestMemory, Unit};
 use super::shared::Shared;
 use super::write_back::write_back;
+use crate::cancel::Cancellation;
 use crate::host::uffd::Uffd;
+use crate::memory::FaultReader;
 
 /// The most host pages that a guest is expected to write again: 32 MiB.
 const MOST_EXPECTED: usize = 8192;
@@ -30,7 +31,8 @@ struct Expected {
 /// Tracks a guest's writes from its start on. Dropping it ends that, and the guest runs on.
 pub(crate) struct Tracker {
     shared: Arc<Shared>,
-    wake: Arc<EventFd>,
+    /// Ends the thread that answers faults.
+    cancel: Cancellation,
     compared: watch::Receiver<Option<Result<(), String>>>,
     expected: Mutex<Expected>,
     /// None once it has been waited for.
@@ -50,15 +52,14 @@ impl Tracker {
     /// When memory can't be write-protected, or a thread not be started. Nothing is protected
     /// then.
     pub fn start(guest: GuestMemory, uffd: Arc<Uffd>) -> Result<Tracker, ResetError> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| ResetError::Thread(errno.into()))?;
-        let wake = Arc::new(wake);
+        let cancel = Cancellation::new();
+        let reader = FaultReader::new(Arc::clone(&uffd), &cancel).map_err(gone)?;
         let shared = Arc::new(Shared::new(guest, uffd));
         // Ahead of the first protection, so that nobody waits in vain.
         let faults = spawn("tracking", {
-            let (shared, wake) = (Arc::clone(&shared), Arc::clone(&wake));
+            let shared = Arc::clone(&shared);
             move || {
-                if let Err(error) = FaultThread::new(&shared, &wake).run()
+                if let Err(error) = FaultThread::new(&shared, reader).run()
                     && !shared.guest.has_ended()
                 {
                     tracing::error!("the guest's writes are tracked no more: {error}");
@@ -82,10 +83,10 @@ impl Tracker {
             Ok(_compare) => {
                 let faults = Mutex::new(Some(faults));
                 let expected = Mutex::default();
-                Ok(Tracker { shared, wake, compared, expected, faults, _compare })
+                Ok(Tracker { shared, cancel, compared, expected, faults, _compare })
             }
             Err(error) => {
-                end(&wake, faults);
+                end(&cancel, faults);
                 Err(error)
             }
         }
@@ -179,7 +180,7 @@ impl Tracker {
     pub fn end(&self) {
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(faults) = faults {
-            end(&self.wake, faults);
+            end(&self.cancel, faults);
         }
     }
 
@@ -200,8 +201,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 }
 
 /// Ends the thread that answers faults.
-fn end(wake: &EventFd, faults: JoinHandle<()>) {
-    // It fails only when the counter is full, and then it is readable as well.
-    let _ = wake.write(1);
+fn end(cancel: &Cancellation, faults: JoinHandle<()>) {
+    cancel.request();
     let _ = faults.join();
 }

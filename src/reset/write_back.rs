@@ -2,14 +2,13 @@
 
 use super::ResetError;
 use super::dirty::{Aside, DirtyPage, Old};
-use super::memory::Unit;
+use super::memory::{Unit, ZEROS};
 use super::shared::Shared;
-use crate::page::{ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError};
+use crate::image::{Held, ImageError};
+use crate::page::{Location, Page};
 
 /// Bytes that are written back in one call, and protected again in one: 1 MiB.
 const RUN_BYTES: usize = 1 << 20;
-
-static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
 /// Pages from which on two threads are faster than one: starting one takes as long as writing some
 /// hundred pages.
@@ -39,7 +38,8 @@ pub(super) fn write_back(
 struct WriteBack<'a> {
     shared: &'a Shared,
     aside: &'a Aside,
-    image: ImagePages<'a>,
+    /// The chunk of the image that was read last; none where nothing of it was needed.
+    chunks: Option<Held>,
     /// What is written back next.
     run: Vec<u8>,
     /// The pages of that, and whether each was only expected to be written.
@@ -51,9 +51,8 @@ struct WriteBack<'a> {
 
 impl<'a> WriteBack<'a> {
     fn new(shared: &'a Shared, aside: &'a Aside) -> WriteBack<'a> {
-        let image = ImagePages { shared, reader: None, held: None, chunk: Vec::new() };
         let (run, units) = (Vec::new(), Vec::new());
-        WriteBack { shared, aside, image, run, units, now: Vec::new(), written: Vec::new() }
+        WriteBack { shared, aside, chunks: None, run, units, now: Vec::new(), written: Vec::new() }
     }
 
     /// Writes all of them back; they are sorted.
@@ -66,11 +65,43 @@ impl<'a> WriteBack<'a> {
             self.units.push((unit, page.expected));
             match page.old {
                 Old::Aside(place) => self.run.extend_from_slice(self.aside.page(place)),
-                Old::Image => self.image.append(unit, &mut self.run)?,
+                Old::Image => self.append_from_image(unit)?,
             }
         }
         self.flush()?;
         Ok(self.written)
+    }
+
+    /// Appends what the image has for a host page.
+    fn append_from_image(&mut self, unit: Unit) -> Result<(), ResetError> {
+        let guest = &self.shared.guest;
+        let block = guest.block(unit.block);
+        let first = unit.number * block.pages_per_host_page();
+        for number in first..(first + block.pages_per_host_page()).min(block.pages()) {
+            let page = Page { block: unit.block, number };
+            self.append_page(page).map_err(|error| ResetError::Source {
+                block: block.name.clone(),
+                offset: page.offset(),
+                source: error.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn append_page(&mut self, page: Page) -> Result<(), ImageError> {
+        let image = &self.shared.guest.image;
+        match image.find(page)? {
+            Location::Zero => self.run.extend_from_slice(&ZEROS),
+            Location::Stored { chunk, slot } => {
+                let chunks = match &mut self.chunks {
+                    Some(chunks) => chunks,
+                    None => self.chunks.insert(Held::new(image)?),
+                };
+                chunks.hold(chunk)?;
+                self.run.extend_from_slice(chunks.pages(slot, 1));
+            }
+        }
+        Ok(())
     }
 
     /// Whether a page belongs to the run.
@@ -125,54 +156,6 @@ impl<'a> WriteBack<'a> {
                 written.push(*unit);
             }
         }
-        Ok(())
-    }
-}
-
-/// Pages of the image, of which the last chunk is held.
-struct ImagePages<'a> {
-    shared: &'a Shared,
-    reader: Option<Box<dyn ChunkReader>>,
-    held: Option<ChunkId>,
-    chunk: Vec<u8>,
-}
-
-impl ImagePages<'_> {
-    /// Appends what the image has for a host page.
-    fn append(&mut self, unit: Unit, bytes: &mut Vec<u8>) -> Result<(), ResetError> {
-        let pages = unit.len / PAGE_SIZE as u64;
-        let block = self.shared.guest.block(unit.block);
-        let first = unit.number * pages;
-        for number in first..(first + pages).min(block.pages()) {
-            let page = Page { block: unit.block, number };
-            let failed = |source| ResetError::Source {
-                block: block.name.clone(),
-                offset: page.offset(),
-                source,
-            };
-            match self.shared.guest.image.locate(page).map_err(failed)? {
-                Location::Zero => bytes.extend_from_slice(&ZEROS),
-                Location::Stored { chunk, slot } => {
-                    self.hold(chunk).map_err(failed)?;
-                    bytes.extend_from_slice(&self.chunk[slot * PAGE_SIZE..][..PAGE_SIZE]);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn hold(&mut self, chunk: ChunkId) -> Result<(), SourceError> {
-        if self.held == Some(chunk) {
-            return Ok(());
-        }
-        let reader = match &mut self.reader {
-            Some(reader) => reader,
-            None => self.reader.insert(self.shared.guest.image.reader()?),
-        };
-        self.held = None;
-        self.chunk.clear();
-        self.chunk.extend_from_slice(reader.read(chunk)?);
-        self.held = Some(chunk);
         Ok(())
     }
 }

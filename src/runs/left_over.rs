@@ -185,6 +185,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::runs::record::FILE;
 
     fn left(what: LeftOverKind, path: PathBuf) -> LeftOver {
         LeftOver { what, path }
@@ -241,7 +242,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let record = left(LeftOverKind::Record, folder.path().join("snapback/1f0c92ab"));
         directory::make(&record.path).unwrap();
-        fs::write(record.path.join("state.json"), "x").unwrap();
+        fs::write(record.path.join(FILE), "x").unwrap();
         fs::write(record.path.join("stranger"), "x").unwrap();
         assert!(record.remove().is_err() && record.path.join("stranger").exists());
         fs::remove_file(record.path.join("stranger")).unwrap();

@@ -35,5 +35,5 @@ pub use record::Again;
 pub(crate) use record::{ProcessId, Record};
 pub(crate) use reset::{is_tracked, stop_tracking};
 pub use run::{Run, find, list};
-pub(crate) use run::{directory_of, keep_overlays};
+pub(crate) use run::{directory_of, keep_overlays, of_qemu};
 pub use stop::Stopped;

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::run::of_qemu;
 use super::{Run, RunsError};
 use crate::reset::{Request, ResetOutcome, SOCKET, ask};
 
@@ -25,9 +26,7 @@ pub(crate) async fn stop_tracking(qemu: i32) -> Result<(), RunsError> {
 }
 
 fn tracked(qemu: i32) -> Option<Run> {
-    let mut runs = super::list().unwrap_or_default();
-    runs.retain(|run| run.qemu_pid == Some(qemu) && run.is_tracked());
-    runs.pop()
+    of_qemu(qemu).ok()?.filter(Run::is_tracked)
 }
 
 impl Run {

@@ -82,10 +82,17 @@ pub(crate) fn keep_overlays(qemu: i32) {
     }
 }
 
+/// The revert in this QEMU, if one is recorded.
+///
+/// # Errors
+/// As [`list`].
+pub(crate) fn of_qemu(qemu: i32) -> Result<Option<Run>, RunsError> {
+    Ok(list()?.into_iter().find(|run| run.qemu_pid == Some(qemu)))
+}
+
 /// The directory of the record of the revert in this QEMU, for a server that takes it up.
 pub(crate) fn directory_of(qemu: i32) -> Option<PathBuf> {
-    let runs = list().ok()?;
-    runs.iter().find(|run| run.qemu_pid == Some(qemu)).map(Run::directory)
+    of_qemu(qemu).ok()?.as_ref().map(Run::directory)
 }
 
 /// The names in the user's directory that are ids.

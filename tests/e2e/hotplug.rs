@@ -26,7 +26,7 @@ tests_on_both! {
 }
 
 /// What the guest's devices need, each behind those that it needs.
-const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,\
+pub const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,\
                        virtio_blk,scsi_common,scsi_mod,sd_mod,virtio_scsi,failover,net_failover,\
                        virtio_net,virtio_console,virtio-rng";
 
@@ -36,7 +36,7 @@ const COLD: &str = "-smp maxcpus=4 -m 256,slots=4,maxmem=2G -device virtio-scsi-
                     -netdev user,id=n0 -device virtio-net-pci,netdev=n0,id=nic0 \
                     -device virtio-balloon-pci";
 
-fn words(args: &str) -> Vec<String> {
+pub fn words(args: &str) -> Vec<String> {
     args.split_whitespace().map(str::to_owned).collect()
 }
 

@@ -6,6 +6,7 @@ use std::fs::File;
 use crate::backends::Pool;
 use crate::filling::set_balloon;
 use crate::harness::{Dir, Reverted, text};
+use crate::hotplug::{MODULES, words};
 use crate::resets::{differing, reset, resettable};
 use crate::shared::{MIB, options};
 use crate::support::{Guest, GuestOptions, Qemu, Result, SOON, cont, pmemsave, query_status, stop};
@@ -18,10 +19,6 @@ tests_on_both! {
     shared_memory_goes_back
     huge_pages_go_back
     what_a_balloon_has_given_back_comes_back
-}
-
-fn words(args: &str) -> Vec<String> {
-    args.split_whitespace().map(str::to_owned).collect()
 }
 
 /// Saves a guest at work, reverts it, and has it go back three times.
@@ -48,9 +45,6 @@ fn reverted(dir: &Dir, guest: Guest) -> Result<Reverted> {
 }
 
 fn a_pc_with_virtio_and_four_vcpus_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
-    const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,\
-                           virtio_pci,virtio_blk,scsi_common,scsi_mod,sd_mod,virtio_scsi,failover,\
-                           net_failover,virtio_net,virtio_console,virtio-rng";
     let file = dir.path("scsi.img");
     File::create(&file)?.set_len(8 << 20)?;
     let mut args = words(

@@ -120,7 +120,7 @@ impl Cursor {
 }
 
 /// An image, and the chunk of it that was read last.
-pub(in crate::image) struct Held {
+pub(crate) struct Held {
     image: Arc<Image>,
     buffers: Buffers,
     chunk: Option<ChunkId>,

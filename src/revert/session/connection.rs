@@ -298,11 +298,11 @@ impl Connection {
         if !is_time || !matches!(self.confinement, Confinement::Wanted(_)) {
             return;
         }
-        self.prepare_reset();
         let pid = self.qemu.pid();
         // Where it can't be looked into, memory is not collapsed, and a successor goes without.
         let space = pid.and_then(|pid| AddressSpace::open(pid).ok()).map(Arc::new);
         self.space = space.or(self.space.take());
+        self.prepare_reset();
         let Connection { confinement, qemu, space, image, delivery, kept, run, .. } = self;
         confinement.enter(&Confined {
             qemu,
@@ -319,7 +319,7 @@ impl Connection {
         let (true, None, Some(pid)) = (self.resettable, &self.preparation, self.qemu.pid()) else {
             return;
         };
-        self.preparation = Some(Preparation::new(pid, &self.image, self.run.as_ref()));
+        self.preparation = Some(Preparation::new(pid, self.space.clone(), self.run.as_ref()));
     }
 
     /// What a reset inside QEMU needs; none where none is wanted.

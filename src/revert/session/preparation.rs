@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::host::procfs::{AddressSpace, ProcessMemory};
 use crate::host::uffd::Uffd;
-use crate::image::{Image, Sections};
+use crate::image::Image;
 use crate::reset::{GuestMemory, Requests, ResetError, SOCKET, StateFile, Tracker};
 use crate::runs::Entry;
 
@@ -13,24 +13,28 @@ pub(super) struct Preparation {
     space: Arc<AddressSpace>,
     memory: ProcessMemory,
     state: StateFile,
-    sections: Sections,
     /// Where resets are asked for; none where the session is not recorded.
     requests: Option<Requests>,
 }
 
 impl Preparation {
-    /// Takes it while the rights are there.
+    /// Takes it while the rights are there; QEMU's memory as /proc shows it may be open already.
     ///
     /// # Errors
-    /// When QEMU may not be traced, or the image can't be read.
-    pub fn new(pid: i32, image: &Image, run: Option<&Entry>) -> Result<Preparation, ResetError> {
+    /// When QEMU may not be traced, or there is no room for the socket.
+    pub fn new(
+        pid: i32,
+        space: Option<Arc<AddressSpace>>,
+        run: Option<&Entry>,
+    ) -> Result<Preparation, ResetError> {
         let failed = |source| ResetError::Memory { what: "opened", address: 0, source };
         let requests = run.map(|run| Requests::listen(&run.directory().join(SOCKET))).transpose();
         Ok(Preparation {
-            space: Arc::new(AddressSpace::open(pid).map_err(failed)?),
+            space: space
+                .map_or_else(|| AddressSpace::open(pid).map(Arc::new), Ok)
+                .map_err(failed)?,
             memory: ProcessMemory::open(pid).map_err(failed)?,
             state: StateFile::new()?,
-            sections: image.sections()?,
             requests: requests.map_err(ResetError::Requests)?,
         })
     }
@@ -52,11 +56,11 @@ impl Installed {
     pub fn track(
         self,
         preparation: Preparation,
-    ) -> Result<(Tracker, StateFile, Sections, Option<Requests>), ResetError> {
-        let Preparation { space, memory, state, sections, requests } = preparation;
+    ) -> Result<(Tracker, StateFile, Option<Requests>), ResetError> {
+        let Preparation { space, memory, state, requests } = preparation;
         // SAFETY: each address has been proven to be the block's before anything was installed
         // there (`transport::proof`), and QEMU keeps its RAMBlocks where they are.
         let guest = unsafe { GuestMemory::new(self.image, &self.addresses, space, memory)? };
-        Ok((Tracker::start(guest, self.uffd)?, state, sections, requests))
+        Ok((Tracker::start(guest, self.uffd)?, state, requests))
     }
 }

@@ -176,7 +176,8 @@ async fn begin(
                 .into(),
         )
     })?;
-    let (tracker, state, sections, requests) = installed.track(preparation)?;
+    let sections = resident.image.sections()?;
+    let (tracker, state, requests) = installed.track(preparation)?;
     tracker.ready().await?;
     let manifest = resident.image.manifest();
     let mut rewinder =
