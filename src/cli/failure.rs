@@ -11,6 +11,7 @@ use crate::exchange::ExchangeError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
+use crate::pool::PoolError;
 use crate::revert::RevertError;
 use crate::runs::RunsError;
 use crate::save::SaveError;
@@ -85,9 +86,12 @@ impl Failure {
             | DiskChanged
             | DiskMissing
             | DiskUnsupported
+            | DaemonRunning
+            | DaemonUnreachable
             | DomainRuns
             | FileExists
             | FileInUse
+            | Forbidden
             | GuestState
             | GuestUnsupported
             | HostUnsupported
@@ -99,18 +103,23 @@ impl Failure {
             | NoSuchDevice
             | NoSuchDisk
             | NoSuchDomain
+            | NoSuchGuest
+            | NoSuchPool
             | NotAnImage
             | NotFound
             | NotQemu
             | NotResettable
             | OptionsInvalid
             | ParentMissing
+            | PoolExists
             | PortInUse
             | QemuTooOld
             | QemuUnreachable
+            | RequestInvalid
             | SaveUnfinished
             | SocketInUse
             | TapInUse
+            | Unauthorized
             | UserfaultfdUnavailable
             | VsockInUse
             | WorkingSetMissing => 3,
@@ -172,7 +181,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ExchangeError ImageError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ExchangeError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

@@ -31,7 +31,7 @@ pub(crate) use entry::Entry;
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;
-pub use record::Again;
+pub use record::{Again, OfPool};
 pub(crate) use record::{ProcessId, Record};
 pub(crate) use reset::{is_tracked, stop_tracking};
 pub use run::{Run, find, list};

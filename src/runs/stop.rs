@@ -38,7 +38,10 @@ impl Run {
 
         let qemu_pid = end("QEMU", record.qemu, Ending::Kill)?;
         // They end by themselves with their QEMU; before QEMU is up, when they are told to.
-        end("its server", record.server, Ending::Tell)?;
+        // The server of a pool's guest serves others as well.
+        if record.pool.is_none() {
+            end("its server", record.server, Ending::Tell)?;
+        }
         end("its keeper", record.keeper, Ending::Wait)?;
 
         let is_overlay = |what| what == LeftOverKind::Overlay;
