@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::flags::with_flags;
 use crate::bench::BenchError;
+use crate::daemon::{ClientError, ConfigError, DaemonError};
 use crate::exchange::ExchangeError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
@@ -181,7 +182,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ExchangeError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

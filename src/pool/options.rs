@@ -13,6 +13,8 @@ pub struct PoolsOptions {
     /// The program that goes on with a guest should the daemon be killed while it runs and its
     /// memory is incomplete. Without, the guest then waits for ever.
     pub keeper: Option<Successor>,
+    /// Where the daemon of the pools listens, for commands about one of its guests.
+    pub address: Option<PathBuf>,
     /// How many guests are armed at a time, of all pools together: what is behind a user's back is
     /// not to take the whole machine.
     pub arming: usize,
@@ -21,6 +23,6 @@ pub struct PoolsOptions {
 impl PoolsOptions {
     /// Pools with their state in this directory, that arm one guest at a time.
     pub fn new(state: impl Into<PathBuf>) -> PoolsOptions {
-        PoolsOptions { state: state.into(), keeper: None, arming: 1 }
+        PoolsOptions { state: state.into(), keeper: None, address: None, arming: 1 }
     }
 }

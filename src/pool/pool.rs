@@ -2,7 +2,7 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use crate::image::journeys::{FlattenOptions, flatten};
 use crate::image::{Image, ImageError, Layout};
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
-use crate::runs;
+use crate::runs::{self, OfPool};
 
 /// How long it takes until arming is tried again that has failed: each time twice as long.
 const FIRST_RETRY: Duration = Duration::from_millis(500);
@@ -39,6 +39,7 @@ const REMOVED: &str = "pool_removed";
 pub(super) struct Shared {
     pub state: Arc<StateDirectory>,
     pub keeper: Option<Successor>,
+    pub address: Option<PathBuf>,
     /// As many guests are armed at a time, of all pools.
     pub arming: Arc<Semaphore>,
     pub events: broadcast::Sender<PoolEvent>,
@@ -382,8 +383,10 @@ impl Pool {
         let base = self.shared.state.of_pool(&self.name);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
         made.map_err(|source| PoolError::State { doing: "making", path: base.clone(), source })?;
-        let keeper = self.shared.keeper.clone();
-        let template = Template::new(&self.name, &self.settings(), image, &base, keeper);
+        let Shared { keeper, address, .. } = self.shared.clone();
+        let daemon = address.unwrap_or_default();
+        let of_pool = OfPool { name: self.name.clone(), daemon };
+        let template = Template::new(of_pool, &self.settings(), image, &base, keeper);
         Ok(Arc::clone(self.template.get_or_init(|| Arc::new(template))))
     }
 }

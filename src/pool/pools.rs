@@ -71,6 +71,7 @@ impl Pools {
         let shared = Shared {
             state: Arc::clone(&state),
             keeper: options.keeper,
+            address: options.address,
             arming: Arc::new(Semaphore::new(options.arming.max(1))),
             events: broadcast::channel(EVENTS).0,
             numbered: noting(Arc::clone(&state), Arc::clone(&numbers)),

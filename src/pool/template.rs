@@ -11,7 +11,7 @@ use crate::guest::{NewPort, RewriteOptions};
 use crate::image::Image;
 use crate::keeper::Successor;
 use crate::revert::{CloneIdentity, Delivery, Placement, RevertOptions};
-use crate::runs::RunOptions;
+use crate::runs::{OfPool, RunOptions};
 
 /// The name of a guest's control socket in its directory.
 const QMP: &str = "qmp.sock";
@@ -26,6 +26,7 @@ pub(super) struct Template {
     name: String,
     directory: String,
     keeper: Option<Successor>,
+    of: OfPool,
 }
 
 /// One guest of a pool: what tells it from all others.
@@ -42,16 +43,16 @@ impl Template {
     /// That of a pool whose image, or the flat copy of it, is open. `base` is the pool's own
     /// directory.
     pub fn new(
-        pool: &str,
+        of: OfPool,
         settings: &PoolSettings,
         image: Arc<Image>,
         base: &Path,
         keeper: Option<Successor>,
     ) -> Template {
-        let name = settings.guest_name.clone().unwrap_or_else(|| format!("{pool}-{{n}}"));
+        let name = settings.guest_name.clone().unwrap_or_else(|| format!("{}-{{n}}", of.name));
         let own = || base.join("{name}").to_string_lossy().into_owned();
         let directory = settings.dir.clone().unwrap_or_else(own);
-        Template { image, settings: settings.clone(), name, directory, keeper }
+        Template { image, settings: settings.clone(), name, directory, keeper, of }
     }
 
     /// What the guest of this number is called.
@@ -87,7 +88,8 @@ impl Template {
             progress_every: PROGRESS_EVERY,
             ..Delivery::default()
         };
-        let run = RunOptions { id: place.id.clone(), ..RunOptions::new() };
+        let (id, pool) = (place.id.clone(), Some(self.of.clone()));
+        let run = RunOptions { id, pool, ..RunOptions::new() };
         RevertOptions {
             rewrite,
             delivery,

@@ -26,7 +26,7 @@ mod run;
 mod stop;
 
 pub use crate::reset::ResetOutcome;
-pub(crate) use directory::{log_of, new_id};
+pub(crate) use directory::{base, log_of, new_id};
 pub(crate) use entry::Entry;
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};

@@ -23,6 +23,13 @@ pub struct Stopped {
     pub kept: Vec<PathBuf>,
 }
 
+impl Stopped {
+    /// That of a pool's guest, which its daemon has ended with all that it has written.
+    pub(crate) fn of_pool(qemu_pid: Option<i32>) -> Stopped {
+        Stopped { qemu_pid, removed: Vec::new(), kept: Vec::new() }
+    }
+}
+
 impl Run {
     /// Ends QEMU, its server and its keeper, and removes what they leave, except for the
     /// overlays of a guest that has run. It blocks for some milliseconds; for up to half a minute
