@@ -21,7 +21,7 @@ use crate::host::pidfd::Pidfd;
 use crate::page::PAGE_SIZE;
 use crate::revert::session::{Armed, Planned, Resettable, Resident, Running};
 use crate::revert::{Progress, ResetWay, RevertError, RevertEvent};
-use crate::runs::ProcessId;
+use crate::runs::{self, ProcessId};
 
 /// How long a QEMU that was killed may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
@@ -141,17 +141,32 @@ impl Handle {
         let now = self.now();
         let taken = now.taken.and_then(|taken| taken.duration_since(UNIX_EPOCH).ok());
         SavedGuest {
-            id: self.place.id.clone(),
-            pool: self.pool.clone(),
-            number: self.place.identity.number,
             name: now.name.clone(),
-            directory: self.place.identity.directory.clone(),
-            qmp: template.qmp(&self.place.identity),
             ports: now.ports.clone(),
             qemu: ProcessId::of(now.qemu),
             taken: now.taken.is_some(),
             taken_unix_ms: taken.unwrap_or_default().as_millis() as u64,
             resets: now.resets,
+            ..SavedGuest::planned(&self.pool, &self.place, template)
+        }
+    }
+}
+
+impl SavedGuest {
+    /// One whose QEMU is about to be started.
+    fn planned(pool: &str, place: &Place, template: &Template) -> SavedGuest {
+        SavedGuest {
+            id: place.id.clone(),
+            pool: pool.to_owned(),
+            number: place.identity.number,
+            name: place.identity.name.clone(),
+            directory: place.identity.directory.clone(),
+            qmp: template.qmp(&place.identity),
+            ports: place.ports.clone(),
+            qemu: None,
+            taken: false,
+            taken_unix_ms: 0,
+            resets: 0,
         }
     }
 }
@@ -195,9 +210,15 @@ impl Guest {
         place: Place,
         common: Common,
     ) -> Result<(Guest, Armed), PoolError> {
-        let armed = launch(&common.template, &place).await;
-        let armed =
-            armed.map_err(|source| PoolError::Revert { pool: pool.to_owned(), source })?;
+        // Known ahead of its QEMU, should this process be killed meanwhile.
+        common.state.set_guest(&SavedGuest::planned(pool, &place, &common.template))?;
+        let armed = match launch(&common.template, &place).await {
+            Ok(armed) => armed,
+            Err(source) => {
+                common.state.forget(&place.id);
+                return Err(PoolError::Revert { pool: pool.to_owned(), source });
+            }
+        };
         let now = Now {
             name: place.identity.name.clone(),
             qemu: armed.pid().unwrap_or_default(),
@@ -235,7 +256,8 @@ impl Guest {
             progress: None,
         };
         let (handle, commands) = Handle::new(&saved.pool, place, now);
-        Some((Guest { handle, commands, common }, Adopted(Arc::new(pidfd))))
+        let adopted = Adopted { id: saved.id.clone(), qemu: Arc::new(pidfd) };
+        Some((Guest { handle, commands, common }, adopted))
     }
 
     /// Waits to be taken, and lives on as [`live`](Guest::live). Returns why it is no more.
@@ -474,15 +496,23 @@ impl Guest {
     }
 }
 
-/// The QEMU of a guest that a daemon before this one has handed out. Dropping it ends it.
-pub(super) struct Adopted(Arc<Pidfd>);
+/// The QEMU of a guest that a daemon before this one has handed out. Dropping it ends it, with
+/// whoever serves it, and removes its record.
+pub(super) struct Adopted {
+    id: String,
+    qemu: Arc<Pidfd>,
+}
 
 impl Drop for Adopted {
     fn drop(&mut self) {
-        // It may have ended; its successor, if there is one, ends with it.
-        let _ = self.0.kill();
-        if !self.0.wait_end(END_TIMEOUT) {
-            tracing::warn!("a QEMU that was killed does not end");
+        // Its record may be gone with its last server.
+        let stopped = runs::find(&self.id).and_then(|run| run.stop());
+        if let Err(error) = stopped {
+            tracing::debug!("guest {}: {error}", self.id);
+        }
+        let _ = self.qemu.kill();
+        if !self.qemu.wait_end(END_TIMEOUT) {
+            tracing::warn!("the QEMU of guest {} was killed, but does not end", self.id);
         }
     }
 }
@@ -510,7 +540,7 @@ impl Stage {
         let (ours, adopted) = match self {
             Stage::Resident(resident) => (Some(resident.ended()), None),
             Stage::Resettable(resettable) => (Some(resettable.resident().ended()), None),
-            Stage::Adopted(adopted) => (None, Some(Arc::clone(&adopted.0))),
+            Stage::Adopted(adopted) => (None, Some(Arc::clone(&adopted.qemu))),
         };
         async move {
             match (ours, adopted) {

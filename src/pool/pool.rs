@@ -53,6 +53,8 @@ pub(super) struct Pool {
     book: Mutex<Book>,
     /// Wakes what keeps it filled.
     changed: Notify,
+    /// Held while a guest is being armed.
+    arming: tokio::sync::Mutex<()>,
     counted: Arc<Counted>,
     /// The number of its next guest.
     next: AtomicU32,
@@ -68,6 +70,7 @@ impl Pool {
             name: name.to_owned(),
             book: Mutex::new(Book::new(settings)),
             changed: Notify::new(),
+            arming: tokio::sync::Mutex::default(),
             counted: Arc::default(),
             next: AtomicU32::new(next),
             template: OnceLock::new(),
@@ -121,20 +124,26 @@ impl Pool {
 
     /// Ends the pool and all its guests.
     pub async fn remove(&self) {
-        let guests = self.book().close();
-        self.changed.notify_one();
-        for guest in guests {
+        self.close(REMOVED).await;
+        for guest in self.taken() {
             guest.release(REMOVED).await;
         }
         let _ = self.shared.events.send(PoolEvent::Removed { pool: self.name.clone() });
     }
 
-    /// Ends the guests that wait: what a daemon does that ends.
+    /// Ends the guests that wait, and arms no more: what a daemon does that ends.
     pub async fn end_waiting(&self) {
-        let spare = self.book().change(Some(0), None);
-        for guest in spare {
-            guest.release(ASKED).await;
+        self.close(ASKED).await;
+    }
+
+    async fn close(&self, why: &'static str) {
+        let waiting = self.book().close();
+        self.changed.notify_one();
+        for guest in waiting {
+            guest.release(why).await;
         }
+        // One that is being armed is ended as soon as it can be.
+        drop(self.arming.lock().await);
     }
 
     /// Takes a guest, which runs when this returns. `began` is when it was asked for.
@@ -181,7 +190,7 @@ impl Pool {
     ) -> Result<Arc<Handle>, PoolError> {
         let asked = {
             let mut book = self.book();
-            if book.removed {
+            if book.closed {
                 return Err(PoolError::Removed { pool: self.name.clone() });
             }
             book.ask()
@@ -291,7 +300,7 @@ impl Pool {
     async fn keep_filled(self: Arc<Self>) {
         let mut retry = FIRST_RETRY;
         loop {
-            if self.book().removed {
+            if self.book().closed {
                 return;
             }
             if !self.book().wants_one() {
@@ -299,10 +308,13 @@ impl Pool {
                 continue;
             }
             let Ok(_permit) = self.shared.arming.acquire().await else { return };
+            let arming = self.arming.lock().await;
             if !self.book().wants_one() {
                 continue;
             }
-            match self.arm_one().await {
+            let armed = self.arm_one().await;
+            drop(arming);
+            match armed {
                 Ok(()) => retry = FIRST_RETRY,
                 Err(error) => {
                     self.degrade(&error);
@@ -347,13 +359,13 @@ impl Pool {
             }
         };
         let handle = Arc::clone(&guest.handle);
-        let removed = self.book().end_arming_of(&handle);
+        let is_unwanted = self.book().end_arming_of(&handle);
         let (pool, of_task) = (Arc::clone(self), Arc::clone(&handle));
         tokio::spawn(async move {
             let why = guest.wait(armed).await;
             pool.ended(&of_task.place.id, why, of_task.taken().is_some());
         });
-        if removed {
+        if is_unwanted {
             // Its task ends it as soon as it hears of it.
             handle.release(REMOVED).await;
         }
@@ -385,7 +397,7 @@ impl Pool {
         made.map_err(|source| PoolError::State { doing: "making", path: base.clone(), source })?;
         let Shared { keeper, address, .. } = self.shared.clone();
         let daemon = address.unwrap_or_default();
-        let of_pool = OfPool { name: self.name.clone(), daemon };
+        let of_pool = OfPool::of_this_process(self.name.clone(), daemon);
         let template = Template::new(of_pool, &self.settings(), image, &base, keeper);
         Ok(Arc::clone(self.template.get_or_init(|| Arc::new(template))))
     }

@@ -1,6 +1,7 @@
 //! All pools of a daemon.
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use super::guest::Handle;
 use super::options::PoolsOptions;
 use super::pool::{ASKED, Pool, Shared};
 use super::saved::{SavedGuest, StateDirectory};
-use crate::host::pidfd::Pidfd;
+use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::runs::{self, ProcessId};
 
 /// How many events whoever listens may be behind.
@@ -295,10 +296,12 @@ fn noting(
 async fn discard(state: &Arc<StateDirectory>, guest: SavedGuest) {
     let state = Arc::clone(state);
     let discarded = spawn_blocking(move || {
-        // Its record may know of a QEMU that was started when its daemon was killed.
+        // Its daemon may have been killed before it had noted which process it had started; its
+        // record or its socket may know.
         let recorded = runs::find(&guest.id).ok().and_then(|run| run.qemu_pid);
         let known = guest.qemu.and_then(ProcessId::living);
-        for pid in [known, recorded].into_iter().flatten() {
+        let listens = || peer_pid(&UnixStream::connect(&guest.qmp).ok()?);
+        if let Some(pid) = known.or(recorded).or_else(listens) {
             if let Ok(process) = Pidfd::open(pid) {
                 let _ = process.kill();
                 process.wait_end(PATIENCE);

@@ -16,6 +16,9 @@ use crate::runs::{OfPool, RunOptions};
 /// The name of a guest's control socket in its directory.
 const QMP: &str = "qmp.sock";
 
+/// The file of what a keeper, and servers that follow the daemon, have to say.
+const LOG: &str = "server.log";
+
 /// How often a guest's progress is told: seldom, since nobody shows it.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
@@ -88,6 +91,7 @@ impl Template {
             progress_every: PROGRESS_EVERY,
             ..Delivery::default()
         };
+        let log = identity.directory.join(LOG);
         let (id, pool) = (place.id.clone(), Some(self.of.clone()));
         let run = RunOptions { id, pool, ..RunOptions::new() };
         RevertOptions {
@@ -96,7 +100,7 @@ impl Template {
             preload,
             standby: true,
             resettable: self.is_resettable(),
-            keeper: self.keeper.clone(),
+            keeper: self.keeper.clone().map(|keeper| keeper.logging_to(log)),
             run: Some(run),
             ..RevertOptions::new(self.settings.image.clone())
         }
