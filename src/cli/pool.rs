@@ -12,7 +12,7 @@ use super::output::{Output, print_line, print_table};
 use super::{host, parse_path_pair, parse_seconds};
 use crate::daemon::{Client, default_socket};
 use crate::guest::NewPort;
-use crate::pool::{Change, PoolConfig, PoolSettings, PoolState, PoolView};
+use crate::pools::{Change, PoolConfig, PoolSettings, PoolState, PoolView};
 use crate::revert::Preload;
 
 /// The daemon that is asked.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::DaemonOptions;
 use crate::kind::{Details, ErrorKind};
-use crate::pool::PoolSettings;
+use crate::pools::PoolSettings;
 
 /// A daemon's configuration file, in TOML. What it leaves out is as without a file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

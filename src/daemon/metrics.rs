@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use crate::pool::{Figures, Histogram, PoolState, PoolView};
+use crate::pools::{Figures, Histogram, PoolState, PoolView};
 
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 

@@ -13,7 +13,7 @@ use super::listen::{self, Caller};
 use super::options::DaemonOptions;
 use super::routes::{Served, router};
 use crate::cancel::Cancellation;
-use crate::pool::{Pools, PoolsOptions};
+use crate::pools::{Pools, PoolsOptions};
 
 /// What a daemon tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

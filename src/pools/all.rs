@@ -14,7 +14,7 @@ use super::event::{GuestView, PoolEvent, PoolView, ResetView};
 use super::figures::Figures;
 use super::guest::Handle;
 use super::options::PoolsOptions;
-use super::pool::{ASKED, Pool, Shared};
+use super::pool::{ASKED, Numbered, Pool, Shared};
 use super::saved::{SavedGuest, StateDirectory};
 use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::runs::{self, ProcessId};
@@ -282,7 +282,7 @@ fn check(name: &str, settings: &PoolSettings) -> Result<(), PoolError> {
 fn noting(
     state: Arc<StateDirectory>,
     numbers: Arc<Mutex<BTreeMap<String, u32>>>,
-) -> Arc<dyn Fn(&str, u32) + Send + Sync> {
+) -> Numbered {
     Arc::new(move |pool, next| {
         let mut numbers = numbers.lock().unwrap_or_else(PoisonError::into_inner);
         numbers.insert(pool.to_owned(), next);
@@ -301,11 +301,10 @@ async fn discard(state: &Arc<StateDirectory>, guest: SavedGuest) {
         let recorded = runs::find(&guest.id).ok().and_then(|run| run.qemu_pid);
         let known = guest.qemu.and_then(ProcessId::living);
         let listens = || peer_pid(&UnixStream::connect(&guest.qmp).ok()?);
-        if let Some(pid) = known.or(recorded).or_else(listens) {
-            if let Ok(process) = Pidfd::open(pid) {
-                let _ = process.kill();
-                process.wait_end(PATIENCE);
-            }
+        let process = known.or(recorded).or_else(listens).map(Pidfd::open);
+        if let Some(Ok(process)) = process {
+            let _ = process.kill();
+            process.wait_end(PATIENCE);
         }
         let _ = std::fs::remove_dir_all(&guest.directory);
         state.forget(&guest.id);

@@ -60,6 +60,7 @@ struct Now {
     /// When it was taken, if it was.
     taken: Option<SystemTime>,
     ms: Option<f64>,
+    resettable: bool,
     resets: u64,
     progress: Option<Progress>,
 }
@@ -104,6 +105,7 @@ impl Handle {
             ports: now.ports.iter().map(|(old, new)| (old.to_string(), *new)).collect(),
             ms: now.ms,
             age_s: age.as_secs_f64(),
+            resettable: now.resettable,
             resets: now.resets,
             present: now.progress.map(share),
         }
@@ -188,8 +190,8 @@ pub(super) struct Common {
 
 /// What a guest is, once it was taken.
 enum Stage {
-    Resident(Resident),
-    Resettable(Resettable),
+    Resident(Box<Resident>),
+    Resettable(Box<Resettable>),
     /// One that a daemon before this one has taken: it is served by the successor of that, or has
     /// all its memory.
     Adopted(Adopted),
@@ -216,7 +218,7 @@ impl Guest {
             Ok(armed) => armed,
             Err(source) => {
                 common.state.forget(&place.id);
-                return Err(PoolError::Revert { pool: pool.to_owned(), source });
+                return Err(PoolError::Revert { pool: pool.to_owned(), source: source.into() });
             }
         };
         let now = Now {
@@ -225,6 +227,7 @@ impl Guest {
             ports: armed.reach().ports,
             taken: None,
             ms: None,
+            resettable: false,
             resets: 0,
             progress: Some(armed.progress()),
         };
@@ -252,6 +255,7 @@ impl Guest {
             ports: saved.ports.clone(),
             taken: Some(UNIX_EPOCH + Duration::from_millis(saved.taken_unix_ms)),
             ms: None,
+            resettable: false,
             resets: saved.resets,
             progress: None,
         };
@@ -376,7 +380,9 @@ impl Guest {
                 command = self.commands.recv() => command,
                 filled = &mut filling => {
                     let Ok((stage, progress)) = filled else { return Err(Left::Ended("ended")) };
-                    self.handle.now().progress = Some(progress);
+                    let mut now = self.handle.now();
+                    now.progress = Some(progress);
+                    now.resettable = matches!(stage, Stage::Resettable(_));
                     return Ok(stage);
                 }
             };
@@ -407,7 +413,10 @@ impl Guest {
                     if let Stage::Resettable(resettable) = &mut stage {
                         match resettable.answer(asked, &mut |_| {}).await {
                             Ok(true) => {}
-                            Ok(false) => stage = stage.untracked(),
+                            Ok(false) => {
+                                stage = stage.untracked();
+                                self.handle.now().resettable = false;
+                            }
                             Err(error) => {
                                 tracing::warn!("guest {}: {error}", self.handle.place.id);
                                 return Left::Ended("ended");
@@ -451,6 +460,7 @@ impl Guest {
 
     /// Starts the guest anew under the same name and with the same ports. Its QEMU has ended.
     async fn replace(&mut self) -> Result<Running, RevertError> {
+        self.handle.now().resettable = false;
         self.remove_directory().await;
         let ports = self.handle.now().ports.clone();
         let place = Place { ports, ..self.handle.place.clone() };
@@ -562,7 +572,7 @@ impl Stage {
     /// One whose writes are tracked no more.
     fn untracked(self) -> Stage {
         match self {
-            Stage::Resettable(resettable) => Stage::Resident(resettable.into_resident()),
+            Stage::Resettable(resettable) => Stage::Resident(resettable.into_resident().into()),
             other => other,
         }
     }
@@ -616,13 +626,13 @@ async fn to_the_end(
     let resident = running.fill(&mut on_event).await?;
     let progress = resident.outcome().progress;
     if !resettable {
-        return Ok((Stage::Resident(resident), progress));
+        return Ok((Stage::Resident(resident.into()), progress));
     }
     Ok(match Resettable::track(resident).await {
-        Ok(resettable) => (Stage::Resettable(resettable), progress),
+        Ok(resettable) => (Stage::Resettable(resettable.into()), progress),
         Err(not) => {
             tracing::debug!("a guest can't be reset inside its QEMU: {}", not.error);
-            (Stage::Resident(not.resident), progress)
+            (Stage::Resident(not.resident.into()), progress)
         }
     })
 }

@@ -34,6 +34,9 @@ pub(super) const ASKED: &str = "asked";
 const LIFETIME: &str = "lifetime";
 const REMOVED: &str = "pool_removed";
 
+/// Told the number that a pool's next guest has.
+pub(super) type Numbered = Arc<dyn Fn(&str, u32) + Send + Sync>;
+
 /// What all pools have in common.
 #[derive(Clone)]
 pub(super) struct Shared {
@@ -43,8 +46,7 @@ pub(super) struct Shared {
     /// As many guests are armed at a time, of all pools.
     pub arming: Arc<Semaphore>,
     pub events: broadcast::Sender<PoolEvent>,
-    /// Told the number that a pool's next guest has.
-    pub numbered: Arc<dyn Fn(&str, u32) + Send + Sync>,
+    pub numbered: Numbered,
 }
 
 /// One pool.
@@ -174,6 +176,7 @@ impl Pool {
                 Some(Err(source)) => {
                     self.book().remove(&id);
                     self.counted.failure(source.kind().code());
+                    let source = source.into();
                     return Err(PoolError::Revert { pool: self.name.clone(), source });
                 }
                 // It has ended while it waited: there may be another.
@@ -239,7 +242,7 @@ impl Pool {
         let done = guest.reset().await.ok_or_else(gone)?;
         let done = done.map_err(|source| {
             self.counted.failure(source.kind().code());
-            PoolError::Revert { pool: self.name.clone(), source }
+            PoolError::Revert { pool: self.name.clone(), source: source.into() }
         })?;
         let ms = done.took.as_secs_f64() * 1e3;
         let (id, pool) = (guest.place.id.clone(), self.name.clone());
@@ -390,7 +393,8 @@ impl Pool {
         let state = Arc::clone(&self.shared.state);
         let opened = spawn_blocking(move || open(&settings, &state)).await;
         let opened = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
-        let of_image = |source| PoolError::Image { pool: self.name.clone(), source };
+        let of_image =
+            |source| PoolError::Image { pool: self.name.clone(), source: Box::new(source) };
         let image = opened.map_err(of_image)?;
         let base = self.shared.state.of_pool(&self.name);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);

@@ -96,6 +96,9 @@ pub struct GuestView {
     pub ms: Option<f64>,
     /// Seconds since it was taken.
     pub age_s: f64,
+    /// Whether its next reset is inside its QEMU: all its memory is in place, and its writes are
+    /// tracked.
+    pub resettable: bool,
     /// How often it has been reset.
     pub resets: u64,
     /// The share of its memory that is in place, from 0 to 1; none where nobody knows.
