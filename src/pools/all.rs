@@ -13,6 +13,7 @@ use super::error::PoolError;
 use super::event::{GuestView, PoolEvent, PoolView, ResetView};
 use super::figures::Figures;
 use super::guest::Handle;
+use super::images::Images;
 use super::options::PoolsOptions;
 use super::pool::{ASKED, Numbered, Pool, Shared};
 use super::saved::{SavedGuest, StateDirectory};
@@ -73,6 +74,7 @@ impl Pools {
             state: Arc::clone(&state),
             keeper: options.keeper,
             address: options.address,
+            images: Arc::new(Images::new(options.cache)),
             arming: Arc::new(Semaphore::new(options.arming.max(1))),
             events: broadcast::channel(EVENTS).0,
             numbered: noting(Arc::clone(&state), Arc::clone(&numbers)),

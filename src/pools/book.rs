@@ -187,6 +187,7 @@ impl Book {
             preload: self.settings.preload,
             resettable: self.settings.resettable && !self.settings.share,
             share: self.settings.share,
+            cache: None,
         }
     }
 }

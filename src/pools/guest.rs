@@ -612,7 +612,7 @@ async fn launch(template: &Template, place: &Place) -> Result<Armed, RevertError
         RevertEvent::Warning { says } => tracing::debug!("guest {}: {says}", place.id),
         _ => {}
     };
-    let image = Arc::clone(&template.image);
+    let image = template.image.open();
     let planned = Planned::of(image, &options, Cancellation::new(), tell).await?;
     planned.launch(tell).await?.arm(tell).await
 }

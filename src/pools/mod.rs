@@ -9,6 +9,7 @@
 //! ```
 //!
 //! - `config`: what a pool is made of, as a configuration file or a request says it.
+//! - `images`: the images of all pools, each open once, with one cache of chunks.
 //! - `template`: a pool's image, and what each of its guests is called and given.
 //! - `guest`: one guest and its session, in a task of its own that obeys commands.
 //! - `book`: who waits, who runs and who stands in the queue of one pool.
@@ -24,6 +25,7 @@ mod error;
 mod event;
 mod figures;
 mod guest;
+mod images;
 mod options;
 mod pool;
 mod saved;

@@ -2,7 +2,7 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,14 +13,13 @@ use tokio::task::spawn_blocking;
 use super::book::{Asked, Book};
 use super::config::PoolSettings;
 use super::error::PoolError;
-use super::event::{GuestView, PoolEvent, PoolView, Problem, ResetView};
+use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
 use super::figures::{Counted, Figures};
 use super::guest::{Common, Guest, Handle};
+use super::images::Images;
 use super::saved::{SavedGuest, StateDirectory};
 use super::template::{Place, Template, check_name};
-use crate::cancel::Cancellation;
-use crate::image::journeys::{FlattenOptions, flatten};
-use crate::image::{Image, ImageError, Layout};
+use crate::image::ImageError;
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
 use crate::runs::{self, OfPool};
@@ -43,6 +42,7 @@ pub(super) struct Shared {
     pub state: Arc<StateDirectory>,
     pub keeper: Option<Successor>,
     pub address: Option<PathBuf>,
+    pub images: Arc<Images>,
     /// As many guests are armed at a time, of all pools.
     pub arming: Arc<Semaphore>,
     pub events: broadcast::Sender<PoolEvent>,
@@ -88,7 +88,8 @@ impl Pool {
 
     /// The pool as it is now.
     pub fn view(&self) -> PoolView {
-        self.book().view(&self.name)
+        let cache = self.template.get().map(|template| template.image.cache());
+        PoolView { cache: cache.map(CacheView::from), ..self.book().view(&self.name) }
     }
 
     /// What it is made of.
@@ -390,11 +391,11 @@ impl Pool {
             return Ok(Arc::clone(template));
         }
         let settings = self.settings();
-        let state = Arc::clone(&self.shared.state);
-        let opened = spawn_blocking(move || open(&settings, &state)).await;
+        let (state, images) = (Arc::clone(&self.shared.state), Arc::clone(&self.shared.images));
+        let opened = spawn_blocking(move || images.of(&settings, &state)).await;
         let opened = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
         let of_image =
-            |source| PoolError::Image { pool: self.name.clone(), source: Box::new(source) };
+            |source: ImageError| PoolError::Image { pool: self.name.clone(), source: Box::new(source) };
         let image = opened.map_err(of_image)?;
         let base = self.shared.state.of_pool(&self.name);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
@@ -417,23 +418,4 @@ impl Drop for Leave<'_> {
     fn drop(&mut self) {
         self.pool.book().give_up(self.number);
     }
-}
-
-/// Opens a pool's image, or the flat copy of it that is kept for pools that share memory.
-fn open(settings: &PoolSettings, state: &StateDirectory) -> Result<Arc<Image>, ImageError> {
-    let image = Image::open(&settings.image)?;
-    if !settings.share || !image.manifest().flat.is_empty() {
-        return Ok(image);
-    }
-    let copy = state.flat(&image.identity().to_string());
-    if !is_file(&copy) {
-        let options =
-            FlattenOptions { layout: Layout::Flat, ..FlattenOptions::new(&settings.image, &copy) };
-        flatten(&options, &Cancellation::new(), |_, _| {})?;
-    }
-    Image::open(&copy)
-}
-
-fn is_file(path: &Path) -> bool {
-    path.metadata().is_ok_and(|meta| meta.is_file())
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::config::{PoolSettings, is_name};
 use super::error::PoolError;
+use super::images::PoolImage;
 use crate::guest::{NewPort, RewriteOptions};
-use crate::image::Image;
 use crate::keeper::Successor;
 use crate::revert::{CloneIdentity, Delivery, Placement, RevertOptions};
 use crate::runs::{OfPool, RunOptions};
@@ -24,7 +24,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// A pool's image, and what its guests are called and given.
 pub(super) struct Template {
-    pub image: Arc<Image>,
+    pub image: Arc<PoolImage>,
     settings: PoolSettings,
     name: String,
     directory: String,
@@ -48,7 +48,7 @@ impl Template {
     pub fn new(
         of: OfPool,
         settings: &PoolSettings,
-        image: Arc<Image>,
+        image: Arc<PoolImage>,
         base: &Path,
         keeper: Option<Successor>,
     ) -> Template {
