@@ -4,22 +4,21 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, broadcast};
-use tokio::task::spawn_blocking;
 
 use super::book::{Asked, Book};
 use super::config::PoolSettings;
 use super::error::PoolError;
 use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
 use super::figures::{Counted, Figures};
-use super::guest::{Common, Guest, Handle};
+use super::guest::{Common, Guest};
+use super::handle::Handle;
 use super::images::Images;
 use super::saved::{SavedGuest, StateDirectory};
 use super::template::{Place, Template, check_name};
-use crate::image::ImageError;
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
 use crate::runs::{self, OfPool};
@@ -60,14 +59,16 @@ pub(super) struct Pool {
     counted: Arc<Counted>,
     /// The number of its next guest.
     next: AtomicU32,
-    /// Made once its image could be opened.
-    template: OnceLock<Arc<Template>>,
+    template: Arc<Template>,
     shared: Shared,
 }
 
 impl Pool {
     /// A pool that fills from now on. Its image is opened when that can be done.
     pub fn start(name: &str, settings: PoolSettings, next: u32, shared: Shared) -> Arc<Pool> {
+        let Shared { state, images, keeper, address, .. } = shared.clone();
+        let of_pool = OfPool::of_this_process(name.to_owned(), address.unwrap_or_default());
+        let template = Template::new(of_pool, &settings, images, state, keeper);
         let pool = Arc::new(Pool {
             name: name.to_owned(),
             book: Mutex::new(Book::new(settings)),
@@ -75,7 +76,7 @@ impl Pool {
             arming: tokio::sync::Mutex::default(),
             counted: Arc::default(),
             next: AtomicU32::new(next),
-            template: OnceLock::new(),
+            template: Arc::new(template),
             shared,
         });
         tokio::spawn(Arc::clone(&pool).keep_filled());
@@ -88,7 +89,7 @@ impl Pool {
 
     /// The pool as it is now.
     pub fn view(&self) -> PoolView {
-        let cache = self.template.get().map(|template| template.image.cache());
+        let cache = self.template.cache();
         PoolView { cache: cache.map(CacheView::from), ..self.book().view(&self.name) }
     }
 
@@ -156,12 +157,7 @@ impl Pool {
         name: Option<String>,
         patience: Duration,
     ) -> Result<GuestView, PoolError> {
-        if let Some(name) = &name {
-            check_name(name)?;
-            if self.taken().iter().any(|guest| guest.name() == *name) {
-                return Err(PoolError::Exists { what: "a guest", name: name.clone() });
-            }
-        }
+        let _reserved = name.as_ref().map(|name| self.reserve(name)).transpose()?;
         loop {
             let guest = self.next_guest(began, patience).await?;
             let id = guest.place.id.clone();
@@ -183,6 +179,15 @@ impl Pool {
                 // It has ended while it waited: there may be another.
                 None => self.book().remove(&id),
             }
+        }
+    }
+
+    /// Reserves a name for a guest that is about to be taken.
+    fn reserve<'a>(&'a self, name: &'a str) -> Result<Reserved<'a>, PoolError> {
+        check_name(name)?;
+        match self.book().reserve(name) {
+            true => Ok(Reserved { pool: self, name }),
+            false => Err(PoolError::Exists { what: "a guest", name: name.to_owned() }),
         }
     }
 
@@ -231,10 +236,7 @@ impl Pool {
 
     /// A guest that is taken, as it is now.
     pub fn view_of(&self, guest: &Handle) -> GuestView {
-        match self.template.get() {
-            Some(template) => guest.view(template),
-            None => unreachable!("a guest has been started by it"),
-        }
+        guest.view(&self.template)
     }
 
     /// Has a guest go back to its image.
@@ -268,13 +270,8 @@ impl Pool {
 
     /// Takes a guest up that a daemon before this one has handed out, where it lives. Else what is
     /// left of it is removed.
-    pub async fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
-        let common = self.template().await.map(|template| self.common(&template));
-        let adopted = match &common {
-            Ok(common) if saved.taken => Guest::adopt(saved, common.clone()),
-            _ => None,
-        };
-        let Some((guest, adopted)) = adopted else { return };
+    pub fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
+        let Some((guest, adopted)) = Guest::adopt(saved, self.common()) else { return };
         self.book().adopt(Arc::clone(&guest.handle));
         let id = guest.handle.place.id.clone();
         self.limit_lifetime(&guest.handle);
@@ -345,16 +342,18 @@ impl Pool {
 
     /// Arms one guest more.
     async fn arm_one(self: &Arc<Self>) -> Result<(), PoolError> {
-        let template = self.template().await?;
+        let base = self.shared.state.of_pool(&self.name);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
+        made.map_err(|source| PoolError::State { doing: "making", path: base, source })?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         (self.shared.numbered)(&self.name, number + 1);
         let place = Place {
             id: runs::new_id(),
-            identity: template.identity(number),
+            identity: self.template.identity(number),
             ports: Default::default(),
         };
         self.book().begin_arming();
-        let armed = Guest::arm(&self.name, place, self.common(&template)).await;
+        let armed = Guest::arm(&self.name, place, self.common()).await;
         let (guest, armed) = match armed {
             Ok(armed) => armed,
             Err(error) => {
@@ -377,34 +376,12 @@ impl Pool {
         Ok(())
     }
 
-    fn common(&self, template: &Arc<Template>) -> Common {
+    fn common(&self) -> Common {
         Common {
-            template: Arc::clone(template),
+            template: Arc::clone(&self.template),
             state: Arc::clone(&self.shared.state),
             counted: Arc::clone(&self.counted),
         }
-    }
-
-    /// The template: its image is opened, and copied where memory is to be shared, the first time.
-    async fn template(&self) -> Result<Arc<Template>, PoolError> {
-        if let Some(template) = self.template.get() {
-            return Ok(Arc::clone(template));
-        }
-        let settings = self.settings();
-        let (state, images) = (Arc::clone(&self.shared.state), Arc::clone(&self.shared.images));
-        let opened = spawn_blocking(move || images.of(&settings, &state)).await;
-        let opened = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
-        let of_image =
-            |source: ImageError| PoolError::Image { pool: self.name.clone(), source: Box::new(source) };
-        let image = opened.map_err(of_image)?;
-        let base = self.shared.state.of_pool(&self.name);
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
-        made.map_err(|source| PoolError::State { doing: "making", path: base.clone(), source })?;
-        let Shared { keeper, address, .. } = self.shared.clone();
-        let daemon = address.unwrap_or_default();
-        let of_pool = OfPool::of_this_process(self.name.clone(), daemon);
-        let template = Template::new(of_pool, &self.settings(), image, &base, keeper);
-        Ok(Arc::clone(self.template.get_or_init(|| Arc::new(template))))
     }
 }
 
@@ -412,6 +389,18 @@ impl Pool {
 struct Leave<'a> {
     pool: &'a Pool,
     number: u64,
+}
+
+/// A name that a guest is about to have. Once it has, it is taken by the guest.
+struct Reserved<'a> {
+    pool: &'a Pool,
+    name: &'a str,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.pool.book().unreserve(self.name);
+    }
 }
 
 impl Drop for Leave<'_> {
