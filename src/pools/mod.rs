@@ -37,6 +37,6 @@ mod template;
 pub use all::{Pools, Take};
 pub use config::{Change, PoolConfig, PoolSettings};
 pub use error::PoolError;
-pub use event::{GuestView, PoolEvent, PoolState, PoolView, Problem, ResetView};
+pub use event::{CacheView, GuestView, PoolEvent, PoolState, PoolView, Problem, ResetView};
 pub use figures::{Figures, Histogram};
 pub use options::PoolsOptions;
