@@ -118,7 +118,7 @@ fn measures_all_ways(bench: Bench, peers: &[&str], skipped: &[&str]) -> Result<B
         text.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?;
     let named = |name: &str| events.iter().filter(|e| e["event"] == name).collect::<Vec<_>>();
 
-    let ours = ["uffd", "uffd+ws", "uffd+preload", "socket"];
+    let ours = ["uffd", "uffd+ws", "uffd+preload", "socket", "pool"];
     let reset = ["reset"];
     let reset = reset.iter().filter(|way| !skipped.contains(way));
     let ways: Vec<&str> = ours.iter().chain(reset.clone()).chain(peers).copied().collect();

@@ -5,6 +5,7 @@
 //! faults, a [`Pager`] brings what is asked for, [`mod@prefetch`] brings the rest. None of them
 //! knows how a page travels, and nothing here knows of images or of how QEMU was started.
 
+mod chunk_cache;
 pub mod claim;
 mod fault_handler;
 mod fault_reader;
@@ -25,6 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use chunk_cache::{CacheFigures, CachedSource};
 pub use claim::ClaimMap;
 pub use fault_handler::FaultHandler;
 pub use fault_reader::FaultReader;

@@ -80,6 +80,24 @@ pub struct Again {
     pub directory: PathBuf,
 }
 
+/// That a guest belongs to a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfPool {
+    /// The pool's name.
+    pub name: String,
+    /// Where the daemon of the pool listens.
+    pub daemon: PathBuf,
+    /// The daemon, which serves other guests as well.
+    process: Option<ProcessId>,
+}
+
+impl OfPool {
+    /// That a guest belongs to this pool of a daemon that is this process, and listens there.
+    pub fn of_this_process(name: String, daemon: PathBuf) -> OfPool {
+        OfPool { name, daemon, process: ProcessId::this() }
+    }
+}
+
 /// What is recorded of a revert.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -105,9 +123,18 @@ pub(crate) struct Record {
     /// How it is done again, where that was told.
     #[serde(default)]
     pub again: Option<Again>,
+    /// The pool that it belongs to.
+    #[serde(default)]
+    pub pool: Option<OfPool>,
 }
 
 impl Record {
+    /// Its server, where that serves nobody else.
+    pub fn server_alone(&self) -> Option<ProcessId> {
+        let daemon = self.pool.as_ref().and_then(|pool| pool.process);
+        self.server.filter(|server| Some(*server) != daemon)
+    }
+
     /// That of a revert of this image, with so many pages, which begins now.
     pub fn new(image: PathBuf, pages: u64) -> Record {
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
@@ -124,6 +151,7 @@ impl Record {
             sockets: Vec::new(),
             log: None,
             again: None,
+            pool: None,
         }
     }
 

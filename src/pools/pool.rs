@@ -1,0 +1,410 @@
+//! One pool: its book, and what keeps it filled.
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, Semaphore, broadcast};
+
+use super::book::{Asked, Book};
+use super::config::PoolSettings;
+use super::error::PoolError;
+use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
+use super::figures::{Counted, Figures};
+use super::guest::{Common, Guest};
+use super::handle::Handle;
+use super::images::Images;
+use super::saved::{SavedGuest, StateDirectory};
+use super::template::{Place, Template, check_name};
+use crate::keeper::Successor;
+use crate::revert::ResetWay;
+use crate::runs::{self, OfPool};
+
+/// How long it takes until arming is tried again that has failed: each time twice as long.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// Why a guest is no more.
+pub(super) const ASKED: &str = "asked";
+const LIFETIME: &str = "lifetime";
+const REMOVED: &str = "pool_removed";
+
+/// Told the number that a pool's next guest has.
+pub(super) type Numbered = Arc<dyn Fn(&str, u32) + Send + Sync>;
+
+/// What all pools have in common.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub state: Arc<StateDirectory>,
+    pub keeper: Option<Successor>,
+    pub address: Option<PathBuf>,
+    pub images: Arc<Images>,
+    /// As many guests are armed at a time, of all pools.
+    pub arming: Arc<Semaphore>,
+    pub events: broadcast::Sender<PoolEvent>,
+    pub numbered: Numbered,
+}
+
+/// One pool.
+pub(super) struct Pool {
+    pub name: String,
+    book: Mutex<Book>,
+    /// Wakes what keeps it filled.
+    changed: Notify,
+    /// Held while a guest is being armed.
+    arming: tokio::sync::Mutex<()>,
+    counted: Arc<Counted>,
+    /// The number of its next guest.
+    next: AtomicU32,
+    template: Arc<Template>,
+    shared: Shared,
+}
+
+impl Pool {
+    /// A pool that fills from now on. Its image is opened when that can be done.
+    pub fn start(name: &str, settings: PoolSettings, next: u32, shared: Shared) -> Arc<Pool> {
+        let Shared { state, images, keeper, address, .. } = shared.clone();
+        let of_pool = OfPool::of_this_process(name.to_owned(), address.unwrap_or_default());
+        let template = Template::new(of_pool, &settings, images, state, keeper);
+        let pool = Arc::new(Pool {
+            name: name.to_owned(),
+            book: Mutex::new(Book::new(settings)),
+            changed: Notify::new(),
+            arming: tokio::sync::Mutex::default(),
+            counted: Arc::default(),
+            next: AtomicU32::new(next),
+            template: Arc::new(template),
+            shared,
+        });
+        tokio::spawn(Arc::clone(&pool).keep_filled());
+        pool
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pool as it is now.
+    pub fn view(&self) -> PoolView {
+        let cache = self.template.cache();
+        PoolView { cache: cache.map(CacheView::from), ..self.book().view(&self.name) }
+    }
+
+    /// What it is made of.
+    pub fn settings(&self) -> PoolSettings {
+        self.book().settings.clone()
+    }
+
+    /// What has been counted.
+    pub fn figures(&self) -> Figures {
+        self.counted.now()
+    }
+
+    fn tell(&self) {
+        // Nobody may listen.
+        let _ = self.shared.events.send(PoolEvent::Pool(self.view()));
+    }
+
+    /// Changes how many wait and may be taken.
+    pub async fn change(&self, armed: Option<u32>, max: Option<u32>) -> Result<(), PoolError> {
+        let changed = self.settings();
+        let changed = PoolSettings {
+            armed: armed.unwrap_or(changed.armed),
+            max: max.unwrap_or(changed.max),
+            ..changed
+        };
+        changed.check()?;
+        let spare = self.book().change(armed, max);
+        for guest in spare {
+            guest.release(ASKED).await;
+        }
+        self.changed.notify_one();
+        self.tell();
+        Ok(())
+    }
+
+    /// Ends the pool and all its guests.
+    pub async fn remove(&self) {
+        self.close(REMOVED).await;
+        for guest in self.taken() {
+            guest.release(REMOVED).await;
+        }
+        let _ = self.shared.events.send(PoolEvent::Removed { pool: self.name.clone() });
+    }
+
+    /// Ends the guests that wait, and arms no more: what a daemon does that ends.
+    pub async fn end_waiting(&self) {
+        self.close(ASKED).await;
+    }
+
+    async fn close(&self, why: &'static str) {
+        let waiting = self.book().close();
+        self.changed.notify_one();
+        for guest in waiting {
+            guest.release(why).await;
+        }
+        // One that is being armed is ended as soon as it can be.
+        drop(self.arming.lock().await);
+    }
+
+    /// Takes a guest, which runs when this returns. `began` is when it was asked for.
+    pub async fn take(
+        self: &Arc<Self>,
+        began: Instant,
+        name: Option<String>,
+        patience: Duration,
+    ) -> Result<GuestView, PoolError> {
+        let _reserved = name.as_ref().map(|name| self.reserve(name)).transpose()?;
+        loop {
+            let guest = self.next_guest(began, patience).await?;
+            let id = guest.place.id.clone();
+            match guest.take(began, name.clone()).await {
+                Some(Ok(())) => {
+                    self.book().takes += 1;
+                    self.limit_lifetime(&guest);
+                    let view = self.view_of(&guest);
+                    let _ = self.shared.events.send(PoolEvent::Taken(view.clone()));
+                    self.changed.notify_one();
+                    return Ok(view);
+                }
+                Some(Err(source)) => {
+                    self.book().remove(&id);
+                    self.counted.failure(source.kind().code());
+                    let source = source.into();
+                    return Err(PoolError::Revert { pool: self.name.clone(), source });
+                }
+                // It has ended while it waited: there may be another.
+                None => self.book().remove(&id),
+            }
+        }
+    }
+
+    /// Reserves a name for a guest that is about to be taken.
+    fn reserve<'a>(&'a self, name: &'a str) -> Result<Reserved<'a>, PoolError> {
+        check_name(name)?;
+        match self.book().reserve(name) {
+            true => Ok(Reserved { pool: self, name }),
+            false => Err(PoolError::Exists { what: "a guest", name: name.to_owned() }),
+        }
+    }
+
+    /// The next guest that waits, once it is this request's turn.
+    async fn next_guest(
+        &self,
+        began: Instant,
+        patience: Duration,
+    ) -> Result<Arc<Handle>, PoolError> {
+        let asked = {
+            let mut book = self.book();
+            if book.closed {
+                return Err(PoolError::Removed { pool: self.name.clone() });
+            }
+            book.ask()
+        };
+        let (number, told) = match asked {
+            Asked::Given(guest) => return Ok(guest),
+            Asked::Queued(number, told) => (number, told),
+        };
+        self.changed.notify_one();
+        let _leave = Leave { pool: self, number };
+        match tokio::time::timeout_at((began + patience).into(), told).await {
+            Ok(Ok(guest)) => Ok(guest),
+            Ok(Err(_)) => Err(PoolError::Removed { pool: self.name.clone() }),
+            Err(_) => Err(self.none_to_be_had(patience)),
+        }
+    }
+
+    fn none_to_be_had(&self, waited: Duration) -> PoolError {
+        let book = self.book();
+        let (taken, armed) = book.counts();
+        let pool = self.name.clone();
+        match &book.problem {
+            Some(problem) if taken < book.settings.max as usize => {
+                PoolError::Degraded { pool, problem: problem.clone() }
+            }
+            _ => PoolError::Exhausted { pool, taken, max: book.settings.max, armed, waited },
+        }
+    }
+
+    /// The guests that are taken.
+    pub fn taken(&self) -> Vec<Arc<Handle>> {
+        self.book().taken()
+    }
+
+    /// A guest that is taken, as it is now.
+    pub fn view_of(&self, guest: &Handle) -> GuestView {
+        guest.view(&self.template)
+    }
+
+    /// Has a guest go back to its image.
+    pub async fn reset(&self, guest: &Handle) -> Result<ResetView, PoolError> {
+        let gone = || PoolError::NoSuchGuest { id: guest.place.id.clone() };
+        let done = guest.reset().await.ok_or_else(gone)?;
+        let done = done.map_err(|source| {
+            self.counted.failure(source.kind().code());
+            PoolError::Revert { pool: self.name.clone(), source: source.into() }
+        })?;
+        let ms = done.took.as_secs_f64() * 1e3;
+        let (id, pool) = (guest.place.id.clone(), self.name.clone());
+        let _ = self.shared.events.send(PoolEvent::Reset { id, pool, how: done.how, ms });
+        if done.how == ResetWay::NewProcess {
+            self.changed.notify_one();
+        }
+        let guest = self.view_of(guest);
+        Ok(ResetView { how: done.how, pages: done.pages, ms, why: done.why, guest })
+    }
+
+    fn limit_lifetime(&self, guest: &Arc<Handle>) {
+        let Some(lifetime) = self.settings().lifetime() else { return };
+        let guest = Arc::downgrade(guest);
+        tokio::spawn(async move {
+            tokio::time::sleep(lifetime).await;
+            if let Some(guest) = guest.upgrade() {
+                guest.release(LIFETIME).await;
+            }
+        });
+    }
+
+    /// Takes a guest up that a daemon before this one has handed out, where it lives. Else what is
+    /// left of it is removed.
+    pub fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
+        let Some((guest, adopted)) = Guest::adopt(saved, self.common()) else { return };
+        self.book().adopt(Arc::clone(&guest.handle));
+        let id = guest.handle.place.id.clone();
+        self.limit_lifetime(&guest.handle);
+        let pool = Arc::clone(self);
+        tokio::spawn(async move {
+            let why = guest.live(adopted).await;
+            pool.ended(&id, why, true);
+        });
+    }
+
+    /// Whether this guest is one of its own.
+    pub fn has(&self, id: &str) -> bool {
+        self.book().is_taken(id)
+    }
+
+    fn ended(&self, id: &str, why: &'static str, taken: bool) {
+        self.book().remove(id);
+        self.changed.notify_one();
+        if taken {
+            let (id, pool, why) = (id.to_owned(), self.name.clone(), why.to_owned());
+            let _ = self.shared.events.send(PoolEvent::Released { id, pool, why });
+        }
+        self.tell();
+    }
+
+    /// Arms guests whenever some are missing, until the pool is removed.
+    async fn keep_filled(self: Arc<Self>) {
+        let mut retry = FIRST_RETRY;
+        loop {
+            if self.book().closed {
+                return;
+            }
+            if !self.book().wants_one() {
+                self.changed.notified().await;
+                continue;
+            }
+            let Ok(_permit) = self.shared.arming.acquire().await else { return };
+            let arming = self.arming.lock().await;
+            if !self.book().wants_one() {
+                continue;
+            }
+            let armed = self.arm_one().await;
+            drop(arming);
+            match armed {
+                Ok(()) => retry = FIRST_RETRY,
+                Err(error) => {
+                    self.degrade(&error);
+                    drop(_permit);
+                    tokio::time::sleep(retry).await;
+                    retry = (retry * 2).min(LAST_RETRY);
+                }
+            }
+        }
+    }
+
+    fn degrade(&self, error: &PoolError) {
+        let problem = Problem::new(error.kind(), error.to_string());
+        self.counted.failure(&problem.code);
+        let Problem { code, message } = problem.clone();
+        let is_new = self.book().problem.replace(problem.clone()) != Some(problem);
+        if is_new {
+            tracing::warn!("the pool {:?} can't start guests: {message}", self.name);
+            let pool = self.name.clone();
+            let _ = self.shared.events.send(PoolEvent::Degraded { pool, code, message });
+            self.tell();
+        }
+    }
+
+    /// Arms one guest more.
+    async fn arm_one(self: &Arc<Self>) -> Result<(), PoolError> {
+        let base = self.shared.state.of_pool(&self.name);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
+        made.map_err(|source| PoolError::State { doing: "making", path: base, source })?;
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        (self.shared.numbered)(&self.name, number + 1);
+        let place = Place {
+            id: runs::new_id(),
+            identity: self.template.identity(number),
+            ports: Default::default(),
+        };
+        self.book().begin_arming();
+        let armed = Guest::arm(&self.name, place, self.common()).await;
+        let (guest, armed) = match armed {
+            Ok(armed) => armed,
+            Err(error) => {
+                self.book().end_arming();
+                return Err(error);
+            }
+        };
+        let handle = Arc::clone(&guest.handle);
+        let is_unwanted = self.book().end_arming_of(&handle);
+        let (pool, of_task) = (Arc::clone(self), Arc::clone(&handle));
+        tokio::spawn(async move {
+            let why = guest.wait(armed).await;
+            pool.ended(&of_task.place.id, why, of_task.taken().is_some());
+        });
+        if is_unwanted {
+            // Its task ends it as soon as it hears of it.
+            handle.release(REMOVED).await;
+        }
+        self.tell();
+        Ok(())
+    }
+
+    fn common(&self) -> Common {
+        Common {
+            template: Arc::clone(&self.template),
+            state: Arc::clone(&self.shared.state),
+            counted: Arc::clone(&self.counted),
+        }
+    }
+}
+
+/// Gives up a place in the queue, where it was not given a guest.
+struct Leave<'a> {
+    pool: &'a Pool,
+    number: u64,
+}
+
+/// A name that a guest is about to have. Once it has, it is taken by the guest.
+struct Reserved<'a> {
+    pool: &'a Pool,
+    name: &'a str,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.pool.book().unreserve(self.name);
+    }
+}
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.pool.book().give_up(self.number);
+    }
+}
