@@ -121,6 +121,18 @@ impl Book {
         self.queue.retain(|waiter| waiter.number != number);
     }
 
+    /// A guest that was given to somebody who has gone waits again. It is returned where the pool
+    /// was closed meanwhile.
+    pub fn put_back(&mut self, guest: Arc<Handle>) -> Option<Arc<Handle>> {
+        self.taken.remove(&guest.place.id);
+        if self.closed {
+            return Some(guest);
+        }
+        self.ready.push_front(guest);
+        self.serve();
+        None
+    }
+
     /// Gives guests that wait to those who ask for them.
     fn serve(&mut self) {
         while self.taken.len() < self.settings.max as usize {

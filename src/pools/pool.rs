@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, Semaphore, broadcast};
+use tokio::sync::{Notify, Semaphore, broadcast, oneshot};
 
 use super::book::{Asked, Book};
 use super::config::PoolSettings;
@@ -31,6 +31,7 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 pub(super) const ASKED: &str = "asked";
 const LIFETIME: &str = "lifetime";
 const REMOVED: &str = "pool_removed";
+const UNCLAIMED: &str = "unclaimed";
 
 /// Told the number that a pool's next guest has.
 pub(super) type Numbered = Arc<dyn Fn(&str, u32) + Send + Sync>;
@@ -159,7 +160,8 @@ impl Pool {
     ) -> Result<GuestView, PoolError> {
         let _reserved = name.as_ref().map(|name| self.reserve(name)).transpose()?;
         loop {
-            let guest = self.next_guest(began, patience).await?;
+            let given = Given(Some(self.next_guest(began, patience).await?));
+            let Some(guest) = given.0.clone() else { continue };
             let id = guest.place.id.clone();
             match guest.take(began, name.clone()).await {
                 Some(Ok(())) => {
@@ -168,6 +170,7 @@ impl Pool {
                     let view = self.view_of(&guest);
                     let _ = self.shared.events.send(PoolEvent::Taken(view.clone()));
                     self.changed.notify_one();
+                    given.is_claimed();
                     return Ok(view);
                 }
                 Some(Err(source)) => {
@@ -209,8 +212,8 @@ impl Pool {
             Asked::Queued(number, told) => (number, told),
         };
         self.changed.notify_one();
-        let _leave = Leave { pool: self, number };
-        match tokio::time::timeout_at((began + patience).into(), told).await {
+        let mut turn = Turn { pool: self, number, told };
+        match tokio::time::timeout_at((began + patience).into(), &mut turn.told).await {
             Ok(Ok(guest)) => Ok(guest),
             Ok(Err(_)) => Err(PoolError::Removed { pool: self.name.clone() }),
             Err(_) => Err(self.none_to_be_had(patience)),
@@ -308,7 +311,7 @@ impl Pool {
                 self.changed.notified().await;
                 continue;
             }
-            let Ok(_permit) = self.shared.arming.acquire().await else { return };
+            let Ok(permit) = self.shared.arming.acquire().await else { return };
             let arming = self.arming.lock().await;
             if !self.book().wants_one() {
                 continue;
@@ -319,7 +322,7 @@ impl Pool {
                 Ok(()) => retry = FIRST_RETRY,
                 Err(error) => {
                     self.degrade(&error);
-                    drop(_permit);
+                    drop(permit);
                     tokio::time::sleep(retry).await;
                     retry = (retry * 2).min(LAST_RETRY);
                 }
@@ -385,10 +388,29 @@ impl Pool {
     }
 }
 
-/// Gives up a place in the queue, where it was not given a guest.
-struct Leave<'a> {
+/// A guest that was given to a request. Where whoever asked has hung up, it ends.
+struct Given(Option<Arc<Handle>>);
+
+impl Given {
+    /// Whoever asked has it.
+    fn is_claimed(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        if let Some(guest) = self.0.take() {
+            tokio::spawn(async move { guest.release(UNCLAIMED).await });
+        }
+    }
+}
+
+/// A place in the queue. Left, it is given up, and a guest that had just been given waits again.
+struct Turn<'a> {
     pool: &'a Pool,
     number: u64,
+    told: oneshot::Receiver<Arc<Handle>>,
 }
 
 /// A name that a guest is about to have. Once it has, it is taken by the guest.
@@ -403,8 +425,12 @@ impl Drop for Reserved<'_> {
     }
 }
 
-impl Drop for Leave<'_> {
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.pool.book().give_up(self.number);
+        let mut book = self.pool.book();
+        book.give_up(self.number);
+        self.told.close();
+        // Where the pool was closed, it ends.
+        drop(Given(self.told.try_recv().ok().and_then(|guest| book.put_back(guest))));
     }
 }
