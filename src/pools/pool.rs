@@ -170,7 +170,7 @@ impl Pool {
                     let view = self.view_of(&guest);
                     let _ = self.shared.events.send(PoolEvent::Taken(view.clone()));
                     self.changed.notify_one();
-                    given.is_claimed();
+                    given.claimed();
                     return Ok(view);
                 }
                 Some(Err(source)) => {
@@ -393,7 +393,7 @@ struct Given(Option<Arc<Handle>>);
 
 impl Given {
     /// Whoever asked has it.
-    fn is_claimed(mut self) {
+    fn claimed(mut self) {
         self.0 = None;
     }
 }
