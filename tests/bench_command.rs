@@ -198,7 +198,7 @@ fn measures_all_ways_on_qemu_10() -> Result<()> {
         .collect::<std::result::Result<_, _>>()?;
     let runs: Vec<_> = events.iter().filter(|event| event["event"] == "run").collect();
     let caches: Vec<_> = runs.iter().filter_map(|run| run["cache"].as_str()).collect();
-    assert_eq!(caches, [["warm"; 4], ["cold"; 4]].concat());
+    assert_eq!(caches, [["warm"; 5], ["cold"; 5]].concat());
     bench.assert_nothing_left()?;
 
     // A parent that can't be made cold is told before any run: here, one that is in use.
