@@ -183,7 +183,11 @@ fn libvirtd_is_restarted_during_a_save(dir: &Dir) -> Result<()> {
         saving.signal(libc::SIGCONT);
         libvirt.start_libvirtd()?;
         let ended = saving.end()?;
-        assert_eq!(ended.event("error")?["code"], "interrupted", "at `{step}`: {ended:?}");
+        // It may meet the broken connection before the interrupt, which a thread of its own
+        // hears of.
+        let error = ended.event("error")?;
+        let expected = ["interrupted", "monitor_failed"].map(Value::from);
+        assert!(expected.contains(&error["code"]), "at `{step}`: {ended:?}");
         domain.is_as_before(dir, &before, step)?;
     }
     // While libvirtd is away, the keeper waits too.
