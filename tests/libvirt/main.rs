@@ -17,5 +17,6 @@ mod monitor;
 mod quiesced;
 mod reverting;
 mod saving;
+mod verbs;
 
 pub(crate) use harness::tests;

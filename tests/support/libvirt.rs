@@ -1,8 +1,9 @@
-//! A libvirt of the tests' own: virtlogd and libvirtd as Debian ships them, in a mount namespace
-//! in which their directories are folders of ours, so that a libvirt of the machine and ours
-//! don't meet. Needs root.
+//! A libvirt of the tests' own: virtlogd and libvirtd as Debian ships them, in namespaces in which
+//! their directories are folders of ours, so that a libvirt of the machine and ours don't meet.
+//! Needs root.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +12,6 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::disk::VIRTIO_SCSI;
 use super::{
     Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, debian, deps,
     run, spawn_bound, wait_for,
@@ -30,6 +30,20 @@ const DIRECTORIES: [(&str, &str); 5] = [
 /// `vm.unprivileged_userfaultfd` is 1, which is the whole machine's.
 const MAY_USE_USERFAULTFD: &str =
     "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\nremember_owner = 0\n";
+
+/// The kernel modules of a guest with [two disks](DomainOptions::with_two_disks) that heeds its power
+/// button.
+const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,\
+                       scsi_common,scsi_mod,sd_mod,virtio_scsi,button,evdev";
+
+/// By what libvirt tells hosts apart.
+#[derive(Clone, Copy)]
+struct Host {
+    name: &'static str,
+    uuid: &'static str,
+}
+
+const ELSEWHERE: Host = Host { name: "elsewhere", uuid: "5eba11ed-0000-4000-8000-000000000002" };
 
 /// Allowed for a boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -84,6 +98,18 @@ impl Libvirt {
     /// # Errors
     /// When it isn't installed, or this isn't root.
     pub fn start() -> Result<Libvirt> {
+        Libvirt::start_as(None)
+    }
+
+    /// Starts one that takes itself for that of another host: guests can migrate there.
+    ///
+    /// # Errors
+    /// As [`Libvirt::start`].
+    pub fn start_elsewhere() -> Result<Libvirt> {
+        Libvirt::start_as(Some(ELSEWHERE))
+    }
+
+    fn start_as(host: Option<Host>) -> Result<Libvirt> {
         let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
         // Its guests run as another user.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
@@ -93,15 +119,22 @@ impl Libvirt {
             fs::create_dir(&ours)?;
             script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
         }
-        for (file, settings) in
-            [("libvirtd.conf", ""), ("virtlogd.conf", ""), ("qemu.conf", MAY_USE_USERFAULTFD)]
-        {
+        let mut libvirtd = String::new();
+        if let Some(Host { name, uuid }) = host {
+            script += &format!("hostname {name}\n");
+            libvirtd = format!("host_uuid = \"{uuid}\"\n");
+        }
+        for (file, settings) in [
+            ("libvirtd.conf", libvirtd.as_str()),
+            ("virtlogd.conf", ""),
+            ("qemu.conf", MAY_USE_USERFAULTFD),
+        ] {
             fs::write(folder.path().join("etc").join(file), settings)?;
         }
         let ready = folder.path().join("ready");
         script += &format!("touch {}\nexec sleep infinity\n", text(&ready));
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+        command.args(["--mount", "--uts", "--propagation", "private", "sh", "-c", &script]);
         let namespace = Daemon(start(command, &folder.path().join("namespace.log"))?);
         wait_for(SOON, "a mount namespace (as root)", || Ok(ready.exists().then_some(())))?;
         let within = |program, args: &[&str]| within(&namespace.0, folder.path(), program, args);
@@ -155,6 +188,18 @@ impl Libvirt {
             return Err(format!("virsh {}: {said}", args.join(" ")).into());
         }
         Ok(String::from_utf8(done.stdout)?)
+    }
+
+    /// `virsh console` of a domain, at a terminal: what it prints goes to a file.
+    ///
+    /// # Errors
+    /// When `script` isn't installed.
+    pub fn console(&self, domain: &str, printed: &Path) -> Result<Console> {
+        let virsh = format!("virsh --connect '{}' console {domain}", self.uri());
+        let mut command = Command::new("script");
+        command.args(["--quiet", "--return", "--flush", "--command", &virsh, "/dev/null"]);
+        command.stdin(Stdio::piped()).stdout(fs::File::create(printed)?);
+        Ok(Console { child: spawn_bound(command)?, printed: SerialLog::whole(printed) })
     }
 
     /// The process of a domain's QEMU.
@@ -235,10 +280,43 @@ impl Drop for Libvirt {
     }
 }
 
+/// A terminal in which `virsh console` runs.
+pub struct Console {
+    child: Child,
+    /// What it has printed.
+    pub printed: SerialLog,
+}
+
+impl Console {
+    /// Leaves the console, as a user does (`^]`).
+    ///
+    /// # Errors
+    /// When `virsh` fails.
+    pub fn leave(mut self) -> Result<()> {
+        let ended = wait_for(SOON, "virsh console to end", || {
+            // It may still be on its way to the guest, and overlook one.
+            let input = self.child.stdin.as_mut();
+            let _ = input.map(|input| input.write_all(b"\x1d"));
+            Ok(self.child.try_wait()?)
+        })?;
+        match ended.success() {
+            true => Ok(()),
+            false => Err(format!("virsh console failed: {}", self.printed.text()).into()),
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// Starts a program in our namespace.
 fn within(namespace: &Child, folder: &Path, program: &str, args: &[&str]) -> Result<Daemon> {
     let mut command = Command::new("nsenter");
-    command.args(["--mount", "--target", &namespace.id().to_string(), program]).args(args);
+    command.args(["--mount", "--uts", "--target", &namespace.id().to_string(), program]).args(args);
     Ok(Daemon(start(command, &folder.join(format!("{program}.log")))?))
 }
 
@@ -257,6 +335,8 @@ pub struct DomainOptions {
     pub disks: Vec<DomainDisk>,
     /// More devices, in XML.
     pub devices: String,
+    /// Whether its console is a terminal of its host's, with a log, and not a file.
+    pub has_terminal: bool,
 }
 
 impl DomainOptions {
@@ -265,6 +345,12 @@ impl DomainOptions {
         let GuestOptions { mib, vcpus, qemu, .. } = &self.guest;
         let disks: String = self.disks.iter().map(|disk| disk.xml(folder)).collect();
         let emulator = qemu.binary();
+        let log = file("serial0.log");
+        let (kind, element, attribute) = match self.has_terminal {
+            true => ("pty", "log", "file"),
+            false => ("file", "source", "path"),
+        };
+        let console = format!("<{element} {attribute}='{log}' append='on'/><target port='0'/>");
         format!(
             "<domain type='qemu'><name>{}</name><memory unit='MiB'>{mib}</memory>
              <vcpu>{vcpus}</vcpu>
@@ -272,7 +358,7 @@ impl DomainOptions {
                <kernel>{}</kernel><initrd>{}</initrd><cmdline>{}</cmdline></os>
              <features><acpi/></features>
              <devices><emulator>{}</emulator>{disks}
-               <serial type='file'><source path='{}' append='on'/><target port='0'/></serial>
+               <serial type='{kind}'>{console}</serial>
                <serial type='unix'><source mode='bind' path='{}'/><target port='1'/></serial>
                <controller type='usb' model='none'/><memballoon model='none'/>{}
              </devices></domain>",
@@ -281,7 +367,6 @@ impl DomainOptions {
             file("initramfs.cpio"),
             self.guest.kernel_command_line(),
             text(&emulator),
-            file("serial0.log"),
             file("serial1.sock"),
             self.devices,
         )
@@ -295,7 +380,7 @@ impl DomainOptions {
         self.disks.push(disk("vda", "virtio", Format::Raw));
         self.disks.push(disk("sda", "scsi", Format::Qcow2));
         self.guest.virtio_blk = true;
-        self.guest.modules = VIRTIO_SCSI;
+        self.guest.modules = MODULES;
         self
     }
 }
@@ -367,5 +452,5 @@ pub fn domain_options(name: &'static str, qemu: Qemu) -> DomainOptions {
         writers: 2,
         ..GuestOptions::default()
     };
-    DomainOptions { name, guest, disks: Vec::new(), devices: String::new() }
+    DomainOptions { name, guest, disks: Vec::new(), devices: String::new(), has_terminal: false }
 }
