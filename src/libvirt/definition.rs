@@ -2,6 +2,8 @@
 //! (<https://libvirt.org/formatdomain.html>), as far as a revert reads and changes it.
 
 use std::path::Path;
+#[cfg(any(feature = "libvirt", test))]
+use std::path::PathBuf;
 
 use xmltree::{Element, EmitterConfig, Namespace, XMLNode};
 
@@ -113,6 +115,22 @@ impl Definition {
                 }
             }
         });
+    }
+
+    /// The paths in it of files that are called after `name`.
+    #[cfg(any(feature = "libvirt", test))]
+    pub fn files_called_after(&mut self, name: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        self.for_each(|element| {
+            let texts = element.children.iter().filter_map(XMLNode::as_text);
+            let values = element.attributes.values().map(String::as_str).chain(texts);
+            let paths = values.map(str::trim).filter(|value| value.starts_with('/'));
+            let is_it = |path: &PathBuf| {
+                path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
+            };
+            found.extend(paths.map(PathBuf::from).filter(is_it));
+        });
+        found
     }
 
     /// Puts a disk whose file or device is any of `paths` on an overlay, a qcow2 file that names
@@ -291,6 +309,14 @@ mod tests {
         let found = parsed(&xml);
         let found = found.root.get_child("devices").unwrap().get_child("disk").unwrap();
         assert_eq!(*found, disk, "{xml}");
+    }
+
+    #[test]
+    fn files_are_known_by_their_names() {
+        let mut domain = parsed(PLAIN);
+        assert!(domain.files_called_after("old").is_empty());
+        assert_eq!(domain.files_called_after("s."), [Path::new("/old/s.sock")]);
+        assert_eq!(domain.files_called_after("k"), [Path::new("/old/kernel")]);
     }
 
     #[test]

@@ -32,6 +32,8 @@ mod link;
 #[cfg(feature = "libvirt")]
 mod monitor;
 #[cfg(feature = "libvirt")]
+mod own_ways;
+#[cfg(feature = "libvirt")]
 mod process;
 #[cfg(feature = "libvirt")]
 mod start;
@@ -39,7 +41,7 @@ mod start;
 mod xml;
 
 pub use address::DomainAddress;
-pub use definition::DefinitionError;
+pub use definition::{Definition, DefinitionError};
 pub use disk::DomainDisk;
 pub use error::LibvirtError;
 pub use launch::{LaunchError, StartedDomain};

@@ -149,10 +149,37 @@ fn siblings_run_side_by_side(dir: &Dir) -> Result<()> {
         assert!(oracle.check()?.ok());
         saved.libvirt.virsh(&["destroy", name])?;
     }
+    measured(dir, &saved)?;
     seen.sort();
     seen.dedup();
     assert_eq!(seen.len(), 3, "{seen:?}");
     saved.virsh("destroy", &[])?;
+    Ok(())
+}
+
+/// Measures reverts of a domain that runs on, beside libvirt's own ways: `bench`.
+fn measured(dir: &Dir, saved: &Saved) -> Result<()> {
+    let files = || -> Result<Vec<_>> {
+        let mut names: Vec<_> =
+            fs::read_dir(&saved.folder)?.flatten().map(|entry| entry.file_name()).collect();
+        names.sort();
+        Ok(names)
+    };
+    let domains = || saved.libvirt.virsh(&["list", "--all", "--name"]);
+    let before = (files()?, domains()?, dir.names(".")?);
+    let uri = saved.libvirt.uri();
+    let bench = ["bench", text(&saved.image), "--domain", saved.name, "--connect", &uri];
+    let ended = dir.snapback(&bench).with(&["--runs", "1", "--peers"]).succeed()?;
+    let runs = ended.events.iter().filter(|event| event["event"] == "run");
+    let ways: Vec<&str> = runs.filter_map(|run| run["way"].as_str()).collect();
+    let peers = ["libvirt-start", "libvirt-restore", "libvirt-snapshot"];
+    assert_eq!(ways, [&["domain"], &peers[..]].concat());
+    let summary = ended.event("summary")?;
+    assert_eq!(summary["subject"]["domain"], saved.name);
+    for ratio in summary["ratios"].as_array().into_iter().flatten() {
+        assert!(ratio["way"] == "domain" && ratio["ratio"]["median"].as_f64() > Some(0.0));
+    }
+    assert_eq!((files()?, domains()?, dir.names(".")?), before);
     Ok(())
 }
 
