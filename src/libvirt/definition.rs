@@ -1,11 +1,14 @@
 //! A domain's definition: the XML by which libvirt knows it
 //! (<https://libvirt.org/formatdomain.html>), as far as a revert reads and changes it.
 
+use std::ops::Range;
 use std::path::Path;
 #[cfg(any(feature = "libvirt", test))]
 use std::path::PathBuf;
 
 use xmltree::{Element, EmitterConfig, Namespace, XMLNode};
+
+use crate::guest::GuestError;
 
 /// The namespace of what libvirt passes on to QEMU as it is
 /// (<https://libvirt.org/drvqemu.html>, "Pass-through of arbitrary qemu commands").
@@ -221,13 +224,9 @@ impl Definition {
 
     /// Takes out what an earlier start by us has left ([`add_arguments`](Self::add_arguments)).
     pub fn remove_what_we_left(&mut self) {
-        let mut left: Vec<String> = Vec::new();
+        let left = self.left();
         if let Some(metadata) = self.root.get_mut_child("metadata") {
-            while let Some(mark) = metadata.take_child((MARK, OURS)) {
-                let arguments = mark.children.iter().filter_map(XMLNode::as_element);
-                let arguments = arguments.filter(|argument| argument.name == LEFT);
-                left.extend(arguments.filter_map(|argument| Some(argument.get_text()?.into())));
-            }
+            while metadata.take_child((MARK, OURS)).is_some() {}
             if metadata.children.is_empty() {
                 self.root.take_child("metadata");
             }
@@ -238,17 +237,62 @@ impl Definition {
             .iter()
             .map(|child| child.as_element()?.attributes.get("value").cloned())
             .collect();
-        // They stand together, as they were put there.
-        let at = values.windows(left.len().max(1)).position(|window| {
-            window.iter().zip(&left).all(|(value, left)| value.as_ref() == Some(left))
-        });
-        if let Some(at) = at.filter(|_| !left.is_empty()) {
-            commandline.children.drain(at..at + left.len());
+        let values: Vec<_> = values.iter().map(Option::as_ref).collect();
+        if let Some(range) = find(&values, &left) {
+            commandline.children.drain(range);
         }
         if commandline.children.is_empty() {
             self.root.take_child(("commandline", QEMU));
         }
     }
+
+    /// The same for the command line that libvirt has made of it.
+    pub fn remove_from_command_line(&self, mut argv: Vec<String>) -> Vec<String> {
+        let values: Vec<_> = argv.iter().map(Some).collect();
+        if let Some(range) = find(&values, &self.left()) {
+            argv.drain(range);
+        }
+        argv
+    }
+
+    /// The arguments that an earlier start by us has left.
+    fn left(&self) -> Vec<String> {
+        let marks = self.root.get_child("metadata").into_iter().flat_map(|data| &data.children);
+        let marks = marks.filter_map(XMLNode::as_element);
+        let marks =
+            marks.filter(|mark| mark.name == MARK && mark.namespace.as_deref() == Some(OURS));
+        let arguments = marks.flat_map(|mark| &mark.children).filter_map(XMLNode::as_element);
+        let arguments = arguments.filter(|argument| argument.name == LEFT);
+        arguments.filter_map(|argument| Some(argument.get_text()?.into())).collect()
+    }
+
+    /// Checks that libvirt gives the domain ordinary memory.
+    ///
+    /// # Errors
+    /// When it is told to do otherwise.
+    pub fn refuse_other_memory(&self) -> Result<(), GuestError> {
+        let backing = self.root.get_child("memoryBacking");
+        match backing.is_some_and(|backing| !backing.children.is_empty()) {
+            true => Err(GuestError::NotMapped {
+                problem: "the domain's definition says by itself what its memory is \
+                          (<memoryBacking>)"
+                    .into(),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Where some arguments stand among all, together, as they were put there.
+fn find(all: &[Option<&String>], some: &[String]) -> Option<Range<usize>> {
+    if some.is_empty() {
+        return None;
+    }
+    let is_it = |window: &[Option<&String>]| {
+        window.iter().zip(some).all(|(value, wanted)| *value == Some(wanted))
+    };
+    let at = all.windows(some.len()).position(is_it)?;
+    Some(at..at + some.len())
 }
 
 fn element(prefix: &str, namespace: &str, name: &str) -> Element {
@@ -342,6 +386,8 @@ mod tests {
             let mut domain = parsed(&with);
             let arguments = domain.root.get_child(("commandline", QEMU)).unwrap();
             assert!(arguments.children.len() >= 2, "{with}");
+            let line = ["qemu", "-S", "-incoming", "defer", "-x"].map(str::to_owned).to_vec();
+            assert_eq!(domain.remove_from_command_line(line), ["qemu", "-S", "-x"]);
             domain.remove_what_we_left();
             let without = domain.to_xml().unwrap();
             assert!(!without.contains("snapback") && !without.contains("defer"), "{without}");

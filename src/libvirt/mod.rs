@@ -46,7 +46,7 @@ pub use disk::DomainDisk;
 pub use error::LibvirtError;
 pub use launch::{LaunchError, StartedDomain};
 pub use options::DomainOptions;
-pub use plan::{DomainPlan, PlanError, restorable};
+pub use plan::{DomainPlan, PlanError, block_name, restorable, without_our_arguments};
 
 #[cfg(not(feature = "libvirt"))]
 pub use absent::{Domain, PATIENCE};

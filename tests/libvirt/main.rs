@@ -13,6 +13,7 @@ mod harness;
 
 mod figures;
 mod killed;
+mod mapped;
 mod monitor;
 mod quiesced;
 mod reverting;

@@ -98,7 +98,15 @@ impl Libvirt {
     /// # Errors
     /// When it isn't installed, or this isn't root.
     pub fn start() -> Result<Libvirt> {
-        Libvirt::start_as(None)
+        Libvirt::start_as(None, Qemu::V7)
+    }
+
+    /// Starts one whose guests run on that QEMU.
+    ///
+    /// # Errors
+    /// As [`Libvirt::start`].
+    pub fn start_with(qemu: Qemu) -> Result<Libvirt> {
+        Libvirt::start_as(None, qemu)
     }
 
     /// Starts one that takes itself for that of another host: guests can migrate there.
@@ -106,10 +114,10 @@ impl Libvirt {
     /// # Errors
     /// As [`Libvirt::start`].
     pub fn start_elsewhere() -> Result<Libvirt> {
-        Libvirt::start_as(Some(ELSEWHERE))
+        Libvirt::start_as(Some(ELSEWHERE), Qemu::V7)
     }
 
-    fn start_as(host: Option<Host>) -> Result<Libvirt> {
+    fn start_as(host: Option<Host>, qemu: Qemu) -> Result<Libvirt> {
         let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
         // Its guests run as another user.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
@@ -118,6 +126,9 @@ impl Libvirt {
             let ours = folder.path().join(ours);
             fs::create_dir(&ours)?;
             script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
+        }
+        for (parts, place) in qemu.parts() {
+            script += &format!("mount --bind {} {place}\n", text(&parts));
         }
         let mut libvirtd = String::new();
         if let Some(Host { name, uuid }) = host {

@@ -1,0 +1,59 @@
+//! Domains whose memory QEMU maps from a flat image: nobody serves it.
+
+use std::fs;
+
+use crate::harness::{Dir, check, text};
+use crate::reverting::revert;
+use crate::saving::{ask, save};
+use crate::support::libvirt::{Libvirt, domain_options};
+use crate::support::{Attached, Qemu, Result};
+use crate::tests;
+
+tests! {
+    a_flat_image_is_mapped_under_libvirt
+}
+
+fn a_flat_image_is_mapped_under_libvirt(dir: &Dir) -> Result<()> {
+    let (libvirt, name) = (&Libvirt::start_with(Qemu::V10)?, "mapped");
+    let mut guest = libvirt.boot(&domain_options(name, Qemu::V10).with_two_disks())?;
+    let (nonce, folder) = (guest.oracle.nonce()?, guest.dir.clone());
+    ask(&mut guest, "disk write /dev/vda 64 7")?;
+    save(dir, libvirt, name, "vm.snap").succeed()?;
+    ask(&mut guest, "disk write /dev/vda 64 8")?;
+    std::mem::forget(guest);
+    let (image, flat) = (dir.path("vm.snap"), dir.path("flat.snap"));
+    dir.snapback(&["flatten", text(&image), text(&flat), "--layout", "flat"]).succeed()?;
+    let check_it = |guest: &mut Attached| -> Result<()> {
+        assert_eq!(guest.oracle.nonce()?, nonce);
+        ask(guest, "disk check /dev/vda 64 7")?;
+        check(guest)
+    };
+
+    let replace = ["--replace", "--place", "map"];
+    let ended = revert(dir, libvirt, &flat, name).with(&replace).succeed()?;
+    assert_eq!(ended.event("placing")?["way"], "map");
+    let pid = libvirt.pid_of(name)?;
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    assert!(maps.contains("flat.snap"), "{maps}");
+    let mut guest = Attached::to(pid, &folder)?;
+    check_it(&mut guest)?;
+    std::mem::forget(guest);
+
+    // Saved and restored by libvirt, and imported: the image has the memory's own name.
+    let file = libvirt.path("mapped.save");
+    libvirt.virsh(&["save", name, text(&file)])?;
+    libvirt.virsh(&["restore", text(&file)])?;
+    let mut guest = Attached::to(libvirt.pid_of(name)?, &folder)?;
+    check_it(&mut guest)?;
+    std::mem::forget(guest);
+    let refusal = save(dir, libvirt, name, "again.snap").fail()?;
+    assert!(refusal.contains("flat.snap"), "{refusal}");
+    let again = dir.path("again.snap");
+    let import = dir.snapback(&["import", text(&file), text(&again)]);
+    import.env("LIBVIRT_DEFAULT_URI", &libvirt.uri()).succeed()?;
+    revert(dir, libvirt, &again, name).with(&["--replace"]).succeed()?;
+    let mut guest = Attached::to(libvirt.pid_of(name)?, &folder)?;
+    check_it(&mut guest)?;
+    std::mem::forget(guest);
+    libvirt.virsh(&["destroy", name]).map(drop)
+}
