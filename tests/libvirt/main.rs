@@ -18,6 +18,7 @@ mod monitor;
 mod quiesced;
 mod reverting;
 mod saving;
+mod session;
 mod verbs;
 
 pub(crate) use harness::tests;

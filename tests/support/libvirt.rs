@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -51,14 +52,16 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// A libvirt that runs. Dropping it ends its guests, then its daemons.
 pub struct Libvirt {
     folder: TempDir,
-    /// Keeps the namespace.
-    namespace: Daemon,
-    daemons: Mutex<Daemons>,
+    host: Place,
+    libvirtd: Mutex<Option<Daemon>>,
 }
 
-struct Daemons {
-    libvirtd: Option<Daemon>,
-    _virtlogd: Daemon,
+/// Where its daemon runs, and as whom.
+enum Place {
+    /// `qemu:///system`: as root, in these namespaces, which a process keeps.
+    System { namespaces: Daemon, virtlogd: Mutex<Daemon> },
+    /// `qemu:///session`: as this user, whose directories the environment names.
+    Session { user: u32 },
 }
 
 /// A process that is killed when it is dropped.
@@ -146,14 +149,47 @@ impl Libvirt {
         script += &format!("touch {}\nexec sleep infinity\n", text(&ready));
         let mut command = Command::new("unshare");
         command.args(["--mount", "--uts", "--propagation", "private", "sh", "-c", &script]);
-        let namespace = Daemon(start(command, &folder.path().join("namespace.log"))?);
+        let namespaces = Daemon(start(command, &folder.path().join("namespace.log"))?);
         wait_for(SOON, "a mount namespace (as root)", || Ok(ready.exists().then_some(())))?;
-        let within = |program, args: &[&str]| within(&namespace.0, folder.path(), program, args);
-        let virtlogd = within("virtlogd", &["--pid-file", "/run/libvirt/virtlogd.pid"])?;
-        let daemons = Mutex::new(Daemons { libvirtd: None, _virtlogd: virtlogd });
-        let libvirt = Libvirt { folder, namespace, daemons };
+        let mut command = within(&namespaces.0, "virtlogd");
+        command.args(["--pid-file", "/run/libvirt/virtlogd.pid"]);
+        let virtlogd = Daemon(start(command, &folder.path().join("virtlogd.log"))?);
+        Libvirt::started(folder, Place::System { namespaces, virtlogd: Mutex::new(virtlogd) })
+    }
+
+    /// Starts one of this user's own.
+    ///
+    /// # Errors
+    /// As [`Libvirt::start`].
+    pub fn start_session(user: u32) -> Result<Libvirt> {
+        let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
+        for (_, ours) in DIRECTORIES {
+            fs::create_dir(folder.path().join(ours))?;
+        }
+        let settings = folder.path().join("etc/libvirt");
+        fs::create_dir(&settings)?;
+        // It would start a virtlogd that nobody ends.
+        fs::write(settings.join("qemu.conf"), "stdio_handler = \"file\"\n")?;
+        give(folder.path(), user)?;
+        Libvirt::started(folder, Place::Session { user })
+    }
+
+    fn started(folder: TempDir, host: Place) -> Result<Libvirt> {
+        let libvirt = Libvirt { folder, host, libvirtd: Mutex::new(None) };
         libvirt.start_libvirtd()?;
         Ok(libvirt)
+    }
+
+    /// The environment of a session's user: where its libvirt is.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        const NAMES: [(&str, &str); 5] = [
+            ("HOME", "lib"),
+            ("XDG_RUNTIME_DIR", "run"),
+            ("XDG_CONFIG_HOME", "etc"),
+            ("XDG_CACHE_HOME", "cache"),
+            ("XDG_DATA_HOME", "lib"),
+        ];
+        NAMES.map(|(name, folder)| (name, text(&self.path(folder)).to_owned())).to_vec()
     }
 
     /// Starts libvirtd, after [`Libvirt::stop_libvirtd`]; its guests have run on.
@@ -161,24 +197,39 @@ impl Libvirt {
     /// # Errors
     /// When it doesn't answer.
     pub fn start_libvirtd(&self) -> Result<()> {
-        let args = ["--pid-file", "/run/libvirt/libvirtd.pid"];
-        let libvirtd = within(&self.namespace.0, self.folder.path(), "libvirtd", &args)?;
-        self.daemons().libvirtd = Some(libvirtd);
+        let command = match &self.host {
+            Place::System { namespaces, .. } => {
+                let mut command = within(&namespaces.0, "libvirtd");
+                command.args(["--pid-file", "/run/libvirt/libvirtd.pid"]);
+                command
+            }
+            Place::Session { user } => {
+                let mut command = Command::new("libvirtd");
+                command.uid(*user).gid(*user).envs(self.environment()).current_dir("/");
+                command
+            }
+        };
+        let daemon = Daemon(start(command, &self.path("libvirtd.log"))?);
+        *self.libvirtd() = Some(daemon);
         wait_for(SOON, "libvirtd to answer", || Ok(self.virsh(&["list"]).ok().map(drop)))
     }
 
     /// Kills libvirtd: all its connections break. Its guests run on.
     pub fn stop_libvirtd(&self) {
-        self.daemons().libvirtd = None;
+        *self.libvirtd() = None;
     }
 
-    fn daemons(&self) -> std::sync::MutexGuard<'_, Daemons> {
-        self.daemons.lock().unwrap_or_else(PoisonError::into_inner)
+    fn libvirtd(&self) -> std::sync::MutexGuard<'_, Option<Daemon>> {
+        self.libvirtd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its connection URI.
     pub fn uri(&self) -> String {
-        format!("qemu+unix:///system?socket={}", text(&self.folder.path().join("run/libvirt-sock")))
+        let (kind, socket) = match self.host {
+            Place::System { .. } => ("system", "run/libvirt-sock"),
+            Place::Session { .. } => ("session", "run/libvirt/libvirt-sock"),
+        };
+        format!("qemu+unix:///{kind}?socket={}", text(&self.path(socket)))
     }
 
     /// A file or folder in the folder of its guests' files.
@@ -218,7 +269,7 @@ impl Libvirt {
     /// # Errors
     /// When it doesn't run.
     pub fn pid_of(&self, domain: &str) -> Result<u32> {
-        let file = self.path("run/qemu").join(format!("{domain}.pid"));
+        let file = self.state().join(format!("{domain}.pid"));
         Ok(fs::read_to_string(file)?.trim().parse()?)
     }
 
@@ -240,6 +291,9 @@ impl Libvirt {
                 false => disk.make(&folder)?,
             }
         }
+        if let Place::Session { user } = self.host {
+            give(&folder, user)?;
+        }
         let xml = folder.join("domain.xml");
         fs::write(&xml, options.xml(&folder))?;
         self.virsh(&["define", text(&xml)])?;
@@ -257,10 +311,18 @@ impl Libvirt {
         Ok(guest)
     }
 
+    /// Where it keeps what it knows of its guests.
+    fn state(&self) -> PathBuf {
+        self.path(match self.host {
+            Place::System { .. } => "run/qemu",
+            Place::Session { .. } => "run/libvirt/qemu/run",
+        })
+    }
+
     /// Ends its guests and its daemons.
     fn end(&self) {
         self.stop_libvirtd();
-        let names = fs::read_dir(self.path("run/qemu")).into_iter().flatten().flatten();
+        let names = fs::read_dir(self.state()).into_iter().flatten().flatten();
         for entry in names {
             let path = entry.path();
             let Some(domain) = path.file_name().and_then(|name| name.to_str()) else { continue };
@@ -276,12 +338,12 @@ impl Libvirt {
                 let _ = process.kill();
             }
         }
-        let mut daemons = self.daemons();
-        let _ = daemons._virtlogd.0.kill();
-        let _ = daemons._virtlogd.0.wait();
-        drop(daemons);
+        let Place::System { namespaces, virtlogd } = &self.host else { return };
+        let mut virtlogd = virtlogd.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = virtlogd.0.kill();
+        let _ = virtlogd.0.wait();
         // SAFETY: kill(2) takes numbers only; the process is a child that was not waited for.
-        unsafe { libc::kill(self.namespace.0.id() as i32, libc::SIGKILL) };
+        unsafe { libc::kill(namespaces.0.id() as i32, libc::SIGKILL) };
     }
 }
 
@@ -324,11 +386,20 @@ impl Drop for Console {
     }
 }
 
-/// Starts a program in our namespace.
-fn within(namespace: &Child, folder: &Path, program: &str, args: &[&str]) -> Result<Daemon> {
+/// A program in namespaces of ours.
+fn within(namespaces: &Child, program: &str) -> Command {
     let mut command = Command::new("nsenter");
-    command.args(["--mount", "--uts", "--target", &namespace.id().to_string(), program]).args(args);
-    Ok(Daemon(start(command, &folder.join(format!("{program}.log")))?))
+    command.args(["--mount", "--uts", "--target", &namespaces.id().to_string(), program]);
+    command
+}
+
+/// Makes a folder and all that is in it a user's.
+fn give(path: &Path, user: u32) -> Result<()> {
+    std::os::unix::fs::lchown(path, Some(user), Some(user))?;
+    if path.is_dir() {
+        fs::read_dir(path)?.try_for_each(|entry| give(&entry?.path(), user))?;
+    }
+    Ok(())
 }
 
 fn start(mut command: Command, log: &Path) -> Result<Child> {
