@@ -1,6 +1,10 @@
-//! Domains whose memory QEMU maps from a flat image: nobody serves it.
+//! Domains whose memory QEMU maps from a flat image: nobody serves it. They run on QEMU 10 as
+//! libvirt runs its guests where it is installed: as another user, with namespaces and a list of
+//! devices.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use crate::harness::{Dir, check, text};
 use crate::reverting::revert;
@@ -21,8 +25,15 @@ fn a_flat_image_is_mapped_under_libvirt(dir: &Dir) -> Result<()> {
     save(dir, libvirt, name, "vm.snap").succeed()?;
     ask(&mut guest, "disk write /dev/vda 64 8")?;
     std::mem::forget(guest);
-    let (image, flat) = (dir.path("vm.snap"), dir.path("flat.snap"));
+    let process = PathBuf::from(format!("/proc/{}", libvirt.pid_of(name)?));
+    let daemon = fs::read_to_string(libvirt.path("run/libvirtd.pid"))?;
+    let namespace = |process: &Path| fs::read_link(process.join("ns/mnt"));
+    assert_ne!(namespace(&process)?, namespace(&Path::new("/proc").join(daemon.trim()))?);
+    // QEMU, which is not root, opens it by itself.
+    assert_ne!(fs::metadata(&process)?.uid(), 0);
+    let (image, flat) = (dir.path("vm.snap"), folder.join("flat.snap"));
     dir.snapback(&["flatten", text(&image), text(&flat), "--layout", "flat"]).succeed()?;
+    fs::set_permissions(&flat, fs::Permissions::from_mode(0o644))?;
     let check_it = |guest: &mut Attached| -> Result<()> {
         assert_eq!(guest.oracle.nonce()?, nonce);
         ask(guest, "disk check /dev/vda 64 7")?;
@@ -51,7 +62,8 @@ fn a_flat_image_is_mapped_under_libvirt(dir: &Dir) -> Result<()> {
     let again = dir.path("again.snap");
     let import = dir.snapback(&["import", text(&file), text(&again)]);
     import.env("LIBVIRT_DEFAULT_URI", &libvirt.uri()).succeed()?;
-    revert(dir, libvirt, &again, name).with(&["--replace"]).succeed()?;
+    let ended = revert(dir, libvirt, &again, name).with(&["--replace"]).succeed()?;
+    assert_eq!(ended.event("placing")?["way"], "uffd");
     let mut guest = Attached::to(libvirt.pid_of(name)?, &folder)?;
     check_it(&mut guest)?;
     std::mem::forget(guest);

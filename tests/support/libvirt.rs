@@ -29,8 +29,14 @@ const DIRECTORIES: [(&str, &str); 5] = [
 
 /// `qemu.conf`: QEMU 7.2 as another user may call userfaultfd(2) only where the sysctl
 /// `vm.unprivileged_userfaultfd` is 1, which is the whole machine's.
-const MAY_USE_USERFAULTFD: &str =
+const AS_ROOT: &str =
     "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\nremember_owner = 0\n";
+
+/// The same for later QEMUs: as distributions ship it, but that guests see the device by which
+/// these have userfaultfd.
+const WITH_DEVICE: &str = r#"remember_owner = 0
+cgroup_device_acl = ["/dev/null", "/dev/full", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/ptmx", "/dev/kvm", "/dev/userfaultfd"]
+"#;
 
 /// The kernel modules of a guest with [two disks](DomainOptions::with_two_disks) that heeds its power
 /// button.
@@ -104,7 +110,7 @@ impl Libvirt {
         Libvirt::start_as(None, Qemu::V7)
     }
 
-    /// Starts one whose guests run on that QEMU.
+    /// Starts one whose guests run on that QEMU; on QEMU 10 as the user `libvirt-qemu`.
     ///
     /// # Errors
     /// As [`Libvirt::start`].
@@ -133,6 +139,15 @@ impl Libvirt {
         for (parts, place) in qemu.parts() {
             script += &format!("mount --bind {} {place}\n", text(&parts));
         }
+        if qemu == Qemu::V10 {
+            // The user's there, and not on the whole machine.
+            let device = folder.path().join("userfaultfd");
+            let device = text(&device);
+            script += &format!(
+                "cp -a /dev/userfaultfd {device}\nchown libvirt-qemu {device}\n\
+                 mount --bind {device} /dev/userfaultfd\n"
+            );
+        }
         let mut libvirtd = String::new();
         if let Some(Host { name, uuid }) = host {
             script += &format!("hostname {name}\n");
@@ -141,7 +156,7 @@ impl Libvirt {
         for (file, settings) in [
             ("libvirtd.conf", libvirtd.as_str()),
             ("virtlogd.conf", ""),
-            ("qemu.conf", MAY_USE_USERFAULTFD),
+            ("qemu.conf", if qemu == Qemu::V7 { AS_ROOT } else { WITH_DEVICE }),
         ] {
             fs::write(folder.path().join("etc").join(file), settings)?;
         }
