@@ -6,7 +6,7 @@
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
-	@echo "             unpack QEMU 10.0 and guest kernels into .deps (or SNAPBACK_DEPS)"
+	@echo "             unpack QEMU 10.0, libvirt 11.3 and guest kernels into .deps (or SNAPBACK_DEPS)"
 	@echo "make guest   build the test guests"
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
@@ -95,4 +95,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target miri-target qemu-10.0 stamps vmlinuz
+MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock loom-target miri-target qemu-10.0 stamps vmlinuz

@@ -1,6 +1,6 @@
-//! Domains whose memory QEMU maps from a flat image: nobody serves it. They run on QEMU 10 as
-//! libvirt runs its guests where it is installed: as another user, with namespaces and a list of
-//! devices.
+//! Domains whose memory QEMU maps from a flat image: nobody serves it. The libvirt
+//! is a newer one, and runs QEMU 10 as where it is installed: as another user, with namespaces and a
+//! list of devices.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -10,7 +10,7 @@ use crate::harness::{Dir, check, text};
 use crate::reverting::revert;
 use crate::saving::{ask, save};
 use crate::support::libvirt::{Libvirt, domain_options};
-use crate::support::{Attached, Qemu, Result};
+use crate::support::{Attached, Oracle, Qemu, Result};
 use crate::tests;
 
 tests! {
@@ -18,7 +18,7 @@ tests! {
 }
 
 fn a_flat_image_is_mapped_under_libvirt(dir: &Dir) -> Result<()> {
-    let (libvirt, name) = (&Libvirt::start_with(Qemu::V10)?, "mapped");
+    let (libvirt, name) = (&Libvirt::start_newer()?, "mapped");
     let mut guest = libvirt.boot(&domain_options(name, Qemu::V10).with_two_disks())?;
     let (nonce, folder) = (guest.oracle.nonce()?, guest.dir.clone());
     ask(&mut guest, "disk write /dev/vda 64 7")?;
@@ -49,6 +49,14 @@ fn a_flat_image_is_mapped_under_libvirt(dir: &Dir) -> Result<()> {
     let mut guest = Attached::to(pid, &folder)?;
     check_it(&mut guest)?;
     std::mem::forget(guest);
+
+    // A sibling, beside it.
+    let sibling = ["--new", "beside", "--place", "map"];
+    revert(dir, libvirt, &flat, name).with(&sibling).succeed()?;
+    let mut oracle = Oracle::connect(&folder.join("beside-serial1.sock"))?;
+    assert_eq!(oracle.nonce()?, nonce);
+    assert!(oracle.check()?.ok());
+    libvirt.virsh(&["destroy", "beside"])?;
 
     // Saved and restored by libvirt, and imported: the image has the memory's own name.
     let file = libvirt.path("mapped.save");

@@ -165,8 +165,7 @@ fn measured(dir: &Dir, saved: &Saved) -> Result<()> {
         names.sort();
         Ok(names)
     };
-    let domains = || saved.libvirt.virsh(&["list", "--all", "--name"]);
-    let before = (files()?, domains()?, dir.names(".")?);
+    let before = (files()?, dir.names(".")?);
     let uri = saved.libvirt.uri();
     let bench = ["bench", text(&saved.image), "--domain", saved.name, "--connect", &uri];
     let ended = dir.snapback(&bench).with(&["--runs", "1", "--peers"]).succeed()?;
@@ -179,7 +178,9 @@ fn measured(dir: &Dir, saved: &Saved) -> Result<()> {
     for ratio in summary["ratios"].as_array().into_iter().flatten() {
         assert!(ratio["way"] == "domain" && ratio["ratio"]["median"].as_f64() > Some(0.0));
     }
-    assert_eq!((files()?, domains()?, dir.names(".")?), before);
+    assert_eq!((files()?, dir.names(".")?), before);
+    let domains = saved.libvirt.virsh(&["list", "--all", "--name"])?;
+    assert!(!domains.contains("snapback-bench"), "{domains}");
     Ok(())
 }
 

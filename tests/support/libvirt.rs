@@ -43,6 +43,18 @@ cgroup_device_acl = ["/dev/null", "/dev/full", "/dev/zero", "/dev/random", "/dev
 const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,\
                        scsi_common,scsi_mod,sd_mod,virtio_scsi,button,evdev";
 
+/// What of a newer libvirt has to be in the place of the system's.
+const PARTS: [&str; 8] = [
+    "/usr/sbin/libvirtd",
+    "/usr/sbin/virtlogd",
+    "/usr/lib/x86_64-linux-gnu/libvirt.so.0",
+    "/usr/lib/x86_64-linux-gnu/libvirt-lxc.so.0",
+    "/usr/lib/x86_64-linux-gnu/libvirt-qemu.so.0",
+    "/usr/lib/x86_64-linux-gnu/libvirt",
+    "/usr/lib/libvirt",
+    "/usr/share/libvirt",
+];
+
 /// By what libvirt tells hosts apart.
 #[derive(Clone, Copy)]
 struct Host {
@@ -110,12 +122,12 @@ impl Libvirt {
         Libvirt::start_as(None, Qemu::V7)
     }
 
-    /// Starts one whose guests run on that QEMU; on QEMU 10 as the user `libvirt-qemu`.
+    /// Starts a newer one, of Debian 13, with QEMU 10. Its guests run as the user `libvirt-qemu`.
     ///
     /// # Errors
     /// As [`Libvirt::start`].
-    pub fn start_with(qemu: Qemu) -> Result<Libvirt> {
-        Libvirt::start_as(None, qemu)
+    pub fn start_newer() -> Result<Libvirt> {
+        Libvirt::start_as(None, Qemu::V10)
     }
 
     /// Starts one that takes itself for that of another host: guests can migrate there.
@@ -136,10 +148,13 @@ impl Libvirt {
             fs::create_dir(&ours)?;
             script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
         }
-        for (parts, place) in qemu.parts() {
-            script += &format!("mount --bind {} {place}\n", text(&parts));
+        let is_newer = qemu == Qemu::V10;
+        let own = PARTS.map(|place| (deps().join(format!("libvirt-11.3{place}")), place));
+        let own = own.into_iter().filter(|_| is_newer);
+        for (part, place) in qemu.parts().into_iter().chain(own) {
+            script += &format!("mount --bind {} {place}\n", text(&artifact(part)?));
         }
-        if qemu == Qemu::V10 {
+        if is_newer {
             // The user's there, and not on the whole machine.
             let device = folder.path().join("userfaultfd");
             let device = text(&device);
@@ -156,7 +171,7 @@ impl Libvirt {
         for (file, settings) in [
             ("libvirtd.conf", libvirtd.as_str()),
             ("virtlogd.conf", ""),
-            ("qemu.conf", if qemu == Qemu::V7 { AS_ROOT } else { WITH_DEVICE }),
+            ("qemu.conf", if is_newer { WITH_DEVICE } else { AS_ROOT }),
         ] {
             fs::write(folder.path().join("etc").join(file), settings)?;
         }
@@ -353,7 +368,7 @@ impl Libvirt {
                 let _ = process.kill();
             }
         }
-        let Place::System { namespaces, virtlogd } = &self.host else { return };
+        let Place::System { namespaces, virtlogd, .. } = &self.host else { return };
         let mut virtlogd = virtlogd.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = virtlogd.0.kill();
         let _ = virtlogd.0.wait();
