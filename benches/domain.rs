@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use support::libvirt::{Libvirt, domain_options};
-use support::{Fill, Qemu, Result};
+use support::{Fill, Result};
 
 /// The domain's name.
 const NAME: &str = "measured";
@@ -45,7 +45,7 @@ fn run() -> Result<()> {
 }
 
 fn measure(libvirt: &Libvirt, mib: u64, runs: u32) -> Result<()> {
-    let mut options = domain_options(NAME, Qemu::V7).with_two_disks();
+    let mut options = domain_options(NAME).with_two_disks();
     options.guest.mib = mib;
     options.guest.fill = Fill::Percent(88);
     (options.guest.random_percent, options.guest.zero_percent) = (99, 0);

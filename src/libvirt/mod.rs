@@ -14,6 +14,7 @@ mod launch;
 mod options;
 mod plan;
 mod sibling;
+mod stand_in;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;

@@ -8,6 +8,7 @@ use super::address::DomainAddress;
 use super::definition::{Definition, DefinitionError};
 use super::options::DomainOptions;
 use super::sibling::Sibling;
+use super::stand_in::StandIn;
 use crate::guest::{
     GuestError, MappedMemory, Note, Overlay, OverlayOptions, RewriteOptions, moved, overlays,
 };
@@ -92,6 +93,8 @@ pub struct DomainPlan {
     pub persistent: Option<String>,
     /// The memory that QEMU maps: the name of the image's block, and that of QEMU's.
     pub mapped: Vec<(String, String)>,
+    /// The file from which QEMU maps it, which has to be made.
+    pub memory: Option<StandIn>,
     /// The overlays to create first.
     pub overlays: Vec<Overlay>,
     /// What differs from the record.
@@ -129,12 +132,16 @@ impl DomainPlan {
             // The guest learns by it that it went back in time (libvirt's formatdomain, `genid`).
             None => saved.start.set_text("genid", &Uuid::new_v4().to_string(), false),
         }
-        let (mut arguments, mut mapped) = (Vec::new(), Vec::new());
+        let (mut arguments, mut mapped, mut stand_in) = (Vec::new(), Vec::new(), None);
         if let Some(memory) = memory {
             saved.start.refuse_other_memory()?;
+            let directory = rewrite.overlays.directory.as_deref().or(memory.file.parent());
+            let file = StandIn::plan(&memory.file, &name, directory.unwrap_or(Path::new("/")));
+            let memory = MappedMemory { file: file.path.clone(), ..memory.clone() };
             let (more, block) = memory.in_front(MAPPED)?;
             arguments = more;
             mapped.push((block.clone(), format!("{MAPPED}{block}")));
+            stand_in = Some(file);
         }
         arguments.extend(INCOMING.map(str::to_owned));
         saved.start.add_arguments(&arguments, image);
@@ -145,6 +152,7 @@ impl DomainPlan {
             xml: saved.start.to_xml()?,
             persistent: saved.persistent.map(|definition| definition.to_xml()).transpose()?,
             mapped,
+            memory: stand_in,
             overlays,
             notes,
         })

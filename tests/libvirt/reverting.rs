@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::harness::{Dir, Snapback, check, text};
 use crate::saving::{ask, save};
 use crate::support::libvirt::{DomainOptions, Libvirt, domain_options, shared_libvirt};
-use crate::support::{Attached, Oracle, Qemu, Result};
+use crate::support::{Attached, Oracle, Result};
 use crate::tests;
 
 tests! {
@@ -30,7 +30,7 @@ const SLOWLY: [&str; 4] = ["--replace", "--fill-rate", "12M", "--no-working-set"
 pub fn options(name: &'static str) -> DomainOptions {
     DomainOptions {
         devices: "<interface type='user'><model type='virtio'/></interface>".into(),
-        ..domain_options(name, Qemu::V7).with_two_disks()
+        ..domain_options(name).with_two_disks()
     }
 }
 
@@ -223,7 +223,7 @@ fn card(folder: &Path) -> Result<PathBuf> {
 
 fn what_virsh_saved_reverts_as_its_domain(dir: &Dir) -> Result<()> {
     let libvirt = shared_libvirt()?;
-    let mut guest = libvirt.boot(&domain_options("imported", Qemu::V7))?;
+    let mut guest = libvirt.boot(&domain_options("imported"))?;
     let (nonce, folder) = (guest.oracle.nonce()?, guest.dir.clone());
     std::mem::forget(guest);
     let (file, image) = (libvirt.path("imported.save"), dir.path("vm.snap"));

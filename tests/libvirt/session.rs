@@ -5,7 +5,7 @@ use std::fs;
 use crate::harness::{Dir, Snapback, check, text};
 use crate::saving::ask;
 use crate::support::libvirt::{Libvirt, domain_options};
-use crate::support::{Attached, Qemu, Result};
+use crate::support::{Attached, Result};
 use crate::tests;
 
 tests! {
@@ -21,7 +21,7 @@ const USERFAULTFD: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 fn an_ordinary_user_saves_and_reverts(dir: &Dir) -> Result<()> {
     let (libvirt, name) = (&Libvirt::start_session(NOBODY)?, "own");
     let may = fs::read_to_string(USERFAULTFD)?.trim() == "1";
-    let mut guest = libvirt.boot(&domain_options(name, Qemu::V7).with_two_disks())?;
+    let mut guest = libvirt.boot(&domain_options(name).with_two_disks())?;
     let (nonce, folder) = (guest.oracle.nonce()?, guest.dir.clone());
     ask(&mut guest, "disk write /dev/vda 64 7")?;
     let image = folder.join("vm.snap");

@@ -33,8 +33,9 @@ const AS_ROOT: &str =
     "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\nremember_owner = 0\n";
 
 /// The same for later QEMUs: as distributions ship it, but that guests see the device by which
-/// these have userfaultfd.
+/// these have userfaultfd, and that `virsh save` writes the newest of its formats.
 const WITH_DEVICE: &str = r#"remember_owner = 0
+save_image_format = "sparse"
 cgroup_device_acl = ["/dev/null", "/dev/full", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/ptmx", "/dev/kvm", "/dev/userfaultfd"]
 "#;
 
@@ -70,6 +71,7 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// A libvirt that runs. Dropping it ends its guests, then its daemons.
 pub struct Libvirt {
     folder: TempDir,
+    qemu: Qemu,
     host: Place,
     libvirtd: Mutex<Option<Daemon>>,
 }
@@ -114,12 +116,20 @@ pub fn shared_libvirt() -> Result<&'static Libvirt> {
 }
 
 impl Libvirt {
-    /// Starts one.
+    /// Starts one: the system's, or a newer one if the environment has `SNAPBACK_TEST_LIBVIRT_NEWER`.
     ///
     /// # Errors
     /// When it isn't installed, or this isn't root.
     pub fn start() -> Result<Libvirt> {
-        Libvirt::start_as(None, Qemu::V7)
+        Libvirt::start_as(None, Libvirt::usual_qemu())
+    }
+
+    /// The QEMU of the libvirt that tests have unless they say which.
+    pub fn usual_qemu() -> Qemu {
+        match std::env::var_os("SNAPBACK_TEST_LIBVIRT_NEWER") {
+            Some(_) => Qemu::V10,
+            None => Qemu::V7,
+        }
     }
 
     /// Starts a newer one, of Debian 13, with QEMU 10. Its guests run as the user `libvirt-qemu`.
@@ -135,7 +145,7 @@ impl Libvirt {
     /// # Errors
     /// As [`Libvirt::start`].
     pub fn start_elsewhere() -> Result<Libvirt> {
-        Libvirt::start_as(Some(ELSEWHERE), Qemu::V7)
+        Libvirt::start_as(Some(ELSEWHERE), Libvirt::usual_qemu())
     }
 
     fn start_as(host: Option<Host>, qemu: Qemu) -> Result<Libvirt> {
@@ -184,7 +194,7 @@ impl Libvirt {
         let mut command = within(&namespaces.0, "virtlogd");
         command.args(["--pid-file", "/run/libvirt/virtlogd.pid"]);
         let virtlogd = Daemon(start(command, &folder.path().join("virtlogd.log"))?);
-        Libvirt::started(folder, Place::System { namespaces, virtlogd: Mutex::new(virtlogd) })
+        Libvirt::started(folder, qemu, Place::System { namespaces, virtlogd: Mutex::new(virtlogd) })
     }
 
     /// Starts one of this user's own.
@@ -201,11 +211,11 @@ impl Libvirt {
         // It would start a virtlogd that nobody ends.
         fs::write(settings.join("qemu.conf"), "stdio_handler = \"file\"\n")?;
         give(folder.path(), user)?;
-        Libvirt::started(folder, Place::Session { user })
+        Libvirt::started(folder, Qemu::V7, Place::Session { user })
     }
 
-    fn started(folder: TempDir, host: Place) -> Result<Libvirt> {
-        let libvirt = Libvirt { folder, host, libvirtd: Mutex::new(None) };
+    fn started(folder: TempDir, qemu: Qemu, host: Place) -> Result<Libvirt> {
+        let libvirt = Libvirt { folder, qemu, host, libvirtd: Mutex::new(None) };
         libvirt.start_libvirtd()?;
         Ok(libvirt)
     }
@@ -325,7 +335,7 @@ impl Libvirt {
             give(&folder, user)?;
         }
         let xml = folder.join("domain.xml");
-        fs::write(&xml, options.xml(&folder))?;
+        fs::write(&xml, options.xml(&folder, self.qemu))?;
         self.virsh(&["define", text(&xml)])?;
         self.virsh(&["start", options.name])?;
         let pid = self.pid_of(options.name)?;
@@ -442,7 +452,7 @@ fn start(mut command: Command, log: &Path) -> Result<Child> {
 pub struct DomainOptions {
     /// Its name, and that of its folder.
     pub name: &'static str,
-    /// The oracle, and the QEMU it runs on.
+    /// The oracle. The QEMU that it runs on is libvirt's.
     pub guest: GuestOptions,
     pub disks: Vec<DomainDisk>,
     /// More devices, in XML.
@@ -452,9 +462,9 @@ pub struct DomainOptions {
 }
 
 impl DomainOptions {
-    fn xml(&self, folder: &Path) -> String {
+    fn xml(&self, folder: &Path, qemu: Qemu) -> String {
         let file = |name: &str| text(&folder.join(name)).to_owned();
-        let GuestOptions { mib, vcpus, qemu, .. } = &self.guest;
+        let GuestOptions { mib, vcpus, .. } = &self.guest;
         let disks: String = self.disks.iter().map(|disk| disk.xml(folder)).collect();
         let emulator = qemu.binary();
         let log = file("serial0.log");
@@ -498,8 +508,8 @@ impl DomainOptions {
 }
 
 /// A domain whose guest is Debian, on its disk `vda`, with a channel for its agent.
-pub fn debian_options(name: &'static str, qemu: Qemu) -> DomainOptions {
-    let mut options = domain_options(name, qemu);
+pub fn debian_options(name: &'static str) -> DomainOptions {
+    let mut options = domain_options(name);
     options.guest.mib = 512;
     options.guest.debian = true;
     options.guest.virtio_blk = true;
@@ -555,9 +565,8 @@ fn text(path: &Path) -> &str {
 }
 
 /// A domain as tests like it: small, writing, and 48 MiB of it incompressible. It has no disks.
-pub fn domain_options(name: &'static str, qemu: Qemu) -> DomainOptions {
+pub fn domain_options(name: &'static str) -> DomainOptions {
     let guest = GuestOptions {
-        qemu,
         mib: 160,
         fill: super::Fill::Mib(64),
         random_percent: 75,
