@@ -25,7 +25,7 @@ fn a_reverted_domain_is_one_of_libvirts_own(dir: &Dir) -> Result<()> {
     wait_for(SOON, "the guest's heartbeat", || {
         Ok(console.printed.text().contains("BEAT ").then_some(()))
     })?;
-    console.leave()?;
+    drop(console);
 
     // Snapshots of its disks, and block jobs.
     saved.virsh("snapshot-create-as", &["own", "--disk-only", "--no-metadata"])?;

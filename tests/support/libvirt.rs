@@ -3,7 +3,6 @@
 //! Needs root.
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -33,9 +32,8 @@ const AS_ROOT: &str =
     "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\nremember_owner = 0\n";
 
 /// The same for later QEMUs: as distributions ship it, but that guests see the device by which
-/// these have userfaultfd, and that `virsh save` writes the newest of its formats.
+/// these have userfaultfd.
 const WITH_DEVICE: &str = r#"remember_owner = 0
-save_image_format = "sparse"
 cgroup_device_acl = ["/dev/null", "/dev/full", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/ptmx", "/dev/kvm", "/dev/userfaultfd"]
 "#;
 
@@ -121,7 +119,7 @@ impl Libvirt {
     /// # Errors
     /// When it isn't installed, or this isn't root.
     pub fn start() -> Result<Libvirt> {
-        Libvirt::start_as(None, Libvirt::usual_qemu())
+        Libvirt::start_as(None, Libvirt::usual_qemu(), "")
     }
 
     /// The QEMU of the libvirt that tests have unless they say which.
@@ -132,12 +130,13 @@ impl Libvirt {
         }
     }
 
-    /// Starts a newer one, of Debian 13, with QEMU 10. Its guests run as the user `libvirt-qemu`.
+    /// Starts a newer one, of Debian 13, with QEMU 10. Its guests run as the user `libvirt-qemu`,
+    /// and it saves them in its newest format.
     ///
     /// # Errors
     /// As [`Libvirt::start`].
     pub fn start_newer() -> Result<Libvirt> {
-        Libvirt::start_as(None, Qemu::V10)
+        Libvirt::start_as(None, Qemu::V10, "save_image_format = \"sparse\"\n")
     }
 
     /// Starts one that takes itself for that of another host: guests can migrate there.
@@ -145,10 +144,11 @@ impl Libvirt {
     /// # Errors
     /// As [`Libvirt::start`].
     pub fn start_elsewhere() -> Result<Libvirt> {
-        Libvirt::start_as(Some(ELSEWHERE), Libvirt::usual_qemu())
+        Libvirt::start_as(Some(ELSEWHERE), Libvirt::usual_qemu(), "")
     }
 
-    fn start_as(host: Option<Host>, qemu: Qemu) -> Result<Libvirt> {
+    /// `more` are settings of its QEMU driver.
+    fn start_as(host: Option<Host>, qemu: Qemu, more: &str) -> Result<Libvirt> {
         let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
         // Its guests run as another user.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
@@ -178,10 +178,11 @@ impl Libvirt {
             script += &format!("hostname {name}\n");
             libvirtd = format!("host_uuid = \"{uuid}\"\n");
         }
+        let driver = if is_newer { WITH_DEVICE } else { AS_ROOT }.to_owned() + more;
         for (file, settings) in [
-            ("libvirtd.conf", libvirtd.as_str()),
-            ("virtlogd.conf", ""),
-            ("qemu.conf", if is_newer { WITH_DEVICE } else { AS_ROOT }),
+            ("libvirtd.conf", &libvirtd),
+            ("virtlogd.conf", &String::new()),
+            ("qemu.conf", &driver),
         ] {
             fs::write(folder.path().join("etc").join(file), settings)?;
         }
@@ -299,7 +300,8 @@ impl Libvirt {
     pub fn console(&self, domain: &str, printed: &Path) -> Result<Console> {
         let virsh = format!("virsh --connect '{}' console {domain}", self.uri());
         let mut command = Command::new("script");
-        command.args(["--quiet", "--return", "--flush", "--command", &virsh, "/dev/null"]);
+        command.args(["--quiet", "--flush", "--command", &virsh, "/dev/null"]);
+        // Open, or the terminal would end.
         command.stdin(Stdio::piped()).stdout(fs::File::create(printed)?);
         Ok(Console { child: spawn_bound(command)?, printed: SerialLog::whole(printed) })
     }
@@ -393,30 +395,11 @@ impl Drop for Libvirt {
     }
 }
 
-/// A terminal in which `virsh console` runs.
+/// A terminal in which `virsh console` runs. Dropping it ends that.
 pub struct Console {
     child: Child,
     /// What it has printed.
     pub printed: SerialLog,
-}
-
-impl Console {
-    /// Leaves the console, as a user does (`^]`).
-    ///
-    /// # Errors
-    /// When `virsh` fails.
-    pub fn leave(mut self) -> Result<()> {
-        let ended = wait_for(SOON, "virsh console to end", || {
-            // It may still be on its way to the guest, and overlook one.
-            let input = self.child.stdin.as_mut();
-            let _ = input.map(|input| input.write_all(b"\x1d"));
-            Ok(self.child.try_wait()?)
-        })?;
-        match ended.success() {
-            true => Ok(()),
-            false => Err(format!("virsh console failed: {}", self.printed.text()).into()),
-        }
-    }
 }
 
 impl Drop for Console {
