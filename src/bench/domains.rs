@@ -140,7 +140,8 @@ impl<'a> Domains<'a> {
         let mut methods = vec![Method::DomainStart, Method::DomainRestore];
         match taken {
             Ok(()) => methods.push(Method::DomainSnapshot),
-            Err(error @ LibvirtError::Refused { .. }) => {
+            // Some QEMUs end over it.
+            Err(error @ (LibvirtError::Refused { .. } | LibvirtError::ShutOff { .. })) => {
                 let skipped = Skipped { way: Method::DomainSnapshot, reason: error.to_string() };
                 return Ok((methods, vec![skipped]));
             }
