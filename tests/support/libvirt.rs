@@ -92,12 +92,13 @@ impl Drop for Daemon {
     }
 }
 
+static SHARED: OnceLock<std::result::Result<&'static Libvirt, String>> = OnceLock::new();
+
 /// The libvirt that all tests of this program share, until it ends.
 ///
 /// # Errors
 /// When it can't be started.
 pub fn shared_libvirt() -> Result<&'static Libvirt> {
-    static SHARED: OnceLock<std::result::Result<&'static Libvirt, String>> = OnceLock::new();
     extern "C" fn end() {
         if let Some(Ok(libvirt)) = SHARED.get() {
             libvirt.end();
@@ -157,6 +158,11 @@ impl Libvirt {
             let ours = folder.path().join(ours);
             fs::create_dir(&ours)?;
             script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
+        }
+        if let Some(Ok(shared)) = SHARED.get()
+            && shared.qemu == qemu
+        {
+            shared.copy_capabilities(&folder.path().join("cache"))?;
         }
         let is_newer = qemu == Qemu::V10;
         let own = PARTS.map(|place| (deps().join(format!("libvirt-11.3{place}")), place));
@@ -219,6 +225,18 @@ impl Libvirt {
         let libvirt = Libvirt { folder, qemu, host, libvirtd: Mutex::new(None) };
         libvirt.start_libvirtd()?;
         Ok(libvirt)
+    }
+
+    /// Copies what it knows of QEMU, which takes seconds to find out, to another one's cache.
+    fn copy_capabilities(&self, cache: &Path) -> Result<()> {
+        let known = self.path("cache/qemu/capabilities");
+        let to = cache.join("qemu/capabilities");
+        fs::create_dir_all(&to)?;
+        for entry in fs::read_dir(known).into_iter().flatten() {
+            let path = entry?.path();
+            fs::copy(&path, to.join(path.file_name().unwrap_or_default()))?;
+        }
+        Ok(())
     }
 
     /// The environment of a session's user: where its libvirt is.
