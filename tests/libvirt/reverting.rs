@@ -168,7 +168,11 @@ fn measured(dir: &Dir, saved: &Saved) -> Result<()> {
     let before = (files()?, dir.names(".")?);
     let uri = saved.libvirt.uri();
     let bench = ["bench", text(&saved.image), "--domain", saved.name, "--connect", &uri];
-    let ended = dir.snapback(&bench).with(&["--runs", "1", "--peers"]).succeed()?;
+    let report = dir.path("report.html");
+    let arguments = ["--runs", "1", "--peers", "--report", text(&report)];
+    let ended = dir.snapback(&bench).with(&arguments).succeed()?;
+    assert!(fs::read_to_string(&report)?.contains("libvirt-restore"));
+    fs::remove_file(report)?;
     let runs = ended.events.iter().filter(|event| event["event"] == "run");
     let ways: Vec<&str> = runs.filter_map(|run| run["way"].as_str()).collect();
     let peers = ["libvirt-start", "libvirt-restore", "libvirt-snapshot"];
