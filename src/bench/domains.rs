@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -15,8 +15,12 @@ use super::setup::Setup;
 use super::{BenchError, Cache, Method, Sample, Skipped};
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
-use crate::libvirt::{Definition, Domain, DomainAddress, DomainOptions, LibvirtError};
-use crate::revert::{Delivery, Outcome, RevertError, RevertEvent, RevertOptions, revert};
+use crate::libvirt::{
+    Definition, Domain, DomainAddress, DomainOptions, LibvirtError, remove_stand_ins,
+};
+use crate::revert::{
+    Delivery, Outcome, Placement, RevertError, RevertEvent, RevertOptions, revert,
+};
 
 /// The internal snapshot's name.
 const SNAPSHOT: &str = "snapback-bench";
@@ -68,13 +72,18 @@ impl Drop for Disk {
 }
 
 /// A domain that was made for a run. Dropping it ends it; libvirt forgets it, and its files go.
-struct Sibling(DomainAddress);
+struct Sibling {
+    address: DomainAddress,
+    image: PathBuf,
+}
 
 impl Drop for Sibling {
     fn drop(&mut self) {
-        if let Err(error) = Domain::remove_now(&self.0) {
-            tracing::warn!("the domain {} is left: {error}", self.0.domain);
+        let Sibling { address, image } = self;
+        if let Err(error) = Domain::remove_now(address) {
+            tracing::warn!("the domain {} is left: {error}", address.domain);
         }
+        remove_stand_ins(image, &address.domain);
     }
 }
 
@@ -99,12 +108,28 @@ impl<'a> Domains<'a> {
         self.setup.options.peers
     }
 
-    /// Brings the domain back once, to see that it can be. Returns its QEMU.
-    pub async fn try_out(&self, cancel: &Cancellation) -> Result<String, BenchError> {
-        let back = self.bring_back(&self.name, cancel).await?;
+    /// Brings the domain back once by each of our ways. Returns those that work, and the others with
+    /// why.
+    pub async fn try_out(
+        &self,
+        cancel: &Cancellation,
+    ) -> Result<(Vec<Method>, Vec<Skipped>), BenchError> {
+        drop(self.bring_back(&self.name, Placement::Auto, cancel).await?);
+        let mapped = Method::DomainMapped;
+        match self.bring_back(&self.name, Placement::Map, cancel).await {
+            Ok(_) => Ok((vec![Method::Domain, mapped], Vec::new())),
+            Err(BenchError::Revert(error)) => {
+                let skipped = Skipped { way: mapped, reason: error.to_string() };
+                Ok((vec![Method::Domain], vec![skipped]))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The QEMU that was saved.
+    pub fn qemu(&self) -> String {
         let version = &self.setup.machine.qemu;
-        drop(back);
-        Ok(format!("{version} {}", version.package).trim_end().to_owned())
+        format!("{version} {}", version.package).trim_end().to_owned()
     }
 
     /// Makes what libvirt's own ways load. Returns the ways that work, and the others with why.
@@ -113,9 +138,10 @@ impl<'a> Domains<'a> {
         cancel: &Cancellation,
     ) -> Result<(Vec<Method>, Vec<Skipped>), BenchError> {
         let name = format!("{}-peer", self.name);
-        let Back { _sibling: sibling, overlays, .. } = self.bring_back(&name, cancel).await?;
+        let Back { _sibling: sibling, overlays, .. } =
+            self.bring_back(&name, Placement::Auto, cancel).await?;
         let disks: Vec<Disk> = overlays.into_iter().map(Disk::new).collect();
-        let domain = Domain::open(&sibling.0, std::time::Duration::ZERO).await?;
+        let domain = Domain::open(&sibling.address, Duration::ZERO).await?;
         let mut definition = Definition::parse(&domain.live_xml().await?)
             .map_err(|error| BenchError::Definition(error.to_string()))?;
         // Nor is there another start of ours in what libvirt starts.
@@ -162,9 +188,14 @@ impl<'a> Domains<'a> {
             return Err(BenchError::Interrupted);
         }
         let setup = self.setup;
-        let Some(peer) = self.peer.as_ref().filter(|_| method != Method::Domain) else {
+        let Some(peer) = self.peer.as_ref().filter(|_| method.is_peer()) else {
             setup.settle(cache, &setup.image_files)?;
-            let Back { recorder, outcome, .. } = self.bring_back(&self.name, cancel).await?;
+            let placement = match method {
+                Method::DomainMapped => Placement::Map,
+                _ => Placement::Auto,
+            };
+            let back = self.bring_back(&self.name, placement, cancel).await?;
+            let Back { recorder, outcome, .. } = back;
             return Ok(recorder.sample(setup, method, cache, round, Some(&outcome), None));
         };
         let from_snapshot = method == Method::DomainSnapshot;
@@ -202,7 +233,12 @@ impl<'a> Domains<'a> {
     }
 
     /// Brings the domain back by snapback, as a sibling of this name, until all memory is in place.
-    async fn bring_back(&self, name: &str, cancel: &Cancellation) -> Result<Back, BenchError> {
+    async fn bring_back(
+        &self,
+        name: &str,
+        placement: Placement,
+        cancel: &Cancellation,
+    ) -> Result<Back, BenchError> {
         let domain = DomainOptions {
             uri: self.domain.uri.clone(),
             domain: Some(self.domain.domain.clone()),
@@ -216,6 +252,7 @@ impl<'a> Domains<'a> {
                 ..RewriteOptions::default()
             },
             delivery: Delivery {
+                placement,
                 working_set: false,
                 collapse: false,
                 fail_on_damage: true,
@@ -236,8 +273,8 @@ impl<'a> Domains<'a> {
             });
             unless_interrupted(revert, &ours, cancel).await
         };
-        let sibling =
-            Sibling(DomainAddress { uri: self.domain.uri.clone(), ..DomainAddress::new(name) });
+        let address = DomainAddress { uri: self.domain.uri.clone(), ..DomainAddress::new(name) };
+        let sibling = Sibling { address, image: setup.options.image.clone() };
         match done {
             Err(RevertError::Interrupted(_)) => Err(BenchError::Interrupted),
             Ok(_) if interrupted => Err(BenchError::Interrupted),
@@ -248,7 +285,7 @@ impl<'a> Domains<'a> {
 
 impl Peer {
     fn address(&self) -> DomainAddress {
-        self.sibling.0.clone()
+        self.sibling.address.clone()
     }
 
     fn file(&self) -> String {

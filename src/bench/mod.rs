@@ -326,15 +326,15 @@ async fn enter_domains<'a>(
     cancel: &Cancellation,
     on_event: &mut impl FnMut(BenchEvent),
 ) -> Result<(Entrants<'a>, Recorded), BenchError> {
-    on_event(BenchEvent::Preparing { what: "bringing the domain back once".into() });
-    let qemu = domains.try_out(cancel).await?;
-    let (mut methods, mut skipped) = (vec![Method::Domain], Vec::new());
+    on_event(BenchEvent::Preparing { what: "bringing the domain back".into() });
+    let (mut methods, mut skipped) = domains.try_out(cancel).await?;
     if domains.has_peers() {
         on_event(making(Method::DomainRestore));
         let (made, more) = domains.make_peers(cancel).await?;
         methods.extend(made);
         skipped.extend(more);
     }
+    let qemu = domains.qemu();
     let recorded = Recorded { methods, skipped, qemu, working_set_pages: None };
     Ok((Entrants::Domains(Box::new(domains)), recorded))
 }

@@ -29,6 +29,8 @@ pub enum Method {
     LoadVm,
     /// snapback, under libvirt.
     Domain,
+    /// The same, memory mapped from a flat image.
+    DomainMapped,
     /// libvirt's own start of the domain, which brings nothing back.
     DomainStart,
     /// libvirt's `restore` from a file.
@@ -51,6 +53,7 @@ impl Method {
             Method::MappedRamMultifd => "mapped-ram+multifd",
             Method::LoadVm => "loadvm",
             Method::Domain => "domain",
+            Method::DomainMapped => "domain+map",
             Method::DomainStart => "libvirt-start",
             Method::DomainRestore => "libvirt-restore",
             Method::DomainSnapshot => "libvirt-snapshot",
@@ -75,7 +78,7 @@ impl Method {
     /// Whether it brings back a domain of libvirt's.
     pub fn is_domains(self) -> bool {
         use Method::*;
-        matches!(self, Domain | DomainStart | DomainRestore | DomainSnapshot)
+        matches!(self, Domain | DomainMapped | DomainStart | DomainRestore | DomainSnapshot)
     }
 
     /// What it does, in a sentence.
@@ -91,6 +94,7 @@ impl Method {
             Method::MappedRamMultifd => "QEMU loads a mapped-ram file by multifd, 2 channels",
             Method::LoadVm => "QEMU loads a snapshot in a qcow2 disk (loadvm)",
             Method::Domain => "snapback, as a domain of libvirt's, no working set",
+            Method::DomainMapped => "the same, memory mapped from the image: nobody serves it",
             Method::DomainStart => "libvirt starts the domain, paused, and brings nothing back",
             Method::DomainRestore => "libvirt restores the domain from a file",
             Method::DomainSnapshot => "libvirt starts the domain from an internal snapshot",

@@ -48,6 +48,7 @@ pub use error::LibvirtError;
 pub use launch::{LaunchError, StartedDomain};
 pub use options::DomainOptions;
 pub use plan::{DomainPlan, PlanError, block_name, restorable, without_our_arguments};
+pub use stand_in::remove_stand_ins;
 
 #[cfg(not(feature = "libvirt"))]
 pub use absent::{Domain, PATIENCE};

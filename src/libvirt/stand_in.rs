@@ -27,11 +27,29 @@ pub struct StandIn {
 impl StandIn {
     /// One for a domain of this name, in this directory.
     pub fn plan(image: &Path, domain: &str, directory: &Path) -> StandIn {
-        let name = image.file_name().unwrap_or_default().to_string_lossy();
         let random = Uuid::new_v4().simple().to_string();
-        let path = directory.join(format!("{name}.{domain}-{}.ram", &random[..8]));
+        let path = directory.join(format!("{}{}.ram", begins(image, domain), &random[..8]));
         let path = std::path::absolute(&path).unwrap_or(path);
         StandIn { path, image: image.to_owned() }
+    }
+}
+
+/// How the names of a domain's files begin.
+fn begins(image: &Path, domain: &str) -> String {
+    let name = image.file_name().unwrap_or_default().to_string_lossy();
+    format!("{name}.{domain}-")
+}
+
+/// Removes those beside an image that were made for a domain of this name.
+pub fn remove_stand_ins(image: &Path, domain: &str) {
+    let directory = image.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let begins = begins(image, domain);
+    for entry in fs::read_dir(directory.unwrap_or(Path::new("."))).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(&begins) && name.ends_with(".ram") {
+            let _ = fs::remove_file(entry.path());
+        }
     }
 }
 
@@ -104,7 +122,12 @@ mod tests {
         standing.keep();
         drop(standing);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
-        drop(Standing { file: StandIn { path, image }, kept: false });
+        remove_stand_ins(&image, "v");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+        remove_stand_ins(&image, "vm");
+        assert!(!path.exists());
+        let standing = Standing::make(StandIn { path, image }).unwrap();
+        drop(standing);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

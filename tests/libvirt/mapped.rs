@@ -59,6 +59,16 @@ fn a_flat_image_is_mapped_under_libvirt(dir: &Dir) -> Result<()> {
     assert!(oracle.check()?.ok());
     libvirt.virsh(&["destroy", "beside"])?;
 
+    let uri = libvirt.uri();
+    let bench = ["bench", text(&flat), "--domain", name, "--connect", &uri, "--runs", "1"];
+    let ended = dir.snapback(&bench).succeed()?;
+    let runs = ended.events.iter().filter(|event| event["event"] == "run");
+    let ways: Vec<&str> = runs.filter_map(|run| run["way"].as_str()).collect();
+    assert_eq!(ways, ["domain", "domain+map"]);
+    let files = fs::read_dir(&folder)?.flatten();
+    let mut names = files.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    assert!(!names.any(|name| name.contains("snapback-bench")));
+
     // Saved and restored by libvirt, and imported: the image has the memory's own name. The file's
     // format leaves out pages of zeros (`sparse`, number 6 in its header).
     let file = libvirt.path("mapped.save");
