@@ -2,14 +2,15 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test loom miri torture soak demo bench fmt lint deny clean
+.PHONY: help setup guest debian test newer loom miri torture soak demo bench fmt lint deny clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
-	@echo "             unpack QEMU 10.0 and guest kernels into .deps (or SNAPBACK_DEPS)"
+	@echo "             unpack QEMU 10.0, libvirt 11.3 and guest kernels into .deps (or SNAPBACK_DEPS)"
 	@echo "make guest   build the test guests"
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
+	@echo "make newer   run the tests of libvirt with libvirt 11.3 and QEMU 10.0"
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
 	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers;"
@@ -36,6 +37,9 @@ test: guest debian loom
 	cargo test --locked --features $(FEATURES) --lib --bins --examples --tests
 	SNAPBACK_TEST_PLACE=socket cargo test --locked --features $(FEATURES) --test e2e -- $(BOTH_WAYS)
 	cargo test --locked --doc
+
+newer: guest debian
+	SNAPBACK_TEST_LIBVIRT_NEWER=1 cargo test --locked --features $(FEATURES) --test libvirt
 
 loom:
 	RUSTFLAGS="--cfg loom" cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir $(LOOM_TARGET) --locked
@@ -95,4 +99,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target miri-target qemu-10.0 stamps vmlinuz
+MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock loom-target miri-target qemu-10.0 stamps vmlinuz

@@ -13,7 +13,7 @@ deps=${SNAPBACK_DEPS:-$here/../.deps}
 target=x86_64-unknown-linux-gnu
 modules="virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk virtio_balloon \
     scsi_common scsi_mod sd_mod virtio_scsi libata ata_piix \
-    failover net_failover virtio_net virtio_console virtio-rng"
+    failover net_failover virtio_net virtio_console virtio-rng button evdev"
 
 for kernel in vmlinuz arm64/vmlinuz; do
     [ -e "$deps/$kernel" ] || {

@@ -2,11 +2,12 @@
 # Sets up what the tests, the demo and the benchmarks need on a Debian 12:
 #
 #   by apt, as root       the packages of scripts/packages.txt
-#   into the deps folder  qemu-10.0/  QEMU 10.0 of bookworm-backports, unpacked
-#                         kernel/     Debian's cloud kernel, unpacked
-#                         vmlinuz     a link to that kernel's image
-#                         arm64/      the kernel and busybox of an arm64 guest,
-#                                     unpacked, and a link vmlinuz as above
+#   into the deps folder  qemu-10.0/     QEMU 10.0 of bookworm-backports, unpacked
+#                         libvirt-11.3/  libvirt 11.3 of the same, unpacked
+#                         kernel/        Debian's cloud kernel, unpacked
+#                         vmlinuz        a link to that kernel's image
+#                         arm64/         the kernel and busybox of an arm64 guest,
+#                                        unpacked, and a link vmlinuz as above
 #
 # The deps folder is .deps in the project, or $SNAPBACK_DEPS. Every step leaves a
 # stamp when it is done and is skipped from then on; removing the folder starts
@@ -114,6 +115,20 @@ unpack_qemu() {
 $absent"
 }
 
+unpack_libvirt() {
+    local folder=$deps/libvirt-11.3 suite=$release-backports absent
+    local lib=$folder/usr/lib/x86_64-linux-gnu
+    refresh_lists
+    say "unpacking libvirt 11.3 of $suite"
+    unpack "$folder" "libvirt-daemon/$suite" "libvirt-daemon-common/$suite" \
+        "libvirt-daemon-driver-qemu/$suite" "libvirt-daemon-log/$suite" \
+        "libvirt0/$suite" "libvirt-common/$suite"
+    absent=$(LD_LIBRARY_PATH=$lib ldd "$folder"/usr/sbin/{libvirtd,virtlogd} \
+        "$lib/libvirt/connection-driver/libvirt_driver_qemu.so" | grep 'not found' || true)
+    [ -z "$absent" ] || die "libvirt 11.3 lacks libraries; add their packages to scripts/packages.txt:
+$absent"
+}
+
 # kernel_package ARCHITECTURE : the package of Debian's newest cloud kernel.
 kernel_package() {
     local package
@@ -163,6 +178,7 @@ once() {
 
 install_packages
 once qemu-10.0-v2 unpack_qemu
+once libvirt-11.3-v1 unpack_libvirt
 once kernel-v1 unpack_kernel
 once arm64-v1 unpack_arm64
 

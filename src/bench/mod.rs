@@ -7,6 +7,7 @@
 
 mod cache;
 mod directory;
+mod domains;
 mod host;
 mod peers;
 pub mod report;
@@ -32,6 +33,7 @@ pub use sign::{Sign, SignError};
 pub use stats::Spread;
 pub use summary::{Ratio, Subject, Summary, WaySummary};
 
+use self::domains::Domains;
 use self::peers::Peer;
 use self::runs::{How, bring_back};
 use self::setup::Setup;
@@ -40,6 +42,7 @@ use crate::guest::GuestError;
 use crate::guest::NewPort;
 use crate::image::{Image, ImageError};
 use crate::kind::{Details, ErrorKind};
+use crate::libvirt::{DomainAddress, LibvirtError};
 use crate::memory::WorkingSet;
 use crate::qmp::QmpError;
 use crate::revert::{Placement, RevertError};
@@ -72,6 +75,9 @@ pub struct BenchOptions {
     pub sign: Option<Sign>,
     /// More arguments for QEMU.
     pub extra: Vec<String>,
+    /// Revert the image as siblings of this domain of libvirt's, beside libvirt's own ways where
+    /// `peers` is set. Of the other options, `runs`, `cold` and `paths` count.
+    pub domain: Option<DomainAddress>,
 }
 
 impl BenchOptions {
@@ -87,6 +93,7 @@ impl BenchOptions {
             ports: Vec::new(),
             sign: None,
             extra: Vec::new(),
+            domain: None,
         }
     }
 }
@@ -137,6 +144,12 @@ pub enum BenchError {
     /// QEMU can't be started as recorded.
     #[error(transparent)]
     Vm(#[from] GuestError),
+    /// libvirt failed, or refuses.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    /// The domain's definition can't be used.
+    #[error("{0}")]
+    Definition(String),
     /// QEMU's control socket failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -211,6 +224,8 @@ impl BenchError {
             Revert(error) => error.kind(),
             Vm(error) => error.kind(),
             Qmp(error) => error.kind(),
+            Libvirt(error) => error.kind(),
+            Definition(_) => ErrorKind::InputInvalid,
             Sign(error) => error.kind(),
             File { source, .. } => ErrorKind::of_io(source),
             Ended { .. } => ErrorKind::QemuEnded,
@@ -228,6 +243,7 @@ impl BenchError {
             Revert(error) => return error.details(),
             Vm(error) => return error.details(),
             Qmp(error) => return error.details(),
+            Libvirt(error) => return error.details(),
             Sign(error) => return error.details(),
             File { path, .. } | NotCold { path, .. } => Some(path),
             _ => None,
@@ -252,42 +268,18 @@ pub async fn bench(
         setup.image_files.iter().try_for_each(|file| Cache::Cold.prepare(file))?;
         caches.push(Cache::Cold);
     }
-    on_event(BenchEvent::Preparing { what: "recording a working set".into() });
-    let recorded = record(&setup, &cancel).await?;
-    let mut skipped = recorded.skipped;
-    let mut peers = Vec::new();
-    if options.peers {
-        let making = |way: Method| {
-            on_event(BenchEvent::Preparing { what: format!("making what {} loads", way.name()) });
-        };
-        let (made, more) = peers::make(&setup, &cancel, making).await?;
-        peers = made;
-        skipped.extend(more);
-    }
-    for skipped in &skipped {
+    let (entrants, recorded) = match &options.domain {
+        Some(domain) => enter_domains(Domains::new(&setup, domain), &cancel, &mut on_event).await?,
+        None => enter(&setup, &cancel, &mut on_event).await?,
+    };
+    for skipped in &recorded.skipped {
         on_event(BenchEvent::Skipped(skipped.clone()));
     }
-
-    let ours = recorded.methods.into_iter().map(Entrant::Snapback);
-    let entrants: Vec<Entrant> = ours.chain(peers.into_iter().map(Entrant::Qemu)).collect();
     let mut samples = Vec::new();
     for round in 1..=options.runs {
         for &cache in &caches {
-            for entrant in &entrants {
-                let sample = match entrant {
-                    Entrant::Snapback(Method::Reset) => {
-                        resets::measure(&setup, cache, round, &cancel).await?
-                    }
-                    Entrant::Snapback(Method::Pool) => {
-                        takes::measure(&setup, cache, round, &cancel).await?
-                    }
-                    Entrant::Snapback(method) => {
-                        runs::measure(&setup, *method, cache, round, &cancel).await?
-                    }
-                    Entrant::Qemu(peer) => {
-                        peers::measure(&setup, peer, cache, round, &cancel).await?
-                    }
-                };
+            for method in &recorded.methods {
+                let sample = entrants.measure(&setup, *method, cache, round, &cancel).await?;
                 on_event(BenchEvent::Run(Box::new(sample.clone())));
                 samples.push(sample);
             }
@@ -305,19 +297,90 @@ pub async fn bench(
         sign: options.sign.as_ref().map(|sign| sign.pattern.to_string()),
         nth: options.sign.as_ref().map(|sign| sign.nth),
         working_set_pages: recorded.working_set_pages,
+        domain: options.domain.as_ref().map(|domain| domain.domain.clone()),
     };
-    Ok(Summary::new(subject, Host::here(), &samples, skipped))
+    Ok(Summary::new(subject, Host::here(), &samples, recorded.skipped))
 }
 
-/// One of the ways that take turns.
-enum Entrant {
-    Snapback(Method),
-    Qemu(Peer),
+/// Finds out which ways there are, and makes what QEMU's own load.
+async fn enter<'a>(
+    setup: &'a Setup<'a>,
+    cancel: &Cancellation,
+    on_event: &mut impl FnMut(BenchEvent),
+) -> Result<(Entrants<'a>, Recorded), BenchError> {
+    on_event(BenchEvent::Preparing { what: "recording a working set".into() });
+    let mut recorded = record(setup, cancel).await?;
+    let mut peers = Vec::new();
+    if setup.options.peers {
+        let making = |way: Method| on_event(making(way));
+        let (made, more) = peers::make(setup, cancel, making).await?;
+        recorded.skipped.extend(more);
+        recorded.methods.extend(made.iter().map(|peer| peer.method));
+        peers = made;
+    }
+    Ok((Entrants::Guests(peers), recorded))
+}
+
+/// The same of a domain.
+async fn enter_domains<'a>(
+    mut domains: Domains<'a>,
+    cancel: &Cancellation,
+    on_event: &mut impl FnMut(BenchEvent),
+) -> Result<(Entrants<'a>, Recorded), BenchError> {
+    on_event(BenchEvent::Preparing { what: "bringing the domain back".into() });
+    let (mut methods, mut skipped) = domains.try_out(cancel).await?;
+    if domains.has_peers() {
+        on_event(making(Method::DomainRestore));
+        let (made, more) = domains.make_peers(cancel).await?;
+        methods.extend(made);
+        skipped.extend(more);
+    }
+    let qemu = domains.qemu();
+    let recorded = Recorded { methods, skipped, qemu, working_set_pages: None };
+    Ok((Entrants::Domains(Box::new(domains)), recorded))
+}
+
+fn making(way: Method) -> BenchEvent {
+    BenchEvent::Preparing { what: format!("making what {} loads", way.name()) }
+}
+
+/// What takes turns.
+enum Entrants<'a> {
+    /// Guests of ours, beside QEMU's own ways.
+    Guests(Vec<Peer>),
+    /// A domain of libvirt's, beside libvirt's own.
+    Domains(Box<Domains<'a>>),
+}
+
+impl Entrants<'_> {
+    async fn measure(
+        &self,
+        setup: &Setup<'_>,
+        method: Method,
+        cache: Cache,
+        round: u32,
+        cancel: &Cancellation,
+    ) -> Result<Sample, BenchError> {
+        let peers = match self {
+            Entrants::Domains(domains) => {
+                return domains.measure(method, cache, round, cancel).await;
+            }
+            Entrants::Guests(peers) => peers,
+        };
+        if let Some(peer) = peers.iter().find(|peer| peer.method == method) {
+            return peers::measure(setup, peer, cache, round, cancel).await;
+        }
+        match method {
+            Method::Pool => takes::measure(setup, cache, round, cancel).await,
+            Method::Reset => resets::measure(setup, cache, round, cancel).await,
+            _ => runs::measure(setup, method, cache, round, cancel).await,
+        }
+    }
 }
 
 /// What the first reverts found out.
 struct Recorded {
-    /// The ways of snapback that work here.
+    /// The ways that work here, in the order in which they take turns.
     methods: Vec<Method>,
     skipped: Vec<Skipped>,
     /// QEMU's version and package.

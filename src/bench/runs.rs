@@ -84,21 +84,9 @@ pub(super) async fn bring_back(
     let options = options(setup, run, how);
     let mut recorder = Recorder::new(setup, run);
     let ours = Cancellation::new();
-    let mut interrupted = false;
-    let held = {
+    let (held, interrupted) = {
         let revert = revert_held(&options, ours.clone(), |event| recorder.hear(&event));
-        tokio::pin!(revert);
-        loop {
-            tokio::select! {
-                held = &mut revert => break held,
-                () = cancel.requested(), if !interrupted => {
-                    interrupted = true;
-                    // The guest of a run is of no use: it is ended even if it runs.
-                    ours.request();
-                    ours.request();
-                }
-            }
-        }
+        unless_interrupted(revert, &ours, cancel).await
     };
     match held {
         Ok(mut held) if interrupted => {
@@ -107,6 +95,27 @@ pub(super) async fn bring_back(
         }
         Err(RevertError::Interrupted(_)) => Err(BenchError::Interrupted),
         held => Ok((recorder, held?)),
+    }
+}
+
+/// Waits for a revert that `ours` cancels. An interrupt ends it, and says so: the guest of a run is
+/// of no use then even if it runs.
+pub(super) async fn unless_interrupted<T>(
+    revert: impl Future<Output = T>,
+    ours: &Cancellation,
+    cancel: &Cancellation,
+) -> (T, bool) {
+    let mut interrupted = false;
+    tokio::pin!(revert);
+    loop {
+        tokio::select! {
+            done = &mut revert => return (done, interrupted),
+            () = cancel.requested(), if !interrupted => {
+                interrupted = true;
+                ours.request();
+                ours.request();
+            }
+        }
     }
 }
 
@@ -171,6 +180,11 @@ impl Recorder {
     /// Time begins to run now.
     pub fn new(setup: &Setup<'_>, run: &Run) -> Recorder {
         let sign = setup.options.sign.as_ref().map(|sign| (sign.clone(), run.place(&sign.path)));
+        Recorder::begin(sign)
+    }
+
+    /// The same, of a guest whose signs of life are to be seen there.
+    pub fn begin(sign: Option<(super::Sign, PathBuf)>) -> Recorder {
         let offset = sign
             .as_ref()
             .and_then(|(_, path)| fs::metadata(path).ok())
@@ -224,6 +238,18 @@ impl Recorder {
     pub fn running_complete(&mut self) {
         self.running();
         self.complete = self.running;
+    }
+
+    /// The guest of that QEMU has run since then, and nothing is known of what was before.
+    pub fn ran_at(&mut self, at: Instant, pid: i32) {
+        self.ready = Some(self.began);
+        self.running = Some(Mark { at, ..Mark::now(pid) });
+        self.complete = self.running;
+    }
+
+    /// QEMU was ready then, and that was all.
+    pub fn ready_at(&mut self, at: Instant) {
+        self.ready = Some(at);
     }
 
     /// Waits for the signs of life that were asked for; the first and the Nth.

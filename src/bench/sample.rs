@@ -29,6 +29,16 @@ pub enum Method {
     MappedRamMultifd,
     /// QEMU's `loadvm` from a qcow2 disk.
     LoadVm,
+    /// snapback, under libvirt.
+    Domain,
+    /// The same, memory mapped from a flat image.
+    DomainMapped,
+    /// libvirt's own start of the domain, which brings nothing back.
+    DomainStart,
+    /// libvirt's `restore` from a file.
+    DomainRestore,
+    /// libvirt's `snapshot-revert` to an internal snapshot.
+    DomainSnapshot,
 }
 
 impl Method {
@@ -45,13 +55,33 @@ impl Method {
             Method::MappedRam => "mapped-ram",
             Method::MappedRamMultifd => "mapped-ram+multifd",
             Method::LoadVm => "loadvm",
+            Method::Domain => "domain",
+            Method::DomainMapped => "domain+map",
+            Method::DomainStart => "libvirt-start",
+            Method::DomainRestore => "libvirt-restore",
+            Method::DomainSnapshot => "libvirt-snapshot",
         }
     }
 
-    /// Whether it is QEMU's own, to which snapback is compared.
+    /// Whether it is QEMU's or libvirt's own, to which snapback is compared.
     pub fn is_peer(self) -> bool {
         use Method::*;
-        matches!(self, Stream | MappedRam | MappedRamMultifd | LoadVm)
+        matches!(
+            self,
+            Stream
+                | MappedRam
+                | MappedRamMultifd
+                | LoadVm
+                | DomainStart
+                | DomainRestore
+                | DomainSnapshot
+        )
+    }
+
+    /// Whether it brings back a domain of libvirt's.
+    pub fn is_domains(self) -> bool {
+        use Method::*;
+        matches!(self, Domain | DomainMapped | DomainStart | DomainRestore | DomainSnapshot)
     }
 
     /// What it does, in a sentence.
@@ -69,6 +99,11 @@ impl Method {
             Method::MappedRam => "QEMU loads a mapped-ram file",
             Method::MappedRamMultifd => "QEMU loads a mapped-ram file by multifd, 2 channels",
             Method::LoadVm => "QEMU loads a snapshot in a qcow2 disk (loadvm)",
+            Method::Domain => "snapback, as a domain of libvirt's, no working set",
+            Method::DomainMapped => "the same, memory mapped from the image: nobody serves it",
+            Method::DomainStart => "libvirt starts the domain, paused, and brings nothing back",
+            Method::DomainRestore => "libvirt restores the domain from a file",
+            Method::DomainSnapshot => "libvirt starts the domain from an internal snapshot",
         }
     }
 }
@@ -229,6 +264,14 @@ pub(super) const COMPARED: &[Metric] = &[
     }),
     metric("nth_sign", "ready → Nth sign", Unit::Ms, "", |s| Some(s.running_ms + s.nth_sign_ms?)),
     metric("complete", "ready → complete", Unit::Ms, "", |s| Some(s.running_ms + s.complete_ms)),
+];
+
+/// The times by which domains are compared: of libvirt's own ways, only the end is seen.
+pub(super) const COMPARED_DOMAINS: &[Metric] = &[
+    metric("running", "start → running", Unit::Ms, "", |s| Some(s.start_ms + s.running_ms)),
+    metric("complete", "start → complete", Unit::Ms, "", |s| {
+        Some(s.start_ms + s.running_ms + s.complete_ms)
+    }),
 ];
 
 const fn metric(

@@ -78,6 +78,10 @@ impl<'a> Setup<'a> {
             rules.push((path, format!("{RUN}/{name}")));
         }
         let disks = disks_to_copy(&machine, &options.paths, &mut names)?;
+        if let (Some(_), Some(disk)) = (&options.domain, disks.first()) {
+            // libvirt's QEMU may not read copies just anywhere.
+            return Err(BenchError::Disk { disk: disk.recorded.clone() });
+        }
         let bytes = |pages: u64| pages * PAGE_SIZE as u64;
         Ok(Setup {
             options,

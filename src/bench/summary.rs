@@ -6,9 +6,9 @@ use hdrhistogram::Histogram;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::sample::COMPARED;
+use super::sample::{COMPARED, COMPARED_DOMAINS};
 use super::stats::Spread;
-use super::{Cache, Host, METRICS, Method, Sample, Skipped};
+use super::{Cache, Host, METRICS, Method, Metric, Sample, Skipped};
 
 /// What was measured.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
@@ -35,6 +35,15 @@ pub struct Subject {
     pub nth: Option<usize>,
     /// Pages in the working set that was recorded for the runs.
     pub working_set_pages: Option<u64>,
+    /// The domain of libvirt's, if it was reverted as one.
+    pub domain: Option<String>,
+}
+
+impl Subject {
+    /// The times by which ways are compared.
+    pub(super) fn compared(&self) -> &'static [Metric] {
+        if self.domain.is_some() { COMPARED_DOMAINS } else { COMPARED }
+    }
 }
 
 /// The runs of one way with one state of the page cache.
@@ -60,8 +69,8 @@ pub struct Ratio {
     pub peer: Method,
     /// Whether the files were in the page cache.
     pub cache: Cache,
-    /// To which point, from QEMU being ready: `running`, `first_sign`, `nth_sign` or
-    /// `complete`.
+    /// To which point, from QEMU being ready, or of domains from the start: `running`,
+    /// `first_sign`, `nth_sign` or `complete`.
     pub to: &'static str,
     /// The peer's time divided by the way's, round by round.
     pub ratio: Spread,
@@ -103,7 +112,7 @@ impl Summary {
         for &(way, cache) in kinds.iter().filter(|(way, _)| !way.is_peer()) {
             for &(peer, _) in kinds.iter().filter(|kind| kind.0.is_peer() && kind.1 == cache) {
                 let (ours, theirs) = (of((way, cache)), of((peer, cache)));
-                ratios.extend(compare(way, peer, cache, &ours, &theirs));
+                ratios.extend(compare(way, peer, cache, &ours, &theirs, subject.compared()));
             }
         }
         Summary { subject, host, ways, ratios, skipped }
@@ -153,6 +162,7 @@ fn compare(
     cache: Cache,
     ours: &[&Sample],
     theirs: &[&Sample],
+    compared: &[Metric],
 ) -> Vec<Ratio> {
     let ratio = |of: fn(&Sample) -> Option<f64>| {
         let pairs = ours.iter().filter_map(|our| {
@@ -161,7 +171,7 @@ fn compare(
         });
         Spread::of(pairs)
     };
-    let to = COMPARED.iter();
+    let to = compared.iter();
     to.filter_map(|m| Some(Ratio { way, peer, cache, to: m.key, ratio: ratio(m.of)? })).collect()
 }
 
@@ -218,6 +228,7 @@ mod tests {
             sign: None,
             nth: None,
             working_set_pages: None,
+            domain: None,
         };
         let summary = Summary::new(subject, Host::here(), &samples, Vec::new());
         assert_eq!(summary.methods(), [Method::Uffd, Method::Stream]);

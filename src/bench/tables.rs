@@ -1,6 +1,5 @@
 //! A summary as tables, for the terminal and the report.
 
-use super::sample::COMPARED;
 use super::{Cache, METRICS, Method, Metric, Ratio, Spread, Summary, Unit, WaySummary};
 
 /// Quantities that are shown together: one row a way, one column each.
@@ -88,7 +87,7 @@ pub fn ratios(summary: &Summary) -> Vec<Table> {
             rows: with_values(summary.methods().into_iter().map(row)),
         }
     };
-    COMPARED.iter().map(table).filter(|table| !table.rows.is_empty()).collect()
+    summary.subject.compared().iter().map(table).filter(|table| !table.rows.is_empty()).collect()
 }
 
 /// The rows that have any value.

@@ -14,6 +14,7 @@ use super::{ExchangeError, ExchangeEvent, Watch, native};
 use crate::cancel::Cancellation;
 use crate::guest::{Board, describe, describe_foreign, named_machine_type};
 use crate::image::{Compression, Details, ImageError, Saved, WriterOptions, check_replaces_none};
+use crate::libvirt::without_our_arguments;
 use crate::machine::Machine;
 use crate::wire::{StreamReader, run_state};
 
@@ -139,6 +140,7 @@ fn record(
     })?;
     let what = "the command line is what `virsh domxml-to-native` makes of the guest's XML";
     watch.tell(ExchangeEvent::Note { what: what.into() });
+    let words = without_our_arguments(words, &libvirt.xml);
     Ok(describe_foreign(&words, qemu, watch.cancel)?)
 }
 

@@ -10,6 +10,7 @@ use super::output::Output;
 use super::pages::for_each;
 use super::{ExchangeError, Watch};
 use crate::image::{Image, ImageWriter, Piece, Sections, WriterOptions};
+use crate::libvirt::block_name;
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{
     Frame, Item, StreamBlock, StreamReader, Tail, WireError, end_of_ram, precopy_opening, tail,
@@ -108,9 +109,10 @@ pub fn read_memory(file: &File, path: &Path, image: &Path) -> Result<(), Exchang
 
 /// A stream holds no page sizes: those of ordinary memory are assumed.
 fn with_page_sizes(blocks: &[StreamBlock]) -> Vec<Block> {
-    let page_size = PAGE_SIZE as u64;
-    blocks
-        .iter()
-        .map(|block| Block { name: block.name.clone(), len: block.len, page_size })
-        .collect()
+    let block = |block: &StreamBlock| Block {
+        name: block_name(&block.name).to_owned(),
+        len: block.len,
+        page_size: PAGE_SIZE as u64,
+    };
+    blocks.iter().map(block).collect()
 }

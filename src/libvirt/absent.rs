@@ -33,6 +33,33 @@ impl Domain {
         Err(LibvirtError::NotBuilt)
     }
 
+    /// Fails.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NotBuilt`].
+    pub async fn restore(_: DomainAddress, _: String) -> Result<Domain, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// Fails.
+    ///
+    /// # Errors
+    /// [`LibvirtError::NotBuilt`].
+    pub async fn revert_to_snapshot(
+        _: DomainAddress,
+        _: &'static str,
+    ) -> Result<Domain, LibvirtError> {
+        Err(LibvirtError::NotBuilt)
+    }
+
+    /// There is none.
+    ///
+    /// # Errors
+    /// None.
+    pub fn remove_now(_: &DomainAddress) -> Result<(), LibvirtError> {
+        Ok(())
+    }
+
     /// Never called.
     ///
     /// # Errors
@@ -82,6 +109,8 @@ methods! {
     has_block_job(&str) -> bool;
     begin_commit(&str) -> ();
     end_commit(&str) -> ();
+    save_to(String, String) -> ();
+    take_snapshot(&'static str) -> ();
     freeze() -> u64;
     thaw() -> ();
 }

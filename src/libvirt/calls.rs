@@ -39,6 +39,15 @@ pub(super) fn command_with_file(
     Ok(text)
 }
 
+/// virDomainSaveFlags: the domain goes to a file, with this definition, and will run again.
+pub(super) fn save(domain: &Domain, file: &str, xml: &str) -> Result<(), Error> {
+    let (file, xml) = (CString::new(file)?, CString::new(xml)?);
+    let running = sys::VIR_DOMAIN_SAVE_RUNNING;
+    // SAFETY: the domain and both strings live until the call returns.
+    done(unsafe { sys::virDomainSaveFlags(domain.as_ptr(), file.as_ptr(), xml.as_ptr(), running) })
+        .map(drop)
+}
+
 /// virDomainFSFreeze of all file systems. Returns how many they are.
 pub(super) fn freeze(domain: &Domain) -> Result<u64, Error> {
     // SAFETY: the domain is alive; no mount points means all.

@@ -1,9 +1,14 @@
 //! A domain's definition: the XML by which libvirt knows it
 //! (<https://libvirt.org/formatdomain.html>), as far as a revert reads and changes it.
 
+use std::ops::Range;
 use std::path::Path;
+#[cfg(any(feature = "libvirt", test))]
+use std::path::PathBuf;
 
 use xmltree::{Element, EmitterConfig, Namespace, XMLNode};
+
+use crate::guest::GuestError;
 
 /// The namespace of what libvirt passes on to QEMU as it is
 /// (<https://libvirt.org/drvqemu.html>, "Pass-through of arbitrary qemu commands").
@@ -115,6 +120,22 @@ impl Definition {
         });
     }
 
+    /// The paths in it of files that are called after `name`.
+    #[cfg(any(feature = "libvirt", test))]
+    pub fn files_called_after(&mut self, name: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        self.for_each(|element| {
+            let texts = element.children.iter().filter_map(XMLNode::as_text);
+            let values = element.attributes.values().map(String::as_str).chain(texts);
+            let paths = values.map(str::trim).filter(|value| value.starts_with('/'));
+            let is_it = |path: &PathBuf| {
+                path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
+            };
+            found.extend(paths.map(PathBuf::from).filter(is_it));
+        });
+        found
+    }
+
     /// Puts a disk whose file or device is any of `paths` on an overlay, a qcow2 file that names
     /// what it lies over. libvirt follows that by itself. Returns whether there is such a disk.
     pub fn put_on_overlay(&mut self, paths: &[String], overlay: &str) -> bool {
@@ -203,13 +224,9 @@ impl Definition {
 
     /// Takes out what an earlier start by us has left ([`add_arguments`](Self::add_arguments)).
     pub fn remove_what_we_left(&mut self) {
-        let mut left: Vec<String> = Vec::new();
+        let left = self.left();
         if let Some(metadata) = self.root.get_mut_child("metadata") {
-            while let Some(mark) = metadata.take_child((MARK, OURS)) {
-                let arguments = mark.children.iter().filter_map(XMLNode::as_element);
-                let arguments = arguments.filter(|argument| argument.name == LEFT);
-                left.extend(arguments.filter_map(|argument| Some(argument.get_text()?.into())));
-            }
+            while metadata.take_child((MARK, OURS)).is_some() {}
             if metadata.children.is_empty() {
                 self.root.take_child("metadata");
             }
@@ -220,17 +237,62 @@ impl Definition {
             .iter()
             .map(|child| child.as_element()?.attributes.get("value").cloned())
             .collect();
-        // They stand together, as they were put there.
-        let at = values.windows(left.len().max(1)).position(|window| {
-            window.iter().zip(&left).all(|(value, left)| value.as_ref() == Some(left))
-        });
-        if let Some(at) = at.filter(|_| !left.is_empty()) {
-            commandline.children.drain(at..at + left.len());
+        let values: Vec<_> = values.iter().map(Option::as_ref).collect();
+        if let Some(range) = find(&values, &left) {
+            commandline.children.drain(range);
         }
         if commandline.children.is_empty() {
             self.root.take_child(("commandline", QEMU));
         }
     }
+
+    /// The same for the command line that libvirt has made of it.
+    pub fn remove_from_command_line(&self, mut argv: Vec<String>) -> Vec<String> {
+        let values: Vec<_> = argv.iter().map(Some).collect();
+        if let Some(range) = find(&values, &self.left()) {
+            argv.drain(range);
+        }
+        argv
+    }
+
+    /// The arguments that an earlier start by us has left.
+    fn left(&self) -> Vec<String> {
+        let marks = self.root.get_child("metadata").into_iter().flat_map(|data| &data.children);
+        let marks = marks.filter_map(XMLNode::as_element);
+        let marks =
+            marks.filter(|mark| mark.name == MARK && mark.namespace.as_deref() == Some(OURS));
+        let arguments = marks.flat_map(|mark| &mark.children).filter_map(XMLNode::as_element);
+        let arguments = arguments.filter(|argument| argument.name == LEFT);
+        arguments.filter_map(|argument| Some(argument.get_text()?.into())).collect()
+    }
+
+    /// Checks that libvirt gives the domain ordinary memory.
+    ///
+    /// # Errors
+    /// When it is told to do otherwise.
+    pub fn refuse_other_memory(&self) -> Result<(), GuestError> {
+        let backing = self.root.get_child("memoryBacking");
+        match backing.is_some_and(|backing| !backing.children.is_empty()) {
+            true => Err(GuestError::NotMapped {
+                problem: "the domain's definition says by itself what its memory is \
+                          (<memoryBacking>)"
+                    .into(),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Where some arguments stand among all, together, as they were put there.
+fn find(all: &[Option<&String>], some: &[String]) -> Option<Range<usize>> {
+    if some.is_empty() {
+        return None;
+    }
+    let is_it = |window: &[Option<&String>]| {
+        window.iter().zip(some).all(|(value, wanted)| *value == Some(wanted))
+    };
+    let at = all.windows(some.len()).position(is_it)?;
+    Some(at..at + some.len())
 }
 
 fn element(prefix: &str, namespace: &str, name: &str) -> Element {
@@ -294,6 +356,14 @@ mod tests {
     }
 
     #[test]
+    fn files_are_known_by_their_names() {
+        let mut domain = parsed(PLAIN);
+        assert!(domain.files_called_after("old").is_empty());
+        assert_eq!(domain.files_called_after("s."), [Path::new("/old/s.sock")]);
+        assert_eq!(domain.files_called_after("k"), [Path::new("/old/kernel")]);
+    }
+
+    #[test]
     fn paths_are_replaced_where_they_begin() {
         let mut domain = parsed(PLAIN);
         domain.replace_paths(|path| path.replace("/old", "/new"));
@@ -316,6 +386,8 @@ mod tests {
             let mut domain = parsed(&with);
             let arguments = domain.root.get_child(("commandline", QEMU)).unwrap();
             assert!(arguments.children.len() >= 2, "{with}");
+            let line = ["qemu", "-S", "-incoming", "defer", "-x"].map(str::to_owned).to_vec();
+            assert_eq!(domain.remove_from_command_line(line), ["qemu", "-S", "-x"]);
             domain.remove_what_we_left();
             let without = domain.to_xml().unwrap();
             assert!(!without.contains("snapback") && !without.contains("defer"), "{without}");

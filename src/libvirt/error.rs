@@ -80,6 +80,14 @@ pub enum LibvirtError {
         /// libvirt's words.
         reason: String,
     },
+    /// The file that stands for mapped memory can't be made.
+    #[error("`{path}`, by which QEMU maps the image, can't be made: {source}", path = path.display())]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
     /// The domain's monitor failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -101,6 +109,7 @@ impl LibvirtError {
             LibvirtError::ShutOff { .. } => ErrorKind::QemuEnded,
             LibvirtError::NoProcess { .. } => ErrorKind::NotQemu,
             LibvirtError::Refused { .. } => ErrorKind::LibvirtRefused,
+            LibvirtError::Memory { source, .. } => ErrorKind::of_io(source),
             LibvirtError::Qmp(error) => error.kind(),
             LibvirtError::Thread(_) => ErrorKind::Io,
         }
@@ -110,6 +119,7 @@ impl LibvirtError {
     pub fn details(&self) -> Details {
         match self {
             LibvirtError::Qmp(error) => error.details(),
+            LibvirtError::Memory { path, .. } => Details::new(&self.to_string(), Some(path), None),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }
     }

@@ -3,6 +3,7 @@
 use super::Domain;
 use super::error::LibvirtError;
 use super::plan::DomainPlan;
+use super::stand_in::Standing;
 use crate::guest::{GuestError, Overlays};
 use crate::qmp::Qmp;
 
@@ -26,6 +27,7 @@ pub struct StartedDomain {
     domain: Domain,
     pid: i32,
     overlays: Overlays,
+    memory: Option<Standing>,
     /// The definition to keep.
     persistent: Option<String>,
     ended: bool,
@@ -40,9 +42,15 @@ impl StartedDomain {
     pub async fn start(plan: DomainPlan) -> Result<(StartedDomain, Qmp), LaunchError> {
         let overlays = Overlays::named(&plan.overlays)?;
         let address = plan.domain();
-        let DomainPlan { xml, persistent, replace, .. } = plan;
+        let DomainPlan { xml, persistent, replace, memory, .. } = plan;
+        let memory = memory.map(Standing::make).transpose()?;
         let domain = Domain::create(address, xml, replace).await?;
-        let mut started = StartedDomain { domain, pid: 0, overlays, persistent, ended: false };
+        let mut started =
+            StartedDomain { domain, pid: 0, overlays, memory, persistent, ended: false };
+        // QEMU has opened the image by now.
+        if let Some(memory) = &started.memory {
+            memory.empty()?;
+        }
         let qmp = started.domain.monitor().await?;
         started.pid = qmp.peer_pid().unwrap_or_default();
         Ok((started, qmp))
@@ -75,6 +83,7 @@ impl StartedDomain {
     /// Keeps the overlays of its disks, since a guest has written to them.
     pub fn keep_overlays(&mut self) {
         self.overlays.keep();
+        self.memory.iter_mut().for_each(Standing::keep);
     }
 
     /// Ends it, without asking the guest.
@@ -88,7 +97,7 @@ impl StartedDomain {
     /// Lets it live on, as one of libvirt's.
     pub fn let_go(&mut self) {
         self.ended = true;
-        self.overlays.keep();
+        self.keep_overlays();
     }
 }
 

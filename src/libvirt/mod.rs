@@ -14,6 +14,7 @@ mod launch;
 mod options;
 mod plan;
 mod sibling;
+mod stand_in;
 
 #[cfg(not(feature = "libvirt"))]
 mod absent;
@@ -32,6 +33,8 @@ mod link;
 #[cfg(feature = "libvirt")]
 mod monitor;
 #[cfg(feature = "libvirt")]
+mod own_ways;
+#[cfg(feature = "libvirt")]
 mod process;
 #[cfg(feature = "libvirt")]
 mod start;
@@ -39,12 +42,13 @@ mod start;
 mod xml;
 
 pub use address::DomainAddress;
-pub use definition::DefinitionError;
+pub use definition::{Definition, DefinitionError};
 pub use disk::DomainDisk;
 pub use error::LibvirtError;
 pub use launch::{LaunchError, StartedDomain};
 pub use options::DomainOptions;
-pub use plan::{DomainPlan, PlanError, restorable};
+pub use plan::{DomainPlan, PlanError, block_name, restorable, without_our_arguments};
+pub use stand_in::remove_stand_ins;
 
 #[cfg(not(feature = "libvirt"))]
 pub use absent::{Domain, PATIENCE};

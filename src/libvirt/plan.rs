@@ -8,12 +8,31 @@ use super::address::DomainAddress;
 use super::definition::{Definition, DefinitionError};
 use super::options::DomainOptions;
 use super::sibling::Sibling;
-use crate::guest::{GuestError, Note, Overlay, OverlayOptions, RewriteOptions, moved, overlays};
+use super::stand_in::StandIn;
+use crate::guest::{
+    GuestError, MappedMemory, Note, Overlay, OverlayOptions, RewriteOptions, moved, overlays,
+};
 use crate::kind::ErrorKind;
 use crate::machine::{Disk, Machine};
 
 /// What has QEMU wait for its guest's state.
 const INCOMING: [&str; 2] = ["-incoming", "defer"];
+
+/// How the name of a block begins that we have QEMU map in the place of libvirt's own.
+const MAPPED: &str = "snapback-map.";
+
+/// The name that a block of a domain has where libvirt starts it without us.
+pub fn block_name(name: &str) -> &str {
+    name.strip_prefix(MAPPED).unwrap_or(name)
+}
+
+/// A domain's command line without the arguments that a start by us has left in it.
+pub fn without_our_arguments(argv: Vec<String>, live_xml: &str) -> Vec<String> {
+    match Definition::parse(live_xml) {
+        Ok(definition) => definition.remove_from_command_line(argv),
+        Err(_) => argv,
+    }
+}
 
 /// Why a domain can't be planned.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +91,10 @@ pub struct DomainPlan {
     pub xml: String,
     /// The definition to keep once it runs, as XML.
     pub persistent: Option<String>,
+    /// The memory that QEMU maps: the name of the image's block, and that of QEMU's.
+    pub mapped: Vec<(String, String)>,
+    /// The file from which QEMU maps it, which has to be made.
+    pub memory: Option<StandIn>,
     /// The overlays to create first.
     pub overlays: Vec<Overlay>,
     /// What differs from the record.
@@ -84,8 +107,8 @@ impl DomainPlan {
         DomainAddress { uri: self.uri.clone(), ..DomainAddress::new(&self.name) }
     }
 
-    /// Plans the start of the domain of this image's machine, with more `arguments` for QEMU.
-    /// Of `rewrite`, the paths, disks and overlays count.
+    /// Plans the start of the domain of this image's machine, whose main memory is mapped where
+    /// there is `memory` to map. Of `rewrite`, the paths, disks and overlays count.
     ///
     /// # Errors
     /// When the image holds no such domain, or its disks are not as they were.
@@ -94,7 +117,7 @@ impl DomainPlan {
         image: &Path,
         options: &DomainOptions,
         rewrite: &RewriteOptions,
-        arguments: &[String],
+        memory: Option<&MappedMemory>,
     ) -> Result<DomainPlan, PlanError> {
         let mut saved = Saved::read(machine, options.define)?;
         check_name(&saved.start, options.domain.as_deref())?;
@@ -109,14 +132,27 @@ impl DomainPlan {
             // The guest learns by it that it went back in time (libvirt's formatdomain, `genid`).
             None => saved.start.set_text("genid", &Uuid::new_v4().to_string(), false),
         }
-        let incoming = INCOMING.map(str::to_owned);
-        saved.start.add_arguments(&[arguments, &incoming].concat(), image);
+        let (mut arguments, mut mapped, mut stand_in) = (Vec::new(), Vec::new(), None);
+        if let Some(memory) = memory {
+            saved.start.refuse_other_memory()?;
+            let directory = rewrite.overlays.directory.as_deref().or(memory.file.parent());
+            let file = StandIn::plan(&memory.file, &name, directory.unwrap_or(Path::new("/")));
+            let memory = MappedMemory { file: file.path.clone(), ..memory.clone() };
+            let (more, block) = memory.in_front(MAPPED)?;
+            arguments = more;
+            mapped.push((block.clone(), format!("{MAPPED}{block}")));
+            stand_in = Some(file);
+        }
+        arguments.extend(INCOMING.map(str::to_owned));
+        saved.start.add_arguments(&arguments, image);
         Ok(DomainPlan {
             name,
             uri: options.uri.clone(),
             replace: options.replace,
             xml: saved.start.to_xml()?,
             persistent: saved.persistent.map(|definition| definition.to_xml()).transpose()?,
+            mapped,
+            memory: stand_in,
             overlays,
             notes,
         })

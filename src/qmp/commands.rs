@@ -287,8 +287,14 @@ pub(super) fn parse_ram_blocks(table: &str) -> Result<Vec<RamBlock>, String> {
     if !columns.starts_with(&["PSize", "Offset", "Used", "Total"]) {
         return Err(format!("a table of RAMBlocks with the columns {header:?}"));
     }
+    // A backend that nothing uses has no name, and is not saved.
+    let is_nameless = |line: &&str| {
+        let mut words = line.split_whitespace();
+        words.clone().count() == columns.len() + 1
+            && words.next().is_some_and(|word| word.parse::<u64>().is_ok())
+    };
     lines
-        .filter(|line| !line.trim().is_empty())
+        .filter(|line| !line.trim().is_empty() && !is_nameless(line))
         .map(|line| {
             parse_ram_block(line, columns.len())
                 .ok_or_else(|| format!("a RAMBlock described as {line:?}"))

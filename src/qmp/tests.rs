@@ -326,6 +326,8 @@ async fn lost_events_are_reported() {
 
 #[test]
 fn tables_of_ram_blocks() {
+    let nameless = "Block Name PSize Offset Used Total\n  4 KiB 0x0 0x1000 0x1000\n";
+    assert_eq!(parse_ram_blocks(nameless), Ok(Vec::new()));
     let blocks = parse_ram_blocks(
         "   Block Name    PSize   Offset   Used   Total\r\n\
          \u{20}  a name with / and 4 KiB    2 MiB  0x0 0x200000 0x400000\r\n\r\n",

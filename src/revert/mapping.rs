@@ -32,6 +32,10 @@ const NOT_LOCAL: [i64; 7] =
 /// Why memory is not mapped of which writes are tracked.
 const TRACKED: &str = "writes to mapped memory are not tracked, as a reset needs it";
 
+/// Why memory is not mapped where libvirt starts the guest.
+const READABLE: &str = "libvirt's QEMU would have to be able to read the image, which is not known: \
+                        it is mapped only if that is asked for";
+
 /// Why the image's memory is not mapped where that can't be, if it would be elsewhere.
 ///
 /// # Errors
@@ -77,7 +81,11 @@ pub(super) fn plan(
     };
     let mapped = RewriteOptions { mapped: Some(memory), ..rewriting.clone() };
     let planned = rewrite(machine, &mapped).map_err(RevertError::from);
-    match planned.and_then(|plan| left_small(image, plan)) {
+    let planned = planned.and_then(|plan| {
+        let mapped: Vec<&str> = plan.mapped.iter().map(String::as_str).collect();
+        check_left(image, &mapped).map(|()| plan)
+    });
+    match planned {
         Ok(plan) => Ok((plan, None)),
         Err(RevertError::Vm(GuestError::NotMapped { problem })) if !wanted => {
             without(Some(problem))
@@ -86,12 +94,34 @@ pub(super) fn plan(
     }
 }
 
-/// Checks that a plan keeps what mapping promises: that hardly anything has to be sent.
-fn left_small(image: &Image, plan: StartPlan) -> Result<StartPlan, RevertError> {
+/// What of an image is mapped where libvirt starts its guest. Returns also why it is not, where
+/// that was left to us.
+///
+/// # Errors
+/// When it can't be, and was asked for.
+pub(super) fn for_domain(
+    image: &Image,
+    options: &RevertOptions,
+) -> Result<(Option<MappedMemory>, Option<String>), RevertError> {
+    if options.delivery.placement != Placement::Map {
+        let is_flat = !image.manifest().flat.is_empty();
+        let left_to_us = options.delivery.placement == Placement::Auto && is_flat;
+        return Ok((None, left_to_us.then(|| READABLE.to_owned())));
+    }
+    let memory = mapped_memory(image, options, true);
+    let memory = memory.map_err(|problem| GuestError::NotMapped { problem })?;
+    Ok((Some(memory), None))
+}
+
+/// Checks that hardly anything has to be sent, which is what mapping promises.
+///
+/// # Errors
+/// When more has to be.
+pub(super) fn check_left(image: &Image, mapped: &[&str]) -> Result<(), RevertError> {
     let blocks = image.manifest().blocks.iter();
-    let left = || blocks.clone().filter(|block| !plan.mapped.contains(&block.name));
+    let left = || blocks.clone().filter(|block| !mapped.contains(&block.name.as_str()));
     if left().map(|block| block.len).sum::<u64>() <= MOST_SENT {
-        return Ok(plan);
+        return Ok(());
     }
     let names: Vec<&str> = left().filter(|b| b.len >= LARGE).map(|b| b.name.as_str()).collect();
     let problem = format!("the command line gives no place to map {}", names.join(", "));
@@ -140,18 +170,26 @@ pub(super) struct MappedStream {
 }
 
 impl MappedStream {
-    /// Reads from the image what is sent. `config` and `devices` are the saved stream's.
+    /// Reads from the image what is sent. `config` and `devices` are the saved stream's; `mapped`
+    /// are the names of blocks in the image and in QEMU.
     pub fn new(
         image: &Arc<Image>,
         config: &[u8],
         devices: &[u8],
-        mapped: &[String],
+        mapped: &[(String, String)],
     ) -> Result<MappedStream, ImageError> {
         let blocks = image.blocks();
-        let mut stream = precopy_opening(config, blocks);
+        let in_qemu = |name: &str| mapped.iter().find(|(block, _)| block == name);
+        let mut named = blocks.to_vec();
+        for block in &mut named {
+            if let Some((_, name)) = in_qemu(&block.name) {
+                block.name.clone_from(name);
+            }
+        }
+        let mut stream = precopy_opening(config, &named);
         let mut frame = Frame::default();
         for (block, id) in blocks.iter().zip((0..).map(BlockId)) {
-            if mapped.contains(&block.name) {
+            if in_qemu(&block.name).is_some() {
                 continue;
             }
             let all = Run { block: id, first: 0, count: block.pages() };

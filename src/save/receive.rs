@@ -22,6 +22,7 @@ use super::moment::Moment;
 use super::options::SaveOptions;
 use crate::cancel::Cancellation;
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
+use crate::libvirt::block_name;
 use crate::machine::Machine;
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{Item, StreamBlock, StreamReader, Tail, run_state};
@@ -223,7 +224,7 @@ impl Receiver {
 
     fn create(&self, blocks: &[StreamBlock]) -> Result<ImageWriter, SaveError> {
         let with_page_size = |block: &StreamBlock| Block {
-            name: block.name.clone(),
+            name: block_name(&block.name).to_owned(),
             len: block.len,
             page_size: self.page_sizes.get(&block.name).copied().unwrap_or(4096),
         };

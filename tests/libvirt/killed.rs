@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::harness::{Dir, Running, STEPS, STOP_AT, check};
 use crate::saving::{Disks, ask, overlays, save};
 use crate::support::libvirt::{Libvirt, domain_options, shared_libvirt};
-use crate::support::{Attached, Qemu, Result};
+use crate::support::{Attached, Result};
 use crate::tests;
 
 tests! {
@@ -36,7 +36,7 @@ struct State {
 
 impl Domain<'_> {
     fn boot<'a>(libvirt: &'a Libvirt, name: &'static str) -> Result<Domain<'a>> {
-        let mut guest = libvirt.boot(&domain_options(name, Qemu::V7).with_two_disks())?;
+        let mut guest = libvirt.boot(&domain_options(name).with_two_disks())?;
         for disk in ["vda", "sda"] {
             ask(&mut guest, &format!("disk write /dev/{disk} 64 7"))?;
         }
@@ -183,7 +183,11 @@ fn libvirtd_is_restarted_during_a_save(dir: &Dir) -> Result<()> {
         saving.signal(libc::SIGCONT);
         libvirt.start_libvirtd()?;
         let ended = saving.end()?;
-        assert_eq!(ended.event("error")?["code"], "interrupted", "at `{step}`: {ended:?}");
+        // It may meet the broken connection before the interrupt, which a thread of its own
+        // hears of.
+        let error = ended.event("error")?;
+        let expected = ["interrupted", "monitor_failed"].map(Value::from);
+        assert!(expected.contains(&error["code"]), "at `{step}`: {ended:?}");
         domain.is_as_before(dir, &before, step)?;
     }
     // While libvirtd is away, the keeper waits too.

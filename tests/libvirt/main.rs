@@ -13,9 +13,12 @@ mod harness;
 
 mod figures;
 mod killed;
+mod mapped;
 mod monitor;
 mod quiesced;
 mod reverting;
 mod saving;
+mod session;
+mod verbs;
 
 pub(crate) use harness::tests;

@@ -4,7 +4,7 @@ use crate::harness::Dir;
 use crate::harness::STOP_AT;
 use crate::saving::{Disks, save};
 use crate::support::libvirt::{debian_options, shared_libvirt};
-use crate::support::{Qemu, Result, debian};
+use crate::support::{Result, debian};
 use crate::tests;
 
 tests! {
@@ -13,7 +13,7 @@ tests! {
 
 fn file_systems_are_frozen_through_libvirt(dir: &Dir) -> Result<()> {
     let (libvirt, name) = (shared_libvirt()?, "quiesced");
-    let mut guest = libvirt.boot(&debian_options(name, Qemu::V7))?;
+    let mut guest = libvirt.boot(&debian_options(name))?;
     let agent = "qemu-ga -m virtio-serial -p $(ls /dev/vport*p*) -t /run -f /run/agent.pid";
     debian::run(&mut guest.oracle, &format!("setsid {agent} >/run/agent.log 2>&1 &"))?;
     crate::support::wait_for(crate::support::SOON, "the agent to be connected", || {

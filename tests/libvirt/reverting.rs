@@ -8,13 +8,12 @@ use serde_json::Value;
 use crate::harness::{Dir, Snapback, check, text};
 use crate::saving::{ask, save};
 use crate::support::libvirt::{DomainOptions, Libvirt, domain_options, shared_libvirt};
-use crate::support::{Attached, Oracle, Qemu, Result};
+use crate::support::{Attached, Oracle, Result};
 use crate::tests;
 
 tests! {
     a_domain_reverts_in_its_own_place
     siblings_run_side_by_side
-    a_reverted_domain_is_one_of_libvirts_own
     what_was_plugged_in_comes_back
     what_virsh_saved_reverts_as_its_domain
     what_is_exported_is_restored_by_virsh
@@ -28,26 +27,26 @@ tests! {
 const SLOWLY: [&str; 4] = ["--replace", "--fill-rate", "12M", "--no-working-set"];
 
 /// A domain with two disks and a network card.
-fn options(name: &'static str) -> DomainOptions {
+pub fn options(name: &'static str) -> DomainOptions {
     DomainOptions {
         devices: "<interface type='user'><model type='virtio'/></interface>".into(),
-        ..domain_options(name, Qemu::V7).with_two_disks()
+        ..domain_options(name).with_two_disks()
     }
 }
 
 /// A domain that was saved, and the image of it.
-struct Saved {
-    libvirt: &'static Libvirt,
-    name: &'static str,
-    folder: PathBuf,
-    image: PathBuf,
-    nonce: String,
+pub struct Saved {
+    pub libvirt: &'static Libvirt,
+    pub name: &'static str,
+    pub folder: PathBuf,
+    pub image: PathBuf,
+    pub nonce: String,
 }
 
 impl Saved {
     /// Boots a domain, lets `prepare` change it, and saves it with 64 pages on its first disk.
     /// Later the guest writes something else there.
-    fn make(
+    pub fn make(
         dir: &Dir,
         options: &DomainOptions,
         prepare: impl FnOnce(&Libvirt, &mut Attached) -> Result<()>,
@@ -65,31 +64,31 @@ impl Saved {
     }
 
     /// `revert` of it.
-    fn revert(&self, dir: &Dir, arguments: &[&str]) -> Snapback {
+    pub fn revert(&self, dir: &Dir, arguments: &[&str]) -> Snapback {
         revert(dir, self.libvirt, &self.image, self.name).with(arguments)
     }
 
     /// Reverts it in its own place.
-    fn replaced(&self, dir: &Dir) -> Result<(Attached, Vec<Value>)> {
+    pub fn replaced(&self, dir: &Dir) -> Result<(Attached, Vec<Value>)> {
         let ended = self.revert(dir, &["--replace"]).succeed()?;
         let guest = Attached::to(pid(ended.event("running")?)?, &self.folder)?;
         Ok((guest, ended.events))
     }
 
     /// Whether a guest is the one that was saved, with its memory and disk of that moment.
-    fn check(&self, guest: &mut Attached) -> Result<()> {
+    pub fn check(&self, guest: &mut Attached) -> Result<()> {
         assert_eq!(guest.oracle.nonce()?, self.nonce);
         ask(guest, "disk check /dev/vda 64 7")?;
         check(guest)
     }
 
-    fn virsh(&self, verb: &str, arguments: &[&str]) -> Result<String> {
+    pub fn virsh(&self, verb: &str, arguments: &[&str]) -> Result<String> {
         self.libvirt.virsh(&[&[verb, self.name], arguments].concat())
     }
 }
 
 /// `revert` of an image's domain.
-fn revert(dir: &Dir, libvirt: &Libvirt, image: &Path, domain: &str) -> Snapback {
+pub fn revert(dir: &Dir, libvirt: &Libvirt, image: &Path, domain: &str) -> Snapback {
     dir.snapback(&["revert", text(image), "--domain", domain, "--connect", &libvirt.uri()])
 }
 
@@ -150,10 +149,42 @@ fn siblings_run_side_by_side(dir: &Dir) -> Result<()> {
         assert!(oracle.check()?.ok());
         saved.libvirt.virsh(&["destroy", name])?;
     }
+    measured(dir, &saved)?;
     seen.sort();
     seen.dedup();
     assert_eq!(seen.len(), 3, "{seen:?}");
     saved.virsh("destroy", &[])?;
+    Ok(())
+}
+
+/// Measures reverts of a domain that runs on, beside libvirt's own ways: `bench`.
+fn measured(dir: &Dir, saved: &Saved) -> Result<()> {
+    let files = || -> Result<Vec<_>> {
+        let mut names: Vec<_> =
+            fs::read_dir(&saved.folder)?.flatten().map(|entry| entry.file_name()).collect();
+        names.sort();
+        Ok(names)
+    };
+    let before = (files()?, dir.names(".")?);
+    let uri = saved.libvirt.uri();
+    let bench = ["bench", text(&saved.image), "--domain", saved.name, "--connect", &uri];
+    let report = dir.path("report.html");
+    let arguments = ["--runs", "1", "--peers", "--report", text(&report)];
+    let ended = dir.snapback(&bench).with(&arguments).succeed()?;
+    assert!(fs::read_to_string(&report)?.contains("libvirt-restore"));
+    fs::remove_file(report)?;
+    let runs = ended.events.iter().filter(|event| event["event"] == "run");
+    let ways: Vec<&str> = runs.filter_map(|run| run["way"].as_str()).collect();
+    let peers = ["libvirt-start", "libvirt-restore", "libvirt-snapshot"];
+    assert_eq!(ways, [&["domain"], &peers[..]].concat());
+    let summary = ended.event("summary")?;
+    assert_eq!(summary["subject"]["domain"], saved.name);
+    for ratio in summary["ratios"].as_array().into_iter().flatten() {
+        assert!(ratio["way"] == "domain" && ratio["ratio"]["median"].as_f64() > Some(0.0));
+    }
+    assert_eq!((files()?, dir.names(".")?), before);
+    let domains = saved.libvirt.virsh(&["list", "--all", "--name"])?;
+    assert!(!domains.contains("snapback-bench"), "{domains}");
     Ok(())
 }
 
@@ -164,49 +195,6 @@ fn identity(xml: &str) -> (String, String) {
         rest.split(['<', '\'']).next().unwrap_or_default().to_owned()
     };
     (behind("<uuid>"), behind("<mac address='"))
-}
-
-fn a_reverted_domain_is_one_of_libvirts_own(dir: &Dir) -> Result<()> {
-    let saved = Saved::make(dir, &options("verbs"), |_, _| Ok(()))?;
-    let (guest, _) = saved.replaced(dir)?;
-    std::mem::forget(guest);
-    let attached = || Attached::to(saved.libvirt.pid_of(saved.name)?, &saved.folder);
-
-    // Snapshots of its disks, and block jobs.
-    saved.virsh("snapshot-create-as", &["own", "--disk-only", "--no-metadata"])?;
-    saved.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait", "--shallow"])?;
-    saved.virsh("snapshot-create-as", &["internal"]).map(drop)?;
-
-    // Hot-plug, and out again.
-    let disk = saved.folder.join("plugged.raw");
-    fs::write(&disk, vec![0; 1 << 20])?;
-    saved.virsh("attach-disk", &[text(&disk), "vdz", "--targetbus", "virtio", "--live"])?;
-    saved.virsh("detach-disk", &["vdz", "--live"])?;
-
-    // Saved and restored, by libvirt itself.
-    let file = saved.libvirt.path("verbs.save");
-    saved.virsh("save", &[text(&file)])?;
-    saved.libvirt.virsh(&["restore", text(&file)])?;
-    let mut guest = attached()?;
-    saved.check(&mut guest)?;
-    std::mem::forget(guest);
-
-    // By us, and reverted once more: what the first start has left is not in the image's start.
-    save(dir, saved.libvirt, saved.name, "again.snap").succeed()?;
-    let again = Saved { image: dir.path("again.snap"), ..saved };
-    let (mut guest, _) = again.replaced(dir)?;
-    again.check(&mut guest)?;
-    let live = again.virsh("dumpxml", &[])?;
-    assert_eq!(live.matches("'-incoming'").count(), 1, "{live}");
-    std::mem::forget(guest);
-
-    // It ends when it is told to, and starts anew as it was defined.
-    again.virsh("shutdown", &[])?;
-    again.virsh("destroy", &[])?;
-    again.virsh("start", &[])?;
-    assert!(!again.virsh("dumpxml", &[])?.contains("incoming"));
-    again.virsh("destroy", &[])?;
-    Ok(())
 }
 
 fn what_was_plugged_in_comes_back(dir: &Dir) -> Result<()> {
@@ -239,7 +227,7 @@ fn card(folder: &Path) -> Result<PathBuf> {
 
 fn what_virsh_saved_reverts_as_its_domain(dir: &Dir) -> Result<()> {
     let libvirt = shared_libvirt()?;
-    let mut guest = libvirt.boot(&domain_options("imported", Qemu::V7))?;
+    let mut guest = libvirt.boot(&domain_options("imported"))?;
     let (nonce, folder) = (guest.oracle.nonce()?, guest.dir.clone());
     std::mem::forget(guest);
     let (file, image) = (libvirt.path("imported.save"), dir.path("vm.snap"));
@@ -284,7 +272,7 @@ fn what_stands_in_the_way_is_told(dir: &Dir) -> Result<()> {
     let refusal = revert(dir, saved.libvirt, &saved.image, "another").fail()?;
     assert!(refusal.contains("`obstacles`") && refusal.contains("--new"), "{refusal}");
     let refusal = refused(&["--replace", "--place", "map"])?;
-    assert!(refusal.contains("libvirt starts the guest"), "{refusal}");
+    assert!(refusal.contains("--layout flat"), "{refusal}");
     // Nothing is left of any.
     let made = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("obstacles.");
     let files = fs::read_dir(&saved.folder)?.flatten();

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::harness::{Dir, Snapback, check, text};
 use crate::support::libvirt::{Libvirt, domain_options, shared_libvirt};
-use crate::support::{Contact, Qemu, Result};
+use crate::support::{Contact, Result};
 use crate::tests;
 
 tests! {
@@ -57,7 +57,7 @@ pub fn overlays(folder: &str, libvirt: &Libvirt) -> Result<Vec<PathBuf>> {
 
 fn a_domain_is_saved_with_its_disks(dir: &Dir) -> Result<()> {
     let (libvirt, name) = (shared_libvirt()?, "saved");
-    let mut guest = libvirt.boot(&domain_options(name, Qemu::V7).with_two_disks())?;
+    let mut guest = libvirt.boot(&domain_options(name).with_two_disks())?;
     for disk in ["vda", "sda"] {
         ask(&mut guest, &format!("disk write /dev/{disk} 64 7"))?;
     }
@@ -121,7 +121,7 @@ fn a_save_that_fails_leaves_the_domain_as_it_was(dir: &Dir) -> Result<()> {
         return Ok(());
     }
     let (libvirt, name) = (shared_libvirt()?, "interrupted");
-    let mut guest = libvirt.boot(&domain_options(name, Qemu::V7).with_two_disks())?;
+    let mut guest = libvirt.boot(&domain_options(name).with_two_disks())?;
     ask(&mut guest, "disk write /dev/vda 64 7")?;
     let before = Disks::of(libvirt, name)?;
     let saving =
@@ -154,7 +154,7 @@ fn what_stands_in_the_way_is_told(dir: &Dir) -> Result<()> {
     let refusal = check_of(name, "qemu+unix:///system?socket=/nonexistent/sock").fail()?;
     assert!(refusal.contains("does its daemon"), "{refusal}");
 
-    let mut guest = libvirt.boot(&domain_options(name, Qemu::V7))?;
+    let mut guest = libvirt.boot(&domain_options(name))?;
     let ended = check_of(name, &libvirt.uri()).succeed()?;
     let items: Vec<&str> = ended.events.iter().filter_map(|item| item["item"].as_str()).collect();
     assert!(items.contains(&"libvirt"), "{items:?}");

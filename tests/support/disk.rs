@@ -160,7 +160,7 @@ pub const VIRTIO_BLK: &str =
     "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,virtio_blk";
 pub const VIRTIO_BALLOON: &str =
     "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,virtio_balloon";
-pub const VIRTIO_SCSI: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,\
+const VIRTIO_SCSI: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,\
                            virtio_pci,scsi_common,scsi_mod,sd_mod,virtio_scsi";
 const IDE: &str = "scsi_common,scsi_mod,sd_mod,libata,ata_piix";
 

@@ -1,9 +1,10 @@
-//! A libvirt of the tests' own: virtlogd and libvirtd as Debian ships them, in a mount namespace
-//! in which their directories are folders of ours, so that a libvirt of the machine and ours
-//! don't meet. Needs root.
+//! A libvirt of the tests' own: virtlogd and libvirtd as Debian ships them, in namespaces in which
+//! their directories are folders of ours, so that a libvirt of the machine and ours don't meet.
+//! Needs root.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -11,7 +12,6 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::disk::VIRTIO_SCSI;
 use super::{
     Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, debian, deps,
     run, spawn_bound, wait_for,
@@ -28,8 +28,40 @@ const DIRECTORIES: [(&str, &str); 5] = [
 
 /// `qemu.conf`: QEMU 7.2 as another user may call userfaultfd(2) only where the sysctl
 /// `vm.unprivileged_userfaultfd` is 1, which is the whole machine's.
-const MAY_USE_USERFAULTFD: &str =
+const AS_ROOT: &str =
     "user = \"root\"\ngroup = \"root\"\nclear_emulator_capabilities = 0\nremember_owner = 0\n";
+
+/// The same for later QEMUs: as distributions ship it, but that guests see the device by which
+/// these have userfaultfd.
+const WITH_DEVICE: &str = r#"remember_owner = 0
+cgroup_device_acl = ["/dev/null", "/dev/full", "/dev/zero", "/dev/random", "/dev/urandom", "/dev/ptmx", "/dev/kvm", "/dev/userfaultfd"]
+"#;
+
+/// The kernel modules of a guest with [two disks](DomainOptions::with_two_disks) that heeds its power
+/// button.
+const MODULES: &str = "virtio,virtio_ring,virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio_pci,\
+                       scsi_common,scsi_mod,sd_mod,virtio_scsi,button,evdev";
+
+/// What of a newer libvirt has to be in the place of the system's.
+const PARTS: [&str; 8] = [
+    "/usr/sbin/libvirtd",
+    "/usr/sbin/virtlogd",
+    "/usr/lib/x86_64-linux-gnu/libvirt.so.0",
+    "/usr/lib/x86_64-linux-gnu/libvirt-lxc.so.0",
+    "/usr/lib/x86_64-linux-gnu/libvirt-qemu.so.0",
+    "/usr/lib/x86_64-linux-gnu/libvirt",
+    "/usr/lib/libvirt",
+    "/usr/share/libvirt",
+];
+
+/// By what libvirt tells hosts apart.
+#[derive(Clone, Copy)]
+struct Host {
+    name: &'static str,
+    uuid: &'static str,
+}
+
+const ELSEWHERE: Host = Host { name: "elsewhere", uuid: "5eba11ed-0000-4000-8000-000000000002" };
 
 /// Allowed for a boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -37,14 +69,17 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// A libvirt that runs. Dropping it ends its guests, then its daemons.
 pub struct Libvirt {
     folder: TempDir,
-    /// Keeps the namespace.
-    namespace: Daemon,
-    daemons: Mutex<Daemons>,
+    qemu: Qemu,
+    host: Place,
+    libvirtd: Mutex<Option<Daemon>>,
 }
 
-struct Daemons {
-    libvirtd: Option<Daemon>,
-    _virtlogd: Daemon,
+/// Where its daemon runs, and as whom.
+enum Place {
+    /// `qemu:///system`: as root, in these namespaces, which a process keeps.
+    System { namespaces: Daemon, virtlogd: Mutex<Daemon> },
+    /// `qemu:///session`: as this user, whose directories the environment names.
+    Session { user: u32 },
 }
 
 /// A process that is killed when it is dropped.
@@ -57,12 +92,13 @@ impl Drop for Daemon {
     }
 }
 
+static SHARED: OnceLock<std::result::Result<&'static Libvirt, String>> = OnceLock::new();
+
 /// The libvirt that all tests of this program share, until it ends.
 ///
 /// # Errors
 /// When it can't be started.
 pub fn shared_libvirt() -> Result<&'static Libvirt> {
-    static SHARED: OnceLock<std::result::Result<&'static Libvirt, String>> = OnceLock::new();
     extern "C" fn end() {
         if let Some(Ok(libvirt)) = SHARED.get() {
             libvirt.end();
@@ -79,11 +115,41 @@ pub fn shared_libvirt() -> Result<&'static Libvirt> {
 }
 
 impl Libvirt {
-    /// Starts one.
+    /// Starts one: the system's, or a newer one if the environment has `SNAPBACK_TEST_LIBVIRT_NEWER`.
     ///
     /// # Errors
     /// When it isn't installed, or this isn't root.
     pub fn start() -> Result<Libvirt> {
+        Libvirt::start_as(None, Libvirt::usual_qemu(), "")
+    }
+
+    /// The QEMU of the libvirt that tests have unless they say which.
+    pub fn usual_qemu() -> Qemu {
+        match std::env::var_os("SNAPBACK_TEST_LIBVIRT_NEWER") {
+            Some(_) => Qemu::V10,
+            None => Qemu::V7,
+        }
+    }
+
+    /// Starts a newer one, of Debian 13, with QEMU 10. Its guests run as the user `libvirt-qemu`,
+    /// and it saves them in its newest format.
+    ///
+    /// # Errors
+    /// As [`Libvirt::start`].
+    pub fn start_newer() -> Result<Libvirt> {
+        Libvirt::start_as(None, Qemu::V10, "save_image_format = \"sparse\"\n")
+    }
+
+    /// Starts one that takes itself for that of another host: guests can migrate there.
+    ///
+    /// # Errors
+    /// As [`Libvirt::start`].
+    pub fn start_elsewhere() -> Result<Libvirt> {
+        Libvirt::start_as(Some(ELSEWHERE), Libvirt::usual_qemu(), "")
+    }
+
+    /// `more` are settings of its QEMU driver.
+    fn start_as(host: Option<Host>, qemu: Qemu, more: &str) -> Result<Libvirt> {
         let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
         // Its guests run as another user.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
@@ -93,23 +159,96 @@ impl Libvirt {
             fs::create_dir(&ours)?;
             script += &format!("mkdir -p {directory}\nmount --bind {} {directory}\n", text(&ours));
         }
-        for (file, settings) in
-            [("libvirtd.conf", ""), ("virtlogd.conf", ""), ("qemu.conf", MAY_USE_USERFAULTFD)]
+        if let Some(Ok(shared)) = SHARED.get()
+            && shared.qemu == qemu
         {
+            shared.copy_capabilities(&folder.path().join("cache"))?;
+        }
+        let is_newer = qemu == Qemu::V10;
+        let own = PARTS.map(|place| (deps().join(format!("libvirt-11.3{place}")), place));
+        let own = own.into_iter().filter(|_| is_newer);
+        for (part, place) in qemu.parts().into_iter().chain(own) {
+            script += &format!("mount --bind {} {place}\n", text(&artifact(part)?));
+        }
+        if is_newer {
+            // The user's there, and not on the whole machine.
+            let device = folder.path().join("userfaultfd");
+            let device = text(&device);
+            script += &format!(
+                "cp -a /dev/userfaultfd {device}\nchown libvirt-qemu {device}\n\
+                 mount --bind {device} /dev/userfaultfd\n"
+            );
+        }
+        let mut libvirtd = String::new();
+        if let Some(Host { name, uuid }) = host {
+            script += &format!("hostname {name}\n");
+            libvirtd = format!("host_uuid = \"{uuid}\"\n");
+        }
+        let driver = if is_newer { WITH_DEVICE } else { AS_ROOT }.to_owned() + more;
+        for (file, settings) in [
+            ("libvirtd.conf", &libvirtd),
+            ("virtlogd.conf", &String::new()),
+            ("qemu.conf", &driver),
+        ] {
             fs::write(folder.path().join("etc").join(file), settings)?;
         }
         let ready = folder.path().join("ready");
         script += &format!("touch {}\nexec sleep infinity\n", text(&ready));
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
-        let namespace = Daemon(start(command, &folder.path().join("namespace.log"))?);
+        command.args(["--mount", "--uts", "--propagation", "private", "sh", "-c", &script]);
+        let namespaces = Daemon(start(command, &folder.path().join("namespace.log"))?);
         wait_for(SOON, "a mount namespace (as root)", || Ok(ready.exists().then_some(())))?;
-        let within = |program, args: &[&str]| within(&namespace.0, folder.path(), program, args);
-        let virtlogd = within("virtlogd", &["--pid-file", "/run/libvirt/virtlogd.pid"])?;
-        let daemons = Mutex::new(Daemons { libvirtd: None, _virtlogd: virtlogd });
-        let libvirt = Libvirt { folder, namespace, daemons };
+        let mut command = within(&namespaces.0, "virtlogd");
+        command.args(["--pid-file", "/run/libvirt/virtlogd.pid"]);
+        let virtlogd = Daemon(start(command, &folder.path().join("virtlogd.log"))?);
+        Libvirt::started(folder, qemu, Place::System { namespaces, virtlogd: Mutex::new(virtlogd) })
+    }
+
+    /// Starts one of this user's own.
+    ///
+    /// # Errors
+    /// As [`Libvirt::start`].
+    pub fn start_session(user: u32) -> Result<Libvirt> {
+        let folder = tempfile::Builder::new().prefix("snapback-libvirt-").tempdir()?;
+        for (_, ours) in DIRECTORIES {
+            fs::create_dir(folder.path().join(ours))?;
+        }
+        let settings = folder.path().join("etc/libvirt");
+        fs::create_dir(&settings)?;
+        // It would start a virtlogd that nobody ends.
+        fs::write(settings.join("qemu.conf"), "stdio_handler = \"file\"\n")?;
+        give(folder.path(), user)?;
+        Libvirt::started(folder, Qemu::V7, Place::Session { user })
+    }
+
+    fn started(folder: TempDir, qemu: Qemu, host: Place) -> Result<Libvirt> {
+        let libvirt = Libvirt { folder, qemu, host, libvirtd: Mutex::new(None) };
         libvirt.start_libvirtd()?;
         Ok(libvirt)
+    }
+
+    /// Copies what it knows of QEMU, which takes seconds to find out, to another one's cache.
+    fn copy_capabilities(&self, cache: &Path) -> Result<()> {
+        let known = self.path("cache/qemu/capabilities");
+        let to = cache.join("qemu/capabilities");
+        fs::create_dir_all(&to)?;
+        for entry in fs::read_dir(known).into_iter().flatten() {
+            let path = entry?.path();
+            fs::copy(&path, to.join(path.file_name().unwrap_or_default()))?;
+        }
+        Ok(())
+    }
+
+    /// The environment of a session's user: where its libvirt is.
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        const NAMES: [(&str, &str); 5] = [
+            ("HOME", "lib"),
+            ("XDG_RUNTIME_DIR", "run"),
+            ("XDG_CONFIG_HOME", "etc"),
+            ("XDG_CACHE_HOME", "cache"),
+            ("XDG_DATA_HOME", "lib"),
+        ];
+        NAMES.map(|(name, folder)| (name, text(&self.path(folder)).to_owned())).to_vec()
     }
 
     /// Starts libvirtd, after [`Libvirt::stop_libvirtd`]; its guests have run on.
@@ -117,24 +256,39 @@ impl Libvirt {
     /// # Errors
     /// When it doesn't answer.
     pub fn start_libvirtd(&self) -> Result<()> {
-        let args = ["--pid-file", "/run/libvirt/libvirtd.pid"];
-        let libvirtd = within(&self.namespace.0, self.folder.path(), "libvirtd", &args)?;
-        self.daemons().libvirtd = Some(libvirtd);
+        let command = match &self.host {
+            Place::System { namespaces, .. } => {
+                let mut command = within(&namespaces.0, "libvirtd");
+                command.args(["--pid-file", "/run/libvirt/libvirtd.pid"]);
+                command
+            }
+            Place::Session { user } => {
+                let mut command = Command::new("libvirtd");
+                command.uid(*user).gid(*user).envs(self.environment()).current_dir("/");
+                command
+            }
+        };
+        let daemon = Daemon(start(command, &self.path("libvirtd.log"))?);
+        *self.libvirtd() = Some(daemon);
         wait_for(SOON, "libvirtd to answer", || Ok(self.virsh(&["list"]).ok().map(drop)))
     }
 
     /// Kills libvirtd: all its connections break. Its guests run on.
     pub fn stop_libvirtd(&self) {
-        self.daemons().libvirtd = None;
+        *self.libvirtd() = None;
     }
 
-    fn daemons(&self) -> std::sync::MutexGuard<'_, Daemons> {
-        self.daemons.lock().unwrap_or_else(PoisonError::into_inner)
+    fn libvirtd(&self) -> std::sync::MutexGuard<'_, Option<Daemon>> {
+        self.libvirtd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its connection URI.
     pub fn uri(&self) -> String {
-        format!("qemu+unix:///system?socket={}", text(&self.folder.path().join("run/libvirt-sock")))
+        let (kind, socket) = match self.host {
+            Place::System { .. } => ("system", "run/libvirt-sock"),
+            Place::Session { .. } => ("session", "run/libvirt/libvirt-sock"),
+        };
+        format!("qemu+unix:///{kind}?socket={}", text(&self.path(socket)))
     }
 
     /// A file or folder in the folder of its guests' files.
@@ -157,12 +311,25 @@ impl Libvirt {
         Ok(String::from_utf8(done.stdout)?)
     }
 
+    /// `virsh console` of a domain, at a terminal: what it prints goes to a file.
+    ///
+    /// # Errors
+    /// When `script` isn't installed.
+    pub fn console(&self, domain: &str, printed: &Path) -> Result<Console> {
+        let virsh = format!("virsh --connect '{}' console {domain}", self.uri());
+        let mut command = Command::new("script");
+        command.args(["--quiet", "--flush", "--command", &virsh, "/dev/null"]);
+        // Open, or the terminal would end.
+        command.stdin(Stdio::piped()).stdout(fs::File::create(printed)?);
+        Ok(Console { child: spawn_bound(command)?, printed: SerialLog::whole(printed) })
+    }
+
     /// The process of a domain's QEMU.
     ///
     /// # Errors
     /// When it doesn't run.
     pub fn pid_of(&self, domain: &str) -> Result<u32> {
-        let file = self.path("run/qemu").join(format!("{domain}.pid"));
+        let file = self.state().join(format!("{domain}.pid"));
         Ok(fs::read_to_string(file)?.trim().parse()?)
     }
 
@@ -184,8 +351,11 @@ impl Libvirt {
                 false => disk.make(&folder)?,
             }
         }
+        if let Place::Session { user } = self.host {
+            give(&folder, user)?;
+        }
         let xml = folder.join("domain.xml");
-        fs::write(&xml, options.xml(&folder))?;
+        fs::write(&xml, options.xml(&folder, self.qemu))?;
         self.virsh(&["define", text(&xml)])?;
         self.virsh(&["start", options.name])?;
         let pid = self.pid_of(options.name)?;
@@ -201,10 +371,18 @@ impl Libvirt {
         Ok(guest)
     }
 
+    /// Where it keeps what it knows of its guests.
+    fn state(&self) -> PathBuf {
+        self.path(match self.host {
+            Place::System { .. } => "run/qemu",
+            Place::Session { .. } => "run/libvirt/qemu/run",
+        })
+    }
+
     /// Ends its guests and its daemons.
     fn end(&self) {
         self.stop_libvirtd();
-        let names = fs::read_dir(self.path("run/qemu")).into_iter().flatten().flatten();
+        let names = fs::read_dir(self.state()).into_iter().flatten().flatten();
         for entry in names {
             let path = entry.path();
             let Some(domain) = path.file_name().and_then(|name| name.to_str()) else { continue };
@@ -220,12 +398,12 @@ impl Libvirt {
                 let _ = process.kill();
             }
         }
-        let mut daemons = self.daemons();
-        let _ = daemons._virtlogd.0.kill();
-        let _ = daemons._virtlogd.0.wait();
-        drop(daemons);
+        let Place::System { namespaces, virtlogd, .. } = &self.host else { return };
+        let mut virtlogd = virtlogd.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = virtlogd.0.kill();
+        let _ = virtlogd.0.wait();
         // SAFETY: kill(2) takes numbers only; the process is a child that was not waited for.
-        unsafe { libc::kill(self.namespace.0.id() as i32, libc::SIGKILL) };
+        unsafe { libc::kill(namespaces.0.id() as i32, libc::SIGKILL) };
     }
 }
 
@@ -235,11 +413,34 @@ impl Drop for Libvirt {
     }
 }
 
-/// Starts a program in our namespace.
-fn within(namespace: &Child, folder: &Path, program: &str, args: &[&str]) -> Result<Daemon> {
+/// A terminal in which `virsh console` runs. Dropping it ends that.
+pub struct Console {
+    child: Child,
+    /// What it has printed.
+    pub printed: SerialLog,
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A program in namespaces of ours.
+fn within(namespaces: &Child, program: &str) -> Command {
     let mut command = Command::new("nsenter");
-    command.args(["--mount", "--target", &namespace.id().to_string(), program]).args(args);
-    Ok(Daemon(start(command, &folder.join(format!("{program}.log")))?))
+    command.args(["--mount", "--uts", "--target", &namespaces.id().to_string(), program]);
+    command
+}
+
+/// Makes a folder and all that is in it a user's.
+fn give(path: &Path, user: u32) -> Result<()> {
+    std::os::unix::fs::lchown(path, Some(user), Some(user))?;
+    if path.is_dir() {
+        fs::read_dir(path)?.try_for_each(|entry| give(&entry?.path(), user))?;
+    }
+    Ok(())
 }
 
 fn start(mut command: Command, log: &Path) -> Result<Child> {
@@ -252,19 +453,27 @@ fn start(mut command: Command, log: &Path) -> Result<Child> {
 pub struct DomainOptions {
     /// Its name, and that of its folder.
     pub name: &'static str,
-    /// The oracle, and the QEMU it runs on.
+    /// The oracle. The QEMU that it runs on is libvirt's.
     pub guest: GuestOptions,
     pub disks: Vec<DomainDisk>,
     /// More devices, in XML.
     pub devices: String,
+    /// Whether its console is a terminal of its host's, with a log, and not a file.
+    pub has_terminal: bool,
 }
 
 impl DomainOptions {
-    fn xml(&self, folder: &Path) -> String {
+    fn xml(&self, folder: &Path, qemu: Qemu) -> String {
         let file = |name: &str| text(&folder.join(name)).to_owned();
-        let GuestOptions { mib, vcpus, qemu, .. } = &self.guest;
+        let GuestOptions { mib, vcpus, .. } = &self.guest;
         let disks: String = self.disks.iter().map(|disk| disk.xml(folder)).collect();
         let emulator = qemu.binary();
+        let log = file("serial0.log");
+        let (kind, element, attribute) = match self.has_terminal {
+            true => ("pty", "log", "file"),
+            false => ("file", "source", "path"),
+        };
+        let console = format!("<{element} {attribute}='{log}' append='on'/><target port='0'/>");
         format!(
             "<domain type='qemu'><name>{}</name><memory unit='MiB'>{mib}</memory>
              <vcpu>{vcpus}</vcpu>
@@ -272,7 +481,7 @@ impl DomainOptions {
                <kernel>{}</kernel><initrd>{}</initrd><cmdline>{}</cmdline></os>
              <features><acpi/></features>
              <devices><emulator>{}</emulator>{disks}
-               <serial type='file'><source path='{}' append='on'/><target port='0'/></serial>
+               <serial type='{kind}'>{console}</serial>
                <serial type='unix'><source mode='bind' path='{}'/><target port='1'/></serial>
                <controller type='usb' model='none'/><memballoon model='none'/>{}
              </devices></domain>",
@@ -281,7 +490,6 @@ impl DomainOptions {
             file("initramfs.cpio"),
             self.guest.kernel_command_line(),
             text(&emulator),
-            file("serial0.log"),
             file("serial1.sock"),
             self.devices,
         )
@@ -295,14 +503,14 @@ impl DomainOptions {
         self.disks.push(disk("vda", "virtio", Format::Raw));
         self.disks.push(disk("sda", "scsi", Format::Qcow2));
         self.guest.virtio_blk = true;
-        self.guest.modules = VIRTIO_SCSI;
+        self.guest.modules = MODULES;
         self
     }
 }
 
 /// A domain whose guest is Debian, on its disk `vda`, with a channel for its agent.
-pub fn debian_options(name: &'static str, qemu: Qemu) -> DomainOptions {
-    let mut options = domain_options(name, qemu);
+pub fn debian_options(name: &'static str) -> DomainOptions {
+    let mut options = domain_options(name);
     options.guest.mib = 512;
     options.guest.debian = true;
     options.guest.virtio_blk = true;
@@ -358,14 +566,13 @@ fn text(path: &Path) -> &str {
 }
 
 /// A domain as tests like it: small, writing, and 48 MiB of it incompressible. It has no disks.
-pub fn domain_options(name: &'static str, qemu: Qemu) -> DomainOptions {
+pub fn domain_options(name: &'static str) -> DomainOptions {
     let guest = GuestOptions {
-        qemu,
         mib: 160,
         fill: super::Fill::Mib(64),
         random_percent: 75,
         writers: 2,
         ..GuestOptions::default()
     };
-    DomainOptions { name, guest, disks: Vec::new(), devices: String::new() }
+    DomainOptions { name, guest, disks: Vec::new(), devices: String::new(), has_terminal: false }
 }

@@ -97,6 +97,20 @@ impl Qemu {
         }
     }
 
+    /// Its directories that have to be in the place of the system's where it is started without
+    /// [`env`](Qemu::env) and [`args`](Qemu::args), as libvirt does to ask what it can.
+    pub fn parts(self) -> Vec<(PathBuf, &'static str)> {
+        const PARTS: [&str; 3] =
+            ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/share/qemu", "/usr/share/seabios"];
+        match (self.named(), self) {
+            (None, Qemu::V10) => PARTS
+                .into_iter()
+                .map(|place| (deps().join(format!("qemu-10.0{place}")), place))
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// The arguments that it needs to find its parts (`-L`), ahead of any others.
     pub fn args(self) -> Vec<String> {
         match (self.named(), self) {

@@ -103,8 +103,8 @@ fn numbers(summary: &Summary) -> String {
 }
 
 fn ratios(summary: &Summary) -> String {
-    const LEGEND: &str = "<p>How many times as long QEMU’s own way takes, round by round: more \
-                          than 1 means that snapback is faster.</p>";
+    const LEGEND: &str = "<p>How many times as long QEMU’s or libvirt’s own way takes, round by \
+                          round: more than 1 means that snapback is faster.</p>";
     let all = tables::ratios(summary);
     all.iter().fold(LEGEND.to_owned(), |out, table| out + &html_table(table, "×"))
 }

@@ -33,12 +33,7 @@ impl MappedMemory {
     /// Maps the command line's main memory from the file. Returns the names of the mapped
     /// blocks.
     pub(in crate::guest) fn put(&self, line: &mut CommandLine) -> Result<Vec<String>, GuestError> {
-        let version = (self.qemu.major, self.qemu.minor);
-        if version < OFFSET {
-            let problem =
-                format!("QEMU {} maps whole files only (8.1 and later map parts)", self.qemu);
-            return Err(GuestError::NotMapped { problem });
-        }
+        self.check_version()?;
         refuse_shared(line)?;
         let mut mapped = Vec::new();
         for option in line.options_mut().filter(|option| option.name() == "object") {
@@ -80,6 +75,34 @@ impl MappedMemory {
                 )))
             }
             _ => Ok(mapped),
+        }
+    }
+
+    /// Arguments that map main memory from the file where it has a backend of its own name already,
+    /// as libvirt gives it one, which can't be replaced: another is called so with `prefix` in
+    /// front, and takes its place. Returns also the name of the mapped block.
+    ///
+    /// # Errors
+    /// When it can't be mapped.
+    pub fn in_front(&self, prefix: &str) -> Result<(Vec<String>, String), GuestError> {
+        self.check_version()?;
+        let is_main = |name: &String| Board::main_memories().any(|main| main == name);
+        let Some((name, len, offset)) = self.blocks.iter().find(|(name, ..)| is_main(name)) else {
+            return Err(not_mapped("its main memory is of several parts, or not of a known name"));
+        };
+        let block = (format!("{prefix}{name}"), *len, *offset);
+        let machine = format!("memory-backend={}", block.0);
+        let arguments = ["-object".into(), self.backend(&block)?, "-machine".into(), machine];
+        Ok((arguments.into(), name.clone()))
+    }
+
+    fn check_version(&self) -> Result<(), GuestError> {
+        match (self.qemu.major, self.qemu.minor) < OFFSET {
+            true => Err(not_mapped(format!(
+                "QEMU {} maps whole files only (8.1 and later map parts)",
+                self.qemu
+            ))),
+            false => Ok(()),
         }
     }
 
@@ -195,6 +218,19 @@ mod tests {
         let (mapped, line) = put((9, 0), &args).unwrap();
         assert_eq!(mapped, ["m0", "pc.ram"]);
         assert!(line.contains("id=pc.ram") && line.contains("memory-backend=pc.ram"), "{line}");
+    }
+
+    #[test]
+    fn a_backend_that_can_not_give_way_is_passed_over() {
+        let qemu = QemuVersion { major: 9, minor: 0, ..QemuVersion::default() };
+        let blocks = vec![("pc.ram".to_owned(), 4096, 2 << 20)];
+        let mut memory = MappedMemory { file: "/vm.snap".into(), qemu, blocks };
+        let (arguments, block) = memory.in_front("x-").unwrap();
+        assert_eq!(block, "pc.ram");
+        assert!(arguments[1].starts_with("memory-backend-file,id=x-pc.ram,size=4096,"));
+        assert_eq!(arguments[3], "memory-backend=x-pc.ram");
+        memory.blocks[0].0 = "ram-node0".into();
+        assert!(memory.in_front("x-").is_err());
     }
 
     #[test]

@@ -46,12 +46,12 @@ pub(super) enum Contents {
 }
 
 impl Contents {
-    /// Reads them from the image. `mapped` names the blocks that QEMU maps.
+    /// Reads them from the image. `mapped` names the blocks that QEMU maps: in the image, in QEMU.
     pub fn read(
         image: &Arc<Image>,
         delivery: &Delivery,
         rtc: Rtc,
-        mapped: &[String],
+        mapped: &[(String, String)],
     ) -> Result<Contents, RevertError> {
         let sections = sections(image, rtc)?;
         let Sections { config, devices, .. } = &sections;
@@ -106,7 +106,12 @@ pub(super) enum Reading {
 
 impl Reading {
     /// Begins to read.
-    pub fn start(image: &Arc<Image>, delivery: &Delivery, rtc: Rtc, mapped: &[String]) -> Reading {
+    pub fn start(
+        image: &Arc<Image>,
+        delivery: &Delivery,
+        rtc: Rtc,
+        mapped: &[(String, String)],
+    ) -> Reading {
         let (image, delivery, mapped) = (Arc::clone(image), delivery.clone(), mapped.to_vec());
         let read = move || Contents::read(&image, &delivery, rtc, &mapped);
         Reading::UnderWay(tokio::task::spawn_blocking(read))

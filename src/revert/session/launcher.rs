@@ -35,9 +35,14 @@ impl Launcher {
             let (plan, not_mapped) = mapping::plan(image, options, rewriting)?;
             return Ok((Launcher::Process(Box::new(plan)), not_mapped));
         };
-        let not_mapped = mapping::refuse(image, options, "libvirt starts the guest")?;
+        let (memory, not_mapped) = mapping::for_domain(image, options)?;
         let path = std::path::absolute(&options.image).unwrap_or_else(|_| options.image.clone());
-        let plan = DomainPlan::new(&image.manifest().machine, &path, domain, rewrite, &[])?;
+        let machine = &image.manifest().machine;
+        let plan = DomainPlan::new(machine, &path, domain, rewrite, memory.as_ref())?;
+        if memory.is_some() {
+            let mapped: Vec<&str> = plan.mapped.iter().map(|(block, _)| block.as_str()).collect();
+            mapping::check_left(image, &mapped)?;
+        }
         Ok((Launcher::Domain(Box::new(plan)), not_mapped))
     }
 
@@ -82,11 +87,13 @@ impl Launcher {
         }
     }
 
-    /// Names of the blocks that QEMU maps from a file.
-    pub fn mapped(&self) -> &[String] {
+    /// The blocks that QEMU maps from a file: their names in the image, and in QEMU.
+    pub fn mapped(&self) -> Vec<(String, String)> {
         match self {
-            Launcher::Process(plan) => &plan.mapped,
-            Launcher::Domain(_) => &[],
+            Launcher::Process(plan) => {
+                plan.mapped.iter().map(|name| (name.clone(), name.clone())).collect()
+            }
+            Launcher::Domain(plan) => plan.mapped.clone(),
         }
     }
 

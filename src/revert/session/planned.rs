@@ -113,7 +113,7 @@ impl Planned {
             })
         };
         // QEMU's start takes tens of milliseconds.
-        let contents = Reading::start(&image, &delivery, rtc, launcher.mapped());
+        let contents = Reading::start(&image, &delivery, rtc, &launcher.mapped());
         let lifecycle = Lifecycle::new(start, standby);
         let lifecycle = if is_mapped { lifecycle.mapped() } else { lifecycle };
         let launch = launcher.launch(image.identity().to_string(), &cancel);

@@ -21,7 +21,7 @@ use super::quiesce;
 use super::settings::Settings;
 use crate::guest;
 use crate::image::Image;
-use crate::libvirt::Domain;
+use crate::libvirt::{Domain, without_our_arguments};
 use crate::machine::Machine;
 use crate::qmp::{Qmp, QmpError};
 use crate::runs;
@@ -170,6 +170,9 @@ async fn look(access: &Access, options: &SaveOptions) -> (Vec<CheckItem>, Option
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
     let Described { live: libvirt_xml, persistent: libvirt_inactive_xml, disks: domain_disks } =
         described;
+    if let Some(xml) = &libvirt_xml {
+        machine.argv = without_our_arguments(machine.argv, xml);
+    }
     let machine =
         Machine { running, uncaptured_disks, libvirt_xml, libvirt_inactive_xml, ..machine };
     let must_drain = background && number < LETS_GO;

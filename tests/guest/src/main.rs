@@ -5,6 +5,7 @@
 //! lost, mixed up, zeroed or took from another moment is noticed. See README.md.
 
 mod answers;
+mod button;
 mod clock;
 mod config;
 mod content;
@@ -83,6 +84,7 @@ fn run() -> Result<(), Failure> {
     if let Some(device) = &config.root {
         match root::switch(device)? {}
     }
+    button::heed()?;
     // The region is sized to what is there; let the kernel not doubt it.
     fs::write("/proc/sys/vm/overcommit_memory", "1")?;
 
