@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Checks, builds and tests the Python client (clients/python):
+#
+#   python.sh setup   a virtual environment, python/venv in the deps folder, with what
+#                     scripts/python-tools.txt lists, pinned, from PyPI
+#   python.sh check   formatting, lint, types (mypy --strict), and the oldest Python that the
+#                     source runs on
+#   python.sh wheel   builds python/snapback_client-*.whl in the deps folder, and installs it
+#                     in the environment
+#   python.sh test    all unit tests against that wheel; with SNAPBACK_SOCKET and
+#                     SNAPBACK_TEST_POOL those against a daemon as well
+#   python.sh         all of that, in this order
+#
+# Arguments behind `test` go to pytest. The deps folder is .deps in the project, or
+# $SNAPBACK_DEPS. SNAPBACK_PYTHON names another Python than Debian's.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+client=$here/../clients/python
+examples=$here/../examples
+deps=${SNAPBACK_DEPS:-$here/../.deps}
+# shellcheck disable=SC2034 # used by common.sh
+me=python
+. "$here/common.sh"
+
+python=${SNAPBACK_PYTHON:-/usr/bin/python3}
+mkdir -p "$deps/python"
+deps=$(cd "$deps" && pwd)
+venv=$deps/python/venv
+
+# Debian keeps what makes virtual environments in packages of its own.
+install_python() {
+    "$python" -c 'import ensurepip, venv' 2>/dev/null && return
+    command -v apt-get >/dev/null || die "$python can't make virtual environments"
+    say "installing: python3 python3-venv"
+    as_root apt-get update -q
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -q --no-install-recommends python3 python3-venv </dev/null
+}
+
+setup() {
+    local made_of stamp=$venv/made-of
+    # Two set-ups at once would write over each other.
+    exec 9>"$deps/python/lock"
+    flock 9
+    made_of=$("$python" --version 2>/dev/null; cat "$here/python-tools.txt")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$made_of" ]; then
+        install_python
+        say "making $venv"
+        rm -rf "$venv"
+        "$python" -m venv "$venv"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/python-tools.txt"
+        made_of=$("$python" --version; cat "$here/python-tools.txt")
+        echo "$made_of" >"$stamp"
+    fi
+    exec 9>&-
+}
+
+check() {
+    cd "$client"
+    "$venv/bin/ruff" format --check --quiet . "$examples" || die "not formatted: $venv/bin/ruff format clients examples"
+    "$venv/bin/ruff" check --quiet . "$examples"
+    "$venv/bin/mypy" --cache-dir "$deps/python/mypy"
+    "$venv/bin/vermin" --quiet --no-tips --target=3.9- --eval-annotations src
+    "$venv/bin/python" "$here/check_examples.py" "$examples"
+    "$venv/bin/shellcheck" "$here/python.sh" "$examples"/*/*.sh
+}
+
+wheel() {
+    local tree
+    # Built from a copy: setuptools writes beside what it builds.
+    tree=$(mktemp -d "$deps/python/build.XXXXXX")
+    cp -r "$client/pyproject.toml" "$client/README.md" "$client/src" "$tree"
+    rm -f "$deps"/python/*.whl
+    "$venv/bin/python" -m build --quiet --wheel --no-isolation --outdir "$deps/python" "$tree"
+    rm -rf "$tree"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --force-reinstall \
+        "$deps"/python/snapback_client-*.whl
+    say "built $(echo "$deps"/python/snapback_client-*.whl)"
+}
+
+run_tests() {
+    cd "$client"
+    "$venv/bin/python" -m pytest -o cache_dir="$deps/python/pytest" "$@"
+}
+
+case ${1:-all} in
+setup) setup ;;
+check) setup; check ;;
+wheel) setup; wheel ;;
+test)
+    shift
+    setup
+    wheel
+    run_tests "$@"
+    ;;
+all) setup; check; wheel; run_tests ;;
+*) die "knows setup, check, wheel and test, and no $1" ;;
+esac
