@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks, builds and tests the Python client (clients/python):
 #
-#   python.sh setup   a virtual environment, python/venv in the deps folder, with what
+#   python.sh setup   by apt, as root: Python, curl, jq and systemd, where they are missing;
+#                     a virtual environment, python/venv in the deps folder, with what
 #                     scripts/python-tools.txt lists, pinned, from PyPI
 #   python.sh check   formatting, lint, types (mypy --strict), and the oldest Python that the
 #                     source runs on
@@ -28,14 +29,28 @@ mkdir -p "$deps/python"
 deps=$(cd "$deps" && pwd)
 venv=$deps/python/venv
 
-# Debian keeps what makes virtual environments in packages of its own.
-install_python() {
-    "$python" -c 'import ensurepip, venv' 2>/dev/null && return
-    command -v apt-get >/dev/null || die "$python can't make virtual environments"
-    say "installing: python3 python3-venv"
+# Debian's Python, what makes virtual environments with it, what examples/ci is made of, and what
+# checks examples/systemd.
+packages() {
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv
+    local tool
+    for tool in curl jq; do
+        command -v "$tool" >/dev/null || echo "$tool"
+    done
+    command -v systemd-analyze >/dev/null || echo systemd
+}
+
+install_packages() {
+    local missing
+    missing=$(packages)
+    [ -n "$missing" ] || return 0
+    # shellcheck disable=SC2086 # one word a package
+    set -- $missing
+    command -v apt-get >/dev/null || die "missing, and there is no apt-get to install it: $*"
+    say "installing: $*"
     as_root apt-get update -q
     as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -q --no-install-recommends python3 python3-venv </dev/null
+        apt-get install -y -q --no-install-recommends "$@" </dev/null
 }
 
 setup() {
@@ -43,27 +58,29 @@ setup() {
     # Two set-ups at once would write over each other.
     exec 9>"$deps/python/lock"
     flock 9
-    made_of=$("$python" --version 2>/dev/null; cat "$here/python-tools.txt")
+    install_packages
+    made_of=$("$python" --version; cat "$here/python-tools.txt")
     if [ "$(cat "$stamp" 2>/dev/null)" != "$made_of" ]; then
-        install_python
         say "making $venv"
         rm -rf "$venv"
         "$python" -m venv "$venv"
         "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/python-tools.txt"
-        made_of=$("$python" --version; cat "$here/python-tools.txt")
         echo "$made_of" >"$stamp"
     fi
     exec 9>&-
 }
 
 check() {
+    # All of it is Python of one style, wherever it lies.
+    local ruff=("$venv/bin/ruff" --config "$client/pyproject.toml" --quiet)
+    local sources=("$client" "$examples" "$here")
     cd "$client"
-    "$venv/bin/ruff" format --check --quiet . "$examples" || die "not formatted: $venv/bin/ruff format clients examples"
-    "$venv/bin/ruff" check --quiet . "$examples"
+    "${ruff[@]}" format --check "${sources[@]}" || die "format it by: ${ruff[*]} format ${sources[*]}"
+    "${ruff[@]}" check "${sources[@]}"
     "$venv/bin/mypy" --cache-dir "$deps/python/mypy"
-    "$venv/bin/vermin" --quiet --no-tips --target=3.9- --eval-annotations src
-    "$venv/bin/python" "$here/check_examples.py" "$examples"
-    "$venv/bin/shellcheck" "$here/python.sh" "$examples"/*/*.sh
+    "$venv/bin/vermin" --quiet --no-tips --target=3.9- src
+    PYTHONPATH=$client/src "$venv/bin/python" "$here/check_examples.py" "$examples"
+    "$venv/bin/shellcheck" -x -P SCRIPTDIR "$here/python.sh" "$examples"/*/*.sh
 }
 
 wheel() {

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+
 import snapback
 
 #: Asks the guest a question, and returns its answer.

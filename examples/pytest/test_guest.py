@@ -12,6 +12,7 @@ Tried with pytest 7.2 and 9.2, alone and with pytest-xdist (`-n 2`), on QEMU 7.2
 from __future__ import annotations
 
 import pytest
+
 import snapback
 from conftest import Ask
 

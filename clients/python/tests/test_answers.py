@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import snapback
 from fake import GUEST, POOL, Fake, answer, error
 from snapback._client import given

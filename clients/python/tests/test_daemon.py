@@ -18,39 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import snapback
+from daemon import PATIENCE, POOL, leaving_nothing, needs_daemon
 
 pytest_plugins = ["pytester"]
 
-POOL = os.environ.get("SNAPBACK_TEST_POOL", "")
 EXAMPLES = Path(__file__).parents[3] / "examples" / "pytest"
-PATIENCE = 120
 
-pytestmark = pytest.mark.skipif(
-    not (POOL and os.environ.get("SNAPBACK_SOCKET")),
-    reason="SNAPBACK_SOCKET and SNAPBACK_TEST_POOL name no daemon and pool",
-)
-
-
-@pytest.fixture
-def client() -> Iterator[snapback.Client]:
-    with snapback.Client() as client:
-        yield client
+pytestmark = needs_daemon
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def client() -> Iterator[snapback.Client]:
     """Each test gives back what it took."""
-    if not POOL:
-        yield
-        return
-    with snapback.Client() as client:
-        before = {guest.id for guest in client.guests()}
-        yield
-        after = {guest.id for guest in client.guests()}
-        for left in after - before:
-            client.release(left)
-        assert after <= before
+    with leaving_nothing() as client:
+        yield client
 
 
 def until(what: str, holds: Callable[[], bool]) -> None:

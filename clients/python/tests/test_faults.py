@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 import snapback
 from fake import GUEST, POOL, Fake, answer, error
 from snapback._transport import default_socket

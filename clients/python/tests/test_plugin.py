@@ -51,7 +51,9 @@ def test_a_timeout_that_is_no_number(pytester: pytest.Pytester) -> None:
 
 def test_the_marker_is_explained(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_subprocess("--markers")
-    result.stdout.fnmatch_lines(["@pytest.mark.snapback(pool=*scope: function, class*reset: before, *"])
+    result.stdout.fnmatch_lines(
+        ["@pytest.mark.snapback(pool=*scope: function, class*reset: before, *"]
+    )
 
 
 def test_the_package_needs_no_pytest(tmp_path: Path) -> None:
