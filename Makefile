@@ -2,7 +2,7 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test loom miri torture soak demo bench fmt lint deny clean
+.PHONY: help setup guest debian test python loom miri torture soak demo bench fmt lint deny clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
@@ -10,6 +10,7 @@ help:
 	@echo "make guest   build the test guests"
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
+	@echo "make python  check, build and test the Python client, without a daemon"
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
 	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers;"
@@ -36,6 +37,9 @@ test: guest debian loom
 	cargo test --locked --features $(FEATURES) --lib --bins --examples --tests
 	SNAPBACK_TEST_PLACE=socket cargo test --locked --features $(FEATURES) --test e2e -- $(BOTH_WAYS)
 	cargo test --locked --doc
+
+python:
+	@scripts/python.sh
 
 loom:
 	RUSTFLAGS="--cfg loom" cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir $(LOOM_TARGET) --locked
@@ -95,4 +99,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target miri-target qemu-10.0 stamps vmlinuz
+MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel lock loom-target miri-target python qemu-10.0 stamps vmlinuz

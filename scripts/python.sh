@@ -28,6 +28,8 @@ python=${SNAPBACK_PYTHON:-/usr/bin/python3}
 mkdir -p "$deps/python"
 deps=$(cd "$deps" && pwd)
 venv=$deps/python/venv
+# Nothing is written beside the sources.
+export PYTHONDONTWRITEBYTECODE=1 RUFF_CACHE_DIR=$deps/python/ruff
 
 # Debian's Python, what makes virtual environments with it, what examples/ci is made of, and what
 # checks examples/systemd.
