@@ -4,5 +4,4 @@
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/snapback.sh"
-name=github-${RUNNER_NAME:?}
-release "${name//[^a-zA-Z0-9_-]/-}"
+release "$(name github "${RUNNER_NAME:?}")"

@@ -18,8 +18,7 @@ set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/snapback.sh"
 # A runner has one job at a time.
-name=github-${RUNNER_NAME:?}
-name=${name//[^a-zA-Z0-9_-]/-}
+name=$(name github "${RUNNER_NAME:?}")
 
 # Of a job whose end was never told, such as behind a power cut.
 release "$name"

@@ -40,6 +40,13 @@ take() {
     api POST "/v1/pools/$SNAPBACK_POOL/take" "$body"
 }
 
+# name KIND OF : a name for a guest, of which there may be 32 letters, digits, `.`, `_` and `-`.
+name() {
+    local name=$1-${2//[^a-zA-Z0-9._-]/-}
+    [ ${#name} -le 32 ] || name=$1-$(cksum <<<"$2" | tr -d ' ')
+    echo "$name"
+}
+
 # guest NAME : prints the guest of that name as JSON, nothing if there is none.
 guest() {
     local all

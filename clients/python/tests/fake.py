@@ -104,7 +104,6 @@ GUEST = {
     "id": "g7",
     "pool": "booted",
     "name": "booted-7",
-    "state": "running",
     "qemu_pid": 4711,
     "qmp": "/run/snapback/booted-7/qmp.sock",
     "dir": "/run/snapback/booted-7",

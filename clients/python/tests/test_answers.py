@@ -50,6 +50,16 @@ def test_a_guest_and_its_names(tmp_path: Path) -> None:
     assert fake.bodies[0] == {"name": "mine", "timeout_s": 5}
 
 
+def test_a_guest_of_which_little_is_known(tmp_path: Path) -> None:
+    little = {name: GUEST[name] for name in ("id", "pool", "name", "qemu_pid", "dir")}
+    with Fake(tmp_path / "s", [answer([little])]) as fake, client_of(fake) as client:
+        [vm] = client.guests()
+    assert (vm.ports, vm.ms, vm.present) == ({}, None, None)
+    with pytest.raises(snapback.QmpError, match="no control socket") as raised:
+        vm.qmp("query-status")
+    assert raised.value.code == "qemu_unreachable"
+
+
 def test_info(tmp_path: Path) -> None:
     told = {"version": "0.1.0", "pid": 3, "uptime_s": 1.5, "cache": {"used": 1, "limit": 2}}
     with Fake(tmp_path / "s", [answer(told)]) as fake, client_of(fake) as client:
@@ -105,7 +115,7 @@ def test_other_servers_are_told_from_a_daemon(status: int, told: bytes) -> None:
     assert raised.value.code == "answer_invalid"
 
 
-@pytest.mark.parametrize("missing", ["id", "qmp", "qemu_pid", "dir", "pool"])
+@pytest.mark.parametrize("missing", ["id", "name", "qemu_pid", "dir", "pool"])
 def test_a_guest_without_what_it_needs(missing: str, tmp_path: Path) -> None:
     incomplete = {name: value for name, value in GUEST.items() if name != missing}
     with Fake(tmp_path / "s", [answer([incomplete])]) as fake, client_of(fake) as client:

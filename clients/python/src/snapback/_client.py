@@ -67,15 +67,16 @@ class Client:
         netdevs: Mapping[str, str] | None = None,
         qemu: Path | None = None,
         arguments: Sequence[str] | None = None,
-        lifetime_s: float | None = None,
-        memory_limit: int | str | None = None,
+        lifetime_s: int | None = None,
+        **more: Any,
     ) -> Pool:
         """Makes a pool of an image's guests. What is left out is the daemon's default.
 
         `armed` guests are held ready, at most `max` are in use at once; a guest is ended
         `lifetime_s` seconds after it was taken. `ports` maps recorded ports to new ones, where 0 is
         any that is free; `paths` and `netdevs` are what `--path` and `--netdev` are to
-        `snapback revert`. Raises `pool_exists`, among others.
+        `snapback revert`. What a newer daemon takes beside that is passed on. Raises `pool_exists`,
+        among others.
         """
         wanted: dict[str, Any] = {
             "name": name,
@@ -94,7 +95,7 @@ class Client:
             "qemu": None if qemu is None else os.fspath(qemu),
             "arguments": None if arguments is None else list(arguments),
             "lifetime_s": lifetime_s,
-            "memory_limit": memory_limit,
+            **more,
         }
         return Pool.of(self._ask("POST", "/v1/pools", given(wanted)))
 

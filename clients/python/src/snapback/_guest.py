@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ._errors import SnapbackError
+from ._errors import QmpError, SnapbackError
 from ._models import Reset, build, invalid, mapping, shortened
 from ._qmp import Monitor
 
@@ -24,24 +24,23 @@ class Guest:
     id: str
     pool: str
     name: str
-    state: str
     #: QEMU's process.
     pid: int
-    #: QEMU's control socket.
-    qmp_path: Path
     #: The directory of its own: the sockets and files of the recorded command line are there.
     directory: Path
     #: The port of this host for each recorded one, such as `{2222: 40731}`.
     ports: Mapping[int, int]
-    #: Milliseconds that the take took.
-    ms: float
     #: Seconds since it was taken, and its resets since, when the daemon was asked last.
-    age_s: float
-    resets: int
-    #: The share of its memory that is in place, 0 to 1; the guest runs meanwhile.
-    present: float
+    age_s: float = 0.0
+    resets: int = 0
+    #: Milliseconds that the take took; None of a guest that an earlier daemon has handed out.
+    ms: float | None = None
+    #: The share of its memory that is in place, 0 to 1, while the guest runs; None where nobody
+    #: knows.
+    present: float | None = None
     #: Seconds that QEMU is given for each command of `qmp`.
     qmp_timeout: float = dataclasses.field(default=60.0, repr=False)
+    _qmp_path: Path | None = dataclasses.field(default=None, repr=False)
     _client: Client | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -49,15 +48,22 @@ class Guest:
         told = mapping(answer, "a guest")
         try:
             ports = {int(old): int(new) for old, new in (told.get("ports") or {}).items()}
-            places = {
-                "pid": told["qemu_pid"],
-                "qmp_path": Path(told["qmp"]),
-                "directory": Path(told["dir"]),
-            }
+            places = {"pid": told["qemu_pid"], "directory": Path(told["dir"])}
+            qmp = None if told.get("qmp") is None else Path(told["qmp"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise invalid(f"{error!r} in the guest {shortened(dict(told))}") from None
-        defaults = {"state": "running", "ms": 0.0, "age_s": 0.0, "resets": 0, "present": 0.0}
-        return build(cls, {**defaults, **told}, ports=ports, _client=client, **places)
+        return build(cls, told, ports=ports, _qmp_path=qmp, _client=client, **places)
+
+    @property
+    def qmp_path(self) -> Path:
+        """QEMU's control socket. Raises `qemu_unreachable` where QEMU has none with a path."""
+        if self._qmp_path is None:
+            raise QmpError(
+                "qemu_unreachable",
+                f"guest {self.id} has no control socket with a path: nor had the one that was "
+                "saved, and the pool's `arguments` name none",
+            )
+        return self._qmp_path
 
     def qmp(self, command: str, more: Mapping[str, Any] | None = None, /, **arguments: Any) -> Any:
         """Has QEMU execute a QMP command, and returns what it returns.

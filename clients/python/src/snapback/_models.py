@@ -58,8 +58,10 @@ class Reset:
     #: `in_place`, or `new_process` where its QEMU had to be replaced.
     how: str
     ms: float
-    #: Pages of memory that were written back.
+    #: Pages of memory that were written back; None where QEMU was replaced.
     pages: int | None = None
+    #: Why QEMU was replaced.
+    why: str | None = None
 
     @classmethod
     def of(cls, answer: Any) -> Reset:

@@ -198,7 +198,7 @@ def describe(guest: Guest) -> str:
     """Where to look for the guest of a test that has failed."""
     return (
         f"{guest.name} (id {guest.id}, pool {guest.pool}), QEMU's process {guest.pid}\n"
-        f"directory {guest.directory}\nQMP at {guest.qmp_path}\nports {dict(guest.ports)}"
+        f"directory {guest.directory}\nports {dict(guest.ports)}"
     )
 
 
