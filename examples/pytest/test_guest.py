@@ -6,7 +6,8 @@
 (tests/guest/README.md). All three ways to have a guest are shown: a new one for each test, one that
 is reset between the tests of a class, and one that goes from test to test as it is.
 
-Tried with pytest 7.2 and 9.2, alone and with pytest-xdist (`-n 2`), on QEMU 7.2 and 10.0.
+Tried with pytest 7.2 and 9.2, alone and with pytest-xdist (`-n 2 --dist loadscope`, which keeps the
+steps of the last class together), on QEMU 7.2 and 10.0.
 """
 
 from __future__ import annotations

@@ -265,6 +265,7 @@ def test_a_request_that_is_given_up_takes_no_guest(client: snapback.Client) -> N
 def test_events(client: snapback.Client) -> None:
     with client.events(timeout=PATIENCE) as events:
         with client.take(POOL) as vm:
+            pid = vm.pid
             vm.reset()
         seen: dict[str, snapback.Event] = {}
         for event in events:
@@ -273,7 +274,7 @@ def test_events(client: snapback.Client) -> None:
             if event.name == "released" and event["id"] == vm.id:
                 break
     assert list(seen) == ["taken", "reset", "released"]
-    assert seen["taken"]["qemu_pid"] == vm.pid and seen["taken"]["pool"] == POOL
+    assert seen["taken"]["qemu_pid"] == pid and seen["taken"]["pool"] == POOL
     assert seen["reset"]["how"] in ("in_place", "new_process") and seen["reset"]["ms"] > 0
     assert seen["released"]["pool"] == POOL and seen["released"]["why"]
     assert all(event.unix_ms > 1_600_000_000_000 for event in seen.values())
@@ -397,7 +398,9 @@ def test_an_exhausted_pool_is_told_in_a_line(
         client.remove_pool("small")
 
 
-@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "options", [[], ["-n", "2", "--dist", "loadscope"]], ids=["alone", "xdist"]
+)
 def test_the_example_suite(options: list[str], pytester: pytest.Pytester) -> None:
     if options:
         pytest.importorskip("xdist")

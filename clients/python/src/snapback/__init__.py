@@ -10,6 +10,7 @@ docs/python.md has the details.
 
 from __future__ import annotations
 
+import atexit
 import functools
 from typing import Any
 
@@ -60,7 +61,10 @@ def default_client() -> Client:
 
 @functools.cache
 def _client(socket: str) -> Client:
-    return Client(socket)
+    client = Client(socket)
+    # Nobody else closes what it keeps.
+    atexit.register(client.close)
+    return client
 
 
 def take(pool: str, *, name: str | None = None, timeout: float = 30.0) -> Guest:
