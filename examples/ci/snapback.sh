@@ -26,8 +26,8 @@ api() {
         --request "$1" "${body[@]}" "http://localhost$2" 2>/dev/null); then
         printf '%s\n' "$answer"
     else
-        # `-e` fails without an answer, and with one of another server.
-        jq -er '"snapback: \(.message) [\(.code)]"' >&2 2>/dev/null <<<"$answer" ||
+        { [ -n "$answer" ] &&
+            jq -r '"snapback: \(.message) [\(.code)]"' >&2 2>/dev/null <<<"$answer"; } ||
             echo "snapback: the daemon at $socket does not answer" >&2
         return 1
     fi
