@@ -9,7 +9,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -69,7 +69,7 @@ def wish(item: pytest.Item) -> Wish:
     return Wish(str(pool), scope, reset)
 
 
-def refuse(why: str) -> None:
+def refuse(why: str) -> NoReturn:
     """Fails the test that asks for a guest, without a trace of this file."""
     pytest.fail(why, pytrace=False)
 
@@ -97,7 +97,6 @@ class Keeper:
             return self.client.take(pool, timeout=self.timeout)
         except SnapbackError as error:
             refuse(f"there is no guest of the pool `{pool}`: {error}")
-            raise
 
     def hold(self, wish: Wish, node: pytest.Item | pytest.Collector) -> Held:
         """The guest of a scope, in the state that the next test is to find."""
@@ -144,7 +143,6 @@ def snapback_client(pytestconfig: pytest.Config) -> Iterator[Client]:
         client = Client(os.path.expanduser(socket) if socket else None)
     except DaemonUnreachable as error:
         refuse(str(error))
-        raise
     with client:
         yield client
 
@@ -157,7 +155,6 @@ def snapback_keeper(snapback_client: Client, pytestconfig: pytest.Config) -> Kee
         return Keeper(snapback_client, float(timeout))
     except ValueError:
         refuse(f"snapback_timeout is a number of seconds, and not {timeout!r}")
-        raise
 
 
 @pytest.fixture
