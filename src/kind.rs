@@ -36,6 +36,10 @@ kinds! {
     CommandLineInvalid = "command_line_invalid",
     /// A revert can't bring back a device that was plugged in, or do with one what was asked.
     DeviceNotReplayable = "device_not_replayable",
+    /// Another daemon runs with the same state or at the same address.
+    DaemonRunning = "daemon_running",
+    /// No daemon answers.
+    DaemonUnreachable = "daemon_unreachable",
     /// A domain of that name runs.
     DomainRuns = "domain_runs",
     /// A file of a captured disk has changed since the snapshot.
@@ -48,6 +52,8 @@ kinds! {
     FileExists = "file_exists",
     /// Another process has a file open that the guest would use.
     FileInUse = "file_in_use",
+    /// Whoever asks may not have that done.
+    Forbidden = "forbidden",
     /// The guest's state changed while it was being saved.
     GuestChanged = "guest_changed",
     /// The guest is in a state in which it can't be saved.
@@ -84,6 +90,10 @@ kinds! {
     NothingDemanded = "nothing_demanded",
     /// Whoever holds QEMU's monitor, such as libvirt, did not carry a command there and back.
     MonitorFailed = "monitor_failed",
+    /// No guest of that id or name is taken.
+    NoSuchGuest = "no_such_guest",
+    /// There is no pool of that name.
+    NoSuchPool = "no_such_pool",
     /// There is no device of that name.
     NoSuchDevice = "no_such_device",
     /// libvirt has no domain of that name.
@@ -108,6 +118,12 @@ kinds! {
     ParentMissing = "parent_missing",
     /// The system forbids something.
     PermissionDenied = "permission_denied",
+    /// A pool has no guests and can't start any.
+    PoolDegraded = "pool_degraded",
+    /// No guest of a pool was to be had in time.
+    PoolExhausted = "pool_exhausted",
+    /// There is a pool, or a guest, of that name.
+    PoolExists = "pool_exists",
     /// A port that the guest would bind is bound already.
     PortInUse = "port_in_use",
     /// QEMU ended, or closed its connection.
@@ -126,6 +142,8 @@ kinds! {
     QemuTooOld = "qemu_too_old",
     /// Nothing answers at QEMU's control socket.
     QemuUnreachable = "qemu_unreachable",
+    /// A request to a daemon can't be understood, or asks for what can't be.
+    RequestInvalid = "request_invalid",
     /// A save that was killed has to be cleaned up first.
     SaveUnfinished = "save_unfinished",
     /// The page server of a guest died, and no other can go on in its place.
@@ -136,6 +154,8 @@ kinds! {
     StillFrozen = "still_frozen",
     /// A tap interface that the guest would use is in use.
     TapInUse = "tap_in_use",
+    /// A request to a daemon has no token, or a wrong one.
+    Unauthorized = "unauthorized",
     /// Memory can't be served by userfaultfd.
     UserfaultfdUnavailable = "userfaultfd_unavailable",
     /// A vsock address that the guest would take is taken.
@@ -150,13 +170,16 @@ impl ErrorKind {
         use ErrorKind::*;
         matches!(
             self,
-            FileInUse
+            DaemonUnreachable
+                | FileInUse
                 | GuestChanged
                 | Interrupted
                 | LibvirtUnreachable
                 | MemoryIncomplete
                 | MigrationActive
                 | MonitorFailed
+                | PoolDegraded
+                | PoolExhausted
                 | PortInUse
                 | QemuTimeout
                 | SocketInUse

@@ -77,8 +77,8 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel exchange guest host identity image keeper kind libvirt machine memory page qmp reset revert
-    save transport wire
+    agent bench cancel daemon exchange guest host identity image keeper kind libvirt machine memory page pool qmp reset
+    revert save transport wire
 }
 
 #[doc(hidden)]
@@ -105,7 +105,7 @@ pub use kind::{Details, ErrorKind};
 pub use libvirt::{DomainAddress, DomainOptions};
 pub use memory::WorkingSet;
 pub use revert::{
-    AgentOptions, CloneIdentity, Delivery, Orphan, Outcome, Placement, Progress, ResetWay,
+    AgentOptions, CloneIdentity, Delivery, Orphan, Outcome, Placement, Preload, Progress, ResetWay,
     ResumeOptions, RevertError, RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target,
     Unreadable, harvest, resume, revert, revert_resettable, serve, session, take_over,
 };

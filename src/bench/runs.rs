@@ -11,7 +11,7 @@ use crate::cancel::Cancellation;
 use crate::guest::Process;
 use crate::host::procfs::resident_memory;
 use crate::revert::{
-    Delivery, Held, Outcome, Placement, RevertError, RevertEvent, RevertOptions, revert_held,
+    Delivery, Held, Outcome, Placement, Preload, RevertError, RevertEvent, RevertOptions, revert_held,
 };
 
 /// How snapback brings a guest back.
@@ -20,7 +20,7 @@ pub(super) struct How {
     pub placement: Placement,
     /// The file of the working set, which is used and recorded.
     pub working_set: Option<PathBuf>,
-    pub preload: bool,
+    pub preload: Preload,
 }
 
 impl How {
@@ -31,7 +31,7 @@ impl How {
             // As a user has it; that it is userfaultfd is looked at afterwards.
             Method::Uffd => How::default(),
             Method::UffdWorkingSet => How { working_set: recorded(), ..How::default() },
-            Method::UffdPreload => How { working_set: recorded(), preload: true, ..How::default() },
+            Method::UffdPreload => How { working_set: recorded(), preload: Preload::WorkingSet, ..How::default() },
             _ => How { placement: Placement::Socket, ..How::default() },
         }
     }

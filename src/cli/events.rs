@@ -1,6 +1,7 @@
 //! The events that commands print with `--json`, beside those of the library's journeys, and the
 //! JSON Schema of all of them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use schemars::generate::SchemaSettings;
@@ -11,9 +12,11 @@ use serde_json::{Value, json};
 use super::failure::ErrorEvent;
 use super::hook::HookEvent;
 use crate::bench::{BenchEvent, Summary};
+use crate::daemon::DaemonEvent;
 use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
 use crate::machine::{Disk, Hotplug};
+use crate::pool::{GuestView, PoolView};
 use crate::revert::RevertEvent;
 use crate::runs::{LeftOver, Run};
 use crate::save::{SaveEvent, SwitchedDisk};
@@ -136,8 +139,50 @@ pub(super) enum CommandEvent {
         /// How the best QEMU brings a guest back.
         revert: Reverts,
     },
+    /// A pool of a daemon's.
+    Pool(Box<PoolView>),
+    /// A pool was removed.
+    PoolRemoved {
+        /// Its name.
+        pool: String,
+    },
+    /// A guest of a pool was taken, and runs.
+    Running(Box<Taken>),
+    /// A guest of a pool has been ended.
+    Released {
+        /// Its id or name, as it was asked for.
+        id: String,
+    },
     /// The result of a bench.
     Summary(Box<Summary>),
+}
+
+/// A guest of a pool.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct Taken {
+    /// Its id.
+    pub id: String,
+    /// Its pool.
+    pub pool: String,
+    /// Its name.
+    pub name: String,
+    /// Its QEMU's process id.
+    pub qemu_pid: i32,
+    /// Its QEMU's control socket (QMP).
+    pub qmp: Option<PathBuf>,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// The port of this host for each recorded one.
+    pub ports: BTreeMap<String, u16>,
+    /// From the request on the daemon's socket until QEMU ran the guest, in milliseconds.
+    pub took_ms: Option<f64>,
+}
+
+impl Taken {
+    pub fn new(guest: GuestView) -> Taken {
+        let GuestView { id, pool, name, qemu_pid, qmp, dir, ports, ms, .. } = guest;
+        Taken { id, pool, name, qemu_pid, qmp, dir, ports, took_ms: ms }
+    }
 }
 
 /// What an image holds.
@@ -248,6 +293,7 @@ fn schema() -> Value {
     let events = [
         generator.subschema_for::<SaveEvent>(),
         generator.subschema_for::<RevertEvent>(),
+        generator.subschema_for::<DaemonEvent>(),
         generator.subschema_for::<ExchangeEvent>(),
         generator.subschema_for::<BenchEvent>(),
         generator.subschema_for::<CommandEvent>(),

@@ -7,10 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use super::flags::with_flags;
 use crate::bench::BenchError;
+use crate::daemon::{ClientError, ConfigError, DaemonError};
 use crate::exchange::ExchangeError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
+use crate::pool::PoolError;
 use crate::revert::RevertError;
 use crate::runs::RunsError;
 use crate::save::SaveError;
@@ -85,9 +87,12 @@ impl Failure {
             | DiskChanged
             | DiskMissing
             | DiskUnsupported
+            | DaemonRunning
+            | DaemonUnreachable
             | DomainRuns
             | FileExists
             | FileInUse
+            | Forbidden
             | GuestState
             | GuestUnsupported
             | HostUnsupported
@@ -99,18 +104,23 @@ impl Failure {
             | NoSuchDevice
             | NoSuchDisk
             | NoSuchDomain
+            | NoSuchGuest
+            | NoSuchPool
             | NotAnImage
             | NotFound
             | NotQemu
             | NotResettable
             | OptionsInvalid
             | ParentMissing
+            | PoolExists
             | PortInUse
             | QemuTooOld
             | QemuUnreachable
+            | RequestInvalid
             | SaveUnfinished
             | SocketInUse
             | TapInUse
+            | Unauthorized
             | UserfaultfdUnavailable
             | VsockInUse
             | WorkingSetMissing => 3,
@@ -172,7 +182,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ExchangeError ImageError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

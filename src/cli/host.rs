@@ -65,7 +65,7 @@ pub(super) fn parse_port_pair(text: &str) -> Result<(u16, NewPort), String> {
     pair.ok_or("it has the form OLD=NEW: a port, and another one or auto".into())
 }
 
-fn parse_netdev(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_netdev(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((id, spec)) if !id.is_empty() && !spec.is_empty() => Ok((id.into(), spec.into())),
         _ => Err("it has the form ID=SPEC".into()),

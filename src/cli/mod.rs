@@ -4,6 +4,7 @@ mod bench;
 mod broker;
 mod check;
 mod clones;
+mod daemon;
 mod detach;
 mod disks;
 mod doctor;
@@ -18,6 +19,7 @@ mod host;
 mod identity;
 mod keeper;
 mod output;
+mod pool;
 mod report;
 mod reset;
 mod resume;
@@ -84,8 +86,20 @@ enum Command {
     Logs(runs::LogsArgs),
     /// Remove what reverts have left whose processes were killed
     Gc(runs::GcArgs),
+    /// Run pools of guests that wait to be taken
+    Daemon(daemon::DaemonArgs),
+    /// Create, show, change and remove a daemon's pools
+    Pool(pool::PoolArgs),
+    /// Take a guest of a pool, which runs at once
+    Take(pool::TakeArgs),
+    /// End a guest that was taken
+    Release(pool::ReleaseArgs),
     /// Print the JSON Schema of what all commands print with --json
-    Schema,
+    Schema {
+        /// Print the OpenAPI document of the daemon instead
+        #[arg(long)]
+        openapi: bool,
+    },
     /// Tell what this host and its QEMUs can do, and what would make it more
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
@@ -358,11 +372,19 @@ async fn run(command: Command) -> u8 {
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
         Command::Reset(args) => (args.json, reset::reset(args).await),
         Command::Ps(args) => (args.json, runs::ps(args)),
-        Command::Stop(args) => (args.json, runs::stop(args)),
+        Command::Stop(args) => (args.json, runs::stop(args).await),
+        Command::Daemon(args) => (args.json, daemon::run(args).await),
+        Command::Pool(args) => (args.json(), pool::pool(args).await),
+        Command::Take(args) => (args.json, pool::take(args).await),
+        Command::Release(args) => (args.json, pool::release(args).await),
         Command::Logs(args) => (false, runs::logs(args)),
         Command::Gc(args) => (args.json, runs::gc(args)),
-        Command::Schema => (false, {
-            output::print_raw(&events::schema_text());
+        Command::Schema { openapi } => (false, {
+            let text = match openapi {
+                true => format!("{:#}\n", crate::daemon::openapi_document()),
+                false => events::schema_text(),
+            };
+            output::print_raw(&text);
             Ok(())
         }),
         Command::Doctor(args) => (args.json, doctor::run(args).await),

@@ -31,6 +31,19 @@ pub(super) fn print_line(line: &str) {
     let _ = writeln!(stdout, "{}", with_flags(line)).and_then(|()| stdout.flush());
 }
 
+/// Prints columns as wide as they have to be; the last as it is.
+pub(super) fn print_table<const N: usize>(head: [&str; N], rows: &[[String; N]]) {
+    let head = head.map(str::to_owned);
+    let all = || [&head].into_iter().chain(rows);
+    let width = |column: usize| all().map(|row| row[column].len()).max().unwrap_or_default();
+    let widths: Vec<usize> =
+        (0..N).map(|column| if column + 1 < N { width(column) } else { 0 }).collect();
+    for row in all() {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        print_line(&cells.collect::<Vec<_>>().join("  "));
+    }
+}
+
 /// Prints text as it is.
 pub(super) fn print_raw(text: &str) {
     let mut stdout = std::io::stdout().lock();

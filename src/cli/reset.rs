@@ -8,10 +8,13 @@ use clap::Args;
 
 use super::failure::Failure;
 use super::output::Output;
+use super::pool::SocketArgs;
 use super::{cancellation, detach};
 use crate::cancel::Cancellation;
+use crate::daemon::Client;
 use crate::host::pidfd::peer_pid;
 use crate::kind::ErrorKind;
+use crate::pool::ResetView;
 use crate::revert::{ResetWay, RevertEvent};
 use crate::runs::{self, Again, ResetOutcome, Run, RunsError};
 
@@ -23,6 +26,8 @@ pub(super) struct ResetArgs {
     /// The guest whose QEMU listens on this QMP socket (a Unix socket)
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
+    #[command(flatten)]
+    socket: SocketArgs,
     /// Fail where the guest can't be reset inside its QEMU, instead of starting a new one
     #[arg(long)]
     in_place: bool,
@@ -35,11 +40,17 @@ pub(super) struct ResetArgs {
 pub(super) async fn reset(args: ResetArgs) -> Result<(), Failure> {
     let began = Instant::now();
     let output = Output::new(args.json);
+    if let (Some(id), Some(daemon)) = (&args.id, args.socket.named()) {
+        return reset_by(&daemon, id, &output).await;
+    }
     let run = match (&args.id, &args.qmp) {
         (Some(id), _) => runs::find(id)?,
         (None, Some(socket)) => run_of(socket)?,
         (None, None) => unreachable!("one of them is required"),
     };
+    if let Some(of) = run.pool() {
+        return reset_by(&Client::new(&of.daemon), &run.id, &output).await;
+    }
     let (kind, why) = match run.reset().await {
         Ok(ResetOutcome::Done { pages, took_ms }) => {
             let how = ResetWay::InPlace;
@@ -59,6 +70,16 @@ pub(super) async fn reset(args: ResetArgs) -> Result<(), Failure> {
     replace(&run, &again, cancellation()?, &output).await?;
     let took_ms = began.elapsed().as_secs_f64() * 1e3;
     output.revert(&RevertEvent::Reset { how: ResetWay::NewProcess, pages: None, took_ms });
+    Ok(())
+}
+
+/// Has this daemon take a guest of its pools back.
+async fn reset_by(daemon: &Client, id: &str, output: &Output) -> Result<(), Failure> {
+    let ResetView { how, pages, ms, why, .. } = daemon.reset(id).await?;
+    if let Some(why) = why {
+        output.revert(&RevertEvent::Note { what: "the guest got a new QEMU".to_owned(), why });
+    }
+    output.revert(&RevertEvent::Reset { how, pages, took_ms: ms });
     Ok(())
 }
 

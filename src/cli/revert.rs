@@ -14,7 +14,7 @@ use super::{
 };
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
-use crate::revert::{CloneIdentity, Placement, RevertError, RevertOptions};
+use crate::revert::{CloneIdentity, Placement, Preload, RevertError, RevertOptions};
 use crate::runs::RunOptions;
 
 #[derive(Args, Clone)]
@@ -190,7 +190,7 @@ async fn start(
         rewrite: args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?,
         domain: args.domain.options(),
         delivery,
-        preload: args.preload,
+        preload: if args.preload { Preload::WorkingSet } else { Preload::Nothing },
         rtc: args.rtc.into(),
         check: args.check,
         resettable: args.resettable,

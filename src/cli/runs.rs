@@ -7,7 +7,8 @@ use clap::Args;
 
 use super::events::CommandEvent;
 use super::failure::Failure;
-use super::output::{Output, print_line};
+use super::output::{Output, print_line, print_table};
+use crate::daemon::{Client, ClientError};
 use crate::runs::{self, LeftOver, LeftOverKind, Run, RunsError, Stopped};
 
 #[derive(Args)]
@@ -49,9 +50,9 @@ pub(super) fn ps(args: PsArgs) -> Result<(), Failure> {
         runs.into_iter().for_each(|run| output.print_json(&CommandEvent::Run(Box::new(run))));
         return Ok(());
     }
-    let head = ["ID", "QEMU", "SERVER", "KEEPER", "WAY", "PRESENT", "FAULTS", "RESTARTS", "AGE"];
-    let rows = runs.iter().map(|run| (row(run), run.image.display().to_string()));
-    print_table(head.map(str::to_owned), rows.collect());
+    let head =
+        ["ID", "QEMU", "SERVER", "KEEPER", "WAY", "PRESENT", "FAULTS", "RESTARTS", "AGE", "IMAGE"];
+    print_table(head, &runs.iter().map(row).collect::<Vec<_>>());
     for run in runs.iter().filter(|run| run.is_stuck()) {
         let (id, image) = (&run.id, run.image.display());
         let pid = run.qemu_pid.unwrap_or_default();
@@ -66,8 +67,8 @@ pub(super) fn ps(args: PsArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The columns of a revert, but for the last.
-fn row(run: &Run) -> [String; 9] {
+/// The columns of a revert.
+fn row(run: &Run) -> [String; 10] {
     fn shown<T: ToString>(value: Option<T>) -> String {
         value.map_or("-".to_owned(), |value| value.to_string())
     }
@@ -81,37 +82,38 @@ fn row(run: &Run) -> [String; 9] {
         shown(run.faults),
         shown(run.restarts),
         format!("{:.0} s", run.age_s),
+        run.image.display().to_string(),
     ]
 }
 
-/// Prints columns as wide as they have to be, and behind them the images.
-fn print_table(head: [String; 9], rows: Vec<([String; 9], String)>) {
-    let width = |column: usize| {
-        let cells = rows.iter().map(|(row, _)| &row[column]).chain([&head[column]]);
-        cells.map(|cell| cell.len()).max().unwrap_or_default()
-    };
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let line = |row: &[String; 9], last: &str| {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}  "));
-        print_line(&format!("{}{last}", cells.collect::<String>()));
-    };
-    line(&head, "IMAGE");
-    rows.iter().for_each(|(row, image)| line(row, image));
-}
-
 /// Ends a guest with its server.
-pub(super) fn stop(args: StopArgs) -> Result<(), Failure> {
+pub(super) async fn stop(args: StopArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
     let run = runs::find(&args.id)?;
-    let Stopped { qemu_pid, removed, kept } = run.stop()?;
-    if args.json {
-        let id = run.id;
+    if let Some(of) = run.pool() {
+        // Without its daemon, it is ended as any other is.
+        match Client::new(&of.daemon).release(&run.id).await {
+            Err(ClientError::Unreachable { .. }) => {}
+            released => {
+                released?;
+                let (id, qemu_pid) = (run.id.clone(), run.qemu_pid);
+                return tell_stopped(&output, id, Stopped::of_pool(qemu_pid));
+            }
+        }
+    }
+    let stopped = run.stop()?;
+    tell_stopped(&output, run.id, stopped)
+}
+
+fn tell_stopped(output: &Output, id: String, stopped: Stopped) -> Result<(), Failure> {
+    let Stopped { qemu_pid, removed, kept, .. } = stopped;
+    if output.is_json() {
         output.print_json(&CommandEvent::Ended { id, qemu_pid, removed, kept });
         return Ok(());
     }
     match qemu_pid {
-        Some(pid) => print_line(&format!("ended    {} (QEMU process {pid})", run.id)),
-        None => print_line(&format!("ended    {} (its QEMU had ended before)", run.id)),
+        Some(pid) => print_line(&format!("ended    {id} (QEMU process {pid})")),
+        None => print_line(&format!("ended    {id} (its QEMU had ended before)")),
     }
     removed.iter().for_each(|path| print_line(&format!("removed  {}", path.display())));
     for path in &kept {

@@ -180,10 +180,17 @@ impl Process {
         self.has_exited()
     }
 
+    /// Waits until QEMU has ended. Cancel-safe.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut ended = self.ended.clone();
+        // As in `wait_exit`.
+        async move { _ = ended.wait_for(Option::is_some).await }
+    }
+
     /// Kills QEMU (SIGKILL) and waits until it is gone.
     pub async fn kill(&mut self) {
         self.send_sigkill();
-        let _ = self.ended.wait_for(Option::is_some).await;
+        self.ended().await;
     }
 
     /// The last 4 KiB of QEMU's standard output and error, of which the first MiB is kept. It

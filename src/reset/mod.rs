@@ -33,7 +33,7 @@ mod write_back;
 pub use error::ResetError;
 pub(crate) use memory::GuestMemory;
 pub use requests::ResetOutcome;
-pub(crate) use requests::{Request, Requests, SOCKET, ask};
+pub(crate) use requests::{Asked, Request, Requests, SOCKET, ask};
 pub(crate) use rewind::Rewinder;
 pub(crate) use state_file::StateFile;
 pub(crate) use tracker::Tracker;

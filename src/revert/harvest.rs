@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::error::RevertError;
 use super::event::RevertEvent;
 use super::journey::revert_held;
-use super::options::{Delivery, RevertOptions};
+use super::options::{Delivery, Preload, RevertOptions};
 use crate::cancel::Cancellation;
 use crate::image::Image;
 use crate::memory::{WorkingSet, working_set};
@@ -25,7 +25,7 @@ pub async fn harvest(
     let mut options = options.clone();
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
-    options.preload = false;
+    options.preload = Preload::Nothing;
     options.standby = false;
     options.delivery = Delivery {
         hold: Some(window),

@@ -28,11 +28,11 @@ pub struct RevertOptions {
     pub domain: Option<DomainOptions>,
     /// How its memory is brought.
     pub delivery: Delivery,
-    /// Let the guest run only once its working set is in place.
-    pub preload: bool,
+    /// Let the guest run only once so much of its memory is in place.
+    pub preload: Preload,
     /// Hold the guest in the state [`Armed`](super::session::Armed) until
     /// [`run`](super::session::Armed::run) is called: it stands still with its device state
-    /// in, and nothing of its memory is filled.
+    /// in, and nothing of its memory is filled but what `preload` says.
     pub standby: bool,
     /// What the machine's battery-backed clock shows.
     pub rtc: Rtc,
@@ -70,7 +70,7 @@ impl RevertOptions {
             rewrite: RewriteOptions::default(),
             domain: None,
             delivery: Delivery::default(),
-            preload: false,
+            preload: Preload::Nothing,
             standby: false,
             rtc: Rtc::default(),
             check: false,
@@ -238,6 +238,21 @@ impl Default for Delivery {
             progress_every: PROGRESS_EVERY,
         }
     }
+}
+
+/// How much of a guest's memory is in place ahead of its first instruction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Preload {
+    /// What its device state brings along.
+    #[default]
+    #[serde(rename = "none")]
+    Nothing,
+    /// Its recorded working set.
+    WorkingSet,
+    /// All of it, at the rate of [`Delivery::fill_rate`] at most.
+    All,
 }
 
 /// By which transport pages reach the guest.

@@ -25,7 +25,7 @@ pub(super) fn is_id(name: &str) -> bool {
 }
 
 /// The user's directory, whether it is there or not.
-pub(super) fn base() -> PathBuf {
+pub(crate) fn base() -> PathBuf {
     let user = us();
     let is_ours = |path: &PathBuf| {
         path.is_absolute() && fs::metadata(path).is_ok_and(|meta| meta.uid() == user)
@@ -83,10 +83,11 @@ fn make_private(path: &Path) -> io::Result<()> {
     check_private(path)
 }
 
-/// Refuses a directory that others could have made or can write to.
+/// Refuses a directory that others could have made, can list or write to. They may get through it,
+/// to the socket of a daemon that a group uses: what else is in it is private itself.
 pub(super) fn check_private(path: &Path) -> io::Result<()> {
     let meta = fs::symlink_metadata(path)?;
-    match meta.is_dir() && meta.uid() == us() && meta.mode() & 0o077 == 0 {
+    match meta.is_dir() && meta.uid() == us() && meta.mode() & 0o066 == 0 {
         true => Ok(()),
         false => {
             let why = "it must be a directory of your own, with mode 0700";

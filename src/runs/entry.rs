@@ -39,10 +39,10 @@ impl std::fmt::Debug for Message {
 impl Entry {
     /// Begins the record of a revert that this process serves.
     pub fn begin(options: &RunOptions, record: Record) -> Entry {
-        let (log, again) = (options.log.clone(), options.again.clone());
-        let record = Record { log, again, ..record };
-        let is_id = directory::is_id(&options.id);
-        Entry::start(directory::of(&options.id), move |directory| {
+        let RunOptions { id, log, again, pool } = options.clone();
+        let record = Record { log, again, pool, ..record };
+        let is_id = directory::is_id(&id);
+        Entry::start(directory::of(&id), move |directory| {
             if !is_id {
                 return Err(io::Error::other("its id is not one of 8 hexadecimal digits"));
             }
@@ -121,10 +121,10 @@ fn keep(directory: &Path, mut record: Record, messages: &Receiver<Message>) -> i
     }
     // Of a revert that failed when its guest had run, the overlays stay, and nobody else knows
     // of them. One that was taken up by hand and failed leaves QEMU to be taken up again. A guest
-    // that has all its memory is its owner's, with its overlays.
+    // that has all its memory is its owner's, with its overlays; one of a pool's is the pool's.
     let leaves = record.overlays.iter().any(|overlay| overlay.symlink_metadata().is_ok());
     let waits = record.qemu.is_some_and(ProcessId::may_live);
-    match !record.resident && (leaves || waits) {
+    match record.pool.is_none() && !record.resident && (leaves || waits) {
         true => Ok(()),
         false => directory::remove(directory, &FILES),
     }

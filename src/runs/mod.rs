@@ -26,12 +26,12 @@ mod run;
 mod stop;
 
 pub use crate::reset::ResetOutcome;
-pub(crate) use directory::{log_of, new_id};
+pub(crate) use directory::{base, log_of, new_id};
 pub(crate) use entry::Entry;
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;
-pub use record::Again;
+pub use record::{Again, OfPool};
 pub(crate) use record::{ProcessId, Record};
 pub(crate) use reset::{is_tracked, stop_tracking};
 pub use run::{Run, find, list};

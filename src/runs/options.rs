@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::Again;
 use super::directory::new_id;
+use super::{Again, OfPool};
 
 /// How a revert is recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,12 +15,14 @@ pub struct RunOptions {
     pub log: Option<PathBuf>,
     /// How the same is done again, where a guest can't be reset inside its QEMU.
     pub again: Option<Again>,
+    /// The pool that the guest belongs to: its record and its overlays go with it.
+    pub pool: Option<OfPool>,
 }
 
 impl RunOptions {
     /// Records a revert under a new id.
     pub fn new() -> RunOptions {
-        RunOptions { id: new_id(), log: None, again: None }
+        RunOptions { id: new_id(), log: None, again: None, pool: None }
     }
 }
 

@@ -80,6 +80,15 @@ pub struct Again {
     pub directory: PathBuf,
 }
 
+/// That a guest belongs to a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfPool {
+    /// The pool's name.
+    pub name: String,
+    /// Where the daemon of the pool listens.
+    pub daemon: PathBuf,
+}
+
 /// What is recorded of a revert.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -105,6 +114,9 @@ pub(crate) struct Record {
     /// How it is done again, where that was told.
     #[serde(default)]
     pub again: Option<Again>,
+    /// The pool that it belongs to.
+    #[serde(default)]
+    pub pool: Option<OfPool>,
 }
 
 impl Record {
@@ -124,6 +136,7 @@ impl Record {
             sockets: Vec::new(),
             log: None,
             again: None,
+            pool: None,
         }
     }
 

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::directory::{self, base, check_private, is_id};
-use super::{Again, Record, RunsError};
+use super::{Again, OfPool, Record, RunsError};
 use crate::keeper::{Figures, Ledger};
 
 /// A revert that is recorded.
@@ -166,6 +166,11 @@ impl Run {
 
     fn is_unserved(&self) -> bool {
         self.server_pid.is_none() && self.keeper_pid.is_none()
+    }
+
+    /// The pool that it belongs to: its daemon resets and ends it.
+    pub fn pool(&self) -> Option<&OfPool> {
+        self.record.pool.as_ref()
     }
 
     /// How it is done again, where that was told.

@@ -23,6 +23,13 @@ pub struct Stopped {
     pub kept: Vec<PathBuf>,
 }
 
+impl Stopped {
+    /// That of a pool's guest, which its daemon has ended with all that it has written.
+    pub(crate) fn of_pool(qemu_pid: Option<i32>) -> Stopped {
+        Stopped { qemu_pid, removed: Vec::new(), kept: Vec::new() }
+    }
+}
+
 impl Run {
     /// Ends QEMU, its server and its keeper, and removes what they leave, except for the
     /// overlays of a guest that has run. It blocks for some milliseconds; for up to half a minute
@@ -38,7 +45,10 @@ impl Run {
 
         let qemu_pid = end("QEMU", record.qemu, Ending::Kill)?;
         // They end by themselves with their QEMU; before QEMU is up, when they are told to.
-        end("its server", record.server, Ending::Tell)?;
+        // The server of a pool's guest serves others as well.
+        if record.pool.is_none() {
+            end("its server", record.server, Ending::Tell)?;
+        }
         end("its keeper", record.keeper, Ending::Wait)?;
 
         let is_overlay = |what| what == LeftOverKind::Overlay;

@@ -1,4 +1,4 @@
-//! Armed: the device state is given, faults are served, nothing is filled.
+//! Armed: the device state is given, faults are served, nothing is filled but what was asked for.
 
 use super::connection::Connection;
 use super::running::Running;
@@ -9,8 +9,8 @@ use crate::revert::error::RevertError;
 use crate::revert::event::{Progress, RevertEvent};
 
 /// A guest that can run. In standby it stands still with its device state in, its faults
-/// are served and nothing is filled, for as long as its owner likes; that its QEMU has died
-/// meanwhile is an error of [`run`](Armed::run). Without standby it runs as soon as its
+/// are served and nothing is filled but what was to be preloaded, for as long as its owner likes;
+/// that its QEMU has died meanwhile is an error of [`run`](Armed::run). Without standby it runs as soon as its
 /// device state is in. Dropping it ends a QEMU of ours.
 pub struct Armed {
     pub(super) connection: Connection,
@@ -39,6 +39,16 @@ impl Armed {
             Ok(cards) => Ok((self, Some((cards, qmp)))),
             Err(error) => Err(self.connection.fail(error).await),
         }
+    }
+
+    /// Waits until its QEMU has ended, where that is one that we have started. Safe to cancel.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.connection.qemu.ended()
+    }
+
+    /// How others reach a QEMU that we have started.
+    pub(crate) fn reach(&self) -> Reach {
+        self.connection.qemu.reach()
     }
 
     /// How much of its memory is in place.

@@ -221,7 +221,7 @@ impl Connection {
             placement: self.delivery.placement,
             pid: self.qemu.pid(),
             fill,
-            preload: self.lifecycle.preloads(),
+            preload: self.lifecycle.preload(),
             standby: self.lifecycle.is_held(),
             record: match (self.delivery.hold, self.delivery.working_set) {
                 (Some(hold), _) => hold,

@@ -18,7 +18,7 @@ use crate::image::Image;
 use crate::qmp::Qmp;
 use crate::revert::error::RevertError;
 use crate::revert::event::RevertEvent;
-use crate::revert::options::{Placement, ServeOptions, Target};
+use crate::revert::options::{Placement, Preload, ServeOptions, Target};
 
 /// How long somebody else's QEMU may take to greet.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,7 +64,7 @@ impl Launched {
         // Without QMP we can neither see nor say when it runs, and without standby it is not
         // for us to say.
         let start = match (qemu.qmp(), standby) {
-            (Some(_), true) => Start::Continued { preload: false },
+            (Some(_), true) => Start::Continued { preload: Preload::Nothing },
             _ => Start::LeftToOwner,
         };
         let lifecycle = Lifecycle::new(start, *standby);

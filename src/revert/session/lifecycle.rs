@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use crate::memory::{FaultReport, Unreadable};
 use crate::revert::error::{PostcopyError, RevertError};
-use crate::revert::options::Placement;
+use crate::revert::options::{Placement, Preload};
 use crate::revert::source::PostcopyEvent;
 
 /// When the guest runs.
@@ -17,8 +17,8 @@ use crate::revert::source::PostcopyEvent;
 pub(super) enum Start {
     /// QEMU runs it as soon as its device state is in.
     ByItself,
-    /// We have QEMU run it, where `preload` is set once its working set is in place.
-    Continued { preload: bool },
+    /// We have QEMU run it, once this is in place.
+    Continued { preload: Preload },
     /// When its owner says so: it counts as running when it could.
     LeftToOwner,
 }
@@ -229,7 +229,7 @@ impl Lifecycle {
             return Some(Next::Unreadable);
         }
         let next = match self.stage {
-            Stage::Launched if self.released || self.loaded => Next::Armed,
+            Stage::Launched if self.released || (self.loaded && self.is_preloaded()) => Next::Armed,
             Stage::Armed if self.released => self.behind_armed()?,
             Stage::Running if self.finished.is_some() => Next::Resident,
             Stage::Running if self.interrupted && (self.stopped || self.filled) => Next::GiveUp,
@@ -259,9 +259,7 @@ impl Lifecycle {
             _ if self.resumed => Some(Next::Running),
             Start::LeftToOwner if self.loaded => Some(Next::Running),
             // QEMU answers once it has finished loading, RUN included.
-            Start::Continued { preload } if self.loaded && (self.preloaded || !preload) => {
-                Some(Next::Continue)
-            }
+            Start::Continued { .. } if self.loaded && self.is_preloaded() => Some(Next::Continue),
             // All is over, and QEMU has not said that the guest runs: does it?
             Start::ByItself if self.finished.is_some() => Some(Next::AskStatus),
             _ => None,
@@ -273,9 +271,16 @@ impl Lifecycle {
         !self.released
     }
 
-    /// Whether the guest's working set goes ahead of its first instruction.
-    pub fn preloads(&self) -> bool {
-        self.start == Start::Continued { preload: true }
+    /// What is in place ahead of the guest's first instruction.
+    pub fn preload(&self) -> Preload {
+        match self.start {
+            Start::Continued { preload } => preload,
+            Start::ByItself | Start::LeftToOwner => Preload::Nothing,
+        }
+    }
+
+    fn is_preloaded(&self) -> bool {
+        self.preloaded || self.preload() == Preload::Nothing
     }
 
     /// Whether QEMU's reports still matter: once the guest runs, those of the source do.
@@ -376,7 +381,7 @@ mod tests {
         let preloaded = || source(PostcopyEvent::Preloaded);
         let reports = vec![preloaded(), loaded(), Told::Resumed];
         let steps_of = |start, reports| steps(Lifecycle::new(start, false), reports);
-        let steps = steps_of(Start::Continued { preload: true }, reports);
+        let steps = steps_of(Start::Continued { preload: Preload::WorkingSet }, reports);
         assert_eq!(steps, [Next::Armed, Next::Continue, Next::Running]);
         assert_eq!(steps_of(Start::LeftToOwner, vec![loaded()]), [Next::Armed, Next::Running]);
     }

@@ -18,7 +18,7 @@ use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::RevertEvent;
 use crate::revert::first_breath;
 use crate::revert::kept::Kept;
-use crate::revert::options::RevertOptions;
+use crate::revert::options::{Preload, RevertOptions};
 use crate::runs::{Entry, ProcessId};
 
 /// A guest that could be brought back: the command line is rewritten, nothing is touched.
@@ -42,11 +42,24 @@ impl Planned {
         cancel: Cancellation,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Planned, RevertError> {
+        Planned::of(Image::open(&options.image)?, options, cancel, on_event).await
+    }
+
+    /// The same with an image that is open already, whose file that of the options need not be any
+    /// more.
+    ///
+    /// # Errors
+    /// As [`Planned::new`].
+    pub(crate) async fn of(
+        image: Arc<Image>,
+        options: &RevertOptions,
+        cancel: Cancellation,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Planned, RevertError> {
         check_page_size()?;
-        let image = Image::open(&options.image)?;
         let machine = &image.manifest().machine;
         let stays_paused = options.rewrite.stays_paused() || !machine.running;
-        let paused = stays_paused || options.preload || options.standby;
+        let paused = stays_paused || options.preload != Preload::Nothing || options.standby;
         let (launcher, not_mapped) = Launcher::plan(&image, options, paused)?;
         let agent = first_breath::socket(&options.agent, launcher.agent(), stays_paused)?;
         if options.check {

@@ -180,6 +180,20 @@ impl Qemu {
         }
     }
 
+    /// Waits until it has ended, where it is one that we have started. Safe to cancel.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let ended = match self {
+            Qemu::Ours { process, .. } => Some(process.ended()),
+            Qemu::Domain { .. } | Qemu::Theirs { .. } | Qemu::Adopted(_) => None,
+        };
+        async move {
+            match ended {
+                Some(ended) => ended.await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
     /// How it has ended, if it has or is about to, and that comes to us. Its sockets close a
     /// little before its process ends.
     pub async fn end_status(&mut self) -> Option<ExitStatus> {

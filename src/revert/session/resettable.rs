@@ -7,7 +7,7 @@ use super::contents::set_clock;
 use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
-use crate::reset::{Request, Requests, ResetError, ResetOutcome, Rewinder};
+use crate::reset::{Asked, Request, Requests, ResetError, ResetOutcome, Rewinder};
 use crate::revert::error::RevertError;
 use crate::revert::event::{ResetWay, RevertEvent};
 use crate::revert::outcome::Outcome;
@@ -63,6 +63,11 @@ impl Resettable {
         self.resident.qemu.pid()
     }
 
+    /// The guest, as one that has all its memory.
+    pub fn resident(&self) -> &Resident {
+        &self.resident
+    }
+
     /// How many host pages the guest has written since the last reset.
     pub fn written(&self) -> u64 {
         self.rewinder.tracker().written()
@@ -80,7 +85,8 @@ impl Resettable {
         Ok(reset)
     }
 
-    async fn rewind(&mut self) -> Result<Reset, RevertError> {
+    /// As [`reset`](Resettable::reset), but does not make ready for the next one.
+    pub(crate) async fn rewind(&mut self) -> Result<Reset, RevertError> {
         let began = Instant::now();
         match self.rewinder.rewind(&self.sections()?).await {
             Ok(pages) => Ok(Reset { pages, took_ms: began.elapsed().as_secs_f64() * 1e3 }),
@@ -94,7 +100,7 @@ impl Resettable {
     }
 
     /// Makes ready for the next reset, while the guest runs.
-    async fn prepare(&mut self) {
+    pub(crate) async fn prepare(&mut self) {
         let sections = known_ahead(&self.sections, self.resident.rtc);
         if let Err(error) = self.rewinder.prepare(sections).await {
             tracing::warn!("the next reset will have to wait for QEMU: {error}");
@@ -115,45 +121,76 @@ impl Resettable {
         &mut self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<(), RevertError> {
-        let Some(requests) = self.requests.take() else { return Ok(()) };
+        if self.requests.is_none() {
+            return Ok(());
+        }
         let cancelled = self.resident.cancel.requested();
         tokio::pin!(cancelled);
         let mut events = self.resident.qemu.qmp().map(|qmp| qmp.events());
         let tracker = Arc::clone(self.rewinder.tracker());
         loop {
             let asked = tokio::select! {
-                asked = requests.next() => asked,
+                asked = self.asked() => asked,
                 () = &mut cancelled => return Ok(()),
                 () = gone(&mut events) => return Ok(()),
                 () = tracker.ended() => return Ok(()),
             };
-            if asked.request == Request::LetGo {
-                // Whoever asks goes on as soon as it is answered.
-                tracker.end();
-                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
+            if !self.answer(asked, on_event).await? {
                 return Ok(());
             }
-            let reset = self.rewind().await;
-            asked.answer(&answer(&reset)).await;
-            match reset {
-                Ok(Reset { pages, took_ms }) => {
-                    let how = ResetWay::InPlace;
-                    on_event(RevertEvent::Reset { how, pages: Some(pages), took_ms });
-                    self.prepare().await;
-                }
-                Err(error) if error.is_refusal() => on_event(RevertEvent::Note {
-                    what: "the guest was not reset".to_owned(),
-                    why: error.to_string(),
-                }),
-                Err(error) => return Err(error),
-            }
         }
+    }
+
+    /// Waits until somebody asks for something by [`runs`](crate::runs). Safe to cancel.
+    pub(crate) async fn asked(&self) -> Asked {
+        match &self.requests {
+            Some(requests) => requests.next().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Does what somebody asks for. Returns whether the guest's writes are still tracked.
+    ///
+    /// # Errors
+    /// As [`serve`](Resettable::serve).
+    pub(crate) async fn answer(
+        &mut self,
+        asked: Asked,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<bool, RevertError> {
+        if asked.request == Request::LetGo {
+            // Whoever asks goes on as soon as it is answered.
+            self.rewinder.tracker().end();
+            asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
+            return Ok(false);
+        }
+        let reset = self.rewind().await;
+        asked.answer(&answer(&reset)).await;
+        match reset {
+            Ok(Reset { pages, took_ms }) => {
+                let how = ResetWay::InPlace;
+                on_event(RevertEvent::Reset { how, pages: Some(pages), took_ms });
+                self.prepare().await;
+            }
+            Err(error) if error.is_refusal() => on_event(RevertEvent::Note {
+                what: "the guest was not reset".to_owned(),
+                why: error.to_string(),
+            }),
+            Err(error) => return Err(error),
+        }
+        Ok(true)
     }
 
     /// The QEMU that we have started for it. Its guest's writes are tracked no more.
     pub(crate) fn into_held(self) -> Option<Held> {
         self.rewinder.tracker().end();
         self.resident.into_held()
+    }
+
+    /// The guest as one whose writes are tracked no more.
+    pub(crate) fn into_resident(self) -> Resident {
+        self.rewinder.tracker().end();
+        self.resident
     }
 
     /// Lets the guest run on untracked; returns the process id of its QEMU, and how its memory

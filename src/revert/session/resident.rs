@@ -66,6 +66,11 @@ impl Held {
 }
 
 impl Resident {
+    /// Waits until its QEMU has ended, where that is one that we have started. Safe to cancel.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.qemu.ended()
+    }
+
     /// How its memory came.
     pub fn outcome(&self) -> &Outcome {
         &self.outcome

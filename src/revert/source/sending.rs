@@ -10,9 +10,10 @@ use super::pings;
 use super::resuming::{Interrupted, take_up};
 use super::takeover::TakeOver;
 use super::transports::Transports;
-use crate::memory::{MemoryError, Pace, prefetch, preload};
+use crate::memory::{FillOptions, MemoryError, Pace, prefetch, preload};
 use crate::page::{Block, PAGE_SIZE, Page, Run};
 use crate::revert::error::PostcopyError;
+use crate::revert::options::Preload;
 use crate::transport::TransportError;
 use crate::wire::{Opening, closing, package};
 
@@ -81,13 +82,8 @@ impl Sending {
             None => None,
         };
         let Some(faults) = begun else { return Ok(()) };
-        if self.transports.options.preload {
-            preload(
-                &self.transports.memory,
-                &self.transports.options.fill.working_set,
-                &self.pace,
-            )?;
-            let _ = self.transports.events.send(PostcopyEvent::Preloaded);
+        if !self.transports.options.standby {
+            self.preload()?;
         }
         // Until the guest runs, what it asks for has the transport to itself.
         if self.transports.pongs.loaded() {
@@ -119,6 +115,9 @@ impl Sending {
             sent => sent?,
         }
         let Some(takes_faults) = self.transports.open_direct()? else { return Ok(None) };
+        if self.transports.options.standby {
+            self.preload()?;
+        }
         if self.released.recv().is_err() {
             return Ok(None);
         }
@@ -147,6 +146,23 @@ impl Sending {
         let set = &self.transports.options.fill.working_set;
         let chunk_bytes = self.transports.memory.chunk_pages() * PAGE_SIZE;
         &set[..set.len().min(HEAD_BYTES / chunk_bytes)]
+    }
+
+    /// Brings what is to be in place ahead of the guest's first instruction.
+    fn preload(&self) -> Result<(), PostcopyError> {
+        let Transports { options, memory, events, .. } = &self.transports;
+        match options.preload {
+            Preload::Nothing => return Ok(()),
+            Preload::WorkingSet => preload(memory, &options.fill.working_set, &self.pace)?,
+            Preload::All => {
+                // Nobody asks for anything: there is nothing to wait for, or to give way to.
+                let fill = FillOptions { hold: None, delay: None, ..options.fill.clone() };
+                // What can't be read has been told, and is tried again.
+                let _missing = prefetch(memory, &fill, &self.pace)?;
+            }
+        }
+        let _ = events.send(PostcopyEvent::Preloaded);
+        Ok(())
     }
 
     /// Brings all memory.

@@ -13,7 +13,7 @@ use crate::host::procfs::AddressSpace;
 use crate::memory::{FillOptions, Memory, MemoryError};
 use crate::revert::error::PostcopyError;
 use crate::revert::kept::Kept;
-use crate::revert::options::Placement;
+use crate::revert::options::{Placement, Preload};
 
 /// To whom a source sends, and how.
 #[derive(Debug, Clone, Default)]
@@ -24,10 +24,10 @@ pub(in crate::revert) struct PostcopyOptions {
     pub pid: Option<i32>,
     /// How memory is filled.
     pub fill: FillOptions,
-    /// Whether the working set goes ahead of the guest's first instruction;
-    /// [`PostcopyEvent::Preloaded`] tells when it is in place.
-    pub preload: bool,
-    /// Whether nothing is filled before
+    /// What goes ahead of the guest's first instruction; [`PostcopyEvent::Preloaded`] tells when
+    /// it is in place.
+    pub preload: Preload,
+    /// Whether nothing else is filled before
     /// [`release`](super::PostcopySource::release).
     pub standby: bool,
     /// How long demands are recorded: those by the return path from the start of the

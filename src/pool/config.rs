@@ -1,0 +1,251 @@
+//! What a pool is made of.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use super::error::PoolError;
+use crate::revert::Preload;
+
+/// The most guests of one pool, armed ones and running ones alike.
+const MOST: u32 = 10_000;
+
+/// The longest name of a pool or a guest, in bytes. Socket paths hold both, and end at 107 bytes
+/// (unix(7)).
+const LONGEST_NAME: usize = 32;
+
+/// A pool with its name, as a request creates it.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct PoolConfig {
+    /// Its name: letters, digits, `.`, `_` and `-`, 32 at most.
+    pub name: String,
+    /// What it is made of.
+    #[serde(flatten)]
+    pub settings: PoolSettings,
+}
+
+/// What a pool is made of. In `dir`, `guest_name`, `paths`, `netdevs` and `arguments` `{n}` stands
+/// for a guest's number, `{name}` for its name and `{dir}` for its directory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PoolSettings {
+    /// The image, by an absolute path.
+    pub image: PathBuf,
+    /// How many guests wait, armed.
+    #[serde(default = "one")]
+    pub armed: u32,
+    /// How many guests may be taken at a time.
+    #[serde(default = "sixteen")]
+    pub max: u32,
+    /// What of a guest's memory is in place while it waits.
+    #[serde(default = "working_set")]
+    pub preload: Preload,
+    /// Whether a guest can be reset inside its QEMU. It is not where memory is shared.
+    #[serde(default = "yes")]
+    pub resettable: bool,
+    /// Whether guests share memory that they have not written: it is mapped from a flat copy of
+    /// the image, which the daemon makes and keeps.
+    #[serde(default)]
+    pub share: bool,
+    /// The directory of each guest: a path with `{n}` or `{name}` [default: one in the daemon's
+    /// own].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dir: Option<String>,
+    /// The name of each guest, with `{n}` [default: the pool's name, `-` and `{n}`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_name: Option<String>,
+    /// Ports of this host: the one to be bound for each recorded one. 0 is any free one, which is
+    /// also what a port without a line here gets.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ports: BTreeMap<String, u16>,
+    /// Paths: what replaces each recorded one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub paths: BTreeMap<String, String>,
+    /// Network backends, as `-netdev` takes them, for the recorded ones by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub netdevs: BTreeMap<String, String>,
+    /// Another QEMU binary than the recorded one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<PathBuf>,
+    /// More arguments for QEMU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arguments: Vec<String>,
+    /// Whether each guest gets a new generation ID.
+    #[serde(default)]
+    pub new_generation: bool,
+    /// A guest is released so many seconds after it was taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lifetime_s: Option<u64>,
+    /// The rest of a guest's memory is filled once it has asked for none for so many milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fill_delay_ms: Option<u64>,
+    /// Memory is filled at so many bytes a second at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fill_rate: Option<u64>,
+}
+
+impl<'de> Deserialize<'de> for PoolConfig {
+    /// As derived, but what is not known is refused: serde has no such thing for flattened fields.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<PoolConfig, D::Error> {
+        let mut fields = Map::deserialize(deserializer)?;
+        let name = fields.remove("name").ok_or_else(|| Error::missing_field("name"))?;
+        Ok(PoolConfig {
+            name: String::deserialize(name).map_err(Error::custom)?,
+            settings: PoolSettings::deserialize(Value::Object(fields)).map_err(Error::custom)?,
+        })
+    }
+}
+
+/// What can be changed of a pool.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    /// How many guests wait, armed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub armed: Option<u32>,
+    /// How many guests may be taken at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn sixteen() -> u32 {
+    16
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn working_set() -> Preload {
+    Preload::WorkingSet
+}
+
+impl PoolSettings {
+    /// A pool of this image's guests.
+    pub fn new(image: impl Into<PathBuf>) -> PoolSettings {
+        PoolSettings {
+            image: image.into(),
+            armed: one(),
+            max: sixteen(),
+            preload: working_set(),
+            resettable: yes(),
+            share: false,
+            dir: None,
+            guest_name: None,
+            ports: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            netdevs: BTreeMap::new(),
+            qemu: None,
+            arguments: Vec::new(),
+            new_generation: false,
+            lifetime_s: None,
+            fill_delay_ms: None,
+            fill_rate: None,
+        }
+    }
+
+    /// How long a guest may be taken.
+    pub fn lifetime(&self) -> Option<Duration> {
+        self.lifetime_s.map(Duration::from_secs)
+    }
+
+    /// Checks all that can be told without touching anything.
+    ///
+    /// # Errors
+    /// When something is out of bounds, or guests could not be told apart.
+    pub fn check(&self) -> Result<(), PoolError> {
+        let invalid = |what: String| Err(PoolError::Invalid(what));
+        if !self.image.is_absolute() {
+            return invalid("image: an absolute path is needed, since the daemon's working \
+                            directory is not yours"
+                .into());
+        }
+        if self.armed > MOST || self.max > MOST {
+            return invalid(format!("armed and max are {MOST} at most"));
+        }
+        if self.max == 0 {
+            return invalid("max: at least one guest has to be allowed".into());
+        }
+        let has_number = |template: &str| template.contains("{n}");
+        if let Some(name) = &self.guest_name
+            && (!has_number(name) || !is_name(&name.replace("{n}", "1")))
+        {
+            return invalid(format!(
+                "guest_name: {name:?} has to hold {{n}}, and otherwise letters, digits, ., _ and \
+                 - only"
+            ));
+        }
+        if let Some(dir) = &self.dir {
+            let tells_apart = has_number(dir) || dir.contains("{name}");
+            if !dir.starts_with('/') || dir.split('/').any(|part| part == "..") || !tells_apart {
+                return invalid(format!(
+                    "dir: {dir:?} has to be an absolute path without .. that holds {{n}} or \
+                     {{name}}"
+                ));
+            }
+        }
+        if let Some(port) = self.ports.keys().find(|port| port.parse::<u16>().is_err()) {
+            return invalid(format!("ports: {port:?} is no port"));
+        }
+        Ok(())
+    }
+}
+
+/// Whether it can be the name of a pool or a guest: one component of a path, and nothing that a
+/// shell, a URL or QEMU's options would take apart.
+pub(super) fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=LONGEST_NAME).contains(&name.len())
+        && name.chars().all(allowed)
+        && !name.starts_with(['.', '-'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(json: &str) -> Result<(), String> {
+        let settings: PoolSettings = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        settings.check().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn settings_are_checked_before_anything_is_touched() {
+        assert_eq!(settings(r#"{"image":"/a.snap"}"#), Ok(()));
+        assert_eq!(settings(r#"{"image":"/a","dir":"/run/x/{name}","ports":{"22":0}}"#), Ok(()));
+        for (wrong, named) in [
+            (r#"{}"#, "image"),
+            (r#"{"image":"a.snap"}"#, "absolute"),
+            (r#"{"image":"/a","max":0}"#, "max"),
+            (r#"{"image":"/a","armed":20000}"#, "armed"),
+            (r#"{"image":"/a","guest_name":"x"}"#, "guest_name"),
+            (r#"{"image":"/a","guest_name":"../{n}"}"#, "guest_name"),
+            (r#"{"image":"/a","dir":"/run/x"}"#, "dir"),
+            (r#"{"image":"/a","dir":"/run/../{n}"}"#, "dir"),
+            (r#"{"image":"/a","ports":{"ssh":0}}"#, "ports"),
+            (r#"{"image":"/a","hook":"rm"}"#, "hook"),
+        ] {
+            let error = settings(wrong).unwrap_err();
+            assert!(error.contains(named), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_are_one_component_of_a_path() {
+        for name in ["booted", "w-1", "a.b_c", "7"] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", ".", "..", "a/b", "-x", "a b", "a,b", "{n}", "é", &"x".repeat(33)] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+}

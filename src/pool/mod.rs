@@ -1,0 +1,37 @@
+//! Pools of guests that wait to be taken: each is armed, with its device state in and its faults
+//! served, and runs a millisecond after somebody asks for it.
+//!
+//! ```text
+//!              arm                 take               fill
+//!   template ───────▶ armed guest ───────▶ running ───────▶ resident ──▶ resettable
+//!                          ▲                  │                              │
+//!                          └── refill         └────────── reset ◀────────────┘
+//! ```
+//!
+//! - `config`: what a pool is made of, as a configuration file or a request says it.
+//! - `template`: a pool's image, and what each of its guests is called and given.
+//! - `guest`: one guest and its session, in a task of its own that obeys commands.
+//! - `book`: who waits, who runs and who stands in the queue of one pool.
+//! - `pool`: one pool: its book, and what keeps it filled.
+//! - `pools`: all pools of a daemon.
+//! - `saved`: what is written down of guests and pools, for the daemon that comes after.
+//! - `event`, `figures`: what is told and counted.
+
+mod book;
+mod config;
+mod error;
+mod event;
+mod figures;
+mod guest;
+mod options;
+mod pool;
+mod pools;
+mod saved;
+mod template;
+
+pub use config::{Change, PoolConfig, PoolSettings};
+pub use error::PoolError;
+pub use event::{GuestView, PoolEvent, PoolState, PoolView, Problem, ResetView};
+pub use figures::{Figures, Histogram};
+pub use options::PoolsOptions;
+pub use pools::{Pools, Take};

@@ -1,0 +1,423 @@
+//! One pool: its book, and what keeps it filled.
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, Semaphore, broadcast};
+use tokio::task::spawn_blocking;
+
+use super::book::{Asked, Book};
+use super::config::PoolSettings;
+use super::error::PoolError;
+use super::event::{GuestView, PoolEvent, PoolView, Problem, ResetView};
+use super::figures::{Counted, Figures};
+use super::guest::{Common, Guest, Handle};
+use super::saved::{SavedGuest, StateDirectory};
+use super::template::{Place, Template, check_name};
+use crate::cancel::Cancellation;
+use crate::image::journeys::{FlattenOptions, flatten};
+use crate::image::{Image, ImageError, Layout};
+use crate::keeper::Successor;
+use crate::revert::ResetWay;
+use crate::runs::{self, OfPool};
+
+/// How long it takes until arming is tried again that has failed: each time twice as long.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// Why a guest is no more.
+pub(super) const ASKED: &str = "asked";
+const LIFETIME: &str = "lifetime";
+const REMOVED: &str = "pool_removed";
+
+/// What all pools have in common.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub state: Arc<StateDirectory>,
+    pub keeper: Option<Successor>,
+    pub address: Option<PathBuf>,
+    /// As many guests are armed at a time, of all pools.
+    pub arming: Arc<Semaphore>,
+    pub events: broadcast::Sender<PoolEvent>,
+    /// Told the number that a pool's next guest has.
+    pub numbered: Arc<dyn Fn(&str, u32) + Send + Sync>,
+}
+
+/// One pool.
+pub(super) struct Pool {
+    pub name: String,
+    book: Mutex<Book>,
+    /// Wakes what keeps it filled.
+    changed: Notify,
+    counted: Arc<Counted>,
+    /// The number of its next guest.
+    next: AtomicU32,
+    /// Made once its image could be opened.
+    template: OnceLock<Arc<Template>>,
+    shared: Shared,
+}
+
+impl Pool {
+    /// A pool that fills from now on. Its image is opened when that can be done.
+    pub fn start(name: &str, settings: PoolSettings, next: u32, shared: Shared) -> Arc<Pool> {
+        let pool = Arc::new(Pool {
+            name: name.to_owned(),
+            book: Mutex::new(Book::new(settings)),
+            changed: Notify::new(),
+            counted: Arc::default(),
+            next: AtomicU32::new(next),
+            template: OnceLock::new(),
+            shared,
+        });
+        tokio::spawn(Arc::clone(&pool).keep_filled());
+        pool
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pool as it is now.
+    pub fn view(&self) -> PoolView {
+        self.book().view(&self.name)
+    }
+
+    /// What it is made of.
+    pub fn settings(&self) -> PoolSettings {
+        self.book().settings.clone()
+    }
+
+    /// What has been counted.
+    pub fn figures(&self) -> Figures {
+        self.counted.now()
+    }
+
+    fn tell(&self) {
+        // Nobody may listen.
+        let _ = self.shared.events.send(PoolEvent::Pool(self.view()));
+    }
+
+    /// Changes how many wait and may be taken.
+    pub async fn change(&self, armed: Option<u32>, max: Option<u32>) -> Result<(), PoolError> {
+        let changed = self.settings();
+        let changed = PoolSettings {
+            armed: armed.unwrap_or(changed.armed),
+            max: max.unwrap_or(changed.max),
+            ..changed
+        };
+        changed.check()?;
+        let spare = self.book().change(armed, max);
+        for guest in spare {
+            guest.release(ASKED).await;
+        }
+        self.changed.notify_one();
+        self.tell();
+        Ok(())
+    }
+
+    /// Ends the pool and all its guests.
+    pub async fn remove(&self) {
+        let guests = self.book().close();
+        self.changed.notify_one();
+        for guest in guests {
+            guest.release(REMOVED).await;
+        }
+        let _ = self.shared.events.send(PoolEvent::Removed { pool: self.name.clone() });
+    }
+
+    /// Ends the guests that wait: what a daemon does that ends.
+    pub async fn end_waiting(&self) {
+        let spare = self.book().change(Some(0), None);
+        for guest in spare {
+            guest.release(ASKED).await;
+        }
+    }
+
+    /// Takes a guest, which runs when this returns. `began` is when it was asked for.
+    pub async fn take(
+        self: &Arc<Self>,
+        began: Instant,
+        name: Option<String>,
+        patience: Duration,
+    ) -> Result<GuestView, PoolError> {
+        if let Some(name) = &name {
+            check_name(name)?;
+            if self.taken().iter().any(|guest| guest.name() == *name) {
+                return Err(PoolError::Exists { what: "a guest", name: name.clone() });
+            }
+        }
+        loop {
+            let guest = self.next_guest(began, patience).await?;
+            let id = guest.place.id.clone();
+            match guest.take(began, name.clone()).await {
+                Some(Ok(())) => {
+                    self.book().takes += 1;
+                    self.limit_lifetime(&guest);
+                    let view = self.view_of(&guest);
+                    let _ = self.shared.events.send(PoolEvent::Taken(view.clone()));
+                    self.changed.notify_one();
+                    return Ok(view);
+                }
+                Some(Err(source)) => {
+                    self.book().remove(&id);
+                    self.counted.failure(source.kind().code());
+                    return Err(PoolError::Revert { pool: self.name.clone(), source });
+                }
+                // It has ended while it waited: there may be another.
+                None => self.book().remove(&id),
+            }
+        }
+    }
+
+    /// The next guest that waits, once it is this request's turn.
+    async fn next_guest(
+        &self,
+        began: Instant,
+        patience: Duration,
+    ) -> Result<Arc<Handle>, PoolError> {
+        let asked = {
+            let mut book = self.book();
+            if book.removed {
+                return Err(PoolError::Removed { pool: self.name.clone() });
+            }
+            book.ask()
+        };
+        let (number, told) = match asked {
+            Asked::Given(guest) => return Ok(guest),
+            Asked::Queued(number, told) => (number, told),
+        };
+        self.changed.notify_one();
+        let _leave = Leave { pool: self, number };
+        match tokio::time::timeout_at((began + patience).into(), told).await {
+            Ok(Ok(guest)) => Ok(guest),
+            Ok(Err(_)) => Err(PoolError::Removed { pool: self.name.clone() }),
+            Err(_) => Err(self.none_to_be_had(patience)),
+        }
+    }
+
+    fn none_to_be_had(&self, waited: Duration) -> PoolError {
+        let book = self.book();
+        let (taken, armed) = book.counts();
+        let pool = self.name.clone();
+        match &book.problem {
+            Some(problem) if taken < book.settings.max as usize => {
+                PoolError::Degraded { pool, problem: problem.clone() }
+            }
+            _ => PoolError::Exhausted { pool, taken, max: book.settings.max, armed, waited },
+        }
+    }
+
+    /// The guests that are taken.
+    pub fn taken(&self) -> Vec<Arc<Handle>> {
+        self.book().taken()
+    }
+
+    /// A guest that is taken, as it is now.
+    pub fn view_of(&self, guest: &Handle) -> GuestView {
+        match self.template.get() {
+            Some(template) => guest.view(template),
+            None => unreachable!("a guest has been started by it"),
+        }
+    }
+
+    /// Has a guest go back to its image.
+    pub async fn reset(&self, guest: &Handle) -> Result<ResetView, PoolError> {
+        let gone = || PoolError::NoSuchGuest { id: guest.place.id.clone() };
+        let done = guest.reset().await.ok_or_else(gone)?;
+        let done = done.map_err(|source| {
+            self.counted.failure(source.kind().code());
+            PoolError::Revert { pool: self.name.clone(), source }
+        })?;
+        let ms = done.took.as_secs_f64() * 1e3;
+        let (id, pool) = (guest.place.id.clone(), self.name.clone());
+        let _ = self.shared.events.send(PoolEvent::Reset { id, pool, how: done.how, ms });
+        if done.how == ResetWay::NewProcess {
+            self.changed.notify_one();
+        }
+        let guest = self.view_of(guest);
+        Ok(ResetView { how: done.how, pages: done.pages, ms, why: done.why, guest })
+    }
+
+    fn limit_lifetime(&self, guest: &Arc<Handle>) {
+        let Some(lifetime) = self.settings().lifetime() else { return };
+        let guest = Arc::downgrade(guest);
+        tokio::spawn(async move {
+            tokio::time::sleep(lifetime).await;
+            if let Some(guest) = guest.upgrade() {
+                guest.release(LIFETIME).await;
+            }
+        });
+    }
+
+    /// Takes a guest up that a daemon before this one has handed out, where it lives. Else what is
+    /// left of it is removed.
+    pub async fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
+        let common = self.template().await.map(|template| self.common(&template));
+        let adopted = match &common {
+            Ok(common) if saved.taken => Guest::adopt(saved, common.clone()),
+            _ => None,
+        };
+        let Some((guest, adopted)) = adopted else { return };
+        self.book().adopt(Arc::clone(&guest.handle));
+        let id = guest.handle.place.id.clone();
+        self.limit_lifetime(&guest.handle);
+        let pool = Arc::clone(self);
+        tokio::spawn(async move {
+            let why = guest.live(adopted).await;
+            pool.ended(&id, why, true);
+        });
+    }
+
+    /// Whether this guest is one of its own.
+    pub fn has(&self, id: &str) -> bool {
+        self.book().is_taken(id)
+    }
+
+    fn ended(&self, id: &str, why: &'static str, taken: bool) {
+        self.book().remove(id);
+        self.changed.notify_one();
+        if taken {
+            let (id, pool, why) = (id.to_owned(), self.name.clone(), why.to_owned());
+            let _ = self.shared.events.send(PoolEvent::Released { id, pool, why });
+        }
+        self.tell();
+    }
+
+    /// Arms guests whenever some are missing, until the pool is removed.
+    async fn keep_filled(self: Arc<Self>) {
+        let mut retry = FIRST_RETRY;
+        loop {
+            if self.book().removed {
+                return;
+            }
+            if !self.book().wants_one() {
+                self.changed.notified().await;
+                continue;
+            }
+            let Ok(_permit) = self.shared.arming.acquire().await else { return };
+            if !self.book().wants_one() {
+                continue;
+            }
+            match self.arm_one().await {
+                Ok(()) => retry = FIRST_RETRY,
+                Err(error) => {
+                    self.degrade(&error);
+                    drop(_permit);
+                    tokio::time::sleep(retry).await;
+                    retry = (retry * 2).min(LAST_RETRY);
+                }
+            }
+        }
+    }
+
+    fn degrade(&self, error: &PoolError) {
+        let problem = Problem::new(error.kind(), error.to_string());
+        self.counted.failure(&problem.code);
+        let Problem { code, message } = problem.clone();
+        let is_new = self.book().problem.replace(problem.clone()) != Some(problem);
+        if is_new {
+            tracing::warn!("the pool {:?} can't start guests: {message}", self.name);
+            let pool = self.name.clone();
+            let _ = self.shared.events.send(PoolEvent::Degraded { pool, code, message });
+            self.tell();
+        }
+    }
+
+    /// Arms one guest more.
+    async fn arm_one(self: &Arc<Self>) -> Result<(), PoolError> {
+        let template = self.template().await?;
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        (self.shared.numbered)(&self.name, number + 1);
+        let place = Place {
+            id: runs::new_id(),
+            identity: template.identity(number),
+            ports: Default::default(),
+        };
+        self.book().begin_arming();
+        let armed = Guest::arm(&self.name, place, self.common(&template)).await;
+        let (guest, armed) = match armed {
+            Ok(armed) => armed,
+            Err(error) => {
+                self.book().end_arming();
+                return Err(error);
+            }
+        };
+        let handle = Arc::clone(&guest.handle);
+        let removed = self.book().end_arming_of(&handle);
+        let (pool, of_task) = (Arc::clone(self), Arc::clone(&handle));
+        tokio::spawn(async move {
+            let why = guest.wait(armed).await;
+            pool.ended(&of_task.place.id, why, of_task.taken().is_some());
+        });
+        if removed {
+            // Its task ends it as soon as it hears of it.
+            handle.release(REMOVED).await;
+        }
+        self.tell();
+        Ok(())
+    }
+
+    fn common(&self, template: &Arc<Template>) -> Common {
+        Common {
+            template: Arc::clone(template),
+            state: Arc::clone(&self.shared.state),
+            counted: Arc::clone(&self.counted),
+        }
+    }
+
+    /// The template: its image is opened, and copied where memory is to be shared, the first time.
+    async fn template(&self) -> Result<Arc<Template>, PoolError> {
+        if let Some(template) = self.template.get() {
+            return Ok(Arc::clone(template));
+        }
+        let settings = self.settings();
+        let state = Arc::clone(&self.shared.state);
+        let opened = spawn_blocking(move || open(&settings, &state)).await;
+        let opened = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+        let of_image = |source| PoolError::Image { pool: self.name.clone(), source };
+        let image = opened.map_err(of_image)?;
+        let base = self.shared.state.of_pool(&self.name);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
+        made.map_err(|source| PoolError::State { doing: "making", path: base.clone(), source })?;
+        let Shared { keeper, address, .. } = self.shared.clone();
+        let daemon = address.unwrap_or_default();
+        let of_pool = OfPool { name: self.name.clone(), daemon };
+        let template = Template::new(of_pool, &self.settings(), image, &base, keeper);
+        Ok(Arc::clone(self.template.get_or_init(|| Arc::new(template))))
+    }
+}
+
+/// Gives up a place in the queue, where it was not given a guest.
+struct Leave<'a> {
+    pool: &'a Pool,
+    number: u64,
+}
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.pool.book().give_up(self.number);
+    }
+}
+
+/// Opens a pool's image, or the flat copy of it that is kept for pools that share memory.
+fn open(settings: &PoolSettings, state: &StateDirectory) -> Result<Arc<Image>, ImageError> {
+    let image = Image::open(&settings.image)?;
+    if !settings.share || !image.manifest().flat.is_empty() {
+        return Ok(image);
+    }
+    let copy = state.flat(&image.identity().to_string());
+    if !is_file(&copy) {
+        let options =
+            FlattenOptions { layout: Layout::Flat, ..FlattenOptions::new(&settings.image, &copy) };
+        flatten(&options, &Cancellation::new(), |_, _| {})?;
+    }
+    Image::open(&copy)
+}
+
+fn is_file(path: &Path) -> bool {
+    path.metadata().is_ok_and(|meta| meta.is_file())
+}

@@ -1,0 +1,135 @@
+//! What each guest of a pool is given.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::config::{PoolSettings, is_name};
+use super::error::PoolError;
+use crate::guest::{NewPort, RewriteOptions};
+use crate::image::Image;
+use crate::keeper::Successor;
+use crate::revert::{CloneIdentity, Delivery, Placement, RevertOptions};
+use crate::runs::{OfPool, RunOptions};
+
+/// The name of a guest's control socket in its directory.
+const QMP: &str = "qmp.sock";
+
+/// How often a guest's progress is told: seldom, since nobody shows it.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// A pool's image, and what its guests are called and given.
+pub(super) struct Template {
+    pub image: Arc<Image>,
+    settings: PoolSettings,
+    name: String,
+    directory: String,
+    keeper: Option<Successor>,
+    of: OfPool,
+}
+
+/// One guest of a pool: what tells it from all others.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    /// Its id, of its record as well.
+    pub id: String,
+    pub identity: CloneIdentity,
+    /// Ports that it has to have, as another QEMU of it had before.
+    pub ports: BTreeMap<u16, u16>,
+}
+
+impl Template {
+    /// That of a pool whose image, or the flat copy of it, is open. `base` is the pool's own
+    /// directory.
+    pub fn new(
+        of: OfPool,
+        settings: &PoolSettings,
+        image: Arc<Image>,
+        base: &Path,
+        keeper: Option<Successor>,
+    ) -> Template {
+        let name = settings.guest_name.clone().unwrap_or_else(|| format!("{}-{{n}}", of.name));
+        let own = || base.join("{name}").to_string_lossy().into_owned();
+        let directory = settings.dir.clone().unwrap_or_else(own);
+        Template { image, settings: settings.clone(), name, directory, keeper, of }
+    }
+
+    /// What the guest of this number is called.
+    pub fn identity(&self, number: u32) -> CloneIdentity {
+        CloneIdentity::new(number, &self.name, &self.directory)
+    }
+
+    /// How a guest is brought back and held.
+    pub fn options(&self, place: &Place) -> RevertOptions {
+        let PoolSettings { preload, share, .. } = self.settings;
+        let identity = &place.identity;
+        let expand = |text: &String| identity.expand(text);
+        let pair = |(old, new): (&String, &String)| (expand(old), expand(new));
+        let mut rewrite = RewriteOptions {
+            qemu: self.settings.qemu.clone(),
+            qmp: Some(self.qmp(identity)),
+            paths: self.settings.paths.iter().map(pair).collect(),
+            netdevs: self.settings.netdevs.iter().map(pair).collect(),
+            extra: self.settings.arguments.iter().map(expand).collect(),
+            ports: self.ports(place),
+            own: Some(identity.directory.clone()),
+            new_generation: self.settings.new_generation,
+            ..RewriteOptions::default()
+        };
+        // What a guest has written ends with it.
+        rewrite.overlays.directory = Some(identity.directory.clone());
+        let delivery = Delivery {
+            placement: if share { Placement::Map } else { Placement::Auto },
+            fill_rate: self.settings.fill_rate,
+            fill_delay: self.settings.fill_delay_ms.map(Duration::from_millis),
+            // Most guests of a pool live shorter than huge pages would take to pay.
+            collapse: false,
+            progress_every: PROGRESS_EVERY,
+            ..Delivery::default()
+        };
+        let (id, pool) = (place.id.clone(), Some(self.of.clone()));
+        let run = RunOptions { id, pool, ..RunOptions::new() };
+        RevertOptions {
+            rewrite,
+            delivery,
+            preload,
+            standby: true,
+            resettable: self.is_resettable(),
+            keeper: self.keeper.clone(),
+            run: Some(run),
+            ..RevertOptions::new(self.settings.image.clone())
+        }
+    }
+
+    /// Whether a guest is to be reset inside its QEMU.
+    pub fn is_resettable(&self) -> bool {
+        self.settings.resettable && !self.settings.share
+    }
+
+    /// A guest's control socket.
+    pub fn qmp(&self, identity: &CloneIdentity) -> PathBuf {
+        identity.directory.join(QMP)
+    }
+
+    fn ports(&self, place: &Place) -> Vec<(u16, NewPort)> {
+        let mut ports: BTreeMap<u16, NewPort> = BTreeMap::new();
+        for (old, new) in &self.settings.ports {
+            // `PoolSettings::check` lets numbers through only.
+            let Ok(old) = old.parse() else { continue };
+            ports.insert(old, if *new == 0 { NewPort::Free } else { NewPort::Number(*new) });
+        }
+        ports.extend(place.ports.iter().map(|(old, new)| (*old, NewPort::Number(*new))));
+        ports.into_iter().collect()
+    }
+}
+
+/// Checks the name that whoever takes a guest gives it.
+pub(super) fn check_name(name: &str) -> Result<(), PoolError> {
+    match is_name(name) {
+        true => Ok(()),
+        false => Err(PoolError::Invalid(format!(
+            "name: {name:?} is no name: letters, digits, ., _ and - are, up to 32 of them"
+        ))),
+    }
+}
