@@ -97,7 +97,7 @@ def answer(value: Any, status: int = 200) -> bytes:
 
 def error(code: str, message: str, status: int) -> bytes:
     """An answer that is an error."""
-    return answer({"code": code, "message": message}, status)
+    return answer({"code": code, "message": message, "retryable": True}, status)
 
 
 GUEST = {

@@ -96,7 +96,7 @@ def test_an_error_has_its_code(tmp_path: Path) -> None:
         with pytest.raises(snapback.SnapbackError) as raised:
             client.take("booted")
     failure = raised.value
-    assert (failure.code, failure.status) == ("pool_exhausted", 503)
+    assert (failure.code, failure.status, failure.retryable) == ("pool_exhausted", 503, True)
     assert str(failure) == "all 16 guests are in use [pool_exhausted]"
 
 

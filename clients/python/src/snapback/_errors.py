@@ -10,13 +10,17 @@ from __future__ import annotations
 class SnapbackError(Exception):
     """Something was refused or failed. Act on `code`; `message` is for people."""
 
-    def __init__(self, code: str, message: str, status: int | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, status: int | None = None, retryable: bool = False
+    ) -> None:
         # All arguments go to the base: an exception is pickled by what it was made of.
-        super().__init__(code, message, status)
+        super().__init__(code, message, status, retryable)
         self.code = code
         self.message = message
         #: The HTTP status, where the daemon has answered.
         self.status = status
+        #: Whether the daemon says that the same may succeed later with nothing changed by hand.
+        self.retryable = retryable
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"

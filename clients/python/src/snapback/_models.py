@@ -39,7 +39,7 @@ class Pool:
     waiting: int = 0
     #: Guests that were taken so far.
     takes: int = 0
-    preload: str = "none"
+    preload: str = "working_set"
     resettable: bool = True
     share: bool = False
     problem: Problem | None = None

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import ssl
+import tempfile
 import threading
 import urllib.parse
 from typing import Any
@@ -22,15 +23,13 @@ def default_socket() -> str:
     named = os.environ.get("SNAPBACK_SOCKET")
     if named:
         return named
-    if os.geteuid() == 0:
+    user = os.geteuid()
+    if user == 0:
         return "/run/snapback/daemon.sock"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
         return os.path.join(runtime, "snapback", "daemon.sock")
-    raise DaemonUnreachable(
-        "which daemon is meant is not known: set SNAPBACK_SOCKET to its socket "
-        "(or XDG_RUNTIME_DIR, where it would be as snapback/daemon.sock)"
-    )
+    return os.path.join(tempfile.gettempdir(), f"snapback-{user}", "daemon.sock")
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -260,5 +259,6 @@ def checked(status: int, told: bytes) -> Any:
     if status < 400:
         return value
     if isinstance(value, dict) and isinstance(value.get("code"), str):
-        raise SnapbackError(value["code"], str(value.get("message", "")), status)
+        message, retryable = str(value.get("message", "")), bool(value.get("retryable"))
+        raise SnapbackError(value["code"], message, status, retryable)
     raise invalid(f"HTTP status {status} with {shortened(value)}")

@@ -139,11 +139,7 @@ class Keeper:
 def snapback_client(pytestconfig: pytest.Config) -> Iterator[Client]:
     """The daemon, as `snapback.Client`: for fixtures of your own."""
     socket = pytestconfig.getini("snapback_socket")
-    try:
-        client = Client(os.path.expanduser(socket) if socket else None)
-    except DaemonUnreachable as error:
-        refuse(str(error))
-    with client:
+    with Client(os.path.expanduser(socket) if socket else None) as client:
         yield client
 
 
