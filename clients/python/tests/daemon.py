@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -28,7 +29,17 @@ def leaving_nothing() -> Iterator[snapback.Client]:
     with snapback.Client() as client:
         before = {guest.id for guest in client.guests()}
         yield client
-        after = {guest.id for guest in client.guests()}
-        for left in after - before:
-            client.release(left)
-        assert after <= before
+        try:
+            until("the guests to go", lambda: {guest.id for guest in client.guests()} <= before)
+        finally:
+            for guest in client.guests():
+                if guest.id not in before:
+                    guest.release()
+
+
+def until(what: str, holds: Callable[[], bool]) -> None:
+    """Asks a condition again and again until it holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)

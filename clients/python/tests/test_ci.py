@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import snapback
-from daemon import POOL, leaving_nothing, needs_daemon
+from daemon import POOL, leaving_nothing, needs_daemon, until
 
 CI = Path(__file__).parents[3] / "examples" / "ci"
 
@@ -105,7 +105,7 @@ def test_a_gitlab_job(runner: Runner, client: snapback.Client, tmp_path: Path) -
     # What ssh itself tells by 255; and so it is without the port.
     runner.run(*run, code=SYSTEM_FAILURE)
     runner.run("gitlab-cleanup.sh")
-    assert guests(client, name) == []
+    until("the guest to go", lambda: not guests(client, name))
     assert "has ended" in runner.run(*run, code=SYSTEM_FAILURE)
     # What is gone already may be cleaned up.
     runner.run("gitlab-cleanup.sh")
@@ -139,4 +139,4 @@ def test_a_github_job(runner: Runner, client: snapback.Client, tmp_path: Path) -
     [second] = guests(client, name)
     assert second.id != guest.id
     runner.run("github-job-completed.sh")
-    assert guests(client, name) == []
+    until("the guest to go", lambda: not guests(client, name))

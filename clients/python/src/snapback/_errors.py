@@ -59,8 +59,8 @@ class ConnectionLost(SnapbackError):
 class QmpError(SnapbackError):
     """A guest's QEMU can't be asked, or refuses.
 
-    Codes: `qemu_unreachable`, `qemu_timeout`, `qemu_ended`, `qemu_protocol` and, where QEMU
-    refuses, `qemu_refused`; QEMU's own class of the error is in `error_class` then.
+    Codes: `qemu_unreachable`, `permission_denied`, `qemu_timeout`, `qemu_ended`, `qemu_protocol`
+    and, where QEMU refuses, `qemu_refused`; QEMU's own class of the error is in `error_class` then.
     """
 
     def __init__(self, code: str, message: str, error_class: str | None = None) -> None:

@@ -38,6 +38,12 @@ class Monitor:
         self._socket.settimeout(self.timeout)
         try:
             self._socket.connect(self.path)
+        except PermissionError as error:
+            raise QmpError(
+                "permission_denied",
+                f"this user may not use QEMU's control socket {self.path}: whoever may can do all "
+                "that the daemon's user can; a guest's ports are for others",
+            ) from error
         except OSError as error:
             raise QmpError(
                 "qemu_unreachable",
