@@ -55,11 +55,16 @@ install_packages() {
         apt-get install -y -q --no-install-recommends "$@" </dev/null
 }
 
-setup() {
-    local made_of stamp=$venv/made-of
-    # Two set-ups at once would write over each other.
+# alone COMMAND... : runs it while nobody else does: two would write over each other.
+alone() {
     exec 9>"$deps/python/lock"
     flock 9
+    "$@"
+    exec 9>&-
+}
+
+setup() {
+    local made_of stamp=$venv/made-of
     install_packages
     made_of=$("$python" --version; cat "$here/python-tools.txt")
     if [ "$(cat "$stamp" 2>/dev/null)" != "$made_of" ]; then
@@ -69,7 +74,6 @@ setup() {
         "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/python-tools.txt"
         echo "$made_of" >"$stamp"
     fi
-    exec 9>&-
 }
 
 check() {
@@ -104,15 +108,20 @@ run_tests() {
 }
 
 case ${1:-all} in
-setup) setup ;;
-check) setup; check ;;
-wheel) setup; wheel ;;
+setup | check | wheel | test | all) alone setup ;;
+*) die "knows setup, check, wheel and test, and no $1" ;;
+esac
+case ${1:-all} in
+check) check ;;
+wheel) alone wheel ;;
 test)
     shift
-    setup
-    wheel
+    alone wheel
     run_tests "$@"
     ;;
-all) setup; check; wheel; run_tests ;;
-*) die "knows setup, check, wheel and test, and no $1" ;;
+all)
+    check
+    alone wheel
+    run_tests
+    ;;
 esac

@@ -148,7 +148,7 @@ class Client:
         self._delete(guest_path(id), "no_such_guest")
 
     def events(self, timeout: float | None = None) -> EventStream:
-        """What happens from now on, to iterate over.
+        """Each pool as it is now, and what happens from now on, to iterate over.
 
         `timeout`, in seconds, is how long an event is awaited; without it, for ever.
         """

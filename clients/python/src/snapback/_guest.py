@@ -76,7 +76,10 @@ class Guest:
             return monitor.execute(command, {**(more or {}), **arguments})
 
     def monitor(self, timeout: float | None = None) -> Monitor:
-        """A connection to QEMU, for several commands and for events. Close it before a reset."""
+        """A connection to QEMU, for several commands and for events.
+
+        A reset in place leaves it as it is; one by a new process ends it.
+        """
         return Monitor(self.qmp_path, self.qmp_timeout if timeout is None else timeout)
 
     def reset(self) -> Reset:
