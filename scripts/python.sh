@@ -91,9 +91,9 @@ check() {
 
 wheel() {
     local tree
-    # Built from a copy: setuptools writes beside what it builds.
+    # Built from a copy, with the licences in it: setuptools writes beside what it builds.
     tree=$(mktemp -d "$deps/python/build.XXXXXX")
-    cp -r "$client/pyproject.toml" "$client/README.md" "$client/src" "$tree"
+    cp -r "$client/pyproject.toml" "$client/README.md" "$client/src" "$here"/../LICENSE-* "$tree"
     rm -f "$deps"/python/*.whl
     "$venv/bin/python" -m build --quiet --wheel --no-isolation --outdir "$deps/python" "$tree"
     rm -rf "$tree"
