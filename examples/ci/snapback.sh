@@ -36,7 +36,11 @@ api() {
 # take NAME : takes a guest and prints it as JSON.
 take() {
     local body wait=${SNAPBACK_WAIT:-600}
-    : "${SNAPBACK_POOL:?names no pool to take a guest from}"
+    # A job may have named it, and it becomes a part of a URL.
+    [[ ${SNAPBACK_POOL:-} =~ ^[a-zA-Z0-9_][a-zA-Z0-9._-]*$ ]] || {
+        echo "snapback: SNAPBACK_POOL is \`${SNAPBACK_POOL:-}\`, and no name of a pool" >&2
+        return 1
+    }
     body=$(jq -n --arg name "$1" --argjson wait "$wait" '{name: $name, timeout_s: $wait}')
     api POST "/v1/pools/$SNAPBACK_POOL/take" "$body"
 }

@@ -117,6 +117,8 @@ def test_a_gitlab_job_without_a_guest(runner: Runner, tmp_path: Path) -> None:
     assert "a b" in runner.run("gitlab-config.sh", code=BUILD_FAILURE, **allowed)
     said = runner.run("gitlab-prepare.sh", code=SYSTEM_FAILURE, SNAPBACK_POOL="none")
     assert "[no_such_pool]" in said
+    elsewhere = {"SNAPBACK_POOL": "../guests/1/reset?"}
+    assert "no name" in runner.run("gitlab-prepare.sh", code=SYSTEM_FAILURE, **elsewhere)
     nowhere = {"SNAPBACK_POOL": POOL, "SNAPBACK_SOCKET": str(tmp_path / "none")}
     said = runner.run("gitlab-prepare.sh", code=SYSTEM_FAILURE, **nowhere)
     assert "does not answer" in said
