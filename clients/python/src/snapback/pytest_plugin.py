@@ -70,8 +70,8 @@ def wish(item: pytest.Item) -> Wish:
 
 
 def refuse(why: str) -> NoReturn:
-    """Fails the test that asks for a guest, without a trace of this file."""
-    pytest.fail(why, pytrace=False)
+    """Fails the test that asks for a guest, without a trace of this file and of what was caught."""
+    raise pytest.fail.Exception(why, pytrace=False) from None
 
 
 @dataclasses.dataclass
