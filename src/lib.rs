@@ -77,7 +77,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel daemon exchange guest host identity image keeper kind libvirt machine memory page pool qmp reset
+    agent bench cancel daemon exchange guest host identity image keeper kind libvirt machine memory page pools qmp reset
     revert save transport wire
 }
 

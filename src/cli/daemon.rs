@@ -32,6 +32,10 @@ pub(super) struct DaemonArgs {
     /// ~/.local/state/snapback]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Keep at most so many MiB of decompressed chunks of each image, for all its guests [default:
+    /// 256]
+    #[arg(long, value_name = "MIB")]
+    cache: Option<u64>,
     /// Arm so many guests at a time, of all pools together [default: 1]
     #[arg(long, value_name = "N")]
     arming: Option<usize>,
@@ -53,6 +57,7 @@ pub(super) async fn run(args: DaemonArgs) -> Result<(), Failure> {
         group: args.group.or(file.group),
         http: args.http.or(file.http),
         token_file: args.token_file.or(file.token_file),
+        cache_mib: args.cache.or(file.cache_mib),
         arming: args.arming.or(file.arming),
         pools: file.pools,
     };

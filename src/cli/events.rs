@@ -16,7 +16,7 @@ use crate::daemon::DaemonEvent;
 use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
 use crate::machine::{Disk, Hotplug};
-use crate::pool::{GuestView, PoolView};
+use crate::pools::{GuestView, PoolView};
 use crate::revert::RevertEvent;
 use crate::runs::{LeftOver, Run};
 use crate::save::{SaveEvent, SwitchedDisk};

@@ -12,7 +12,7 @@ use crate::exchange::ExchangeError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
-use crate::pool::PoolError;
+use crate::pools::PoolError;
 use crate::revert::RevertError;
 use crate::runs::RunsError;
 use crate::save::SaveError;

@@ -374,7 +374,7 @@ async fn run(command: Command) -> u8 {
         Command::Ps(args) => (args.json, runs::ps(args)),
         Command::Stop(args) => (args.json, runs::stop(args).await),
         Command::Daemon(args) => (args.json, daemon::run(args).await),
-        Command::Pool(args) => (args.json(), pool::pool(args).await),
+        Command::Pool(args) => (args.json, pool::pool(args).await),
         Command::Take(args) => (args.json, pool::take(args).await),
         Command::Release(args) => (args.json, pool::release(args).await),
         Command::Logs(args) => (false, runs::logs(args)),

@@ -12,7 +12,7 @@ use super::output::{Output, print_line, print_table};
 use super::{host, parse_path_pair, parse_seconds};
 use crate::daemon::{Client, default_socket};
 use crate::guest::NewPort;
-use crate::pool::{Change, PoolConfig, PoolSettings, PoolState, PoolView};
+use crate::pools::{Change, PoolConfig, PoolSettings, PoolState, PoolView};
 use crate::revert::Preload;
 
 /// The daemon that is asked.
@@ -20,7 +20,7 @@ use crate::revert::Preload;
 pub(super) struct SocketArgs {
     /// The daemon's socket [default: $SNAPBACK_SOCKET, else /run/snapback/daemon.sock of root,
     /// $XDG_RUNTIME_DIR/snapback/daemon.sock of others]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", global = true)]
     socket: Option<PathBuf>,
 }
 
@@ -40,6 +40,11 @@ impl SocketArgs {
 pub(super) struct PoolArgs {
     #[command(subcommand)]
     command: PoolCommand,
+    #[command(flatten)]
+    socket: SocketArgs,
+    /// Print one JSON object a line
+    #[arg(long, global = true)]
+    pub json: bool,
 }
 
 #[derive(Subcommand)]
@@ -47,7 +52,7 @@ enum PoolCommand {
     /// Create a pool of an image's guests
     Create(Box<CreateArgs>),
     /// Show all pools
-    List(ListArgs),
+    List,
     /// Change how many guests wait and may be taken
     Set(SetArgs),
     /// Remove a pool with all its guests
@@ -106,23 +111,9 @@ struct CreateArgs {
     /// Fill the rest of a guest's memory once it has asked for none for so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     fill_delay: Option<Duration>,
-    #[command(flatten)]
-    socket: SocketArgs,
-    /// Print one JSON object a line
-    #[arg(long)]
-    json: bool,
     /// More arguments for QEMU, with {n}, {name} and {dir}
     #[arg(last = true, value_name = "QEMU ARGS")]
     extra: Vec<String>,
-}
-
-#[derive(Args)]
-struct ListArgs {
-    #[command(flatten)]
-    socket: SocketArgs,
-    /// Print one JSON object a line, one for each pool
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Args)]
@@ -135,22 +126,12 @@ struct SetArgs {
     /// So many guests may be taken at a time
     #[arg(long, value_name = "N")]
     max: Option<u32>,
-    #[command(flatten)]
-    socket: SocketArgs,
-    /// Print one JSON object a line
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Args)]
 struct RemoveArgs {
     /// Its name
     name: String,
-    #[command(flatten)]
-    socket: SocketArgs,
-    /// Print one JSON object a line
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Args)]
@@ -201,17 +182,6 @@ impl From<PreloadArg> for Preload {
     }
 }
 
-impl PoolArgs {
-    pub fn json(&self) -> bool {
-        match &self.command {
-            PoolCommand::Create(args) => args.json,
-            PoolCommand::List(args) => args.json,
-            PoolCommand::Set(args) => args.json,
-            PoolCommand::Remove(args) => args.json,
-        }
-    }
-}
-
 impl CreateArgs {
     fn config(self) -> Result<PoolConfig, Failure> {
         let port = |(old, new): (u16, NewPort)| match new {
@@ -243,26 +213,22 @@ impl CreateArgs {
 
 /// Runs `pool`.
 pub(super) async fn pool(args: PoolArgs) -> Result<(), Failure> {
-    let output = Output::new(args.json());
+    let (output, daemon) = (Output::new(args.json), args.socket.client());
     let view = match args.command {
-        PoolCommand::Create(args) => {
-            let client = args.socket.client();
-            client.create(&args.config()?).await?
+        PoolCommand::Create(args) => daemon.create(&args.config()?).await?,
+        PoolCommand::Set(SetArgs { name, armed, max }) => {
+            daemon.change(&name, &Change { armed, max }).await?
         }
-        PoolCommand::Set(SetArgs { name, armed, max, socket, .. }) => {
-            let change = Change { armed, max };
-            socket.client().change(&name, &change).await?
-        }
-        PoolCommand::Remove(RemoveArgs { name, socket, .. }) => {
-            socket.client().remove(&name).await?;
+        PoolCommand::Remove(RemoveArgs { name }) => {
+            daemon.remove(&name).await?;
             match output.is_json() {
                 true => output.print_json(&CommandEvent::PoolRemoved { pool: name }),
                 false => print_line(&format!("removed  {name}")),
             }
             return Ok(());
         }
-        PoolCommand::List(args) => {
-            let pools = args.socket.client().pools().await?;
+        PoolCommand::List => {
+            let pools = daemon.pools().await?;
             return match output.is_json() {
                 true => {
                     pools.into_iter().for_each(|pool| output.print_json(&event(pool)));

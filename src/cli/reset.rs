@@ -14,7 +14,7 @@ use crate::cancel::Cancellation;
 use crate::daemon::Client;
 use crate::host::pidfd::peer_pid;
 use crate::kind::ErrorKind;
-use crate::pool::ResetView;
+use crate::pools::ResetView;
 use crate::revert::{ResetWay, RevertEvent};
 use crate::runs::{self, Again, ResetOutcome, Run, RunsError};
 

@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 
 use super::messages::{ErrorBody, GivenName};
 use crate::kind::{Details, ErrorKind};
-use crate::pool::{Change, GuestView, PoolConfig, PoolView, ResetView};
+use crate::pools::{Change, GuestView, PoolConfig, PoolView, ResetView};
 
 /// Why a daemon did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]

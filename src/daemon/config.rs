@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::DaemonOptions;
 use crate::kind::{Details, ErrorKind};
-use crate::pool::PoolSettings;
+use crate::pools::PoolSettings;
 
 /// A daemon's configuration file, in TOML. What it leaves out is as without a file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -31,6 +31,9 @@ pub struct DaemonConfig {
     /// The file of the token that whoever comes by TCP has to show.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
+    /// The most MiB of decompressed chunks that are kept of each image, for all its guests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_mib: Option<u64>,
     /// How many guests are armed at a time, of all pools together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arming: Option<usize>,
@@ -112,6 +115,7 @@ impl DaemonConfig {
             http: self.http,
             token: self.token_file.as_deref().map(read_token).transpose()?,
             pools: self.pools,
+            cache: self.cache_mib.map_or(new.cache, |mib| mib.saturating_mul(1 << 20)),
             arming: self.arming.unwrap_or(new.arming),
             keeper: new.keeper,
         })

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::kind::{Details, ErrorKind};
-use crate::pool::PoolError;
+use crate::pools::PoolError;
 
 /// Why a daemon could not run.
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::kind::ErrorKind;
-use crate::pool::PoolError;
+use crate::pools::PoolError;
 
 /// What a daemon says of itself.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

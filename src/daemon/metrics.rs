@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use crate::pool::{Figures, Histogram, PoolState, PoolView};
+use crate::pools::{Figures, Histogram, PoolState, PoolView};
 
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -53,6 +53,22 @@ pub(super) fn text(pools: &[(PoolView, Figures)]) -> String {
         "Bytes of memory that were brought, of guests that are no more.",
         &|_, figures| figures.bytes as f64,
     );
+    let hits = |pool: &PoolView| pool.cache.map_or(0.0, |cache| cache.hits as f64);
+    let misses = |pool: &PoolView| pool.cache.map_or(0.0, |cache| cache.misses as f64);
+    let bytes = |pool: &PoolView| pool.cache.map_or(0.0, |cache| cache.bytes as f64);
+    metric(
+        "snapback_cache_hits_total",
+        "counter",
+        "Chunks of the pool's image that were found decompressed; pools of one image have one cache.",
+        &|pool, _| hits(pool),
+    );
+    metric(
+        "snapback_cache_misses_total",
+        "counter",
+        "Chunks of the pool's image that had to be read.",
+        &|pool, _| misses(pool),
+    );
+    metric("snapback_cache_bytes", "gauge", "Bytes of chunks that are kept.", &|pool, _| bytes(pool));
     head(&mut text, "snapback_failures_total", "counter", "Failures, by their code.");
     for (pool, figures) in pools {
         for (code, count) in &figures.failures {

@@ -4,7 +4,7 @@ use schemars::{Schema, SchemaGenerator};
 
 use super::messages::{ErrorBody, GivenName, Info};
 use crate::kind::ErrorKind;
-use crate::pool::{Change, GuestView, PoolConfig, PoolEvent, PoolView, ResetView};
+use crate::pools::{Change, GuestView, PoolConfig, PoolEvent, PoolView, ResetView};
 
 /// A request.
 pub(super) struct Operation {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::keeper::Successor;
-use crate::pool::PoolSettings;
+use crate::pools::{PoolSettings, PoolsOptions};
 use crate::runs;
 
 /// What a daemon is told.
@@ -25,7 +25,9 @@ pub struct DaemonOptions {
     pub token: Option<String>,
     /// Pools that are there from the start.
     pub pools: BTreeMap<String, PoolSettings>,
-    /// As [`PoolsOptions::arming`](crate::pool::PoolsOptions::arming).
+    /// As [`PoolsOptions::cache`](crate::pools::PoolsOptions::cache).
+    pub cache: u64,
+    /// As [`PoolsOptions::arming`](crate::pools::PoolsOptions::arming).
     pub arming: usize,
     /// As [`RevertOptions::keeper`](crate::RevertOptions::keeper).
     pub keeper: Option<Successor>,
@@ -41,6 +43,7 @@ impl DaemonOptions {
             http: None,
             token: None,
             pools: BTreeMap::new(),
+            cache: PoolsOptions::new("").cache,
             arming: 1,
             keeper: None,
         }

@@ -22,7 +22,7 @@ use super::listen::Caller;
 use super::messages::{Failed, GivenName, Info, parse};
 use super::{metrics, openapi};
 use crate::kind::ErrorKind;
-use crate::pool::{Change, PoolConfig, PoolEvent, Pools, Take};
+use crate::pools::{Change, PoolConfig, PoolEvent, Pools, Take};
 
 /// The longest that a request for a guest may wait, in seconds.
 const MAX_TIMEOUT: f64 = 86_400.0;
@@ -128,7 +128,7 @@ async fn create(State(served): Shared, body: Bytes) -> Result<Response, Failed> 
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }
 
-async fn pool(State(served): Shared, Path(name): Path<String>) -> Answer<crate::pool::PoolView> {
+async fn pool(State(served): Shared, Path(name): Path<String>) -> Answer<crate::pools::PoolView> {
     Ok(Json(served.pools.get(&name)?))
 }
 
@@ -136,7 +136,7 @@ async fn change(
     State(served): Shared,
     Path(name): Path<String>,
     body: Bytes,
-) -> Answer<crate::pool::PoolView> {
+) -> Answer<crate::pools::PoolView> {
     let change: Change = parse(&body)?;
     Ok(Json(served.pools.change(&name, &change).await?))
 }
@@ -153,7 +153,7 @@ async fn take(
     State(served): Shared,
     Path(pool): Path<String>,
     body: Bytes,
-) -> Answer<crate::pool::GuestView> {
+) -> Answer<crate::pools::GuestView> {
     let began = Instant::now();
     let GivenName { name, timeout_s } = parse(&body)?;
     let mut take = Take { name, began, ..Take::default() };
@@ -171,11 +171,11 @@ async fn guests(State(served): Shared) -> impl IntoResponse {
     Json(served.pools.guests())
 }
 
-async fn guest(State(served): Shared, Path(id): Path<String>) -> Answer<crate::pool::GuestView> {
+async fn guest(State(served): Shared, Path(id): Path<String>) -> Answer<crate::pools::GuestView> {
     Ok(Json(served.pools.guest(&id)?))
 }
 
-async fn reset(State(served): Shared, Path(id): Path<String>) -> Answer<crate::pool::ResetView> {
+async fn reset(State(served): Shared, Path(id): Path<String>) -> Answer<crate::pools::ResetView> {
     Ok(Json(served.pools.reset(&id).await?))
 }
 

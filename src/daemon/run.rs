@@ -13,7 +13,7 @@ use super::listen::{self, Caller};
 use super::options::DaemonOptions;
 use super::routes::{Served, router};
 use crate::cancel::Cancellation;
-use crate::pool::{Pools, PoolsOptions};
+use crate::pools::{Pools, PoolsOptions};
 
 /// What a daemon tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -44,7 +44,7 @@ pub async fn run(
     cancel: Cancellation,
     on_event: &mut impl FnMut(DaemonEvent),
 ) -> Result<(), DaemonError> {
-    let DaemonOptions { state, listen, group, http, token, pools, arming, keeper } = options;
+    let DaemonOptions { state, listen, group, http, token, pools, cache, arming, keeper } = options;
     if http.is_some() && token.is_none() {
         return Err(DaemonError::NoToken);
     }
@@ -55,6 +55,7 @@ pub async fn run(
     };
     let options = PoolsOptions {
         keeper,
+        cache,
         arming,
         address: Some(std::path::absolute(&socket.path).unwrap_or_else(|_| socket.path.clone())),
         ..PoolsOptions::new(state)

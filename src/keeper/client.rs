@@ -3,8 +3,10 @@
 
 use std::convert::Infallible;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -24,6 +26,9 @@ pub struct Successor {
     pub program: PathBuf,
     /// Its arguments as a new server, which takes over by [`Inheritance`](super::Inheritance).
     pub arguments: Vec<OsString>,
+    /// The file to which the keeper, and whatever it starts, write what they have to say; else it
+    /// goes to our own output.
+    log: Option<PathBuf>,
     /// Whether it cleans up behind a save.
     cleans_up: bool,
 }
@@ -31,7 +36,13 @@ pub struct Successor {
 impl Successor {
     /// A successor that runs `program` with these arguments.
     pub fn new(program: impl Into<PathBuf>, arguments: Vec<OsString>) -> Successor {
-        Successor { program: program.into(), arguments, cleans_up: false }
+        Successor { program: program.into(), arguments, log: None, cleans_up: false }
+    }
+
+    /// The same with its output in this file, to which it appends. A keeper outlives its server:
+    /// whoever reads our output would wait for its end as well.
+    pub fn logging_to(self, log: PathBuf) -> Successor {
+        Successor { log: Some(log), ..self }
     }
 
     /// What cleans up behind a save that was killed: `program` with arguments by which it recovers
@@ -289,5 +300,10 @@ fn spawn(successor: &Successor, theirs: OwnedFd) -> io::Result<Child> {
         command.arg("--clean-up");
     }
     command.arg("--").args(&successor.arguments).stdin(theirs);
+    if let Some(log) = &successor.log {
+        let mut options = File::options();
+        let log = options.append(true).create(true).mode(0o600).open(log)?;
+        command.stdout(log.try_clone()?).stderr(log);
+    }
     command.spawn()
 }

@@ -6,6 +6,7 @@
 //! knows how a page travels, and nothing here knows of images or of how QEMU was started.
 
 pub mod claim;
+mod chunk_cache;
 mod fault_handler;
 mod fault_reader;
 mod pace;
@@ -25,6 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use chunk_cache::{CacheFigures, CachedSource};
 pub use claim::ClaimMap;
 pub use fault_handler::FaultHandler;
 pub use fault_reader::FaultReader;

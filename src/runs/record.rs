@@ -87,6 +87,15 @@ pub struct OfPool {
     pub name: String,
     /// Where the daemon of the pool listens.
     pub daemon: PathBuf,
+    /// The daemon, which serves other guests as well.
+    process: Option<ProcessId>,
+}
+
+impl OfPool {
+    /// That a guest belongs to this pool of a daemon that is this process, and listens there.
+    pub fn of_this_process(name: String, daemon: PathBuf) -> OfPool {
+        OfPool { name, daemon, process: ProcessId::this() }
+    }
 }
 
 /// What is recorded of a revert.
@@ -120,6 +129,12 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    /// Its server, where that serves nobody else.
+    pub fn server_alone(&self) -> Option<ProcessId> {
+        let daemon = self.pool.as_ref().and_then(|pool| pool.process);
+        self.server.filter(|server| Some(*server) != daemon)
+    }
+
     /// That of a revert of this image, with so many pages, which begins now.
     pub fn new(image: PathBuf, pages: u64) -> Record {
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();

@@ -45,10 +45,7 @@ impl Run {
 
         let qemu_pid = end("QEMU", record.qemu, Ending::Kill)?;
         // They end by themselves with their QEMU; before QEMU is up, when they are told to.
-        // The server of a pool's guest serves others as well.
-        if record.pool.is_none() {
-            end("its server", record.server, Ending::Tell)?;
-        }
+        end("its server", record.server_alone(), Ending::Tell)?;
         end("its keeper", record.keeper, Ending::Wait)?;
 
         let is_overlay = |what| what == LeftOverKind::Overlay;

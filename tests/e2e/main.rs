@@ -38,6 +38,7 @@ mod killed_reverts;
 mod libvirt;
 mod mapping;
 mod moments;
+mod pools;
 mod ports;
 mod reset_devices;
 mod resets;

@@ -22,6 +22,7 @@ use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::memory::{FillOptions, Unreadable};
+use crate::page::PageSource;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::reset::ResetError;
 use crate::revert::collapse::Collapsing;
@@ -53,6 +54,8 @@ pub(super) struct Connection {
     reports: Reports,
     pub lifecycle: Lifecycle,
     pub image: Arc<Image>,
+    /// What the image's pages are read by.
+    pub pages: Arc<dyn PageSource>,
     pub delivery: Delivery,
     pub cancel: Cancellation,
     kept: Option<Kept>,
@@ -107,6 +110,7 @@ impl Connection {
             source: None,
             reports: Reports { events, ..Reports::default() },
             lifecycle,
+            pages: Arc::new(Arc::clone(&image)),
             image,
             delivery,
             cancel,
@@ -232,7 +236,7 @@ impl Connection {
             fail_on_damage: self.delivery.fail_on_damage,
             kept: self.kept.clone(),
         };
-        let pages = Arc::new(Arc::clone(&self.image));
+        let pages = Arc::clone(&self.pages);
         let (source, reports) = PostcopySource::start(beginning, pages, socket, options)?;
         self.reports.source = Some(reports);
         match self.source.insert(Source::Postcopy(source)) {

@@ -390,7 +390,7 @@ mod tests {
     fn a_guest_in_standby_waits_until_it_is_released() {
         let continued = |preload| (Start::Continued { preload }, Next::Continue);
         let left = (Start::LeftToOwner, Next::Running);
-        for (start, last) in [continued(true), continued(false), left] {
+        for (start, last) in [continued(Preload::WorkingSet), continued(Preload::Nothing), left] {
             let reports = vec![loaded(), source(PostcopyEvent::Preloaded), Told::Released];
             assert_eq!(steps(Lifecycle::new(start, true), reports), [Next::Armed, last]);
         }

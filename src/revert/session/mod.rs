@@ -34,6 +34,7 @@ mod inherited;
 mod launched;
 mod launcher;
 mod lifecycle;
+mod open_image;
 mod orphaned;
 mod planned;
 mod preparation;
@@ -45,6 +46,7 @@ mod running;
 
 pub use armed::Armed;
 pub use launched::Launched;
+pub(crate) use open_image::OpenImage;
 pub use planned::Planned;
 pub use resettable::{NotResettable, Reset, Resettable};
 pub use resident::{Held, Resident};

@@ -9,6 +9,7 @@ use super::contents::Reading;
 use super::launched::Launched;
 use super::launcher::Launcher;
 use super::lifecycle::{Lifecycle, Start};
+use super::open_image::OpenImage;
 use crate::cancel::Cancellation;
 use crate::guest::Note;
 use crate::host::check_page_size;
@@ -23,7 +24,7 @@ use crate::runs::{Entry, ProcessId};
 
 /// A guest that could be brought back: the command line is rewritten, nothing is touched.
 pub struct Planned {
-    image: Arc<Image>,
+    image: OpenImage,
     launcher: Launcher,
     start: Start,
     options: RevertOptions,
@@ -42,7 +43,7 @@ impl Planned {
         cancel: Cancellation,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Planned, RevertError> {
-        Planned::of(Image::open(&options.image)?, options, cancel, on_event).await
+        Planned::of(Image::open(&options.image)?.into(), options, cancel, on_event).await
     }
 
     /// The same with an image that is open already, whose file that of the options need not be any
@@ -51,20 +52,21 @@ impl Planned {
     /// # Errors
     /// As [`Planned::new`].
     pub(crate) async fn of(
-        image: Arc<Image>,
+        open: OpenImage,
         options: &RevertOptions,
         cancel: Cancellation,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Planned, RevertError> {
         check_page_size()?;
+        let image = &open.image;
         let machine = &image.manifest().machine;
         let stays_paused = options.rewrite.stays_paused() || !machine.running;
         let paused = stays_paused || options.preload != Preload::Nothing || options.standby;
-        let (launcher, not_mapped) = Launcher::plan(&image, options, paused)?;
+        let (launcher, not_mapped) = Launcher::plan(image, options, paused)?;
         let agent = first_breath::socket(&options.agent, launcher.agent(), stays_paused)?;
         if options.check {
             tokio::select! {
-                checked = check(&image) => checked?,
+                checked = check(image) => checked?,
                 () = cancel.requested() => {
                     return Err(RevertError::Interrupted("the image was still being checked"));
                 }
@@ -76,7 +78,7 @@ impl Planned {
             (true, false) => Start::Continued { preload: options.preload },
             (true, true) => Start::LeftToOwner,
         };
-        Ok(Planned { image, launcher, start, options: options.clone(), cancel, agent })
+        Ok(Planned { image: open, launcher, start, options: options.clone(), cancel, agent })
     }
 
     /// The socket of the agent that is to be told something once the guest runs.
@@ -92,7 +94,7 @@ impl Planned {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
-        let Planned { image, launcher, start, options, cancel, .. } = self;
+        let Planned { image: OpenImage { image, pages }, launcher, start, options, cancel, .. } = self;
         let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, .. } =
             options;
         // Who speaks to libvirt may have to connect anew.
@@ -123,6 +125,7 @@ impl Planned {
             qemu.keep_by(kept).map_err(PostcopyError::Duplicate)?;
         }
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
+        connection.pages = pages;
         connection.confinement = Confinement::wanted(sandbox);
         (connection.rtc, connection.resettable) = (rtc, resettable);
         connection.run =

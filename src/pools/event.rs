@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kind::ErrorKind;
+use crate::memory::CacheFigures;
 use crate::revert::{Preload, ResetWay};
 
 /// A pool as it is now.
@@ -40,6 +41,30 @@ pub struct PoolView {
     pub resettable: bool,
     /// Whether its guests share memory that they have not written.
     pub share: bool,
+    /// The cache of its image's chunks, once that is open. Pools of one image have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheView>,
+}
+
+/// A cache of an image's decompressed chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
+pub struct CacheView {
+    /// Bytes that are kept.
+    pub bytes: u64,
+    /// The most that are.
+    pub limit: u64,
+    /// Chunks that were found in it.
+    pub hits: u64,
+    /// Chunks that had to be read from the image.
+    pub misses: u64,
+}
+
+impl From<CacheFigures> for CacheView {
+    fn from(figures: CacheFigures) -> CacheView {
+        let CacheFigures { bytes, limit, hits, misses } = figures;
+        CacheView { bytes, limit, hits, misses }
+    }
 }
 
 /// How a pool is.
@@ -96,6 +121,9 @@ pub struct GuestView {
     pub ms: Option<f64>,
     /// Seconds since it was taken.
     pub age_s: f64,
+    /// Whether its next reset is inside its QEMU: all its memory is in place, and its writes are
+    /// tracked.
+    pub resettable: bool,
     /// How often it has been reset.
     pub resets: u64,
     /// The share of its memory that is in place, from 0 to 1; none where nobody knows.

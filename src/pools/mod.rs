@@ -9,29 +9,31 @@
 //! ```
 //!
 //! - `config`: what a pool is made of, as a configuration file or a request says it.
+//! - `images`: the images of all pools, each open once, with one cache of chunks.
 //! - `template`: a pool's image, and what each of its guests is called and given.
 //! - `guest`: one guest and its session, in a task of its own that obeys commands.
 //! - `book`: who waits, who runs and who stands in the queue of one pool.
 //! - `pool`: one pool: its book, and what keeps it filled.
-//! - `pools`: all pools of a daemon.
+//! - `all`: all pools of a daemon.
 //! - `saved`: what is written down of guests and pools, for the daemon that comes after.
 //! - `event`, `figures`: what is told and counted.
 
+mod all;
 mod book;
 mod config;
 mod error;
 mod event;
 mod figures;
 mod guest;
+mod images;
 mod options;
 mod pool;
-mod pools;
 mod saved;
 mod template;
 
+pub use all::{Pools, Take};
 pub use config::{Change, PoolConfig, PoolSettings};
 pub use error::PoolError;
 pub use event::{GuestView, PoolEvent, PoolState, PoolView, Problem, ResetView};
 pub use figures::{Figures, Histogram};
 pub use options::PoolsOptions;
-pub use pools::{Pools, Take};

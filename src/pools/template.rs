@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::config::{PoolSettings, is_name};
 use super::error::PoolError;
+use super::images::PoolImage;
 use crate::guest::{NewPort, RewriteOptions};
-use crate::image::Image;
 use crate::keeper::Successor;
 use crate::revert::{CloneIdentity, Delivery, Placement, RevertOptions};
 use crate::runs::{OfPool, RunOptions};
@@ -16,12 +16,15 @@ use crate::runs::{OfPool, RunOptions};
 /// The name of a guest's control socket in its directory.
 const QMP: &str = "qmp.sock";
 
+/// The file of what a keeper, and servers that follow the daemon, have to say.
+const LOG: &str = "server.log";
+
 /// How often a guest's progress is told: seldom, since nobody shows it.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// A pool's image, and what its guests are called and given.
 pub(super) struct Template {
-    pub image: Arc<Image>,
+    pub image: Arc<PoolImage>,
     settings: PoolSettings,
     name: String,
     directory: String,
@@ -45,7 +48,7 @@ impl Template {
     pub fn new(
         of: OfPool,
         settings: &PoolSettings,
-        image: Arc<Image>,
+        image: Arc<PoolImage>,
         base: &Path,
         keeper: Option<Successor>,
     ) -> Template {
@@ -88,6 +91,7 @@ impl Template {
             progress_every: PROGRESS_EVERY,
             ..Delivery::default()
         };
+        let log = identity.directory.join(LOG);
         let (id, pool) = (place.id.clone(), Some(self.of.clone()));
         let run = RunOptions { id, pool, ..RunOptions::new() };
         RevertOptions {
@@ -96,7 +100,7 @@ impl Template {
             preload,
             standby: true,
             resettable: self.is_resettable(),
-            keeper: self.keeper.clone(),
+            keeper: self.keeper.clone().map(|keeper| keeper.logging_to(log)),
             run: Some(run),
             ..RevertOptions::new(self.settings.image.clone())
         }

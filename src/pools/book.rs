@@ -21,7 +21,7 @@ pub(super) struct Book {
     queue: VecDeque<Waiter>,
     next_waiter: u64,
     pub problem: Option<Problem>,
-    pub removed: bool,
+    pub closed: bool,
     pub takes: u64,
 }
 
@@ -48,7 +48,7 @@ impl Book {
             queue: VecDeque::new(),
             next_waiter: 0,
             problem: None,
-            removed: false,
+            closed: false,
             takes: 0,
         }
     }
@@ -58,7 +58,7 @@ impl Book {
     pub fn wants_one(&self) -> bool {
         let free = (self.settings.max as usize).saturating_sub(self.taken.len());
         let wanted = (self.settings.armed as usize).max(self.queue.len().min(free));
-        !self.removed && self.ready.len() + self.arming < wanted
+        !self.closed && self.ready.len() + self.arming < wanted
     }
 
     /// One more is being armed.
@@ -71,16 +71,16 @@ impl Book {
         self.arming -= 1;
     }
 
-    /// A guest has been armed, and waits from now on. Returns whether the pool was removed
+    /// A guest has been armed, and waits from now on. Returns whether the pool was closed
     /// meanwhile, and does not want it.
     pub fn end_arming_of(&mut self, guest: &Arc<Handle>) -> bool {
         self.end_arming();
-        if !self.removed {
+        if !self.closed {
             self.problem = None;
             self.ready.push_back(Arc::clone(guest));
             self.serve();
         }
-        self.removed
+        self.closed
     }
 
     /// A guest that was taken by a daemon before this one.
@@ -142,11 +142,11 @@ impl Book {
         self.ready.split_off(keep).into()
     }
 
-    /// Ends the pool: returns all its guests. Nobody gets one from now on.
+    /// Closes the pool: nobody gets a guest from now on. Returns those that wait.
     pub fn close(&mut self) -> Vec<Arc<Handle>> {
-        self.removed = true;
+        self.closed = true;
         self.queue.clear();
-        self.ready.drain(..).chain(self.taken.values().cloned()).collect()
+        self.ready.drain(..).collect()
     }
 
     /// The guests that are taken, in the order in which they were.
@@ -187,6 +187,7 @@ impl Book {
             preload: self.settings.preload,
             resettable: self.settings.resettable && !self.settings.share,
             share: self.settings.share,
+            cache: None,
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::host::pidfd::Pidfd;
 use crate::page::PAGE_SIZE;
 use crate::revert::session::{Armed, Planned, Resettable, Resident, Running};
 use crate::revert::{Progress, ResetWay, RevertError, RevertEvent};
-use crate::runs::ProcessId;
+use crate::runs::{self, ProcessId};
 
 /// How long a QEMU that was killed may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
@@ -60,6 +60,7 @@ struct Now {
     /// When it was taken, if it was.
     taken: Option<SystemTime>,
     ms: Option<f64>,
+    resettable: bool,
     resets: u64,
     progress: Option<Progress>,
 }
@@ -104,6 +105,7 @@ impl Handle {
             ports: now.ports.iter().map(|(old, new)| (old.to_string(), *new)).collect(),
             ms: now.ms,
             age_s: age.as_secs_f64(),
+            resettable: now.resettable,
             resets: now.resets,
             present: now.progress.map(share),
         }
@@ -141,17 +143,32 @@ impl Handle {
         let now = self.now();
         let taken = now.taken.and_then(|taken| taken.duration_since(UNIX_EPOCH).ok());
         SavedGuest {
-            id: self.place.id.clone(),
-            pool: self.pool.clone(),
-            number: self.place.identity.number,
             name: now.name.clone(),
-            directory: self.place.identity.directory.clone(),
-            qmp: template.qmp(&self.place.identity),
             ports: now.ports.clone(),
             qemu: ProcessId::of(now.qemu),
             taken: now.taken.is_some(),
             taken_unix_ms: taken.unwrap_or_default().as_millis() as u64,
             resets: now.resets,
+            ..SavedGuest::planned(&self.pool, &self.place, template)
+        }
+    }
+}
+
+impl SavedGuest {
+    /// One whose QEMU is about to be started.
+    fn planned(pool: &str, place: &Place, template: &Template) -> SavedGuest {
+        SavedGuest {
+            id: place.id.clone(),
+            pool: pool.to_owned(),
+            number: place.identity.number,
+            name: place.identity.name.clone(),
+            directory: place.identity.directory.clone(),
+            qmp: template.qmp(&place.identity),
+            ports: place.ports.clone(),
+            qemu: None,
+            taken: false,
+            taken_unix_ms: 0,
+            resets: 0,
         }
     }
 }
@@ -173,8 +190,8 @@ pub(super) struct Common {
 
 /// What a guest is, once it was taken.
 enum Stage {
-    Resident(Resident),
-    Resettable(Resettable),
+    Resident(Box<Resident>),
+    Resettable(Box<Resettable>),
     /// One that a daemon before this one has taken: it is served by the successor of that, or has
     /// all its memory.
     Adopted(Adopted),
@@ -195,15 +212,22 @@ impl Guest {
         place: Place,
         common: Common,
     ) -> Result<(Guest, Armed), PoolError> {
-        let armed = launch(&common.template, &place).await;
-        let armed =
-            armed.map_err(|source| PoolError::Revert { pool: pool.to_owned(), source })?;
+        // Known ahead of its QEMU, should this process be killed meanwhile.
+        common.state.set_guest(&SavedGuest::planned(pool, &place, &common.template))?;
+        let armed = match launch(&common.template, &place).await {
+            Ok(armed) => armed,
+            Err(source) => {
+                common.state.forget(&place.id);
+                return Err(PoolError::Revert { pool: pool.to_owned(), source: source.into() });
+            }
+        };
         let now = Now {
             name: place.identity.name.clone(),
             qemu: armed.pid().unwrap_or_default(),
             ports: armed.reach().ports,
             taken: None,
             ms: None,
+            resettable: false,
             resets: 0,
             progress: Some(armed.progress()),
         };
@@ -231,11 +255,13 @@ impl Guest {
             ports: saved.ports.clone(),
             taken: Some(UNIX_EPOCH + Duration::from_millis(saved.taken_unix_ms)),
             ms: None,
+            resettable: false,
             resets: saved.resets,
             progress: None,
         };
         let (handle, commands) = Handle::new(&saved.pool, place, now);
-        Some((Guest { handle, commands, common }, Adopted(Arc::new(pidfd))))
+        let adopted = Adopted { id: saved.id.clone(), qemu: Arc::new(pidfd) };
+        Some((Guest { handle, commands, common }, adopted))
     }
 
     /// Waits to be taken, and lives on as [`live`](Guest::live). Returns why it is no more.
@@ -354,7 +380,9 @@ impl Guest {
                 command = self.commands.recv() => command,
                 filled = &mut filling => {
                     let Ok((stage, progress)) = filled else { return Err(Left::Ended("ended")) };
-                    self.handle.now().progress = Some(progress);
+                    let mut now = self.handle.now();
+                    now.progress = Some(progress);
+                    now.resettable = matches!(stage, Stage::Resettable(_));
                     return Ok(stage);
                 }
             };
@@ -385,7 +413,10 @@ impl Guest {
                     if let Stage::Resettable(resettable) = &mut stage {
                         match resettable.answer(asked, &mut |_| {}).await {
                             Ok(true) => {}
-                            Ok(false) => stage = stage.untracked(),
+                            Ok(false) => {
+                                stage = stage.untracked();
+                                self.handle.now().resettable = false;
+                            }
                             Err(error) => {
                                 tracing::warn!("guest {}: {error}", self.handle.place.id);
                                 return Left::Ended("ended");
@@ -429,6 +460,7 @@ impl Guest {
 
     /// Starts the guest anew under the same name and with the same ports. Its QEMU has ended.
     async fn replace(&mut self) -> Result<Running, RevertError> {
+        self.handle.now().resettable = false;
         self.remove_directory().await;
         let ports = self.handle.now().ports.clone();
         let place = Place { ports, ..self.handle.place.clone() };
@@ -474,15 +506,23 @@ impl Guest {
     }
 }
 
-/// The QEMU of a guest that a daemon before this one has handed out. Dropping it ends it.
-pub(super) struct Adopted(Arc<Pidfd>);
+/// The QEMU of a guest that a daemon before this one has handed out. Dropping it ends it, with
+/// whoever serves it, and removes its record.
+pub(super) struct Adopted {
+    id: String,
+    qemu: Arc<Pidfd>,
+}
 
 impl Drop for Adopted {
     fn drop(&mut self) {
-        // It may have ended; its successor, if there is one, ends with it.
-        let _ = self.0.kill();
-        if !self.0.wait_end(END_TIMEOUT) {
-            tracing::warn!("a QEMU that was killed does not end");
+        // Its record may be gone with its last server.
+        let stopped = runs::find(&self.id).and_then(|run| run.stop());
+        if let Err(error) = stopped {
+            tracing::debug!("guest {}: {error}", self.id);
+        }
+        let _ = self.qemu.kill();
+        if !self.qemu.wait_end(END_TIMEOUT) {
+            tracing::warn!("the QEMU of guest {} was killed, but does not end", self.id);
         }
     }
 }
@@ -510,7 +550,7 @@ impl Stage {
         let (ours, adopted) = match self {
             Stage::Resident(resident) => (Some(resident.ended()), None),
             Stage::Resettable(resettable) => (Some(resettable.resident().ended()), None),
-            Stage::Adopted(adopted) => (None, Some(Arc::clone(&adopted.0))),
+            Stage::Adopted(adopted) => (None, Some(Arc::clone(&adopted.qemu))),
         };
         async move {
             match (ours, adopted) {
@@ -532,7 +572,7 @@ impl Stage {
     /// One whose writes are tracked no more.
     fn untracked(self) -> Stage {
         match self {
-            Stage::Resettable(resettable) => Stage::Resident(resettable.into_resident()),
+            Stage::Resettable(resettable) => Stage::Resident(resettable.into_resident().into()),
             other => other,
         }
     }
@@ -572,7 +612,7 @@ async fn launch(template: &Template, place: &Place) -> Result<Armed, RevertError
         RevertEvent::Warning { says } => tracing::debug!("guest {}: {says}", place.id),
         _ => {}
     };
-    let image = Arc::clone(&template.image);
+    let image = template.image.open();
     let planned = Planned::of(image, &options, Cancellation::new(), tell).await?;
     planned.launch(tell).await?.arm(tell).await
 }
@@ -586,13 +626,13 @@ async fn to_the_end(
     let resident = running.fill(&mut on_event).await?;
     let progress = resident.outcome().progress;
     if !resettable {
-        return Ok((Stage::Resident(resident), progress));
+        return Ok((Stage::Resident(resident.into()), progress));
     }
     Ok(match Resettable::track(resident).await {
-        Ok(resettable) => (Stage::Resettable(resettable), progress),
+        Ok(resettable) => (Stage::Resettable(resettable.into()), progress),
         Err(not) => {
             tracing::debug!("a guest can't be reset inside its QEMU: {}", not.error);
-            (Stage::Resident(not.resident), progress)
+            (Stage::Resident(not.resident.into()), progress)
         }
     })
 }

@@ -73,7 +73,7 @@ pub enum PoolError {
         /// The pool.
         pool: String,
         /// Why.
-        source: RevertError,
+        source: Box<RevertError>,
     },
     /// A pool's image can't be used.
     #[error("the image of the pool {pool:?}: {source}")]
@@ -81,7 +81,7 @@ pub enum PoolError {
         /// The pool.
         pool: String,
         /// Why.
-        source: ImageError,
+        source: Box<ImageError>,
     },
     /// The daemon's own files can't be used.
     #[error("{doing} `{}` failed: {source}", path.display())]

@@ -13,11 +13,13 @@
 //! A file takes its place by rename(2): whoever is killed leaves the old one or the new one.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -51,7 +53,7 @@ pub(super) struct SavedGuest {
 pub(super) struct StateDirectory {
     path: PathBuf,
     /// Held as long as this lives.
-    _lock: File,
+    _lock: Flock<File>,
 }
 
 impl StateDirectory {
@@ -68,12 +70,12 @@ impl StateDirectory {
         let mut options = File::options();
         options.create(true).write(true).truncate(false).mode(0o600);
         let lock = options.open(path.join("lock")).map_err(failed("locking"))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(StateDirectory { path: path.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => {
+        match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(StateDirectory { path: path.to_owned(), _lock: lock }),
+            Err((_, Errno::EWOULDBLOCK)) => {
                 Err(PoolError::DaemonRunning { path: path.to_owned() })
             }
-            Err(TryLockError::Error(source)) => Err(failed("locking")(source)),
+            Err((_, error)) => Err(failed("locking")(error.into())),
         }
     }
 

@@ -1,6 +1,7 @@
 //! All pools of a daemon.
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,11 @@ use super::error::PoolError;
 use super::event::{GuestView, PoolEvent, PoolView, ResetView};
 use super::figures::Figures;
 use super::guest::Handle;
+use super::images::Images;
 use super::options::PoolsOptions;
-use super::pool::{ASKED, Pool, Shared};
+use super::pool::{ASKED, Numbered, Pool, Shared};
 use super::saved::{SavedGuest, StateDirectory};
-use crate::host::pidfd::Pidfd;
+use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::runs::{self, ProcessId};
 
 /// How many events whoever listens may be behind.
@@ -72,6 +74,7 @@ impl Pools {
             state: Arc::clone(&state),
             keeper: options.keeper,
             address: options.address,
+            images: Arc::new(Images::new(options.cache)),
             arming: Arc::new(Semaphore::new(options.arming.max(1))),
             events: broadcast::channel(EVENTS).0,
             numbered: noting(Arc::clone(&state), Arc::clone(&numbers)),
@@ -281,7 +284,7 @@ fn check(name: &str, settings: &PoolSettings) -> Result<(), PoolError> {
 fn noting(
     state: Arc<StateDirectory>,
     numbers: Arc<Mutex<BTreeMap<String, u32>>>,
-) -> Arc<dyn Fn(&str, u32) + Send + Sync> {
+) -> Numbered {
     Arc::new(move |pool, next| {
         let mut numbers = numbers.lock().unwrap_or_else(PoisonError::into_inner);
         numbers.insert(pool.to_owned(), next);
@@ -295,14 +298,15 @@ fn noting(
 async fn discard(state: &Arc<StateDirectory>, guest: SavedGuest) {
     let state = Arc::clone(state);
     let discarded = spawn_blocking(move || {
-        // Its record may know of a QEMU that was started when its daemon was killed.
+        // Its daemon may have been killed before it had noted which process it had started; its
+        // record or its socket may know.
         let recorded = runs::find(&guest.id).ok().and_then(|run| run.qemu_pid);
         let known = guest.qemu.and_then(ProcessId::living);
-        for pid in [known, recorded].into_iter().flatten() {
-            if let Ok(process) = Pidfd::open(pid) {
-                let _ = process.kill();
-                process.wait_end(PATIENCE);
-            }
+        let listens = || peer_pid(&UnixStream::connect(&guest.qmp).ok()?);
+        let process = known.or(recorded).or_else(listens).map(Pidfd::open);
+        if let Some(Ok(process)) = process {
+            let _ = process.kill();
+            process.wait_end(PATIENCE);
         }
         let _ = std::fs::remove_dir_all(&guest.directory);
         state.forget(&guest.id);

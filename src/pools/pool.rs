@@ -2,7 +2,7 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,14 +13,13 @@ use tokio::task::spawn_blocking;
 use super::book::{Asked, Book};
 use super::config::PoolSettings;
 use super::error::PoolError;
-use super::event::{GuestView, PoolEvent, PoolView, Problem, ResetView};
+use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
 use super::figures::{Counted, Figures};
 use super::guest::{Common, Guest, Handle};
+use super::images::Images;
 use super::saved::{SavedGuest, StateDirectory};
 use super::template::{Place, Template, check_name};
-use crate::cancel::Cancellation;
-use crate::image::journeys::{FlattenOptions, flatten};
-use crate::image::{Image, ImageError, Layout};
+use crate::image::ImageError;
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
 use crate::runs::{self, OfPool};
@@ -34,17 +33,20 @@ pub(super) const ASKED: &str = "asked";
 const LIFETIME: &str = "lifetime";
 const REMOVED: &str = "pool_removed";
 
+/// Told the number that a pool's next guest has.
+pub(super) type Numbered = Arc<dyn Fn(&str, u32) + Send + Sync>;
+
 /// What all pools have in common.
 #[derive(Clone)]
 pub(super) struct Shared {
     pub state: Arc<StateDirectory>,
     pub keeper: Option<Successor>,
     pub address: Option<PathBuf>,
+    pub images: Arc<Images>,
     /// As many guests are armed at a time, of all pools.
     pub arming: Arc<Semaphore>,
     pub events: broadcast::Sender<PoolEvent>,
-    /// Told the number that a pool's next guest has.
-    pub numbered: Arc<dyn Fn(&str, u32) + Send + Sync>,
+    pub numbered: Numbered,
 }
 
 /// One pool.
@@ -53,6 +55,8 @@ pub(super) struct Pool {
     book: Mutex<Book>,
     /// Wakes what keeps it filled.
     changed: Notify,
+    /// Held while a guest is being armed.
+    arming: tokio::sync::Mutex<()>,
     counted: Arc<Counted>,
     /// The number of its next guest.
     next: AtomicU32,
@@ -68,6 +72,7 @@ impl Pool {
             name: name.to_owned(),
             book: Mutex::new(Book::new(settings)),
             changed: Notify::new(),
+            arming: tokio::sync::Mutex::default(),
             counted: Arc::default(),
             next: AtomicU32::new(next),
             template: OnceLock::new(),
@@ -83,7 +88,8 @@ impl Pool {
 
     /// The pool as it is now.
     pub fn view(&self) -> PoolView {
-        self.book().view(&self.name)
+        let cache = self.template.get().map(|template| template.image.cache());
+        PoolView { cache: cache.map(CacheView::from), ..self.book().view(&self.name) }
     }
 
     /// What it is made of.
@@ -121,20 +127,26 @@ impl Pool {
 
     /// Ends the pool and all its guests.
     pub async fn remove(&self) {
-        let guests = self.book().close();
-        self.changed.notify_one();
-        for guest in guests {
+        self.close(REMOVED).await;
+        for guest in self.taken() {
             guest.release(REMOVED).await;
         }
         let _ = self.shared.events.send(PoolEvent::Removed { pool: self.name.clone() });
     }
 
-    /// Ends the guests that wait: what a daemon does that ends.
+    /// Ends the guests that wait, and arms no more: what a daemon does that ends.
     pub async fn end_waiting(&self) {
-        let spare = self.book().change(Some(0), None);
-        for guest in spare {
-            guest.release(ASKED).await;
+        self.close(ASKED).await;
+    }
+
+    async fn close(&self, why: &'static str) {
+        let waiting = self.book().close();
+        self.changed.notify_one();
+        for guest in waiting {
+            guest.release(why).await;
         }
+        // One that is being armed is ended as soon as it can be.
+        drop(self.arming.lock().await);
     }
 
     /// Takes a guest, which runs when this returns. `began` is when it was asked for.
@@ -165,6 +177,7 @@ impl Pool {
                 Some(Err(source)) => {
                     self.book().remove(&id);
                     self.counted.failure(source.kind().code());
+                    let source = source.into();
                     return Err(PoolError::Revert { pool: self.name.clone(), source });
                 }
                 // It has ended while it waited: there may be another.
@@ -181,7 +194,7 @@ impl Pool {
     ) -> Result<Arc<Handle>, PoolError> {
         let asked = {
             let mut book = self.book();
-            if book.removed {
+            if book.closed {
                 return Err(PoolError::Removed { pool: self.name.clone() });
             }
             book.ask()
@@ -230,7 +243,7 @@ impl Pool {
         let done = guest.reset().await.ok_or_else(gone)?;
         let done = done.map_err(|source| {
             self.counted.failure(source.kind().code());
-            PoolError::Revert { pool: self.name.clone(), source }
+            PoolError::Revert { pool: self.name.clone(), source: source.into() }
         })?;
         let ms = done.took.as_secs_f64() * 1e3;
         let (id, pool) = (guest.place.id.clone(), self.name.clone());
@@ -291,7 +304,7 @@ impl Pool {
     async fn keep_filled(self: Arc<Self>) {
         let mut retry = FIRST_RETRY;
         loop {
-            if self.book().removed {
+            if self.book().closed {
                 return;
             }
             if !self.book().wants_one() {
@@ -299,10 +312,13 @@ impl Pool {
                 continue;
             }
             let Ok(_permit) = self.shared.arming.acquire().await else { return };
+            let arming = self.arming.lock().await;
             if !self.book().wants_one() {
                 continue;
             }
-            match self.arm_one().await {
+            let armed = self.arm_one().await;
+            drop(arming);
+            match armed {
                 Ok(()) => retry = FIRST_RETRY,
                 Err(error) => {
                     self.degrade(&error);
@@ -347,13 +363,13 @@ impl Pool {
             }
         };
         let handle = Arc::clone(&guest.handle);
-        let removed = self.book().end_arming_of(&handle);
+        let is_unwanted = self.book().end_arming_of(&handle);
         let (pool, of_task) = (Arc::clone(self), Arc::clone(&handle));
         tokio::spawn(async move {
             let why = guest.wait(armed).await;
             pool.ended(&of_task.place.id, why, of_task.taken().is_some());
         });
-        if removed {
+        if is_unwanted {
             // Its task ends it as soon as it hears of it.
             handle.release(REMOVED).await;
         }
@@ -375,17 +391,18 @@ impl Pool {
             return Ok(Arc::clone(template));
         }
         let settings = self.settings();
-        let state = Arc::clone(&self.shared.state);
-        let opened = spawn_blocking(move || open(&settings, &state)).await;
+        let (state, images) = (Arc::clone(&self.shared.state), Arc::clone(&self.shared.images));
+        let opened = spawn_blocking(move || images.of(&settings, &state)).await;
         let opened = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
-        let of_image = |source| PoolError::Image { pool: self.name.clone(), source };
+        let of_image =
+            |source: ImageError| PoolError::Image { pool: self.name.clone(), source: Box::new(source) };
         let image = opened.map_err(of_image)?;
         let base = self.shared.state.of_pool(&self.name);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
         made.map_err(|source| PoolError::State { doing: "making", path: base.clone(), source })?;
         let Shared { keeper, address, .. } = self.shared.clone();
         let daemon = address.unwrap_or_default();
-        let of_pool = OfPool { name: self.name.clone(), daemon };
+        let of_pool = OfPool::of_this_process(self.name.clone(), daemon);
         let template = Template::new(of_pool, &self.settings(), image, &base, keeper);
         Ok(Arc::clone(self.template.get_or_init(|| Arc::new(template))))
     }
@@ -401,23 +418,4 @@ impl Drop for Leave<'_> {
     fn drop(&mut self) {
         self.pool.book().give_up(self.number);
     }
-}
-
-/// Opens a pool's image, or the flat copy of it that is kept for pools that share memory.
-fn open(settings: &PoolSettings, state: &StateDirectory) -> Result<Arc<Image>, ImageError> {
-    let image = Image::open(&settings.image)?;
-    if !settings.share || !image.manifest().flat.is_empty() {
-        return Ok(image);
-    }
-    let copy = state.flat(&image.identity().to_string());
-    if !is_file(&copy) {
-        let options =
-            FlattenOptions { layout: Layout::Flat, ..FlattenOptions::new(&settings.image, &copy) };
-        flatten(&options, &Cancellation::new(), |_, _| {})?;
-    }
-    Image::open(&copy)
-}
-
-fn is_file(path: &Path) -> bool {
-    path.metadata().is_ok_and(|meta| meta.is_file())
 }

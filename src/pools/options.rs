@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use crate::keeper::Successor;
 
+/// As much as a guest of a test farm reads of its image before it is done.
+const CACHE: u64 = 256 << 20;
+
 /// What a daemon's pools have in common.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -15,6 +18,8 @@ pub struct PoolsOptions {
     pub keeper: Option<Successor>,
     /// Where the daemon of the pools listens, for commands about one of its guests.
     pub address: Option<PathBuf>,
+    /// The most bytes of decompressed chunks that are kept of each image, for all its guests.
+    pub cache: u64,
     /// How many guests are armed at a time, of all pools together: what is behind a user's back is
     /// not to take the whole machine.
     pub arming: usize,
@@ -23,6 +28,6 @@ pub struct PoolsOptions {
 impl PoolsOptions {
     /// Pools with their state in this directory, that arm one guest at a time.
     pub fn new(state: impl Into<PathBuf>) -> PoolsOptions {
-        PoolsOptions { state: state.into(), keeper: None, address: None, arming: 1 }
+        PoolsOptions { state: state.into(), keeper: None, address: None, cache: CACHE, arming: 1 }
     }
 }

@@ -1,0 +1,344 @@
+//! Guests of a pool taken and released, beside plain reverts of the same image:
+//!
+//!     cargo bench --features internals --bench pools -- --mib 512,2048 --takes 1000
+//!
+//! Boots a guest, saves it, and has `snapback daemon` keep a pool of it. Each take waits until a
+//! guest is armed, and is then timed by a client with a connection of its own, from its request
+//! until the answer, and by the daemon, from the request until QEMU has told that the guest runs.
+//! Prints tables for docs/performance.md.
+
+#[path = "image_sweep/guests.rs"]
+mod guests;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use guests::snapback;
+use serde_json::{Value, json};
+use support::{Attached, Fill, Guest, GuestOptions, Qemu, Result, wait_for};
+
+/// Pages of the guest's in a MiB.
+const PAGES_A_MIB: u64 = 256;
+
+/// How long a guest may take to be armed.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+#[derive(Parser)]
+struct Options {
+    /// RAM of the guest, in MiB
+    #[arg(long, value_delimiter = ',', default_value = "512")]
+    mib: Vec<u64>,
+    /// How many guests are taken, one after the other
+    #[arg(long, default_value_t = 100)]
+    takes: usize,
+    /// How many guests wait
+    #[arg(long, default_value_t = 4)]
+    armed: u64,
+    /// What is in place while they do
+    #[arg(long, default_value = "working_set")]
+    preload: String,
+    /// Resets through the daemon, and as many bare ones
+    #[arg(long, default_value_t = 50)]
+    resets: usize,
+    /// Plain reverts beside them
+    #[arg(long, default_value_t = 5)]
+    peers: usize,
+    /// How long guests are taken and released without a break, in seconds, each of which reads
+    /// 64 MiB and writes 4 MiB
+    #[arg(long, default_value_t = 0)]
+    cycles: u64,
+    /// The QEMU, by its number
+    #[arg(long, default_value = "10", value_parser = Qemu::parse)]
+    qemu: Qemu,
+    /// What `cargo bench` says to every benchmark
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> ExitCode {
+    support::exit_code("pools", run())
+}
+
+fn run() -> Result<()> {
+    let options = Options::parse();
+    for mib in &options.mib {
+        let folder = tempfile::Builder::new().prefix("snapback-pools-").tempdir()?;
+        let image = folder.path().join("vm.snap");
+        let recorded = saved(&options, *mib, &image)?;
+        println!("A guest of {mib} MiB, {:?}, {} armed:\n", options.qemu, options.armed);
+        println!("| what | p50, ms | p99 | most | |\n|---|---|---|---|---|");
+        let mut daemon = Daemon::start(folder.path())?;
+        daemon.pool(&image, &options)?;
+        daemon.measure_takes(&options)?;
+        daemon.measure_armed(&options)?;
+        daemon.measure_resets(options.resets)?;
+        if options.cycles > 0 {
+            daemon.cycle(&options)?;
+        }
+        drop(daemon);
+        let mut times = Vec::new();
+        for number in 0..options.peers {
+            let place = folder.path().join(format!("revert-{number}"));
+            times.push(plain_revert(&image, &recorded, &place)?);
+        }
+        row("a plain revert, to running", &mut times, "");
+        println!();
+    }
+    Ok(())
+}
+
+/// Boots a guest and saves it, idle, and has its working set recorded. Returns where its files
+/// were.
+fn saved(options: &Options, mib: u64, image: &Path) -> Result<PathBuf> {
+    let mut guest = Guest::boot(&GuestOptions {
+        qemu: options.qemu,
+        mib,
+        fill: Fill::Mib((mib / 2).min(1024)),
+        beat_ms: 1,
+        ..GuestOptions::default()
+    })?;
+    guest.oracle.ask("idle")?;
+    let words = ["save".as_ref(), "--qmp".as_ref(), guest.qmp_path.as_os_str(), image.as_os_str()];
+    snapback(&words)?;
+    let recorded = guest.dir.clone();
+    drop(guest.kill());
+    snapback(&[
+        "working-set".as_ref(),
+        image.as_os_str(),
+        "--harvest".as_ref(),
+        "--window".as_ref(),
+        "3".as_ref(),
+    ])?;
+    Ok(recorded)
+}
+
+/// A daemon with one pool. Dropping it ends it and the guests of its pool.
+struct Daemon {
+    process: Child,
+    socket: PathBuf,
+    folder: PathBuf,
+}
+
+impl Daemon {
+    fn start(folder: &Path) -> Result<Daemon> {
+        let socket = folder.join("daemon.sock");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+        command.args(["daemon", "--json", "--state"]).arg(folder.join("state"));
+        command.arg("--listen").arg(format!("unix:{}", socket.display()));
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().ok_or("no output")?).read_line(&mut line)?;
+        Ok(Daemon { process, socket, folder: folder.to_owned() })
+    }
+
+    fn pool(&mut self, image: &Path, options: &Options) -> Result<()> {
+        let pool = json!({
+            "name": "p", "image": image, "armed": options.armed, "preload": options.preload,
+            // What a guest has not asked for matters to the next one's start alone.
+            "fill_delay_ms": 50,
+        });
+        self.ask("POST", "/v1/pools", &pool.to_string()).map(drop)
+    }
+
+    /// One request, by a connection of its own.
+    fn ask(&self, method: &str, path: &str, body: &str) -> Result<Value> {
+        let mut stream = UnixStream::connect(&self.socket)?;
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
+        match head.split(' ').nth(1) {
+            Some("200" | "201") => Ok(serde_json::from_str(body)?),
+            Some("204") => Ok(Value::Null),
+            _ => Err(format!("{method} {path}: {answer}").into()),
+        }
+    }
+
+    fn wait_armed(&self, armed: u64) -> Result<()> {
+        wait_for(PATIENCE, "armed guests", || {
+            let ready = self.ask("GET", "/v1/pools/p", "")?["ready"].as_u64();
+            Ok((ready >= Some(armed)).then_some(()))
+        })
+    }
+
+    fn release(&self, guest: &Value) -> Result<()> {
+        let id = guest["id"].as_str().ok_or("no id")?;
+        self.ask("DELETE", &format!("/v1/guests/{id}"), "").map(drop)
+    }
+
+    /// Takes guests, one after the other, each of which is released.
+    fn measure_takes(&mut self, options: &Options) -> Result<()> {
+        let (mut client, mut daemon, mut beat) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..options.takes {
+            self.wait_armed(options.armed)?;
+            let start = Instant::now();
+            let guest = self.ask("POST", "/v1/pools/p/take", "")?;
+            client.push(ms(start));
+            daemon.push(guest["ms"].as_f64().ok_or("no time")?);
+            let log = Path::new(guest["dir"].as_str().ok_or("no dir")?).join("serial0.log");
+            while std::fs::metadata(&log).map_or(0, |file| file.len()) == 0 {
+                if start.elapsed() > PATIENCE {
+                    return Err("no heartbeat".into());
+                }
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            beat.push(ms(start));
+            self.release(&guest)?;
+        }
+        let server = support::resident_kib(self.process.id())? / 1024;
+        row("a take, as its client sees it", &mut client, "");
+        row("a take, from the request until RESUME", &mut daemon, &format!("daemon {server} MiB"));
+        row("the guest's first heartbeat", &mut beat, "");
+        Ok(())
+    }
+
+    /// What a guest that waits costs.
+    fn measure_armed(&mut self, options: &Options) -> Result<()> {
+        self.wait_armed(options.armed)?;
+        let mut private = Vec::new();
+        for pid in children(self.process.id())? {
+            if std::fs::read_to_string(format!("/proc/{pid}/comm"))?.starts_with("qemu") {
+                private.push(private_kib(pid)? as f64 / 1024.0);
+            }
+        }
+        private.sort_by(f64::total_cmp);
+        let most = private.last().ok_or("no guest waits")?;
+        println!(
+            "| private memory of a QEMU that waits, MiB | {:.0} | | {most:.0} | |",
+            private[0]
+        );
+        Ok(())
+    }
+
+    /// Resets a guest through the daemon, and as often without it.
+    fn measure_resets(&mut self, resets: usize) -> Result<()> {
+        if resets == 0 {
+            return Ok(());
+        }
+        self.wait_armed(1)?;
+        let guest = self.ask("POST", "/v1/pools/p/take", "")?;
+        let path = format!("/v1/guests/{}/reset", guest["id"].as_str().ok_or("no id")?);
+        let at = path.trim_end_matches("/reset");
+        wait_for(PATIENCE, "its writes to be tracked", || {
+            Ok((self.ask("GET", at, "")?["resettable"] == true).then_some(()))
+        })?;
+        let pid = guest["qemu_pid"].as_u64().ok_or("no process")? as u32;
+        let mut attached = Attached::to(pid, Path::new(guest["dir"].as_str().ok_or("no dir")?))?;
+        let (mut client, mut bare) = (Vec::new(), Vec::new());
+        for _ in 0..resets {
+            attached.oracle.ask(&format!("sweep 0 {PAGES_A_MIB}"))?;
+            let start = Instant::now();
+            let reset = self.ask("POST", &path, "")?;
+            client.push(ms(start));
+            bare.push(reset["ms"].as_f64().ok_or("no time")?);
+        }
+        row("a reset by the daemon, 1 MiB written", &mut client, "");
+        row("of it the bare reset", &mut bare, "");
+        // Dropping what is attached ends its QEMU.
+        drop(attached);
+        wait_for(PATIENCE, "the guest to be forgotten", || {
+            Ok((self.ask("GET", "/v1/guests", "")? == json!([])).then_some(()))
+        })
+    }
+
+    /// Takes guests, has each work, and releases it, without a break.
+    fn cycle(&mut self, options: &Options) -> Result<()> {
+        let time = Duration::from_secs(options.cycles);
+        let (start, mut takes, mut worked) = (Instant::now(), 0u32, Duration::ZERO);
+        let (read, written) = (64 * PAGES_A_MIB, 4 * PAGES_A_MIB);
+        while start.elapsed() < time {
+            let guest = self.ask("POST", "/v1/pools/p/take", r#"{"timeout_s":60}"#)?;
+            let pid = guest["qemu_pid"].as_u64().ok_or("no process")? as u32;
+            let folder = guest["dir"].as_str().ok_or("no dir")?;
+            let begun = Instant::now();
+            let mut oracle = support::Oracle::connect(&Path::new(folder).join("serial1.sock"))?;
+            oracle.ask(&format!("sweep {read} {written}"))?;
+            worked += begun.elapsed();
+            drop(oracle);
+            debug_assert!(pid > 0);
+            self.release(&guest)?;
+            takes += 1;
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        println!(
+            "| {:.1} takes with release a second for {seconds:.0} s; each guest worked for {:.1} ms \
+             | | | | daemon {} MiB, {} descriptors |",
+            f64::from(takes) / seconds,
+            worked.as_secs_f64() * 1e3 / f64::from(takes),
+            support::resident_kib(self.process.id())? / 1024,
+            std::fs::read_dir(format!("/proc/{}/fd", self.process.id()))?.count(),
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.ask("DELETE", "/v1/pools/p", "");
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_dir_all(self.folder.join("state"));
+    }
+}
+
+/// From the program's start until the guest runs, in milliseconds.
+fn plain_revert(image: &Path, recorded: &Path, place: &Path) -> Result<f64> {
+    std::fs::create_dir(place)?;
+    let rule = format!("{}={}", recorded.display(), place.display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    command.arg("revert").arg(image).args(["--json", "--path", &rule]);
+    let mut server = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    for line in BufReader::new(server.stdout.take().ok_or("no output")?).lines() {
+        let event: Value = serde_json::from_str(&line?)?;
+        if event["event"] == "running" {
+            let pid = event["pid"].as_u64().ok_or("no process")? as u32;
+            // Dropping it ends the guest.
+            let _guest = Attached::to(pid, place)?;
+            let _ = server.kill();
+            let _ = server.wait();
+            return Ok(event["ms"].as_f64().ok_or("no time")?);
+        }
+    }
+    Err("the revert ended before its guest ran".into())
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+fn children(of: u32) -> Result<Vec<u32>> {
+    let mut children = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{of}/task"))? {
+        let text = std::fs::read_to_string(task?.path().join("children"))?;
+        children.extend(text.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    Ok(children)
+}
+
+/// Memory that a process shares with nobody (proc_pid_smaps_rollup(5)), in KiB.
+fn private_kib(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let of = |line: &str| line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+    Ok(text.lines().filter(|line| line.starts_with("Private_")).filter_map(of).sum())
+}
+
+fn row(what: &str, times: &mut [f64], more: &str) {
+    if times.is_empty() {
+        return;
+    }
+    times.sort_by(f64::total_cmp);
+    let at =
+        |percent: usize| times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1];
+    println!("| {what} | {:.2} | {:.2} | {:.2} | {more} |", at(50), at(99), at(100));
+}
