@@ -128,5 +128,6 @@ POOL = {
     "preload": "none",
     "resettable": True,
     "share": False,
+    "cache": {"bytes": 1, "limit": 2, "hits": 3, "misses": 4},
     "came_later": "ignored",
 }

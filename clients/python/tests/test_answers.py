@@ -25,7 +25,7 @@ def test_pools(tmp_path: Path) -> None:
     with Fake(tmp_path / "s", [answer([POOL, degraded])]) as fake, client_of(fake) as client:
         whole, broken = client.pools()
     assert (whole.name, whole.armed, whole.ready, whole.max) == ("booted", 2, 1, 16)
-    assert whole.problem is None
+    assert whole.problem is None and whole.cache == snapback.Cache(1, 2, 3, 4)
     assert broken.problem == snapback.Problem("not_found", "no such file")
 
 
@@ -61,9 +61,9 @@ def test_a_guest_of_which_little_is_known(tmp_path: Path) -> None:
 
 
 def test_info(tmp_path: Path) -> None:
-    told = {"version": "0.1.0", "pid": 3, "uptime_s": 1.5, "cache": {"used": 1, "limit": 2}}
+    told = {"version": "0.1.0", "pid": 3, "uptime_s": 1.5, "came_later": {}}
     with Fake(tmp_path / "s", [answer(told)]) as fake, client_of(fake) as client:
-        assert client.info() == snapback.Info("0.1.0", 3, 1.5, snapback.Cache(1, 2))
+        assert client.info() == snapback.Info("0.1.0", 3, 1.5)
 
 
 def test_what_a_pool_is_asked_for(tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ class Guest:
     directory: Path
     #: The port of this host for each recorded one, such as `{2222: 40731}`.
     ports: Mapping[int, int]
-    #: Seconds since it was taken, and its resets since, when the daemon was asked last.
+    #: When the daemon was asked last: seconds since it was taken, and its resets since.
     age_s: float = 0.0
     resets: int = 0
+    #: Whether it could be reset in its process then: its memory was in place and is tracked.
+    resettable: bool = False
     #: Milliseconds that the take took; None of a guest that an earlier daemon has handed out.
     ms: float | None = None
     #: The share of its memory that is in place, 0 to 1, while the guest runs; None where nobody

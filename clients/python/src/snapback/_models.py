@@ -22,6 +22,18 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cache:
+    """Decompressed pieces of an image, which all guests of it share."""
+
+    #: Bytes that are kept, and the most that are.
+    bytes: int
+    limit: int
+    #: Pieces that were found in it, and those that had to be read from the image.
+    hits: int
+    misses: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Guests of one image, of which some are armed: ready to run at once."""
 
@@ -43,12 +55,18 @@ class Pool:
     resettable: bool = True
     share: bool = False
     problem: Problem | None = None
+    cache: Cache | None = None
 
     @classmethod
     def of(cls, answer: Any) -> Pool:
         told = mapping(answer, "a pool")
-        problem = told.get("problem")
-        return build(cls, told, problem=None if problem is None else build(Problem, problem))
+        problem, cache = told.get("problem"), told.get("cache")
+        return build(
+            cls,
+            told,
+            problem=None if problem is None else build(Problem, problem),
+            cache=None if cache is None else build(Cache, cache),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +87,16 @@ class Reset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
-    """The daemon's cache of decompressed pieces of images; `used` and `limit` in bytes."""
-
-    used: int
-    limit: int
-    hits: int = 0
-    misses: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Info:
     """The daemon itself."""
 
     version: str
     pid: int
     uptime_s: float
-    cache: Cache | None = None
 
     @classmethod
     def of(cls, answer: Any) -> Info:
-        told = mapping(answer, "the daemon's information")
-        cache = told.get("cache")
-        return build(cls, told, cache=None if cache is None else build(Cache, cache))
+        return build(cls, mapping(answer, "the daemon's information"))
 
 
 def mapping(answer: Any, what: str) -> Mapping[str, Any]:
