@@ -87,6 +87,7 @@ fn run() -> Result<()> {
             let place = folder.path().join(format!("revert-{number}"));
             times.push(plain_revert(&image, &recorded, &place)?);
         }
+        std::fs::remove_dir_all(&recorded)?;
         row("a plain revert, to running", &mut times, "");
         println!();
     }
@@ -108,6 +109,8 @@ fn saved(options: &Options, mib: u64, image: &Path) -> Result<PathBuf> {
     snapback(&words)?;
     let recorded = guest.dir.clone();
     drop(guest.kill());
+    // QEMU is started where it was.
+    std::fs::create_dir_all(&recorded)?;
     snapback(&[
         "working-set".as_ref(),
         image.as_os_str(),

@@ -59,6 +59,7 @@
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
+//! | [`pool`] | takes, resets and releases guests of a daemon's pools (`snapback daemon`) |
 //! | [`runs`] | lists the reverts that are under way, ends them, and removes what killed ones left |
 //! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
 
@@ -130,6 +131,15 @@ pub mod error {
     pub use crate::save::{CheckError, JournalError, LeftOver, Obstacle, OverlayError};
     pub use crate::transport::TransportError;
     pub use crate::wire::WireError;
+}
+
+/// Guests of a daemon's pools, asked for by its socket.
+pub mod pool {
+    pub use crate::daemon::{Client, ClientError};
+    pub use crate::pools::{
+        CacheView, Change, GuestView, PoolConfig, PoolSettings, PoolState, PoolView, Problem,
+        ResetView,
+    };
 }
 
 /// What an image says of itself and of its machine.

@@ -118,7 +118,7 @@ fn measures_all_ways(bench: Bench, peers: &[&str], skipped: &[&str]) -> Result<B
         text.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?;
     let named = |name: &str| events.iter().filter(|e| e["event"] == name).collect::<Vec<_>>();
 
-    let ours = ["uffd", "uffd+ws", "uffd+preload", "socket"];
+    let ours = ["uffd", "uffd+ws", "uffd+preload", "socket", "pool"];
     let reset = ["reset"];
     let reset = reset.iter().filter(|way| !skipped.contains(way));
     let ways: Vec<&str> = ours.iter().chain(reset.clone()).chain(peers).copied().collect();
@@ -198,7 +198,7 @@ fn measures_all_ways_on_qemu_10() -> Result<()> {
         .collect::<std::result::Result<_, _>>()?;
     let runs: Vec<_> = events.iter().filter(|event| event["event"] == "run").collect();
     let caches: Vec<_> = runs.iter().filter_map(|run| run["cache"].as_str()).collect();
-    assert_eq!(caches, [["warm"; 4], ["cold"; 4]].concat());
+    assert_eq!(caches, [["warm"; 5], ["cold"; 5]].concat());
     bench.assert_nothing_left()?;
 
     // A parent that can't be made cold is told before any run: here, one that is in use.

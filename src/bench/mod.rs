@@ -18,6 +18,7 @@ mod sign;
 mod stats;
 mod summary;
 pub mod tables;
+mod takes;
 
 use std::path::PathBuf;
 
@@ -277,6 +278,9 @@ pub async fn bench(
                     Entrant::Snapback(Method::Reset) => {
                         resets::measure(&setup, cache, round, &cancel).await?
                     }
+                    Entrant::Snapback(Method::Pool) => {
+                        takes::measure(&setup, cache, round, &cancel).await?
+                    }
                     Entrant::Snapback(method) => {
                         runs::measure(&setup, *method, cache, round, &cancel).await?
                     }
@@ -350,7 +354,7 @@ async fn record(setup: &Setup<'_>, cancel: &Cancellation) -> Result<Recorded, Be
             skipped.extend(by_uffd.map(|way| Skipped { way, reason: reason.clone() }));
         }
     }
-    methods.push(Method::Socket);
+    methods.extend([Method::Socket, Method::Pool]);
     match resets::lack(setup, cancel).await? {
         None => methods.push(Method::Reset),
         Some(reason) => skipped.push(Skipped { way: Method::Reset, reason }),

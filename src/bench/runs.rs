@@ -11,7 +11,8 @@ use crate::cancel::Cancellation;
 use crate::guest::Process;
 use crate::host::procfs::resident_memory;
 use crate::revert::{
-    Delivery, Held, Outcome, Placement, Preload, RevertError, RevertEvent, RevertOptions, revert_held,
+    Delivery, Held, Outcome, Placement, Preload, RevertError, RevertEvent, RevertOptions,
+    revert_held,
 };
 
 /// How snapback brings a guest back.
@@ -31,7 +32,9 @@ impl How {
             // As a user has it; that it is userfaultfd is looked at afterwards.
             Method::Uffd => How::default(),
             Method::UffdWorkingSet => How { working_set: recorded(), ..How::default() },
-            Method::UffdPreload => How { working_set: recorded(), preload: Preload::WorkingSet, ..How::default() },
+            Method::UffdPreload => {
+                How { working_set: recorded(), preload: Preload::WorkingSet, ..How::default() }
+            }
             _ => How { placement: Placement::Socket, ..How::default() },
         }
     }
@@ -46,14 +49,7 @@ pub(super) async fn measure(
     cancel: &Cancellation,
 ) -> Result<Sample, BenchError> {
     let run = setup.run()?;
-    // Each run begins with the same working set; what it adds goes with its directory.
-    let working_set = run.path().join("working-set");
-    match fs::copy(setup.working_set(), &working_set) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            return Err(BenchError::File { doing: "copied", path: setup.working_set(), source });
-        }
-        _ => {}
-    }
+    let working_set = working_set_of(setup, &run)?;
     setup.settle(cache, &setup.image_files)?;
     let how = How::of(method, &working_set);
     let (mut recorder, mut held) = bring_back(setup, &run, &how, cancel).await?;
@@ -64,6 +60,18 @@ pub(super) async fn measure(
         return Err(BenchError::WayLost { way: method, reason });
     }
     Ok(recorder.sample(setup, method, cache, round, Some(&held.outcome), signs?))
+}
+
+/// The file of a run's working set. Each run begins with the same; what it adds goes with its
+/// directory.
+pub(super) fn working_set_of(setup: &Setup<'_>, run: &Run) -> Result<PathBuf, BenchError> {
+    let working_set = run.path().join("working-set");
+    match fs::copy(setup.working_set(), &working_set) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(BenchError::File { doing: "copied", path: setup.working_set(), source })
+        }
+        _ => Ok(working_set),
+    }
 }
 
 /// Brings a guest back, all of its memory.
@@ -181,7 +189,8 @@ impl Recorder {
         }
     }
 
-    fn hear(&mut self, event: &RevertEvent) {
+    /// Takes note of what is told.
+    pub fn hear(&mut self, event: &RevertEvent) {
         match event {
             RevertEvent::QemuReady { pid } => self.ready(*pid),
             RevertEvent::Placing { placement, reason } => {

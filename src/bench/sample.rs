@@ -17,6 +17,8 @@ pub enum Method {
     UffdPreload,
     /// snapback, by QEMU's postcopy socket, without a working set.
     Socket,
+    /// snapback, a guest that waits, as a pool keeps it.
+    Pool,
     /// snapback, inside the guest's own QEMU: a reset.
     Reset,
     /// QEMU's `-incoming` from a file that holds a migration stream.
@@ -37,6 +39,7 @@ impl Method {
             Method::UffdWorkingSet => "uffd+ws",
             Method::UffdPreload => "uffd+preload",
             Method::Socket => "socket",
+            Method::Pool => "pool",
             Method::Reset => "reset",
             Method::Stream => "stream",
             Method::MappedRam => "mapped-ram",
@@ -58,6 +61,9 @@ impl Method {
             Method::UffdWorkingSet => "the same, the recorded working set first",
             Method::UffdPreload => "the same, the guest runs once its working set is in place",
             Method::Socket => "snapback, pages sent by QEMU's postcopy socket, no working set",
+            Method::Pool => {
+                "snapback, a guest that waits with its working set in place is had to run"
+            }
             Method::Reset => "snapback, a reset inside the guest's own QEMU, which has run",
             Method::Stream => "QEMU loads a migration stream from a file",
             Method::MappedRam => "QEMU loads a mapped-ram file",

@@ -169,9 +169,9 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, ClientError> {
-        let stream = UnixStream::connect(&self.path).await.map_err(|source| {
-            ClientError::Unreachable { path: self.path.clone(), source }
-        })?;
+        let stream = UnixStream::connect(&self.path)
+            .await
+            .map_err(|source| ClientError::Unreachable { path: self.path.clone(), source })?;
         let wrong = |problem: String| ClientError::Answer { path: self.path.clone(), problem };
         let broke = |error: hyper::Error| wrong(error.to_string());
         let (mut sender, connection) =

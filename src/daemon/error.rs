@@ -43,8 +43,10 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// Whoever reaches the port could use the daemon.
-    #[error("HTTP by TCP takes a token: write one to a file of your own and give it as \
-             `DaemonConfig::token_file`")]
+    #[error(
+        "HTTP by TCP takes a token: write one to a file of your own and give it as \
+             `DaemonConfig::token_file`"
+    )]
     NoToken,
 }
 

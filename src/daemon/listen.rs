@@ -78,10 +78,7 @@ pub(super) fn unix(
     Ok((UnixListener::from_std(listener).map_err(failed)?, socket))
 }
 
-fn bind(
-    path: &Path,
-    group: Option<&str>,
-) -> Result<std::os::unix::net::UnixListener, DaemonError> {
+fn bind(path: &Path, group: Option<&str>) -> Result<std::os::unix::net::UnixListener, DaemonError> {
     let failed = |source| DaemonError::Listen { path: path.to_owned(), source };
     let unknown = |name: &str| DaemonError::NoSuchGroup { name: name.to_owned() };
     let group = match group {

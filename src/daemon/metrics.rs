@@ -10,13 +10,14 @@ pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8"
 /// All figures of these pools.
 pub(super) fn text(pools: &[(PoolView, Figures)]) -> String {
     let mut text = String::new();
-    let mut metric = |name: &str, kind: &str, help: &str, of: &dyn Fn(&PoolView, &Figures) -> f64| {
-        head(&mut text, name, kind, help);
-        for (pool, figures) in pools {
-            // Writing to a string does not fail.
-            let _ = writeln!(text, "{name}{{{}}} {}", label(pool), of(pool, figures));
-        }
-    };
+    let mut metric =
+        |name: &str, kind: &str, help: &str, of: &dyn Fn(&PoolView, &Figures) -> f64| {
+            head(&mut text, name, kind, help);
+            for (pool, figures) in pools {
+                // Writing to a string does not fail.
+                let _ = writeln!(text, "{name}{{{}}} {}", label(pool), of(pool, figures));
+            }
+        };
     metric("snapback_pool_armed", "gauge", "Guests that wait to be taken.", &|pool, _| {
         pool.ready.into()
     });
@@ -68,7 +69,9 @@ pub(super) fn text(pools: &[(PoolView, Figures)]) -> String {
         "Chunks of the pool's image that had to be read.",
         &|pool, _| misses(pool),
     );
-    metric("snapback_cache_bytes", "gauge", "Bytes of chunks that are kept.", &|pool, _| bytes(pool));
+    metric("snapback_cache_bytes", "gauge", "Bytes of chunks that are kept.", &|pool, _| {
+        bytes(pool)
+    });
     head(&mut text, "snapback_failures_total", "counter", "Failures, by their code.");
     for (pool, figures) in pools {
         for (code, count) in &figures.failures {

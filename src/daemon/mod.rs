@@ -24,5 +24,5 @@ pub use client::{Client, ClientError};
 pub use config::{ConfigError, DaemonConfig};
 pub use error::DaemonError;
 pub use openapi::document as openapi_document;
-pub use options::{DaemonOptions, default_socket, default_state};
+pub use options::{DaemonOptions, default_socket};
 pub use run::{DaemonEvent, run};

@@ -64,7 +64,7 @@ pub fn default_socket() -> PathBuf {
 
 /// Where a daemon of this user keeps what outlives it unless it is told otherwise:
 /// `/var/lib/snapback` of root, `$XDG_STATE_HOME/snapback` or `~/.local/state/snapback` else.
-pub fn default_state() -> PathBuf {
+fn default_state() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return "/var/lib/snapback".into();
     }

@@ -17,7 +17,6 @@ use futures_util::stream::{self, Stream};
 use serde::Serialize;
 use tokio::sync::broadcast::error::RecvError;
 
-
 use super::listen::Caller;
 use super::messages::{Failed, GivenName, Info, parse};
 use super::{metrics, openapi};
@@ -141,10 +140,7 @@ async fn change(
     Ok(Json(served.pools.change(&name, &change).await?))
 }
 
-async fn remove(
-    State(served): Shared,
-    Path(name): Path<String>,
-) -> Result<StatusCode, Failed> {
+async fn remove(State(served): Shared, Path(name): Path<String>) -> Result<StatusCode, Failed> {
     served.pools.remove(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,7 @@ pub async fn run(
     cancel: Cancellation,
     on_event: &mut impl FnMut(DaemonEvent),
 ) -> Result<(), DaemonError> {
+    raise_descriptor_limit();
     let DaemonOptions { state, listen, group, http, token, pools, cache, arming, keeper } = options;
     if http.is_some() && token.is_none() {
         return Err(DaemonError::NoToken);
@@ -82,4 +84,14 @@ pub async fn run(
     }
     served.pools.end_waiting().await;
     Ok(())
+}
+
+/// A guest takes some thirty descriptors, and 1024, as most processes are allowed (getrlimit(2)), are
+/// soon used up.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!("the limit of descriptors stays as it is: {error}");
+    }
 }

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use crate::page::{Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError};
+use crate::page::{
+    Block, ChunkId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, SourceError,
+};
 
 /// A source of pages whose chunks are kept, up to a number of bytes, for all who read from it.
 ///

@@ -12,7 +12,7 @@ use super::config::{Change, PoolConfig, PoolSettings, is_name};
 use super::error::PoolError;
 use super::event::{GuestView, PoolEvent, PoolView, ResetView};
 use super::figures::Figures;
-use super::guest::Handle;
+use super::handle::Handle;
 use super::images::Images;
 use super::options::PoolsOptions;
 use super::pool::{ASKED, Numbered, Pool, Shared};
@@ -81,8 +81,7 @@ impl Pools {
         };
         let mut all = state.pools()?;
         all.extend(configured.clone());
-        let pools =
-            Pools { pools: Mutex::default(), configured, shared, numbers };
+        let pools = Pools { pools: Mutex::default(), configured, shared, numbers };
         let guests = state.guests()?;
         // Guests that nobody takes up must have let go of names and ports.
         let known = |guest: &SavedGuest| guest.taken && all.contains_key(&guest.pool);
@@ -96,7 +95,7 @@ impl Pools {
         }
         for guest in taken {
             let pool = &started[&guest.pool];
-            pool.adopt(&guest).await;
+            pool.adopt(&guest);
             if !pool.has(&guest.id) {
                 discard(&state, guest).await;
             }
@@ -281,10 +280,7 @@ fn check(name: &str, settings: &PoolSettings) -> Result<(), PoolError> {
 }
 
 /// Writes down the number of a pool's next guest.
-fn noting(
-    state: Arc<StateDirectory>,
-    numbers: Arc<Mutex<BTreeMap<String, u32>>>,
-) -> Numbered {
+fn noting(state: Arc<StateDirectory>, numbers: Arc<Mutex<BTreeMap<String, u32>>>) -> Numbered {
     Arc::new(move |pool, next| {
         let mut numbers = numbers.lock().unwrap_or_else(PoisonError::into_inner);
         numbers.insert(pool.to_owned(), next);

@@ -1,13 +1,13 @@
 //! Who waits, who runs and who stands in the queue of one pool. No task, no I/O.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
 use super::config::PoolSettings;
 use super::event::{PoolState, PoolView, Problem};
-use super::guest::Handle;
+use super::handle::Handle;
 
 /// The book of one pool.
 pub(super) struct Book {
@@ -20,6 +20,8 @@ pub(super) struct Book {
     /// Requests for which there was no guest, in their order.
     queue: VecDeque<Waiter>,
     next_waiter: u64,
+    /// Names that guests are about to have.
+    reserved: HashSet<String>,
     pub problem: Option<Problem>,
     pub closed: bool,
     pub takes: u64,
@@ -47,6 +49,7 @@ impl Book {
             taken: HashMap::new(),
             queue: VecDeque::new(),
             next_waiter: 0,
+            reserved: HashSet::new(),
             problem: None,
             closed: false,
             takes: 0,
@@ -102,9 +105,32 @@ impl Book {
         }
     }
 
+    /// Reserves a name that no guest has and nobody else has reserved.
+    pub fn reserve(&mut self, name: &str) -> bool {
+        let is_taken = self.taken.values().any(|guest| guest.name() == name);
+        !is_taken && self.reserved.insert(name.to_owned())
+    }
+
+    /// Gives a name up that was reserved.
+    pub fn unreserve(&mut self, name: &str) {
+        self.reserved.remove(name);
+    }
+
     /// Takes a request out of the queue.
     pub fn give_up(&mut self, number: u64) {
         self.queue.retain(|waiter| waiter.number != number);
+    }
+
+    /// A guest that was given to somebody who has gone waits again. It is returned where the pool
+    /// was closed meanwhile.
+    pub fn put_back(&mut self, guest: Arc<Handle>) -> Option<Arc<Handle>> {
+        self.taken.remove(&guest.place.id);
+        if self.closed {
+            return Some(guest);
+        }
+        self.ready.push_front(guest);
+        self.serve();
+        None
     }
 
     /// Gives guests that wait to those who ask for them.

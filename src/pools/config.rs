@@ -165,9 +165,11 @@ impl PoolSettings {
     pub fn check(&self) -> Result<(), PoolError> {
         let invalid = |what: String| Err(PoolError::Invalid(what));
         if !self.image.is_absolute() {
-            return invalid("image: an absolute path is needed, since the daemon's working \
+            return invalid(
+                "image: an absolute path is needed, since the daemon's working \
                             directory is not yours"
-                .into());
+                    .into(),
+            );
         }
         if self.armed > MOST || self.max > MOST {
             return invalid(format!("armed and max are {MOST} at most"));

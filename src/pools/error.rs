@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::event::Problem;
-use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::revert::RevertError;
 
@@ -75,14 +74,6 @@ pub enum PoolError {
         /// Why.
         source: Box<RevertError>,
     },
-    /// A pool's image can't be used.
-    #[error("the image of the pool {pool:?}: {source}")]
-    Image {
-        /// The pool.
-        pool: String,
-        /// Why.
-        source: Box<ImageError>,
-    },
     /// The daemon's own files can't be used.
     #[error("{doing} `{}` failed: {source}", path.display())]
     State {
@@ -113,7 +104,6 @@ impl PoolError {
             PoolError::Removed { .. } => ErrorKind::NoSuchPool,
             PoolError::Invalid(_) => ErrorKind::RequestInvalid,
             PoolError::Revert { source, .. } => source.kind(),
-            PoolError::Image { source, .. } => source.kind(),
             PoolError::State { source, .. } => ErrorKind::of_io(source),
             PoolError::DaemonRunning { .. } => ErrorKind::DaemonRunning,
         }
@@ -123,7 +113,6 @@ impl PoolError {
     pub fn details(&self) -> Details {
         match self {
             PoolError::Revert { source, .. } => source.details(),
-            PoolError::Image { source, .. } => source.details(),
             PoolError::State { path, .. } | PoolError::DaemonRunning { path } => {
                 Details::new(&self.to_string(), Some(path), None)
             }

@@ -180,7 +180,8 @@ pub enum PoolEvent {
         id: String,
         /// Its pool.
         pool: String,
-        /// Why: `asked`, `lifetime`, `ended` (its QEMU has), `pool_removed`.
+        /// Why: `asked`, `lifetime`, `ended` (its QEMU has), `pool_removed`, `unclaimed` (who asked
+        /// for it had hung up).
         why: String,
     },
     /// A pool can't start guests.

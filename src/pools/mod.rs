@@ -11,7 +11,8 @@
 //! - `config`: what a pool is made of, as a configuration file or a request says it.
 //! - `images`: the images of all pools, each open once, with one cache of chunks.
 //! - `template`: a pool's image, and what each of its guests is called and given.
-//! - `guest`: one guest and its session, in a task of its own that obeys commands.
+//! - `guest`: one guest and its session, in a task of its own that obeys commands; `stage`: what it is
+//!   meanwhile; `handle`: what others see of it.
 //! - `book`: who waits, who runs and who stands in the queue of one pool.
 //! - `pool`: one pool: its book, and what keeps it filled.
 //! - `all`: all pools of a daemon.
@@ -25,15 +26,17 @@ mod error;
 mod event;
 mod figures;
 mod guest;
+mod handle;
 mod images;
 mod options;
 mod pool;
 mod saved;
+mod stage;
 mod template;
 
 pub use all::{Pools, Take};
 pub use config::{Change, PoolConfig, PoolSettings};
 pub use error::PoolError;
-pub use event::{GuestView, PoolEvent, PoolState, PoolView, Problem, ResetView};
+pub use event::{CacheView, GuestView, PoolEvent, PoolState, PoolView, Problem, ResetView};
 pub use figures::{Figures, Histogram};
 pub use options::PoolsOptions;

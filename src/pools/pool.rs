@@ -4,22 +4,21 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, Semaphore, broadcast};
-use tokio::task::spawn_blocking;
+use tokio::sync::{Notify, Semaphore, broadcast, oneshot};
 
 use super::book::{Asked, Book};
 use super::config::PoolSettings;
 use super::error::PoolError;
 use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
 use super::figures::{Counted, Figures};
-use super::guest::{Common, Guest, Handle};
+use super::guest::{Common, Guest};
+use super::handle::Handle;
 use super::images::Images;
 use super::saved::{SavedGuest, StateDirectory};
 use super::template::{Place, Template, check_name};
-use crate::image::ImageError;
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
 use crate::runs::{self, OfPool};
@@ -32,6 +31,7 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 pub(super) const ASKED: &str = "asked";
 const LIFETIME: &str = "lifetime";
 const REMOVED: &str = "pool_removed";
+const UNCLAIMED: &str = "unclaimed";
 
 /// Told the number that a pool's next guest has.
 pub(super) type Numbered = Arc<dyn Fn(&str, u32) + Send + Sync>;
@@ -60,14 +60,16 @@ pub(super) struct Pool {
     counted: Arc<Counted>,
     /// The number of its next guest.
     next: AtomicU32,
-    /// Made once its image could be opened.
-    template: OnceLock<Arc<Template>>,
+    template: Arc<Template>,
     shared: Shared,
 }
 
 impl Pool {
     /// A pool that fills from now on. Its image is opened when that can be done.
     pub fn start(name: &str, settings: PoolSettings, next: u32, shared: Shared) -> Arc<Pool> {
+        let Shared { state, images, keeper, address, .. } = shared.clone();
+        let of_pool = OfPool::of_this_process(name.to_owned(), address.unwrap_or_default());
+        let template = Template::new(of_pool, &settings, images, state, keeper);
         let pool = Arc::new(Pool {
             name: name.to_owned(),
             book: Mutex::new(Book::new(settings)),
@@ -75,7 +77,7 @@ impl Pool {
             arming: tokio::sync::Mutex::default(),
             counted: Arc::default(),
             next: AtomicU32::new(next),
-            template: OnceLock::new(),
+            template: Arc::new(template),
             shared,
         });
         tokio::spawn(Arc::clone(&pool).keep_filled());
@@ -88,7 +90,7 @@ impl Pool {
 
     /// The pool as it is now.
     pub fn view(&self) -> PoolView {
-        let cache = self.template.get().map(|template| template.image.cache());
+        let cache = self.template.cache();
         PoolView { cache: cache.map(CacheView::from), ..self.book().view(&self.name) }
     }
 
@@ -156,14 +158,10 @@ impl Pool {
         name: Option<String>,
         patience: Duration,
     ) -> Result<GuestView, PoolError> {
-        if let Some(name) = &name {
-            check_name(name)?;
-            if self.taken().iter().any(|guest| guest.name() == *name) {
-                return Err(PoolError::Exists { what: "a guest", name: name.clone() });
-            }
-        }
+        let _reserved = name.as_ref().map(|name| self.reserve(name)).transpose()?;
         loop {
-            let guest = self.next_guest(began, patience).await?;
+            let given = Given(Some(self.next_guest(began, patience).await?));
+            let Some(guest) = given.0.clone() else { continue };
             let id = guest.place.id.clone();
             match guest.take(began, name.clone()).await {
                 Some(Ok(())) => {
@@ -172,6 +170,7 @@ impl Pool {
                     let view = self.view_of(&guest);
                     let _ = self.shared.events.send(PoolEvent::Taken(view.clone()));
                     self.changed.notify_one();
+                    given.claimed();
                     return Ok(view);
                 }
                 Some(Err(source)) => {
@@ -183,6 +182,15 @@ impl Pool {
                 // It has ended while it waited: there may be another.
                 None => self.book().remove(&id),
             }
+        }
+    }
+
+    /// Reserves a name for a guest that is about to be taken.
+    fn reserve<'a>(&'a self, name: &'a str) -> Result<Reserved<'a>, PoolError> {
+        check_name(name)?;
+        match self.book().reserve(name) {
+            true => Ok(Reserved { pool: self, name }),
+            false => Err(PoolError::Exists { what: "a guest", name: name.to_owned() }),
         }
     }
 
@@ -204,8 +212,8 @@ impl Pool {
             Asked::Queued(number, told) => (number, told),
         };
         self.changed.notify_one();
-        let _leave = Leave { pool: self, number };
-        match tokio::time::timeout_at((began + patience).into(), told).await {
+        let mut turn = Turn { pool: self, number, told };
+        match tokio::time::timeout_at((began + patience).into(), &mut turn.told).await {
             Ok(Ok(guest)) => Ok(guest),
             Ok(Err(_)) => Err(PoolError::Removed { pool: self.name.clone() }),
             Err(_) => Err(self.none_to_be_had(patience)),
@@ -231,10 +239,7 @@ impl Pool {
 
     /// A guest that is taken, as it is now.
     pub fn view_of(&self, guest: &Handle) -> GuestView {
-        match self.template.get() {
-            Some(template) => guest.view(template),
-            None => unreachable!("a guest has been started by it"),
-        }
+        guest.view(&self.template)
     }
 
     /// Has a guest go back to its image.
@@ -268,13 +273,8 @@ impl Pool {
 
     /// Takes a guest up that a daemon before this one has handed out, where it lives. Else what is
     /// left of it is removed.
-    pub async fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
-        let common = self.template().await.map(|template| self.common(&template));
-        let adopted = match &common {
-            Ok(common) if saved.taken => Guest::adopt(saved, common.clone()),
-            _ => None,
-        };
-        let Some((guest, adopted)) = adopted else { return };
+    pub fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
+        let Some((guest, adopted)) = Guest::adopt(saved, self.common()) else { return };
         self.book().adopt(Arc::clone(&guest.handle));
         let id = guest.handle.place.id.clone();
         self.limit_lifetime(&guest.handle);
@@ -311,7 +311,7 @@ impl Pool {
                 self.changed.notified().await;
                 continue;
             }
-            let Ok(_permit) = self.shared.arming.acquire().await else { return };
+            let Ok(permit) = self.shared.arming.acquire().await else { return };
             let arming = self.arming.lock().await;
             if !self.book().wants_one() {
                 continue;
@@ -322,7 +322,7 @@ impl Pool {
                 Ok(()) => retry = FIRST_RETRY,
                 Err(error) => {
                     self.degrade(&error);
-                    drop(_permit);
+                    drop(permit);
                     tokio::time::sleep(retry).await;
                     retry = (retry * 2).min(LAST_RETRY);
                 }
@@ -345,16 +345,18 @@ impl Pool {
 
     /// Arms one guest more.
     async fn arm_one(self: &Arc<Self>) -> Result<(), PoolError> {
-        let template = self.template().await?;
+        let base = self.shared.state.of_pool(&self.name);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
+        made.map_err(|source| PoolError::State { doing: "making", path: base, source })?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         (self.shared.numbered)(&self.name, number + 1);
         let place = Place {
             id: runs::new_id(),
-            identity: template.identity(number),
+            identity: self.template.identity(number),
             ports: Default::default(),
         };
         self.book().begin_arming();
-        let armed = Guest::arm(&self.name, place, self.common(&template)).await;
+        let armed = Guest::arm(&self.name, place, self.common()).await;
         let (guest, armed) = match armed {
             Ok(armed) => armed,
             Err(error) => {
@@ -377,45 +379,58 @@ impl Pool {
         Ok(())
     }
 
-    fn common(&self, template: &Arc<Template>) -> Common {
+    fn common(&self) -> Common {
         Common {
-            template: Arc::clone(template),
+            template: Arc::clone(&self.template),
             state: Arc::clone(&self.shared.state),
             counted: Arc::clone(&self.counted),
         }
     }
+}
 
-    /// The template: its image is opened, and copied where memory is to be shared, the first time.
-    async fn template(&self) -> Result<Arc<Template>, PoolError> {
-        if let Some(template) = self.template.get() {
-            return Ok(Arc::clone(template));
-        }
-        let settings = self.settings();
-        let (state, images) = (Arc::clone(&self.shared.state), Arc::clone(&self.shared.images));
-        let opened = spawn_blocking(move || images.of(&settings, &state)).await;
-        let opened = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
-        let of_image =
-            |source: ImageError| PoolError::Image { pool: self.name.clone(), source: Box::new(source) };
-        let image = opened.map_err(of_image)?;
-        let base = self.shared.state.of_pool(&self.name);
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
-        made.map_err(|source| PoolError::State { doing: "making", path: base.clone(), source })?;
-        let Shared { keeper, address, .. } = self.shared.clone();
-        let daemon = address.unwrap_or_default();
-        let of_pool = OfPool::of_this_process(self.name.clone(), daemon);
-        let template = Template::new(of_pool, &self.settings(), image, &base, keeper);
-        Ok(Arc::clone(self.template.get_or_init(|| Arc::new(template))))
+/// A guest that was given to a request. Where whoever asked has hung up, it ends.
+struct Given(Option<Arc<Handle>>);
+
+impl Given {
+    /// Whoever asked has it.
+    fn claimed(mut self) {
+        self.0 = None;
     }
 }
 
-/// Gives up a place in the queue, where it was not given a guest.
-struct Leave<'a> {
-    pool: &'a Pool,
-    number: u64,
+impl Drop for Given {
+    fn drop(&mut self) {
+        if let Some(guest) = self.0.take() {
+            tokio::spawn(async move { guest.release(UNCLAIMED).await });
+        }
+    }
 }
 
-impl Drop for Leave<'_> {
+/// A place in the queue. Left, it is given up, and a guest that had just been given waits again.
+struct Turn<'a> {
+    pool: &'a Pool,
+    number: u64,
+    told: oneshot::Receiver<Arc<Handle>>,
+}
+
+/// A name that a guest is about to have. Once it has, it is taken by the guest.
+struct Reserved<'a> {
+    pool: &'a Pool,
+    name: &'a str,
+}
+
+impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        self.pool.book().give_up(self.number);
+        self.pool.book().unreserve(self.name);
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut book = self.pool.book();
+        book.give_up(self.number);
+        self.told.close();
+        // Where the pool was closed, it ends.
+        drop(Given(self.told.try_recv().ok().and_then(|guest| book.put_back(guest))));
     }
 }

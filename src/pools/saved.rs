@@ -72,9 +72,7 @@ impl StateDirectory {
         let lock = options.open(path.join("lock")).map_err(failed("locking"))?;
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(StateDirectory { path: path.to_owned(), _lock: lock }),
-            Err((_, Errno::EWOULDBLOCK)) => {
-                Err(PoolError::DaemonRunning { path: path.to_owned() })
-            }
+            Err((_, Errno::EWOULDBLOCK)) => Err(PoolError::DaemonRunning { path: path.to_owned() }),
             Err((_, error)) => Err(failed("locking")(error.into())),
         }
     }
@@ -111,8 +109,11 @@ impl StateDirectory {
     /// All guests that a daemon before this one had. What can't be read is left, with a warning.
     pub fn guests(&self) -> Result<Vec<SavedGuest>, PoolError> {
         let path = self.path.join("guests");
-        let entries = fs::read_dir(&path)
-            .map_err(|source| PoolError::State { doing: "reading", path, source })?;
+        let entries = fs::read_dir(&path).map_err(|source| PoolError::State {
+            doing: "reading",
+            path,
+            source,
+        })?;
         let mut guests = Vec::new();
         for entry in entries.flatten() {
             match self.read::<SavedGuest>(&entry.path()) {

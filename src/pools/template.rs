@@ -1,15 +1,20 @@
 //! What each guest of a pool is given.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+use tokio::task::spawn_blocking;
 
 use super::config::{PoolSettings, is_name};
 use super::error::PoolError;
-use super::images::PoolImage;
+use super::images::{Images, PoolImage};
+use super::saved::StateDirectory;
 use crate::guest::{NewPort, RewriteOptions};
+use crate::image::ImageError;
 use crate::keeper::Successor;
+use crate::memory::CacheFigures;
 use crate::revert::{CloneIdentity, Delivery, Placement, RevertOptions};
 use crate::runs::{OfPool, RunOptions};
 
@@ -24,7 +29,10 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// A pool's image, and what its guests are called and given.
 pub(super) struct Template {
-    pub image: Arc<PoolImage>,
+    state: Arc<StateDirectory>,
+    images: Arc<Images>,
+    /// Once it could be opened.
+    image: OnceLock<Arc<PoolImage>>,
     settings: PoolSettings,
     name: String,
     directory: String,
@@ -43,19 +51,37 @@ pub(super) struct Place {
 }
 
 impl Template {
-    /// That of a pool whose image, or the flat copy of it, is open. `base` is the pool's own
-    /// directory.
+    /// That of a pool. Nothing is opened yet.
     pub fn new(
         of: OfPool,
         settings: &PoolSettings,
-        image: Arc<PoolImage>,
-        base: &Path,
+        images: Arc<Images>,
+        state: Arc<StateDirectory>,
         keeper: Option<Successor>,
     ) -> Template {
+        let base = state.of_pool(&of.name);
         let name = settings.guest_name.clone().unwrap_or_else(|| format!("{}-{{n}}", of.name));
         let own = || base.join("{name}").to_string_lossy().into_owned();
         let directory = settings.dir.clone().unwrap_or_else(own);
-        Template { image, settings: settings.clone(), name, directory, keeper, of }
+        let (image, settings) = (OnceLock::new(), settings.clone());
+        Template { state, images, image, settings, name, directory, keeper, of }
+    }
+
+    /// The pool's image: opened, and copied where memory is to be shared, the first time.
+    pub async fn image(&self) -> Result<Arc<PoolImage>, ImageError> {
+        if let Some(image) = self.image.get() {
+            return Ok(Arc::clone(image));
+        }
+        let (images, state) = (Arc::clone(&self.images), Arc::clone(&self.state));
+        let settings = self.settings.clone();
+        let opened = spawn_blocking(move || images.of(&settings, &state)).await;
+        let image = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+        Ok(Arc::clone(self.image.get_or_init(|| image)))
+    }
+
+    /// What the cache of its image has come to, once that is open.
+    pub fn cache(&self) -> Option<CacheFigures> {
+        self.image.get().map(|image| image.cache())
     }
 
     /// What the guest of this number is called.

@@ -35,7 +35,8 @@ pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
 pub use harvest::harvest;
 pub use journey::{Reverted, revert, revert_held, revert_resettable};
 pub use options::{
-    AgentOptions, Delivery, Orphan, Placement, Preload, ResumeOptions, RevertOptions, ServeOptions, Target,
+    AgentOptions, Delivery, Orphan, Placement, Preload, ResumeOptions, RevertOptions, ServeOptions,
+    Target,
 };
 pub use outcome::Outcome;
 pub use prove::prove;

@@ -252,6 +252,13 @@ fn requests_beyond_the_most_wait_in_order(dir: &Dir) -> Result<()> {
     queued(1)?;
     let third = daemon.ask(dir, &["take", "booted", "--name", "third"]).start()?;
     queued(2)?;
+    // Who hangs up stands in the queue no more.
+    let impatient = UnixStream::connect(&daemon.socket)?;
+    let mut asking = impatient.try_clone()?;
+    write!(asking, "POST /v1/pools/booted/take HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    queued(3)?;
+    drop((impatient, asking));
+    queued(2)?;
     daemon.ask(dir, &["release", &first.id]).succeed()?;
     let taken = Taken::of(&second.wait("running")?)?;
     queued(1)?;

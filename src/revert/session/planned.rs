@@ -94,7 +94,8 @@ impl Planned {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Launched, RevertError> {
-        let Planned { image: OpenImage { image, pages }, launcher, start, options, cancel, .. } = self;
+        let Planned { image: OpenImage { image, pages }, launcher, start, options, cancel, .. } =
+            self;
         let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, .. } =
             options;
         // Who speaks to libvirt may have to connect anew.
