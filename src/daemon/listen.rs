@@ -13,7 +13,7 @@ use nix::unistd::{Group, geteuid};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::error::DaemonError;
-use crate::runs;
+use super::options::default_socket;
 
 /// Who asks for something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +115,7 @@ fn make_directory(path: &Path, shared: bool) -> io::Result<()> {
     if !path.is_dir() {
         fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
     }
-    match shared && path == runs::base() {
+    match shared && default_socket().parent() == Some(path) {
         true => fs::set_permissions(path, PermissionsExt::from_mode(mode)),
         false => Ok(()),
     }

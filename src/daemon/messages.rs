@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::kind::ErrorKind;
 use crate::pools::PoolError;
@@ -94,6 +95,8 @@ impl IntoResponse for Failed {
 /// The body of a request, which may be empty where all of it may be left out.
 pub(super) fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failed> {
     let text = if body.is_empty() { b"{}" } else { body.as_ref() };
-    serde_json::from_slice(text)
+    // Of a list the fields would be read in their order.
+    let read = serde_json::from_slice::<Map<String, Value>>(text);
+    read.and_then(|fields| T::deserialize(Value::Object(fields)))
         .map_err(|error| Failed::new(ErrorKind::RequestInvalid, format!("the body: {error}")))
 }

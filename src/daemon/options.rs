@@ -59,7 +59,12 @@ impl Default for DaemonOptions {
 /// Where a daemon of this user listens unless it is told otherwise:
 /// `/run/snapback/daemon.sock` of root, `$XDG_RUNTIME_DIR/snapback/daemon.sock` else.
 pub fn default_socket() -> PathBuf {
-    runs::base().join("daemon.sock")
+    // A login of root's has a runtime directory of its own, of which the daemon knows nothing.
+    let directory = match nix::unistd::geteuid().is_root() {
+        true => PathBuf::from("/run/snapback"),
+        false => runs::base(),
+    };
+    directory.join("daemon.sock")
 }
 
 /// Where a daemon of this user keeps what outlives it unless it is told otherwise:

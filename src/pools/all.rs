@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,13 +16,17 @@ use super::figures::Figures;
 use super::handle::Handle;
 use super::images::Images;
 use super::options::PoolsOptions;
-use super::pool::{ASKED, Numbered, Pool, Shared};
+use super::pool::{Numbered, Pool, Shared};
 use super::saved::{SavedGuest, StateDirectory};
 use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::runs::{self, ProcessId};
 
 /// How many events whoever listens may be behind.
 const EVENTS: usize = 1024;
+
+/// How long a daemon that has been told to end may hold its state, and how often it is looked.
+const ENDING: Duration = Duration::from_secs(2);
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// How long a request for a guest waits, by default.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -68,7 +73,7 @@ impl Pools {
         for (name, settings) in &configured {
             check(name, settings)?;
         }
-        let state = Arc::new(StateDirectory::take(&options.state)?);
+        let state = Arc::new(take(&options.state).await?);
         let numbers = Arc::new(Mutex::new(state.numbers()?));
         let shared = Shared {
             state: Arc::clone(&state),
@@ -248,8 +253,8 @@ impl Pools {
     /// # Errors
     /// When there is none of that id or name.
     pub async fn release(&self, id: &str) -> Result<(), PoolError> {
-        let (_, guest) = self.find(id)?;
-        guest.release(ASKED).await;
+        let (pool, guest) = self.find(id)?;
+        pool.release(&guest).await;
         Ok(())
     }
 
@@ -277,6 +282,19 @@ fn check(name: &str, settings: &PoolSettings) -> Result<(), PoolError> {
         )));
     }
     settings.check()
+}
+
+/// Takes the directory of the state. The daemon before this one may be about to end.
+async fn take(path: &Path) -> Result<StateDirectory, PoolError> {
+    let until = Instant::now() + ENDING;
+    loop {
+        match StateDirectory::take(path) {
+            Err(PoolError::DaemonRunning { .. }) if Instant::now() < until => {
+                tokio::time::sleep(AGAIN).await;
+            }
+            taken => return taken,
+        }
+    }
 }
 
 /// Writes down the number of a pool's next guest.

@@ -67,7 +67,7 @@ pub enum PoolError {
     #[error("{0}")]
     Invalid(String),
     /// A guest of the pool could not be brought to run.
-    #[error("a guest of the pool {pool:?}: {source}")]
+    #[error("a guest of the pool {pool:?}: {}", by_settings(&source.to_string()))]
     Revert {
         /// The pool.
         pool: String,
@@ -90,6 +90,23 @@ pub enum PoolError {
         /// The directory.
         path: PathBuf,
     },
+}
+
+/// What of a pool's settings takes the place of the options of a revert that messages name.
+const SETTINGS: [(&str, &str); 7] = [
+    ("`RewriteOptions::paths`", "`paths`"),
+    ("`RewriteOptions::ports`", "`ports`"),
+    ("`RewriteOptions::netdevs`", "`netdevs`"),
+    ("`RewriteOptions::qemu`", "`qemu`"),
+    ("`RewriteOptions::extra`", "`arguments`"),
+    ("`RewriteOptions::own`", "`dir`"),
+    ("revert with `Placement::Auto`", "leave out `share`"),
+];
+
+fn by_settings(message: &str) -> String {
+    SETTINGS
+        .iter()
+        .fold(message.to_owned(), |text, (option, setting)| text.replace(option, setting))
 }
 
 impl PoolError {

@@ -28,7 +28,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// Why a guest is no more.
-pub(super) const ASKED: &str = "asked";
+const ASKED: &str = "asked";
 const LIFETIME: &str = "lifetime";
 const REMOVED: &str = "pool_removed";
 const UNCLAIMED: &str = "unclaimed";
@@ -133,6 +133,8 @@ impl Pool {
         for guest in self.taken() {
             guest.release(REMOVED).await;
         }
+        // It is not empty where a guest could not be removed, which has been told.
+        let _ = std::fs::remove_dir(self.shared.state.of_pool(&self.name));
         let _ = self.shared.events.send(PoolEvent::Removed { pool: self.name.clone() });
     }
 
@@ -230,6 +232,12 @@ impl Pool {
             }
             _ => PoolError::Exhausted { pool, taken, max: book.settings.max, armed, waited },
         }
+    }
+
+    /// Ends a guest, and returns once it is gone: another may be taken in its place.
+    pub async fn release(&self, guest: &Handle) {
+        guest.release(ASKED).await;
+        self.book().remove(&guest.place.id);
     }
 
     /// The guests that are taken.

@@ -1,8 +1,9 @@
 //! A daemon's pools: guests that wait, are taken, reset and released, whoever dies.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
@@ -26,6 +27,8 @@ tests! {
     one_daemon_at_a_time
     answers_are_as_the_document_says
     who_comes_by_tcp_needs_the_token
+    what_happens_is_told_as_it_does
+    the_python_client_and_its_examples_work
 }
 
 /// A daemon. Dropping it kills it.
@@ -189,6 +192,7 @@ fn guests_are_taken_reset_and_released(dir: &Dir, qemu: Qemu) -> Result<()> {
     }
     daemon.ask(dir, &["release", &first.id]).succeed()?;
     assert!(process_gone(first.pid()) && !first.folder.exists());
+    assert_eq!(daemon.get("/v1/pools/booted")?["running"], 1);
     dir.snapback(&["stop", &second.id]).succeed()?;
     assert!(process_gone(second.pid()) && !second.folder.exists());
     let (status, body) = daemon.request("GET", &path, "")?;
@@ -436,6 +440,7 @@ fn answers_are_as_the_document_says(dir: &Dir) -> Result<()> {
         ("delete", "/v1/guests/{id}", at.as_str(), "", "no_such_guest"),
         ("get", "/v1/pools/{pool}", "/v1/pools/none", "", "no_such_pool"),
         ("post", "/v1/pools", "/v1/pools", "{", "request_invalid"),
+        ("post", "/v1/pools/{pool}/take", "/v1/pools/booted/take", "[]", "request_invalid"),
         ("post", "/v1/pools", "/v1/pools", r#"{"name":"../x","image":"/a"}"#, "request_invalid"),
         ("post", "/v1/pools", "/v1/pools", r#"{"name":"x","image":"a"}"#, "request_invalid"),
         ("post", "/v1/pools/{pool}/take", "/v1/pools/booted/take", r#"{"x":1}"#, "request_invalid"),
@@ -459,15 +464,83 @@ fn answers_are_as_the_document_says(dir: &Dir) -> Result<()> {
     daemon.end()
 }
 
-fn who_comes_by_tcp_needs_the_token(dir: &Dir) -> Result<()> {
+/// The stream of events, each of which has to be as the OpenAPI document says.
+fn what_happens_is_told_as_it_does(dir: &Dir) -> Result<()> {
+    let daemon = Daemon::start(dir)?;
+    let document = daemon.get("/v1/openapi.json")?;
+    let stream = &document["paths"]["/v1/events"]["get"]["responses"]["200"]["content"];
+    let schema = json!({
+        "allOf": [stream["text/event-stream"]["schema"]], "components": document["components"],
+    });
+    let schema = jsonschema::validator_for(&schema).map_err(|e| e.to_string())?;
+    let mut asking = UnixStream::connect(&daemon.socket)?;
+    write!(asking, "GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    asking.set_read_timeout(Some(SOON))?;
+    let mut lines = BufReader::new(asking.try_clone()?).lines();
+    let mut told = |name: &str| -> Result<Value> {
+        for line in lines.by_ref() {
+            let line = line?;
+            let Some(data) = line.strip_prefix("data: ") else { continue };
+            let event: Value = serde_json::from_str(data)?;
+            let wrong: Vec<_> = schema.iter_errors(&event).map(|e| e.to_string()).collect();
+            assert!(wrong.is_empty() && event["unix_ms"].is_u64(), "{wrong:?} in {event}");
+            if event["event"] == name {
+                return Ok(event);
+            }
+        }
+        Err(format!("the stream ended before it told `{name}`").into())
+    };
+    daemon.pool(dir, Qemu::V10, 1, &[])?;
+    assert_eq!(told("pool")?["name"], "booted");
+    let taken = daemon.take(dir)?;
+    assert_eq!(told("taken")?["id"], taken.id.as_str());
+    daemon.request("POST", &format!("/v1/guests/{}/reset", taken.id), "")?;
+    assert_eq!(told("reset")?["id"], taken.id.as_str());
+    daemon.ask(dir, &["release", &taken.id]).succeed()?;
+    let released = told("released")?;
+    assert_eq!((&released["id"], &released["why"]), (&json!(taken.id), &json!("asked")));
+    daemon.ask(dir, &["pool", "remove", "booted"]).succeed()?;
+    assert_eq!(told("removed")?["pool"], "booted");
+    drop(asking);
+    daemon.end()
+}
+
+/// The tests of the Python client that take a daemon, by the wheel that its users get.
+fn the_python_client_and_its_examples_work(dir: &Dir) -> Result<()> {
+    let token = token(dir)?;
+    let address = format!("127.0.0.1:{}", crate::ports::free_port()?);
+    let daemon = Daemon::with(dir, &["--http", &address, "--token-file", text(&token)])?;
+    daemon.pool(dir, Qemu::V10, 2, &["--max", "6"])?;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/python.sh");
+    let mut tests = Command::new(script);
+    tests.args(["test", "-q", "tests/test_daemon.py", "tests/test_ci.py"]);
+    tests.env("SNAPBACK_SOCKET", &daemon.socket).env("SNAPBACK_TEST_POOL", "booted");
+    tests.env("SNAPBACK_TEST_URL", format!("http://{address}")).env("SNAPBACK_TEST_TOKEN", TOKEN);
+    let ended = tests.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success(), "{said}{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(!said.contains("skipped"), "{said}");
+    daemon.ask(dir, &["pool", "remove", "booted"]).succeed()?;
+    daemon.end()
+}
+
+/// What the daemon's token is in these tests.
+const TOKEN: &str = "0123456789abcdef0123";
+
+/// The file of that token.
+fn token(dir: &Dir) -> Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
+    let token = dir.path("token");
+    std::fs::write(&token, TOKEN)?;
+    std::fs::set_permissions(&token, PermissionsExt::from_mode(0o600))?;
+    Ok(token)
+}
+
+fn who_comes_by_tcp_needs_the_token(dir: &Dir) -> Result<()> {
     let message = dir.snapback(&["daemon", "--http", "127.0.0.1:0"]).fail()?;
     assert!(message.contains("--token-file"), "{message}");
-    let token = dir.path("token");
-    std::fs::write(&token, "0123456789abcdef0123")?;
-    std::fs::set_permissions(&token, PermissionsExt::from_mode(0o600))?;
-    let port = crate::ports::free_port()?;
-    let address = format!("127.0.0.1:{port}");
+    let token = token(dir)?;
+    let address = format!("127.0.0.1:{}", crate::ports::free_port()?);
     let daemon = Daemon::with(dir, &["--http", &address, "--token-file", text(&token)])?;
     let by_tcp = |method: &str, path: &str, headers: &str, body: &str| -> Result<(u16, String)> {
         request(std::net::TcpStream::connect(&address)?, method, path, headers, body)
