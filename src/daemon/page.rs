@@ -11,8 +11,8 @@ const PAGE: &str = include_str!("page.html");
 /// Names the page's style and script by their hashes, which a test keeps in step with it. Its icon is
 /// an image in its own text. No text becomes markup or script (`require-trusted-types-for`).
 const POLICY: &str = "default-src 'none'; \
-     style-src 'sha256-fyWU+uYrke8aIfc5CDJUlb/Q0d8pTr5LP3NqQvXYw+Q='; \
-     script-src 'sha256-ax5ijKq1Xb/Xl9ZNgCtp9A2fyASznEnYLvWlGCwcTbo='; \
+     style-src 'sha256-Re3s8XRPQYhO0F4yM6AcW0FfJai3u0rPbrstkGWyWBI='; \
+     script-src 'sha256-ZGBFS7eJjmo0AR9ZNu6YjUYXqW3Qh6MismEdXL+VVG0='; \
      img-src data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'; \
      require-trusted-types-for 'script'; trusted-types 'none'";
 

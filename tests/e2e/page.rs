@@ -56,6 +56,7 @@ fn pools_are_used_by_the_status_page(dir: &Dir) -> Result<()> {
         page.is_used(view).map_err(|error| format!("{}: {error}", view.name))?;
     }
     page.fits_everywhere()?;
+    page.keeps_the_focus(&daemon)?;
 
     // A daemon that is started again is found again, with the guests that have run on.
     page.act("Take a guest of booted", false)?;
@@ -64,8 +65,11 @@ fn pools_are_used_by_the_status_page(dir: &Dir) -> Result<()> {
     let guest = daemon.get("/v1/guests")?[0]["id"].clone();
     daemon.kill()?;
     page.browser.wait("the loss", "link.textContent.includes('Connection lost')")?;
-    page.browser.wait("what comes next", "link.innerText.includes('Trying again in')")?;
+    page.browser.wait("what comes next", "link.innerText.includes('Next in')")?;
     page.picture("lost")?;
+    page.browser.view(360, 740, true, false)?;
+    assert_eq!(page.browser.value(OVERFLOWS)?, json!([]));
+    page.picture("lost-phone")?;
     let daemon = Daemon::with(dir, &options)?;
     page.act("Try now", true)?;
     let back = format!(
@@ -233,7 +237,7 @@ impl Page {
     fn fits_everywhere(&mut self) -> Result<()> {
         self.act("Take a guest of booted", false)?;
         self.browser.wait("a guest", "guests.rows.length === 1")?;
-        for width in [320, 480, 700, 992, 993, 1024, 1920] {
+        for width in [320, 480, 700, 1024, 1152, 1153, 1920] {
             self.browser.view(width, 700, false, true)?;
             let overflows = self.browser.value(OVERFLOWS)?;
             assert_eq!(overflows, json!([]), "at {width}");
@@ -246,6 +250,30 @@ impl Page {
         self.act("Release booted", false)?;
         self.act("Release", false)?;
         self.browser.wait("the guest to be gone", "guests.rows.length === 0")
+    }
+
+    /// Rows come and go by what others do: whoever is at one stays there, or gets to the next.
+    fn keeps_the_focus(&mut self, daemon: &Daemon) -> Result<()> {
+        let take = || -> Result<Value> {
+            let (status, body) = daemon.request("POST", "/v1/pools/booted/take", "")?;
+            assert_eq!(status, 200, "{body}");
+            Ok(serde_json::from_str(&body)?)
+        };
+        let name = |guest: &Value| format!("Reset {}", guest["name"].as_str().unwrap_or_default());
+        let first = take()?;
+        self.browser.wait("a guest", "guests.rows.length === 1")?;
+        self.browser.value("guests.querySelector('[data-does=reset]').focus()")?;
+        let second = take()?;
+        self.browser.wait("another guest", "guests.rows.length === 2")?;
+        assert_eq!(self.focused()?, name(&first));
+        for (guest, then) in [(&first, name(&second)), (&second, "Guests that are taken".into())] {
+            let rows = self.browser.value("guests.rows.length")?;
+            let path = format!("/v1/guests/{}", guest["id"].as_str().ok_or("no id")?);
+            assert_eq!(daemon.request("DELETE", &path, "")?.0, 204);
+            self.browser.wait("a guest less", &format!("guests.rows.length < {rows}"))?;
+            assert_eq!(self.focused()?, then);
+        }
+        Ok(())
     }
 
     /// Uses the button whose name begins so.
@@ -298,6 +326,11 @@ const OVERFLOWS: &str = "(() => {
         return element.checkVisibility() && beyond && !unseen(element);
     });
     const all = out.map(element => element.outerHTML.slice(0, 120));
+    for (const section of document.querySelectorAll('section')) {
+        const inner = section.getBoundingClientRect().right - 10;
+        const table = section.querySelector('table');
+        if (table?.getBoundingClientRect().right > inner) all.push(`${table.innerText} leaves its frame`);
+    }
     if (document.documentElement.scrollWidth > width) all.push('the page can be scrolled sideways');
     return all;
 })()";

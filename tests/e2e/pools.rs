@@ -82,7 +82,7 @@ impl Daemon {
     }
 
     /// What it answers: the status and the body.
-    fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
+    pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         let stream = UnixStream::connect(&self.socket)?;
         request(stream, method, path, "", body)
     }
