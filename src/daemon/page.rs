@@ -11,8 +11,8 @@ const PAGE: &str = include_str!("page.html");
 /// Names the page's style and script by their hashes, which a test keeps in step with it. Its icon is
 /// an image in its own text. No text becomes markup or script (`require-trusted-types-for`).
 const POLICY: &str = "default-src 'none'; \
-     style-src 'sha256-Re3s8XRPQYhO0F4yM6AcW0FfJai3u0rPbrstkGWyWBI='; \
-     script-src 'sha256-ZGBFS7eJjmo0AR9ZNu6YjUYXqW3Qh6MismEdXL+VVG0='; \
+     style-src 'sha256-+tgkbV9pG1kuIqd/JhdoElSp1l6HY5uGG5rV6zmJKEM='; \
+     script-src 'sha256-GaqNJLfc/J+G6zKsXaxhjXsTGq6QEsi7v9HPbGIFZ1A='; \
      img-src data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'; \
      require-trusted-types-for 'script'; trusted-types 'none'";
 

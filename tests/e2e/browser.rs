@@ -122,7 +122,10 @@ impl Browser {
         let features = json!([{"name": "prefers-color-scheme", "value": scheme},
             {"name": "prefers-reduced-motion", "value": motion}]);
         self.call("Emulation.setEmulatedMedia", json!({"features": features}))?;
-        Ok(())
+        // What follows the size is drawn in the frame after.
+        let frames =
+            "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))";
+        self.value(frames).map(drop)
     }
 
     /// The value of an expression, once it has one where it is a promise.
