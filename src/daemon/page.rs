@@ -11,8 +11,8 @@ const PAGE: &str = include_str!("page.html");
 /// Names the page's style and script by their hashes, which a test keeps in step with it. Its icon is
 /// an image in its own text. No text becomes markup or script (`require-trusted-types-for`).
 const POLICY: &str = "default-src 'none'; \
-     style-src 'sha256-+tgkbV9pG1kuIqd/JhdoElSp1l6HY5uGG5rV6zmJKEM='; \
-     script-src 'sha256-GaqNJLfc/J+G6zKsXaxhjXsTGq6QEsi7v9HPbGIFZ1A='; \
+     style-src 'sha256-mD2sI7urHUmZSqW36sXKq87J5gJhqcUUi4Ll/nOaqaw='; \
+     script-src 'sha256-/SexvhsY7kBaFgPX73mpX9DY5N55K5i0Srgvz0I+DC8='; \
      img-src data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'; \
      require-trusted-types-for 'script'; trusted-types 'none'";
 

@@ -164,6 +164,9 @@ impl Page {
         let tracked = "guests.rows[0].innerText.includes('in its QEMU') && \
              guests.rows[0].innerText.includes('100 %')";
         self.browser.wait("its writes to be tracked", tracked)?;
+        self.act("Copy the path of booted", by_keyboard)?;
+        let copied = "messages.innerText.includes('The path is copied')";
+        self.browser.wait("a word on the copy", copied)?;
         self.act("Reset booted", by_keyboard)?;
         let word = "/Reset booted-\\d+ in its QEMU in [\\d.]+ ms/.test(messages.innerText)";
         self.browser.wait("a word on the reset", word)?;
@@ -248,11 +251,15 @@ impl Page {
         let shown = format!("show([{pool}], [{guest}]), guests.innerText");
         let told = self.browser.value(&shown)?;
         let told = told.as_str().unwrap_or_default();
-        for part in ["<b>1f0c92ab</b>", "2222 → 40731, 8080 → 40732", "not known", "115 d 17 h"]
-        {
+        for part in [
+            "<b>1f0c92ab</b>",
+            "2222\u{a0}→\u{a0}40731, 8080\u{a0}→\u{a0}40732",
+            "not known",
+            "115 d 17 h",
+        ] {
             assert!(told.contains(part), "{told}");
         }
-        for width in [320, 480, 700, 1024, 1152, 1153, 1920] {
+        for width in [320, 480, 700, 1024, 1216, 1217, 1280, 1920] {
             self.browser.view(width, 700, false, true)?;
             let overflows =
                 self.browser.value(&format!("show([{pool}], [{guest}]), {OVERFLOWS}"))?;
