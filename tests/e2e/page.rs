@@ -85,8 +85,12 @@ fn pools_are_used_by_the_status_page(dir: &Dir) -> Result<()> {
     // Errors are told with their codes.
     daemon.ask(dir, &["pool", "remove", "broken"]).succeed()?;
     page.browser.wait("the pool to be gone", "pools.rows.length === 1")?;
-    page.browser.value("void take('broken')")?;
-    page.browser.wait("an error", "messages.innerText.includes('no_such_pool')")?;
+    page.browser.wait(
+        "an error",
+        "take('broken').then(() => messages.innerText.includes('no_such_pool: '))",
+    )?;
+    let twice = "take('broken').then(() => messages.querySelectorAll('.bad').length)";
+    assert_eq!(page.browser.value(twice)?, 1);
     page.picture("error")?;
     page.act("Forget the token", false)?;
     page.browser
