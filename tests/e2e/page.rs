@@ -172,7 +172,7 @@ impl Page {
         let copied = "messages.innerText.includes('The path is copied')";
         self.browser.wait("a word on the copy", copied)?;
         self.act("Reset booted", by_keyboard)?;
-        let word = "/Reset booted-\\d+ in its QEMU in [\\d.]+ ms/.test(messages.innerText)";
+        let word = "/Reset booted-\\d+ in its QEMU in [\\d.]+ m?s/.test(messages.innerText)";
         self.browser.wait("a word on the reset", word)?;
         self.browser.wait("its count", "guests.rows[0].cells[5].innerText === '1'")?;
         // Its row has been written anew, and is the same.
@@ -273,12 +273,14 @@ impl Page {
         // A row that has just come.
         let moving = format!(
             "show([], []), show([{pool}], [{guest}]), guests.rows[0].classList.add('new'), \
-             document.getAnimations().length"
+             document.getAnimations().filter(a => a.animationName === 'new').length"
         );
         assert_eq!(self.browser.value(&moving)?, 0);
         self.browser.view(1280, 800, false, false)?;
         assert_eq!(self.browser.value(&moving)?, 1);
-        self.browser.value("reload()").map(drop)
+        self.browser.value("reload()")?;
+        let true_again = "guests.rows.length === 0 && pools.rows.length === 2";
+        self.browser.wait("what there is", true_again)
     }
 
     /// Rows come and go by what others do: whoever is at one stays there, or gets to the next.
