@@ -5,6 +5,7 @@
 //! - `listen`: the Unix socket and the TCP port, and who is at the other end.
 //! - `messages`: what requests and answers consist of.
 //! - `routes`: what each request does. `operations` lists them, for the OpenAPI document (`openapi`).
+//! - `page`: the status page, and what a browser is to allow it.
 //! - `metrics`: the figures of pools, as Prometheus reads them.
 //! - `client`: the other end, for the program's own commands.
 
@@ -17,6 +18,7 @@ mod metrics;
 mod openapi;
 mod operations;
 mod options;
+mod page;
 mod routes;
 mod run;
 

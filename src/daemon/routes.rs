@@ -10,7 +10,7 @@ use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use futures_util::stream::{self, Stream};
@@ -19,7 +19,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::listen::Caller;
 use super::messages::{Failed, GivenName, Info, parse};
-use super::{metrics, openapi};
+use super::{metrics, openapi, page};
 use crate::kind::ErrorKind;
 use crate::pools::{Change, PoolConfig, PoolEvent, Pools, Take};
 
@@ -50,7 +50,7 @@ pub(super) fn router(served: Arc<Served>) -> Router {
         .route("/metrics", get(metrics_text))
         .layer(middleware::from_fn_with_state(Arc::clone(&served), guard));
     // Neither tells anything of this daemon.
-    let open = Router::new().route("/", get(page)).route("/v1/openapi.json", get(document));
+    let open = Router::new().route("/", get(page::page)).route("/v1/openapi.json", get(document));
     guarded.merge(open).fallback(unknown).method_not_allowed_fallback(unknown).with_state(served)
 }
 
@@ -186,10 +186,6 @@ async fn metrics_text(State(served): Shared) -> impl IntoResponse {
 
 async fn document() -> impl IntoResponse {
     Json(openapi::document())
-}
-
-async fn page() -> Html<&'static str> {
-    Html(include_str!("page.html"))
 }
 
 /// An event, with when it was told.

@@ -15,6 +15,9 @@ use uuid::Uuid;
 
 use super::error::LibvirtError;
 
+/// Hexadecimal digits that tell one from others of the same domain.
+const RANDOM_DIGITS: usize = 8;
+
 /// The file that will stand in for an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StandIn {
@@ -28,10 +31,16 @@ impl StandIn {
     /// One for a domain of this name, in this directory.
     pub fn plan(image: &Path, domain: &str, directory: &Path) -> StandIn {
         let random = Uuid::new_v4().simple().to_string();
-        let path = directory.join(format!("{}{}.ram", begins(image, domain), &random[..8]));
+        let random = &random[..RANDOM_DIGITS];
+        let path = directory.join(format!("{}{random}.ram", begins(image, domain)));
         let path = std::path::absolute(&path).unwrap_or(path);
         StandIn { path, image: image.to_owned() }
     }
+}
+
+/// Whether it is what stands behind the name of a domain.
+fn is_random(text: &str) -> bool {
+    text.len() == RANDOM_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// How the names of a domain's files begin.
@@ -47,7 +56,9 @@ pub fn remove_stand_ins(image: &Path, domain: &str) {
     for entry in fs::read_dir(directory.unwrap_or(Path::new("."))).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with(&begins) && name.ends_with(".ram") {
+        // What follows tells it from those of a domain whose name begins with this one.
+        let random = name.strip_prefix(&begins).and_then(|rest| rest.strip_suffix(".ram"));
+        if random.is_some_and(is_random) {
             let _ = fs::remove_file(entry.path());
         }
     }
@@ -122,12 +133,14 @@ mod tests {
         standing.keep();
         drop(standing);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+        fs::write(directory.path().join("vm.snap.vm-2-01234567.ram"), "").unwrap();
         remove_stand_ins(&image, "v");
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
         remove_stand_ins(&image, "vm");
         assert!(!path.exists());
         let standing = Standing::make(StandIn { path, image }).unwrap();
         drop(standing);
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        // The image, and what is another domain's.
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 }

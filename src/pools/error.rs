@@ -92,21 +92,14 @@ pub enum PoolError {
     },
 }
 
-/// What of a pool's settings takes the place of the options of a revert that messages name.
-const SETTINGS: [(&str, &str); 7] = [
-    ("`RewriteOptions::paths`", "`paths`"),
-    ("`RewriteOptions::ports`", "`ports`"),
-    ("`RewriteOptions::netdevs`", "`netdevs`"),
-    ("`RewriteOptions::qemu`", "`qemu`"),
-    ("`RewriteOptions::extra`", "`arguments`"),
-    ("`RewriteOptions::own`", "`dir`"),
-    ("revert with `Placement::Auto`", "leave out `share`"),
-];
+/// The options of a revert that messages name, for which pools have settings of their names. `own` and
+/// `extra` are called otherwise.
+const OPTIONS: &str = "RewriteOptions::";
 
+/// A message of a revert's, with a pool's settings in the place of the options.
 fn by_settings(message: &str) -> String {
-    SETTINGS
-        .iter()
-        .fold(message.to_owned(), |text, (option, setting)| text.replace(option, setting))
+    let settings = message.replace(OPTIONS, "");
+    settings.replace("`own`", "`dir`").replace("`extra`", "`arguments`")
 }
 
 impl PoolError {

@@ -171,6 +171,7 @@ impl Pool {
                     self.limit_lifetime(&guest);
                     let view = self.view_of(&guest);
                     let _ = self.shared.events.send(PoolEvent::Taken(view.clone()));
+                    self.tell();
                     self.changed.notify_one();
                     given.claimed();
                     return Ok(view);
@@ -214,6 +215,7 @@ impl Pool {
             Asked::Queued(number, told) => (number, told),
         };
         self.changed.notify_one();
+        self.tell();
         let mut turn = Turn { pool: self, number, told };
         match tokio::time::timeout_at((began + patience).into(), &mut turn.told).await {
             Ok(Ok(guest)) => Ok(guest),

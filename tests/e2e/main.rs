@@ -12,6 +12,7 @@
 mod support;
 
 mod bare;
+mod browser;
 mod harness;
 mod shared;
 
@@ -38,6 +39,7 @@ mod killed_reverts;
 mod libvirt;
 mod mapping;
 mod moments;
+mod page;
 mod pools;
 mod ports;
 mod reset_devices;

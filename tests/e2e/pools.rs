@@ -42,7 +42,7 @@ impl Daemon {
         Daemon::with(dir, &[])
     }
 
-    fn with(dir: &Dir, more: &[&str]) -> Result<Daemon> {
+    pub fn with(dir: &Dir, more: &[&str]) -> Result<Daemon> {
         let socket = dir.path("daemon.sock");
         let (state, listen) = (dir.path("state"), format!("unix:{}", text(&socket)));
         let args = ["daemon", "--state", text(&state), "--listen", &listen];
@@ -52,19 +52,19 @@ impl Daemon {
     }
 
     /// A command that asks it.
-    fn ask(&self, dir: &Dir, args: &[&str]) -> Snapback {
+    pub fn ask(&self, dir: &Dir, args: &[&str]) -> Snapback {
         dir.snapback(args).env("SNAPBACK_SOCKET", text(&self.socket))
     }
 
     /// Creates a pool of the shared image's guests, and waits until so many of them wait.
-    fn pool(&self, dir: &Dir, qemu: Qemu, armed: u64, more: &[&str]) -> Result<()> {
+    pub fn pool(&self, dir: &Dir, qemu: Qemu, armed: u64, more: &[&str]) -> Result<()> {
         let armed_text = armed.to_string();
         let args = ["pool", "create", "booted", text(&shared(qemu)?.image), "--armed", &armed_text];
         self.ask(dir, &args).with(more).succeed()?;
         self.wait_ready(armed)
     }
 
-    fn wait_ready(&self, armed: u64) -> Result<()> {
+    pub fn wait_ready(&self, armed: u64) -> Result<()> {
         let pool = || self.get("/v1/pools/booted");
         let ready =
             wait_for(SOON, "armed guests", || Ok((pool()?["ready"] == armed).then_some(())));
@@ -78,20 +78,20 @@ impl Daemon {
     }
 
     /// What it answers to `GET path`.
-    fn get(&self, path: &str) -> Result<Value> {
+    pub fn get(&self, path: &str) -> Result<Value> {
         let (status, body) = self.request("GET", path, "")?;
         assert_eq!(status, 200, "{path}: {body}");
         Ok(serde_json::from_str(&body)?)
     }
 
     /// What it answers: the status and the body.
-    fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
+    pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         let stream = UnixStream::connect(&self.socket)?;
         request(stream, method, path, "", body)
     }
 
     /// Ends it as an administrator does. Guests that were taken go on.
-    fn end(self) -> Result<()> {
+    pub fn end(self) -> Result<()> {
         self.server.signal(libc::SIGTERM);
         // It may have warned of what it met.
         let ended = self.server.end()?;
@@ -100,7 +100,7 @@ impl Daemon {
     }
 
     /// Kills it, and waits until it is gone.
-    fn kill(self) -> Result<()> {
+    pub fn kill(self) -> Result<()> {
         let pid = self.server.pid();
         self.server.signal(libc::SIGKILL);
         drop(self);

@@ -35,23 +35,33 @@ pub fn options(name: &'static str) -> DomainOptions {
 }
 
 /// A domain that was saved, and the image of it.
-pub struct Saved {
-    pub libvirt: &'static Libvirt,
+pub struct Saved<'a> {
+    pub libvirt: &'a Libvirt,
     pub name: &'static str,
     pub folder: PathBuf,
     pub image: PathBuf,
     pub nonce: String,
 }
 
-impl Saved {
+impl Saved<'_> {
     /// Boots a domain, lets `prepare` change it, and saves it with 64 pages on its first disk.
     /// Later the guest writes something else there.
     pub fn make(
         dir: &Dir,
         options: &DomainOptions,
         prepare: impl FnOnce(&Libvirt, &mut Attached) -> Result<()>,
-    ) -> Result<Saved> {
-        let (libvirt, name) = (shared_libvirt()?, options.name);
+    ) -> Result<Saved<'static>> {
+        Saved::under(shared_libvirt()?, dir, options, prepare)
+    }
+
+    /// The same under this libvirt.
+    fn under<'a>(
+        libvirt: &'a Libvirt,
+        dir: &Dir,
+        options: &DomainOptions,
+        prepare: impl FnOnce(&Libvirt, &mut Attached) -> Result<()>,
+    ) -> Result<Saved<'a>> {
+        let name = options.name;
         let mut guest = libvirt.boot(options)?;
         ask(&mut guest, "disk write /dev/vda 64 7")?;
         prepare(libvirt, &mut guest)?;
@@ -298,7 +308,9 @@ fn a_server_that_is_killed_is_succeeded(dir: &Dir) -> Result<()> {
 }
 
 fn libvirtd_may_be_gone_while_memory_comes(dir: &Dir) -> Result<()> {
-    let saved = Saved::make(dir, &options("daemonless"), |_, _| Ok(()))?;
+    // Not that of other tests, which need it.
+    let libvirt = Libvirt::start()?;
+    let saved = Saved::under(&libvirt, dir, &options("daemonless"), |_, _| Ok(()))?;
     let mut server = saved.revert(dir, &SLOWLY).start()?;
     let mut guest = Attached::to(pid(&server.wait("running")?)?, &saved.folder)?;
     saved.libvirt.stop_libvirtd();
