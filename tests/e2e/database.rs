@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::harness::{Dir, Ended, Reverted};
 use crate::support::{Contact, Guest, Qemu, Result, SOON, debian, wait_for, wait_until};
-use crate::tests_on_both;
+use crate::tests_on_both_at_length;
 
-tests_on_both! {
+tests_on_both_at_length! {
     a_database_under_load_is_whole_after_every_revert
 }
 

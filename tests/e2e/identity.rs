@@ -10,10 +10,13 @@ use crate::clones::{by_clone, running};
 use crate::harness::{Dir, Reverted, text, wait_gone};
 use crate::shared::shared;
 use crate::support::{Contact, Guest, GuestOptions, Qemu, Result, SOON, debian, qmp, wait_for};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_hook_is_told_whose_guest_runs
+}
+
+tests_on_both_at_length! {
     a_guest_finds_its_new_generation_id
     an_agent_makes_each_clone_its_own
     cards_get_addresses_of_their_own

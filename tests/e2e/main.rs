@@ -74,5 +74,27 @@ macro_rules! tests_on_both {
     )*};
 }
 
+/// As `tests_on_both`, but on QEMU 7.2 they are run by `make torture` alone: long tests of what is the
+/// same on every QEMU.
+macro_rules! tests_on_both_at_length {
+    ($($name:ident)*) => {$(
+        mod $name {
+            use crate::support::{Qemu, Result};
+
+            #[test]
+            #[ignore = "long, and the same as with QEMU 10: `make torture`"]
+            fn on_qemu_7() -> Result<()> {
+                crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V7))
+            }
+
+            #[test]
+            fn on_qemu_10() -> Result<()> {
+                crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V10))
+            }
+        }
+    )*};
+}
+
 pub(crate) use harness::tests;
 pub(crate) use tests_on_both;
+pub(crate) use tests_on_both_at_length;
