@@ -7,14 +7,19 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ._errors import QmpError, SnapbackError
 from ._models import Reset, build, invalid, mapping, shortened
 from ._qmp import Monitor
 
-if TYPE_CHECKING:
-    from ._client import Client
+
+class Daemon(Protocol):
+    """What a guest asks of the daemon that has handed it out."""
+
+    def guest(self, id: str) -> Guest: ...
+    def reset_guest(self, id: str) -> tuple[Reset, Guest | None]: ...
+    def release(self, id: str) -> None: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,10 +48,10 @@ class Guest:
     #: Seconds that QEMU is given for each command of `qmp`.
     qmp_timeout: float = dataclasses.field(default=60.0, repr=False)
     _qmp_path: Path | None = dataclasses.field(default=None, repr=False)
-    _client: Client | None = dataclasses.field(default=None, repr=False)
+    _client: Daemon | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
-    def of(cls, answer: Any, client: Client) -> Guest:
+    def of(cls, answer: Any, client: Daemon) -> Guest:
         told = mapping(answer, "a guest")
         try:
             ports = {int(old): int(new) for old, new in (told.get("ports") or {}).items()}
@@ -126,7 +131,7 @@ class Guest:
             if field.name not in ("qmp_timeout", "_client"):
                 setattr(self, field.name, getattr(now, field.name))
 
-    def _daemon(self) -> Client:
+    def _daemon(self) -> Daemon:
         if self._client is None:
             raise ValueError("this guest was not taken by a client")
         return self._client
