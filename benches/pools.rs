@@ -12,16 +12,18 @@ mod guests;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use guests::snapback;
+use guests::{Reverted, snapback};
 use serde_json::{Value, json};
-use support::{Attached, Fill, Guest, GuestOptions, Qemu, Result, wait_for};
+use support::{
+    Attached, Fill, Guest, GuestOptions, Qemu, Result, http_request, percentile, wait_for,
+};
 
 /// Pages of the guest's in a MiB.
 const PAGES_A_MIB: u64 = 256;
@@ -85,7 +87,7 @@ fn run() -> Result<()> {
         let mut times = Vec::new();
         for number in 0..options.peers {
             let place = folder.path().join(format!("revert-{number}"));
-            times.push(plain_revert(&image, &recorded, &place)?);
+            times.push(Reverted::start(&image, &recorded, &place, &[], "running")?.told);
         }
         std::fs::remove_dir_all(&recorded)?;
         row("a plain revert, to running", &mut times, "");
@@ -152,20 +154,12 @@ impl Daemon {
 
     /// One request, by a connection of its own.
     fn ask(&self, method: &str, path: &str, body: &str) -> Result<Value> {
-        let mut stream = UnixStream::connect(&self.socket)?;
-        let length = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
-             Content-Length: {length}\r\n\r\n{body}"
-        )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
-        match head.split(' ').nth(1) {
-            Some("200" | "201") => Ok(serde_json::from_str(body)?),
-            Some("204") => Ok(Value::Null),
-            _ => Err(format!("{method} {path}: {answer}").into()),
+        let (status, body) =
+            http_request(UnixStream::connect(&self.socket)?, method, path, "", body)?;
+        match status {
+            200 | 201 => Ok(serde_json::from_str(&body)?),
+            204 => Ok(Value::Null),
+            _ => Err(format!("{method} {path}: {status} {body}").into()),
         }
     }
 
@@ -296,27 +290,6 @@ impl Drop for Daemon {
     }
 }
 
-/// From the program's start until the guest runs, in milliseconds.
-fn plain_revert(image: &Path, recorded: &Path, place: &Path) -> Result<f64> {
-    std::fs::create_dir(place)?;
-    let rule = format!("{}={}", recorded.display(), place.display());
-    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
-    command.arg("revert").arg(image).args(["--json", "--path", &rule]);
-    let mut server = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-    for line in BufReader::new(server.stdout.take().ok_or("no output")?).lines() {
-        let event: Value = serde_json::from_str(&line?)?;
-        if event["event"] == "running" {
-            let pid = event["pid"].as_u64().ok_or("no process")? as u32;
-            // Dropping it ends the guest.
-            let _guest = Attached::to(pid, place)?;
-            let _ = server.kill();
-            let _ = server.wait();
-            return Ok(event["ms"].as_f64().ok_or("no time")?);
-        }
-    }
-    Err("the revert ended before its guest ran".into())
-}
-
 fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
@@ -341,8 +314,6 @@ fn row(what: &str, times: &mut [f64], more: &str) {
     if times.is_empty() {
         return;
     }
-    times.sort_by(f64::total_cmp);
-    let at =
-        |percent: usize| times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1];
-    println!("| {what} | {:.2} | {:.2} | {:.2} | {more} |", at(50), at(99), at(100));
+    let [p50, p99, most] = [50, 99, 100].map(|percent| percentile(times, percent));
+    println!("| {what} | {p50:.2} | {p99:.2} | {most:.2} | {more} |");
 }

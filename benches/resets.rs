@@ -13,15 +13,14 @@ mod guests;
 mod support;
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use guests::snapback;
+use guests::{Reverted, snapback};
 use serde_json::{Value, json};
-use support::{Attached, Disk, Fill, Guest, GuestOptions, Qemu, Qmp, Result, wait_for};
+use support::{Disk, Fill, Guest, GuestOptions, Qemu, Qmp, Result, percentile, wait_for};
 
 /// Pages of the guest's in a MiB.
 const PAGES_A_MIB: u64 = 256;
@@ -140,47 +139,7 @@ fn saved(options: &Options, folder: &Path, image: &Path) -> Result<PathBuf> {
     Ok(recorded)
 }
 
-/// A guest that was brought back. Dropping it ends it.
-struct Reverted {
-    guest: Attached,
-    server: Child,
-    socket: PathBuf,
-    /// When the awaited event was told, in milliseconds.
-    told: f64,
-}
-
 impl Reverted {
-    /// Reverts, and waits for an event.
-    fn start(
-        image: &Path,
-        recorded: &Path,
-        place: &Path,
-        more: &[&str],
-        awaited: &str,
-    ) -> Result<Reverted> {
-        std::fs::create_dir(place)?;
-        let rule = format!("{}={}", recorded.display(), place.display());
-        let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
-        command.arg("revert").arg(image).args(["--json", "--path", &rule]).args(more);
-        command.arg("--overlay-dir").arg(place);
-        let mut server = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let lines = BufReader::new(server.stdout.take().ok_or("no output")?).lines();
-        let mut pid = None;
-        for line in lines {
-            let event: Value = serde_json::from_str(&line?)?;
-            if event["event"] == "running" {
-                pid = event["pid"].as_u64();
-            }
-            if event["event"] == awaited {
-                let pid = pid.ok_or("it does not run")? as u32;
-                let told = event["ms"].as_f64().ok_or("no time")?;
-                let socket = place.join("qmp.sock");
-                return Ok(Reverted { guest: Attached::to(pid, place)?, server, socket, told });
-            }
-        }
-        Err(format!("the revert ended before it told `{awaited}`").into())
-    }
-
     /// Resets it again and again, each time with so much written.
     fn measure(&mut self, written: u64, resets: usize) -> Result<()> {
         let pages_written = written * PAGES_A_MIB;
@@ -291,22 +250,10 @@ impl Reverted {
     }
 }
 
-impl Drop for Reverted {
-    fn drop(&mut self) {
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-    }
-}
-
 fn row(way: &str, times: &mut [f64]) {
     println!(
         "| {way} | | | {:.1} | | {:.1} | | | |",
         percentile(times, 50),
         percentile(times, 100)
     );
-}
-
-fn percentile(times: &mut [f64], percent: usize) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1]
 }

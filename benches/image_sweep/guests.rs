@@ -4,11 +4,14 @@
 #![allow(dead_code)]
 
 use std::ffi::OsStr;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::support::{Guest, GuestOptions, Qemu, Result, debian, wait_for};
+use serde_json::Value;
+
+use crate::support::{Attached, Guest, GuestOptions, Qemu, Result, debian, wait_for};
 
 /// Allowed for a guest to have worked: far more than it takes.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -79,4 +82,53 @@ pub fn save(guest: &Guest, image: &Path, options: &[&str]) -> Result<()> {
     words.extend(options.iter().map(OsStr::new));
     words.extend(["--qmp".as_ref(), guest.qmp_path.as_os_str(), image.as_os_str()]);
     snapback(&words)
+}
+
+/// A guest that the program has brought back. Dropping it ends it.
+pub struct Reverted {
+    pub guest: Attached,
+    pub server: Child,
+    pub socket: PathBuf,
+    /// When the awaited event was told, in milliseconds.
+    pub told: f64,
+}
+
+impl Reverted {
+    /// Reverts, and waits for an event.
+    pub fn start(
+        image: &Path,
+        recorded: &Path,
+        place: &Path,
+        more: &[&str],
+        awaited: &str,
+    ) -> Result<Reverted> {
+        std::fs::create_dir(place)?;
+        let rule = format!("{}={}", recorded.display(), place.display());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+        command.arg("revert").arg(image).args(["--json", "--path", &rule]).args(more);
+        command.arg("--overlay-dir").arg(place);
+        let mut server = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let lines = BufReader::new(server.stdout.take().ok_or("no output")?).lines();
+        let mut pid = None;
+        for line in lines {
+            let event: Value = serde_json::from_str(&line?)?;
+            if event["event"] == "running" {
+                pid = event["pid"].as_u64();
+            }
+            if event["event"] == awaited {
+                let pid = pid.ok_or("it does not run")? as u32;
+                let told = event["ms"].as_f64().ok_or("no time")?;
+                let socket = place.join("qmp.sock");
+                return Ok(Reverted { guest: Attached::to(pid, place)?, server, socket, told });
+            }
+        }
+        Err(format!("the revert ended before it told `{awaited}`").into())
+    }
+}
+
+impl Drop for Reverted {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
 }

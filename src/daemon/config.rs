@@ -102,7 +102,7 @@ impl DaemonConfig {
             .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: source.into() })
     }
 
-    /// The same with what these options say left out, as a daemon's options.
+    /// It as a daemon's options; what it leaves out is as in [`DaemonOptions::new`].
     ///
     /// # Errors
     /// When there is a token that can't be used.

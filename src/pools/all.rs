@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, broadcast};
 use tokio::task::spawn_blocking;
 
-use super::config::{Change, PoolConfig, PoolSettings, is_name};
+use super::config::{Change, PoolConfig, PoolSettings, check_name};
 use super::error::PoolError;
 use super::event::{GuestView, PoolEvent, PoolView, ResetView};
 use super::figures::Figures;
 use super::handle::Handle;
 use super::images::Images;
 use super::options::PoolsOptions;
-use super::pool::{Numbered, Pool, Shared};
-use super::saved::{SavedGuest, StateDirectory};
+use super::pool::{Pool, Shared};
+use super::saved::{Numbers, SavedGuest, StateDirectory};
+use super::stage::Adopted;
 use crate::host::pidfd::{Pidfd, peer_pid};
 use crate::runs::{self, ProcessId};
 
@@ -56,7 +57,6 @@ pub struct Pools {
     /// Those that a configuration file has, which no request changes for good.
     configured: BTreeMap<String, PoolSettings>,
     shared: Shared,
-    numbers: Arc<Mutex<BTreeMap<String, u32>>>,
 }
 
 impl Pools {
@@ -74,7 +74,6 @@ impl Pools {
             check(name, settings)?;
         }
         let state = Arc::new(take(&options.state).await?);
-        let numbers = Arc::new(Mutex::new(state.numbers()?));
         let shared = Shared {
             state: Arc::clone(&state),
             keeper: options.keeper,
@@ -82,11 +81,11 @@ impl Pools {
             images: Arc::new(Images::new(options.cache)),
             arming: Arc::new(Semaphore::new(options.arming.max(1))),
             events: broadcast::channel(EVENTS).0,
-            numbered: noting(Arc::clone(&state), Arc::clone(&numbers)),
+            numbers: Arc::new(Numbers::read(Arc::clone(&state))?),
         };
         let mut all = state.pools()?;
         all.extend(configured.clone());
-        let pools = Pools { pools: Mutex::default(), configured, shared, numbers };
+        let pools = Pools { pools: Mutex::default(), configured, shared };
         let guests = state.guests()?;
         // Guests that nobody takes up must have let go of names and ports.
         let known = |guest: &SavedGuest| guest.taken && all.contains_key(&guest.pool);
@@ -96,7 +95,7 @@ impl Pools {
         }
         let mut started = BTreeMap::new();
         for (name, settings) in all {
-            started.insert(name.clone(), pools.begin(&name, settings));
+            started.insert(name.clone(), Pool::start(&name, settings, pools.shared.clone()));
         }
         for guest in taken {
             let pool = &started[&guest.pool];
@@ -109,17 +108,8 @@ impl Pools {
         Ok(pools)
     }
 
-    fn begin(&self, name: &str, settings: PoolSettings) -> Arc<Pool> {
-        let next = self.numbers().get(name).copied().unwrap_or(1);
-        Pool::start(name, settings, next, self.shared.clone())
-    }
-
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Pool>>> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn numbers(&self) -> MutexGuard<'_, BTreeMap<String, u32>> {
-        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pool(&self, name: &str) -> Result<Arc<Pool>, PoolError> {
@@ -161,7 +151,7 @@ impl Pools {
         if all.contains_key(&name) {
             return Err(PoolError::Exists { what: "a pool", name });
         }
-        let pool = self.begin(&name, settings);
+        let pool = Pool::start(&name, settings, self.shared.clone());
         let view = pool.view();
         all.insert(name.clone(), Arc::clone(&pool));
         if let Err(error) = self.write_down(&all) {
@@ -276,11 +266,7 @@ impl Pools {
 }
 
 fn check(name: &str, settings: &PoolSettings) -> Result<(), PoolError> {
-    if !is_name(name) {
-        return Err(PoolError::Invalid(format!(
-            "name: {name:?} is no name: letters, digits, ., _ and - are, up to 32 of them"
-        )));
-    }
+    check_name(name)?;
     settings.check()
 }
 
@@ -297,17 +283,6 @@ async fn take(path: &Path) -> Result<StateDirectory, PoolError> {
     }
 }
 
-/// Writes down the number of a pool's next guest.
-fn noting(state: Arc<StateDirectory>, numbers: Arc<Mutex<BTreeMap<String, u32>>>) -> Numbered {
-    Arc::new(move |pool, next| {
-        let mut numbers = numbers.lock().unwrap_or_else(PoisonError::into_inner);
-        numbers.insert(pool.to_owned(), next);
-        if let Err(error) = state.set_numbers(&numbers) {
-            tracing::warn!("a daemon after this one may use a guest's number again: {error}");
-        }
-    })
-}
-
 /// Ends what is left of a guest that nobody goes on with, and removes its files.
 async fn discard(state: &Arc<StateDirectory>, guest: SavedGuest) {
     let state = Arc::clone(state);
@@ -318,9 +293,8 @@ async fn discard(state: &Arc<StateDirectory>, guest: SavedGuest) {
         let known = guest.qemu.and_then(ProcessId::living);
         let listens = || peer_pid(&UnixStream::connect(&guest.qmp).ok()?);
         let process = known.or(recorded).or_else(listens).map(Pidfd::open);
-        if let Some(Ok(process)) = process {
-            let _ = process.kill();
-            process.wait_end(PATIENCE);
+        if let Some(Ok(qemu)) = process {
+            drop(Adopted { id: guest.id.clone(), qemu: Arc::new(qemu) });
         }
         let _ = std::fs::remove_dir_all(&guest.directory);
         state.forget(&guest.id);

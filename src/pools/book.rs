@@ -14,12 +14,9 @@ pub(super) struct Book {
     pub settings: PoolSettings,
     /// Armed guests, the one that waits longest first.
     ready: VecDeque<Arc<Handle>>,
-    /// How many are being armed.
-    arming: usize,
     taken: HashMap<String, Arc<Handle>>,
     /// Requests for which there was no guest, in their order.
-    queue: VecDeque<Waiter>,
-    next_waiter: u64,
+    queue: VecDeque<oneshot::Sender<Arc<Handle>>>,
     /// Names that guests are about to have.
     reserved: HashSet<String>,
     pub problem: Option<Problem>,
@@ -27,28 +24,13 @@ pub(super) struct Book {
     pub takes: u64,
 }
 
-struct Waiter {
-    number: u64,
-    tell: oneshot::Sender<Arc<Handle>>,
-}
-
-/// What comes of a request for a guest.
-pub(super) enum Asked {
-    /// There is one.
-    Given(Arc<Handle>),
-    /// It stands in the queue, under this number.
-    Queued(u64, oneshot::Receiver<Arc<Handle>>),
-}
-
 impl Book {
     pub fn new(settings: PoolSettings) -> Book {
         Book {
             settings,
             ready: VecDeque::new(),
-            arming: 0,
             taken: HashMap::new(),
             queue: VecDeque::new(),
-            next_waiter: 0,
             reserved: HashSet::new(),
             problem: None,
             closed: false,
@@ -56,34 +38,23 @@ impl Book {
         }
     }
 
-    /// Whether one more guest is to be armed: some are missing of those that are to wait, or
-    /// somebody waits who may have one.
+    /// Whether one more guest is to be armed, while none is: some are missing of those that are to
+    /// wait, or somebody waits who may have one.
     pub fn wants_one(&self) -> bool {
         let free = (self.settings.max as usize).saturating_sub(self.taken.len());
         let wanted = (self.settings.armed as usize).max(self.queue.len().min(free));
-        !self.closed && self.ready.len() + self.arming < wanted
+        !self.closed && self.ready.len() < wanted
     }
 
-    /// One more is being armed.
-    pub fn begin_arming(&mut self) {
-        self.arming += 1;
-    }
-
-    /// One less is being armed.
-    pub fn end_arming(&mut self) {
-        self.arming -= 1;
-    }
-
-    /// A guest has been armed, and waits from now on. Returns whether the pool was closed
-    /// meanwhile, and does not want it.
-    pub fn end_arming_of(&mut self, guest: &Arc<Handle>) -> bool {
-        self.end_arming();
+    /// A guest has been armed, and waits from now on. Returns whether the pool wants it: it may have
+    /// been closed meanwhile.
+    pub fn add(&mut self, guest: &Arc<Handle>) -> bool {
         if !self.closed {
             self.problem = None;
             self.ready.push_back(Arc::clone(guest));
             self.serve();
         }
-        self.closed
+        !self.closed
     }
 
     /// A guest that was taken by a daemon before this one.
@@ -91,18 +62,12 @@ impl Book {
         self.taken.insert(guest.place.id.clone(), guest);
     }
 
-    /// Asks for a guest. Whoever asks later gets none earlier.
-    pub fn ask(&mut self) -> Asked {
+    /// Asks for a guest, which is told at once if there is one. Whoever asks later gets none earlier.
+    pub fn ask(&mut self) -> oneshot::Receiver<Arc<Handle>> {
         let (tell, told) = oneshot::channel();
-        let number = self.next_waiter;
-        self.next_waiter += 1;
-        self.queue.push_back(Waiter { number, tell });
+        self.queue.push_back(tell);
         self.serve();
-        let mut told = told;
-        match told.try_recv() {
-            Ok(guest) => Asked::Given(guest),
-            Err(_) => Asked::Queued(number, told),
-        }
+        told
     }
 
     /// Reserves a name that no guest has and nobody else has reserved.
@@ -116,9 +81,9 @@ impl Book {
         self.reserved.remove(name);
     }
 
-    /// Takes a request out of the queue.
-    pub fn give_up(&mut self, number: u64) {
-        self.queue.retain(|waiter| waiter.number != number);
+    /// Takes those out of the queue who have hung up.
+    pub fn forget_gone(&mut self) {
+        self.queue.retain(|waiter| !waiter.is_closed());
     }
 
     /// A guest that was given to somebody who has gone waits again. It is returned where the pool
@@ -137,16 +102,13 @@ impl Book {
     fn serve(&mut self) {
         while self.taken.len() < self.settings.max as usize {
             let Some(waiter) = self.queue.pop_front() else { return };
-            // Who has hung up wants none.
-            if waiter.tell.is_closed() {
-                continue;
-            }
             let Some(guest) = self.ready.pop_front() else {
                 self.queue.push_front(waiter);
                 return;
             };
-            match waiter.tell.send(Arc::clone(&guest)) {
+            match waiter.send(Arc::clone(&guest)) {
                 Ok(()) => _ = self.taken.insert(guest.place.id.clone(), guest),
+                // Who has hung up wants none.
                 Err(guest) => self.ready.push_front(guest),
             }
         }
@@ -211,7 +173,7 @@ impl Book {
             waiting: self.queue.len() as u32,
             takes: self.takes,
             preload: self.settings.preload,
-            resettable: self.settings.resettable && !self.settings.share,
+            resettable: self.settings.is_resettable(),
             share: self.settings.share,
             cache: None,
         }

@@ -153,6 +153,11 @@ impl PoolSettings {
         }
     }
 
+    /// Whether a guest can be reset inside its QEMU.
+    pub fn is_resettable(&self) -> bool {
+        self.resettable && !self.share
+    }
+
     /// How long a guest may be taken.
     pub fn lifetime(&self) -> Option<Duration> {
         self.lifetime_s.map(Duration::from_secs)
@@ -202,9 +207,19 @@ impl PoolSettings {
     }
 }
 
+/// Checks the name of a pool, or the one that whoever takes a guest gives it.
+pub(super) fn check_name(name: &str) -> Result<(), PoolError> {
+    match is_name(name) {
+        true => Ok(()),
+        false => Err(PoolError::Invalid(format!(
+            "name: {name:?} is no name: letters, digits, ., _ and - are, up to {LONGEST_NAME} of them"
+        ))),
+    }
+}
+
 /// Whether it can be the name of a pool or a guest: one component of a path, and nothing that a
 /// shell, a URL or QEMU's options would take apart.
-pub(super) fn is_name(name: &str) -> bool {
+fn is_name(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     (1..=LONGEST_NAME).contains(&name.len())
         && name.chars().all(allowed)

@@ -37,10 +37,19 @@ pub(super) struct Common {
 /// How a stage was left.
 enum Left {
     /// The guest is no more.
-    Ended(&'static str),
+    Ended(Ended),
     /// It is to go back to its image in a new process. The old one has ended.
     Replace { began: Instant, why: String, reply: oneshot::Sender<Result<ResetDone, RevertError>> },
 }
+
+/// Why a guest is no more, and who waits for that.
+struct Ended {
+    why: &'static str,
+    reply: Option<oneshot::Sender<()>>,
+}
+
+/// Its QEMU has ended by itself, or could not go on.
+const BY_ITSELF: Ended = Ended { why: "ended", reply: None };
 
 impl Guest {
     /// Brings a guest to where it waits to be taken.
@@ -107,23 +116,21 @@ impl Guest {
 
     /// Waits to be taken, and lives on as [`live`](Guest::live). Returns why it is no more.
     pub async fn wait(mut self, armed: Armed) -> &'static str {
-        let why = match self.until_taken(armed).await {
-            Ok(running) => self.live_from(Ok(running)).await,
-            Err(why) => why,
+        let left = match self.until_taken(armed).await {
+            Ok(running) => self.run_on(running).await,
+            Err(ended) => Left::Ended(ended),
         };
-        self.clean_up().await;
-        why
+        self.until_gone(left).await
     }
 
     /// Lives on as one that was taken by a daemon before this one. Returns why it is no more.
     pub async fn live(mut self, adopted: Adopted) -> &'static str {
-        let why = self.live_from(Err(adopted)).await;
-        self.clean_up().await;
-        why
+        let left = self.hold(Stage::Adopted(adopted)).await;
+        self.until_gone(left).await
     }
 
     /// Returns it once it runs.
-    async fn until_taken(&mut self, armed: Armed) -> Result<Running, &'static str> {
+    async fn until_taken(&mut self, armed: Armed) -> Result<Running, Ended> {
         let command = tokio::select! {
             command = self.commands.recv() => command,
             () = armed.ended() => None,
@@ -139,18 +146,17 @@ impl Guest {
                 }
                 Err(error) => {
                     let _ = reply.send(Err(error));
-                    Err("ended")
+                    Err(BY_ITSELF)
                 }
             },
             Some(Command::Release { why, reply }) => {
                 armed.end().await;
-                let _ = reply.send(());
-                Err(why)
+                Err(Ended { why, reply: Some(reply) })
             }
             // None asks for a reset of a guest that was not taken.
             Some(Command::Reset { .. }) | None => {
                 armed.end().await;
-                Err("ended")
+                Err(BY_ITSELF)
             }
         }
     }
@@ -172,34 +178,35 @@ impl Guest {
         }
     }
 
-    async fn live_from(&mut self, from: Result<Running, Adopted>) -> &'static str {
-        let mut from = from;
+    /// Goes on from where a stage was left, until the guest is no more. Returns why it is.
+    async fn until_gone(&mut self, mut left: Left) -> &'static str {
         loop {
-            let left = match from {
-                Ok(running) => match self.fill(running).await {
-                    Ok(stage) => self.hold(stage).await,
-                    Err(left) => left,
-                },
-                Err(adopted) => self.hold(Stage::Adopted(adopted)).await,
-            };
             let (began, why, reply) = match left {
-                Left::Ended(why) => return why,
+                Left::Ended(ended) => return self.clean_up(ended).await,
                 Left::Replace { began, why, reply } => (began, why, reply),
             };
-            match self.replace().await {
+            left = match self.replace().await {
                 Ok(running) => {
                     let took = began.elapsed();
                     self.note_reset(false, took);
                     let how = ResetWay::NewProcess;
                     let _ = reply.send(Ok(ResetDone { how, pages: None, took, why: Some(why) }));
                     self.save();
-                    from = Ok(running);
+                    self.run_on(running).await
                 }
                 Err(error) => {
                     let _ = reply.send(Err(error));
-                    return "ended";
+                    Left::Ended(BY_ITSELF)
                 }
-            }
+            };
+        }
+    }
+
+    /// Has all memory of a guest that runs be brought, and holds it from then on.
+    async fn run_on(&mut self, running: Running) -> Left {
+        match self.fill(running).await {
+            Ok(stage) => self.hold(stage).await,
+            Err(left) => left,
         }
     }
 
@@ -226,7 +233,7 @@ impl Guest {
                 biased;
                 command = self.commands.recv() => command,
                 filled = &mut filling => {
-                    let Ok((stage, progress)) = filled else { return Err(Left::Ended("ended")) };
+                    let Ok((stage, progress)) = filled else { return Err(Left::Ended(BY_ITSELF)) };
                     let mut now = self.handle.now();
                     now.progress = Some(progress);
                     now.resettable = matches!(stage, Stage::Resettable(_));
@@ -242,10 +249,10 @@ impl Guest {
                 }
                 Some(Command::Release { why, reply }) => {
                     end(filling).await;
-                    return Err(self.released(why, reply).await);
+                    return Err(Left::Ended(Ended { why, reply: Some(reply) }));
                 }
                 Some(Command::Take { .. }) => {}
-                None => return Err(Left::Ended("ended")),
+                None => return Err(Left::Ended(BY_ITSELF)),
             }
         }
     }
@@ -255,7 +262,7 @@ impl Guest {
         loop {
             let command = tokio::select! {
                 command = self.commands.recv() => command,
-                () = stage.ended() => return Left::Ended("ended"),
+                () = stage.ended() => return Left::Ended(BY_ITSELF),
                 asked = stage.asked() => {
                     if let Stage::Resettable(resettable) = &mut stage {
                         match resettable.answer(asked, &mut |_| {}).await {
@@ -266,7 +273,7 @@ impl Guest {
                             }
                             Err(error) => {
                                 tracing::warn!("guest {}: {error}", self.handle.place.id);
-                                return Left::Ended("ended");
+                                return Left::Ended(BY_ITSELF);
                             }
                         }
                     }
@@ -292,10 +299,10 @@ impl Guest {
                 }
                 Some(Command::Release { why, reply }) => {
                     end(stage).await;
-                    return self.released(why, reply).await;
+                    return Left::Ended(Ended { why, reply: Some(reply) });
                 }
                 Some(Command::Take { .. }) => {}
-                None => return Left::Ended("ended"),
+                None => return Left::Ended(BY_ITSELF),
             }
         }
     }
@@ -320,15 +327,7 @@ impl Guest {
         Ok(running)
     }
 
-    async fn released(&self, why: &'static str, reply: oneshot::Sender<()>) -> Left {
-        // Whoever asked may look whether it is all gone.
-        self.remove_directory().await;
-        self.common.state.forget(&self.handle.place.id);
-        let _ = reply.send(());
-        Left::Ended(why)
-    }
-
-    async fn clean_up(&self) {
+    async fn clean_up(&self, ended: Ended) -> &'static str {
         self.remove_directory().await;
         self.common.state.forget(&self.handle.place.id);
         let progress = self.handle.now().progress;
@@ -339,6 +338,11 @@ impl Guest {
                 figures.bytes += progress.pages * PAGE_SIZE as u64;
             }
         });
+        // Whoever asked may look whether it is all gone.
+        if let Some(reply) = ended.reply {
+            let _ = reply.send(());
+        }
+        ended.why
     }
 
     async fn remove_directory(&self) {

@@ -3,22 +3,21 @@
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, broadcast, oneshot};
 
-use super::book::{Asked, Book};
-use super::config::PoolSettings;
+use super::book::Book;
+use super::config::{PoolSettings, check_name};
 use super::error::PoolError;
 use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
 use super::figures::{Counted, Figures};
 use super::guest::{Common, Guest};
 use super::handle::Handle;
 use super::images::Images;
-use super::saved::{SavedGuest, StateDirectory};
-use super::template::{Place, Template, check_name};
+use super::saved::{Numbers, SavedGuest, StateDirectory};
+use super::template::{Place, Template};
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
 use crate::runs::{self, OfPool};
@@ -33,9 +32,6 @@ const LIFETIME: &str = "lifetime";
 const REMOVED: &str = "pool_removed";
 const UNCLAIMED: &str = "unclaimed";
 
-/// Told the number that a pool's next guest has.
-pub(super) type Numbered = Arc<dyn Fn(&str, u32) + Send + Sync>;
-
 /// What all pools have in common.
 #[derive(Clone)]
 pub(super) struct Shared {
@@ -46,7 +42,7 @@ pub(super) struct Shared {
     /// As many guests are armed at a time, of all pools.
     pub arming: Arc<Semaphore>,
     pub events: broadcast::Sender<PoolEvent>,
-    pub numbered: Numbered,
+    pub numbers: Arc<Numbers>,
 }
 
 /// One pool.
@@ -58,15 +54,13 @@ pub(super) struct Pool {
     /// Held while a guest is being armed.
     arming: tokio::sync::Mutex<()>,
     counted: Arc<Counted>,
-    /// The number of its next guest.
-    next: AtomicU32,
     template: Arc<Template>,
     shared: Shared,
 }
 
 impl Pool {
     /// A pool that fills from now on. Its image is opened when that can be done.
-    pub fn start(name: &str, settings: PoolSettings, next: u32, shared: Shared) -> Arc<Pool> {
+    pub fn start(name: &str, settings: PoolSettings, shared: Shared) -> Arc<Pool> {
         let Shared { state, images, keeper, address, .. } = shared.clone();
         let of_pool = OfPool::of_this_process(name.to_owned(), address.unwrap_or_default());
         let template = Template::new(of_pool, &settings, images, state, keeper);
@@ -76,7 +70,6 @@ impl Pool {
             changed: Notify::new(),
             arming: tokio::sync::Mutex::default(),
             counted: Arc::default(),
-            next: AtomicU32::new(next),
             template: Arc::new(template),
             shared,
         });
@@ -162,8 +155,8 @@ impl Pool {
     ) -> Result<GuestView, PoolError> {
         let _reserved = name.as_ref().map(|name| self.reserve(name)).transpose()?;
         loop {
-            let given = Given(Some(self.next_guest(began, patience).await?));
-            let Some(guest) = given.0.clone() else { continue };
+            let guest = self.next_guest(began, patience).await?;
+            let given = Given { guest: Arc::clone(&guest), claimed: false };
             let id = guest.place.id.clone();
             match guest.take(began, name.clone()).await {
                 Some(Ok(())) => {
@@ -203,20 +196,18 @@ impl Pool {
         began: Instant,
         patience: Duration,
     ) -> Result<Arc<Handle>, PoolError> {
-        let asked = {
+        let told = {
             let mut book = self.book();
             if book.closed {
                 return Err(PoolError::Removed { pool: self.name.clone() });
             }
             book.ask()
         };
-        let (number, told) = match asked {
-            Asked::Given(guest) => return Ok(guest),
-            Asked::Queued(number, told) => (number, told),
-        };
-        self.changed.notify_one();
-        self.tell();
-        let mut turn = Turn { pool: self, number, told };
+        let mut turn = Turn { pool: self, told };
+        if turn.told.is_empty() {
+            self.changed.notify_one();
+            self.tell();
+        }
         match tokio::time::timeout_at((began + patience).into(), &mut turn.told).await {
             Ok(Ok(guest)) => Ok(guest),
             Ok(Err(_)) => Err(PoolError::Removed { pool: self.name.clone() }),
@@ -358,24 +349,15 @@ impl Pool {
         let base = self.shared.state.of_pool(&self.name);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&base);
         made.map_err(|source| PoolError::State { doing: "making", path: base, source })?;
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        (self.shared.numbered)(&self.name, number + 1);
+        let number = self.shared.numbers.take(&self.name);
         let place = Place {
             id: runs::new_id(),
             identity: self.template.identity(number),
             ports: Default::default(),
         };
-        self.book().begin_arming();
-        let armed = Guest::arm(&self.name, place, self.common()).await;
-        let (guest, armed) = match armed {
-            Ok(armed) => armed,
-            Err(error) => {
-                self.book().end_arming();
-                return Err(error);
-            }
-        };
+        let (guest, armed) = Guest::arm(&self.name, place, self.common()).await?;
         let handle = Arc::clone(&guest.handle);
-        let is_unwanted = self.book().end_arming_of(&handle);
+        let is_unwanted = !self.book().add(&handle);
         let (pool, of_task) = (Arc::clone(self), Arc::clone(&handle));
         tokio::spawn(async move {
             let why = guest.wait(armed).await;
@@ -399,18 +381,22 @@ impl Pool {
 }
 
 /// A guest that was given to a request. Where whoever asked has hung up, it ends.
-struct Given(Option<Arc<Handle>>);
+struct Given {
+    guest: Arc<Handle>,
+    claimed: bool,
+}
 
 impl Given {
     /// Whoever asked has it.
     fn claimed(mut self) {
-        self.0 = None;
+        self.claimed = true;
     }
 }
 
 impl Drop for Given {
     fn drop(&mut self) {
-        if let Some(guest) = self.0.take() {
+        if !self.claimed {
+            let guest = Arc::clone(&self.guest);
             tokio::spawn(async move { guest.release(UNCLAIMED).await });
         }
     }
@@ -419,7 +405,6 @@ impl Drop for Given {
 /// A place in the queue. Left, it is given up, and a guest that had just been given waits again.
 struct Turn<'a> {
     pool: &'a Pool,
-    number: u64,
     told: oneshot::Receiver<Arc<Handle>>,
 }
 
@@ -438,9 +423,11 @@ impl Drop for Reserved<'_> {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut book = self.pool.book();
-        book.give_up(self.number);
         self.told.close();
-        // Where the pool was closed, it ends.
-        drop(Given(self.told.try_recv().ok().and_then(|guest| book.put_back(guest))));
+        book.forget_gone();
+        if let Some(guest) = self.told.try_recv().ok().and_then(|guest| book.put_back(guest)) {
+            // The pool was closed: it ends.
+            drop(Given { guest, claimed: false });
+        }
     }
 }

@@ -17,6 +17,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -46,6 +47,33 @@ pub(super) struct SavedGuest {
     /// When, in milliseconds since 1970.
     pub taken_unix_ms: u64,
     pub resets: u64,
+}
+
+/// The number of each pool's next guest. Numbers are not used again, so that nobody takes a guest for
+/// one that was there before.
+#[derive(Debug)]
+pub(super) struct Numbers {
+    state: Arc<StateDirectory>,
+    next: Mutex<BTreeMap<String, u32>>,
+}
+
+impl Numbers {
+    /// Those that are written down.
+    pub fn read(state: Arc<StateDirectory>) -> Result<Numbers, PoolError> {
+        Ok(Numbers { next: Mutex::new(state.numbers()?), state })
+    }
+
+    /// The number of a pool's next guest.
+    pub fn take(&self, pool: &str) -> u32 {
+        let mut all = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = all.entry(pool.to_owned()).or_insert(1);
+        let number = *next;
+        *next += 1;
+        if let Err(error) = self.state.set_numbers(&all) {
+            tracing::warn!("a daemon after this one may use a guest's number again: {error}");
+        }
+        number
+    }
 }
 
 /// The directory of all that outlives a daemon.
@@ -96,13 +124,11 @@ impl StateDirectory {
         self.write(&self.path.join("pools.json"), pools)
     }
 
-    /// The number of each pool's next guest. Numbers are not used again, so that nobody takes a
-    /// guest for one that was there before.
-    pub fn numbers(&self) -> Result<BTreeMap<String, u32>, PoolError> {
+    fn numbers(&self) -> Result<BTreeMap<String, u32>, PoolError> {
         Ok(self.read(&self.path.join("numbers.json"))?.unwrap_or_default())
     }
 
-    pub fn set_numbers(&self, numbers: &BTreeMap<String, u32>) -> Result<(), PoolError> {
+    fn set_numbers(&self, numbers: &BTreeMap<String, u32>) -> Result<(), PoolError> {
         self.write(&self.path.join("numbers.json"), numbers)
     }
 

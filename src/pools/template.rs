@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 
-use super::config::{PoolSettings, is_name};
-use super::error::PoolError;
+use super::config::PoolSettings;
 use super::images::{Images, PoolImage};
 use super::saved::StateDirectory;
 use crate::guest::{NewPort, RewriteOptions};
@@ -134,7 +133,7 @@ impl Template {
 
     /// Whether a guest is to be reset inside its QEMU.
     pub fn is_resettable(&self) -> bool {
-        self.settings.resettable && !self.settings.share
+        self.settings.is_resettable()
     }
 
     /// A guest's control socket.
@@ -151,15 +150,5 @@ impl Template {
         }
         ports.extend(place.ports.iter().map(|(old, new)| (*old, NewPort::Number(*new))));
         ports.into_iter().collect()
-    }
-}
-
-/// Checks the name that whoever takes a guest gives it.
-pub(super) fn check_name(name: &str) -> Result<(), PoolError> {
-    match is_name(name) {
-        true => Ok(()),
-        false => Err(PoolError::Invalid(format!(
-            "name: {name:?} is no name: letters, digits, ., _ and - are, up to 32 of them"
-        ))),
     }
 }

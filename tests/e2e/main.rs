@@ -55,13 +55,15 @@ mod trouble;
 mod unprivileged;
 mod unreadable;
 
-/// Makes two tests of each function of a folder and a QEMU: one on every QEMU.
+/// Makes two tests of each function of a folder and a QEMU: one on every QEMU. Behind `on_7` stands an
+/// attribute of the one on QEMU 7.2.
 macro_rules! tests_on_both {
-    ($($name:ident)*) => {$(
+    (on_7 $attribute:tt $($name:ident)*) => {$(
         mod $name {
             use crate::support::{Qemu, Result};
 
             #[test]
+            # $attribute
             fn on_qemu_7() -> Result<()> {
                 crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V7))
             }
@@ -72,27 +74,17 @@ macro_rules! tests_on_both {
             }
         }
     )*};
+    ($($name:ident)*) => { $crate::tests_on_both! { on_7 [cfg(all())] $($name)* } };
 }
 
 /// As `tests_on_both`, but on QEMU 7.2 they are run by `make torture` alone: long tests of what is the
 /// same on every QEMU.
 macro_rules! tests_on_both_at_length {
-    ($($name:ident)*) => {$(
-        mod $name {
-            use crate::support::{Qemu, Result};
-
-            #[test]
-            #[ignore = "long, and the same as with QEMU 10: `make torture`"]
-            fn on_qemu_7() -> Result<()> {
-                crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V7))
-            }
-
-            #[test]
-            fn on_qemu_10() -> Result<()> {
-                crate::harness::in_a_folder(|dir| super::$name(dir, Qemu::V10))
-            }
+    ($($name:ident)*) => {
+        $crate::tests_on_both! {
+            on_7 [ignore = "long, and the same as with QEMU 10: `make torture`"] $($name)*
         }
-    )*};
+    };
 }
 
 pub(crate) use harness::tests;

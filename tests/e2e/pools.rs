@@ -1,6 +1,6 @@
 //! A daemon's pools: guests that wait, are taken, reset and released, whoever dies.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Dir, Reverted, Running, Snapback, send_signal, text, wait_gone};
 use crate::shared::shared;
-use crate::support::{Qemu, Result, SOON, SerialLog, process_gone, wait_for};
+use crate::support::{Qemu, Result, SOON, SerialLog, http_request, process_gone, wait_for};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
@@ -87,7 +87,7 @@ impl Daemon {
     /// What it answers: the status and the body.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         let stream = UnixStream::connect(&self.socket)?;
-        request(stream, method, path, "", body)
+        http_request(stream, method, path, "", body)
     }
 
     /// Ends it as an administrator does. Guests that were taken go on.
@@ -106,27 +106,6 @@ impl Daemon {
         drop(self);
         wait_gone(pid)
     }
-}
-
-/// One HTTP request of a connection of its own.
-fn request(
-    mut stream: impl Read + Write,
-    method: &str,
-    path: &str,
-    headers: &str,
-    body: &str,
-) -> Result<(u16, String)> {
-    let length = body.len();
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\
-         Content-Length: {length}\r\n\r\n{body}"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
-    let status = head.split(' ').nth(1).ok_or("no status")?.parse()?;
-    Ok((status, body.to_owned()))
 }
 
 /// A guest that was taken.
@@ -543,7 +522,7 @@ fn who_comes_by_tcp_needs_the_token(dir: &Dir) -> Result<()> {
     let address = format!("127.0.0.1:{}", crate::ports::free_port()?);
     let daemon = Daemon::with(dir, &["--http", &address, "--token-file", text(&token)])?;
     let by_tcp = |method: &str, path: &str, headers: &str, body: &str| -> Result<(u16, String)> {
-        request(std::net::TcpStream::connect(&address)?, method, path, headers, body)
+        http_request(std::net::TcpStream::connect(&address)?, method, path, headers, body)
     };
     let (status, body) = by_tcp("GET", "/v1/pools", "", "")?;
     assert!(status == 401 && body.contains("unauthorized"), "{status} {body}");

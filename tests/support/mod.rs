@@ -10,6 +10,7 @@
 pub mod debian;
 mod disk;
 mod guest;
+mod http;
 pub mod libvirt;
 mod log;
 mod oracle;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 
 pub use disk::{Bus, Disk, Format, Given, convert, run};
 pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
+pub use http::http_request;
 pub use log::{Beat, SerialLog};
 pub use oracle::{Oracle, Verdict};
 pub use process::{Pidfd, huge_bytes, process_gone, resident_kib, spawn_bound};
@@ -64,6 +66,12 @@ pub fn wait_for<T>(
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// The time that so many percent of these don't exceed. Sorts them.
+pub fn percentile(times: &mut [f64], percent: usize) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[(times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1]
 }
 
 /// How the program `name` ends, behind a message where it has failed.
