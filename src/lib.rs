@@ -111,7 +111,7 @@ pub use revert::{
     Unreadable, harvest, resume, revert, revert_resettable, serve, session, take_over,
 };
 pub use save::{
-    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Recovered, SaveError, SaveEvent,
+    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered, SaveError, SaveEvent,
     SaveOptions, SwitchedDisk, check, recover, save,
 };
 

@@ -211,10 +211,10 @@ impl Output {
             }
             SaveEvent::Moment { pause_ms: Some(pause), pause_parts, .. } => {
                 let parts = pause_parts.map(|parts| {
-                    let PauseParts { stop_ms, disks_ms, walk_ms, resume_ms } = parts;
+                    let PauseParts { stop_ms, disks_ms, devices_ms, walk_ms, resume_ms } = parts;
                     format!(
-                        " (stop {stop_ms:.1}, disks {disks_ms:.1}, QEMU's walk {walk_ms:.1}, \
-                         resume {resume_ms:.1})"
+                        " (stop {stop_ms:.1}, disks {disks_ms:.1}, devices {devices_ms:.1}, QEMU's \
+                         walk {walk_ms:.1}, resume {resume_ms:.1})"
                     )
                 });
                 let parts = parts.unwrap_or_default();

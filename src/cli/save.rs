@@ -13,7 +13,7 @@ use crate::image::Compression;
 use crate::kind::ErrorKind;
 use crate::libvirt::DomainAddress;
 use crate::revert::{RevertOptions, prove};
-use crate::save::{DiskChoice, GuestAddress, Quiesce, SaveEvent, SaveOptions, recover, save};
+use crate::save::{DiskChoice, GuestAddress, Quiesce, Reading, SaveEvent, SaveOptions, recover, save};
 
 #[derive(Args)]
 pub(super) struct SaveArgs {
@@ -86,9 +86,21 @@ pub(super) struct GuestArgs {
     /// through libvirt (auto)
     #[arg(long, value_name = "AGENT_SOCKET|auto", value_parser = parse_quiesce)]
     quiesce: Option<Quiesce>,
+    /// How memory is read: from outside, beside QEMU's stream, where that may be, or by the stream
+    /// alone, which takes longer and pauses a guest without disks for less
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    read: Read,
     /// Replace an existing image
     #[arg(long)]
     force: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Read {
+    /// From outside where we may trace QEMU, and by its stream
+    Auto,
+    /// By QEMU's stream alone
+    Stream,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -136,6 +148,10 @@ impl GuestArgs {
             compression: self.compress,
             parent: self.parent,
             quiesce: self.quiesce,
+            reading: match self.read {
+                Read::Auto => Reading::Auto,
+                Read::Stream => Reading::Stream,
+            },
             force: self.force,
             ..SaveOptions::new(guest, image)
         }

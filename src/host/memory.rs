@@ -6,11 +6,13 @@ use std::ops::Range;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
+use super::huge_pages::HUGE_PAGE;
+use super::procfs::Pagemap;
 use crate::cancel::Cancellation;
 use crate::page::PAGE_SIZE;
 
-/// Pages read by one call: as many pieces as process_vm_readv(2) takes (IOV_MAX).
-const PIECES: usize = 1024;
+/// Pages touched by one call: those of a huge page, fewer than process_vm_readv(2) takes (IOV_MAX).
+const PIECES: usize = HUGE_PAGE as usize / PAGE_SIZE;
 
 /// Reads memory of a process. Waits where a page is missing that a userfaultfd serves.
 ///
@@ -23,23 +25,63 @@ pub fn read(pid: i32, address: u64, bytes: &mut [u8]) -> io::Result<()> {
     if read == len { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
-/// Reads one byte of every page in a range of a process's memory. What was never used is
-/// mapped then: to a page of zeros, or in a file in memory to memory of its own. `cancel`
-/// ends it early.
+/// Reads one byte of every page in a range of a process's memory that is not mapped yet. What was
+/// never used is mapped then: to a page of zeros, or in a file in memory to memory of its own.
+/// `cancel` ends it early.
 ///
 /// # Errors
-/// As for [`read`].
+/// As for [`read`], and when the process's page map can't be read.
 pub fn prefault(pid: i32, range: Range<u64>, cancel: &Cancellation) -> io::Result<()> {
+    let pagemap = Pagemap::open(pid)?;
+    let mut start = range.start;
+    while start < range.end && !cancel.is_requested() {
+        let end = range.end.min((start + 1).next_multiple_of(PREFAULTED));
+        let mut missing = Vec::new();
+        pagemap.missing(start..end, |found| missing.push(found))?;
+        for piece in missing {
+            prefault_piece(pid, &pagemap, piece, cancel)?;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// Bytes whose page map is looked at in one go.
+const PREFAULTED: u64 = 1 << 30;
+
+/// Prefaults memory that is missing. Reading one page of it may have brought its whole huge page.
+fn prefault_piece(
+    pid: i32,
+    pagemap: &Pagemap,
+    piece: Range<u64>,
+    cancel: &Cancellation,
+) -> io::Result<()> {
+    let mut start = piece.start;
+    while start < piece.end && !cancel.is_requested() {
+        let end = piece.end.min((start + 1).next_multiple_of(HUGE_PAGE));
+        touch(pid, start..start + PAGE_SIZE as u64)?;
+        if !pagemap.is_present(end - PAGE_SIZE as u64) {
+            touch(pid, start..end)?;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// Reads one byte of every page.
+fn touch(pid: i32, range: Range<u64>) -> io::Result<()> {
     let mut bytes = [0; PIECES];
-    let mut remote = Vec::with_capacity(PIECES);
+    let mut remote = [RemoteIoVec { base: 0, len: 1 }; PIECES];
     let mut pages = range.step_by(PAGE_SIZE).peekable();
-    while pages.peek().is_some() && !cancel.is_requested() {
-        remote.clear();
-        let page = |address: u64| RemoteIoVec { base: address as usize, len: 1 };
-        remote.extend(pages.by_ref().take(PIECES).map(page));
-        let local = &mut [IoSliceMut::new(&mut bytes[..remote.len()])];
+    while pages.peek().is_some() {
+        let mut count = 0;
+        for (piece, address) in remote.iter_mut().zip(pages.by_ref()) {
+            piece.base = address as usize;
+            count += 1;
+        }
+        let local = &mut [IoSliceMut::new(&mut bytes[..count])];
         // A short read means that the next page is not mapped.
-        if process_vm_readv(Pid::from_raw(pid), local, &remote)? < remote.len() {
+        if process_vm_readv(Pid::from_raw(pid), local, &remote[..count])? < count {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }

@@ -53,6 +53,8 @@ pub struct RamBlock {
     pub used_len: u64,
     /// The length in bytes that it can grow to.
     pub total_len: u64,
+    /// Where QEMU has it in its own memory (column `HVA`); versions before 8.1 don't tell.
+    pub address: Option<u64>,
 }
 
 /// A block device as `query-block` lists it, with the medium in it.
@@ -198,6 +200,18 @@ impl Qmp {
             .map_err(|problem| QmpError::UnexpectedAnswer { command: command.to_owned(), problem })
     }
 
+    /// Where QEMU has the byte of guest-physical memory at `physical` in its own memory, with the
+    /// name of the memory region there, by the human monitor's `gpa2hva` (QEMU 2.10 and later).
+    /// Nothing where there is no memory.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn host_address(&self, physical: u64) -> Result<Option<(String, u64)>, QmpError> {
+        let arguments = json!({ "command-line": format!("gpa2hva {physical:#x}") });
+        let says: String = self.query("human-monitor-command", arguments).await?;
+        Ok(parse_host_address(&says))
+    }
+
     /// The block devices and what is in them (`query-block`).
     pub async fn block_devices(&self) -> Result<Vec<BlockDevice>, QmpError> {
         let list: Vec<BlockInfo> = self.query("query-block", ()).await?;
@@ -219,6 +233,13 @@ impl Qmp {
             problem: error.to_string(),
         })
     }
+}
+
+/// Reads `Host virtual address for 0x100000 (pc.ram) is 0x7f3803f00000`.
+pub(super) fn parse_host_address(says: &str) -> Option<(String, u64)> {
+    let (before, address) = says.trim().rsplit_once(") is 0x")?;
+    let (_, name) = before.split_once(" (")?;
+    Some((name.to_owned(), u64::from_str_radix(address, 16).ok()?))
 }
 
 /// The parts of QEMU's `BlockInfo` that we read.
@@ -296,15 +317,15 @@ pub(super) fn parse_ram_blocks(table: &str) -> Result<Vec<RamBlock>, String> {
     lines
         .filter(|line| !line.trim().is_empty() && !is_nameless(line))
         .map(|line| {
-            parse_ram_block(line, columns.len())
+            parse_ram_block(line, &columns)
                 .ok_or_else(|| format!("a RAMBlock described as {line:?}"))
         })
         .collect()
 }
 
-fn parse_ram_block(line: &str, columns: usize) -> Option<RamBlock> {
+fn parse_ram_block(line: &str, columns: &[&str]) -> Option<RamBlock> {
     // The page size takes two words.
-    let words = columns + 1;
+    let words = columns.len() + 1;
     let mut fields = Vec::with_capacity(words + 1);
     let mut rest = line.trim();
     for _ in 0..words {
@@ -327,10 +348,13 @@ fn parse_ram_block(line: &str, columns: usize) -> Option<RamBlock> {
     if name.is_empty() || !page_size.is_power_of_two() {
         return None;
     }
+    // Behind the name, which is no column here, and the page size's second word.
+    let address = columns.iter().position(|column| *column == "HVA").map(|at| fields[at + 2]);
     Some(RamBlock {
         name: name.to_owned(),
         page_size,
         used_len: hex(used)?,
         total_len: hex(total)?,
+        address: address.and_then(hex).filter(|address| *address != 0),
     })
 }

@@ -64,6 +64,14 @@ impl Qmp {
         self.execute("remove-fd", json!({ "fdset-id": set })).await.map(drop)
     }
 
+    /// Has QEMU write the state of all devices, without memory, to the descriptor in a set, which
+    /// must have been opened for writing alone. The guest has to stand still, and goes on standing.
+    pub async fn save_devices(&self, set: u64) -> Result<(), QmpError> {
+        // With `live` QEMU would let go of the disks.
+        let arguments = json!({ "filename": format!("/dev/fdset/{set}"), "live": false });
+        self.execute("xen-save-devices-state", arguments).await.map(drop)
+    }
+
     /// Resets the machine, as its button would.
     pub async fn system_reset(&self) -> Result<(), QmpError> {
         self.execute("system_reset", ()).await.map(drop)

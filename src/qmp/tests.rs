@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
-use super::commands::{MigrationInfo, parse_ram_blocks};
+use super::commands::{MigrationInfo, parse_host_address, parse_ram_blocks};
 use super::event::EVENT_QUEUE;
 use super::*;
 
@@ -325,6 +325,13 @@ async fn lost_events_are_reported() {
 }
 
 #[test]
+fn host_addresses() {
+    let says = "Host virtual address for 0x100000 (pc.ram) is 0x7f3803f00000\r\n";
+    assert_eq!(parse_host_address(says), Some(("pc.ram".to_owned(), 0x7f38_03f0_0000)));
+    assert_eq!(parse_host_address("No memory is mapped at address 0x100000\r\n"), None);
+}
+
+#[test]
 fn tables_of_ram_blocks() {
     let nameless = "Block Name PSize Offset Used Total\n  4 KiB 0x0 0x1000 0x1000\n";
     assert_eq!(parse_ram_blocks(nameless), Ok(Vec::new()));
@@ -335,11 +342,13 @@ fn tables_of_ram_blocks() {
     .unwrap();
     assert_eq!(blocks[0].name, "a name with / and 4 KiB");
     assert_eq!((blocks[0].page_size, blocks[0].used_len), (2 << 20, 2 << 20));
+    assert_eq!(blocks[0].address, None);
     // QEMU 9 and later add columns.
     let table =
         "Block Name PSize Offset Used Total HVA RO\n pc.ram 4 KiB 0x0 0x1000 0x2000 0x7f00 rw\n";
     let blocks = parse_ram_blocks(table).unwrap();
     assert_eq!((blocks[0].used_len, blocks[0].total_len), (0x1000, 0x2000));
+    assert_eq!(blocks[0].address, Some(0x7f00));
     for bad in ["", "nonsense", "Block Name PSize Offset Used Total\n pc.ram 4 KiB 0x0 0x1000"] {
         assert!(parse_ram_blocks(bad).is_err(), "{bad:?}");
     }

@@ -82,6 +82,8 @@ pub enum SaveEvent {
         /// Those of the pages stored that lie in the parent image, or in one that it
         /// refers to.
         parent_pages: u64,
+        /// Pages that were read from outside, zeros included; the others came by QEMU's stream.
+        direct_pages: u64,
         /// Size of the image in bytes.
         image_bytes: u64,
         /// How long QEMU had to wait for our disk, in milliseconds.
@@ -113,6 +115,8 @@ pub struct PauseParts {
     pub stop_ms: f64,
     /// Putting the overlays over the disks.
     pub disks_ms: f64,
+    /// QEMU's writing down the state of the devices, where it is wanted at the moment.
+    pub devices_ms: f64,
     /// QEMU's walk over guest memory, device state and write protection: from our
     /// command until the first page came.
     pub walk_ms: f64,

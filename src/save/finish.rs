@@ -19,6 +19,8 @@ pub(super) struct Written {
     saved: Saved,
     /// How long QEMU had to wait for us.
     stalled: Duration,
+    /// Pages that were read from outside.
+    direct_pages: u64,
     disks: Vec<SwitchedDisk>,
 }
 
@@ -33,6 +35,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         self.undo.restore_settings(&self.access.qmp).await?;
         failpoint("restored");
         let (stalled, writing) = (received.stalled(), received.cancellation());
+        let direct_pages = received.direct_pages();
         let mut machine = self.machine();
         let disks = SwitchedDisk::all_of(&machine.disks);
         let mut work = tokio::task::spawn_blocking(move || {
@@ -50,7 +53,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
             Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
-            saved => Ok(Written { saved: saved?, stalled, disks }),
+            saved => Ok(Written { saved: saved?, stalled, direct_pages, disks }),
         }
     }
 
@@ -104,13 +107,14 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     pub fn succeed(mut self, written: Written) -> Result<Saved, SaveError> {
         failpoint("named");
         let nothing_left = self.undo.nothing_left(&mut self.on_event);
-        let Written { saved, stalled, disks } = written;
+        let Written { saved, stalled, direct_pages, disks } = written;
         (self.on_event)(SaveEvent::Saved {
             bytes: saved.data_pages * PAGE_SIZE as u64,
             pages: saved.data_pages,
             zero_pages: saved.zero_pages,
             repeated_pages: saved.repeated_pages,
             parent_pages: saved.parent_pages,
+            direct_pages,
             image_bytes: saved.image_bytes,
             stalled_ms: millis(stalled),
             disks,
@@ -121,6 +125,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// The save has failed: undoes what it has changed. Returns why it failed, with what could
     /// not be undone.
     pub async fn fail(mut self, cause: SaveError) -> SaveError {
+        if let Some(devices) = self.devices.take() {
+            devices.discard(&self.access.qmp).await;
+        }
         match cause {
             // QEMU takes no other settings while a migration is under way, nor commits.
             SaveError::InterruptedTwice => cause,

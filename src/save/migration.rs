@@ -65,6 +65,16 @@ pub(super) async fn end(qmp: &Qmp, mut receiving: Receiving, drained: Option<i32
     }
 }
 
+/// Waits until QEMU's migration is over, however it has ended: nothing more of it is needed.
+pub(super) async fn wait_over(qmp: &Qmp) -> Result<(), SaveError> {
+    match wait_end(qmp).await {
+        Err(SaveError::Migration { status, .. }) if status == "cancelled" || status == "failed" => {
+            Ok(())
+        }
+        ended => ended,
+    }
+}
+
 /// Waits until QEMU's migration is over, and says how it ended.
 pub(super) async fn wait_end(qmp: &Qmp) -> Result<(), SaveError> {
     let deadline = tokio::time::Instant::now() + END_TIMEOUT;

@@ -7,9 +7,12 @@ mod agent;
 mod check;
 mod checked;
 mod collapse;
+mod devices;
+mod direct;
 mod error;
 mod event;
 mod finish;
+mod merge;
 mod migration;
 mod moment;
 mod options;
@@ -37,7 +40,7 @@ pub use check::error::{CheckError, Obstacle};
 pub use check::{CheckItem, check};
 pub use error::SaveError;
 pub use event::{PauseParts, SaveEvent, SwitchedDisk};
-pub use options::{DiskChoice, Quiesce, SaveOptions};
+pub use options::{DiskChoice, Quiesce, Reading, SaveOptions};
 pub use overlay_error::OverlayError;
 pub use recover::{Recovered, recover};
 pub use undo::error::{JournalError, LeftOver};
@@ -46,7 +49,8 @@ pub use undo::error::{JournalError, LeftOver};
 ///
 /// A guest with disks to capture is stopped; its disks are switched to overlays, QEMU
 /// begins a background snapshot, and the guest goes on, all within one pause. What can be
-/// done ahead of the pause is done ahead. Any other guest is never stopped by us.
+/// done ahead of the pause is done ahead. A guest without disks is stopped by us only where its
+/// memory is read from outside ([`Reading`]).
 ///
 /// **A guest whose disks were captured lives in the overlays from then on**, whose paths
 /// [`SaveEvent::Saved`] tells: see [`SwitchedDisk`].

@@ -37,6 +37,8 @@ pub struct SaveOptions {
     /// The most bytes a second that are written to the image. Where QEMU sends more, the
     /// guest may have to wait, which [`SaveEvent::Saved`](super::SaveEvent::Saved) tells.
     pub bandwidth: Option<u64>,
+    /// How memory is read.
+    pub reading: Reading,
     /// The program that is started to clean up ([`recover`](super::recover())) should this process
     /// be killed ([`Successor::cleaning_up`]). Without, that is left to do, and on QEMU before 8.1
     /// the guest may hang until it is done.
@@ -60,6 +62,7 @@ impl SaveOptions {
             force: false,
             parent: None,
             bandwidth: None,
+            reading: Reading::Auto,
             keeper: None,
         }
     }
@@ -83,4 +86,15 @@ pub enum DiskChoice {
     Overlay,
     /// They are left as they are, and are no part of the snapshot.
     None,
+}
+
+/// How a save reads the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reading {
+    /// From outside, by reading what QEMU has write-protected, beside QEMU's own stream; by the
+    /// stream alone where QEMU may not be traced (ptrace(2)).
+    Auto,
+    /// By QEMU's stream alone.
+    Stream,
 }

@@ -1,5 +1,5 @@
-//! The pause: the guest is stopped, its disks are switched to their overlays, and QEMU begins
-//! the snapshot. Only a guest with disks to capture is stopped by us.
+//! The pause: the guest is stopped, its disks are switched to their overlays, QEMU writes down the
+//! state of the devices, and begins the snapshot.
 
 use super::error::SaveError;
 use super::event::SaveEvent;
@@ -10,11 +10,18 @@ use crate::failpoint::failpoint;
 use crate::guest;
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {
-    /// Begins the snapshot. A guest with disks to capture is stopped and its disks are
-    /// switched when this returns; [`Saving::release`] lets it go with the first page.
+    /// Whether the guest has to be stopped by us: where its disks are captured, or the state of
+    /// its devices is asked for. QEMU alone would stop it for a shorter time.
+    pub fn stops_the_guest(&self) -> bool {
+        !self.undo.overlays().is_empty() || self.devices.is_some()
+    }
+
+    /// Begins the snapshot. A guest that [has to be stopped](Saving::stops_the_guest) is stopped
+    /// and its disks are switched when this returns; [`Saving::release`] lets it go with the first
+    /// page.
     pub async fn pause(&mut self, clock: &mut PauseClock) -> Result<(), SaveError> {
         self.check_unchanged().await?;
-        if !self.undo.overlays().is_empty() {
+        if self.stops_the_guest() {
             if clock.running() {
                 self.undo.hold()?;
                 failpoint("held");
@@ -25,10 +32,16 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 clock.step();
                 failpoint("stopped");
             }
-            self.undo.switching();
-            overlays::switch(&self.access, &self.checked, self.undo.overlays()).await?;
+            if !self.undo.overlays().is_empty() {
+                self.undo.switching();
+                overlays::switch(&self.access, &self.checked, self.undo.overlays()).await?;
+            }
             clock.step();
             failpoint("switched");
+            if let Some(devices) = &mut self.devices {
+                devices.take(&self.access.qmp).await;
+            }
+            clock.step();
         }
         self.begun = true;
         migration::begin(&self.access.qmp).await?;

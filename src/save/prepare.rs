@@ -5,6 +5,9 @@ use std::path::Path;
 
 use super::error::SaveError;
 use super::event::SaveEvent;
+use super::devices::DeviceState;
+use super::direct::Places;
+use super::options::Reading;
 use super::saving::Saving;
 use super::{collapse, overlays, prefault};
 use crate::failpoint::failpoint;
@@ -39,6 +42,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Makes the overlays, prefaults and collapses guest memory, and flushes disks.
     pub async fn prepare(&mut self) -> Result<(), SaveError> {
         overlays::prepare(&self.access, &self.checked, self.undo.overlays()).await?;
+        self.prepare_reading().await;
         let overlays: Vec<String> =
             self.undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
         let shorten_the_pause = self.pause_shortener();
@@ -55,6 +59,30 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         Ok(())
     }
 
+    /// Finds the guest's memory in QEMU's, and makes ready to ask for the state of the devices at
+    /// the moment: without it, all of QEMU's stream has to be waited for. A help, no more.
+    async fn prepare_reading(&mut self) {
+        let checked = &self.checked;
+        if self.options.reading == Reading::Stream || !checked.background {
+            return;
+        }
+        let qmp = &self.access.qmp;
+        let ready = async {
+            let places =
+                Places::find(qmp, checked.pid, &checked.machine, &checked.blocks).await?;
+            Ok::<_, String>((places, DeviceState::prepare(qmp).await?))
+        };
+        match ready.await {
+            Ok((places, devices)) => {
+                (self.places, self.devices) = (Some(places), Some(devices));
+            }
+            Err(why) => self.tell(SaveEvent::Note {
+                what: "the guest's memory comes by QEMU's stream alone, which takes longer".into(),
+                why,
+            }),
+        }
+    }
+
     /// Work that makes the pause shorter, for a thread that may block.
     fn pause_shortener(&self) -> impl FnOnce() + Send + 'static {
         let checked = &self.checked;
@@ -62,7 +90,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let files: Vec<String> =
             checked.captured().map(|found| found.disk.chain[0].path.clone()).collect();
         // Only a guest that we stop waits for it: QEMU prefaults before it stops a guest.
-        let prefault = background && !self.undo.overlays().is_empty();
+        let prefault = background && self.stops_the_guest();
         let cancel = self.cancel.clone();
         move || {
             if prefault {

@@ -5,7 +5,8 @@
 //! reader that lingers makes the guest wait.
 
 use std::collections::HashMap;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -16,27 +17,33 @@ use std::time::Duration;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::checked::Checked;
+use super::direct::{DirectReading, Places};
 use super::error::SaveError;
 use super::event::SaveEvent;
+use super::merge::Merge;
 use super::moment::Moment;
 use super::options::SaveOptions;
 use crate::cancel::Cancellation;
+use crate::failpoint::{copy_of_the_stream, fault};
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::libvirt::block_name;
 use crate::machine::Machine;
 use crate::page::{Block, PAGE_SIZE};
-use crate::wire::{Item, StreamBlock, StreamReader, Tail, run_state};
+use crate::wire::{Item, StreamBlock, StreamReader, Tail, WireError, run_state};
 
 /// A stream being received.
 pub(super) struct Receiving {
     /// Told once, when the first page comes; an error when none will.
     pub first_page: oneshot::Receiver<()>,
+    /// Told once, when all memory is captured, though QEMU may send on.
+    pub captured: oneshot::Receiver<()>,
     /// Told once, when all has been received or when that has failed.
     pub done: oneshot::Receiver<Result<Received, SaveError>>,
     /// Closed when the stream has ended; nothing is sent to it.
     ended: oneshot::Receiver<()>,
     pub counters: Arc<Counters>,
     given_up: Cancellation,
+    read_directly: Cancellation,
     socket: UnixStream,
 }
 
@@ -62,12 +69,16 @@ impl Counters {
 /// name. Dropped, it leaves nothing.
 pub(super) struct Received {
     writer: ImageWriter,
-    sections: Sections,
+    config: Vec<u8>,
+    /// The devices, unless the stream was ended before they came.
+    tail: Option<Tail>,
     machine_type: String,
+    /// Pages that were read from outside.
+    direct_pages: u64,
 }
 
 impl Receiving {
-    /// Starts to receive from `socket`.
+    /// Starts to receive from `socket`, and reads memory at `places` beside.
     ///
     /// # Errors
     /// When a thread can't be started.
@@ -75,13 +86,15 @@ impl Receiving {
         socket: UnixStream,
         options: &SaveOptions,
         checked: &Checked,
+        places: Option<Places>,
     ) -> Result<Receiving, SaveError> {
         let (first_page_sender, first_page) = oneshot::channel();
+        let (captured_sender, captured) = oneshot::channel();
         let (done_sender, done) = oneshot::channel();
         let (ended_sender, ended) = oneshot::channel();
         let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();
         let counters = Arc::new(Counters { total, ..Counters::default() });
-        let given_up = Cancellation::new();
+        let (given_up, read_directly) = (Cancellation::new(), Cancellation::new());
         let ours = socket.try_clone().map_err(SaveError::Socket)?;
         let receiver = Receiver {
             path: options.image.clone(),
@@ -98,8 +111,12 @@ impl Receiving {
                 .map(|block| (block.name.clone(), block.page_size))
                 .collect(),
             counters: Arc::clone(&counters),
+            received: 0,
+            places,
             first_page: Some(first_page_sender),
+            captured: Some(captured_sender),
             given_up: given_up.clone(),
+            read_directly: read_directly.clone(),
         };
         let receive = move || {
             let received = receiver.receive(&socket);
@@ -114,7 +131,18 @@ impl Receiving {
             .name("receive".into())
             .spawn(receive)
             .map_err(SaveError::Thread)?;
-        Ok(Receiving { first_page, done, ended, counters, given_up, socket: ours })
+        Ok(Receiving { first_page, captured, done, ended, counters, given_up, read_directly, socket: ours })
+    }
+
+    /// Memory may be read from outside from now on: the guest goes on.
+    pub fn read_directly(&self) {
+        self.read_directly.request();
+    }
+
+    /// Breaks the stream off: QEMU can't send any more.
+    pub fn cut(&self) {
+        // It fails when the stream has ended already.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 
     /// Whether the stream has ended.
@@ -134,8 +162,7 @@ impl Receiving {
         let first_page = &mut self.first_page;
         if !first_page.is_terminated() && tokio::time::timeout(patience, first_page).await.is_err()
         {
-            // It fails when the stream has ended already.
-            let _ = self.socket.shutdown(Shutdown::Both);
+            self.cut();
         }
     }
 
@@ -165,18 +192,39 @@ impl Received {
         self.writer.cancellation()
     }
 
+    /// Pages that were read from outside, and not taken from QEMU's stream.
+    pub fn direct_pages(&self) -> u64 {
+        self.direct_pages
+    }
+
+    /// Takes these devices if the stream has brought none.
+    pub fn complete(&mut self, devices: Vec<u8>) {
+        if fault("own devices") {
+            self.tail = None;
+        }
+        self.tail.get_or_insert(Tail { devices, vmdesc: Vec::new() });
+    }
+
     /// Makes it an image, whole and under its name.
-    pub fn finish(mut self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
+    ///
+    /// # Errors
+    /// When it can't be written, or nobody has brought the devices.
+    pub fn finish(self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
+        let inside = "its memory";
+        let Some(Tail { mut devices, vmdesc }) = self.tail else {
+            return Err(WireError::Ended { at: 0, inside }.into());
+        };
         // Where we held the guest, QEMU has written down that it was paused.
         if machine.running {
-            run_state::set_running(&mut self.sections.devices);
+            run_state::set_running(&mut devices);
         }
         let details = Details {
             machine: Machine { machine_type: self.machine_type, ..machine },
             moment_unix_us: moment.unix_us,
             pause_us: moment.pause.map(|pause| pause.as_micros() as u64),
         };
-        Ok(self.writer.finish(details, self.sections)?)
+        let sections = Sections { config: self.config, devices, vmdesc };
+        Ok(self.writer.finish(details, sections)?)
     }
 }
 
@@ -188,65 +236,109 @@ struct Receiver {
     /// The stream names no page sizes; QEMU's monitor does.
     page_sizes: HashMap<String, u64>,
     counters: Arc<Counters>,
+    /// Pages of the stream so far.
+    received: u64,
+    /// Where memory can be read from outside.
+    places: Option<Places>,
     first_page: Option<oneshot::Sender<()>>,
+    captured: Option<oneshot::Sender<()>>,
     given_up: Cancellation,
+    read_directly: Cancellation,
 }
 
 impl Receiver {
     fn receive(mut self, socket: &UnixStream) -> Result<Received, SaveError> {
-        let mut stream = StreamReader::new(Gathering { socket, brought_few: false });
-        let mut writer = None;
-        let mut tail = None;
-        while let Some(item) = stream.next_item()? {
+        let mut stream = StreamReader::new(Gathering {
+            socket,
+            brought_few: false,
+            copy: copy_of_the_stream(),
+        });
+        let (mut sides, mut tail) = (None, None);
+        loop {
+            let item = match (stream.next_item(), &sides) {
+                (Ok(None), _) => break,
+                (Ok(Some(item)), _) => item,
+                // Whatever has become of the stream: nothing of memory is missing.
+                (Err(_), Some(Sides { merge, .. })) if merge.is_complete() => break,
+                (Err(error), _) => return Err(error.into()),
+            };
             if self.given_up.is_requested() {
                 return Err(SaveError::Interrupted);
             }
-            match (item, &mut writer) {
-                (Item::Blocks(blocks), None) => writer = Some(self.create(blocks)?),
-                (Item::Page(page, bytes), Some(writer)) => {
-                    writer.page(page, bytes)?;
-                    self.count(writer);
+            match (item, &mut sides) {
+                (Item::Blocks(blocks), None) => sides = Some(self.begin(blocks)?),
+                (Item::Page(page, bytes), Some(Sides { merge, direct })) => {
+                    merge.stream(page, bytes)?;
+                    self.count(merge);
+                    if let Some(direct) = direct {
+                        direct.stream_brought(page, bytes, merge);
+                    }
                 }
-                (Item::Zero(page), Some(writer)) => {
-                    writer.zero(page)?;
-                    self.count(writer);
+                (Item::Zero(page), Some(Sides { merge, .. })) => {
+                    merge.stream_zero(page)?;
+                    self.count(merge);
                 }
                 (Item::Tail(found), _) => tail = Some(found),
                 // The reader gives the block list once, before any page.
                 (Item::Blocks(_), Some(_)) | (_, None) => unreachable!(),
             }
         }
-        let (Some(writer), Some(Tail { devices, vmdesc })) = (writer, tail) else { unreachable!() };
-        let config = stream.config();
-        let machine_type = stream.machine_type().to_owned();
-        Ok(Received { writer, sections: Sections { config, devices, vmdesc }, machine_type })
+        let Some(Sides { merge, direct }) = sides else { unreachable!() };
+        // Its thread ends, and with it the last other owner.
+        drop(direct);
+        let direct_pages = merge.direct();
+        let Some(merge) = Arc::into_inner(merge) else { unreachable!() };
+        let (config, machine_type) = (stream.config(), stream.machine_type().to_owned());
+        Ok(Received { writer: merge.into_writer(), config, tail, machine_type, direct_pages })
     }
 
-    fn create(&self, blocks: &[StreamBlock]) -> Result<ImageWriter, SaveError> {
-        let with_page_size = |block: &StreamBlock| Block {
+    /// Begins the image, once the machine's blocks are known.
+    fn begin(&mut self, blocks: &[StreamBlock]) -> Result<Sides, SaveError> {
+        let listed: Vec<Block> = blocks.iter().map(|block| self.shape(block)).collect();
+        let (captured, _) = oneshot::channel();
+        let captured = self.captured.take().unwrap_or(captured);
+        let merge = Merge::new(self.create(&listed)?, &listed, captured);
+        let places = self.places.take();
+        let direct = places.map(|places| {
+            let places = places.in_order(blocks.iter().map(|block| &block.name));
+            DirectReading::new(places, self.read_directly.clone())
+        });
+        Ok(Sides { merge: Arc::new(merge), direct })
+    }
+
+    fn shape(&self, block: &StreamBlock) -> Block {
+        Block {
             name: block_name(&block.name).to_owned(),
             len: block.len,
             page_size: self.page_sizes.get(&block.name).copied().unwrap_or(4096),
-        };
-        let blocks = blocks.iter().map(with_page_size).collect();
-        let (path, options) = (&self.path, self.options.clone());
+        }
+    }
+
+    fn create(&self, blocks: &[Block]) -> Result<ImageWriter, SaveError> {
+        let (path, options, blocks) = (&self.path, self.options.clone(), blocks.to_vec());
         Ok(match &self.parent {
             Some(parent) => ImageWriter::create_on(path, options, blocks, parent)?,
             None => ImageWriter::create(path, options, blocks)?,
         })
     }
 
-    fn count(&mut self, writer: &ImageWriter) {
+    fn count(&mut self, merge: &Merge) {
         if let Some(first_page) = self.first_page.take() {
             let _ = first_page.send(());
         }
-        let pages = self.counters.pages.fetch_add(1, Ordering::Relaxed);
+        self.received += 1;
         // Asking the writer costs more than counting: now and then is enough.
-        if pages.is_multiple_of(1024) {
-            let written = writer.stats().written_bytes;
-            self.counters.image_bytes.store(written, Ordering::Relaxed);
+        if self.received.is_multiple_of(1024) {
+            self.counters.pages.store(merge.captured(), Ordering::Relaxed);
+            self.counters.image_bytes.store(merge.stats().written_bytes, Ordering::Relaxed);
         }
     }
+}
+
+/// The image, and what reads memory beside the stream.
+struct Sides {
+    merge: Arc<Merge>,
+    direct: Option<DirectReading>,
 }
 
 /// Bytes that are worth a read of their own.
@@ -262,6 +354,8 @@ const GATHER: Duration = Duration::from_micros(100);
 struct Gathering<'a> {
     socket: &'a UnixStream,
     brought_few: bool,
+    /// For tests.
+    copy: Option<File>,
 }
 
 impl Read for Gathering<'_> {
@@ -271,6 +365,9 @@ impl Read for Gathering<'_> {
         }
         let count = self.socket.read(buffer)?;
         self.brought_few = count < ENOUGH_BYTES;
+        if let Some(copy) = &mut self.copy {
+            copy.write_all(&buffer[..count])?;
+        }
         Ok(count)
     }
 }

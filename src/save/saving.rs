@@ -6,6 +6,8 @@ use std::time::Duration;
 use super::access::Access;
 use super::check;
 use super::checked::Checked;
+use super::devices::DeviceState;
+use super::direct::Places;
 use super::error::SaveError;
 use super::event::SaveEvent;
 use super::options::SaveOptions;
@@ -26,6 +28,10 @@ pub(super) struct Saving<'a, F> {
     pub checked: Checked,
     /// What has been changed in the guest's QEMU.
     pub undo: Undo,
+    /// Where memory can be read from outside.
+    pub places: Option<Places>,
+    /// The state of the devices, at the moment or ready to be asked for.
+    pub devices: Option<DeviceState>,
     /// Cleans up should this process be killed. Told last that this needs nobody.
     keeper: Option<Keeper>,
     /// Whether QEMU has been told to begin the snapshot.
@@ -57,7 +63,18 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
         // Nothing is changed before there is somebody to undo it.
         keeper.iter_mut().for_each(Keeper::wait_started);
         failpoint("journal");
-        Ok(Saving { options, cancel, on_event, access, checked, undo, keeper, begun: false })
+        Ok(Saving {
+            options,
+            cancel,
+            on_event,
+            access,
+            checked,
+            undo,
+            places: None,
+            devices: None,
+            keeper,
+            begun: false,
+        })
     }
 
     /// Has the keeper read on from `stream` should this process be killed.

@@ -4,6 +4,7 @@
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use super::devices::DeviceState;
 use super::error::SaveError;
 use super::event::SaveEvent;
 use super::migration;
@@ -11,7 +12,7 @@ use super::moment::{Moment, PauseClock};
 use super::receive::{Received, Receiving};
 use super::release::while_releasing;
 use super::saving::Saving;
-use crate::failpoint::failpoint;
+use crate::failpoint::{failpoint, fault};
 use crate::qmp::{Event, Events, QmpError};
 use crate::wire::WireError;
 
@@ -28,7 +29,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {
         let stream = migration::open_stream(&self.access.qmp).await?;
         self.keep(stream.as_fd());
-        let mut receiving = Receiving::start(stream, self.options, &self.checked)?;
+        let mut receiving = Receiving::start(stream, self.options, &self.checked, self.places.take())?;
         let mut events = self.access.qmp.events();
         let frozen = self.freeze().await;
         let mut clock = PauseClock::new(self.checked.machine.running);
@@ -77,7 +78,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         let limit = tokio::time::Instant::now() + HOLD_LIMIT;
         let received = loop {
-            let Receiving { first_page, done, counters, .. } = receiving;
+            let taken = self.devices.as_ref().is_some_and(DeviceState::is_taken);
+            let can_end = taken && !clock.held() && !fault("whole stream");
+            let Receiving { first_page, captured, done, counters, .. } = receiving;
             tokio::select! {
                 // What lets the guest go comes before all else.
                 biased;
@@ -85,9 +88,14 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                     clock.pass();
                     failpoint("first page");
                     self.release(clock).await?;
+                    receiving.read_directly();
                     failpoint("released");
                 },
                 event = events.next() => hear(clock, event)?,
+                all = &mut *captured, if can_end && !captured.is_terminated() => if all.is_ok() {
+                    failpoint("captured");
+                    self.end_early(receiving).await?;
+                },
                 received = &mut *done => break received,
                 () = tokio::time::sleep_until(limit), if clock.held() => {
                     return Err(SaveError::Held(HOLD_LIMIT));
@@ -101,11 +109,19 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         let died = || SaveError::Thread(std::io::Error::other("the receiving thread died"));
         match received.unwrap_or_else(|_| Err(died())) {
-            Ok(received) => {
+            Ok(mut received) => {
                 // A tiny machine's stream may end before we have looked for its first page.
                 clock.pass();
                 self.release(clock).await?;
-                migration::wait_end(&self.access.qmp).await?;
+                match self.devices.take() {
+                    Some(devices) => {
+                        migration::wait_over(&self.access.qmp).await?;
+                        if let Some(state) = devices.into_sections(&self.access.qmp).await {
+                            received.complete(state);
+                        }
+                    }
+                    None => migration::wait_end(&self.access.qmp).await?,
+                }
                 failpoint("received");
                 // Its events may still be waiting too: QEMU sent them before its last answer.
                 while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await
@@ -127,6 +143,22 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Ends QEMU's stream, all of whose memory is captured: write protection goes, and with it what
+    /// the save costs the guest.
+    async fn end_early(&self, receiving: &Receiving) -> Result<(), SaveError> {
+        let qmp = &self.access.qmp;
+        if !self.checked.must_drain {
+            qmp.migrate_cancel().await?;
+            return migration::wait_over(qmp).await;
+        }
+        // This QEMU would send all of it first. If its stream breaks it leaves the protection on,
+        // which we take off.
+        receiving.cut();
+        while_releasing(Some(self.checked.pid), migration::wait_over(qmp))
+            .await
+            .map_err(SaveError::Protected)?
     }
 
     /// The guest goes on: its file systems are thawed.

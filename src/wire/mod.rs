@@ -6,10 +6,11 @@
 //! `migration/ram.c` and `migration/qemu-file.c`. All integers are big-endian.
 
 mod config;
+pub(crate) mod devices;
 mod input;
 mod mapped_ram;
 mod return_path;
-pub(crate) mod run_state;
+pub mod run_state;
 mod source;
 mod stream;
 

@@ -35,7 +35,7 @@ pub(crate) fn get(devices: &[u8]) -> Option<String> {
 }
 
 /// Changes the run state to running. Returns false if there is no run state.
-pub(crate) fn set_running(devices: &mut [u8]) -> bool {
+pub fn set_running(devices: &mut [u8]) -> bool {
     const RUNNING: &[u8] = b"running\0";
     let Some(place) = find(devices) else { return false };
     let (len, state) = devices[place].split_at_mut(LENGTH_BYTES);

@@ -25,6 +25,7 @@ mod clocks;
 mod clones;
 mod damage;
 mod database;
+mod direct_reading;
 mod disk_reverts;
 mod exchange;
 mod faulty_disk;

@@ -17,10 +17,14 @@ pub mod flags {
 
     /// In memory.
     pub const PRESENT: u64 = sys::PAGE_IS_PRESENT as u64;
+    /// Swapped out.
+    pub const SWAPPED: u64 = sys::PAGE_IS_SWAPPED as u64;
     /// Mapped by a huge page.
     pub const HUGE: u64 = sys::PAGE_IS_HUGE as u64;
     /// Mapped to the kernel's page of zeros.
     pub const ZERO: u64 = sys::PAGE_IS_PFNZERO as u64;
+    /// Not write-protected by a userfaultfd. Memory that was never mapped lacks it too.
+    pub const WRITTEN: u64 = sys::PAGE_IS_WRITTEN as u64;
 }
 
 nix::ioctl_readwrite!(
@@ -44,6 +48,14 @@ const PIECE_BYTES: usize = 64 << 10;
 fn is_present(entry: &[u8]) -> bool {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
     entry.first_chunk().is_some_and(|e| u64::from_ne_bytes(*e) & PRESENT_OR_SWAPPED != 0)
+}
+
+/// Whether an entry is that of a page in memory that a userfaultfd write-protects.
+fn is_protected(entry: &[u8]) -> bool {
+    const PRESENT_AND_PROTECTED: u64 = 1 << 63 | 1 << 57;
+    entry.first_chunk().is_some_and(|e| {
+        u64::from_ne_bytes(*e) & PRESENT_AND_PROTECTED == PRESENT_AND_PROTECTED
+    })
 }
 
 /// The page map of a process.
@@ -100,9 +112,60 @@ impl Pagemap {
         &self,
         range: Range<u64>,
         page_size: u64,
+        found: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
+        self.runs(range, page_size / PAGE_SIZE as u64, is_present, found)
+    }
+
+    /// Calls `found` with every range of addresses within `range` that is neither in memory nor
+    /// swapped out, in order.
+    ///
+    /// # Errors
+    /// When the page map can't be read.
+    pub fn missing(&self, range: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        match self.scan(range.clone(), 0, flags::PRESENT | flags::SWAPPED, &mut found) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                let address = |page: u64| range.start + page * PAGE_SIZE as u64;
+                let is_missing = |entry: &[u8]| !is_present(entry);
+                self.runs(range.clone(), 1, is_missing, |first, count| {
+                    found(address(first)..address(first + count));
+                })
+            }
+            scanned => scanned,
+        }
+    }
+
+    /// Calls `found` with every range of addresses within `range` that is in memory and that a
+    /// userfaultfd write-protects, in order.
+    ///
+    /// # Errors
+    /// When the page map can't be read.
+    pub fn protected(
+        &self,
+        range: Range<u64>,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        match self.scan(range.clone(), flags::PRESENT, flags::WRITTEN, &mut found) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                let address = |page: u64| range.start + page * PAGE_SIZE as u64;
+                self.runs(range.clone(), 1, is_protected, |first, count| {
+                    found(address(first)..address(first + count));
+                })
+            }
+            scanned => scanned,
+        }
+    }
+
+    /// Calls `found` with each run of pages of `range` whose entries are `like` that: the number
+    /// of its first page, counted from the range's start, and how many they are. Only the first of
+    /// each `unit` pages is looked at.
+    fn runs(
+        &self,
+        range: Range<u64>,
+        unit: u64,
+        like: impl Fn(&[u8]) -> bool,
         mut found: impl FnMut(u64, u64),
     ) -> io::Result<()> {
-        let unit = page_size / PAGE_SIZE as u64;
         let (first, end) = (range.start / PAGE_SIZE as u64, range.end / PAGE_SIZE as u64);
         let mut entries = vec![0; PIECE_BYTES];
         let mut run: Option<(u64, u64)> = None;
@@ -112,7 +175,7 @@ impl Pagemap {
             let entries = &mut entries[..count as usize * 8];
             self.0.read_exact_at(entries, at * 8)?;
             for (entry, number) in entries.chunks_exact(8).zip(at - first..) {
-                if number % unit != 0 || !is_present(entry) {
+                if number % unit != 0 || !like(entry) {
                     continue;
                 }
                 run = match run {
@@ -187,6 +250,9 @@ mod tests {
         let start = map.as_ptr() as u64;
         let address = |page: u64| start + page * PAGE_SIZE as u64;
         let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+        let mut missing = Vec::new();
+        pagemap.missing(start..address(9), |range| missing.push(range)).unwrap();
+        assert_eq!(missing, [start..address(5), address(6)..address(9)]);
         assert!(pagemap.is_present(address(5)) && !pagemap.is_present(address(6)));
         assert_eq!(
             (pagemap.present_from(address(5), 9), pagemap.present_from(address(6), 9)),

@@ -175,6 +175,11 @@ impl Pipeline {
         if sent { Ok(()) } else { Err(self.failure()) }
     }
 
+    /// Buffers that can be had without waiting.
+    pub fn free_buffers(&self) -> usize {
+        self.limit - self.made + self.returned.len() + self.spare.len()
+    }
+
     /// Bytes in buffers that hold pages now.
     pub fn buffered_bytes(&self) -> usize {
         (self.made - self.returned.len() - self.spare.len()) * self.chunk_bytes

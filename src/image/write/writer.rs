@@ -18,7 +18,7 @@ use crate::image::write::pack::{Buffer, Job, Packing};
 use crate::image::write::pipeline::Pipeline;
 use crate::image::write::tail;
 use crate::image::write::target::Target;
-use crate::page::{Block, PAGE_SIZE, Page, PageBytes};
+use crate::page::{Block, PAGE_SIZE, Page, PageBytes, Run};
 
 /// Writes an image.
 ///
@@ -201,15 +201,8 @@ impl ImageWriter {
         self.pipeline.check()?;
         let place = self.place(page)?;
         let entry = place.first + place.slot;
-        let is_current = self.current.as_ref().is_some_and(|group| group.key == place.key);
-        if !is_current && !self.open.contains_key(&place.key) {
-            match self.index[entry] {
-                PageEntry::ZERO => return Ok(()),
-                PageEntry::MISSING => {}
-                _ => self.data_pages -= 1,
-            }
-            self.zero_pages += 1;
-            self.index[entry] = PageEntry::ZERO;
+        if !self.is_open(&place) {
+            self.enter_zeros(entry, 1);
             return Ok(());
         }
         let mut group = self.take_group(&place)?;
@@ -217,6 +210,32 @@ impl ImageWriter {
         group.mask &= !(1 << place.slot);
         self.index[entry] = PageEntry::ZERO;
         self.keep_or_send(group)
+    }
+
+    /// Adds pages that are all zeros.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::page`].
+    pub fn zeros(&mut self, run: Run) -> Result<(), ImageError> {
+        self.pipeline.check()?;
+        let mut number = run.first;
+        while number < run.end() {
+            let place = self.place(Page { block: run.block, number })?;
+            let end = run.end().min(place.page.number + place.count as u64);
+            match self.is_open(&place) {
+                true => (number..end)
+                    .try_for_each(|number| self.zero(Page { block: run.block, number }))?,
+                false => self.enter_zeros(place.first + place.slot, (end - number) as usize),
+            }
+            number = end;
+        }
+        Ok(())
+    }
+
+    /// Whether `pages` can be added at once with half of all buffers still free behind them.
+    pub fn has_room(&self, pages: u64) -> bool {
+        let groups = (pages as usize).div_ceil(self.chunk_pages);
+        self.pipeline.free_buffers() >= groups + self.max_open
     }
 
     /// How far it has come.
@@ -302,6 +321,24 @@ impl ImageWriter {
             count: per_chunk.min(block.pages() - group * per_chunk) as usize,
             slot: (page.number % per_chunk) as usize,
         })
+    }
+
+    /// Whether a page's group is being collected.
+    fn is_open(&self, place: &Place) -> bool {
+        let is_current = self.current.as_ref().is_some_and(|group| group.key == place.key);
+        is_current || self.open.contains_key(&place.key)
+    }
+
+    /// Enters pages that are all zeros, whose group is not open.
+    fn enter_zeros(&mut self, first: usize, count: usize) {
+        for entry in &mut self.index[first..first + count] {
+            match std::mem::replace(entry, PageEntry::ZERO) {
+                PageEntry::ZERO => continue,
+                PageEntry::MISSING => {}
+                _ => self.data_pages -= 1,
+            }
+            self.zero_pages += 1;
+        }
     }
 
     /// Takes the open group of a page out of the others, or opens one.

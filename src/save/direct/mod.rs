@@ -1,0 +1,94 @@
+//! Reading a guest's memory from outside, while QEMU sends it.
+//!
+//! A background snapshot leaves all memory write-protected, and QEMU takes the protection off a
+//! page only once it has sent it. It never protects a page again. So a page that is still protected
+//! *after* it was read was read as it was at the moment. QEMU's stream comes from the front, one
+//! page after the other; we read from the back, 2 MiB at a time. Each page is taken by whoever
+//! captures it first (`merge`).
+
+mod places;
+mod reader;
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+pub(super) use places::Places;
+
+use super::merge::Merge;
+use crate::cancel::Cancellation;
+use crate::host::memory;
+use crate::page::{PAGE_SIZE, Page, PageBytes};
+
+/// Pages of the stream that are compared with memory at most, before it is given up: that the
+/// guest has rewritten all of them already is as good as impossible.
+const COMPARED: u32 = 256;
+
+/// What reads memory beside QEMU's stream: nothing at first, then a thread.
+pub(super) struct DirectReading {
+    places: Places,
+    /// Requested once the guest goes on, which is not to wait for processors that we use.
+    begin: Cancellation,
+    state: State,
+}
+
+enum State {
+    /// So many pages that came by the stream were not in the place where they should be.
+    Unproven(u32),
+    Reading(JoinHandle<()>, Cancellation),
+    /// It can't be done, or has ended.
+    Over,
+}
+
+impl DirectReading {
+    /// Reads at these places, once they are proven and it is told to `begin`.
+    pub fn new(places: Places, begin: Cancellation) -> DirectReading {
+        DirectReading { places, begin, state: State::Unproven(0) }
+    }
+
+    /// Takes note of a page that came by the stream: the first one that lies in QEMU's memory
+    /// where the places say proves them, and that memory is write-protected by now. Reading begins.
+    pub fn stream_brought(&mut self, page: Page, bytes: &PageBytes, merge: &Arc<Merge>) {
+        let State::Unproven(compared) = &mut self.state else { return };
+        if !self.begin.is_requested() {
+            return;
+        }
+        let Some(start) = self.places.of(page.block) else { return };
+        let mut found = [0; PAGE_SIZE];
+        let read = memory::read(self.places.pid(), start + page.offset(), &mut found);
+        *compared += 1;
+        let compared = *compared;
+        match read {
+            Ok(()) if found == *bytes => match self.start(merge) {
+                Ok(state) => self.state = state,
+                Err(error) => self.end(&format!("a thread can't be started: {error}")),
+            },
+            Ok(()) if compared < COMPARED => {}
+            Ok(()) => self.end("what QEMU has sent does not lie where its memory should"),
+            Err(error) => self.end(&format!("memory can't be read: {error}")),
+        }
+    }
+
+    fn end(&mut self, why: &str) {
+        tracing::warn!("memory comes by QEMU's stream alone: {why}");
+        self.state = State::Over;
+    }
+
+    fn start(&self, merge: &Arc<Merge>) -> io::Result<State> {
+        let stop = Cancellation::new();
+        let reader = reader::Reader::new(&self.places, Arc::clone(merge), stop.clone())?;
+        let thread = thread::Builder::new().name("read-memory".into());
+        Ok(State::Reading(thread.spawn(move || reader.run())?, stop))
+    }
+}
+
+impl Drop for DirectReading {
+    fn drop(&mut self) {
+        if let State::Reading(thread, stop) = std::mem::replace(&mut self.state, State::Over) {
+            stop.request();
+            if thread.join().is_err() {
+                tracing::warn!("the thread that reads memory has panicked");
+            }
+        }
+    }
+}

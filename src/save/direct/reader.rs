@@ -1,0 +1,146 @@
+//! The thread that reads memory from the back.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::places::Places;
+use crate::cancel::Cancellation;
+use crate::failpoint::fault;
+use crate::host::memory;
+use crate::host::procfs::{Pagemap, flags};
+use crate::page::{BlockId, PAGE_SIZE, Run};
+use crate::save::error::SaveError;
+use crate::save::merge::Merge;
+
+/// Pages that are read by one call, 2 MiB: in pieces of this size the kernel reads at full speed
+/// and never holds the lock of QEMU's address space for long.
+const WINDOW: u64 = (2 << 20) / PAGE_SIZE as u64;
+
+/// How long it waits for the image's writer to have room again.
+const NAP: Duration = Duration::from_micros(300);
+
+/// Reads what is still protected.
+pub(super) struct Reader {
+    pid: i32,
+    pagemap: Pagemap,
+    /// The blocks that can be read, each with the address of its first byte.
+    blocks: Vec<(BlockId, u64)>,
+    merge: Arc<Merge>,
+    stop: Cancellation,
+    buffer: Vec<u8>,
+}
+
+/// Why reading has ended before all was read.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("it was stopped")]
+    Stopped,
+    #[error("memory can't be read: {0}")]
+    Memory(#[from] io::Error),
+    #[error(transparent)]
+    Image(#[from] SaveError),
+}
+
+impl Reader {
+    /// Makes ready to read.
+    ///
+    /// # Errors
+    /// When QEMU's page map can't be read.
+    pub fn new(places: &Places, merge: Arc<Merge>, stop: Cancellation) -> io::Result<Reader> {
+        let pagemap = Pagemap::open(places.pid())?;
+        let ids = (0..merge.blocks().len()).map(|index| BlockId(index as u16));
+        let blocks = ids.filter_map(|id| Some((id, places.of(id)?))).collect();
+        let buffer = vec![0; WINDOW as usize * PAGE_SIZE];
+        Ok(Reader { pid: places.pid(), pagemap, blocks, merge, stop, buffer })
+    }
+
+    /// Reads all blocks, the last first, or until it is stopped. What it can't read comes by
+    /// QEMU's stream.
+    pub fn run(mut self) {
+        for (block, start) in std::mem::take(&mut self.blocks).into_iter().rev() {
+            if let Err(ended) = self.read_block(block, start) {
+                tracing::debug!("reading memory beside QEMU's stream has ended early: {ended}");
+                return;
+            }
+        }
+    }
+
+    fn read_block(&mut self, block: BlockId, start: u64) -> Result<(), Ended> {
+        let pages = self.merge.blocks()[block.index()].pages();
+        self.take_unused(block, start, pages)?;
+        let mut end = pages;
+        while end > 0 {
+            // Windows are aligned as huge pages of QEMU's memory are.
+            let first = (end - 1) / WINDOW * WINDOW;
+            self.wait_for_room()?;
+            self.read_window(start, Run { block, first, count: end - first })?;
+            end = first;
+        }
+        Ok(())
+    }
+
+    /// Takes memory that was never used: the kernel says that it is mapped to the page of zeros.
+    /// Linux before 6.7 doesn't, and it is read as everything else.
+    fn take_unused(&self, block: BlockId, start: u64, pages: u64) -> Result<(), Ended> {
+        let mut outcome = Ok(());
+        let range = start..start + pages * PAGE_SIZE as u64;
+        let unused = flags::PRESENT | flags::ZERO;
+        let scanned = self.pagemap.scan(range, unused, flags::WRITTEN, |found| {
+            if outcome.is_ok() {
+                outcome = self.going_on().and_then(|()| {
+                    Ok(self.merge.read_zeros(run_of(block, start, &found))?)
+                });
+            }
+        });
+        match scanned {
+            Err(error) if error.raw_os_error() != Some(libc::ENOTTY) => Err(error.into()),
+            _ => outcome,
+        }
+    }
+
+    /// Reads a window, and takes of it what is protected then.
+    fn read_window(&mut self, start: u64, window: Run) -> Result<(), Ended> {
+        let Some(run) = self.merge.absent_within(window) else { return Ok(()) };
+        let address = start + run.offset();
+        let bytes = &mut self.buffer[..run.bytes() as usize];
+        memory::read(self.pid, address, bytes)?;
+        let (bytes, merge) = (&*bytes, &self.merge);
+        if fault("ignores protection") {
+            return Ok(merge.read(run, bytes)?);
+        }
+        let mut outcome = Ok(());
+        self.pagemap.protected(address..address + run.bytes(), |found| {
+            let at = (found.start - address) as usize;
+            let bytes = &bytes[at..at + (found.end - found.start) as usize];
+            if outcome.is_ok() {
+                outcome = merge.read(run_of(run.block, start, &found), bytes);
+            }
+        })?;
+        Ok(outcome?)
+    }
+
+    /// Waits until a good part of the image's buffers is free: QEMU's stream, for which guests
+    /// wait, must not wait behind what is read here.
+    fn wait_for_room(&self) -> Result<(), Ended> {
+        loop {
+            self.going_on()?;
+            if self.merge.has_room(WINDOW) {
+                return Ok(());
+            }
+            std::thread::sleep(NAP);
+        }
+    }
+
+    fn going_on(&self) -> Result<(), Ended> {
+        if self.stop.is_requested() { Err(Ended::Stopped) } else { Ok(()) }
+    }
+}
+
+/// The pages at these addresses of a block that begins at `start`.
+fn run_of(block: BlockId, start: u64, addresses: &Range<u64>) -> Run {
+    let page = |address: u64| (address - start) / PAGE_SIZE as u64;
+    let first = page(addresses.start);
+    Run { block, first, count: page(addresses.end) - first }
+}
