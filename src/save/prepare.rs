@@ -59,8 +59,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         Ok(())
     }
 
-    /// Finds the guest's memory in QEMU's, and makes ready to ask for the state of the devices at
-    /// the moment: without it, all of QEMU's stream has to be waited for. A help, no more.
+    /// Finds the guest's memory in QEMU's. Where QEMU can be told to end its stream once all memory
+    /// is captured, the state of the devices has to be asked for at the moment; elsewhere it comes
+    /// last. A help, no more.
     async fn prepare_reading(&mut self) {
         let checked = &self.checked;
         if self.options.reading == Reading::Stream || !checked.background {
@@ -70,11 +71,15 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let ready = async {
             let places =
                 Places::find(qmp, checked.pid, &checked.machine, &checked.blocks).await?;
-            Ok::<_, String>((places, DeviceState::prepare(qmp).await?))
+            let devices = match checked.must_drain {
+                true => None,
+                false => Some(DeviceState::prepare(qmp).await?),
+            };
+            Ok::<_, String>((places, devices))
         };
         match ready.await {
             Ok((places, devices)) => {
-                (self.places, self.devices) = (Some(places), Some(devices));
+                (self.places, self.devices) = (Some(places), devices);
             }
             Err(why) => self.tell(SaveEvent::Note {
                 what: "the guest's memory comes by QEMU's stream alone, which takes longer".into(),

@@ -139,12 +139,6 @@ impl Receiving {
         self.read_directly.request();
     }
 
-    /// Breaks the stream off: QEMU can't send any more.
-    pub fn cut(&self) {
-        // It fails when the stream has ended already.
-        let _ = self.socket.shutdown(Shutdown::Both);
-    }
-
     /// Whether the stream has ended.
     pub fn has_ended(&mut self) -> bool {
         self.ended.try_recv() == Err(TryRecvError::Closed)
@@ -162,7 +156,8 @@ impl Receiving {
         let first_page = &mut self.first_page;
         if !first_page.is_terminated() && tokio::time::timeout(patience, first_page).await.is_err()
         {
-            self.cut();
+            // It fails when the stream has ended already.
+            let _ = self.socket.shutdown(Shutdown::Both);
         }
     }
 

@@ -31,6 +31,17 @@ pub(super) fn release_memory(pid: i32) -> io::Result<usize> {
     }
 }
 
+/// Lets all memory of a process be written to that is write-protected, and wakes who waits. A
+/// snapshot that is under way goes on, though what it sends then is not what was there before.
+///
+/// # Errors
+/// As for [`release_memory`].
+pub(super) fn unprotect_memory(pid: i32) -> io::Result<()> {
+    each(pid, &protected(pid)?, |uffd, mapping| {
+        uffd.unprotect(mapping.start, mapping.size()).map_err(io::Error::other)
+    })
+}
+
 /// The mappings that are registered with userfaultfd for writes to protected pages.
 fn protected(pid: i32) -> io::Result<Vec<Mapping>> {
     let mut protected = Mapping::all_of_in_detail(pid)?;
@@ -39,15 +50,24 @@ fn protected(pid: i32) -> io::Result<Vec<Mapping>> {
 }
 
 fn unregister(pid: i32, protected: &[Mapping]) -> io::Result<()> {
-    if protected.is_empty() {
+    each(pid, protected, |uffd, mapping| uffd.unregister(mapping.start, mapping.size()))
+}
+
+/// Does something to each mapping by that userfaultfd of the process with which it is registered.
+fn each(
+    pid: i32,
+    mappings: &[Mapping],
+    work: impl Fn(&Uffd, &Mapping) -> io::Result<()>,
+) -> io::Result<()> {
+    if mappings.is_empty() {
         return Ok(());
     }
     let uffds = Uffd::all_of(pid)?;
-    for mapping in protected {
+    for mapping in mappings {
         // One of them has it registered; the others say that they have not.
         let mut result = Err(io::Error::other("no userfaultfd is left that protects memory"));
         for uffd in &uffds {
-            result = result.or_else(|_| uffd.unregister(mapping.start, mapping.size()));
+            result = result.or_else(|_| work(uffd, mapping));
         }
         result?;
     }

@@ -10,7 +10,7 @@ use super::event::SaveEvent;
 use super::migration;
 use super::moment::{Moment, PauseClock};
 use super::receive::{Received, Receiving};
-use super::release::while_releasing;
+use super::release::{unprotect_memory, while_releasing};
 use super::saving::Saving;
 use crate::failpoint::{failpoint, fault};
 use crate::qmp::{Event, Events, QmpError};
@@ -78,8 +78,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         let limit = tokio::time::Instant::now() + HOLD_LIMIT;
         let received = loop {
-            let taken = self.devices.as_ref().is_some_and(DeviceState::is_taken);
-            let can_end = taken && !clock.held() && !fault("whole stream");
+            let devices = self.devices.as_ref().map(DeviceState::is_taken);
+            let can_end = devices.unwrap_or(self.checked.must_drain) && !clock.held();
+            let can_end = can_end && !fault("whole stream");
             let Receiving { first_page, captured, done, counters, .. } = receiving;
             tokio::select! {
                 // What lets the guest go comes before all else.
@@ -94,7 +95,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 event = events.next() => hear(clock, event)?,
                 all = &mut *captured, if can_end && !captured.is_terminated() => if all.is_ok() {
                     failpoint("captured");
-                    self.end_early(receiving).await?;
+                    self.end_early().await?;
                 },
                 received = &mut *done => break received,
                 () = tokio::time::sleep_until(limit), if clock.held() => {
@@ -145,20 +146,19 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         }
     }
 
-    /// Ends QEMU's stream, all of whose memory is captured: write protection goes, and with it what
-    /// the save costs the guest.
-    async fn end_early(&self, receiving: &Receiving) -> Result<(), SaveError> {
-        let qmp = &self.access.qmp;
+    /// All memory is captured: takes the write protection off, and with it what the save costs the
+    /// guest. QEMU is told to end its stream.
+    async fn end_early(&self) -> Result<(), SaveError> {
         if !self.checked.must_drain {
-            qmp.migrate_cancel().await?;
-            return migration::wait_over(qmp).await;
+            self.access.qmp.migrate_cancel().await?;
+            return migration::wait_over(&self.access.qmp).await;
         }
-        // This QEMU would send all of it first. If its stream breaks it leaves the protection on,
-        // which we take off.
-        receiving.cut();
-        while_releasing(Some(self.checked.pid), migration::wait_over(qmp))
-            .await
-            .map_err(SaveError::Protected)?
+        // This QEMU keeps its userfaultfd for ever if it can't send all. What it sends now is
+        // thrown away, but for the devices.
+        if let Err(error) = unprotect_memory(self.checked.pid) {
+            tracing::debug!("memory stays write-protected until QEMU has sent it: {error}");
+        }
+        Ok(())
     }
 
     /// The guest goes on: its file systems are thawed.

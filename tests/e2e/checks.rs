@@ -41,7 +41,7 @@ fn disks_can_be_left_out(dir: &Dir, qemu: Qemu) -> Result<()> {
     let image = dir.path("vm.snap");
     let save = || dir.snapback(&["save", "--qmp", text(&original.socket), text(&image)]);
 
-    let ended = save().with(&["--memory-only"]).succeed()?;
+    let ended = save().with(&["--memory-only", "--read", "stream"]).succeed()?;
     let left_out = ended.event("checked")?["uncaptured_disks"].to_string();
     assert!(left_out.contains("system"), "{left_out}");
     // QEMU alone has paused it, and no file was made.

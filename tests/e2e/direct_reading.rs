@@ -90,13 +90,12 @@ fn is_read_as_qemu_sends(dir: &Dir, qemu: Qemu, saves: usize) -> Result<()> {
             println!("{qemu:?}, {vcpus} vCPUs: {direct} pages were read from outside");
             assert!(direct > 1000 && differing == 0, "{direct} read, {differing} differ");
         }
-        let image = dir.path("vm.snap");
-        dir.save(&guest, "vm.snap").succeed()?;
+        let image = format!("vm{vcpus}.snap");
+        dir.save(&guest, &image).succeed()?;
         check(&mut guest)?;
-        let mut reverted = dir.reverted(&image, &guest.dir, &format!("reverted{vcpus}"))?;
+        let mut reverted = dir.reverted(&dir.path(&image), &guest.dir, &format!("reverted{vcpus}"))?;
         reverted.check(&nonce)?;
         reverted.resident()?;
-        fs::remove_file(&image)?;
     }
     Ok(())
 }
