@@ -78,7 +78,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel daemon exchange guest host identity image keeper kind libvirt machine memory page pools qmp reset
+    agent bench cancel daemon exchange fork guest host identity image keeper kind libvirt machine memory page pools qmp reset
     revert save transport wire
 }
 
@@ -94,6 +94,7 @@ pub use cancel::Cancellation;
 pub use exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export, import,
 };
+pub use fork::{ForkError, ForkEvent, ForkOptions, fork};
 pub use guest::{NewPort, OverlayOptions, RewriteOptions};
 pub use identity::Identity;
 pub use image::journeys::{FlattenOptions, VerifyOptions, flatten, verify};

@@ -36,6 +36,13 @@ pub(super) struct ClonesArgs {
 }
 
 impl ClonesArgs {
+    /// The clones of this image that are asked for, or one.
+    pub fn identities_or_one(&self, image: &Path) -> Result<Vec<CloneIdentity>, Failure> {
+        let count = self.count.or(Some(1));
+        let clones = ClonesArgs { count, ..self.clone() }.identities(image)?;
+        Ok(clones.unwrap_or_default())
+    }
+
     /// The clones of this image that are asked for; none where the guest itself is.
     pub fn identities(&self, image: &Path) -> Result<Option<Vec<CloneIdentity>>, Failure> {
         if self.count.is_none() && self.name.is_none() && self.dir.is_none() {

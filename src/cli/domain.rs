@@ -11,7 +11,7 @@ pub(super) struct DomainArgs {
     #[arg(
         long,
         value_name = "NAME",
-        conflicts_with_all = ["qemu", "qmp", "ports", "netdevs", "truncate_logs", "ephemeral", "extra", "count", "name", "dir"]
+        conflicts_with_all = ["qemu", "qmp", "ports", "netdevs", "truncate_logs", "ephemeral", "extra", "count", "name", "dir", "vmgenid", "mac", "agent_exec", "agent_set_time"]
     )]
     domain: Option<String>,
     /// The libvirt to connect to, such as qemu:///system [default: as virsh]

@@ -148,6 +148,9 @@ pub(super) enum CommandEvent {
     },
     /// A guest of a pool was taken, and runs.
     Running(Box<Taken>),
+    /// A clone of a guest that was forked runs.
+    #[serde(rename = "running")]
+    Forked(Box<ForkedClone>),
     /// A guest of a pool has been ended.
     Released {
         /// Its id or name, as it was asked for.
@@ -155,6 +158,23 @@ pub(super) enum CommandEvent {
     },
     /// The result of a bench.
     Summary(Box<Summary>),
+}
+
+/// A clone of a guest that was forked.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct ForkedClone {
+    /// Its name.
+    pub name: String,
+    /// Its QEMU's process id.
+    pub qemu_pid: i32,
+    /// Its QEMU's control socket (QMP).
+    pub qmp: Option<PathBuf>,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// The port of this host for each recorded one.
+    pub ports: BTreeMap<u16, u16>,
+    /// Time from the moment until it ran, in milliseconds.
+    pub since_moment_ms: f64,
 }
 
 /// A guest of a pool.

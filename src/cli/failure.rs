@@ -9,6 +9,7 @@ use super::flags::with_flags;
 use crate::bench::BenchError;
 use crate::daemon::{ClientError, ConfigError, DaemonError};
 use crate::exchange::ExchangeError;
+use crate::fork::ForkError;
 use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
@@ -182,7 +183,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ForkError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

@@ -21,19 +21,19 @@ pub(super) struct IdentityArgs {
     hook_running: Option<String>,
     /// Give the guest a new generation ID, by which it knows that it is one of several now. It must
     /// have been saved with the device vmgenid
-    #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
+    #[arg(long, value_name = "WHICH")]
     vmgenid: Option<Renewed>,
     /// Give each network card a new address, by the guest's agent and ip(8) in the guest. Until then
     /// the guest finds the card's cable unplugged
-    #[arg(long, value_name = "WHICH", conflicts_with_all = ["domain", "new"])]
+    #[arg(long, value_name = "WHICH")]
     mac: Option<Renewed>,
     /// Have the guest's agent (qemu-guest-agent) run COMMAND by the guest's /bin/sh as soon as the
     /// guest runs, and wait for its end. In it {n} stands for the clone's number, {name} for its
     /// name and {dir} for its directory
-    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["domain", "new"])]
+    #[arg(long, value_name = "COMMAND")]
     agent_exec: Vec<String>,
     /// Have the guest's agent set the guest's clock to this host's time as soon as the guest runs
-    #[arg(long, conflicts_with_all = ["domain", "new"])]
+    #[arg(long)]
     agent_set_time: bool,
     /// The socket of the guest's agent [default: that of the port org.qemu.guest_agent.0 on the
     /// command line]; {n}, {name} and {dir} as above

@@ -14,6 +14,7 @@ mod exchange;
 mod failure;
 mod flags;
 mod flatten;
+mod fork;
 mod hook;
 mod host;
 mod identity;
@@ -62,6 +63,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Start a saved guest, which runs at once
     Revert(Box<revert::RevertArgs>),
+    /// Start clones of a running guest, which goes on
+    Fork(Box<fork::ForkArgs>),
     /// Take a reverted guest back to its image, inside its QEMU
     Reset(reset::ResetArgs),
     /// Bring a saved guest to a QEMU that waits for an incoming migration
@@ -364,6 +367,7 @@ async fn run(command: Command) -> u8 {
     let (json, result) = match command {
         Command::Save(args) => (args.json, save::run(args).await),
         Command::Check(args) => (args.json, check::run(args).await),
+        Command::Fork(args) => (args.json, fork::run(*args).await),
         Command::Revert(args) => (args.json || args.serving_detached, revert::run(*args).await),
         Command::Serve(args) => (args.json, serve(args).await),
         Command::WorkingSet(args) => (args.json, working_set(args).await),

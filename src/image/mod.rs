@@ -47,6 +47,7 @@ pub use write::options::CacheUse;
 pub use write::options::WriterStats;
 pub use write::options::{Compression, Layout, Saved, WriterOptions};
 pub use write::parent::check_parent;
+pub(crate) use write::skeleton::skeleton;
 pub use write::target::check_target;
 pub(crate) use write::target::{Target, check_replaces_none};
 pub use write::writer::ImageWriter;

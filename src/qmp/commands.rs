@@ -55,6 +55,9 @@ pub struct RamBlock {
     pub total_len: u64,
     /// Where QEMU has it in its own memory (column `HVA`); versions before 8.1 don't tell.
     pub address: Option<u64>,
+    /// Whether it is known that the guest can't write to it (column `RO`): QEMU does not
+    /// write-protect it.
+    pub read_only: bool,
 }
 
 /// A block device as `query-block` lists it, with the medium in it.
@@ -349,12 +352,13 @@ fn parse_ram_block(line: &str, columns: &[&str]) -> Option<RamBlock> {
         return None;
     }
     // Behind the name, which is no column here, and the page size's second word.
-    let address = columns.iter().position(|column| *column == "HVA").map(|at| fields[at + 2]);
+    let field = |name: &str| Some(fields[columns.iter().position(|column| *column == name)? + 2]);
     Some(RamBlock {
         name: name.to_owned(),
         page_size,
         used_len: hex(used)?,
         total_len: hex(total)?,
-        address: address.and_then(hex).filter(|address| *address != 0),
+        address: field("HVA").and_then(hex).filter(|address| *address != 0),
+        read_only: field("RO") == Some("ro"),
     })
 }

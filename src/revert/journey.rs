@@ -1,6 +1,6 @@
 //! The whole way of a guest of ours, from the image to a guest that depends on nobody.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::error::RevertError;
@@ -8,8 +8,9 @@ use super::event::RevertEvent;
 use super::first_breath::FirstBreath;
 use super::options::RevertOptions;
 use super::outcome::Outcome;
-use super::session::{Held, Planned, Resettable, Resident, Running};
+use super::session::{Held, Launched, OpenImage, Planned, Resettable, Resident, Running};
 use crate::cancel::Cancellation;
+use crate::image::Image;
 
 /// A guest that has been brought back.
 #[derive(Debug, Clone)]
@@ -39,7 +40,7 @@ pub async fn revert(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let resident = to_resident(options, cancel, &mut on_event).await?;
+    let resident = to_resident(&options.image, options, cancel, &mut on_event).await?;
     let (pid, outcome) = match options.resettable {
         true => serve_resets(resident, &mut on_event).await?,
         false => resident.let_go(),
@@ -78,7 +79,7 @@ pub async fn revert_held(
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Held, RevertError> {
     let options = RevertOptions { domain: None, ..options.clone() };
-    let resident = to_resident(&options, cancel, &mut on_event).await?;
+    let resident = to_resident(&options.image, &options, cancel, &mut on_event).await?;
     let held = resident.into_held();
     Ok(held.unwrap_or_else(|| unreachable!("a session that was planned has a QEMU of ours")))
 }
@@ -95,7 +96,7 @@ pub async fn revert_resettable(
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Resettable, RevertError> {
     let options = RevertOptions { domain: None, resettable: true, ..options.clone() };
-    let resident = to_resident(&options, cancel, &mut on_event).await?;
+    let resident = to_resident(&options.image, &options, cancel, &mut on_event).await?;
     let resettable = Resettable::track(resident).await.map_err(|not| not.error)?;
     on_event(RevertEvent::Resettable { written: resettable.written() });
     Ok(resettable)
@@ -103,17 +104,76 @@ pub async fn revert_resettable(
 
 /// Goes all the way.
 async fn to_resident(
+    image: &Path,
+    options: &RevertOptions,
+    cancel: Cancellation,
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<Resident, RevertError> {
+    let options = &with_standby(options);
+    let image = Image::open(image)?.into();
+    let planned = Planned::of(image, options, cancel.clone(), on_event).await?;
+    let agent = planned.agent().map(Path::to_owned);
+    let launched = planned.launch(on_event).await?;
+    from_launched(launched, agent, options, cancel, on_event).await
+}
+
+/// These options, with a guest held in standby where something has to be done to it before it runs.
+fn with_standby(options: &RevertOptions) -> RevertOptions {
+    // Cables can be unplugged only between the device state and the guest's first instruction.
+    let standby = options.standby || options.agent.new_macs;
+    RevertOptions { standby, ..options.clone() }
+}
+
+/// A clone of a guest: brought back from an image of it that may still be in the making.
+pub(crate) struct Clone {
+    launched: Launched,
+    agent: Option<PathBuf>,
+    options: RevertOptions,
+    cancel: Cancellation,
+}
+
+impl Clone {
+    /// Starts its QEMU. The image tells the machine; devices and memory may be given later.
+    pub(crate) async fn launch(
+        image: OpenImage,
+        options: &RevertOptions,
+        cancel: Cancellation,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Clone, RevertError> {
+        let options = with_standby(options);
+        let planned = Planned::of(image, &options, cancel.clone(), on_event).await?;
+        let agent = planned.agent().map(Path::to_owned);
+        let launched = planned.launch(on_event).await?;
+        Ok(Clone { launched, agent, options, cancel })
+    }
+
+    /// Has it brought back from another image of the same machine.
+    pub(crate) fn given(mut self, image: OpenImage) -> Clone {
+        self.launched.give(image);
+        self
+    }
+
+    /// Brings it to where it depends on nobody.
+    pub(crate) async fn bring(
+        self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Reverted, RevertError> {
+        let Clone { launched, agent, options, cancel } = self;
+        let resident = from_launched(launched, agent, &options, cancel, on_event).await?;
+        let (pid, outcome) = resident.let_go();
+        Ok(Reverted { pid: pid.unwrap_or_default(), outcome })
+    }
+}
+
+/// Goes all the way from a QEMU that waits.
+async fn from_launched(
+    launched: Launched,
+    agent: Option<PathBuf>,
     options: &RevertOptions,
     cancel: Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Resident, RevertError> {
     let new_macs = options.agent.new_macs;
-    // Cables can be unplugged only between the device state and the guest's first instruction.
-    let standby = options.standby || new_macs;
-    let options = &RevertOptions { standby, ..options.clone() };
-    let planned = Planned::new(options, cancel.clone(), on_event).await?;
-    let agent = planned.agent().map(Path::to_owned);
-    let launched = planned.launch(on_event).await?;
     let armed = launched.arm(on_event).await?;
     let (armed, unplugged) = match new_macs {
         true => armed.unplug().await?,

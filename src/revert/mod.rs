@@ -33,6 +33,7 @@ pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
 pub use harvest::harvest;
+pub(crate) use journey::Clone;
 pub use journey::{Reverted, revert, revert_held, revert_resettable};
 pub use options::{
     AgentOptions, Delivery, Orphan, Placement, Preload, ResumeOptions, RevertOptions, ServeOptions,

@@ -2,7 +2,7 @@
 //! the stream need not be waited for.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::fd::{AsFd, AsRawFd};
 
 use crate::host::shared_memory;
@@ -55,15 +55,20 @@ impl DeviceState {
     }
 
     /// The device sections as a migration stream has them; nothing if QEMU has not written them.
-    pub async fn into_sections(self, qmp: &Qmp) -> Option<Vec<u8>> {
-        let DeviceState { mut file, taken } = self;
-        forget(qmp).await;
+    pub fn sections(&self) -> Option<Vec<u8>> {
         let mut state = Vec::new();
-        let read = taken.then(|| file.read_to_end(&mut state))?;
-        read.map_err(|error| error.to_string())
-            .and_then(|_| devices::sections(state).map_err(|error| error.to_string()))
+        let read = self.taken.then(|| (&self.file).read_to_end(&mut state))?;
+        read.and_then(|_| (&self.file).rewind())
+            .map_err(|error| error.to_string())
+            .and_then(|()| devices::sections(state).map_err(|error| error.to_string()))
             .inspect_err(|error| tracing::warn!("the state of the devices: {error}"))
             .ok()
+    }
+
+    /// The same, once it is needed no more.
+    pub async fn into_sections(self, qmp: &Qmp) -> Option<Vec<u8>> {
+        forget(qmp).await;
+        self.sections()
     }
 }
 

@@ -52,6 +52,9 @@ pub enum SaveError {
     /// A thread could not be started.
     #[error("starting a thread failed: {0}")]
     Thread(std::io::Error),
+    /// Memory that was captured could not be kept for a fork.
+    #[error("keeping the guest's memory for its clones failed: {0}")]
+    Captured(std::io::Error),
     /// QEMU ended the migration itself.
     #[error("QEMU's migration ended with status `{status}`{}", .reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default())]
     Migration {
@@ -156,7 +159,7 @@ impl SaveError {
             Overlay(error) => error.kind(),
             Journal(error) => error.kind(),
             Agent(error) => error.kind(),
-            Socket(error) | Thread(error) => ErrorKind::of_io(error),
+            Socket(error) | Thread(error) | Captured(error) => ErrorKind::of_io(error),
             Migration { .. } => ErrorKind::QemuFailed,
             Meanwhile { .. } | DevicesChanged => ErrorKind::GuestChanged,
             Held(_) => ErrorKind::QemuTimeout,

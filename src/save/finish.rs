@@ -93,7 +93,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
 
     /// The record of the machine, with the disks as they were at the moment and the overlays
     /// in which the guest goes on.
-    fn machine(&self) -> Machine {
+    pub fn machine(&self) -> Machine {
         let mut overlays = self.undo.overlays().iter();
         let disks = self.checked.disks.iter().map(|found| {
             let captured = found.disk.role == DiskRole::Captured;
@@ -104,9 +104,10 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     }
 
     /// The image has its name: nothing is to be undone any more.
-    pub fn succeed(mut self, written: Written) -> Result<Saved, SaveError> {
+    pub fn succeed(mut self, written: Option<Written>) -> Result<Option<Saved>, SaveError> {
         failpoint("named");
         let nothing_left = self.undo.nothing_left(&mut self.on_event);
+        let Some(written) = written else { return nothing_left.map(|()| None) };
         let Written { saved, stalled, direct_pages, disks } = written;
         (self.on_event)(SaveEvent::Saved {
             bytes: saved.data_pages * PAGE_SIZE as u64,
@@ -119,7 +120,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             stalled_ms: millis(stalled),
             disks,
         });
-        nothing_left.map(|()| saved)
+        nothing_left.map(|()| Some(saved))
     }
 
     /// The save has failed: undoes what it has changed. Returns why it failed, with what could

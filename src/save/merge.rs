@@ -1,12 +1,13 @@
-//! An image that is written from two sides: by QEMU's stream, and by what is read from outside.
+//! A guest's memory as two sides bring it: QEMU's stream, and what is read from outside.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
+use super::captured::CapturedMemory;
 use super::error::SaveError;
-use crate::image::{ImageError, ImageWriter, WriterStats};
+use crate::image::ImageWriter;
 use crate::memory::ClaimMap;
 use crate::page::{Block, PAGE_SIZE, Page, PageBytes, Run};
 
@@ -14,29 +15,41 @@ use crate::page::{Block, PAGE_SIZE, Page, PageBytes, Run};
 /// microseconds at most.
 const AT_ONCE: u64 = 16;
 
-/// An image's writer, and who has captured which page. Both sides bring a page as it was at the
+/// Where memory is put, and who has captured which page. Both sides bring a page as it was at the
 /// moment, so it does not matter which of them does; the claim sees to it that one does.
 pub(super) struct Merge {
-    writer: Mutex<ImageWriter>,
+    /// The image, if one is written.
+    image: Mutex<Option<ImageWriter>>,
+    /// Memory from which a fork takes it.
+    memory: Option<Arc<CapturedMemory>>,
     blocks: Vec<Block>,
     claims: ClaimMap,
     /// Pages that were read from outside.
     direct: AtomicU64,
+    /// The stream has ended.
+    ended: AtomicBool,
     /// Told once all pages are captured.
     complete: Mutex<Option<oneshot::Sender<()>>>,
 }
 
 impl Merge {
     /// Begins with nothing captured of `blocks`. `complete` is told once all is.
-    pub fn new(writer: ImageWriter, blocks: &[Block], complete: oneshot::Sender<()>) -> Merge {
+    pub fn new(
+        image: Option<ImageWriter>,
+        memory: Option<Arc<CapturedMemory>>,
+        blocks: &[Block],
+        complete: oneshot::Sender<()>,
+    ) -> Merge {
         // Pages are captured one by one, however large the host's are.
         let single = |block: &Block| Block { page_size: PAGE_SIZE as u64, ..block.clone() };
         let blocks: Vec<Block> = blocks.iter().map(single).collect();
         Merge {
-            writer: Mutex::new(writer),
+            image: Mutex::new(image),
+            memory,
             claims: ClaimMap::new(&blocks),
             blocks,
             direct: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
             complete: Mutex::new(Some(complete)),
         }
     }
@@ -48,57 +61,75 @@ impl Merge {
 
     /// A page came by the stream.
     pub fn stream(&self, page: Page, bytes: &PageBytes) -> Result<(), SaveError> {
-        self.capture(Run::single(page), |writer, _| writer.page(page, bytes))
+        self.capture(Run::single(page), |piece| self.put(piece, std::slice::from_ref(bytes)))
     }
 
     /// A page of zeros came by the stream.
     pub fn stream_zero(&self, page: Page) -> Result<(), SaveError> {
-        self.capture(Run::single(page), |writer, _| writer.zero(page))
+        self.capture(Run::single(page), |piece| self.put_zeros(piece))
     }
 
     /// Pages were read from outside, and are known to be as they were at the moment.
     pub fn read(&self, run: Run, bytes: &[u8]) -> Result<(), SaveError> {
         let pages = bytes.as_chunks::<PAGE_SIZE>().0;
-        self.capture(run, |writer, piece| {
+        self.capture(run, |piece| {
             let skipped = (piece.first - run.first) as usize;
-            let mut brought = piece.pages().zip(&pages[skipped..]);
             self.direct.fetch_add(piece.count, Ordering::Relaxed);
-            brought.try_for_each(|(page, bytes)| writer.page(page, bytes))
+            self.put(piece, &pages[skipped..skipped + piece.count as usize])
         })
     }
 
     /// The same for pages that are zeros.
     pub fn read_zeros(&self, run: Run) -> Result<(), SaveError> {
-        self.capture(run, |writer, piece| {
+        self.capture(run, |piece| {
             self.direct.fetch_add(piece.count, Ordering::Relaxed);
-            writer.zeros(piece)
+            self.put_zeros(piece)
         })
     }
 
-    /// Has `put` give the writer each piece of `run` that nobody else has captured.
+    fn put(&self, run: Run, pages: &[PageBytes]) -> Result<(), SaveError> {
+        if let Some(memory) = &self.memory {
+            memory.put(run, pages).map_err(SaveError::Captured)?;
+        }
+        let mut image = self.image();
+        let Some(image) = &mut *image else { return Ok(()) };
+        let mut pages = run.pages().zip(pages);
+        Ok(pages.try_for_each(|(page, bytes)| image.page(page, bytes))?)
+    }
+
+    fn put_zeros(&self, run: Run) -> Result<(), SaveError> {
+        if let Some(memory) = &self.memory {
+            memory.put_zeros(run);
+        }
+        match &mut *self.image() {
+            Some(image) => Ok(image.zeros(run)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Has `put` store each piece of `run` that nobody else has captured.
     fn capture(
         &self,
         run: Run,
-        mut put: impl FnMut(&mut ImageWriter, Run) -> Result<(), ImageError>,
+        mut put: impl FnMut(Run) -> Result<(), SaveError>,
     ) -> Result<(), SaveError> {
         self.claims.claim(run, |claimed| {
             let mut first = claimed.first;
             while first < claimed.end() {
                 let count = AT_ONCE.min(claimed.end() - first);
-                put(&mut self.writer(), Run { first, count, ..claimed })?;
+                put(Run { first, count, ..claimed })?;
                 first += count;
             }
             if self.claims.mark_present(claimed) {
                 let complete = self.complete.lock().unwrap_or_else(PoisonError::into_inner).take();
                 complete.map(|complete| complete.send(()));
             }
-            Ok::<_, ImageError>(())
-        })?;
-        Ok(())
+            Ok(())
+        })
     }
 
-    fn writer(&self) -> MutexGuard<'_, ImageWriter> {
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn image(&self) -> MutexGuard<'_, Option<ImageWriter>> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The part of `run` from its first page that is not captured to its last one; nothing if all
@@ -110,15 +141,29 @@ impl Merge {
         Some(Run { first, count: last + 1 - first, ..run })
     }
 
-    /// Whether the writer has room for `pages` more and as much again as half of all its buffers,
-    /// which is the stream's.
+    /// Whether all pages of `run` are captured, and can be read.
+    pub fn has(&self, run: Run) -> bool {
+        (run.first..run.end()).all(|number| self.claims.is_present(run.block, number))
+    }
+
+    /// Whether `pages` can be stored at once with half of all buffers left to the stream.
     pub fn has_room(&self, pages: u64) -> bool {
-        self.writer().has_room(pages)
+        self.image().as_ref().is_none_or(|image| image.has_room(pages))
     }
 
     /// Whether all pages are captured.
     pub fn is_complete(&self) -> bool {
         self.claims.present() == self.claims.total()
+    }
+
+    /// The stream has ended, well or not: it brings nothing more.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Whether pages that are missing will never come.
+    pub fn is_broken(&self) -> bool {
+        self.ended.load(Ordering::Acquire) && !self.is_complete()
     }
 
     /// How many pages are captured.
@@ -131,13 +176,13 @@ impl Merge {
         self.direct.load(Ordering::Relaxed)
     }
 
-    /// How far the writer has come.
-    pub fn stats(&self) -> WriterStats {
-        self.writer().stats()
+    /// Bytes that the image has by now.
+    pub fn written_bytes(&self) -> u64 {
+        self.image().as_ref().map_or(0, |image| image.stats().written_bytes)
     }
 
-    /// The writer, once both sides are done.
-    pub fn into_writer(self) -> ImageWriter {
-        self.writer.into_inner().unwrap_or_else(PoisonError::into_inner)
+    /// The image's writer, once both sides are done.
+    pub fn take_image(&self) -> Option<ImageWriter> {
+        self.image().take()
     }
 }

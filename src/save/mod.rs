@@ -4,6 +4,7 @@
 mod access;
 mod address;
 mod agent;
+mod captured;
 mod check;
 mod checked;
 mod collapse;
@@ -12,6 +13,8 @@ mod direct;
 mod error;
 mod event;
 mod finish;
+mod fork;
+mod live;
 mod merge;
 mod migration;
 mod moment;
@@ -39,6 +42,7 @@ pub use address::GuestAddress;
 pub use check::error::{CheckError, Obstacle};
 pub use check::{CheckItem, check};
 pub use error::SaveError;
+pub(crate) use fork::{Ahead, AtMoment, Forking};
 pub use event::{PauseParts, SaveEvent, SwitchedDisk};
 pub use options::{DiskChoice, Quiesce, Reading, SaveOptions};
 pub use overlay_error::OverlayError;
@@ -69,7 +73,23 @@ pub async fn save(
     cancel: Cancellation,
     on_event: impl FnMut(SaveEvent),
 ) -> Result<Saved, SaveError> {
+    let saved = save_and_fork(options, None, cancel, on_event).await?;
+    Ok(saved.unwrap_or_else(|| unreachable!("an image is left out only where clones are wanted")))
+}
+
+/// The same, with clones that wait for the moment. The image may be left out; its path is that of the
+/// journal then.
+///
+/// # Errors
+/// As [`save`].
+pub(crate) async fn save_and_fork(
+    options: &SaveOptions,
+    forking: Option<Forking>,
+    cancel: Cancellation,
+    on_event: impl FnMut(SaveEvent),
+) -> Result<Option<Saved>, SaveError> {
     let mut saving = Saving::begin(options, cancel, on_event).await?;
+    saving.forking = forking;
     match saving.carry_out().await {
         Ok(written) => saving.succeed(written),
         Err(error) => Err(saving.fail(error).await),
@@ -77,11 +97,19 @@ pub async fn save(
 }
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {
-    async fn carry_out(&mut self) -> Result<Written, SaveError> {
+    /// Nothing is written where only clones are wanted.
+    async fn carry_out(&mut self) -> Result<Option<Written>, SaveError> {
         self.set_up().await?;
         self.prepare().await?;
+        self.start_ahead().await?;
         let (received, moment) = self.take().await?;
-        let written = self.write(received, moment).await?;
+        let written = match received.has_image() {
+            true => Some(self.write(received, moment).await?),
+            false => {
+                self.undo.restore_settings(&self.access.qmp).await?;
+                None
+            }
+        };
         self.note_definition().await;
         Ok(written)
     }

@@ -39,6 +39,8 @@ pub struct SaveOptions {
     pub bandwidth: Option<u64>,
     /// How memory is read.
     pub reading: Reading,
+    /// Whether no image is written: memory goes to clones alone. The path is that of the journal.
+    pub(crate) without_image: bool,
     /// The program that is started to clean up ([`recover`](super::recover())) should this process
     /// be killed ([`Successor::cleaning_up`]). Without, that is left to do, and on QEMU before 8.1
     /// the guest may hang until it is done.
@@ -63,6 +65,7 @@ impl SaveOptions {
             parent: None,
             bandwidth: None,
             reading: Reading::Auto,
+            without_image: false,
             keeper: None,
         }
     }

@@ -71,9 +71,10 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let ready = async {
             let places =
                 Places::find(qmp, checked.pid, &checked.machine, &checked.blocks).await?;
-            let devices = match checked.must_drain {
-                true => None,
-                false => Some(DeviceState::prepare(qmp).await?),
+            let wanted = !checked.must_drain || self.forking.is_some();
+            let devices = match wanted {
+                true => Some(DeviceState::prepare(qmp).await?),
+                false => None,
             };
             Ok::<_, String>((places, devices))
         };

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
+use super::captured::CapturedMemory;
 use super::checked::Checked;
 use super::direct::{DirectReading, Places};
 use super::error::SaveError;
@@ -35,6 +36,8 @@ use crate::wire::{Item, StreamBlock, StreamReader, Tail, WireError, run_state};
 pub(super) struct Receiving {
     /// Told once, when the first page comes; an error when none will.
     pub first_page: oneshot::Receiver<()>,
+    /// Told once, before the first page: what the stream begins with.
+    pub begun: oneshot::Receiver<Begun>,
     /// Told once, when all memory is captured, though QEMU may send on.
     pub captured: oneshot::Receiver<()>,
     /// Told once, when all has been received or when that has failed.
@@ -65,10 +68,31 @@ impl Counters {
     }
 }
 
+/// What memory is put into.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stores {
+    /// An image.
+    pub image: bool,
+    /// Memory of ours, for clones.
+    pub memory: bool,
+}
+
+/// What a stream begins with, and what memory is put into.
+pub(super) struct Begun {
+    pub config: Vec<u8>,
+    pub machine_type: String,
+    pub blocks: Vec<Block>,
+    pub merge: Arc<Merge>,
+    pub memory: Option<Arc<CapturedMemory>>,
+    /// Where memory can be read from outside, in the order of the blocks.
+    pub places: Option<Places>,
+}
+
 /// A stream that has been received: all of an image but the machine's record and the image's
 /// name. Dropped, it leaves nothing.
 pub(super) struct Received {
-    writer: ImageWriter,
+    /// None where no image is written.
+    writer: Option<ImageWriter>,
     config: Vec<u8>,
     /// The devices, unless the stream was ended before they came.
     tail: Option<Tail>,
@@ -78,7 +102,8 @@ pub(super) struct Received {
 }
 
 impl Receiving {
-    /// Starts to receive from `socket`, and reads memory at `places` beside.
+    /// Starts to receive from `socket`, and reads memory at `places` beside. Memory goes `into` an
+    /// image, or is kept for clones.
     ///
     /// # Errors
     /// When a thread can't be started.
@@ -87,7 +112,9 @@ impl Receiving {
         options: &SaveOptions,
         checked: &Checked,
         places: Option<Places>,
+        into: Stores,
     ) -> Result<Receiving, SaveError> {
+        let (begun_sender, begun) = oneshot::channel();
         let (first_page_sender, first_page) = oneshot::channel();
         let (captured_sender, captured) = oneshot::channel();
         let (done_sender, done) = oneshot::channel();
@@ -113,6 +140,8 @@ impl Receiving {
             counters: Arc::clone(&counters),
             received: 0,
             places,
+            into,
+            begun: Some(begun_sender),
             first_page: Some(first_page_sender),
             captured: Some(captured_sender),
             given_up: given_up.clone(),
@@ -131,7 +160,7 @@ impl Receiving {
             .name("receive".into())
             .spawn(receive)
             .map_err(SaveError::Thread)?;
-        Ok(Receiving { first_page, captured, done, ended, counters, given_up, read_directly, socket: ours })
+        Ok(Receiving { begun, first_page, captured, done, ended, counters, given_up, read_directly, socket: ours })
     }
 
     /// Memory may be read from outside from now on: the guest goes on.
@@ -179,12 +208,17 @@ fn drain(mut socket: &UnixStream) {
 impl Received {
     /// How long QEMU had to wait for us.
     pub fn stalled(&self) -> Duration {
-        self.writer.stats().stalled
+        self.writer.as_ref().map_or(Duration::ZERO, |writer| writer.stats().stalled)
     }
 
     /// Ends writing, also while [`Received::finish`] is at work.
     pub fn cancellation(&self) -> Cancellation {
-        self.writer.cancellation()
+        self.writer.as_ref().map(ImageWriter::cancellation).unwrap_or_default()
+    }
+
+    /// Whether an image is written.
+    pub fn has_image(&self) -> bool {
+        self.writer.is_some()
     }
 
     /// Pages that were read from outside, and not taken from QEMU's stream.
@@ -206,7 +240,7 @@ impl Received {
     /// When it can't be written, or nobody has brought the devices.
     pub fn finish(self, machine: Machine, moment: Moment) -> Result<Saved, SaveError> {
         let inside = "its memory";
-        let Some(Tail { mut devices, vmdesc }) = self.tail else {
+        let (Some(Tail { mut devices, vmdesc }), Some(writer)) = (self.tail, self.writer) else {
             return Err(WireError::Ended { at: 0, inside }.into());
         };
         // Where we held the guest, QEMU has written down that it was paused.
@@ -219,7 +253,7 @@ impl Received {
             pause_us: moment.pause.map(|pause| pause.as_micros() as u64),
         };
         let sections = Sections { config: self.config, devices, vmdesc };
-        Ok(self.writer.finish(details, sections)?)
+        Ok(writer.finish(details, sections)?)
     }
 }
 
@@ -235,6 +269,8 @@ struct Receiver {
     received: u64,
     /// Where memory can be read from outside.
     places: Option<Places>,
+    into: Stores,
+    begun: Option<oneshot::Sender<Begun>>,
     first_page: Option<oneshot::Sender<()>>,
     captured: Option<oneshot::Sender<()>>,
     given_up: Cancellation,
@@ -260,9 +296,13 @@ impl Receiver {
             if self.given_up.is_requested() {
                 return Err(SaveError::Interrupted);
             }
+            if sides.is_none() && matches!(item, Item::Blocks(_)) {
+                drop(item);
+                sides = Some(self.begin(&stream)?);
+                continue;
+            }
             match (item, &mut sides) {
-                (Item::Blocks(blocks), None) => sides = Some(self.begin(blocks)?),
-                (Item::Page(page, bytes), Some(Sides { merge, direct })) => {
+                (Item::Page(page, bytes), Some(Sides { merge, direct, .. })) => {
                     merge.stream(page, bytes)?;
                     self.count(merge);
                     if let Some(direct) = direct {
@@ -275,30 +315,42 @@ impl Receiver {
                 }
                 (Item::Tail(found), _) => tail = Some(found),
                 // The reader gives the block list once, before any page.
-                (Item::Blocks(_), Some(_)) | (_, None) => unreachable!(),
+                (Item::Blocks(_), _) | (_, None) => unreachable!(),
             }
         }
-        let Some(Sides { merge, direct }) = sides else { unreachable!() };
-        // Its thread ends, and with it the last other owner.
+        let Some(Sides { merge, direct, .. }) = sides else { unreachable!() };
+        // Its thread ends: nobody else puts anything into the image.
         drop(direct);
-        let direct_pages = merge.direct();
-        let Some(merge) = Arc::into_inner(merge) else { unreachable!() };
         let (config, machine_type) = (stream.config(), stream.machine_type().to_owned());
-        Ok(Received { writer: merge.into_writer(), config, tail, machine_type, direct_pages })
+        let (writer, direct_pages) = (merge.take_image(), merge.direct());
+        Ok(Received { writer, config, tail, machine_type, direct_pages })
     }
 
     /// Begins the image, once the machine's blocks are known.
-    fn begin(&mut self, blocks: &[StreamBlock]) -> Result<Sides, SaveError> {
-        let listed: Vec<Block> = blocks.iter().map(|block| self.shape(block)).collect();
+    fn begin(&mut self, stream: &StreamReader<Gathering<'_>>) -> Result<Sides, SaveError> {
+        let blocks: Vec<Block> = stream.blocks().iter().map(|block| self.shape(block)).collect();
         let (captured, _) = oneshot::channel();
         let captured = self.captured.take().unwrap_or(captured);
-        let merge = Merge::new(self.create(&listed)?, &listed, captured);
-        let places = self.places.take();
-        let direct = places.map(|places| {
-            let places = places.in_order(blocks.iter().map(|block| &block.name));
-            DirectReading::new(places, self.read_directly.clone())
-        });
-        Ok(Sides { merge: Arc::new(merge), direct })
+        let writer = match self.into.image {
+            true => Some(self.create(&blocks)?),
+            false => None,
+        };
+        let memory = self.into.memory.then(|| CapturedMemory::new(&blocks).map(Arc::new));
+        let memory = memory.transpose().map_err(SaveError::Captured)?;
+        let merge = Arc::new(Merge::new(writer, memory.clone(), &blocks, captured));
+        let names = stream.blocks().iter().map(|block| &block.name);
+        let places = self.places.take().map(|places| places.in_order(names));
+        let begun = Begun {
+            config: stream.config(),
+            machine_type: stream.machine_type().to_owned(),
+            blocks,
+            merge: Arc::clone(&merge),
+            memory,
+            places: places.clone(),
+        };
+        let _ = self.begun.take().map(|sender| sender.send(begun));
+        let direct = places.map(|places| DirectReading::new(places, self.read_directly.clone()));
+        Ok(Sides { _ended: End(Arc::clone(&merge)), merge, direct })
     }
 
     fn shape(&self, block: &StreamBlock) -> Block {
@@ -325,15 +377,26 @@ impl Receiver {
         // Asking the writer costs more than counting: now and then is enough.
         if self.received.is_multiple_of(1024) {
             self.counters.pages.store(merge.captured(), Ordering::Relaxed);
-            self.counters.image_bytes.store(merge.stats().written_bytes, Ordering::Relaxed);
+            self.counters.image_bytes.store(merge.written_bytes(), Ordering::Relaxed);
         }
     }
 }
 
 /// The image, and what reads memory beside the stream.
 struct Sides {
-    merge: Arc<Merge>,
     direct: Option<DirectReading>,
+    merge: Arc<Merge>,
+    /// Dropped last.
+    _ended: End,
+}
+
+/// Tells whoever waits for a page that the stream brings nothing more.
+struct End(Arc<Merge>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.end();
+    }
 }
 
 /// Bytes that are worth a read of their own.

@@ -9,6 +9,7 @@ use super::checked::Checked;
 use super::devices::DeviceState;
 use super::direct::Places;
 use super::error::SaveError;
+use super::fork::Forking;
 use super::event::SaveEvent;
 use super::options::SaveOptions;
 use super::settings::Settings;
@@ -32,6 +33,8 @@ pub(super) struct Saving<'a, F> {
     pub places: Option<Places>,
     /// The state of the devices, at the moment or ready to be asked for.
     pub devices: Option<DeviceState>,
+    /// Where there are to be clones.
+    pub forking: Option<Forking>,
     /// Cleans up should this process be killed. Told last that this needs nobody.
     keeper: Option<Keeper>,
     /// Whether QEMU has been told to begin the snapshot.
@@ -72,6 +75,7 @@ impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
             undo,
             places: None,
             devices: None,
+            forking: None,
             keeper,
             begun: false,
         })

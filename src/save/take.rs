@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::devices::DeviceState;
 use super::error::SaveError;
+use super::fork::Forking;
 use super::event::SaveEvent;
 use super::migration;
 use super::moment::{Moment, PauseClock};
@@ -29,7 +30,10 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {
         let stream = migration::open_stream(&self.access.qmp).await?;
         self.keep(stream.as_fd());
-        let mut receiving = Receiving::start(stream, self.options, &self.checked, self.places.take())?;
+        let mut receiving = {
+            let (places, stores) = (self.places.take(), Forking::stores(&self.forking));
+            Receiving::start(stream, self.options, &self.checked, places, stores)?
+        };
         let mut events = self.access.qmp.events();
         let frozen = self.freeze().await;
         let mut clock = PauseClock::new(self.checked.machine.running);
@@ -104,6 +108,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 _ = tick.tick(), if clock.moment().is_some() => self.tell(counters.progress()),
             }
             if clock.tell(&mut self.on_event) {
+                self.begin_clones(receiving, clock);
                 self.go_on().await;
                 failpoint("moment");
             }

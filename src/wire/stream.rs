@@ -126,6 +126,11 @@ impl<R: Read> StreamReader<R> {
         self.config.bytes()
     }
 
+    /// The blocks; none before [`Item::Blocks`] has been seen.
+    pub fn blocks(&self) -> &[StreamBlock] {
+        &self.blocks
+    }
+
     /// The versioned machine type that the configuration section names.
     pub fn machine_type(&self) -> &str {
         &self.config.machine_type

@@ -11,6 +11,7 @@ pub(super) mod pack;
 pub(super) mod parent;
 pub(super) mod pipeline;
 pub(super) mod sink;
+pub(super) mod skeleton;
 pub(super) mod tail;
 pub(super) mod target;
 pub(super) mod writer;

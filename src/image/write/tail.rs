@@ -1,8 +1,10 @@
 //! What a writer appends behind the data region: the tables, the manifest and the
 //! sections.
 
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use crate::identity::Identity;
 
@@ -100,7 +102,25 @@ pub(in crate::image) fn finish(
     index: &[u64],
     chunk_pages: u32,
 ) -> Result<u64, ImageError> {
-    let io = |e| ImageError::io("write", target.path(), e);
+    let (file, path) = (target.file(), target.path());
+    let file_len = write(file, path, sink, manifest, sections, chunks, index, chunk_pages)?;
+    target.commit()?;
+    Ok(file_len)
+}
+
+/// Writes them to a file that needs neither. `path` is what errors call it.
+#[expect(clippy::too_many_arguments, reason = "the parts of an image, each once")]
+pub(in crate::image) fn write(
+    file: &File,
+    path: &Path,
+    sink: Sink,
+    manifest: &Manifest,
+    sections: &Sections,
+    chunks: &[ChunkEntry],
+    index: &[u64],
+    chunk_pages: u32,
+) -> Result<u64, ImageError> {
+    let io = |e| ImageError::io("write", path, e);
     let incompatible = if manifest.layers.is_empty() { 0 } else { LAYERS };
     let identity = manifest.identity;
     let manifest = serde_json::to_vec(manifest).map_err(|e| io(e.into()))?;
@@ -130,7 +150,6 @@ pub(in crate::image) fn finish(
         page_count: index.len() as u64,
         regions,
     };
-    target.file().write_all_at(&superblock.encode(), 0).map_err(io)?;
-    target.commit()?;
+    file.write_all_at(&superblock.encode(), 0).map_err(io)?;
     Ok(file_len)
 }

@@ -9,6 +9,7 @@ use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
 use super::lifecycle::{Lifecycle, Start};
+use super::open_image::OpenImage;
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
@@ -71,6 +72,14 @@ impl Launched {
         let mut connection = Connection::new(qemu, lifecycle, image, delivery.clone(), cancel);
         connection.confinement = Confinement::wanted(sandbox.clone());
         Ok(Launched { connection, contents: Reading::Done(contents), socket })
+    }
+
+    /// Gives it another image of the same machine.
+    pub(in crate::revert) fn give(&mut self, open: OpenImage) {
+        let OpenImage { image, pages } = open;
+        let connection = &mut self.connection;
+        self.contents = Reading::start(&image, &connection.delivery, connection.rtc, &[]);
+        (connection.image, connection.pages) = (image, pages);
     }
 
     /// Gives QEMU the guest's device state and serves its faults. A guest in standby is

@@ -33,13 +33,16 @@ pub(super) fn check_room(
     let image = &options.image;
     if !image.as_os_str().is_empty() {
         Journal::check(image)?;
-        crate::image::check_target(image, options.force)?;
+        if !options.without_image {
+            crate::image::check_target(image, options.force)?;
+        }
     }
     let share = if options.compression == Compression::None { 1 } else { COMPRESSED_SHARE };
     let ram: u64 = blocks.iter().map(|block| block.used_len).sum();
     let needed = match options.parent {
         // How much differs from the parent can't be known ahead.
         Some(_) => 0,
+        None if options.without_image => 0,
         None => ram.min(memory_in_use(pid)) / share,
     };
     let directory = match image.parent() {

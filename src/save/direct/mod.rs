@@ -8,12 +8,14 @@
 
 mod places;
 mod reader;
+mod window;
 
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-pub(super) use places::Places;
+pub(super) use places::{Place, Places};
+pub(super) use window::capture;
 
 use super::merge::Merge;
 use crate::cancel::Cancellation;
@@ -53,9 +55,9 @@ impl DirectReading {
         if !self.begin.is_requested() {
             return;
         }
-        let Some(start) = self.places.of(page.block) else { return };
+        let Some(place) = self.places.of(page.block) else { return };
         let mut found = [0; PAGE_SIZE];
-        let read = memory::read(self.places.pid(), start + page.offset(), &mut found);
+        let read = memory::read(self.places.pid(), place.start + page.offset(), &mut found);
         *compared += 1;
         let compared = *compared;
         match read {

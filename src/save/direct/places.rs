@@ -14,9 +14,18 @@ use crate::qmp::{Qmp, RamBlock};
 pub struct Places {
     pid: i32,
     /// By the names of blocks in QEMU's stream.
-    by_name: HashMap<String, u64>,
+    by_name: HashMap<String, Place>,
     /// In the order of the stream's blocks.
-    in_order: Vec<Option<u64>>,
+    in_order: Vec<Option<Place>>,
+}
+
+/// Where a QEMU has a block.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// The address of its first byte.
+    pub start: u64,
+    /// Whether the guest can't write to it: then QEMU does not protect it.
+    pub read_only: bool,
 }
 
 impl Places {
@@ -31,18 +40,19 @@ impl Places {
         blocks: &[RamBlock],
     ) -> Result<Places, String> {
         let ours = |block: &&RamBlock| block.page_size == PAGE_SIZE as u64;
-        let mut by_name: HashMap<String, u64> = blocks
-            .iter()
-            .filter(ours)
-            .filter_map(|block| Some((block.name.clone(), block.address?)))
-            .collect();
+        let told = |block: &RamBlock| {
+            let place = Place { start: block.address?, read_only: block.read_only };
+            Some((block.name.clone(), place))
+        };
+        let mut by_name: HashMap<String, Place> =
+            blocks.iter().filter(ours).filter_map(told).collect();
         if by_name.is_empty() {
             by_name = main_memory(qmp, machine, blocks).await?;
         }
         let Some(any) = by_name.values().next() else {
             return Err("none of its memory is in pages of 4 KiB".into());
         };
-        match memory::read(pid, *any, &mut [0]) {
+        match memory::read(pid, any.start, &mut [0]) {
             Ok(()) => Ok(Places { pid, by_name, in_order: Vec::new() }),
             Err(error) => Err(format!(
                 "the memory of process {pid} can't be read from outside ({error}): that takes \
@@ -62,8 +72,8 @@ impl Places {
         self.pid
     }
 
-    /// The address of a block's first byte.
-    pub fn of(&self, block: BlockId) -> Option<u64> {
+    /// Where a block lies.
+    pub fn of(&self, block: BlockId) -> Option<Place> {
         self.in_order.get(block.index()).copied().flatten()
     }
 }
@@ -73,7 +83,7 @@ async fn main_memory(
     qmp: &Qmp,
     machine: &Machine,
     blocks: &[RamBlock],
-) -> Result<HashMap<String, u64>, String> {
+) -> Result<HashMap<String, Place>, String> {
     let said = |error: crate::qmp::QmpError| error.to_string();
     let machine_type = qmp.machine_type().await.map_err(said)?;
     let machine = Machine { machine_type, ..machine.clone() };
@@ -92,7 +102,8 @@ async fn main_memory(
         if let Some((region, address)) = qmp.host_address(range.address).await.map_err(said)?
             && region == block.name
         {
-            found.insert(block.name.clone(), address - range.offset);
+            let start = address - range.offset;
+            found.insert(block.name.clone(), Place { start, read_only: false });
         }
     }
     Ok(found)

@@ -1,17 +1,15 @@
 //! The thread that reads memory from the back.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::places::Places;
+use super::places::{Place, Places};
+use super::window::{Ended, capture, run_of};
 use crate::cancel::Cancellation;
-use crate::failpoint::fault;
 use crate::host::memory;
 use crate::host::procfs::{Pagemap, flags};
 use crate::page::{BlockId, PAGE_SIZE, Run};
-use crate::save::error::SaveError;
 use crate::save::merge::Merge;
 
 /// Pages that are read by one call, 2 MiB: in pieces of this size the kernel reads at full speed
@@ -25,22 +23,11 @@ const NAP: Duration = Duration::from_micros(300);
 pub(super) struct Reader {
     pid: i32,
     pagemap: Pagemap,
-    /// The blocks that can be read, each with the address of its first byte.
-    blocks: Vec<(BlockId, u64)>,
+    /// The blocks that can be read.
+    blocks: Vec<(BlockId, Place)>,
     merge: Arc<Merge>,
     stop: Cancellation,
     buffer: Vec<u8>,
-}
-
-/// Why reading has ended before all was read.
-#[derive(Debug, thiserror::Error)]
-enum Ended {
-    #[error("it was stopped")]
-    Stopped,
-    #[error("memory can't be read: {0}")]
-    Memory(#[from] io::Error),
-    #[error(transparent)]
-    Image(#[from] SaveError),
 }
 
 impl Reader {
@@ -59,12 +46,36 @@ impl Reader {
     /// Reads all blocks, the last first, or until it is stopped. What it can't read comes by
     /// QEMU's stream.
     pub fn run(mut self) {
-        for (block, start) in std::mem::take(&mut self.blocks).into_iter().rev() {
-            if let Err(ended) = self.read_block(block, start) {
-                tracing::debug!("reading memory beside QEMU's stream has ended early: {ended}");
-                return;
-            }
+        if let Err(ended) = self.read_all() {
+            tracing::debug!("reading memory beside QEMU's stream has ended early: {ended}");
         }
+    }
+
+    fn read_all(&mut self) -> Result<(), Ended> {
+        let blocks = std::mem::take(&mut self.blocks);
+        let read_only = |(_, place): &&(BlockId, Place)| place.read_only;
+        // Firmware, some hundreds of KiB: at once, since only QEMU can write to it, and what it
+        // sends is what is there then.
+        for (block, place) in blocks.iter().filter(read_only) {
+            self.read_whole(*block, place.start)?;
+        }
+        for (block, place) in blocks.iter().rev().filter(|block| !read_only(block)) {
+            self.read_block(*block, place.start)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a block to which the guest can't write.
+    fn read_whole(&mut self, block: BlockId, start: u64) -> Result<(), Ended> {
+        let pages = self.merge.blocks()[block.index()].pages();
+        for first in (0..pages).step_by(WINDOW as usize) {
+            self.wait_for_room()?;
+            let run = Run { block, first, count: WINDOW.min(pages - first) };
+            let bytes = &mut self.buffer[..run.bytes() as usize];
+            memory::read(self.pid, start + run.offset(), bytes)?;
+            self.merge.read(run, bytes)?;
+        }
+        Ok(())
     }
 
     fn read_block(&mut self, block: BlockId, start: u64) -> Result<(), Ended> {
@@ -75,7 +86,8 @@ impl Reader {
             // Windows are aligned as huge pages of QEMU's memory are.
             let first = (end - 1) / WINDOW * WINDOW;
             self.wait_for_room()?;
-            self.read_window(start, Run { block, first, count: end - first })?;
+            let window = Run { block, first, count: end - first };
+            capture(self.pid, &self.pagemap, start, window, &self.merge, &mut self.buffer)?;
             end = first;
         }
         Ok(())
@@ -100,27 +112,6 @@ impl Reader {
         }
     }
 
-    /// Reads a window, and takes of it what is protected then.
-    fn read_window(&mut self, start: u64, window: Run) -> Result<(), Ended> {
-        let Some(run) = self.merge.absent_within(window) else { return Ok(()) };
-        let address = start + run.offset();
-        let bytes = &mut self.buffer[..run.bytes() as usize];
-        memory::read(self.pid, address, bytes)?;
-        let (bytes, merge) = (&*bytes, &self.merge);
-        if fault("ignores protection") {
-            return Ok(merge.read(run, bytes)?);
-        }
-        let mut outcome = Ok(());
-        self.pagemap.protected(address..address + run.bytes(), |found| {
-            let at = (found.start - address) as usize;
-            let bytes = &bytes[at..at + (found.end - found.start) as usize];
-            if outcome.is_ok() {
-                outcome = merge.read(run_of(run.block, start, &found), bytes);
-            }
-        })?;
-        Ok(outcome?)
-    }
-
     /// Waits until a good part of the image's buffers is free: QEMU's stream, for which guests
     /// wait, must not wait behind what is read here.
     fn wait_for_room(&self) -> Result<(), Ended> {
@@ -136,11 +127,4 @@ impl Reader {
     fn going_on(&self) -> Result<(), Ended> {
         if self.stop.is_requested() { Err(Ended::Stopped) } else { Ok(()) }
     }
-}
-
-/// The pages at these addresses of a block that begins at `start`.
-fn run_of(block: BlockId, start: u64, addresses: &Range<u64>) -> Run {
-    let page = |address: u64| (address - start) / PAGE_SIZE as u64;
-    let first = page(addresses.start);
-    Run { block, first, count: page(addresses.end) - first }
 }

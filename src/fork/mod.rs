@@ -1,0 +1,207 @@
+//! Clones of a guest that runs, which goes on: a save and reverts at once.
+//!
+//! QEMUs are started ahead where that can be, get the state of the devices right behind the moment,
+//! and run. What they touch is read from what has been captured by then, or from the memory of the
+//! guest itself, which is write-protected for as long as it is not.
+
+mod error;
+mod event;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
+use tokio::task::{JoinSet, spawn_blocking};
+
+use crate::cancel::Cancellation;
+use crate::guest;
+use crate::image::{Details, Sections, skeleton};
+use crate::machine::Machine;
+use crate::page::PageSource;
+use crate::revert::session::OpenImage;
+use crate::revert::{Clone, Placement, RevertError, RevertEvent, RevertOptions, Reverted};
+use crate::save::{Ahead, AtMoment, Forking, SaveOptions, save_and_fork};
+
+pub use error::ForkError;
+pub use event::ForkEvent;
+
+/// Which guest to fork, and into what.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ForkOptions {
+    /// How the guest is saved. The image is written only if it is to be [kept](ForkOptions::keep);
+    /// its path is that of the journal in any case.
+    pub save: SaveOptions,
+    /// Leave an image as well.
+    pub keep: bool,
+    /// How each clone is brought back. The image, the check, the keeper, the sandbox and resets
+    /// count for nothing.
+    pub clones: Vec<RevertOptions>,
+}
+
+impl ForkOptions {
+    /// Forks a guest into these clones, and leaves no image.
+    pub fn new(save: SaveOptions, clones: Vec<RevertOptions>) -> ForkOptions {
+        ForkOptions { save, keep: false, clones }
+    }
+}
+
+/// Forks a guest that runs: each clone goes on from the same moment, and so does the guest itself,
+/// which stands still for as long as in a save. Returns once each clone has all its memory, or has
+/// failed, in their order.
+///
+/// The memory of the guest that is not zero is held once more, by this process, until then. A guest
+/// whose disks are captured goes on in overlays, as after a save; the clones have their own over the
+/// same frozen files. Should the guest, or this process, end before all of its memory is captured,
+/// clones that miss some of it are stopped: nothing can complete them.
+///
+/// # Errors
+/// When the guest can't be saved; and where memory can't be captured to the end.
+pub async fn fork(
+    options: &ForkOptions,
+    cancel: Cancellation,
+    mut on_event: impl FnMut(ForkEvent),
+) -> Result<Vec<Result<Reverted, RevertError>>, ForkError> {
+    let (sender, mut events) = unbounded_channel();
+    let (ahead_sender, ahead) = oneshot::channel();
+    let (ready, ready_receiver) = oneshot::channel();
+    let (moment_sender, moment) = oneshot::channel();
+    let forking = Forking {
+        keep: options.keep,
+        ahead: Some(ahead_sender),
+        ready: Some(ready_receiver),
+        at_moment: Some(moment_sender),
+    };
+    let tell = sender.clone();
+    let save_options = SaveOptions { without_image: !options.keep, ..options.save.clone() };
+    let save = save_and_fork(&save_options, Some(forking), cancel.clone(), move |event| {
+        let _ = tell.send(ForkEvent::Save(event));
+    });
+    let clones = Clones { options: options.clone(), cancel, events: sender };
+    let clones = clones.bring(ahead, ready, moment);
+    let both = async { tokio::join!(save, clones) };
+    tokio::pin!(both);
+    let (saved, clones) = loop {
+        tokio::select! {
+            // What happened before the end is told before it.
+            biased;
+            Some(event) = events.recv() => on_event(event),
+            ended = &mut both => break ended,
+        }
+    };
+    while let Ok(event) = events.try_recv() {
+        on_event(event);
+    }
+    saved?;
+    clones
+}
+
+/// Clones that are brought up.
+struct Clones {
+    options: ForkOptions,
+    cancel: Cancellation,
+    events: UnboundedSender<ForkEvent>,
+}
+
+/// A clone whose QEMU may have been started.
+type Launched = Result<Option<Clone>, RevertError>;
+
+impl Clones {
+    async fn bring(
+        self,
+        ahead: oneshot::Receiver<Ahead>,
+        ready: oneshot::Sender<()>,
+        moment: oneshot::Receiver<AtMoment>,
+    ) -> Result<Vec<Result<Reverted, RevertError>>, ForkError> {
+        let launched = match ahead.await {
+            Ok(ahead) => self.launch_ahead(ahead).await?,
+            Err(_) => self.options.clones.iter().map(|_| Ok(None)).collect(),
+        };
+        let _ = ready.send(());
+        // Without a moment the save has failed, which says why.
+        let Ok(at_moment) = moment.await else { return Err(ForkError::NoMoment) };
+        let passed = Instant::now();
+        let image = open(at_moment).await?;
+        let mut tasks = JoinSet::new();
+        for (index, clone) in launched.into_iter().enumerate() {
+            let (image, options) = (image.clone(), self.clone_options(index));
+            let (cancel, events) = (self.cancel.clone(), self.events.clone());
+            tasks.spawn(async move {
+                let mut tell = |event| {
+                    let since_moment = passed.elapsed();
+                    let _ = events.send(ForkEvent::Clone { index, since_moment, event });
+                };
+                let clone = match clone? {
+                    Some(clone) => clone.given(image),
+                    None => Clone::launch(image, &options, cancel, &mut tell).await?,
+                };
+                clone.bring(&mut tell).await
+            });
+        }
+        let mut ended: Vec<_> = Vec::with_capacity(tasks.len());
+        // In their order, since each has its place.
+        while let Some(task) = tasks.join_next_with_id().await {
+            let (id, outcome) = task.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+            ended.push((id, outcome));
+        }
+        ended.sort_by_key(|(id, _)| id.to_string().parse::<u64>().unwrap_or_default());
+        Ok(ended.into_iter().map(|(_, outcome)| outcome).collect())
+    }
+
+    /// Starts the QEMUs of all clones.
+    async fn launch_ahead(&self, ahead: Ahead) -> Result<Vec<Launched>, ForkError> {
+        let Ahead { machine, blocks } = ahead;
+        let details = Details { machine, moment_unix_us: 0, pause_us: None };
+        let label = label(&details.machine);
+        let image = skeleton(Path::new(&label), &blocks, details, &Sections::default())?;
+        let mut launched = Vec::new();
+        for index in 0..self.options.clones.len() {
+            let (image, options) = (image.clone().into(), self.clone_options(index));
+            let mut tell = |event: RevertEvent| {
+                let since_moment = Default::default();
+                let _ = self.events.send(ForkEvent::Clone { index, since_moment, event });
+            };
+            let clone = Clone::launch(image, &options, self.cancel.clone(), &mut tell).await;
+            launched.push(clone.map(Some));
+        }
+        Ok(launched)
+    }
+
+    /// The options of a clone, with what can't be had for one.
+    fn clone_options(&self, index: usize) -> RevertOptions {
+        let mut options = self.options.clones[index].clone();
+        // An ordinary stream would be made of an image that has no memory.
+        if matches!(options.delivery.placement, Placement::Auto | Placement::Eager | Placement::Map)
+        {
+            options.delivery.placement = Placement::Uffd;
+        }
+        // A guest whose memory can't be had any more is stopped, and said to be.
+        options.delivery.fail_on_damage = true;
+        options.delivery.working_set = false;
+        (options.keeper, options.sandbox, options.domain) = (None, None, None);
+        (options.check, options.resettable) = (false, false);
+        options
+    }
+}
+
+/// What errors call the guest.
+fn label(machine: &Machine) -> String {
+    format!("a fork of {}", machine.binary)
+}
+
+/// An image of the guest at its moment, whose pages come as they are asked for.
+async fn open(at_moment: AtMoment) -> Result<OpenImage, ForkError> {
+    let AtMoment { blocks, mut details, sections, pages } = at_moment;
+    let image = spawn_blocking(move || {
+        for disk in &mut details.machine.disks {
+            guest::stamp_files(disk)?;
+        }
+        let label = label(&details.machine);
+        Ok::<_, ForkError>(skeleton(Path::new(&label), &blocks, details, &sections)?)
+    });
+    let image = image.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+    let pages: Arc<dyn PageSource> = Arc::new(pages);
+    Ok(OpenImage { image, pages })
+}
