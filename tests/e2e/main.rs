@@ -30,6 +30,7 @@ mod disk_reverts;
 mod exchange;
 mod faulty_disk;
 mod filling;
+mod forks;
 mod hotplug;
 mod huge_pages;
 mod identity;
