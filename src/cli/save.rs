@@ -13,7 +13,9 @@ use crate::image::Compression;
 use crate::kind::ErrorKind;
 use crate::libvirt::DomainAddress;
 use crate::revert::{RevertOptions, prove};
-use crate::save::{DiskChoice, GuestAddress, Quiesce, Reading, SaveEvent, SaveOptions, recover, save};
+use crate::save::{
+    DiskChoice, GuestAddress, Quiesce, Reading, SaveEvent, SaveOptions, recover, save,
+};
 
 #[derive(Args)]
 pub(super) struct SaveArgs {

@@ -11,13 +11,13 @@ use crate::save::SaveError;
 pub enum ForkError {
     /// The guest can't be saved.
     #[error(transparent)]
-    Save(#[from] SaveError),
+    Save(Box<SaveError>),
     /// What its clones are made of can't be put together.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(Box<ImageError>),
     /// Its disks can't be read.
     #[error(transparent)]
-    Guest(#[from] GuestError),
+    Guest(Box<GuestError>),
     /// QEMU has not told the state of the guest's devices at the moment.
     #[error(
         "QEMU did not tell the state of the devices at the moment (`xen-save-devices-state`), \
@@ -43,7 +43,21 @@ impl ForkError {
             ForkError::Save(error) => error.details(),
             ForkError::Image(error) => error.details(),
             ForkError::Guest(error) => error.details(),
-            ForkError::NoMoment => Details::new(&self.to_string(), None::<std::path::PathBuf>, None),
+            ForkError::NoMoment => {
+                Details::new(&self.to_string(), None::<std::path::PathBuf>, None)
+            }
         }
     }
 }
+
+macro_rules! from {
+    ($($variant:ident($error:ty))*) => {
+        $(impl From<$error> for ForkError {
+            fn from(error: $error) -> ForkError {
+                ForkError::$variant(Box::new(error))
+            }
+        })*
+    };
+}
+
+from! { Save(SaveError) Image(ImageError) Guest(GuestError) }

@@ -149,7 +149,9 @@ impl PauseClock {
 
     /// The parts of a pause of ours, and their sum.
     fn parts(&self) -> Option<(Duration, PauseParts)> {
-        let [hold, stopped, switched, described, walked, resumed] = self.steps[..] else { return None };
+        let [hold, stopped, switched, described, walked, resumed] = self.steps[..] else {
+            return None;
+        };
         let part = |from: Instant, to: Instant| millis(to.duration_since(from));
         let parts = PauseParts {
             stop_ms: part(hold, stopped),

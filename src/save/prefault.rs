@@ -55,7 +55,14 @@ mod tests {
     use super::*;
 
     fn block(total_len: u64) -> RamBlock {
-        RamBlock { name: "ram".into(), page_size: 4096, used_len: 1, total_len, address: None, read_only: false }
+        RamBlock {
+            name: "ram".into(),
+            page_size: 4096,
+            used_len: 1,
+            total_len,
+            address: None,
+            read_only: false,
+        }
     }
 
     #[test]

@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use super::error::SaveError;
-use super::event::SaveEvent;
 use super::devices::DeviceState;
 use super::direct::Places;
+use super::error::SaveError;
+use super::event::SaveEvent;
 use super::options::Reading;
 use super::saving::Saving;
 use super::{collapse, overlays, prefault};
@@ -69,8 +69,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         }
         let qmp = &self.access.qmp;
         let ready = async {
-            let places =
-                Places::find(qmp, checked.pid, &checked.machine, &checked.blocks).await?;
+            let places = Places::find(qmp, checked.pid, &checked.machine, &checked.blocks).await?;
             let wanted = !checked.must_drain || self.forking.is_some();
             let devices = match wanted {
                 true => Some(DeviceState::prepare(qmp).await?),

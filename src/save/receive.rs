@@ -160,7 +160,17 @@ impl Receiving {
             .name("receive".into())
             .spawn(receive)
             .map_err(SaveError::Thread)?;
-        Ok(Receiving { begun, first_page, captured, done, ended, counters, given_up, read_directly, socket: ours })
+        Ok(Receiving {
+            begun,
+            first_page,
+            captured,
+            done,
+            ended,
+            counters,
+            given_up,
+            read_directly,
+            socket: ours,
+        })
     }
 
     /// Memory may be read from outside from now on: the guest goes on.
@@ -279,11 +289,8 @@ struct Receiver {
 
 impl Receiver {
     fn receive(mut self, socket: &UnixStream) -> Result<Received, SaveError> {
-        let mut stream = StreamReader::new(Gathering {
-            socket,
-            brought_few: false,
-            copy: copy_of_the_stream(),
-        });
+        let mut stream =
+            StreamReader::new(Gathering { socket, brought_few: false, copy: copy_of_the_stream() });
         let (mut sides, mut tail) = (None, None);
         loop {
             let item = match (stream.next_item(), &sides) {
@@ -348,7 +355,9 @@ impl Receiver {
             memory,
             places: places.clone(),
         };
-        let _ = self.begun.take().map(|sender| sender.send(begun));
+        if let Some(sender) = self.begun.take() {
+            let _ = sender.send(begun);
+        }
         let direct = places.map(|places| DirectReading::new(places, self.read_directly.clone()));
         Ok(Sides { _ended: End(Arc::clone(&merge)), merge, direct })
     }

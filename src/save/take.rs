@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::devices::DeviceState;
 use super::error::SaveError;
-use super::fork::Forking;
 use super::event::SaveEvent;
+use super::fork::Forking;
 use super::migration;
 use super::moment::{Moment, PauseClock};
 use super::receive::{Received, Receiving};

@@ -116,7 +116,7 @@ fn the_devices_are_those_of_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     let stream = dir.path("stream");
     let save = dir.save(&guest, "vm.snap").env("SNAPBACK_TEST_STREAM", text(&stream));
     save.env("SNAPBACK_TEST_FAULTS", "whole stream,own devices").succeed()?;
-    let ours = Image::open(&dir.path("vm.snap"))?.sections()?.devices;
+    let ours = Image::open(dir.path("vm.snap"))?.sections()?.devices;
     let mut stream = StreamReader::new(BufReader::new(File::open(stream)?));
     while let Some(item) = stream.next_item()? {
         let Item::Tail(mut tail) = item else { continue };

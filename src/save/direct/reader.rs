@@ -101,9 +101,9 @@ impl Reader {
         let unused = flags::PRESENT | flags::ZERO;
         let scanned = self.pagemap.scan(range, unused, flags::WRITTEN, |found| {
             if outcome.is_ok() {
-                outcome = self.going_on().and_then(|()| {
-                    Ok(self.merge.read_zeros(run_of(block, start, &found))?)
-                });
+                outcome = self
+                    .going_on()
+                    .and_then(|()| Ok(self.merge.read_zeros(run_of(block, start, &found))?));
             }
         });
         match scanned {

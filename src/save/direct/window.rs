@@ -18,7 +18,13 @@ pub(in crate::save) enum Ended {
     #[error("memory can't be read: {0}")]
     Memory(#[from] io::Error),
     #[error(transparent)]
-    Image(#[from] SaveError),
+    Image(Box<SaveError>),
+}
+
+impl From<SaveError> for Ended {
+    fn from(error: SaveError) -> Ended {
+        Ended::Image(Box::new(error))
+    }
 }
 
 /// Reads what is missing of `window`, of a block that process `pid` has at `start`, and captures of
