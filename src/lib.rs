@@ -112,8 +112,8 @@ pub use revert::{
     Unreadable, harvest, resume, revert, revert_resettable, serve, session, take_over,
 };
 pub use save::{
-    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered, SaveError, SaveEvent,
-    SaveOptions, SwitchedDisk, check, recover, save,
+    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered, SaveError,
+    SaveEvent, SaveOptions, SwitchedDisk, check, recover, save,
 };
 
 /// What the errors of the journeys are made of.

@@ -10,7 +10,7 @@ use super::devices::DeviceState;
 use super::direct::Places;
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::fork::Forking;
+use super::forking::Forking;
 use super::options::SaveOptions;
 use super::settings::Settings;
 use super::undo::Undo;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::devices::DeviceState;
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::fork::Forking;
+use super::forking::Forking;
 use super::migration;
 use super::moment::{Moment, PauseClock};
 use super::receive::{Received, Receiving};

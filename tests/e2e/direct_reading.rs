@@ -93,7 +93,8 @@ fn is_read_as_qemu_sends(dir: &Dir, qemu: Qemu, saves: usize) -> Result<()> {
         let image = format!("vm{vcpus}.snap");
         dir.save(&guest, &image).succeed()?;
         check(&mut guest)?;
-        let mut reverted = dir.reverted(&dir.path(&image), &guest.dir, &format!("reverted{vcpus}"))?;
+        let mut reverted =
+            dir.reverted(&dir.path(&image), &guest.dir, &format!("reverted{vcpus}"))?;
         reverted.check(&nonce)?;
         reverted.resident()?;
     }

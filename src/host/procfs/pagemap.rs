@@ -53,9 +53,9 @@ fn is_present(entry: &[u8]) -> bool {
 /// Whether an entry is that of a page in memory that a userfaultfd write-protects.
 fn is_protected(entry: &[u8]) -> bool {
     const PRESENT_AND_PROTECTED: u64 = 1 << 63 | 1 << 57;
-    entry.first_chunk().is_some_and(|e| {
-        u64::from_ne_bytes(*e) & PRESENT_AND_PROTECTED == PRESENT_AND_PROTECTED
-    })
+    entry
+        .first_chunk()
+        .is_some_and(|e| u64::from_ne_bytes(*e) & PRESENT_AND_PROTECTED == PRESENT_AND_PROTECTED)
 }
 
 /// The page map of a process.

@@ -1,0 +1,71 @@
+//! What a save tells whoever starts clones of the guest.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use super::live::LivePages;
+use super::moment::Moment;
+use super::receive::{Begun, Stores};
+use crate::image::{Details, Sections};
+use crate::machine::Machine;
+use crate::page::Block;
+use crate::wire::run_state;
+
+/// Clones that wait for the moment.
+pub(crate) struct Forking {
+    /// Whether an image is written as well.
+    pub keep: bool,
+    /// Told once, ahead of the pause; not where the guest has disks to capture, over which no QEMU
+    /// can be started before they are frozen.
+    pub ahead: Option<oneshot::Sender<Ahead>>,
+    /// The pause waits for this.
+    pub ready: Option<oneshot::Receiver<()>>,
+    /// Told once.
+    pub at_moment: Option<oneshot::Sender<AtMoment>>,
+}
+
+/// A guest that is about to be forked.
+pub(crate) struct Ahead {
+    pub machine: Machine,
+    pub blocks: Vec<Block>,
+}
+
+impl Forking {
+    /// What memory is put into.
+    pub(super) fn stores(forking: &Option<Forking>) -> Stores {
+        let keep = forking.as_ref().is_none_or(|forking| forking.keep);
+        Stores { image: keep, memory: forking.is_some() }
+    }
+}
+
+/// A guest at its moment: all of an image but the memory, and where that can be had.
+pub(crate) struct AtMoment {
+    pub blocks: Vec<Block>,
+    pub details: Details,
+    pub sections: Sections,
+    pub pages: Arc<LivePages>,
+}
+
+impl AtMoment {
+    pub(super) fn new(
+        begun: Begun,
+        moment: Moment,
+        machine: Machine,
+        mut devices: Vec<u8>,
+    ) -> AtMoment {
+        let Begun { config, machine_type, blocks, merge, memory, places } = begun;
+        if machine.running {
+            run_state::set_running(&mut devices);
+        }
+        let details = Details {
+            machine: Machine { machine_type, ..machine },
+            moment_unix_us: moment.unix_us,
+            pause_us: moment.pause.map(|pause| pause.as_micros() as u64),
+        };
+        let memory = memory.unwrap_or_else(|| unreachable!("clones have memory kept for them"));
+        let pages = Arc::new(LivePages::new(merge, memory, blocks.clone(), places));
+        let sections = Sections { config, devices, vmdesc: Vec::new() };
+        AtMoment { blocks, details, sections, pages }
+    }
+}
