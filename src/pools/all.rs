@@ -99,7 +99,13 @@ impl Pools {
         }
         for guest in taken {
             let pool = &started[&guest.pool];
-            pool.adopt(&guest);
+            match guest.resetting {
+                true => {
+                    discard(&state, guest.clone()).await;
+                    pool.adopt_resetting(&guest);
+                }
+                false => pool.adopt(&guest),
+            }
             if !pool.has(&guest.id) {
                 discard(&state, guest).await;
             }
@@ -124,12 +130,14 @@ impl Pools {
 
     /// All pools, by name.
     pub fn list(&self) -> Vec<PoolView> {
-        self.all().values().map(|pool| pool.view()).collect()
+        let pools: Vec<_> = self.all().values().cloned().collect();
+        pools.iter().map(|pool| pool.measured()).collect()
     }
 
     /// What has been counted of each pool.
     pub fn figures(&self) -> Vec<(PoolView, Figures)> {
-        self.all().values().map(|pool| (pool.view(), pool.figures())).collect()
+        let pools: Vec<_> = self.all().values().cloned().collect();
+        pools.iter().map(|pool| (pool.measured(), pool.figures())).collect()
     }
 
     /// One pool.
@@ -137,7 +145,7 @@ impl Pools {
     /// # Errors
     /// When there is none of that name.
     pub fn get(&self, name: &str) -> Result<PoolView, PoolError> {
-        Ok(self.pool(name)?.view())
+        Ok(self.pool(name)?.measured())
     }
 
     /// Creates a pool, which fills from now on.
@@ -169,7 +177,7 @@ impl Pools {
     /// When there is none of that name, or it can't be.
     pub async fn change(&self, name: &str, change: &Change) -> Result<PoolView, PoolError> {
         let pool = self.pool(name)?;
-        pool.change(change.armed, change.max).await?;
+        pool.change(change).await?;
         self.write_down(&self.all())?;
         Ok(pool.view())
     }

@@ -21,6 +21,10 @@ pub mod flags {
     pub const HUGE: u64 = sys::PAGE_IS_HUGE as u64;
     /// Mapped to the kernel's page of zeros.
     pub const ZERO: u64 = sys::PAGE_IS_PFNZERO as u64;
+    /// Swapped out.
+    pub const SWAPPED: u64 = sys::PAGE_IS_SWAPPED as u64;
+    /// A part of a file, or of memory that is shared.
+    pub const FILE: u64 = sys::PAGE_IS_FILE as u64;
 }
 
 nix::ioctl_readwrite!(
@@ -44,6 +48,12 @@ const PIECE_BYTES: usize = 64 << 10;
 fn is_present(entry: &[u8]) -> bool {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
     entry.first_chunk().is_some_and(|e| u64::from_ne_bytes(*e) & PRESENT_OR_SWAPPED != 0)
+}
+
+/// Whether an entry of 8 bytes is that of a page in memory or swapped out that is no part of a file.
+fn is_private(entry: &[u8]) -> bool {
+    const FILE: u64 = 1 << 61;
+    is_present(entry) && entry.first_chunk().is_some_and(|e| u64::from_ne_bytes(*e) & FILE == 0)
 }
 
 /// The page map of a process.
@@ -129,6 +139,52 @@ impl Pagemap {
         Ok(())
     }
 
+    /// Calls `found` with each run of pages of `range`, which is a private mapping of a file, that are
+    /// the process's own: those that it has written. Some may be told that are not: to it the
+    /// kernel's page of zeros is its own.
+    ///
+    /// # Errors
+    /// When the page map can't be read.
+    pub fn private(&self, range: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        match self.scan(range.clone(), flags::PRESENT, flags::FILE, &mut found) {
+            Ok(()) => self.scan(range, flags::SWAPPED, flags::PRESENT | flags::FILE, found),
+            // Before Linux 6.7.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                self.private_by_entries(range, found)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn private_by_entries(
+        &self,
+        range: Range<u64>,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        let page = PAGE_SIZE as u64;
+        let mut entries = vec![0; PIECE_BYTES];
+        let mut run: Option<Range<u64>> = None;
+        for piece in range.clone().step_by(PIECE_BYTES / 8 * PAGE_SIZE) {
+            let count = ((range.end - piece) / page).min(PIECE_BYTES as u64 / 8);
+            let entries = &mut entries[..count as usize * 8];
+            self.0.read_exact_at(entries, piece / page * 8)?;
+            for (entry, at) in entries.chunks_exact(8).zip((piece..).step_by(PAGE_SIZE)) {
+                if !is_private(entry) {
+                    continue;
+                }
+                run = match run.take() {
+                    Some(run) if run.end == at => Some(run.start..at + page),
+                    other => {
+                        other.into_iter().for_each(&mut found);
+                        Some(at..at + page)
+                    }
+                };
+            }
+        }
+        run.into_iter().for_each(found);
+        Ok(())
+    }
+
     /// Calls `found` with every range of addresses within `range` whose pages have all of
     /// the [`flags`] `with` and none of `without`, in order.
     ///
@@ -204,5 +260,28 @@ mod tests {
             Ok(()) => assert_eq!(present, [address(5)..address(6)]),
             Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{error}"),
         }
+    }
+
+    #[test]
+    fn pages_of_a_private_mapping_that_were_written_are_told() {
+        use std::io::Write;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 64 * PAGE_SIZE]).unwrap();
+        // SAFETY: nobody but this test has the file, which stays as it is.
+        let mut map = unsafe { memmap2::MmapOptions::new().map_copy(&file) }.unwrap();
+        let read: u64 = map.iter().map(|byte| u64::from(*byte)).sum();
+        assert_eq!(read, 7 * 64 * PAGE_SIZE as u64);
+        for page in [3, 4, 40] {
+            map[page * PAGE_SIZE] = 8;
+        }
+        let start = map.as_ptr() as u64;
+        let address = |page: u64| start + page * PAGE_SIZE as u64;
+        let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+        let (mut scanned, mut read) = (Vec::new(), Vec::new());
+        let range = start..address(64);
+        pagemap.private(range.clone(), |range| scanned.push(range)).unwrap();
+        pagemap.private_by_entries(range, |range| read.push(range)).unwrap();
+        assert_eq!(scanned, [address(3)..address(5), address(40)..address(41)]);
+        assert_eq!(read, scanned);
     }
 }
