@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, broadcast};
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 
 use super::config::{Change, PoolConfig, PoolSettings, check_name};
 use super::error::PoolError;
@@ -90,9 +90,12 @@ impl Pools {
         // Guests that nobody takes up must have let go of names and ports.
         let known = |guest: &SavedGuest| guest.taken && all.contains_key(&guest.pool);
         let (taken, others): (Vec<_>, Vec<_>) = guests.into_iter().partition(known);
-        for guest in others {
-            discard(&state, guest).await;
-        }
+        let others = others.into_iter().map(|guest| {
+            let state = Arc::clone(&state);
+            async move { discard(&state, guest).await }
+        });
+        // Each waits for a QEMU to end.
+        others.collect::<JoinSet<()>>().join_all().await;
         let mut started = BTreeMap::new();
         for (name, settings) in all {
             started.insert(name.clone(), Pool::start(&name, settings, pools.shared.clone()));

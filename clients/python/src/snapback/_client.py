@@ -127,8 +127,8 @@ class Client:
         max: int | None = None,
         memory_mib: int | None = None,
     ) -> Pool:
-        """Changes how many guests a pool holds ready, how many may be in use, and the memory that they
-        may take together; 0 is no limit.
+        """Changes how many guests a pool holds ready, how many may be in use, and how much memory
+        they may take together; 0 is no limit.
         """
         wanted = given({"armed": armed, "max": max, "memory_mib": memory_mib})
         return Pool.of(self._ask("PATCH", pool_path(name), wanted, repeatable=True))
