@@ -15,7 +15,7 @@ help:
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
 	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers;"
-	@echo "             reset guests 100 times each under load"
+	@echo "             kill a daemon 50 times; reset guests 100 times each under load"
 	@echo "make soak    revert a guest 1,000 times, and look for what grows"
 	@echo "make demo    set up, then show an instant revert"
 	@echo "make bench   set up, then run the benchmarks"
@@ -51,6 +51,7 @@ loom:
 torture: guest
 	$(LONG_TEST) torture::many_faults
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
+	$(LONG_TEST) killed_daemon::
 	$(LONG_TEST) on_qemu_7
 	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::
 

@@ -2,6 +2,11 @@
 //!
 //!     cargo bench --features internals --bench pools -- --mib 512,2048 --takes 1000
 //!
+//! All that docs/performance.md says of pools:
+//!
+//!     cargo bench --features internals --bench pools -- --mib 512,2048 --takes 1000 \
+//!         --cycles 600 --clients 1,2,3,4 --clones 32
+//!
 //! Boots a guest, saves it, and has `snapback daemon` keep a pool of it. Each take waits until a
 //! guest is armed, and is then timed by a client with a connection of its own, from its request
 //! until the answer, and by the daemon, from the request until QEMU has told that the guest runs.
@@ -55,6 +60,15 @@ struct Options {
     /// 64 MiB and writes 4 MiB
     #[arg(long, default_value_t = 0)]
     cycles: u64,
+    /// By how many clients at the same time, one after the other
+    #[arg(long, value_delimiter = ',', default_value = "1,2,3,4")]
+    clients: Vec<usize>,
+    /// How many guests the daemon arms at a time
+    #[arg(long, default_value_t = 1)]
+    arming: usize,
+    /// How many guests share memory by mapping: what they have together, and each of its own
+    #[arg(long, default_value_t = 0)]
+    clones: u64,
     /// The QEMU, by its number
     #[arg(long, default_value = "10", value_parser = Qemu::parse)]
     qemu: Qemu,
@@ -75,13 +89,19 @@ fn run() -> Result<()> {
         let recorded = saved(&options, *mib, &image)?;
         println!("A guest of {mib} MiB, {:?}, {} armed:\n", options.qemu, options.armed);
         println!("| what | p50, ms | p99 | most | |\n|---|---|---|---|---|");
-        let mut daemon = Daemon::start(folder.path())?;
+        let mut daemon = Daemon::start(folder.path(), options.arming)?;
         daemon.pool(&image, &options)?;
         daemon.measure_takes(&options)?;
         daemon.measure_armed(&options)?;
         daemon.measure_resets(options.resets)?;
         if options.cycles > 0 {
-            daemon.cycle(&options)?;
+            for clients in &options.clients {
+                daemon.wait_armed(options.armed)?;
+                daemon.cycle(Duration::from_secs(options.cycles), *clients)?;
+            }
+        }
+        if options.clones > 0 {
+            daemon.share(&image, options.clones)?;
         }
         drop(daemon);
         let mut times = Vec::new();
@@ -132,10 +152,11 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(folder: &Path) -> Result<Daemon> {
+    fn start(folder: &Path, arming: usize) -> Result<Daemon> {
         let socket = folder.join("daemon.sock");
         let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
-        command.args(["daemon", "--json", "--state"]).arg(folder.join("state"));
+        command.args(["daemon", "--json", "--arming", &arming.to_string(), "--state"]);
+        command.arg(folder.join("state"));
         command.arg("--listen").arg(format!("unix:{}", socket.display()));
         let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let mut line = String::new();
@@ -250,35 +271,148 @@ impl Daemon {
         })
     }
 
-    /// Takes guests, has each work, and releases it, without a break.
-    fn cycle(&mut self, options: &Options) -> Result<()> {
-        let time = Duration::from_secs(options.cycles);
-        let (start, mut takes, mut worked) = (Instant::now(), 0u32, Duration::ZERO);
-        let (read, written) = (64 * PAGES_A_MIB, 4 * PAGES_A_MIB);
-        while start.elapsed() < time {
-            let guest = self.ask("POST", "/v1/pools/p/take", r#"{"timeout_s":60}"#)?;
-            let pid = guest["qemu_pid"].as_u64().ok_or("no process")? as u32;
-            let folder = guest["dir"].as_str().ok_or("no dir")?;
-            let begun = Instant::now();
-            let mut oracle = support::Oracle::connect(&Path::new(folder).join("serial1.sock"))?;
-            oracle.ask(&format!("sweep {read} {written}"))?;
-            worked += begun.elapsed();
-            drop(oracle);
-            debug_assert!(pid > 0);
-            self.release(&guest)?;
-            takes += 1;
-        }
-        let seconds = start.elapsed().as_secs_f64();
+    /// Has clients take guests, have each work, and release it, without a break.
+    fn cycle(&self, time: Duration, clients: usize) -> Result<()> {
+        let (start, before) = (Instant::now(), self.busy()?);
+        let one = || -> Result<Vec<Cycle>> {
+            let mut cycles = Vec::new();
+            while start.elapsed() < time {
+                cycles.push(self.one_cycle()?);
+            }
+            Ok(cycles)
+        };
+        let cycles: Vec<Cycle> = std::thread::scope(|scope| {
+            let clients: Vec<_> =
+                (0..clients).map(|_| scope.spawn(|| one().map_err(|e| e.to_string()))).collect();
+            let of = |client: std::thread::ScopedJoinHandle<
+                '_,
+                std::result::Result<Vec<Cycle>, String>,
+            >| {
+                client.join().map_err(|_| "a client has panicked".to_owned())?
+            };
+            clients.into_iter().map(of).collect::<std::result::Result<Vec<_>, String>>()
+        })?
+        .concat();
+        let (seconds, after) = (start.elapsed().as_secs_f64(), self.busy()?);
+        let each =
+            |of: fn(&Cycle) -> f64| cycles.iter().map(of).sum::<f64>() / cycles.len().max(1) as f64;
+        let busy = |of: fn(&Busy) -> f64| (of(&after) - of(&before)) / cycles.len().max(1) as f64;
         println!(
-            "| {:.1} takes with release a second for {seconds:.0} s; each guest worked for {:.1} ms \
-             | | | | daemon {} MiB, {} descriptors |",
-            f64::from(takes) / seconds,
-            worked.as_secs_f64() * 1e3 / f64::from(takes),
+            "| {clients} clients without a break for {seconds:.0} s: {:.1} takes a second; each waits \
+             {:.1} ms for its guest, which works for {:.1} ms, and {:.1} ms for its end | | | | \
+             processors, ms a take: {:.0} in all, QEMU until its release {:.0} user and {:.0} system, \
+             the daemon {:.0}; idle {:.0}. Daemon {} MiB, {} descriptors |",
+            cycles.len() as f64 / seconds,
+            each(|cycle| cycle.taken),
+            each(|cycle| cycle.worked),
+            each(|cycle| cycle.released),
+            busy(|busy| busy.all),
+            each(|cycle| cycle.user),
+            each(|cycle| cycle.system),
+            busy(|busy| busy.daemon),
+            busy(|busy| busy.idle),
             support::resident_kib(self.process.id())? / 1024,
             std::fs::read_dir(format!("/proc/{}/fd", self.process.id()))?.count(),
         );
         Ok(())
     }
+
+    fn one_cycle(&self) -> Result<Cycle> {
+        let (read, written) = (64 * PAGES_A_MIB, 4 * PAGES_A_MIB);
+        let start = Instant::now();
+        let guest = self.ask("POST", "/v1/pools/p/take", r#"{"timeout_s":60}"#)?;
+        let (taken, begun) = (ms(start), Instant::now());
+        let pid = guest["qemu_pid"].as_u64().ok_or("no process")? as u32;
+        let folder = Path::new(guest["dir"].as_str().ok_or("no dir")?);
+        let mut oracle = support::Oracle::connect(&folder.join("serial1.sock"))?;
+        oracle.ask(&format!("sweep {read} {written}"))?;
+        let worked = ms(begun);
+        drop(oracle);
+        let [user, system] = processor_ms(pid)?;
+        let ended = Instant::now();
+        self.release(&guest)?;
+        Ok(Cycle { taken, worked, released: ms(ended), user, system })
+    }
+
+    /// What processors have done so far.
+    fn busy(&self) -> Result<Busy> {
+        let stat = std::fs::read_to_string("/proc/stat")?;
+        let fields = stat.lines().next().ok_or("no processors")?.split_whitespace().skip(1);
+        let ticks: Vec<f64> = fields.filter_map(|field| field.parse().ok()).take(8).collect();
+        let [user, nice, system, idle, wait, interrupts, soft, _] = ticks[..] else {
+            return Err("/proc/stat is not as expected".into());
+        };
+        let all = (user + nice + system + interrupts + soft) * TICK_MS;
+        let daemon = processor_ms(self.process.id())?.iter().sum();
+        Ok(Busy { all, idle: (idle + wait) * TICK_MS, daemon })
+    }
+
+    /// What guests have that share memory, each once it has run for a while.
+    fn share(&self, image: &Path, clones: u64) -> Result<()> {
+        let pool = json!({
+            "name": "s", "image": image, "armed": 1, "max": clones, "share": true,
+        });
+        self.ask("POST", "/v1/pools", &pool.to_string())?;
+        let mut guests = Vec::new();
+        for _ in 0..clones {
+            guests.push(self.ask("POST", "/v1/pools/s/take", r#"{"timeout_s":300}"#)?);
+        }
+        // The last one needs its first memory as well.
+        for guest in &guests {
+            let log = Path::new(guest["dir"].as_str().ok_or("no dir")?).join("serial0.log");
+            wait_for(PATIENCE, "heartbeats", || {
+                Ok((std::fs::metadata(&log)?.len() > 2000).then_some(()))
+            })?;
+        }
+        let mut private = Vec::new();
+        let (mut resident, mut proportional) = (0, 0);
+        for guest in &guests {
+            let pid = guest["qemu_pid"].as_u64().ok_or("no process")? as u32;
+            private.push(private_kib(pid)? as f64 / 1024.0);
+            resident += rollup_kib(pid, "Rss:")?;
+            proportional += rollup_kib(pid, "Pss:")?;
+        }
+        let all: f64 = private.iter().sum();
+        let more = format!(
+            "together {all:.0} MiB; what is shared counts {:.0} MiB once, and would be {:.0} in each",
+            proportional as f64 / 1024.0 - all,
+            resident as f64 / 1024.0 - all,
+        );
+        let what = format!("private memory of each of {clones} QEMUs that share, MiB");
+        row(&what, &mut private, &more);
+        self.ask("DELETE", "/v1/pools/s", "").map(drop)
+    }
+}
+
+/// How long the parts of a cycle took, and what its QEMU took of processors, in milliseconds.
+#[derive(Clone)]
+struct Cycle {
+    taken: f64,
+    worked: f64,
+    released: f64,
+    user: f64,
+    system: f64,
+}
+
+/// What processors have done, in milliseconds.
+struct Busy {
+    all: f64,
+    idle: f64,
+    daemon: f64,
+}
+
+/// The kernel counts in these (USER_HZ).
+const TICK_MS: f64 = 10.0;
+
+/// What a process has taken of processors, for itself and in the kernel, in milliseconds
+/// (proc_pid_stat(5), fields 14 and 15).
+fn processor_ms(pid: u32) -> Result<[f64; 2]> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let behind = stat.rsplit_once(") ").ok_or("no name")?.1;
+    let field =
+        |number: usize| behind.split(' ').nth(number - 3).and_then(|n| n.parse::<f64>().ok());
+    let (user, system) = field(14).zip(field(15)).ok_or("no times")?;
+    Ok([user * TICK_MS, system * TICK_MS])
 }
 
 impl Drop for Daemon {
@@ -303,11 +437,16 @@ fn children(of: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
-/// Memory that a process shares with nobody (proc_pid_smaps_rollup(5)), in KiB.
+/// Memory that a process shares with nobody, in KiB.
 fn private_kib(pid: u32) -> Result<u64> {
+    rollup_kib(pid, "Private_")
+}
+
+/// What a process has of these kinds of memory together (proc_pid_smaps_rollup(5)), in KiB.
+fn rollup_kib(pid: u32, kinds: &str) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     let of = |line: &str| line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
-    Ok(text.lines().filter(|line| line.starts_with("Private_")).filter_map(of).sum())
+    Ok(text.lines().filter(|line| line.starts_with(kinds)).filter_map(of).sum())
 }
 
 fn row(what: &str, times: &mut [f64], more: &str) {

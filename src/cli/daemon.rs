@@ -49,6 +49,7 @@ pub(super) struct DaemonArgs {
 
 /// Runs the command.
 pub(super) async fn run(args: DaemonArgs) -> Result<(), Failure> {
+    limit_arenas();
     let output = Output::new(args.json);
     let file = args.config.as_deref().map(DaemonConfig::read).transpose()?.unwrap_or_default();
     let config = DaemonConfig {
@@ -73,3 +74,18 @@ pub(super) async fn run(args: DaemonArgs) -> Result<(), Failure> {
     };
     Ok(crate::daemon::run(options, cancellation()?, tell).await?)
 }
+
+/// Has malloc(3) keep to few arenas. The threads that fill guests' memory come and go, and what one
+/// has put into the cache of an image the next one evicts: with an arena of its own for each, glibc's
+/// default of eight for each processor, 256 MiB of cache came to 700 MiB of memory, most of it holes.
+#[cfg(target_env = "gnu")]
+fn limit_arenas() {
+    const ARENAS: libc::c_int = 2;
+    // SAFETY: mallopt(3) takes two numbers, and may be called at any time.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) } != 1 {
+        tracing::debug!("malloc keeps to as many arenas as it likes");
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn limit_arenas() {}

@@ -16,7 +16,7 @@ use crate::daemon::DaemonEvent;
 use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
 use crate::machine::{Disk, Hotplug};
-use crate::pools::{GuestView, PoolView};
+use crate::pools::{CacheView, GuestView, PoolView, SetupView};
 use crate::revert::RevertEvent;
 use crate::runs::{LeftOver, Run};
 use crate::save::{SaveEvent, SwitchedDisk};
@@ -65,6 +65,8 @@ pub(super) enum CommandEvent {
     },
     /// A revert that is under way, or was when its processes were killed.
     Run(Box<Run>),
+    /// What a daemon keeps decompressed of an image, for all guests of its pools.
+    Cache(Box<CacheOf>),
     /// A revert was ended.
     Ended {
         /// Its id.
@@ -177,6 +179,19 @@ pub(super) struct ForkedClone {
     pub since_moment_ms: f64,
 }
 
+/// What a daemon keeps decompressed of an image.
+#[derive(Serialize, JsonSchema)]
+pub(super) struct CacheOf {
+    /// The daemon's socket.
+    pub daemon: PathBuf,
+    /// The pools' image.
+    pub image: PathBuf,
+    /// The pools whose guests share it.
+    pub pools: Vec<String>,
+    #[serde(flatten)]
+    pub cache: CacheView,
+}
+
 /// A guest of a pool.
 #[derive(Serialize, JsonSchema)]
 pub(super) struct Taken {
@@ -196,12 +211,14 @@ pub(super) struct Taken {
     pub ports: BTreeMap<String, u16>,
     /// From the request on the daemon's socket until QEMU ran the guest, in milliseconds.
     pub took_ms: Option<f64>,
+    /// How what is done for it as soon as it runs has come on, where something is.
+    pub setup: Option<SetupView>,
 }
 
 impl Taken {
     pub fn new(guest: GuestView) -> Taken {
-        let GuestView { id, pool, name, qemu_pid, qmp, dir, ports, ms, .. } = guest;
-        Taken { id, pool, name, qemu_pid, qmp, dir, ports, took_ms: ms }
+        let GuestView { id, pool, name, qemu_pid, qmp, dir, ports, ms, setup, .. } = guest;
+        Taken { id, pool, name, qemu_pid, qmp, dir, ports, took_ms: ms, setup }
     }
 }
 

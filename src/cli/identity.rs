@@ -1,6 +1,5 @@
 //! The arguments of a revert about what tells its guest from others of the same image.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -10,7 +9,7 @@ use super::failure::Failure;
 use super::hook::{Hook, RunningHook};
 use crate::guest::RewriteOptions;
 use crate::kind::ErrorKind;
-use crate::revert::{AgentOptions, CloneIdentity, RevertEvent};
+use crate::revert::{AgentOptions, CloneIdentity, RevertEvent, environment};
 
 /// What is done for a guest of its own.
 #[derive(Args, Clone)]
@@ -43,7 +42,7 @@ pub(super) struct IdentityArgs {
 
 /// What takes the place of something that all guests of an image share.
 #[derive(Clone, Copy, ValueEnum)]
-enum Renewed {
+pub(super) enum Renewed {
     /// A random one
     New,
 }
@@ -92,19 +91,8 @@ pub(super) fn start_when_running(
     clone: Option<&CloneIdentity>,
 ) -> Option<RunningHook> {
     let RevertEvent::Running { pid, ports, qmp } = event else { return None };
-    let directory = clone.map(|clone| &clone.directory);
-    let directory =
-        directory.map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
-    let name = clone.map(|clone| clone.name.clone());
-    // Numbers alone: they can always be written.
-    let ports = serde_json::to_string(ports).unwrap_or_default();
-    Some(hook.take()?.start([
-        ("SNAPBACK_CLONE", OsString::from(name.unwrap_or_default())),
-        ("SNAPBACK_DIR", directory.unwrap_or_default().into()),
-        ("SNAPBACK_PID", pid.map(|pid| pid.to_string()).unwrap_or_default().into()),
-        ("SNAPBACK_QMP", qmp.clone().unwrap_or_default().into()),
-        ("SNAPBACK_PORTS", ports.into()),
-    ]))
+    let clone = clone.map(|clone| (clone.name.as_str(), clone.directory.as_path()));
+    Some(hook.take()?.start(environment(clone, *pid, qmp.as_deref(), ports)))
 }
 
 /// What is still waited for of what follows on the event `running`.

@@ -375,7 +375,7 @@ async fn run(command: Command) -> u8 {
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
         Command::Reset(args) => (args.json, reset::reset(args).await),
-        Command::Ps(args) => (args.json, runs::ps(args)),
+        Command::Ps(args) => (args.json, runs::ps(args).await),
         Command::Stop(args) => (args.json, runs::stop(args).await),
         Command::Daemon(args) => (args.json, daemon::run(args).await),
         Command::Pool(args) => (args.json, pool::pool(args).await),

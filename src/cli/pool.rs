@@ -8,6 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::events::{CommandEvent, Taken};
 use super::failure::Failure;
 use super::host::parse_netdev;
+use super::identity::Renewed;
 use super::output::{Output, print_line, print_table};
 use super::{host, parse_path_pair, parse_seconds};
 use crate::daemon::{Client, default_socket};
@@ -30,9 +31,14 @@ impl SocketArgs {
         self.socket.clone().map(Client::new)
     }
 
+    /// The socket that the environment names, if it does.
+    pub fn of_environment() -> Option<PathBuf> {
+        std::env::var_os("SNAPBACK_SOCKET").map(PathBuf::from)
+    }
+
     pub fn client(&self) -> Client {
-        let of_environment = || std::env::var_os("SNAPBACK_SOCKET").map(PathBuf::from);
-        self.named().unwrap_or_else(|| Client::new(of_environment().unwrap_or_else(default_socket)))
+        let elsewhere = || Client::new(SocketArgs::of_environment().unwrap_or_else(default_socket));
+        self.named().unwrap_or_else(elsewhere)
     }
 }
 
@@ -71,6 +77,13 @@ struct CreateArgs {
     /// So many guests may be taken at a time
     #[arg(long, value_name = "N", default_value_t = 16)]
     max: u32,
+    /// The pool's guests may take so many MiB of memory together: those that wait what their QEMUs
+    /// have of their own, those that are taken --guest-memory each
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
+    /// Count a guest that is taken with so many MiB [default: all of the machine's memory, and 64]
+    #[arg(long, value_name = "MIB")]
+    guest_memory: Option<u64>,
     /// What of a guest's memory is in place while it waits
     #[arg(long, value_name = "WHAT", default_value = "working-set")]
     preload: PreloadArg,
@@ -102,9 +115,8 @@ struct CreateArgs {
     /// The QEMU binary to use instead of the recorded one
     #[arg(long, value_name = "BIN")]
     qemu: Option<PathBuf>,
-    /// Give each guest a new generation ID
-    #[arg(long)]
-    new_generation: bool,
+    #[command(flatten)]
+    setup: SetupArgs,
     /// Release a guest so many seconds after it was taken
     #[arg(long, value_name = "SECONDS")]
     lifetime: Option<u64>,
@@ -116,16 +128,47 @@ struct CreateArgs {
     extra: Vec<String>,
 }
 
+/// What is done for each guest of its own: as `revert` has it.
+#[derive(Args)]
+struct SetupArgs {
+    /// Give each guest a new generation ID, by which it knows that it is one of several. The image
+    /// must have been saved with the device vmgenid
+    #[arg(long, value_name = "WHICH")]
+    vmgenid: Option<Renewed>,
+    /// Give each network card a new address, by the guest's agent and ip(8) in the guest. Until then
+    /// the guest finds the card's cable unplugged
+    #[arg(long, value_name = "WHICH")]
+    mac: Option<Renewed>,
+    /// Have the guest's agent (qemu-guest-agent) run COMMAND by the guest's /bin/sh as soon as it
+    /// runs; with {n}, {name} and {dir}
+    #[arg(long, value_name = "COMMAND")]
+    agent_exec: Vec<String>,
+    /// Have the guest's agent set the guest's clock to this host's time as soon as it runs
+    #[arg(long)]
+    agent_set_time: bool,
+    /// The socket of the guest's agent [default: that of the port org.qemu.guest_agent.0 on the
+    /// command line]; with {n}, {name} and {dir}
+    #[arg(long, value_name = "PATH")]
+    agent: Option<String>,
+    /// Have the daemon run COMMAND (by sh -c) as soon as a guest runs; see SNAPBACK_CLONE,
+    /// SNAPBACK_DIR, SNAPBACK_PID, SNAPBACK_QMP and SNAPBACK_PORTS in its environment
+    #[arg(long, value_name = "COMMAND")]
+    hook_running: Option<String>,
+}
+
 #[derive(Args)]
 struct SetArgs {
     /// Its name
     name: String,
     /// So many guests wait, armed
-    #[arg(long, value_name = "N", required_unless_present = "max")]
+    #[arg(long, value_name = "N", required_unless_present_any = ["max", "memory"])]
     armed: Option<u32>,
     /// So many guests may be taken at a time
     #[arg(long, value_name = "N")]
     max: Option<u32>,
+    /// Its guests may take so many MiB of memory together; 0 for no limit
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
 }
 
 #[derive(Args)]
@@ -191,6 +234,8 @@ impl CreateArgs {
         let settings = PoolSettings {
             armed: self.armed,
             max: self.max,
+            memory_mib: self.memory,
+            guest_memory_mib: self.guest_memory,
             preload: self.preload.into(),
             resettable: !self.not_resettable,
             share: self.share,
@@ -201,7 +246,12 @@ impl CreateArgs {
             netdevs: self.netdevs.into_iter().collect(),
             qemu: self.qemu.as_deref().map(std::path::absolute).transpose()?,
             arguments: self.extra,
-            new_generation: self.new_generation,
+            new_generation: self.setup.vmgenid.is_some(),
+            new_macs: self.setup.mac.is_some(),
+            agent_set_time: self.setup.agent_set_time,
+            agent_exec: self.setup.agent_exec,
+            agent: self.setup.agent,
+            hook_running: self.setup.hook_running,
             lifetime_s: self.lifetime,
             fill_delay_ms: self.fill_delay.map(|delay| delay.as_millis() as u64),
             // The daemon's working directory is another one.
@@ -216,8 +266,8 @@ pub(super) async fn pool(args: PoolArgs) -> Result<(), Failure> {
     let (output, daemon) = (Output::new(args.json), args.socket.client());
     let view = match args.command {
         PoolCommand::Create(args) => daemon.create(&args.config()?).await?,
-        PoolCommand::Set(SetArgs { name, armed, max }) => {
-            daemon.change(&name, &Change { armed, max }).await?
+        PoolCommand::Set(SetArgs { name, armed, max, memory: memory_mib }) => {
+            daemon.change(&name, &Change { armed, max, memory_mib }).await?
         }
         PoolCommand::Remove(RemoveArgs { name }) => {
             daemon.remove(&name).await?;
@@ -264,17 +314,30 @@ fn show(pools: &[PoolView]) {
             state.to_owned(),
             format!("{} of {}", pool.ready, pool.armed),
             format!("{} of {}", pool.running, pool.max),
+            memory(pool),
             pool.waiting.to_string(),
             pool.takes.to_string(),
             pool.image.display().to_string(),
         ]
     };
-    let head = ["POOL", "STATE", "ARMED", "TAKEN", "WAITING", "TAKES", "IMAGE"];
+    let head = ["POOL", "STATE", "ARMED", "TAKEN", "MEMORY", "WAITING", "TAKES", "IMAGE"];
     print_table(head, &pools.iter().map(row).collect::<Vec<_>>());
     for pool in pools {
         if let Some(problem) = &pool.problem {
             print_line(&format!("{}: {} ({})", pool.name, problem.message, problem.code));
         }
+    }
+}
+
+/// What the guests of a pool use, and what they are counted with where that is limited.
+fn memory(pool: &PoolView) -> String {
+    let used = pool.used_bytes.map(|bytes| format!("{} MiB", bytes >> 20));
+    let counted = pool
+        .memory
+        .map(|memory| format!("counted {} of {} MiB", memory.counted >> 20, memory.limit >> 20));
+    match (used, counted) {
+        (Some(used), Some(counted)) => format!("{used}, {counted}"),
+        (used, counted) => used.or(counted).unwrap_or_else(|| "-".to_owned()),
     }
 }
 
@@ -296,6 +359,9 @@ pub(super) async fn take(args: TakeArgs) -> Result<(), Failure> {
     }
     for (old, new) in &guest.ports {
         output.say("", &format!("port {new} of this host in the place of {old}"));
+    }
+    if guest.setup.is_some() {
+        output.say("", "until its agent and the pool's command are done, it is like all others");
     }
     Ok(())
 }

@@ -1,18 +1,28 @@
 //! `ps`, `stop`, `logs` and `gc`: the reverts that are under way, and what killed ones left.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 
-use super::events::CommandEvent;
+use super::events::{CacheOf, CommandEvent};
 use super::failure::Failure;
 use super::output::{Output, print_line, print_table};
+use super::pool::SocketArgs;
 use crate::daemon::{Client, ClientError};
+use crate::pools::CacheView;
 use crate::runs::{self, LeftOver, LeftOverKind, Run, RunsError, Stopped};
+
+/// How long a daemon may take to tell of its caches that was not named.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Args)]
 pub(super) struct PsArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
     /// Print one JSON object a line, one for each revert
     #[arg(long)]
     pub json: bool,
@@ -43,11 +53,14 @@ pub(super) struct GcArgs {
     pub json: bool,
 }
 
-/// Lists the reverts that are under way.
-pub(super) fn ps(args: PsArgs) -> Result<(), Failure> {
+/// Lists the reverts that are under way, and what daemons keep of their images.
+pub(super) async fn ps(args: PsArgs) -> Result<(), Failure> {
     let (output, runs) = (Output::new(args.json), runs::list()?);
+    let caches = caches(&args.socket, &runs).await?;
     if args.json {
         runs.into_iter().for_each(|run| output.print_json(&CommandEvent::Run(Box::new(run))));
+        let events = caches.into_iter().map(|cache| CommandEvent::Cache(Box::new(cache)));
+        events.for_each(|event| output.print_json(&event));
         return Ok(());
     }
     let head =
@@ -64,7 +77,57 @@ pub(super) fn ps(args: PsArgs) -> Result<(), Failure> {
     if runs.iter().any(Run::is_over) {
         print_line("`snapback gc` removes what reverts have left that have no process any more");
     }
+    for CacheOf { daemon, image, pools, cache } in &caches {
+        let (daemon, image, pools) = (daemon.display(), image.display(), pools.join(", "));
+        let CacheView { bytes, limit, hits, misses, .. } = cache;
+        let found = *hits as f64 * 100.0 / (hits + misses).max(1) as f64;
+        print_line(&format!(
+            "the daemon at {daemon} keeps {} of at most {} MiB of {image} decompressed ({pools}); \
+             {found:.0} % of what guests have asked for was there",
+            bytes >> 20,
+            limit >> 20
+        ));
+    }
     Ok(())
+}
+
+/// The caches of all daemons that are known of: those of the reverts that are under way, and the one
+/// that is named, which has to answer.
+async fn caches(named: &SocketArgs, runs: &[Run]) -> Result<Vec<CacheOf>, Failure> {
+    let mut daemons: BTreeSet<PathBuf> =
+        runs.iter().filter_map(|run| Some(run.pool()?.daemon.clone())).collect();
+    let mut caches = Vec::new();
+    match named.named() {
+        Some(daemon) => {
+            daemons.remove(daemon.path());
+            caches.extend(caches_of(&daemon).await?);
+        }
+        None => daemons.extend(SocketArgs::of_environment()),
+    }
+    for daemon in daemons {
+        // Its guests outlive it, and one that hangs keeps nobody from seeing what there is.
+        let asked = tokio::time::timeout(PATIENCE, caches_of(&Client::new(daemon))).await;
+        caches.extend(asked.ok().and_then(Result::ok).unwrap_or_default());
+    }
+    Ok(caches)
+}
+
+async fn caches_of(daemon: &Client) -> Result<Vec<CacheOf>, ClientError> {
+    let mut caches: Vec<(bool, CacheOf)> = Vec::new();
+    for pool in daemon.pools().await? {
+        let Some(cache) = pool.cache else { continue };
+        // Guests that share memory have a flat copy of the image, and so another cache.
+        let known =
+            |(share, of): &&mut (bool, CacheOf)| *share == pool.share && of.image == pool.image;
+        match caches.iter_mut().find(known) {
+            Some((_, of)) => of.pools.push(pool.name),
+            None => {
+                let (daemon, pools) = (daemon.path().to_owned(), vec![pool.name]);
+                caches.push((pool.share, CacheOf { daemon, image: pool.image, pools, cache }));
+            }
+        }
+    }
+    Ok(caches.into_iter().map(|(_, cache)| cache).collect())
 }
 
 /// The columns of a revert.

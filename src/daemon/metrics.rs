@@ -36,6 +36,12 @@ pub(super) fn text(pools: &[(PoolView, Figures)]) -> String {
     metric("snapback_pool_degraded", "gauge", "Whether no guest can be started.", &|pool, _| {
         f64::from(u8::from(pool.state == PoolState::Degraded))
     });
+    metric(
+        "snapback_pool_memory_bytes",
+        "gauge",
+        "Bytes of memory that the pool's QEMUs have of their own.",
+        &|pool, _| pool.used_bytes.unwrap_or_default() as f64,
+    );
     metric("snapback_armed_total", "counter", "Guests that were armed.", &|_, figures| {
         figures.armed as f64
     });

@@ -12,7 +12,7 @@ const PAGE: &str = include_str!("page.html");
 /// an image in its own text. No text becomes markup or script (`require-trusted-types-for`).
 const POLICY: &str = "default-src 'none'; \
      style-src 'sha256-mD2sI7urHUmZSqW36sXKq87J5gJhqcUUi4Ll/nOaqaw='; \
-     script-src 'sha256-H3G2giv84rAJV2VPcGIkz49zQBJ7ey5PzHegzCbZDoI='; \
+     script-src 'sha256-Jb9IhAYzRw5iNbfcl+1JNe6bRESlDEk7AArdhEIDKo4='; \
      img-src data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'; \
      require-trusted-types-for 'script'; trusted-types 'none'";
 

@@ -11,6 +11,7 @@ pub mod program;
 pub mod rights;
 pub mod sandbox;
 pub mod shared_memory;
+pub mod shell;
 pub mod uffd;
 
 pub use page_size::{PageSizeError, check_page_size};

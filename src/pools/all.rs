@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, broadcast};
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 
 use super::config::{Change, PoolConfig, PoolSettings, check_name};
 use super::error::PoolError;
@@ -90,16 +90,25 @@ impl Pools {
         // Guests that nobody takes up must have let go of names and ports.
         let known = |guest: &SavedGuest| guest.taken && all.contains_key(&guest.pool);
         let (taken, others): (Vec<_>, Vec<_>) = guests.into_iter().partition(known);
-        for guest in others {
-            discard(&state, guest).await;
-        }
+        let others = others.into_iter().map(|guest| {
+            let state = Arc::clone(&state);
+            async move { discard(&state, guest).await }
+        });
+        // Each waits for a QEMU to end.
+        others.collect::<JoinSet<()>>().join_all().await;
         let mut started = BTreeMap::new();
         for (name, settings) in all {
             started.insert(name.clone(), Pool::start(&name, settings, pools.shared.clone()));
         }
         for guest in taken {
             let pool = &started[&guest.pool];
-            pool.adopt(&guest);
+            match guest.resetting {
+                true => {
+                    discard(&state, guest.clone()).await;
+                    pool.adopt_resetting(&guest);
+                }
+                false => pool.adopt(&guest),
+            }
             if !pool.has(&guest.id) {
                 discard(&state, guest).await;
             }
@@ -124,12 +133,14 @@ impl Pools {
 
     /// All pools, by name.
     pub fn list(&self) -> Vec<PoolView> {
-        self.all().values().map(|pool| pool.view()).collect()
+        let pools: Vec<_> = self.all().values().cloned().collect();
+        pools.iter().map(|pool| pool.measured()).collect()
     }
 
     /// What has been counted of each pool.
     pub fn figures(&self) -> Vec<(PoolView, Figures)> {
-        self.all().values().map(|pool| (pool.view(), pool.figures())).collect()
+        let pools: Vec<_> = self.all().values().cloned().collect();
+        pools.iter().map(|pool| (pool.measured(), pool.figures())).collect()
     }
 
     /// One pool.
@@ -137,7 +148,7 @@ impl Pools {
     /// # Errors
     /// When there is none of that name.
     pub fn get(&self, name: &str) -> Result<PoolView, PoolError> {
-        Ok(self.pool(name)?.view())
+        Ok(self.pool(name)?.measured())
     }
 
     /// Creates a pool, which fills from now on.
@@ -169,7 +180,7 @@ impl Pools {
     /// When there is none of that name, or it can't be.
     pub async fn change(&self, name: &str, change: &Change) -> Result<PoolView, PoolError> {
         let pool = self.pool(name)?;
-        pool.change(change.armed, change.max).await?;
+        pool.change(change).await?;
         self.write_down(&self.all())?;
         Ok(pool.view())
     }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use super::config::PoolSettings;
-use super::event::{PoolState, PoolView, Problem};
+use super::event::{MemoryView, PoolState, PoolView, Problem};
 use super::handle::Handle;
+use super::memory::MemoryLimit;
 
 /// The book of one pool.
 pub(super) struct Book {
@@ -22,11 +23,13 @@ pub(super) struct Book {
     pub problem: Option<Problem>,
     pub closed: bool,
     pub takes: u64,
+    pub memory: MemoryLimit,
 }
 
 impl Book {
     pub fn new(settings: PoolSettings) -> Book {
         Book {
+            memory: MemoryLimit::of(&settings),
             settings,
             ready: VecDeque::new(),
             taken: HashMap::new(),
@@ -43,12 +46,19 @@ impl Book {
     pub fn wants_one(&self) -> bool {
         let free = (self.settings.max as usize).saturating_sub(self.taken.len());
         let wanted = (self.settings.armed as usize).max(self.queue.len().min(free));
-        !self.closed && self.ready.len() < wanted
+        let may = self.memory.may_arm(self.taken.len(), self.waiting_bytes());
+        !self.closed && self.ready.len() < wanted && may
+    }
+
+    /// What the guests that wait have together, in bytes.
+    fn waiting_bytes(&self) -> u64 {
+        self.ready.iter().map(|guest| guest.waits_with).sum()
     }
 
     /// A guest has been armed, and waits from now on. Returns whether the pool wants it: it may have
     /// been closed meanwhile.
     pub fn add(&mut self, guest: &Arc<Handle>) -> bool {
+        self.memory.learn_waiting(guest.waits_with);
         if !self.closed {
             self.problem = None;
             self.ready.push_back(Arc::clone(guest));
@@ -100,7 +110,7 @@ impl Book {
 
     /// Gives guests that wait to those who ask for them.
     fn serve(&mut self) {
-        while self.taken.len() < self.settings.max as usize {
+        while self.may_take() {
             let Some(waiter) = self.queue.pop_front() else { return };
             let Some(guest) = self.ready.pop_front() else {
                 self.queue.push_front(waiter);
@@ -114,6 +124,17 @@ impl Book {
         }
     }
 
+    /// Whether one more may be taken, as far as the pool's limits go.
+    fn may_take(&self) -> bool {
+        self.taken.len() < self.settings.max as usize && self.has_memory_for_one()
+    }
+
+    /// Whether one of those that wait may be taken, as far as memory goes.
+    pub fn has_memory_for_one(&self) -> bool {
+        let own = self.ready.front().map_or(0, |guest| guest.waits_with);
+        self.memory.may_take(self.taken.len(), self.waiting_bytes(), own)
+    }
+
     /// A guest is no more.
     pub fn remove(&mut self, id: &str) {
         self.ready.retain(|guest| guest.place.id != id);
@@ -121,13 +142,22 @@ impl Book {
         self.serve();
     }
 
-    /// Changes how many are to wait and may be taken. Returns those that are to wait no more.
-    pub fn change(&mut self, armed: Option<u32>, max: Option<u32>) -> Vec<Arc<Handle>> {
-        self.settings.armed = armed.unwrap_or(self.settings.armed);
-        self.settings.max = max.unwrap_or(self.settings.max);
+    /// Changes what can be changed. Returns those that are to wait no more.
+    pub fn change(&mut self, settings: PoolSettings) -> Vec<Arc<Handle>> {
+        self.memory.set(&settings);
+        self.settings = settings;
         self.serve();
         let keep = (self.settings.armed as usize).min(self.ready.len());
-        self.ready.split_off(keep).into()
+        let mut spare: Vec<_> = self.ready.split_off(keep).into();
+        // Those behind were armed last, and are beyond the limit first.
+        while let Some(last) = self.ready.pop_back() {
+            if self.memory.may_arm(self.taken.len(), self.waiting_bytes()) {
+                self.ready.push_back(last);
+                break;
+            }
+            spare.push(last);
+        }
+        spare
     }
 
     /// Closes the pool: nobody gets a guest from now on. Returns those that wait.
@@ -142,6 +172,11 @@ impl Book {
         let mut guests: Vec<_> = self.taken.values().cloned().collect();
         guests.sort_by_key(|guest| guest.taken());
         guests
+    }
+
+    /// The QEMUs of all guests.
+    pub fn processes(&self) -> Vec<i32> {
+        self.ready.iter().chain(self.taken.values()).map(|guest| guest.now().qemu).collect()
     }
 
     /// Whether this one is taken.
@@ -173,8 +208,14 @@ impl Book {
             waiting: self.queue.len() as u32,
             takes: self.takes,
             preload: self.settings.preload,
-            resettable: self.settings.is_resettable(),
+            resettable: self.settings.resettable,
             share: self.settings.share,
+            memory: self.memory.limit().map(|limit| MemoryView {
+                limit,
+                counted: self.memory.counted(self.taken.len(), self.waiting_bytes()),
+                guest: self.memory.guest(),
+            }),
+            used_bytes: None,
             cache: None,
         }
     }

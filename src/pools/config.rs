@@ -29,8 +29,8 @@ pub struct PoolConfig {
     pub settings: PoolSettings,
 }
 
-/// What a pool is made of. In `dir`, `guest_name`, `paths`, `netdevs` and `arguments` `{n}` stands
-/// for a guest's number, `{name}` for its name and `{dir}` for its directory.
+/// What a pool is made of. In `dir`, `guest_name`, `paths`, `netdevs`, `arguments`, `agent` and
+/// `agent_exec` `{n}` stands for a guest's number, `{name}` for its name and `{dir}` for its directory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PoolSettings {
@@ -42,10 +42,19 @@ pub struct PoolSettings {
     /// How many guests may be taken at a time.
     #[serde(default = "sixteen")]
     pub max: u32,
+    /// The most MiB of memory that the pool's guests may take together. A guest that waits is counted
+    /// with what its QEMU has of its own, one that is taken with `guest_memory_mib`. No more are
+    /// armed or handed out than that allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+    /// What a guest that is taken is counted with [default: all of the machine's memory, and 64 for
+    /// QEMU].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_memory_mib: Option<u64>,
     /// What of a guest's memory is in place while it waits.
     #[serde(default = "working_set")]
     pub preload: Preload,
-    /// Whether a guest can be reset inside its QEMU. It is not where memory is shared.
+    /// Whether a guest can be reset inside its QEMU.
     #[serde(default = "yes")]
     pub resettable: bool,
     /// Whether guests share memory that they have not written: it is mapped from a flat copy of
@@ -78,6 +87,24 @@ pub struct PoolSettings {
     /// Whether each guest gets a new generation ID.
     #[serde(default)]
     pub new_generation: bool,
+    /// Whether the guest's agent gives each of its network cards a new address, by ip(8), as soon as
+    /// it runs. Until then the guest finds the card's cable unplugged.
+    #[serde(default)]
+    pub new_macs: bool,
+    /// Whether the guest's agent sets its clock to this host's time as soon as it runs.
+    #[serde(default)]
+    pub agent_set_time: bool,
+    /// Commands that the guest's agent has its `/bin/sh` run as soon as it runs, one after the other.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub agent_exec: Vec<String>,
+    /// The socket of the guest's agent [default: that of the port org.qemu.guest_agent.0 on the
+    /// command line].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    /// A command of this host's shell (sh -c) that the daemon runs as soon as a guest runs, with
+    /// SNAPBACK_CLONE, SNAPBACK_DIR, SNAPBACK_PID, SNAPBACK_QMP and SNAPBACK_PORTS in its environment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hook_running: Option<String>,
     /// A guest is released so many seconds after it was taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lifetime_s: Option<u64>,
@@ -111,6 +138,24 @@ pub struct Change {
     /// How many guests may be taken at a time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max: Option<u32>,
+    /// The most MiB of memory that its guests may take together; 0 for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+}
+
+impl Change {
+    /// These settings with what it changes.
+    pub(super) fn of(&self, settings: PoolSettings) -> PoolSettings {
+        PoolSettings {
+            armed: self.armed.unwrap_or(settings.armed),
+            max: self.max.unwrap_or(settings.max),
+            memory_mib: match self.memory_mib {
+                Some(0) => None,
+                changed => changed.or(settings.memory_mib),
+            },
+            ..settings
+        }
+    }
 }
 
 fn one() -> u32 {
@@ -136,6 +181,8 @@ impl PoolSettings {
             image: image.into(),
             armed: one(),
             max: sixteen(),
+            memory_mib: None,
+            guest_memory_mib: None,
             preload: working_set(),
             resettable: yes(),
             share: false,
@@ -147,15 +194,15 @@ impl PoolSettings {
             qemu: None,
             arguments: Vec::new(),
             new_generation: false,
+            new_macs: false,
+            agent_set_time: false,
+            agent_exec: Vec::new(),
+            agent: None,
+            hook_running: None,
             lifetime_s: None,
             fill_delay_ms: None,
             fill_rate: None,
         }
-    }
-
-    /// Whether a guest can be reset inside its QEMU.
-    pub fn is_resettable(&self) -> bool {
-        self.resettable && !self.share
     }
 
     /// How long a guest may be taken.
@@ -182,6 +229,14 @@ impl PoolSettings {
         if self.max == 0 {
             return invalid("max: at least one guest has to be allowed".into());
         }
+        if self.memory_mib == Some(0) || self.guest_memory_mib == Some(0) {
+            return invalid("memory_mib and guest_memory_mib are 1 at least".into());
+        }
+        if let (Some(all), Some(guest)) = (self.memory_mib, self.guest_memory_mib)
+            && guest > all
+        {
+            return invalid(format!("memory_mib: {all} MiB hold no guest of {guest}"));
+        }
         let has_number = |template: &str| template.contains("{n}");
         if let Some(name) = &self.guest_name
             && (!has_number(name) || !is_name(&name.replace("{n}", "1")))
@@ -202,6 +257,14 @@ impl PoolSettings {
         }
         if let Some(port) = self.ports.keys().find(|port| port.parse::<u16>().is_err()) {
             return invalid(format!("ports: {port:?} is no port"));
+        }
+        if let Some(agent) = &self.agent
+            && !agent.starts_with('/')
+            && !agent.starts_with("{dir}/")
+        {
+            return invalid(format!(
+                "agent: {agent:?} has to be an absolute path, or to begin with {{dir}}"
+            ));
         }
         Ok(())
     }
@@ -244,11 +307,14 @@ mod tests {
             (r#"{"image":"a.snap"}"#, "absolute"),
             (r#"{"image":"/a","max":0}"#, "max"),
             (r#"{"image":"/a","armed":20000}"#, "armed"),
+            (r#"{"image":"/a","memory_mib":0}"#, "memory_mib"),
+            (r#"{"image":"/a","memory_mib":5,"guest_memory_mib":6}"#, "memory_mib"),
             (r#"{"image":"/a","guest_name":"x"}"#, "guest_name"),
             (r#"{"image":"/a","guest_name":"../{n}"}"#, "guest_name"),
             (r#"{"image":"/a","dir":"/run/x"}"#, "dir"),
             (r#"{"image":"/a","dir":"/run/../{n}"}"#, "dir"),
             (r#"{"image":"/a","ports":{"ssh":0}}"#, "ports"),
+            (r#"{"image":"/a","agent":"agent.sock","agent_exec":["true"]}"#, "agent"),
             (r#"{"image":"/a","hook":"rm"}"#, "hook"),
         ] {
             let error = settings(wrong).unwrap_err();

@@ -35,7 +35,7 @@ pub enum PoolError {
     /// All guests that may be taken are.
     #[error(
         "no guest of the pool {pool:?} was to be had within {waited:?}: {taken} of {max} are \
-         taken, and {armed} wait; release some, or raise max"
+         taken, and {armed} wait; release some, or raise {raise}"
     )]
     Exhausted {
         /// The pool.
@@ -48,6 +48,8 @@ pub enum PoolError {
         armed: usize,
         /// How long it was waited for.
         waited: Duration,
+        /// The setting that would allow more: `max` or `memory_mib`.
+        raise: &'static str,
     },
     /// The pool can't start guests.
     #[error("the pool {pool:?} has no guests, and can't start any: {}", problem.message)]
@@ -92,14 +94,20 @@ pub enum PoolError {
     },
 }
 
-/// The options of a revert that messages name, for which pools have settings of their names. `own` and
-/// `extra` are called otherwise.
-const OPTIONS: &str = "RewriteOptions::";
+/// The options of a revert that messages name, and the settings of a pool that stand for them; all
+/// others have the names of their options.
+const SETTINGS: [(&str, &str); 5] = [
+    ("RewriteOptions::own", "dir"),
+    ("RewriteOptions::extra", "arguments"),
+    ("AgentOptions::socket", "agent"),
+    ("RewriteOptions::", ""),
+    ("AgentOptions::", ""),
+];
 
 /// A message of a revert's, with a pool's settings in the place of the options.
 fn by_settings(message: &str) -> String {
-    let settings = message.replace(OPTIONS, "");
-    settings.replace("`own`", "`dir`").replace("`extra`", "`arguments`")
+    let replace = |text: String, (option, setting): &(&str, &str)| text.replace(option, setting);
+    SETTINGS.iter().fold(message.to_owned(), replace)
 }
 
 impl PoolError {

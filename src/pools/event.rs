@@ -41,9 +41,29 @@ pub struct PoolView {
     pub resettable: bool,
     /// Whether its guests share memory that they have not written.
     pub share: bool,
+    /// What its guests may take of memory, where that is limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryView>,
+    /// Bytes of memory that its QEMUs have of their own now: what they share with nobody, and what is
+    /// no part of a file. It is measured when it is asked for, and not told in events.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_bytes: Option<u64>,
     /// The cache of its image's chunks, once that is open. Pools of one image have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheView>,
+}
+
+/// What the guests of a pool may take of memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
+pub struct MemoryView {
+    /// The most that they may be counted with together.
+    pub limit: u64,
+    /// What they are counted with now.
+    pub counted: u64,
+    /// What a guest that is taken is counted with; none before its image has been opened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<u64>,
 }
 
 /// A cache of an image's decompressed chunks.
@@ -129,6 +149,52 @@ pub struct GuestView {
     /// The share of its memory that is in place, from 0 to 1; none where nobody knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub present: Option<f64>,
+    /// How what is done for it as soon as it runs has come on, where something is: its agent is told
+    /// (`new_macs`, `agent_set_time`, `agent_exec`), and a command run (`hook_running`). Until it is
+    /// done, the guest is like all others of its pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub setup: Option<SetupView>,
+}
+
+/// How what is done for a guest as soon as it runs has come on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
+pub struct SetupView {
+    /// How far.
+    pub state: SetupState,
+    /// What has failed, if something has; what was to follow is left out then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+impl SetupView {
+    pub(super) fn pending() -> SetupView {
+        SetupView { state: SetupState::Pending, problem: None }
+    }
+
+    /// As it is once the daemon has ended that did it.
+    pub(super) fn abandoned(self) -> SetupView {
+        match self.state {
+            SetupState::Pending => SetupView {
+                state: SetupState::Failed,
+                problem: Some("the daemon was ended meanwhile; a reset does it anew".to_owned()),
+            },
+            _ => self,
+        }
+    }
+}
+
+/// How far what is done for a guest has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum SetupState {
+    /// It is under way.
+    Pending,
+    /// All is done.
+    Done,
+    /// Something has failed.
+    Failed,
 }
 
 /// What a reset has done.
@@ -172,6 +238,34 @@ pub enum PoolEvent {
         /// How.
         how: ResetWay,
         /// How long it took, in milliseconds.
+        ms: f64,
+    },
+    /// A guest's agent has done something that it was told once the guest ran, or has failed.
+    Agent {
+        /// The guest's id.
+        id: String,
+        /// Its pool.
+        pool: String,
+        /// What: a command of the guest's shell, `guest-set-time`, or a card's new address.
+        did: String,
+        /// Why it failed; none where it did not. What was to follow is left out then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failed: Option<String>,
+        /// How long it took, in milliseconds; the first time with the wait for the agent.
+        ms: f64,
+        /// How many things are to follow.
+        left: u64,
+    },
+    /// The command that was run once a guest ran has ended.
+    Hook {
+        /// The guest's id.
+        id: String,
+        /// Its pool.
+        pool: String,
+        /// What failed; none where it ended well.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failed: Option<String>,
+        /// How long it ran, in milliseconds.
         ms: f64,
     },
     /// A guest is no more.

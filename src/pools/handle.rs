@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::event::GuestView;
+use super::event::{GuestView, SetupView};
 use super::saved::SavedGuest;
 use super::template::{Place, Template};
 use crate::revert::{Progress, ResetWay, RevertError};
@@ -34,6 +34,8 @@ pub(super) struct ResetDone {
 pub(super) struct Handle {
     pub place: Place,
     pub pool: String,
+    /// What its QEMU had of its own when it began to wait, in bytes.
+    pub waits_with: u64,
     now: Mutex<Now>,
     commands: mpsc::UnboundedSender<Command>,
 }
@@ -49,16 +51,20 @@ pub(super) struct Now {
     pub resettable: bool,
     pub resets: u64,
     pub progress: Option<Progress>,
+    /// How what is done for it as soon as it runs has come on, where something is.
+    pub setup: Option<SetupView>,
 }
 
 impl Handle {
     pub fn new(
         pool: &str,
         place: Place,
+        waits_with: u64,
         now: Now,
     ) -> (Arc<Handle>, mpsc::UnboundedReceiver<Command>) {
         let (commands, receiver) = mpsc::unbounded_channel();
-        let handle = Handle { place, pool: pool.to_owned(), now: Mutex::new(now), commands };
+        let (pool, now) = (pool.to_owned(), Mutex::new(now));
+        let handle = Handle { place, pool, waits_with, now, commands };
         (Arc::new(handle), receiver)
     }
 
@@ -94,6 +100,7 @@ impl Handle {
             resettable: now.resettable,
             resets: now.resets,
             present: now.progress.map(share),
+            setup: now.setup.clone(),
         }
     }
 
@@ -135,6 +142,7 @@ impl Handle {
             taken: now.taken.is_some(),
             taken_unix_ms: taken.unwrap_or_default().as_millis() as u64,
             resets: now.resets,
+            setup: now.setup.clone(),
             ..SavedGuest::planned(&self.pool, &self.place, template)
         }
     }
@@ -155,6 +163,8 @@ impl SavedGuest {
             taken: false,
             taken_unix_ms: 0,
             resets: 0,
+            setup: None,
+            resetting: false,
         }
     }
 }

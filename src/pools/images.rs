@@ -24,6 +24,11 @@ impl PoolImage {
         OpenImage { image: Arc::clone(&self.image), pages: Arc::clone(&self.pages) as _ }
     }
 
+    /// The memory of its machine, in bytes.
+    pub fn ram(&self) -> u64 {
+        self.image.manifest().blocks.iter().map(|block| block.len).sum()
+    }
+
     /// What its cache has come to.
     pub fn cache(&self) -> CacheFigures {
         self.pages.figures()

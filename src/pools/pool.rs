@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore, broadcast, oneshot};
 
 use super::book::Book;
-use super::config::{PoolSettings, check_name};
+use super::config::{Change, PoolSettings, check_name};
 use super::error::PoolError;
 use super::event::{CacheView, GuestView, PoolEvent, PoolView, Problem, ResetView};
 use super::figures::{Counted, Figures};
@@ -18,6 +18,7 @@ use super::handle::Handle;
 use super::images::Images;
 use super::saved::{Numbers, SavedGuest, StateDirectory};
 use super::template::{Place, Template};
+use crate::host::procfs::own_memory;
 use crate::keeper::Successor;
 use crate::revert::ResetWay;
 use crate::runs::{self, OfPool};
@@ -87,6 +88,13 @@ impl Pool {
         PoolView { cache: cache.map(CacheView::from), ..self.book().view(&self.name) }
     }
 
+    /// The same with what its QEMUs use.
+    pub fn measured(&self) -> PoolView {
+        let processes = self.book().processes();
+        let used = processes.into_iter().map(own_memory).sum();
+        PoolView { used_bytes: Some(used), ..self.view() }
+    }
+
     /// What it is made of.
     pub fn settings(&self) -> PoolSettings {
         self.book().settings.clone()
@@ -102,16 +110,14 @@ impl Pool {
         let _ = self.shared.events.send(PoolEvent::Pool(self.view()));
     }
 
-    /// Changes how many wait and may be taken.
-    pub async fn change(&self, armed: Option<u32>, max: Option<u32>) -> Result<(), PoolError> {
-        let changed = self.settings();
-        let changed = PoolSettings {
-            armed: armed.unwrap_or(changed.armed),
-            max: max.unwrap_or(changed.max),
-            ..changed
+    /// Changes what can be changed of it.
+    pub async fn change(&self, change: &Change) -> Result<(), PoolError> {
+        let spare = {
+            let mut book = self.book();
+            let changed = change.of(book.settings.clone());
+            changed.check()?;
+            book.change(changed)
         };
-        changed.check()?;
-        let spare = self.book().change(armed, max);
         for guest in spare {
             guest.release(ASKED).await;
         }
@@ -223,7 +229,14 @@ impl Pool {
             Some(problem) if taken < book.settings.max as usize => {
                 PoolError::Degraded { pool, problem: problem.clone() }
             }
-            _ => PoolError::Exhausted { pool, taken, max: book.settings.max, armed, waited },
+            _ => {
+                let max = book.settings.max;
+                let raise = match taken < max as usize && !book.has_memory_for_one() {
+                    true => "memory_mib",
+                    false => "max",
+                };
+                PoolError::Exhausted { pool, taken, max, armed, waited, raise }
+            }
         }
     }
 
@@ -273,15 +286,31 @@ impl Pool {
     }
 
     /// Takes a guest up that a daemon before this one has handed out, where it lives. Else what is
-    /// left of it is removed.
+    /// left of it is to be removed.
     pub fn adopt(self: &Arc<Self>, saved: &SavedGuest) {
         let Some((guest, adopted)) = Guest::adopt(saved, self.common()) else { return };
-        self.book().adopt(Arc::clone(&guest.handle));
-        let id = guest.handle.place.id.clone();
-        self.limit_lifetime(&guest.handle);
-        let pool = Arc::clone(self);
+        let handle = Arc::clone(&guest.handle);
+        self.live_on(&handle, guest.live(adopted));
+    }
+
+    /// Takes a guest up that a daemon before this one was taking back to its image. Its QEMU has
+    /// ended.
+    pub fn adopt_resetting(self: &Arc<Self>, saved: &SavedGuest) {
+        let Some(guest) = Guest::known(saved, self.common()) else { return };
+        let handle = Arc::clone(&guest.handle);
+        self.live_on(&handle, guest.live_again());
+    }
+
+    fn live_on(
+        self: &Arc<Self>,
+        handle: &Arc<Handle>,
+        life: impl Future<Output = &'static str> + Send + 'static,
+    ) {
+        self.book().adopt(Arc::clone(handle));
+        self.limit_lifetime(handle);
+        let (pool, id) = (Arc::clone(self), handle.place.id.clone());
         tokio::spawn(async move {
-            let why = guest.live(adopted).await;
+            let why = life.await;
             pool.ended(&id, why, true);
         });
     }
@@ -317,7 +346,12 @@ impl Pool {
             if !self.book().wants_one() {
                 continue;
             }
-            let armed = self.arm_one().await;
+            let armed = match self.learn_size().await {
+                // Known only now, it may not be wanted.
+                Ok(()) if !self.book().wants_one() => continue,
+                Ok(()) => self.arm_one().await,
+                Err(error) => Err(error),
+            };
             drop(arming);
             match armed {
                 Ok(()) => retry = FIRST_RETRY,
@@ -328,6 +362,28 @@ impl Pool {
                     retry = (retry * 2).min(LAST_RETRY);
                 }
             }
+        }
+    }
+
+    /// Sees to it that it is known what a guest is counted with.
+    async fn learn_size(&self) -> Result<(), PoolError> {
+        if self.book().memory.guest().is_none() {
+            let ram = self.template.ram().await.map_err(|error| PoolError::Revert {
+                pool: self.name.clone(),
+                source: Box::new(error.into()),
+            })?;
+            self.book().memory.learn_ram(ram);
+        }
+        let book = self.book();
+        let mib = |bytes: Option<u64>| bytes.unwrap_or_default() >> 20;
+        match book.memory.holds_one() {
+            true => Ok(()),
+            false => Err(PoolError::Invalid(format!(
+                "memory_mib: {} MiB hold no guest, which is counted with {} MiB: raise it, or say \
+                 by guest_memory_mib what a guest is counted with",
+                mib(book.memory.limit()),
+                mib(book.memory.guest())
+            ))),
         }
     }
 
@@ -355,12 +411,12 @@ impl Pool {
             identity: self.template.identity(number),
             ports: Default::default(),
         };
-        let (guest, armed) = Guest::arm(&self.name, place, self.common()).await?;
+        let (guest, waiting) = Guest::arm(&self.name, place, self.common()).await?;
         let handle = Arc::clone(&guest.handle);
         let is_unwanted = !self.book().add(&handle);
         let (pool, of_task) = (Arc::clone(self), Arc::clone(&handle));
         tokio::spawn(async move {
-            let why = guest.wait(armed).await;
+            let why = guest.wait(waiting).await;
             pool.ended(&of_task.place.id, why, of_task.taken().is_some());
         });
         if is_unwanted {
@@ -376,6 +432,7 @@ impl Pool {
             template: Arc::clone(&self.template),
             state: Arc::clone(&self.shared.state),
             counted: Arc::clone(&self.counted),
+            events: self.shared.events.clone(),
         }
     }
 }

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::PoolSettings;
 use super::error::PoolError;
+use super::event::SetupView;
 use crate::runs::ProcessId;
 
 /// A guest, as it is written down.
@@ -47,6 +48,11 @@ pub(super) struct SavedGuest {
     /// When, in milliseconds since 1970.
     pub taken_unix_ms: u64,
     pub resets: u64,
+    #[serde(default)]
+    pub setup: Option<SetupView>,
+    /// Whether it is going back to its image: what there is of it belongs to two moments.
+    #[serde(default)]
+    pub resetting: bool,
 }
 
 /// The number of each pool's next guest. Numbers are not used again, so that nobody takes a guest for

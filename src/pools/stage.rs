@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use super::template::{Place, Template};
 use crate::cancel::Cancellation;
 use crate::host::pidfd::Pidfd;
 use crate::reset::Asked;
-use crate::revert::session::{Armed, Planned, Resettable, Resident, Running};
-use crate::revert::{Progress, RevertError, RevertEvent};
+use crate::revert::session::{Armed, Planned, Reset, Resettable, Resident, Running};
+use crate::revert::{Progress, RevertError, RevertEvent, Unplugged};
 use crate::runs;
 
 /// How long a QEMU that was killed may take to end.
@@ -98,14 +99,13 @@ impl Stage {
         }
     }
 
-    /// Takes the guest back inside its QEMU: returns the pages that were written back, and how long
-    /// it took. Else why that can't be.
-    pub async fn reset(&mut self) -> Result<(u64, Duration), String> {
+    /// Takes the guest back inside its QEMU: returns what that has done, and its network cards where
+    /// they are to get `new_macs`. Else why that can't be.
+    pub async fn reset(&mut self, new_macs: bool) -> Result<(Reset, Option<Unplugged>), String> {
         match self {
-            Stage::Resettable(resettable) => match resettable.rewind().await {
-                Ok(reset) => Ok((reset.pages, Duration::from_secs_f64(reset.took_ms / 1e3))),
-                Err(error) => Err(error.to_string()),
-            },
+            Stage::Resettable(resettable) => {
+                resettable.rewind(new_macs).await.map_err(|error| error.to_string())
+            }
             Stage::Resident(_) => Err("its writes are not tracked".to_owned()),
             Stage::Adopted(_) => Err("the daemon that tracked its writes was ended".to_owned()),
         }
@@ -125,8 +125,23 @@ pub(super) async fn end<T: Send + 'static>(session: T) {
     let _ = spawn_blocking(move || drop(session)).await;
 }
 
+/// A guest that waits to run, and by what its agent is told something once it does.
+pub(super) struct Waiting {
+    pub armed: Armed,
+    pub agent: AgentWay,
+}
+
+/// By what a guest's agent is told something.
+#[derive(Default)]
+pub(super) struct AgentWay {
+    /// The socket of its channel; none where there is nothing to tell.
+    pub socket: Option<PathBuf>,
+    /// The guest's network cards, where they are to get other addresses.
+    pub unplugged: Option<Unplugged>,
+}
+
 /// Brings a guest to where it waits to run.
-pub(super) async fn launch(template: &Template, place: &Place) -> Result<Armed, RevertError> {
+pub(super) async fn launch(template: &Template, place: &Place) -> Result<Waiting, RevertError> {
     let options = template.options(place);
     let tell = &mut |event| match event {
         RevertEvent::Note { what, why } => tracing::debug!("guest {}: {what}: {why}", place.id),
@@ -135,7 +150,13 @@ pub(super) async fn launch(template: &Template, place: &Place) -> Result<Armed, 
     };
     let image = template.image().await?.open();
     let planned = Planned::of(image, &options, Cancellation::new(), tell).await?;
-    planned.launch(tell).await?.arm(tell).await
+    let socket = planned.agent().map(Path::to_owned);
+    let armed = planned.launch(tell).await?.arm(tell).await?;
+    let (armed, unplugged) = match options.agent.new_macs {
+        true => armed.unplug().await?,
+        false => (armed, None),
+    };
+    Ok(Waiting { armed, agent: AgentWay { socket, unplugged } })
 }
 
 /// Brings all memory of a guest, and begins to track its writes where it is to be resettable.

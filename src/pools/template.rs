@@ -10,11 +10,12 @@ use tokio::task::spawn_blocking;
 use super::config::PoolSettings;
 use super::images::{Images, PoolImage};
 use super::saved::StateDirectory;
+use super::setup::Setup;
 use crate::guest::{NewPort, RewriteOptions};
 use crate::image::ImageError;
 use crate::keeper::Successor;
 use crate::memory::CacheFigures;
-use crate::revert::{CloneIdentity, Delivery, Placement, RevertOptions};
+use crate::revert::{AgentOptions, CloneIdentity, Delivery, Placement, RevertOptions};
 use crate::runs::{OfPool, RunOptions};
 
 /// The name of a guest's control socket in its directory.
@@ -78,6 +79,11 @@ impl Template {
         Ok(Arc::clone(self.image.get_or_init(|| image)))
     }
 
+    /// The memory of the image's machine, in bytes.
+    pub async fn ram(&self) -> Result<u64, ImageError> {
+        Ok(self.image().await?.ram())
+    }
+
     /// What the cache of its image has come to, once that is open.
     pub fn cache(&self) -> Option<CacheFigures> {
         self.image.get().map(|image| image.cache())
@@ -125,15 +131,42 @@ impl Template {
             preload,
             standby: true,
             resettable: self.is_resettable(),
+            agent: self.setup(identity).agent,
             keeper: self.keeper.clone().map(|keeper| keeper.logging_to(log)),
             run: Some(run),
             ..RevertOptions::new(self.settings.image.clone())
         }
     }
 
+    /// What is done for this guest as soon as it runs.
+    pub fn setup(&self, identity: &CloneIdentity) -> Setup {
+        let PoolSettings { new_macs, agent_set_time: set_time, .. } = self.settings;
+        let PoolSettings { agent, agent_exec, hook_running, .. } = &self.settings;
+        let agent = AgentOptions {
+            socket: agent.as_ref().map(|path| identity.expand(path).into()),
+            new_macs,
+            set_time,
+            commands: agent_exec.iter().map(|command| identity.expand(command)).collect(),
+        };
+        Setup { agent, hook: hook_running.clone() }
+    }
+
+    /// Whether anything is done for a guest as soon as it runs.
+    pub fn has_setup(&self) -> bool {
+        self.settings.hook_running.is_some()
+            || self.settings.agent_set_time
+            || self.settings.new_macs
+            || !self.settings.agent_exec.is_empty()
+    }
+
+    /// Whether a guest's network cards get new addresses.
+    pub fn gives_new_macs(&self) -> bool {
+        self.settings.new_macs
+    }
+
     /// Whether a guest is to be reset inside its QEMU.
     pub fn is_resettable(&self) -> bool {
-        self.settings.is_resettable()
+        self.settings.resettable
     }
 
     /// A guest's control socket.

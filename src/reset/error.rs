@@ -42,6 +42,9 @@ pub enum ResetError {
     /// The image can't be read.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The image from which memory is mapped can't be read.
+    #[error("the image from which memory is mapped can't be read: {0}")]
+    Flat(io::Error),
     /// The file of the devices' state can't be made.
     #[error("the state of the guest's devices can't be handed to QEMU: {0}")]
     StateFile(io::Error),
@@ -74,6 +77,7 @@ impl ResetError {
             ResetError::Source { .. } => ErrorKind::ImageDamaged,
             ResetError::Image(error) => error.kind(),
             ResetError::StateFile(error)
+            | ResetError::Flat(error)
             | ResetError::Requests(error)
             | ResetError::Thread(error) => ErrorKind::of_io(error),
             ResetError::Qmp(error) => error.kind(),

@@ -5,7 +5,9 @@
 //!
 //! - **memory**: whatever was written since the image's moment. A [`Tracker`] has all of it
 //!   write-protected through QEMU's userfaultfd, hears of each page's first write, and sets aside
-//!   what was in it. Going back writes those pages, and nothing else;
+//!   what was in it. Going back writes those pages, and nothing else. Of memory that is mapped from
+//!   a flat image the kernel tells what was written ([`MappedMemory`]), and QEMU loads the blocks
+//!   that are not mapped;
 //! - **disks**: each is an overlay with an internal snapshot of its empty state;
 //! - **devices**: QEMU's `snapshot-load` takes their state from an internal snapshot of any qcow2
 //!   node, and need not find RAM there. [`Rewinder`] gives it a file in memory that holds the
@@ -20,6 +22,7 @@ mod dirty;
 mod error;
 mod faults;
 mod given_back;
+mod mapped;
 mod memory;
 mod obstacles;
 mod requests;
@@ -28,12 +31,15 @@ mod shared;
 mod state_file;
 mod streams;
 mod tracker;
+mod undo;
 mod write_back;
 
 pub use error::ResetError;
+pub(crate) use mapped::MappedMemory;
 pub(crate) use memory::GuestMemory;
 pub use requests::ResetOutcome;
 pub(crate) use requests::{Asked, Request, Requests, SOCKET, ask};
 pub(crate) use rewind::Rewinder;
 pub(crate) use state_file::StateFile;
 pub(crate) use tracker::Tracker;
+pub(crate) use undo::Undo;

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::ResetError;
 use super::obstacles::{Machine, Resettable};
 use super::state_file::StateFile;
-use super::tracker::Tracker;
+use super::undo::Undo;
 use crate::guest::RESET_POINT;
 use crate::image::Sections;
 use crate::qmp::{Events, Qmp, QmpError};
@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Rewinder {
     qmp: Qmp,
     machine: Machine,
-    tracker: Arc<Tracker>,
+    memory: Arc<Undo>,
     state: StateFile,
     /// Whether QEMU has the state file open.
     is_open: bool,
@@ -38,25 +38,25 @@ pub(crate) struct Rewinder {
 }
 
 impl Rewinder {
-    /// Looks at a machine that is as its image says, and whose memory is tracked.
+    /// Looks at a machine that is as its image says, and whose memory can be taken back.
     ///
     /// # Errors
     /// When QEMU does not answer.
     pub async fn new(
         qmp: &Qmp,
-        tracker: Arc<Tracker>,
+        memory: Arc<Undo>,
         state: StateFile,
         runs: bool,
     ) -> Result<Rewinder, ResetError> {
         let qmp = qmp.with_timeout(PATIENCE);
         let events = qmp.events();
         let machine = Machine::look(&qmp).await?;
-        Ok(Rewinder { qmp, machine, tracker, state, is_open: false, runs, events })
+        Ok(Rewinder { qmp, machine, memory, state, is_open: false, runs, events })
     }
 
-    /// What tracks the guest's writes.
-    pub fn tracker(&self) -> &Arc<Tracker> {
-        &self.tracker
+    /// What takes the guest's memory back.
+    pub fn memory(&self) -> &Arc<Undo> {
+        &self.memory
     }
 
     /// Makes ready for the next time to go back, while the guest runs. The devices' state is that of
@@ -65,7 +65,7 @@ impl Rewinder {
     /// # Errors
     /// When QEMU refuses. It is tried again when it is needed.
     pub async fn prepare(&mut self, sections: Option<&Sections>) -> Result<(), ResetError> {
-        self.blocking(Tracker::expect_the_same).await?;
+        self.blocking(Undo::expect_the_same).await?;
         match sections {
             Some(sections) => self.open(sections).await,
             None => Ok(()),
@@ -83,8 +83,8 @@ impl Rewinder {
         Ok(())
     }
 
-    /// Takes the guest back: memory, devices and disks. It runs then if it did at the moment.
-    /// Returns how many host pages were written back. The devices' state is that of the last
+    /// Takes the guest back: memory, devices and disks. It stands still then, until
+    /// [`Rewinder::run`]. Returns how many host pages were written back. The devices' state is that of the last
     /// [`Rewinder::prepare`], or else that of `sections`.
     ///
     /// Memory is written back twice. Before the devices' state is loaded, since some look at their
@@ -95,22 +95,30 @@ impl Rewinder {
     /// [`ResetError::Obstacle`]: nothing was touched. Any other: the guest may stand still between
     /// two moments, and must not be run.
     pub async fn rewind(&mut self, sections: &Sections) -> Result<u64, ResetError> {
-        self.tracker.ready().await?;
+        self.memory.ready().await?;
         let resettable = self.machine.check(&self.qmp).await?;
         if !self.is_open {
             self.open(sections).await?;
         }
         self.stop(&resettable).await?;
         if self.has_given_memory_back().await {
-            self.blocking(Tracker::find_given_back).await?;
+            self.blocking(Undo::find_given_back).await?;
         }
-        let mut pages = self.blocking(Tracker::restore).await?;
+        let mut pages = self.blocking(Undo::restore).await?;
         self.load(&resettable).await?;
-        pages += self.blocking(Tracker::restore_again).await?;
-        if self.runs {
-            self.qmp.cont().await?;
-        }
+        pages += self.blocking(Undo::restore_again).await?;
         Ok(pages)
+    }
+
+    /// Lets a guest that has gone back run, if it did at the moment.
+    ///
+    /// # Errors
+    /// When QEMU does not.
+    pub async fn run(&self) -> Result<(), ResetError> {
+        match self.runs {
+            true => Ok(self.qmp.cont().await?),
+            false => Ok(()),
+        }
     }
 
     /// Has the guest stand still.
@@ -146,10 +154,10 @@ impl Rewinder {
     /// Works on memory, on a thread that may block.
     async fn blocking(
         &self,
-        work: fn(&Tracker) -> Result<u64, ResetError>,
+        work: fn(&Undo) -> Result<u64, ResetError>,
     ) -> Result<u64, ResetError> {
-        let tracker = Arc::clone(&self.tracker);
-        let done = tokio::task::spawn_blocking(move || work(&tracker)).await;
+        let memory = Arc::clone(&self.memory);
+        let done = tokio::task::spawn_blocking(move || work(&memory)).await;
         done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 

@@ -11,6 +11,31 @@ use super::error::RevertError;
 use crate::agent::{Agent, AgentError};
 use crate::qmp::Qmp;
 
+/// The cards of a guest, all of which have been unplugged.
+pub(crate) struct Unplugged {
+    pub(super) cards: Vec<Card>,
+    pub(super) qmp: Qmp,
+}
+
+impl Unplugged {
+    /// Unplugs the cables of all cards of a guest that stands still with its device state in, which
+    /// says whether they are plugged in.
+    ///
+    /// # Errors
+    /// [`AgentError::NoCard`] where there is none.
+    pub(super) async fn all(qmp: &Qmp) -> Result<Unplugged, RevertError> {
+        let cards = qmp.cards().await?;
+        if cards.is_empty() {
+            return Err(AgentError::NoCard.into());
+        }
+        for (name, _) in &cards {
+            qmp.set_link(name, false).await?;
+        }
+        let card = |(name, old)| Card { name, old, new: new_address() };
+        Ok(Unplugged { cards: cards.into_iter().map(card).collect(), qmp: qmp.clone() })
+    }
+}
+
 /// A card that has been unplugged.
 pub(super) struct Card {
     /// QEMU's name of it.
@@ -22,22 +47,6 @@ pub(super) struct Card {
 }
 
 impl Card {
-    /// Unplugs the cables of all cards of a guest that stands still with its device state in, which
-    /// says whether they are plugged in.
-    ///
-    /// # Errors
-    /// [`AgentError::NoCard`] where there is none.
-    pub async fn unplug_all(qmp: &Qmp) -> Result<Vec<Card>, RevertError> {
-        let cards = qmp.cards().await?;
-        if cards.is_empty() {
-            return Err(AgentError::NoCard.into());
-        }
-        for (name, _) in &cards {
-            qmp.set_link(name, false).await?;
-        }
-        Ok(cards.into_iter().map(|(name, old)| Card { name, old, new: new_address() }).collect())
-    }
-
     /// Has the guest change the address, and plugs the cable in again.
     pub async fn renew(&self, agent: &mut Agent, qmp: &Qmp) -> Result<(), String> {
         let failed = |error: AgentError| format!("{error}; the card stays unplugged (set_link)");

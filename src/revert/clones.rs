@@ -1,6 +1,8 @@
 //! Several guests of one image, told apart.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 /// What tells one clone of a guest from the others on its host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,27 @@ impl CloneIdentity {
         let (number, directory) = (self.number.to_string(), self.directory.to_string_lossy());
         replace(template, &[("{n}", &number), ("{name}", &self.name), ("{dir}", &directory)])
     }
+}
+
+/// What a hook finds in its environment of a guest that runs, and of the clone that it is.
+pub(crate) fn environment(
+    clone: Option<(&str, &Path)>,
+    pid: Option<i32>,
+    qmp: Option<&Path>,
+    ports: &BTreeMap<u16, u16>,
+) -> [(&'static str, OsString); 5] {
+    let (name, directory) = clone.unzip();
+    let directory = directory
+        .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).into_os_string());
+    // Numbers alone: they can always be written.
+    let ports = serde_json::to_string(ports).unwrap_or_default();
+    [
+        ("SNAPBACK_CLONE", name.unwrap_or_default().into()),
+        ("SNAPBACK_DIR", directory.unwrap_or_default()),
+        ("SNAPBACK_PID", pid.map(|pid| pid.to_string()).unwrap_or_default().into()),
+        ("SNAPBACK_QMP", qmp.map(|path| path.as_os_str().to_owned()).unwrap_or_default()),
+        ("SNAPBACK_PORTS", ports.into()),
+    ]
 }
 
 /// Replaces placeholders in one pass: what replaces one is not looked into again.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::cards::Card;
+use super::cards::{Card, Unplugged};
 use super::event::RevertEvent;
 use super::options::AgentOptions;
 use crate::agent::{Agent, AgentError};
@@ -61,7 +61,7 @@ pub(super) fn socket(
 }
 
 /// An agent that is connected, with what it is to be told.
-pub(super) struct FirstBreath {
+pub(crate) struct FirstBreath {
     agent: Result<Agent, AgentError>,
     tasks: Vec<Task>,
 }
@@ -71,9 +71,9 @@ impl FirstBreath {
     pub async fn begin(
         options: &AgentOptions,
         socket: &Path,
-        unplugged: Option<(Vec<Card>, Qmp)>,
+        unplugged: Option<Unplugged>,
     ) -> FirstBreath {
-        let cards = unplugged.into_iter().flat_map(|(cards, qmp)| {
+        let cards = unplugged.into_iter().flat_map(|Unplugged { cards, qmp }| {
             cards.into_iter().map(move |card| Task::RenewAddress(card, qmp.clone()))
         });
         let set_time = options.set_time.then_some(Task::SetTime);

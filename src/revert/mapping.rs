@@ -29,29 +29,13 @@ const MOST_SENT: u64 = 192 << 20;
 const NOT_LOCAL: [i64; 7] =
     [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x6573_5546, 0x0102_1997, 0x00c3_6400];
 
-/// Why memory is not mapped of which writes are tracked.
-const TRACKED: &str = "writes to mapped memory are not tracked, as a reset needs it";
+/// Why memory is not mapped of a guest that is to be reset, unless that is asked for.
+const SERVED: &str = "a reset has to look at all mapped memory that was ever written: it is mapped \
+                      only if that is asked for";
 
 /// Why memory is not mapped where libvirt starts the guest.
 const READABLE: &str = "libvirt's QEMU would have to be able to read the image, which is not known: \
                         it is mapped only if that is asked for";
-
-/// Why the image's memory is not mapped where that can't be, if it would be elsewhere.
-///
-/// # Errors
-/// When it is asked for.
-pub(super) fn refuse(
-    image: &Image,
-    options: &RevertOptions,
-    problem: &str,
-) -> Result<Option<String>, RevertError> {
-    let problem = problem.to_owned();
-    match options.delivery.placement {
-        Placement::Map => Err(GuestError::NotMapped { problem }.into()),
-        Placement::Auto if !image.manifest().flat.is_empty() => Ok(Some(problem)),
-        _ => Ok(None),
-    }
-}
 
 /// Plans the start of QEMU, with the image's memory mapped where that is wanted and possible.
 /// Returns also why a flat image is not mapped, where that was left to us.
@@ -69,10 +53,8 @@ pub(super) fn plan(
     {
         return without(None);
     }
-    if options.resettable
-        && let Some(problem) = refuse(image, options, TRACKED)?
-    {
-        return without(Some(problem));
+    if options.resettable && !wanted {
+        return without(Some(SERVED.to_owned()));
     }
     let memory = match mapped_memory(image, options, wanted) {
         Ok(memory) => memory,
@@ -164,6 +146,39 @@ fn is_local(file: &Path) -> bool {
     statfs(file).is_ok_and(|fs| !NOT_LOCAL.contains(&fs.filesystem_type().0))
 }
 
+/// The RAM that QEMU does not map, as an ordinary stream has it between its configuration and its
+/// devices. `mapped` are the names of blocks in the image and in QEMU.
+pub(super) fn unmapped_ram(
+    image: &Arc<Image>,
+    mapped: &[(String, String)],
+) -> Result<Vec<u8>, ImageError> {
+    let blocks = image.blocks();
+    let in_qemu = |name: &str| mapped.iter().find(|(block, _)| block == name);
+    let mut named = blocks.to_vec();
+    for block in &mut named {
+        if let Some((_, name)) = in_qemu(&block.name) {
+            block.name.clone_from(name);
+        }
+    }
+    let mut stream = precopy_opening(&[], &named);
+    let mut frame = Frame::default();
+    for (block, id) in blocks.iter().zip((0..).map(BlockId)) {
+        if in_qemu(&block.name).is_some() {
+            continue;
+        }
+        let all = Run { block: id, first: 0, count: block.pages() };
+        let mut pages = Cursor::over(image, all)?;
+        while let Some(piece) = pages.next_piece()? {
+            stream.extend_from_slice(match piece {
+                Piece::Zeros(run) => frame.zeros(block, run),
+                Piece::Data(run, bytes) => frame.pages(block, run, bytes.as_chunks().0.iter()),
+            });
+        }
+    }
+    stream.extend_from_slice(&end_of_ram());
+    Ok(stream)
+}
+
 /// The stream for QEMU: everything but the blocks that it maps.
 pub(super) struct MappedStream {
     stream: Vec<u8>,
@@ -178,31 +193,7 @@ impl MappedStream {
         devices: &[u8],
         mapped: &[(String, String)],
     ) -> Result<MappedStream, ImageError> {
-        let blocks = image.blocks();
-        let in_qemu = |name: &str| mapped.iter().find(|(block, _)| block == name);
-        let mut named = blocks.to_vec();
-        for block in &mut named {
-            if let Some((_, name)) = in_qemu(&block.name) {
-                block.name.clone_from(name);
-            }
-        }
-        let mut stream = precopy_opening(config, &named);
-        let mut frame = Frame::default();
-        for (block, id) in blocks.iter().zip((0..).map(BlockId)) {
-            if in_qemu(&block.name).is_some() {
-                continue;
-            }
-            let all = Run { block: id, first: 0, count: block.pages() };
-            let mut pages = Cursor::over(image, all)?;
-            while let Some(piece) = pages.next_piece()? {
-                stream.extend_from_slice(match piece {
-                    Piece::Zeros(run) => frame.zeros(block, run),
-                    Piece::Data(run, bytes) => frame.pages(block, run, bytes.as_chunks().0.iter()),
-                });
-            }
-        }
-        stream.extend_from_slice(&end_of_ram());
-        stream.extend_from_slice(&tail(devices, &[]));
+        let stream = [config, &unmapped_ram(image, mapped)?, &tail(devices, &[])].concat();
         Ok(MappedStream { stream })
     }
 

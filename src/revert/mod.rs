@@ -29,9 +29,12 @@ mod takeover;
 mod unreadable;
 
 pub use broker::{Rights, run as run_broker};
+pub(crate) use cards::Unplugged;
 pub use clones::CloneIdentity;
+pub(crate) use clones::environment;
 pub use error::{PostcopyError, RevertError};
 pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
+pub(crate) use first_breath::FirstBreath;
 pub use harvest::harvest;
 pub(crate) use journey::Clone;
 pub use journey::{Reverted, revert, revert_held, revert_resettable};

@@ -51,6 +51,11 @@ impl ProcessId {
         ProcessId::of(std::process::id() as i32)
     }
 
+    /// Its number, whoever has it now.
+    pub fn number(self) -> i32 {
+        self.pid
+    }
+
     /// Its number, while it lives.
     pub fn living(self) -> Option<i32> {
         let holds =

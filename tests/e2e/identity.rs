@@ -169,7 +169,7 @@ fn a_generation_id_is_only_for_guests_that_have_one(dir: &Dir) -> Result<()> {
 }
 
 /// A Debian guest whose agent answers by a channel of its own, and whose clock is years behind.
-fn with_agent(dir: &Dir, qemu: Qemu, more: &[&str]) -> Result<Guest> {
+pub fn with_agent(dir: &Dir, qemu: Qemu, more: &[&str]) -> Result<Guest> {
     let disk = debian::make_disk(&dir.path("disk.qcow2"))?;
     let args = [
         "-device",
@@ -258,21 +258,32 @@ const IP: &str = "socket S, 2, 2, 0; my (undef, undef, undef, $if, $what, $mac) 
     ioctl S, 0x8924, pack q(a16 S H12 x8), $if, 1, $mac)";
 
 /// The address that QEMU's card takes packets for.
-fn address_of_card(guest: &Contact) -> Result<String> {
+pub fn address_of_card(guest: &Contact) -> Result<String> {
     let filters = qmp(&guest.qmp_path, "query-rx-filter", json!({}))?;
     Ok(filters[0]["main-mac"].as_str().ok_or("no card")?.to_owned())
 }
 
-fn cards_get_addresses_of_their_own(dir: &Dir, qemu: Qemu) -> Result<()> {
-    const OLD: &str = "52:54:00:ab:cd:01";
+/// The address of that guest's card.
+pub const OLD: &str = "52:54:00:ab:cd:01";
+
+/// What a guest sees of its card: the address, and whether the cable is plugged in.
+pub const SEES: &str = "cat /sys/class/net/eth0/address /sys/class/net/eth0/carrier";
+
+/// A guest with an agent and a network card.
+pub fn with_card(dir: &Dir, qemu: Qemu) -> Result<Guest> {
     let card = format!("virtio-net-pci,netdev=n0,id=net0,romfile=,mac={OLD}");
     let mut guest = with_agent(dir, qemu, &["-netdev", "user,id=n0", "-device", &card])?;
     let ip = "/usr/local/bin/ip";
     let install = format!("printf '#!/usr/bin/perl\\n%s\\n' '{IP}' >{ip} && chmod +x {ip}");
     debian::run(&mut guest.oracle, &install)?;
     debian::run(&mut guest.oracle, "ip link set dev eth0 up")?;
-    let sees = "cat /sys/class/net/eth0/address /sys/class/net/eth0/carrier";
-    assert_eq!(debian::run(&mut guest.oracle, sees)?, format!("{OLD}\n1"));
+    assert_eq!(debian::run(&mut guest.oracle, SEES)?, format!("{OLD}\n1"));
+    Ok(guest)
+}
+
+fn cards_get_addresses_of_their_own(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let guest = with_card(dir, qemu)?;
+    let sees = SEES;
     dir.save(&guest, "vm.snap").succeed()?;
     let image = dir.path("vm.snap");
     let revert = || dir.snapback(&["revert", text(&image), "--ephemeral", "--mac", "new"]);

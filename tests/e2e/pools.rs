@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::harness::{Dir, Reverted, Running, Snapback, send_signal, text, wait_gone};
-use crate::shared::shared;
+use crate::shared::{MIB, shared};
 use crate::support::{Qemu, Result, SOON, SerialLog, http_request, process_gone, wait_for};
 use crate::{tests, tests_on_both};
 
@@ -21,6 +21,8 @@ tests! {
     requests_beyond_the_most_wait_in_order
     a_pool_without_its_image_is_degraded_until_it_comes
     a_guest_that_ends_by_itself_is_replaced
+    no_more_guests_than_memory_allows
+    a_guest_killed_in_its_reset_goes_back_all_the_way
     memory_is_shared_by_a_flat_copy
     everything_that_waits_is_in_place_where_that_was_asked_for
     a_daemon_keeps_its_pools
@@ -34,7 +36,7 @@ tests! {
 /// A daemon. Dropping it kills it.
 pub struct Daemon {
     server: Running,
-    socket: PathBuf,
+    pub socket: PathBuf,
 }
 
 impl Daemon {
@@ -72,7 +74,7 @@ impl Daemon {
     }
 
     /// Takes a guest.
-    fn take(&self, dir: &Dir) -> Result<Taken> {
+    pub fn take(&self, dir: &Dir) -> Result<Taken> {
         let ended = self.ask(dir, &["take", "booted"]).succeed()?;
         Taken::of(ended.event("running")?)
     }
@@ -109,14 +111,15 @@ impl Daemon {
 }
 
 /// A guest that was taken.
-struct Taken {
-    id: String,
+pub struct Taken {
+    pub id: String,
     folder: PathBuf,
-    guest: Reverted,
+    pub guest: Reverted,
 }
 
 impl Taken {
-    fn of(event: &Value) -> Result<Taken> {
+    /// The one that was told, by an event or as the daemon lists it.
+    pub fn of(event: &Value) -> Result<Taken> {
         let folder = PathBuf::from(event["dir"].as_str().ok_or("no directory")?);
         let pid = event["qemu_pid"].as_u64().ok_or("no process")? as u32;
         let id = event["id"].as_str().ok_or("no id")?.to_owned();
@@ -124,7 +127,7 @@ impl Taken {
     }
 
     /// The same guest in a QEMU of another number.
-    fn now_in(self, pid: &Value) -> Result<Taken> {
+    pub fn now_in(self, pid: &Value) -> Result<Taken> {
         let pid = pid.as_u64().ok_or("no process")? as u32;
         if pid == self.pid() {
             return Ok(self);
@@ -132,11 +135,17 @@ impl Taken {
         Ok(Taken { guest: Reverted::alone(pid, &self.folder)?, ..self })
     }
 
-    fn check(&mut self, qemu: Qemu) -> Result<()> {
+    pub fn check(&mut self, qemu: Qemu) -> Result<()> {
         self.guest.check(&shared(qemu)?.nonce)
     }
 
-    fn pid(&self) -> u32 {
+    /// The same of one that may have gone back to its image since.
+    pub fn check_anew(&mut self, qemu: Qemu) -> Result<()> {
+        self.guest.log = SerialLog::from_now(&self.folder.join("serial0.log"));
+        self.check(qemu)
+    }
+
+    pub fn pid(&self) -> u32 {
         self.guest.pid
     }
 }
@@ -169,6 +178,10 @@ fn guests_are_taken_reset_and_released(dir: &Dir, qemu: Qemu) -> Result<()> {
         let run = listed.events.iter().find(|run| run["id"] == taken.id.as_str());
         assert_eq!(run.ok_or("not listed")?["qemu_pid"], taken.pid());
     }
+    // And what the daemon keeps of their image.
+    let cache = listed.event("cache")?;
+    assert_eq!((&cache["pools"], &cache["limit"]), (&json!(["booted"]), &json!(256 << 20)));
+    assert!(cache["bytes"].as_u64() > Some(0), "{cache}");
     daemon.ask(dir, &["release", &first.id]).succeed()?;
     assert!(process_gone(first.pid()) && !first.folder.exists());
     assert_eq!(daemon.get("/v1/pools/booted")?["running"], 1);
@@ -299,6 +312,75 @@ fn a_guest_that_ends_by_itself_is_replaced(dir: &Dir) -> Result<()> {
     daemon.end()
 }
 
+/// A guest that is taken is counted with all of its memory, and those beyond the limit wait.
+fn no_more_guests_than_memory_allows(dir: &Dir) -> Result<()> {
+    let daemon = Daemon::start(dir)?;
+    let image = text(&shared(Qemu::V10)?.image);
+    daemon.ask(dir, &["pool", "create", "booted", image, "--memory", "100"]).succeed()?;
+    let pool = wait_for(SOON, "the pool to be degraded", || {
+        let pool = daemon.get("/v1/pools/booted")?;
+        Ok((pool["state"] == "degraded").then_some(pool))
+    })?;
+    assert!(
+        pool["problem"]["message"].as_str().is_some_and(|m| m.contains("memory_mib")),
+        "{pool}"
+    );
+    daemon.ask(dir, &["pool", "remove", "booted"]).succeed()?;
+
+    daemon.pool(dir, Qemu::V10, 2, &["--memory", "400", "--preload", "none"])?;
+    let guest = daemon.get("/v1/pools/booted")?["memory"]["guest"].as_u64().ok_or("no size")?;
+    assert!(guest > (MIB + 64) << 20, "{guest}");
+    let first = daemon.take(dir)?;
+    let refused = daemon.ask(dir, &["take", "booted", "--timeout", "0.1"]).end()?;
+    let error = refused.event("error")?;
+    assert_eq!(error["code"], "pool_exhausted", "{refused:?}");
+    assert!(error["message"].as_str().is_some_and(|m| m.contains("raise memory_mib")), "{error}");
+    let pool = daemon.get("/v1/pools/booted")?;
+    assert_eq!((&pool["running"], &pool["memory"]["limit"]), (&json!(1), &json!(400 << 20)));
+    assert!(pool["used_bytes"].as_u64() > Some(0), "{pool}");
+    // Who waits gets one as soon as one has been released, or there is room for more.
+    let second = daemon.ask(dir, &["take", "booted"]).start()?;
+    wait_for(SOON, "the queue", || {
+        Ok((daemon.get("/v1/pools/booted")?["waiting"] == 1).then_some(()))
+    })?;
+    daemon.ask(dir, &["pool", "set", "booted", "--memory", "600"]).succeed()?;
+    let second = Taken::of(second.succeed()?.event("running")?)?;
+    daemon.ask(dir, &["release", &first.id]).succeed()?;
+    daemon.ask(dir, &["release", &second.id]).succeed()?;
+    daemon.end()
+}
+
+/// A guest of which two moments are mixed must not go on: the next daemon takes it back all the way.
+fn a_guest_killed_in_its_reset_goes_back_all_the_way(dir: &Dir) -> Result<()> {
+    let daemon = Daemon::start(dir)?;
+    daemon.pool(dir, Qemu::V10, 1, &[])?;
+    let mut taken = daemon.take(dir)?;
+    let path = format!("/v1/guests/{}", taken.id);
+    wait_for(SOON, "its writes to be tracked", || {
+        Ok((daemon.get(&path)?["resettable"] == true).then_some(()))
+    })?;
+    // QEMU answers no more, so that the reset stays where it is.
+    send_signal(taken.pid(), libc::SIGSTOP);
+    let asking = UnixStream::connect(&daemon.socket)?;
+    write!(&asking, "POST {path}/reset HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let saved = dir.path("state").join("guests").join(&taken.id);
+    wait_for(SOON, "the reset to be noted", || {
+        Ok(std::fs::read_to_string(&saved)?.contains(r#""resetting":true"#).then_some(()))
+    })?;
+    let before = taken.pid();
+    daemon.kill()?;
+    let daemon = Daemon::start(dir)?;
+    let now = wait_for(SOON, "another process", || {
+        let guest = daemon.get(&path)?;
+        Ok((guest["resets"] == 1).then_some(guest))
+    })?;
+    wait_gone(before)?;
+    taken = taken.now_in(&now["qemu_pid"])?;
+    taken.check(Qemu::V10)?;
+    daemon.ask(dir, &["release", &taken.id]).succeed()?;
+    daemon.end()
+}
+
 /// QEMU maps parts of a file from 8.1 on.
 fn memory_is_shared_by_a_flat_copy(dir: &Dir) -> Result<()> {
     let daemon = Daemon::start(dir)?;
@@ -307,11 +389,14 @@ fn memory_is_shared_by_a_flat_copy(dir: &Dir) -> Result<()> {
     for taken in &mut guests {
         taken.check(Qemu::V10)?;
     }
-    let [first, second] = guests;
-    let (_, body) = daemon.request("POST", &format!("/v1/guests/{}/reset", first.id), "")?;
-    let reset: Value = serde_json::from_str(&body)?;
-    assert_eq!(reset["how"], "new_process", "{reset}");
-    first.now_in(&reset["guest"]["qemu_pid"])?.check(Qemu::V10)?;
+    let [mut first, second] = guests;
+    for _ in 0..2 {
+        let (_, body) = daemon.request("POST", &format!("/v1/guests/{}/reset", first.id), "")?;
+        let reset: Value = serde_json::from_str(&body)?;
+        assert_eq!(reset["how"], "in_place", "{reset}");
+        first.guest.log = SerialLog::from_now(&first.folder.join("serial0.log"));
+        first.check(Qemu::V10)?;
+    }
     drop(second);
     daemon.ask(dir, &["pool", "remove", "booted"]).succeed()?;
     daemon.end()

@@ -86,10 +86,10 @@ impl Fault {
 }
 
 /// Numbers that follow from a seed (splitmix64).
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -162,9 +162,14 @@ fn asked() -> u64 {
     asked.and_then(|number| number.parse().ok()).unwrap_or(MANY)
 }
 
-fn rounds(dir: &Dir, count: u64) -> Result<()> {
+/// From what all that is random follows.
+pub fn seed() -> Result<u64> {
     let asked = std::env::var("SNAPBACK_TORTURE_SEED").ok();
-    let seed = asked.map_or(Ok(SEED), |seed| seed.parse())?;
+    Ok(asked.map_or(Ok(SEED), |seed| seed.parse())?)
+}
+
+fn rounds(dir: &Dir, count: u64) -> Result<()> {
+    let seed = seed()?;
     println!("{count} reverts with seed {seed}");
     let flat = dir.path("flat.snap");
     let image = &shared(Qemu::V10)?.image;

@@ -12,7 +12,7 @@ pub use mappings::{Mapping, ranges_of_len};
 pub use memory::ProcessMemory;
 pub use pagemap::{PAGEMAP_SCAN, Pagemap, flags};
 pub use process::{
-    arguments, descriptor_link, descriptors, memory_in_use, owner, path, processes,
+    arguments, descriptor_link, descriptors, memory_in_use, own_memory, owner, path, processes,
     resident_memory, started,
 };
 pub use system::{MemInfo, cpu_model, sysctl};

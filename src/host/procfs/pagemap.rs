@@ -25,6 +25,8 @@ pub mod flags {
     pub const ZERO: u64 = sys::PAGE_IS_PFNZERO as u64;
     /// Not write-protected by a userfaultfd. Memory that was never mapped lacks it too.
     pub const WRITTEN: u64 = sys::PAGE_IS_WRITTEN as u64;
+    /// A part of a file, or of memory that is shared.
+    pub const FILE: u64 = sys::PAGE_IS_FILE as u64;
 }
 
 nix::ioctl_readwrite!(
@@ -56,6 +58,12 @@ fn is_protected(entry: &[u8]) -> bool {
     entry
         .first_chunk()
         .is_some_and(|e| u64::from_ne_bytes(*e) & PRESENT_AND_PROTECTED == PRESENT_AND_PROTECTED)
+}
+
+/// Whether an entry of 8 bytes is that of a page in memory or swapped out that is no part of a file.
+fn is_private(entry: &[u8]) -> bool {
+    const FILE: u64 = 1 << 61;
+    is_present(entry) && entry.first_chunk().is_some_and(|e| u64::from_ne_bytes(*e) & FILE == 0)
 }
 
 /// The page map of a process.
@@ -125,11 +133,7 @@ impl Pagemap {
     pub fn missing(&self, range: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
         match self.scan(range.clone(), 0, flags::PRESENT | flags::SWAPPED, &mut found) {
             Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-                let address = |page: u64| range.start + page * PAGE_SIZE as u64;
-                let is_missing = |entry: &[u8]| !is_present(entry);
-                self.runs(range.clone(), 1, is_missing, |first, count| {
-                    found(address(first)..address(first + count));
-                })
+                self.by_entries(range, |entry| !is_present(entry), found)
             }
             scanned => scanned,
         }
@@ -147,10 +151,7 @@ impl Pagemap {
     ) -> io::Result<()> {
         match self.scan(range.clone(), flags::PRESENT, flags::WRITTEN, &mut found) {
             Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-                let address = |page: u64| range.start + page * PAGE_SIZE as u64;
-                self.runs(range.clone(), 1, is_protected, |first, count| {
-                    found(address(first)..address(first + count));
-                })
+                self.by_entries(range, is_protected, found)
             }
             scanned => scanned,
         }
@@ -190,6 +191,36 @@ impl Pagemap {
         }
         run.into_iter().for_each(|(start, count)| found(start, count));
         Ok(())
+    }
+
+    /// Calls `found` with each run of pages of `range`, which is a private mapping of a file, that are
+    /// the process's own: those that it has written. Some may be told that are not: to it the
+    /// kernel's page of zeros is its own.
+    ///
+    /// # Errors
+    /// When the page map can't be read.
+    pub fn private(&self, range: Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        match self.scan(range.clone(), flags::PRESENT, flags::FILE, &mut found) {
+            Ok(()) => self.scan(range, flags::SWAPPED, flags::PRESENT | flags::FILE, found),
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                self.by_entries(range, is_private, found)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Calls `found` with every range of addresses within `range` whose pages' entries are `like`
+    /// that, in order: what [`scan`](Pagemap::scan) does, before Linux 6.7.
+    fn by_entries(
+        &self,
+        range: Range<u64>,
+        like: impl Fn(&[u8]) -> bool,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        let address = |page: u64| range.start + page * PAGE_SIZE as u64;
+        self.runs(range.clone(), 1, like, |first, count| {
+            found(address(first)..address(first + count));
+        })
     }
 
     /// Calls `found` with every range of addresses within `range` whose pages have all of
@@ -270,5 +301,28 @@ mod tests {
             Ok(()) => assert_eq!(present, [address(5)..address(6)]),
             Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{error}"),
         }
+    }
+
+    #[test]
+    fn pages_of_a_private_mapping_that_were_written_are_told() {
+        use std::io::Write;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 64 * PAGE_SIZE]).unwrap();
+        // SAFETY: nobody but this test has the file, which stays as it is.
+        let mut map = unsafe { memmap2::MmapOptions::new().map_copy(&file) }.unwrap();
+        let read: u64 = map.iter().map(|byte| u64::from(*byte)).sum();
+        assert_eq!(read, 7 * 64 * PAGE_SIZE as u64);
+        for page in [3, 4, 40] {
+            map[page * PAGE_SIZE] = 8;
+        }
+        let start = map.as_ptr() as u64;
+        let address = |page: u64| start + page * PAGE_SIZE as u64;
+        let pagemap = Pagemap::open(std::process::id() as i32).unwrap();
+        let (mut scanned, mut read) = (Vec::new(), Vec::new());
+        let range = start..address(64);
+        pagemap.private(range.clone(), |range| scanned.push(range)).unwrap();
+        pagemap.private_by_entries(range, |range| read.push(range)).unwrap();
+        assert_eq!(scanned, [address(3)..address(5), address(40)..address(41)]);
+        assert_eq!(read, scanned);
     }
 }

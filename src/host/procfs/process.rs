@@ -67,6 +67,14 @@ pub fn memory_in_use(pid: i32) -> u64 {
     fields.filter_map(|name| super::system::bytes_of(&status, name)).sum()
 }
 
+/// Bytes of memory that a process has of its own, in RAM, in huge pages and swapped out: what is no
+/// part of a file, though others may map the same (proc_pid_status(5)); 0 where that can't be read.
+pub fn own_memory(pid: i32) -> u64 {
+    let status = fs::read_to_string(path(pid, "status")).unwrap_or_default();
+    let fields = ["RssAnon", "RssShmem", "VmSwap", "HugetlbPages"].into_iter();
+    fields.filter_map(|name| super::system::bytes_of(&status, name)).sum()
+}
+
 /// A process's resident memory in bytes (proc_pid_statm(5)). Memory on hugetlbfs is not
 /// counted.
 ///
@@ -94,6 +102,7 @@ mod tests {
         assert_eq!((owner(us), owner(i32::MAX)), (Some(ids), None));
         assert_eq!(arguments(us), std::env::args().collect::<Vec<_>>());
         assert!(memory_in_use(us) > 1 << 20 && memory_in_use(i32::MAX) == 0);
+        assert!((1..=memory_in_use(us)).contains(&own_memory(us)) && own_memory(i32::MAX) == 0);
         assert!(resident_memory(us).unwrap() > 1 << 20);
     }
 }

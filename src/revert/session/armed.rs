@@ -3,8 +3,7 @@
 use super::connection::Connection;
 use super::running::Running;
 use crate::guest::Reach;
-use crate::qmp::Qmp;
-use crate::revert::cards::Card;
+use crate::revert::cards::Unplugged;
 use crate::revert::error::RevertError;
 use crate::revert::event::{Progress, RevertEvent};
 
@@ -25,18 +24,16 @@ impl Armed {
     /// QEMU's control socket, if we speak to it.
     #[cfg(feature = "internals")]
     #[doc(hidden)]
-    pub fn qmp(&self) -> Option<&Qmp> {
+    pub fn qmp(&self) -> Option<&crate::qmp::Qmp> {
         self.connection.qemu.qmp()
     }
 
     /// Unplugs the cables of all network cards of a guest in standby. None where we don't speak to
     /// QEMU.
-    pub(in crate::revert) async fn unplug(
-        self,
-    ) -> Result<(Armed, Option<(Vec<Card>, Qmp)>), RevertError> {
+    pub(crate) async fn unplug(self) -> Result<(Armed, Option<Unplugged>), RevertError> {
         let Some(qmp) = self.connection.qemu.qmp().cloned() else { return Ok((self, None)) };
-        match Card::unplug_all(&qmp).await {
-            Ok(cards) => Ok((self, Some((cards, qmp)))),
+        match Unplugged::all(&qmp).await {
+            Ok(unplugged) => Ok((self, Some(unplugged))),
             Err(error) => Err(self.connection.fail(error).await),
         }
     }

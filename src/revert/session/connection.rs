@@ -13,7 +13,7 @@ use super::confined::{Confined, Confinement};
 use super::contents::Contents;
 use super::halt::Halt;
 use super::lifecycle::{Lifecycle, Next, Told};
-use super::preparation::{Installed, Preparation};
+use super::preparation::{Placed, Preparation};
 use super::qemu::{Qemu, has_run, migrate_from};
 use super::reconnect::Resuming;
 use crate::cancel::Cancellation;
@@ -69,6 +69,8 @@ pub(super) struct Connection {
     pub resettable: bool,
     /// What that needs, once it has been prepared.
     preparation: Option<Result<Preparation, ResetError>>,
+    /// The blocks that QEMU maps: their names in the image, and in QEMU.
+    pub mapped: Vec<(String, String)>,
     /// Whether it is decided by which transport memory goes.
     placed: bool,
     /// Set where the session began with a QEMU whose channel was lost.
@@ -120,6 +122,7 @@ impl Connection {
             rtc: Rtc::default(),
             resettable: false,
             preparation: None,
+            mapped: Vec::new(),
             placed: false,
             resuming: None,
             halt: Halt::default(),
@@ -332,11 +335,16 @@ impl Connection {
         self.preparation.take()
     }
 
-    /// The memory that was installed by userfaultfd.
-    pub fn installed(&self) -> Option<Installed> {
-        let Some(Source::Postcopy(source)) = &self.source else { return None };
-        let (uffd, addresses) = source.installed()?;
-        Some(Installed { image: Arc::clone(&self.image), uffd, addresses })
+    /// How its memory came; none where that is no way from which it could be taken back.
+    pub fn placed(&self) -> Option<Placed> {
+        match &self.source {
+            Some(Source::Postcopy(source)) => {
+                let (uffd, addresses) = source.installed()?;
+                Some(Placed::Installed { uffd, addresses })
+            }
+            None if !self.mapped.is_empty() => Some(Placed::Mapped(self.mapped.clone())),
+            _ => None,
+        }
     }
 
     /// That this process has taken the place of another.

@@ -82,7 +82,7 @@ impl Planned {
     }
 
     /// The socket of the agent that is to be told something once the guest runs.
-    pub(in crate::revert) fn agent(&self) -> Option<&Path> {
+    pub(crate) fn agent(&self) -> Option<&Path> {
         self.agent.as_deref()
     }
 
@@ -102,7 +102,8 @@ impl Planned {
         let domain = launcher.domain();
         let sandbox = sandbox.filter(|_| domain.is_none());
         let run = run.map(|options| Entry::begin(&options, launcher.record(&image)));
-        let is_mapped = !launcher.mapped().is_empty();
+        let mapped = launcher.mapped();
+        let is_mapped = !mapped.is_empty();
         // A guest whose memory is mapped needs nobody.
         let keeper = keeper.filter(|_| !is_mapped);
         let keep = async {
@@ -113,7 +114,7 @@ impl Planned {
             })
         };
         // QEMU's start takes tens of milliseconds.
-        let contents = Reading::start(&image, &delivery, rtc, &launcher.mapped());
+        let contents = Reading::start(&image, &delivery, rtc, &mapped);
         let lifecycle = Lifecycle::new(start, standby);
         let lifecycle = if is_mapped { lifecycle.mapped() } else { lifecycle };
         let launch = launcher.launch(image.identity().to_string(), &cancel);
@@ -128,7 +129,7 @@ impl Planned {
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.pages = pages;
         connection.confinement = Confinement::wanted(sandbox);
-        (connection.rtc, connection.resettable) = (rtc, resettable);
+        (connection.rtc, connection.resettable, connection.mapped) = (rtc, resettable, mapped);
         connection.run =
             run.inspect(|run| run.note(move |record| record.qemu = pid.and_then(ProcessId::of)));
         if let Some((keeper, kept)) = keeper {

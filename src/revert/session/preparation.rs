@@ -5,7 +5,10 @@ use std::sync::Arc;
 use crate::host::procfs::{AddressSpace, ProcessMemory};
 use crate::host::uffd::Uffd;
 use crate::image::Image;
-use crate::reset::{GuestMemory, Requests, ResetError, SOCKET, StateFile, Tracker};
+use crate::reset::{
+    GuestMemory, MappedMemory, Requests, ResetError, SOCKET, StateFile, Tracker, Undo,
+};
+use crate::revert::mapping::unmapped_ram;
 use crate::runs::Entry;
 
 /// What takes rights that the session gives up once its guest runs.
@@ -40,27 +43,45 @@ impl Preparation {
     }
 }
 
-/// The memory of a guest that has all of it, and the userfaultfd by which it came.
-pub(super) struct Installed {
-    pub image: Arc<Image>,
-    pub uffd: Arc<Uffd>,
-    /// The address of each block, if it is known.
-    pub addresses: Vec<Option<u64>>,
+/// How the memory of a guest that has all of it came.
+pub(super) enum Placed {
+    /// By a userfaultfd.
+    Installed {
+        /// That of QEMU.
+        uffd: Arc<Uffd>,
+        /// The address of each block, if it is known.
+        addresses: Vec<Option<u64>>,
+    },
+    /// By a mapping of these blocks: their names in the image, and in QEMU.
+    Mapped(Vec<(String, String)>),
 }
 
-impl Installed {
-    /// Begins to track what the guest writes. Returns also what is left of the preparation.
+impl Placed {
+    /// Makes ready to take the memory back, and the file of the state that goes with it. Returns also
+    /// what is left of the preparation.
     ///
     /// # Errors
-    /// When some block did not come by userfaultfd, or memory can't be write-protected.
-    pub fn track(
+    /// When some block did not come by userfaultfd, memory can't be write-protected, or a mapping
+    /// is not found.
+    pub fn undo(
         self,
+        image: Arc<Image>,
         preparation: Preparation,
-    ) -> Result<(Tracker, StateFile, Option<Requests>), ResetError> {
+    ) -> Result<(Undo, StateFile, Option<Requests>), ResetError> {
         let Preparation { space, memory, state, requests } = preparation;
-        // SAFETY: each address has been proven to be the block's before anything was installed
-        // there (`transport::proof`), and QEMU keeps its RAMBlocks where they are.
-        let guest = unsafe { GuestMemory::new(self.image, &self.addresses, space, memory)? };
-        Ok((Tracker::start(guest, self.uffd)?, state, requests))
+        match self {
+            Placed::Installed { uffd, addresses } => {
+                // SAFETY: each address has been proven to be the block's before anything was installed
+                // there (`transport::proof`), and QEMU keeps its RAMBlocks where they are.
+                let guest = unsafe { GuestMemory::new(image, &addresses, space, memory)? };
+                Ok((Undo::Tracked(Tracker::start(guest, uffd)?), state, requests))
+            }
+            Placed::Mapped(blocks) => {
+                let state = state.with_ram(unmapped_ram(&image, &blocks)?);
+                let names: Vec<_> = blocks.into_iter().map(|(name, _)| name).collect();
+                let mapped = MappedMemory::find(image, &names, space, memory)?;
+                Ok((Undo::Mapped(mapped), state, requests))
+            }
+        }
     }
 }

@@ -8,6 +8,7 @@ use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
 use crate::reset::{Asked, Request, Requests, ResetError, ResetOutcome, Rewinder};
+use crate::revert::cards::Unplugged;
 use crate::revert::error::RevertError;
 use crate::revert::event::{ResetWay, RevertEvent};
 use crate::revert::outcome::Outcome;
@@ -70,7 +71,7 @@ impl Resettable {
 
     /// How many host pages the guest has written since the last reset.
     pub fn written(&self) -> u64 {
-        self.rewinder.tracker().written()
+        self.rewinder.memory().written()
     }
 
     /// Takes the guest back to its image: memory, devices and disks. What it has written since is
@@ -80,23 +81,45 @@ impl Resettable {
     /// [`RevertError::Reset`]. Where its [`is_refusal`](ResetError::is_refusal), the guest goes
     /// on untouched; else its QEMU has been ended.
     pub async fn reset(&mut self) -> Result<Reset, RevertError> {
-        let reset = self.rewind().await?;
+        let (reset, _) = self.rewind(false).await?;
         self.prepare().await;
         Ok(reset)
     }
 
-    /// As [`reset`](Resettable::reset), but does not make ready for the next one.
-    pub(crate) async fn rewind(&mut self) -> Result<Reset, RevertError> {
+    /// As [`reset`](Resettable::reset), but does not make ready for the next one. With `unplug` the
+    /// cables of all network cards are unplugged ahead of the guest's first instruction.
+    pub(crate) async fn rewind(
+        &mut self,
+        unplug: bool,
+    ) -> Result<(Reset, Option<Unplugged>), RevertError> {
         let began = Instant::now();
-        match self.rewinder.rewind(&self.sections()?).await {
-            Ok(pages) => Ok(Reset { pages, took_ms: began.elapsed().as_secs_f64() * 1e3 }),
-            Err(error) if error.is_refusal() => Err(error.into()),
+        let sections = self.sections()?;
+        match self.go_back(&sections, unplug).await {
+            Ok((pages, unplugged)) => {
+                let reset = Reset { pages, took_ms: began.elapsed().as_secs_f64() * 1e3 };
+                Ok((reset, unplugged))
+            }
+            Err(error) if error.is_refusal() => Err(error),
             Err(error) => {
                 // A mixture of two moments must not run.
                 self.resident.qemu.kill().await;
-                Err(error.into())
+                Err(error)
             }
         }
+    }
+
+    async fn go_back(
+        &mut self,
+        sections: &Sections,
+        unplug: bool,
+    ) -> Result<(u64, Option<Unplugged>), RevertError> {
+        let pages = self.rewinder.rewind(sections).await?;
+        let unplugged = match self.resident.qemu.qmp() {
+            Some(qmp) if unplug => Some(Unplugged::all(qmp).await?),
+            _ => None,
+        };
+        self.rewinder.run().await?;
+        Ok((pages, unplugged))
     }
 
     /// Makes ready for the next reset, while the guest runs.
@@ -127,13 +150,13 @@ impl Resettable {
         let cancelled = self.resident.cancel.requested();
         tokio::pin!(cancelled);
         let mut events = self.resident.qemu.qmp().map(|qmp| qmp.events());
-        let tracker = Arc::clone(self.rewinder.tracker());
+        let memory = Arc::clone(self.rewinder.memory());
         loop {
             let asked = tokio::select! {
                 asked = self.asked() => asked,
                 () = &mut cancelled => return Ok(()),
                 () = gone(&mut events) => return Ok(()),
-                () = tracker.ended() => return Ok(()),
+                () = memory.ended() => return Ok(()),
             };
             if !self.answer(asked, on_event).await? {
                 return Ok(());
@@ -160,11 +183,11 @@ impl Resettable {
     ) -> Result<bool, RevertError> {
         if asked.request == Request::LetGo {
             // Whoever asks goes on as soon as it is answered.
-            self.rewinder.tracker().end();
+            self.rewinder.memory().end();
             asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
             return Ok(false);
         }
-        let reset = self.rewind().await;
+        let reset = self.rewind(false).await.map(|(reset, _)| reset);
         asked.answer(&answer(&reset)).await;
         match reset {
             Ok(Reset { pages, took_ms }) => {
@@ -183,20 +206,20 @@ impl Resettable {
 
     /// The QEMU that we have started for it. Its guest's writes are tracked no more.
     pub(crate) fn into_held(self) -> Option<Held> {
-        self.rewinder.tracker().end();
+        self.rewinder.memory().end();
         self.resident.into_held()
     }
 
     /// The guest as one whose writes are tracked no more.
     pub(crate) fn into_resident(self) -> Resident {
-        self.rewinder.tracker().end();
+        self.rewinder.memory().end();
         self.resident
     }
 
     /// Lets the guest run on untracked; returns the process id of its QEMU, and how its memory
     /// came.
     pub fn let_go(self) -> (Option<i32>, Outcome) {
-        self.rewinder.tracker().end();
+        self.rewinder.memory().end();
         self.resident.let_go()
     }
 }
@@ -206,19 +229,19 @@ async fn begin(
     resident: &mut Resident,
 ) -> Result<(Rewinder, Sections, Option<Requests>), ResetError> {
     let prepared = resident.reset.take().transpose()?;
-    let ((installed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(|| {
+    let ((placed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(|| {
         ResetError::Obstacle(
-            "its memory did not come by userfaultfd, or its QEMU is not one that this process has \
-             started"
+            "its memory neither came by userfaultfd nor is mapped, or its QEMU is not one that this \
+             process has started"
                 .into(),
         )
     })?;
     let sections = resident.image.sections()?;
-    let (tracker, state, requests) = installed.track(preparation)?;
-    tracker.ready().await?;
+    let (memory, state, requests) = placed.undo(Arc::clone(&resident.image), preparation)?;
+    memory.ready().await?;
     let manifest = resident.image.manifest();
     let mut rewinder =
-        Rewinder::new(qmp, Arc::new(tracker), state, manifest.machine.running).await?;
+        Rewinder::new(qmp, Arc::new(memory), state, manifest.machine.running).await?;
     rewinder.prepare(known_ahead(&sections, resident.rtc)).await?;
     Ok((rewinder, sections, requests))
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::confined::Confinement;
-use super::preparation::{Installed, Preparation};
+use super::preparation::{Placed, Preparation};
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
 use crate::guest::Process;
@@ -25,7 +25,7 @@ pub struct Resident {
     /// Nothing where its memory is left as it came, or has been collapsed.
     pub(super) collapsing: Option<Collapsing>,
     /// What a reset inside its QEMU needs; none where that was not asked for.
-    pub(super) reset: Option<Result<(Installed, Preparation), ResetError>>,
+    pub(super) reset: Option<Result<(Placed, Preparation), ResetError>>,
     pub(super) image: Arc<Image>,
     pub(super) rtc: Rtc,
     pub(super) confinement: Confinement,

@@ -46,7 +46,7 @@ impl Running {
         connection.run_again(on_event).await;
         let progress = connection.progress();
         let collapsing = connection.collapsing();
-        let installed = connection.installed();
+        let placed = connection.placed();
         let preparation = connection.take_preparation();
         let rtc = connection.rtc;
         let Connection {
@@ -64,9 +64,9 @@ impl Running {
             let_go = false;
         }
         // What is registered while QEMU still has to let go of it would be lost.
-        let installed = installed.filter(|_| let_go);
+        let placed = placed.filter(|_| let_go);
         let reset = preparation.and_then(|preparation| match preparation {
-            Ok(preparation) => Some(Ok((installed?, preparation))),
+            Ok(preparation) => Some(Ok((placed?, preparation))),
             Err(error) => Some(Err(error)),
         });
         // It needs no successor from here on.

@@ -18,7 +18,7 @@ from ._client import Client, Path
 from ._errors import ConnectionLost, DaemonTimeout, DaemonUnreachable, QmpError, SnapbackError
 from ._events import Event, EventStream
 from ._guest import Guest
-from ._models import Cache, Info, Pool, Problem, Reset
+from ._models import Cache, Info, Memory, Pool, Problem, Reset, Setup
 from ._qmp import Monitor
 from ._transport import default_socket
 
@@ -32,11 +32,13 @@ __all__ = [
     "EventStream",
     "Guest",
     "Info",
+    "Memory",
     "Monitor",
     "Pool",
     "Problem",
     "QmpError",
     "Reset",
+    "Setup",
     "SnapbackError",
     "create_pool",
     "default_client",
@@ -87,9 +89,11 @@ def create_pool(name: str, image: Path, **options: Any) -> Pool:
     return default_client().create_pool(name, image, **options)
 
 
-def set_pool(name: str, *, armed: int | None = None, max: int | None = None) -> Pool:
+def set_pool(
+    name: str, *, armed: int | None = None, max: int | None = None, memory_mib: int | None = None
+) -> Pool:
     """See `Client.set_pool`."""
-    return default_client().set_pool(name, armed=armed, max=max)
+    return default_client().set_pool(name, armed=armed, max=max, memory_mib=memory_mib)
 
 
 def remove_pool(name: str) -> None:

@@ -57,6 +57,8 @@ class Client:
         *,
         armed: int | None = None,
         max: int | None = None,
+        memory_mib: int | None = None,
+        guest_memory_mib: int | None = None,
         preload: str | None = None,
         resettable: bool | None = None,
         share: bool | None = None,
@@ -68,6 +70,11 @@ class Client:
         qemu: Path | None = None,
         arguments: Sequence[str] | None = None,
         new_generation: bool | None = None,
+        new_macs: bool | None = None,
+        agent_set_time: bool | None = None,
+        agent_exec: Sequence[str] | None = None,
+        agent: str | None = None,
+        hook_running: str | None = None,
         lifetime_s: int | None = None,
         fill_delay_ms: int | None = None,
         fill_rate: int | None = None,
@@ -87,6 +94,8 @@ class Client:
             "image": os.path.abspath(image),
             "armed": armed,
             "max": max,
+            "memory_mib": memory_mib,
+            "guest_memory_mib": guest_memory_mib,
             "preload": preload,
             "resettable": resettable,
             "share": share,
@@ -98,6 +107,11 @@ class Client:
             "qemu": None if qemu is None else os.path.abspath(qemu),
             "arguments": None if arguments is None else list(arguments),
             "new_generation": new_generation,
+            "new_macs": new_macs,
+            "agent_set_time": agent_set_time,
+            "agent_exec": None if agent_exec is None else list(agent_exec),
+            "agent": agent,
+            "hook_running": hook_running,
             "lifetime_s": lifetime_s,
             "fill_delay_ms": fill_delay_ms,
             "fill_rate": fill_rate,
@@ -105,9 +119,18 @@ class Client:
         }
         return Pool.of(self._ask("POST", "/v1/pools", given(wanted)))
 
-    def set_pool(self, name: str, *, armed: int | None = None, max: int | None = None) -> Pool:
-        """Changes how many guests a pool holds ready, and how many may be in use."""
-        wanted = given({"armed": armed, "max": max})
+    def set_pool(
+        self,
+        name: str,
+        *,
+        armed: int | None = None,
+        max: int | None = None,
+        memory_mib: int | None = None,
+    ) -> Pool:
+        """Changes how many guests a pool holds ready, how many may be in use, and how much memory
+        they may take together; 0 is no limit.
+        """
+        wanted = given({"armed": armed, "max": max, "memory_mib": memory_mib})
         return Pool.of(self._ask("PATCH", pool_path(name), wanted, repeatable=True))
 
     def remove_pool(self, name: str) -> None:

@@ -19,7 +19,8 @@ from ._transport import Transport
 class Event:
     """Something that happened in the daemon."""
 
-    #: `pool`, `removed`, `taken`, `reset`, `released` or `degraded`; a newer daemon may tell more.
+    #: `pool`, `removed`, `taken`, `reset`, `agent`, `hook`, `released` or `degraded`; a newer
+    #: daemon may tell more.
     name: str
     unix_ms: int
     #: All of it, as told.

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ._errors import QmpError, SnapbackError
-from ._models import Reset, build, invalid, mapping, shortened
+from ._models import Reset, Setup, build, invalid, mapping, shortened
 from ._qmp import Monitor
 
 
@@ -45,6 +45,8 @@ class Guest:
     #: The share of its memory that is in place, 0 to 1, while the guest runs; None where nobody
     #: knows.
     present: float | None = None
+    #: How what is done for it as soon as it runs had come on then; None where nothing is.
+    setup: Setup | None = None
     #: Seconds that QEMU is given for each command of `qmp`.
     qmp_timeout: float = dataclasses.field(default=60.0, repr=False)
     _qmp_path: Path | None = dataclasses.field(default=None, repr=False)
@@ -55,10 +57,12 @@ class Guest:
         told = mapping(answer, "a guest")
         try:
             ports = {int(old): int(new) for old, new in (told.get("ports") or {}).items()}
-            places = {"pid": told["qemu_pid"], "directory": Path(told["dir"])}
+            places: dict[str, Any] = {"pid": told["qemu_pid"], "directory": Path(told["dir"])}
             qmp = None if told.get("qmp") is None else Path(told["qmp"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise invalid(f"{error!r} in the guest {shortened(dict(told))}") from None
+        setup = told.get("setup")
+        places["setup"] = None if setup is None else build(Setup, setup)
         return build(cls, told, ports=ports, _qmp_path=qmp, _client=client, **places)
 
     @property

@@ -34,6 +34,27 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the guests of a pool may take of memory, in bytes."""
+
+    #: The most that they may be counted with together, and what they are counted with now.
+    limit: int
+    counted: int
+    #: What a guest in use is counted with; None before the image has been opened.
+    guest: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How what is done for a guest as soon as it runs has come on."""
+
+    #: `pending`, `done` or `failed`.
+    state: str
+    #: What has failed.
+    problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Guests of one image, of which some are armed: ready to run at once."""
 
@@ -55,16 +76,21 @@ class Pool:
     resettable: bool = True
     share: bool = False
     problem: Problem | None = None
+    #: None where memory is not limited.
+    memory: Memory | None = None
+    #: Memory that its QEMUs had of their own when the daemon was asked.
+    used_bytes: int | None = None
     cache: Cache | None = None
 
     @classmethod
     def of(cls, answer: Any) -> Pool:
         told = mapping(answer, "a pool")
-        problem, cache = told.get("problem"), told.get("cache")
+        problem, cache, memory = told.get("problem"), told.get("cache"), told.get("memory")
         return build(
             cls,
             told,
             problem=None if problem is None else build(Problem, problem),
+            memory=None if memory is None else build(Memory, memory),
             cache=None if cache is None else build(Cache, cache),
         )
 
