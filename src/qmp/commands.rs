@@ -53,6 +53,8 @@ pub struct RamBlock {
     pub used_len: u64,
     /// The length in bytes that it can grow to.
     pub total_len: u64,
+    /// Where it begins in QEMU's address space; none where QEMU does not tell (7.2 does not).
+    pub address: Option<u64>,
 }
 
 /// A block device as `query-block` lists it, with the medium in it.
@@ -296,15 +298,15 @@ pub(super) fn parse_ram_blocks(table: &str) -> Result<Vec<RamBlock>, String> {
     lines
         .filter(|line| !line.trim().is_empty() && !is_nameless(line))
         .map(|line| {
-            parse_ram_block(line, columns.len())
+            parse_ram_block(line, &columns)
                 .ok_or_else(|| format!("a RAMBlock described as {line:?}"))
         })
         .collect()
 }
 
-fn parse_ram_block(line: &str, columns: usize) -> Option<RamBlock> {
+fn parse_ram_block(line: &str, columns: &[&str]) -> Option<RamBlock> {
     // The page size takes two words.
-    let words = columns + 1;
+    let words = columns.len() + 1;
     let mut fields = Vec::with_capacity(words + 1);
     let mut rest = line.trim();
     for _ in 0..words {
@@ -327,10 +329,14 @@ fn parse_ram_block(line: &str, columns: usize) -> Option<RamBlock> {
     if name.is_empty() || !page_size.is_power_of_two() {
         return None;
     }
+    // Behind the name and the second word of the page size.
+    let column = columns.iter().position(|column| *column == "HVA");
+    let address = column.and_then(|column| hex(fields[column + 2]));
     Some(RamBlock {
         name: name.to_owned(),
         page_size,
         used_len: hex(used)?,
         total_len: hex(total)?,
+        address,
     })
 }

@@ -335,11 +335,13 @@ fn tables_of_ram_blocks() {
     .unwrap();
     assert_eq!(blocks[0].name, "a name with / and 4 KiB");
     assert_eq!((blocks[0].page_size, blocks[0].used_len), (2 << 20, 2 << 20));
+    assert_eq!(blocks[0].address, None);
     // QEMU 9 and later add columns.
     let table =
         "Block Name PSize Offset Used Total HVA RO\n pc.ram 4 KiB 0x0 0x1000 0x2000 0x7f00 rw\n";
     let blocks = parse_ram_blocks(table).unwrap();
     assert_eq!((blocks[0].used_len, blocks[0].total_len), (0x1000, 0x2000));
+    assert_eq!(blocks[0].address, Some(0x7f00));
     for bad in ["", "nonsense", "Block Name PSize Offset Used Total\n pc.ram 4 KiB 0x0 0x1000"] {
         assert!(parse_ram_blocks(bad).is_err(), "{bad:?}");
     }

@@ -32,8 +32,8 @@ mod write_back;
 
 pub use error::ResetError;
 pub(crate) use memory::GuestMemory;
-pub use requests::ResetOutcome;
 pub(crate) use requests::{Asked, Request, Requests, SOCKET, ask};
+pub use requests::{Reset, ResetOutcome, ResetWay};
 pub(crate) use rewind::Rewinder;
 pub(crate) use state_file::StateFile;
 pub(crate) use tracker::Tracker;

@@ -31,7 +31,7 @@ mod unreadable;
 pub use broker::{Rights, run as run_broker};
 pub use clones::CloneIdentity;
 pub use error::{PostcopyError, RevertError};
-pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
+pub use event::{Progress, RevertEvent, Unreadable};
 pub use harvest::harvest;
 pub use journey::{Reverted, revert, revert_held, revert_resettable};
 pub use options::{
@@ -46,4 +46,5 @@ pub use serve::serve;
 pub use session::Held;
 pub use takeover::take_over;
 
+pub use crate::reset::ResetWay;
 pub use crate::transport::proof::AttachError;

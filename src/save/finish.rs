@@ -1,5 +1,6 @@
 //! The end of a save: the image is made whole and gets its name, or everything is undone.
 
+use std::io;
 use std::time::Duration;
 
 use super::error::SaveError;
@@ -7,9 +8,11 @@ use super::event::{SaveEvent, SwitchedDisk};
 use super::moment::{Moment, millis};
 use super::overlays::Overlay;
 use super::receive::Received;
+use super::resettable::ToBeReset;
 use super::saving::Saving;
 use crate::failpoint::failpoint;
 use crate::guest;
+use crate::host::uffd::Uffd;
 use crate::image::{ImageError, Saved};
 use crate::machine::{Disk, DiskRole, Machine};
 use crate::page::PAGE_SIZE;
@@ -19,6 +22,8 @@ pub(super) struct Written {
     saved: Saved,
     /// How long QEMU had to wait for us.
     stalled: Duration,
+    /// Copies of the userfaultfds that QEMU had meanwhile, where a reset wants them.
+    userfaultfds: Option<io::Result<Vec<Uffd>>>,
     disks: Vec<SwitchedDisk>,
 }
 
@@ -27,12 +32,13 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// gives it its name. An interrupt ends it.
     pub async fn write(
         &mut self,
-        received: Received,
+        mut received: Received,
         moment: Moment,
     ) -> Result<Written, SaveError> {
         self.undo.restore_settings(&self.access.qmp).await?;
         failpoint("restored");
         let (stalled, writing) = (received.stalled(), received.cancellation());
+        let userfaultfds = received.take_userfaultfds();
         let mut machine = self.machine();
         let disks = SwitchedDisk::all_of(&machine.disks);
         let mut work = tokio::task::spawn_blocking(move || {
@@ -50,7 +56,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
             Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
-            saved => Ok(Written { saved: saved?, stalled, disks }),
+            saved => Ok(Written { saved: saved?, stalled, userfaultfds, disks }),
         }
     }
 
@@ -100,11 +106,22 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         Machine { disks: disks.collect(), ..self.checked.machine.clone() }
     }
 
+    /// The guest of an image that is whole, as one that is to be reset inside its QEMU.
+    pub fn to_be_reset(&self, written: &mut Written) -> ToBeReset {
+        ToBeReset {
+            qmp: self.access.qmp.clone(),
+            pid: self.checked.pid,
+            blocks: self.checked.blocks.clone(),
+            devices: self.checked.devices.clone(),
+            userfaultfds: written.userfaultfds.take(),
+        }
+    }
+
     /// The image has its name: nothing is to be undone any more.
     pub fn succeed(mut self, written: Written) -> Result<Saved, SaveError> {
         failpoint("named");
         let nothing_left = self.undo.nothing_left(&mut self.on_event);
-        let Written { saved, stalled, disks } = written;
+        let Written { saved, stalled, disks, .. } = written;
         (self.on_event)(SaveEvent::Saved {
             bytes: saved.data_pages * PAGE_SIZE as u64,
             pages: saved.data_pages,

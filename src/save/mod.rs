@@ -22,6 +22,7 @@ mod quiesce;
 mod receive;
 mod recover;
 mod release;
+mod resettable;
 mod saving;
 mod settings;
 mod take;
@@ -31,6 +32,7 @@ use self::finish::Written;
 use self::saving::Saving;
 use crate::cancel::Cancellation;
 use crate::image::Saved;
+use crate::reset::ResetError;
 
 pub use address::GuestAddress;
 pub use check::error::{CheckError, Obstacle};
@@ -40,6 +42,7 @@ pub use event::{PauseParts, SaveEvent, SwitchedDisk};
 pub use options::{DiskChoice, Quiesce, SaveOptions};
 pub use overlay_error::OverlayError;
 pub use recover::{Recovered, recover};
+pub use resettable::SavedGuest;
 pub use undo::error::{JournalError, LeftOver};
 
 /// Saves a guest while it runs, and returns once the image is whole.
@@ -70,6 +73,33 @@ pub async fn save(
         Ok(written) => saving.succeed(written),
         Err(error) => Err(saving.fail(error).await),
     }
+}
+
+/// As [`save`], and then the guest, which goes on in its QEMU, can be taken back to the image there
+/// ([`SavedGuest::reset`]). [`SaveOptions::resettable`] is taken for set. It returns once it is known
+/// what the guest has written since the moment, for which all its memory is compared with the image.
+///
+/// # Errors
+/// As [`save`]. Where the image is whole, but the guest can't be reset, that is told beside it: the
+/// guest runs on as behind any save.
+pub async fn save_resettable(
+    options: &SaveOptions,
+    cancel: Cancellation,
+    mut on_event: impl FnMut(SaveEvent),
+) -> Result<(Saved, Result<SavedGuest, ResetError>), SaveError> {
+    let options = SaveOptions { resettable: true, ..options.clone() };
+    let mut saving = Saving::begin(&options, cancel.clone(), &mut on_event).await?;
+    let mut written = match saving.carry_out().await {
+        Ok(written) => written,
+        Err(error) => return Err(saving.fail(error).await),
+    };
+    let guest = saving.to_be_reset(&mut written);
+    let saved = saving.succeed(written)?;
+    let guest = SavedGuest::begin(guest, &options, &cancel).await;
+    if let Ok(guest) = &guest {
+        on_event(SaveEvent::Resettable { written: guest.written() });
+    }
+    Ok((saved, guest))
 }
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {

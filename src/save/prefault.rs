@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     fn block(total_len: u64) -> RamBlock {
-        RamBlock { name: "ram".into(), page_size: 4096, used_len: 1, total_len }
+        RamBlock { name: "ram".into(), page_size: 4096, used_len: 1, total_len, address: None }
     }
 
     #[test]

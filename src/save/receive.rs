@@ -21,6 +21,7 @@ use super::event::SaveEvent;
 use super::moment::Moment;
 use super::options::SaveOptions;
 use crate::cancel::Cancellation;
+use crate::host::uffd::Uffd;
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::libvirt::block_name;
 use crate::machine::Machine;
@@ -64,6 +65,8 @@ pub(super) struct Received {
     writer: ImageWriter,
     sections: Sections,
     machine_type: String,
+    /// Copies of the userfaultfds that QEMU had while the stream came; none where nobody wants them.
+    userfaultfds: Option<io::Result<Vec<Uffd>>>,
 }
 
 impl Receiving {
@@ -100,6 +103,8 @@ impl Receiving {
             counters: Arc::clone(&counters),
             first_page: Some(first_page_sender),
             given_up: given_up.clone(),
+            tracked: options.resettable.then_some(checked.pid),
+            userfaultfds: None,
         };
         let receive = move || {
             let received = receiver.receive(&socket);
@@ -160,6 +165,11 @@ impl Received {
         self.writer.stats().stalled
     }
 
+    /// Copies of the userfaultfds that QEMU had while the stream came.
+    pub fn take_userfaultfds(&mut self) -> Option<io::Result<Vec<Uffd>>> {
+        self.userfaultfds.take()
+    }
+
     /// Ends writing, also while [`Received::finish`] is at work.
     pub fn cancellation(&self) -> Cancellation {
         self.writer.cancellation()
@@ -190,6 +200,9 @@ struct Receiver {
     counters: Arc<Counters>,
     first_page: Option<oneshot::Sender<()>>,
     given_up: Cancellation,
+    /// The process of a QEMU whose userfaultfds are wanted.
+    tracked: Option<i32>,
+    userfaultfds: Option<io::Result<Vec<Uffd>>>,
 }
 
 impl Receiver {
@@ -219,7 +232,8 @@ impl Receiver {
         let (Some(writer), Some(Tail { devices, vmdesc })) = (writer, tail) else { unreachable!() };
         let config = stream.config();
         let machine_type = stream.machine_type().to_owned();
-        Ok(Received { writer, sections: Sections { config, devices, vmdesc }, machine_type })
+        let (sections, userfaultfds) = (Sections { config, devices, vmdesc }, self.userfaultfds);
+        Ok(Received { writer, sections, machine_type, userfaultfds })
     }
 
     fn create(&self, blocks: &[StreamBlock]) -> Result<ImageWriter, SaveError> {
@@ -239,6 +253,9 @@ impl Receiver {
     fn count(&mut self, writer: &ImageWriter) {
         if let Some(first_page) = self.first_page.take() {
             let _ = first_page.send(());
+            // QEMU has them until all of the stream is sent, which it can't be before it is read:
+            // now, and after whoever waits for this page has been told.
+            self.userfaultfds = self.tracked.map(Uffd::all_of);
         }
         let pages = self.counters.pages.fetch_add(1, Ordering::Relaxed);
         // Asking the writer costs more than counting: now and then is enough.

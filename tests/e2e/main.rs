@@ -47,6 +47,7 @@ mod resets;
 mod runs;
 mod sandbox;
 mod save_under_fire;
+mod saved_resets;
 mod serving;
 mod sessions;
 mod soak;

@@ -7,9 +7,9 @@ use super::contents::set_clock;
 use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
-use crate::reset::{Asked, Request, Requests, ResetError, ResetOutcome, Rewinder};
+use crate::reset::{Asked, Request, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder};
 use crate::revert::error::RevertError;
-use crate::revert::event::{ResetWay, RevertEvent};
+use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
 use crate::revert::rtc::Rtc;
 
@@ -23,16 +23,6 @@ pub struct Resettable {
     resident: Resident,
     sections: Sections,
     requests: Option<Requests>,
-}
-
-/// What a reset has done.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct Reset {
-    /// Host pages that were written back.
-    pub pages: u64,
-    /// How long it took until the guest ran again, in milliseconds.
-    pub took_ms: f64,
 }
 
 /// Why a guest is not resettable.
@@ -88,7 +78,12 @@ impl Resettable {
     /// As [`reset`](Resettable::reset), but does not make ready for the next one.
     pub(crate) async fn rewind(&mut self) -> Result<Reset, RevertError> {
         let began = Instant::now();
-        match self.rewinder.rewind(&self.sections()?).await {
+        let sections = self.sections()?;
+        let rewound = match self.resident.qemu.qmp() {
+            Some(qmp) => self.rewinder.rewind(qmp, &sections).await,
+            None => Err(not_ours()),
+        };
+        match rewound {
             Ok(pages) => Ok(Reset { pages, took_ms: began.elapsed().as_secs_f64() * 1e3 }),
             Err(error) if error.is_refusal() => Err(error.into()),
             Err(error) => {
@@ -101,8 +96,9 @@ impl Resettable {
 
     /// Makes ready for the next reset, while the guest runs.
     pub(crate) async fn prepare(&mut self) {
+        let Some(qmp) = self.resident.qemu.qmp() else { return };
         let sections = known_ahead(&self.sections, self.resident.rtc);
-        if let Err(error) = self.rewinder.prepare(sections).await {
+        if let Err(error) = self.rewinder.prepare(qmp, sections).await {
             tracing::warn!("the next reset will have to wait for QEMU: {error}");
         }
     }
@@ -165,7 +161,7 @@ impl Resettable {
             return Ok(false);
         }
         let reset = self.rewind().await;
-        asked.answer(&answer(&reset)).await;
+        asked.answer(&outcome(&reset)).await;
         match reset {
             Ok(Reset { pages, took_ms }) => {
                 let how = ResetWay::InPlace;
@@ -206,21 +202,23 @@ async fn begin(
     resident: &mut Resident,
 ) -> Result<(Rewinder, Sections, Option<Requests>), ResetError> {
     let prepared = resident.reset.take().transpose()?;
-    let ((installed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(|| {
-        ResetError::Obstacle(
-            "its memory did not come by userfaultfd, or its QEMU is not one that this process has \
-             started"
-                .into(),
-        )
-    })?;
+    let ((installed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(not_ours)?;
     let sections = resident.image.sections()?;
     let (tracker, state, requests) = installed.track(preparation)?;
     tracker.ready().await?;
     let manifest = resident.image.manifest();
     let mut rewinder =
         Rewinder::new(qmp, Arc::new(tracker), state, manifest.machine.running).await?;
-    rewinder.prepare(known_ahead(&sections, resident.rtc)).await?;
+    rewinder.prepare(qmp, known_ahead(&sections, resident.rtc)).await?;
     Ok((rewinder, sections, requests))
+}
+
+fn not_ours() -> ResetError {
+    ResetError::Obstacle(
+        "its memory did not come by userfaultfd, or its QEMU is not one that this process has \
+         started"
+            .into(),
+    )
 }
 
 /// The parts of the image that a guest is given at its next reset, unless that has to set its
@@ -229,9 +227,9 @@ fn known_ahead(sections: &Sections, rtc: Rtc) -> Option<&Sections> {
     (rtc != Rtc::Keep).then_some(sections)
 }
 
-fn answer(reset: &Result<Reset, RevertError>) -> ResetOutcome {
+fn outcome(reset: &Result<Reset, RevertError>) -> ResetOutcome {
     match reset {
-        Ok(Reset { pages, took_ms }) => ResetOutcome::Done { pages: *pages, took_ms: *took_ms },
+        Ok(reset) => ResetOutcome::from(*reset),
         Err(error) if error.is_refusal() => ResetOutcome::Refused { why: error.to_string() },
         Err(error) => ResetOutcome::Failed { why: error.to_string() },
     }
