@@ -27,6 +27,7 @@ mod damage;
 mod database;
 mod disk_reverts;
 mod exchange;
+mod farms;
 mod faulty_disk;
 mod filling;
 mod hotplug;

@@ -3,23 +3,27 @@
 package milestones;
 use Mojo::Base -strict, -signatures;
 use bmwqemu 'diag';
-use osutils 'runcmd';
 use backend::qemu;
 no warnings 'redefine';
 
-my @snapback = $ENV{SNAPBACK} // 'snapback';
-my @guest    = ('--qmp', 'snapback.sock');
-
 *backend::qemu::save_snapshot = sub ($self, $args) {
     $self->save_console_snapshots($args->{name});
-    runcmd(@snapback, 'save', @guest, "$args->{name}.snap", '--force', '--resettable', '--detach');
+    snapback('save', "$args->{name}.snap", '--force', '--resettable', '--detach');
+    diag 'Snapshot complete';
 };
 
 *backend::qemu::load_snapshot = sub ($self, $args) {
     diag 'Loading snapshot';
-    runcmd(@snapback, 'reset', '--in-place', @guest);
+    snapback('reset', '--in-place');
     $self->load_console_snapshots($args->{name});
     diag 'Restored snapshot';
 };
+
+sub snapback (@args) {
+    # os-autoinst waits for all children itself.
+    local $SIG{CHLD} = 'DEFAULT';
+    my $program = $ENV{SNAPBACK} // 'snapback';
+    system($program, @args, '--json', '--qmp', 'snapback.sock') == 0 or die "snapback @args failed";
+}
 
 1;
