@@ -9,7 +9,9 @@ set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 deps=${SNAPBACK_DEPS:-$here/../.deps}
+# shellcheck disable=SC2034 # used by common.sh
 me=openqa
+# shellcheck source=scripts/common.sh
 . "$here/common.sh"
 
 snapback=${1:?"the program snapback"}
@@ -34,7 +36,8 @@ install_trixie() {
         --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-exclude=/usr/share/man/*' \
-        trixie "$new" "deb $uri trixie main" "deb $uri trixie-backports main" || die "can't install Debian trixie from $uri"
+        trixie "$new" "deb $uri trixie main" "deb $uri trixie-backports main" ||
+        die "can't install Debian trixie from $uri"
     as_root mv "$new" "$root"
 }
 [ -x "$root/usr/bin/isotovideo" ] || install_trixie
@@ -42,24 +45,15 @@ install_trixie() {
 # What os-autoinst works with, and where: a directory of its own in that Debian.
 work=$(as_root mktemp -d "$root/openqa.XXXXXX")
 inside=/${work##*/}
-mounted=
-clean_up() {
-    local directory
-    for directory in $mounted; do
-        # The last processes may be about to end.
-        for _ in 1 2 3 4 5 6 7 8 9 10; do
-            as_root umount "$root/$directory" 2>/dev/null && continue 2
-            sleep 0.5
-        done
-        say "$root/$directory is still mounted"
-    done
-    as_root rm -rf "$work"
+trap 'as_root rm -rf "$work"' EXIT
+# in_trixie COMMAND...: runs it in that Debian. Mounts and processes are of namespaces of their own,
+# and go with it.
+in_trixie() {
+    # shellcheck disable=SC2016 # its own arguments
+    as_root unshare --mount --pid --fork --kill-child sh -c '
+        mount --bind /dev "$0/dev" && mount --bind /sys "$0/sys" && mount -t proc proc "$0/proc" &&
+            exec chroot "$0" "$@"' "$root" "$@"
 }
-trap clean_up EXIT
-for directory in proc dev sys; do
-    as_root mount --bind "/$directory" "$root/$directory"
-    mounted="$directory $mounted"
-done
 as_root cp -rL "$here/../examples/os-autoinst" "$work/distribution"
 as_root cp -L "$deps/vmlinuz" "$deps/initramfs.cpio" "$work/"
 as_root install -D -m 755 "$snapback" "$work/bin/snapback"
@@ -82,7 +76,7 @@ run() {
 J
     say "os-autoinst, milestones by $name"
     # It fails, as two of its tests do.
-    as_root chroot "$root" sh -c "cd $inside/by-$name && QEMU=$inside/qemu SNAPBACK=$inside/bin/snapback \
+    in_trixie sh -c "cd $inside/by-$name && QEMU=$inside/qemu SNAPBACK=$inside/bin/snapback \
         XDG_RUNTIME_DIR=$inside timeout 600 isotovideo -d" >"$deps/openqa-$name.log" 2>&1 || true
     sed 's/\x1b\[[0-9;]*m//g' "$deps/openqa-$name.log" | python3 "$here/openqa_times.py"
     grep -q 'finished works' "$deps/openqa-$name.log" ||

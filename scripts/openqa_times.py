@@ -15,7 +15,6 @@ def time(line: str) -> float:
 def main() -> None:
     """Between the two lines os-autoinst's own guest stands still; snapback tells it by itself."""
     saving = loading = None
-    passed = failed = 0
     for line in sys.stdin:
         if line.startswith('{"v"'):
             event = json.loads(line)
@@ -37,4 +36,5 @@ def main() -> None:
             print(f"  finished {found[1]}")
 
 
-main()
+if __name__ == "__main__":
+    main()
