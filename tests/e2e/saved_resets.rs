@@ -1,5 +1,6 @@
 //! A guest that was saved and goes on in its QEMU is taken back to the image there, again and again.
 
+use crate::backends::Pool;
 use crate::harness::{Dir, Running, check, send_signal, text, wait_gone};
 use crate::hotplug::words;
 use crate::moments::records;
@@ -16,6 +17,8 @@ tests_on_both! {
     disk_and_memory_of_a_saved_guest_go_back_together
     the_last_save_is_gone_back_to
     cards_with_the_same_rom_are_told_apart
+    shared_memory_of_a_saved_guest_goes_back
+    huge_pages_of_a_saved_guest_go_back
 }
 
 tests! {
@@ -124,6 +127,26 @@ fn cards_with_the_same_rom_are_told_apart(dir: &Dir, qemu: Qemu) -> Result<()> {
     let _tracker = save(dir, &guest, "vm.snap")?;
     for _ in 0..2 {
         goes_back(dir, &mut guest, &nonce, 20)?;
+    }
+    Ok(())
+}
+
+fn shared_memory_of_a_saved_guest_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    on_backend(dir, qemu, "memory-backend-memfd,share=on")
+}
+
+fn huge_pages_of_a_saved_guest_go_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let _pool = Pool::of(MIB + 16)?;
+    on_backend(dir, qemu, "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M")
+}
+
+fn on_backend(dir: &Dir, qemu: Qemu, backend: &str) -> Result<()> {
+    let memory_backend = Some(backend.to_owned());
+    let mut guest = Guest::boot(&GuestOptions { memory_backend, ..options(qemu) })?;
+    let nonce = guest.oracle.nonce()?;
+    let _tracker = save(dir, &guest, "vm.snap")?;
+    for _ in 0..2 {
+        goes_back(dir, &mut guest, &nonce, 10)?;
     }
     Ok(())
 }
