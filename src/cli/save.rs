@@ -108,7 +108,7 @@ pub(super) struct GuestArgs {
     force: bool,
     /// Have the guest, which goes on, be such that `snapback reset` can take it back to the image
     /// inside its QEMU: a process tracks what it writes, until it ends or an interrupt comes
-    #[arg(long, conflicts_with = "domain")]
+    #[arg(long, conflicts_with_all = ["domain", "quiesce"])]
     resettable: bool,
 }
 

@@ -1,5 +1,7 @@
 //! A guest that was saved and goes on in its QEMU is taken back to the image there, again and again.
 
+use serde_json::json;
+
 use crate::backends::Pool;
 use crate::harness::{Dir, Running, check, send_signal, text, wait_gone};
 use crate::hotplug::words;
@@ -7,16 +9,19 @@ use crate::moments::records;
 use crate::resets::{differing, recording, reset, rounds};
 use crate::shared::{MIB, options};
 use crate::support::{
-    Contact, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, pmemsave, query_status,
+    Contact, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, pmemsave, qmp, query_status,
     stop, wait_for,
 };
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_saved_guest_is_reset_again_and_again
     disk_and_memory_of_a_saved_guest_go_back_together
-    the_last_save_is_gone_back_to
     cards_with_the_same_rom_are_told_apart
+}
+
+tests_on_both_at_length! {
+    the_last_save_is_gone_back_to
     shared_memory_of_a_saved_guest_goes_back
     huge_pages_of_a_saved_guest_go_back
 }
@@ -24,6 +29,7 @@ tests_on_both! {
 tests! {
     a_saved_guest_outlives_whoever_tracks_it
     every_page_of_a_saved_guest_is_the_images
+    a_mixture_of_two_moments_does_not_run
     what_can_not_be_reset_is_told_before_it_is_saved
 }
 
@@ -55,7 +61,9 @@ fn goes_back(dir: &Dir, guest: &mut Contact, nonce: &str, beats: u64) -> Result<
 fn a_saved_guest_is_reset_again_and_again(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut guest = Guest::boot(&options(qemu))?;
     let nonce = guest.oracle.nonce()?;
-    let tracker = save(dir, &guest, "vm.snap")?;
+    let mut tracker = dir.save(&guest, "vm.snap").with(&["--resettable", "--prove"]).start()?;
+    tracker.wait("proved")?;
+    tracker.wait("resettable")?;
     for round in 0..rounds() {
         goes_back(dir, &mut guest, &nonce, 30 + round % 7)?;
     }
@@ -203,6 +211,21 @@ fn every_page_of_a_saved_guest_is_the_images(dir: &Dir) -> Result<()> {
     cont(&guest.qmp_path)?;
     assert_eq!(guest.oracle.nonce()?, nonce);
     check(&mut guest)
+}
+
+/// A reset that fails once the guest has been stopped ends QEMU, whoever has started it.
+fn a_mixture_of_two_moments_does_not_run(dir: &Dir) -> Result<()> {
+    let guest = Guest::boot(&options(Qemu::V10))?;
+    let tracker = save(dir, &guest, "vm.snap")?;
+    // Somebody takes away what QEMU is to load.
+    qmp(&guest.qmp_path, "blockdev-del", json!({ "node-name": "snapback-state" }))?;
+    let failed = dir.snapback(&["reset", "--qmp", text(&guest.qmp_path)]).end()?;
+    assert_eq!(failed.event("error")?["code"], "qemu_failed", "{failed:?}");
+    wait_gone(guest.pid)?;
+    let ended = tracker.end()?;
+    assert_eq!((ended.code, &ended.event("error")?["code"]), (Some(1), &"qemu_failed".into()));
+    assert_eq!(dir.recorded()?, [""; 0]);
+    Ok(())
 }
 
 fn what_can_not_be_reset_is_told_before_it_is_saved(dir: &Dir) -> Result<()> {

@@ -167,7 +167,8 @@ async fn look(access: &Access, options: &SaveOptions) -> (Vec<CheckItem>, Option
     list.note("room", room::check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
     list.note("agent", check_agent(options, domain.as_ref()).await);
     if options.resettable {
-        let found = resettable::Found { pid, blocks: &blocks, disks: &disks, background };
+        let quiesced = options.quiesce.is_some();
+        let found = resettable::Found { pid, blocks: &blocks, disks: &disks, background, quiesced };
         let outcome = match domain {
             Some(_) => Err(CheckError::NotResettable("libvirt would not know of it".into()).into()),
             None => found.check(),

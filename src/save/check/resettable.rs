@@ -13,6 +13,8 @@ pub(super) struct Found<'a> {
     pub disks: &'a [FoundDisk],
     /// Whether it is saved by a background snapshot.
     pub background: bool,
+    /// Whether its file systems are frozen at the moment.
+    pub quiesced: bool,
 }
 
 impl Found<'_> {
@@ -29,6 +31,9 @@ impl Found<'_> {
             return Some(
                 "it stands still, and this QEMU is left without a userfaultfd by its save".into(),
             );
+        }
+        if self.quiesced {
+            return Some("it would go back to file systems that are frozen".into());
         }
         if let Some(found) = self.disks.iter().find(|found| found.writable()) {
             let disk = found.disk.describe();
