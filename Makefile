@@ -2,7 +2,7 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test newer python loom miri torture soak demo bench fmt lint deny clean
+.PHONY: help setup guest debian test newer openqa python loom miri torture soak demo bench fmt lint deny clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
@@ -11,6 +11,7 @@ help:
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
 	@echo "make newer   run the tests of libvirt with libvirt 11.3 and QEMU 10.0"
+	@echo "make openqa  run os-autoinst of Debian 13 with its own milestones and by snapback (asks for root)"
 	@echo "make python  check, build and test the Python client, without a daemon"
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
@@ -41,6 +42,10 @@ test: guest debian loom python
 
 newer: guest debian
 	SNAPBACK_TEST_LIBVIRT_NEWER=1 cargo test --locked --features $(FEATURES) --test libvirt
+
+openqa: guest
+	cargo build --locked --release --bin snapback
+	@scripts/openqa.sh target/release/snapback
 
 python:
 	@scripts/python.sh
@@ -105,4 +110,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock loom-target miri-target python qemu-10.0 stamps vmlinuz
+MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-trixie loom-target miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 stamps trixie vmlinuz

@@ -55,6 +55,7 @@
 //! | [`revert()`], [`serve()`], [`harvest()`] | brings a guest back, in a QEMU of ours or of others, or to learn its working set |
 //! | [`take_over()`] | goes on with a guest whose server was killed, started by its keeper |
 //! | [`resume()`] | goes on with a guest whose server and keeper were both killed |
+//! | [`save_resettable()`] | saves a guest that can be reset in its QEMU from then on |
 //! | [`revert_resettable()`] | brings a guest back that can be reset inside its QEMU, again and again |
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
@@ -113,7 +114,7 @@ pub use revert::{
 };
 pub use save::{
     CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered, SaveError,
-    SaveEvent, SaveOptions, SwitchedDisk, check, recover, save,
+    SaveEvent, SaveOptions, SavedGuest, SwitchedDisk, check, recover, save, save_resettable,
 };
 
 /// What the errors of the journeys are made of.

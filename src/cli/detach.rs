@@ -1,5 +1,6 @@
 //! Servers that are copies of this program, whose events are passed on: the one in the background
-//! of `revert --detach`, until the guest runs, and that of each clone of `revert --count`.
+//! of `revert --detach`, until the guest runs, that of each clone of `revert --count`, and the one of
+//! `save --detach`, until the guest can be reset.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -9,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::ChildStdout;
 
 use super::failure::{ErrorEvent, Failure};
 use super::hook::HookEvent;
@@ -20,6 +22,7 @@ use crate::host::program::in_own_session;
 use crate::kind::ErrorKind;
 use crate::revert::RevertEvent;
 use crate::runs::{self, Again};
+use crate::save::SaveEvent;
 
 /// The arguments that make this program a server in the background.
 const SERVING: &str = "--serving-detached";
@@ -64,6 +67,77 @@ pub(super) fn this() -> io::Result<Again> {
     Ok(Again { arguments, directory: std::env::current_dir()? })
 }
 
+/// Saves in the background, and returns once the image is whole and the guest can be reset.
+pub(super) async fn save(
+    log: Option<PathBuf>,
+    cancel: Cancellation,
+    output: &Output,
+) -> Result<(), Failure> {
+    let (id, log, server) = start_in_background(own_arguments(), None, log)?;
+    let outcome = match server {
+        Ok(server) => pass_on_save(server, &cancel, output).await,
+        Err(failure) => Err(failure),
+    };
+    match outcome {
+        Ok(Some(pid)) => output.detached(pid, id, &log, "tracks what it writes"),
+        Ok(None) => {}
+        Err(failure) => {
+            // All its events have been passed on.
+            let _ = std::fs::remove_file(&log);
+            return Err(failure);
+        }
+    }
+    Ok(())
+}
+
+/// Passes the events of a save on until its guest can be reset. Returns its process id; none where
+/// the save has ended since the guest can't be reset after all, which its events have told.
+async fn pass_on_save(
+    mut server: tokio::process::Child,
+    cancel: &Cancellation,
+    output: &Output,
+) -> Result<Option<u32>, Failure> {
+    let mut said = Said::of(&mut server)?;
+    while let Some(value) = said.next(cancel).await? {
+        if value["event"] == "error" {
+            let event: ErrorEvent = serde_json::from_value(value)?;
+            let _ = server.wait().await;
+            return Err(event.into());
+        }
+        let event: SaveEvent = serde_json::from_value(value)?;
+        output.save(&event);
+        if matches!(event, SaveEvent::Resettable { .. }) {
+            return Ok(Some(said.pid));
+        }
+    }
+    let status = server.wait().await?;
+    match status.success() {
+        true => Ok(None),
+        false => {
+            let message = format!("the save ended before its end was known ({status})");
+            Err(Failure::said(ErrorKind::Internal, message))
+        }
+    }
+}
+
+/// Starts a server in the background with the arguments of one in the foreground. Returns its id,
+/// its log, and the server.
+fn start_in_background(
+    arguments: Vec<OsString>,
+    directory: Option<&Path>,
+    log: Option<PathBuf>,
+) -> Result<(String, PathBuf, Result<tokio::process::Child, Failure>), Failure> {
+    let id = runs::new_id();
+    let log = log.map_or_else(|| default_log(&id), Ok)?;
+    let mut command = program(with(arguments, [SERVING, RUN_ID, &id]))?;
+    command.stderr(create_log(&log)?);
+    directory.map(|directory| command.current_dir(directory));
+    // In a session of its own, so that the terminal's signals don't reach it.
+    in_own_session(command.as_std_mut());
+    let server = command.spawn().map_err(|e| Failure::io("starting the server failed", &e));
+    Ok((id, log, server))
+}
+
 /// Starts a server in the background with the arguments of one in the foreground, and returns once
 /// the guest runs.
 async fn in_background(
@@ -74,21 +148,14 @@ async fn in_background(
     cancel: Cancellation,
     output: &Output,
 ) -> Result<(), Failure> {
-    let id = runs::new_id();
-    let log = log.map_or_else(|| default_log(&id), Ok)?;
-    let mut command = program(with(arguments, [SERVING, RUN_ID, &id]))?;
-    command.stderr(create_log(&log)?);
-    directory.map(|directory| command.current_dir(directory));
-    // In a session of its own, so that the terminal's signals don't reach it.
-    in_own_session(command.as_std_mut());
-    let server = command.spawn().map_err(|e| Failure::io("starting the server failed", &e));
+    let (id, log, server) = start_in_background(arguments, directory, log)?;
     let outcome = match server {
         Ok(server) => pass_on(server, Until::Running(awaited), &cancel, output).await,
         Err(failure) => Err(failure),
     };
     match outcome {
         Ok(Server { pid, failed }) => {
-            output.detached(pid, id, &log);
+            output.detached(pid, id, &log, "fills its memory");
             failed.map_or(Ok(()), Err)
         }
         Err(failure) => {
@@ -138,29 +205,14 @@ async fn pass_on(
     cancel: &Cancellation,
     output: &Output,
 ) -> Result<Server, Failure> {
-    let pid = server.id().unwrap_or_default();
-    let Some(stdout) = server.stdout.take() else {
-        return Err(Failure::said(ErrorKind::Internal, "the server has no output".into()));
-    };
-    let mut interrupts = 0;
+    let mut said = Said::of(&mut server)?;
+    let pid = said.pid;
     let (mut runs, mut has_all, mut failed) = (false, false, None);
     let mut awaited = match until {
         Until::Running(awaited) => awaited,
         Until::End => Awaited::default(),
     };
-    let mut lines = BufReader::new(stdout).lines();
-    loop {
-        let line = tokio::select! {
-            line = lines.next_line() => line?,
-            () = cancel.requested_times(interrupts + 1) => {
-                // The server's own events tell how it ends.
-                interrupts += 1;
-                terminate(pid);
-                continue;
-            }
-        };
-        let Some(line) = line else { break };
-        let value: Value = serde_json::from_str(&line)?;
+    while let Some(value) = said.next(cancel).await? {
         if value["event"] == "error" {
             let event: ErrorEvent = serde_json::from_value(value)?;
             let _ = server.wait().await;
@@ -192,6 +244,42 @@ async fn pass_on(
     };
     let message = format!("the server ended before the guest {waited} ({status})");
     Err(Failure::said(ErrorKind::Internal, message))
+}
+
+/// The events of a server.
+struct Said {
+    pid: u32,
+    lines: Lines<BufReader<ChildStdout>>,
+    /// How often it was told to end.
+    interrupts: u32,
+}
+
+impl Said {
+    fn of(server: &mut tokio::process::Child) -> Result<Said, Failure> {
+        let pid = server.id().unwrap_or_default();
+        match server.stdout.take() {
+            Some(stdout) => Ok(Said { pid, lines: BufReader::new(stdout).lines(), interrupts: 0 }),
+            None => Err(Failure::said(ErrorKind::Internal, "the server has no output".into())),
+        }
+    }
+
+    /// The next one; none where nobody writes to its output any more. It is told to end as often as
+    /// we are.
+    async fn next(&mut self, cancel: &Cancellation) -> Result<Option<Value>, Failure> {
+        loop {
+            tokio::select! {
+                line = self.lines.next_line() => {
+                    let value = line?.as_deref().map(serde_json::from_str).transpose();
+                    return Ok(value?);
+                }
+                () = cancel.requested_times(self.interrupts + 1) => {
+                    // Its own events tell how it ends.
+                    self.interrupts += 1;
+                    terminate(self.pid);
+                }
+            }
+        }
+    }
 }
 
 /// Cancels the server. It is our child and has not been waited for, so that its process id

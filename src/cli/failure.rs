@@ -14,6 +14,7 @@ use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
 use crate::pools::PoolError;
+use crate::reset::ResetError;
 use crate::revert::RevertError;
 use crate::runs::RunsError;
 use crate::save::SaveError;
@@ -183,7 +184,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ForkError ImageError PoolError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ForkError ImageError PoolError ResetError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

@@ -25,6 +25,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`OverlayOptions::directory`", "--overlay-dir"),
     ("`RevertOptions::domain`", "--domain"),
     ("`RevertOptions::resettable`", "--resettable"),
+    ("`SaveOptions::resettable`", "--resettable"),
     ("`DaemonConfig::token_file`", "--token-file"),
     ("`DaemonOptions::listen`", "--listen"),
     ("`PoolsOptions::state`", "--state"),

@@ -58,7 +58,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Take a snapshot of a running guest: memory, devices and disks
-    Save(save::SaveArgs),
+    Save(Box<save::SaveArgs>),
     /// Tell whether a save would work, without touching the guest
     Check(check::CheckArgs),
     /// Start a saved guest, which runs at once
@@ -365,7 +365,7 @@ fn init_log() {
 /// Returns the exit code.
 async fn run(command: Command) -> u8 {
     let (json, result) = match command {
-        Command::Save(args) => (args.json, save::run(args).await),
+        Command::Save(args) => (args.json || args.serving_detached, save::run(*args).await),
         Command::Check(args) => (args.json, check::run(args).await),
         Command::Fork(args) => (args.json, fork::run(*args).await),
         Command::Revert(args) => (args.json || args.serving_detached, revert::run(*args).await),

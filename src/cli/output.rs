@@ -204,6 +204,13 @@ impl Output {
             SaveEvent::Frozen { filesystems } => {
                 self.say("frozen", &format!("{filesystems} of the guest's file systems"));
             }
+            SaveEvent::Resettable { written } => {
+                self.revert(&RevertEvent::Resettable { written: *written });
+            }
+            SaveEvent::Reset { how, pages, took_ms } => {
+                let (how, pages, took_ms) = (*how, *pages, *took_ms);
+                self.revert(&RevertEvent::Reset { how, pages, took_ms });
+            }
             SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
             SaveEvent::Committed { disk } => {
@@ -424,14 +431,14 @@ impl Output {
         }
     }
 
-    /// The server went into the background.
-    pub fn detached(&self, server: u32, id: String, log: &std::path::Path) {
+    /// The server went into the background, where it does something for the guest.
+    pub fn detached(&self, server: u32, id: String, log: &std::path::Path, does: &str) {
         if self.json {
             let log = log.to_owned();
             return self.print_json(&CommandEvent::Detached { server_pid: server, id, log });
         }
         let log = log.display();
-        self.say("detached", &format!("{id}: process {server} fills its memory; log: {log}"));
+        self.say("detached", &format!("{id}: process {server} {does}; log: {log}"));
     }
 }
 

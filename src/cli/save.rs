@@ -7,14 +7,16 @@ use clap::{Args, ValueEnum};
 use super::failure::Failure;
 use super::hook::{Hook, RunningHook};
 use super::output::Output;
-use super::{cancellation, keeper, parse_compression, parse_rate};
+use super::{cancellation, detach, keeper, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
 use crate::kind::ErrorKind;
 use crate::libvirt::DomainAddress;
 use crate::revert::{RevertOptions, prove};
+use crate::runs::RunOptions;
 use crate::save::{
     DiskChoice, GuestAddress, Quiesce, Reading, SaveEvent, SaveOptions, recover, save,
+    save_resettable,
 };
 
 #[derive(Args)]
@@ -41,9 +43,23 @@ pub(super) struct SaveArgs {
     /// Clean up behind a save of this image that was killed; saves nothing
     #[arg(long)]
     recover: bool,
+    /// With --resettable: return as soon as the guest can be reset; its writes are tracked in the
+    /// background
+    #[arg(long, requires = "resettable", conflicts_with_all = ["prove", "recover"])]
+    detach: bool,
+    /// With --detach: the log file of the background server [default: a new file in a
+    /// private directory, which is named]
+    #[arg(long, value_name = "FILE", requires = "detach")]
+    log: Option<PathBuf>,
     /// Start no process that cleans up should this one be killed
     #[arg(long)]
     no_keeper: bool,
+    /// Set by --detach for the server that it starts
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub(super) serving_detached: bool,
+    /// Set by --detach: the id under which the guest is recorded
+    #[arg(long, hide = true, requires = "serving_detached")]
+    run_id: Option<String>,
     /// Print one JSON object a line
     #[arg(long)]
     pub(super) json: bool,
@@ -95,6 +111,10 @@ pub(super) struct GuestArgs {
     /// Replace an existing image
     #[arg(long)]
     force: bool,
+    /// Have the guest, which goes on, be such that `snapback reset` can take it back to the image
+    /// inside its QEMU: a process tracks what it writes, until it ends or an interrupt comes
+    #[arg(long, conflicts_with_all = ["domain", "quiesce"])]
+    resettable: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -155,6 +175,7 @@ impl GuestArgs {
                 Read::Stream => Reading::Stream,
             },
             force: self.force,
+            resettable: self.resettable,
             ..SaveOptions::new(guest, image)
         }
     }
@@ -162,7 +183,13 @@ impl GuestArgs {
 
 /// Runs the command.
 pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
-    let output = Output::new(args.json).of_domain(args.guest.domain.is_some());
+    let output = match args.serving_detached {
+        true => Output::of_server(),
+        false => Output::new(args.json).of_domain(args.guest.domain.is_some()),
+    };
+    if args.detach {
+        return detach::save(args.log, cancellation()?, &output).await;
+    }
     let guest = args.guest.address();
     if args.recover {
         let done = recover(guest, &args.image, |event| output.save(&event)).await?;
@@ -174,28 +201,61 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         keeper: (!args.no_keeper).then_some(keeper),
         no_wait: args.no_wait,
         bandwidth: args.bandwidth,
+        run: args.guest.resettable.then(|| recorded_as(args.run_id)),
         ..args.guest.options(args.image)
     };
     let whatever = "the image is not affected";
     let mut hook = args.on_moment.map(|command| Hook::new("--on-moment", command, whatever));
-    let mut running = None;
+    let (mut running, mut resettable) = (None, None);
     let cancel = cancellation()?;
-    let outcome = save(&options, cancel.clone(), |event| {
+    let on_event = |event| {
         if let Some(started) = start_at_moment(&mut hook, &event, &options.image) {
             running = Some(started);
         }
-        output.save(&event);
-    });
-    let outcome = outcome.await;
+        match event {
+            // Told last, when nothing else is to come.
+            SaveEvent::Resettable { .. } => resettable = Some(event),
+            event => output.save(&event),
+        }
+    };
+    let outcome = match options.resettable {
+        true => {
+            save_resettable(&options, cancel.clone(), on_event).await.map(|(_, guest)| Some(guest))
+        }
+        false => save(&options, cancel.clone(), on_event).await.map(|_| None),
+    };
     let ended = match running {
         Some(hook) => hook.end(cancel.clone()).await,
         None => Ok(()),
     };
-    outcome?;
+    let guest = outcome?;
     if args.prove {
-        prove_image(&options.image, cancel, &output).await?;
+        prove_image(&options.image, cancel.clone(), &output).await?;
     }
-    ended
+    ended?;
+    match guest {
+        Some(Ok(guest)) => {
+            resettable.iter().for_each(|event| output.save(event));
+            Ok(guest.serve(cancel, |event| output.save(&event)).await?)
+        }
+        Some(Err(error)) => {
+            let what = "the guest can't be reset inside its QEMU".to_owned();
+            output.save(&SaveEvent::Note { what, why: error.to_string() });
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// How a guest is recorded, of which a server in the background has been told its id and log.
+fn recorded_as(id: Option<String>) -> RunOptions {
+    let mut run = RunOptions::new();
+    if let Some(id) = id {
+        // Its standard error goes to the log.
+        run.log = std::fs::read_link("/proc/self/fd/2").ok();
+        run.id = id;
+    }
+    run
 }
 
 /// Shows that the image can be reverted.

@@ -12,6 +12,8 @@ use super::procfs;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// A process. The descriptor is close-on-exec and becomes readable when the process ends.
 #[derive(Debug)]
@@ -90,6 +92,21 @@ impl Pidfd {
     /// wait is some 24 days (poll(2)).
     pub fn wait_end(&self, timeout: Duration) -> bool {
         wait_end(self.as_fd(), Some(timeout))
+    }
+
+    /// Waits until the process has ended. Safe to cancel.
+    pub async fn ended(&self) {
+        // Readable once it has (pidfd_open(2)).
+        // SAFETY: the descriptor is borrowed from `self`, which outlives this future, and with it
+        // what is registered here: nobody closes it, or opens another of its number, before.
+        let readable = unsafe { AsyncFd::register_with_interest(self.as_fd(), Interest::READABLE) };
+        match readable {
+            Ok(readable) => _ = readable.readable().await,
+            Err(error) => {
+                tracing::warn!("the end of a process won't be noticed: {error}");
+                std::future::pending().await
+            }
+        }
     }
 
     /// Sends SIGKILL (pidfd_send_signal(2)).

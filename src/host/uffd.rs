@@ -141,6 +141,14 @@ impl Uffd {
         numbers.into_iter().map(copy).collect()
     }
 
+    /// How many userfaultfds another process has.
+    ///
+    /// # Errors
+    /// As [`Uffd::all_of`].
+    pub fn number_of(pid: i32) -> io::Result<usize> {
+        find_userfaultfds(pid).map(|found| found.len())
+    }
+
     /// Registers memory of this process: touching what is missing there waits until
     /// it is installed.
     ///

@@ -1,13 +1,10 @@
 //! What a guest is, from where it waits to where it can be reset.
 
 use std::future::Future;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::task::spawn_blocking;
 
 use super::template::{Place, Template};
@@ -51,21 +48,6 @@ impl Drop for Adopted {
     }
 }
 
-/// Waits until a process has ended that is not our child.
-async fn gone(process: &Pidfd) {
-    // Readable once it has (pidfd_open(2)).
-    // SAFETY: the descriptor is borrowed from `process`, which outlives this future, and with it
-    // what is registered here: nobody closes it, or opens another of its number, before.
-    let readable = unsafe { AsyncFd::register_with_interest(process.as_fd(), Interest::READABLE) };
-    match readable {
-        Ok(readable) => _ = readable.readable().await,
-        Err(error) => {
-            tracing::warn!("the end of a guest won't be noticed: {error}");
-            std::future::pending().await
-        }
-    }
-}
-
 impl Stage {
     /// Waits until its QEMU has ended.
     pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
@@ -77,7 +59,7 @@ impl Stage {
         async move {
             match (ours, adopted) {
                 (Some(ended), _) => ended.await,
-                (None, Some(process)) => gone(&process).await,
+                (None, Some(process)) => process.ended().await,
                 (None, None) => std::future::pending().await,
             }
         }

@@ -13,6 +13,8 @@ const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Machine {
     devices: BTreeSet<String>,
+    /// Whether it has a balloon, by which the guest gives memory back when it is told to.
+    pub has_balloon: bool,
     /// Whether the guest tells of memory that it does not use, which QEMU then gives back.
     pub reports_free: bool,
 }
@@ -36,18 +38,19 @@ impl Machine {
         let [first, second] = DEVICES;
         let (first, second) = tokio::join!(qmp.qom_children(first), qmp.qom_children(second));
         let (first, second) = (first?, second?);
-        let mut reports_free = false;
+        let (mut has_balloon, mut reports_free) = (false, false);
         for (parent, children) in DEVICES.iter().zip([&first, &second]) {
             for balloon in children.iter().filter(|child| child.kind.contains("balloon")) {
                 let path = format!("{parent}/{}", balloon.name);
                 let reports = qmp.qom_value(&path, "free-page-reporting").await?;
+                has_balloon = true;
                 reports_free |= reports == Some(true.into());
             }
         }
         // Those without an id are numbered in their order.
         let name = |child: QomChild| format!("{} ({})", child.name, child.kind);
         let devices = first.into_iter().chain(second).map(name).collect();
-        Ok(Machine { devices, reports_free })
+        Ok(Machine { devices, has_balloon, reports_free })
     }
 
     /// Looks whether the machine can be reset in place now.

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -52,6 +53,33 @@ pub enum ResetOutcome {
     },
 }
 
+/// What a reset inside QEMU has done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Reset {
+    /// Host pages that were written back.
+    pub pages: u64,
+    /// How long it took until the guest ran again, in milliseconds.
+    pub took_ms: f64,
+}
+
+impl From<Reset> for ResetOutcome {
+    fn from(Reset { pages, took_ms }: Reset) -> ResetOutcome {
+        ResetOutcome::Done { pages, took_ms }
+    }
+}
+
+/// How a guest was reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ResetWay {
+    /// Inside its QEMU.
+    InPlace,
+    /// By a new process in the place of its QEMU.
+    NewProcess,
+}
+
 /// Where resets are asked for.
 pub(crate) struct Requests(UnixListener);
 
@@ -90,7 +118,7 @@ impl Requests {
 }
 
 impl Asked {
-    /// ResetOutcomes it. Who has asked may be gone, which changes nothing.
+    /// Answers it. Who has asked may be gone, which changes nothing.
     pub async fn answer(mut self, answer: &ResetOutcome) {
         let _ = write_line(&mut self.stream, answer).await;
     }

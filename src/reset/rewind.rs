@@ -23,9 +23,9 @@ const JOB: &str = "snapback-reset";
 /// How long QEMU may take for one step.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Takes a guest back to the moment of its image, again and again.
+/// Takes a guest back to the moment of its image, again and again. It keeps no connection to QEMU:
+/// one with a single monitor for all may need it for others in between.
 pub(crate) struct Rewinder {
-    qmp: Qmp,
     machine: Machine,
     memory: Arc<Undo>,
     state: StateFile,
@@ -33,8 +33,9 @@ pub(crate) struct Rewinder {
     is_open: bool,
     /// Whether the guest ran at the moment.
     runs: bool,
-    /// What QEMU has told since the last time, or will have been asked for.
-    events: Events,
+    /// What QEMU has told since the last time, or will have been asked for; none where nobody has
+    /// listened all the time.
+    events: Option<Events>,
 }
 
 impl Rewinder {
@@ -49,9 +50,29 @@ impl Rewinder {
         runs: bool,
     ) -> Result<Rewinder, ResetError> {
         let qmp = qmp.with_timeout(PATIENCE);
-        let events = qmp.events();
+        let events = Some(qmp.events());
         let machine = Machine::look(&qmp).await?;
-        Ok(Rewinder { qmp, machine, memory, state, is_open: false, runs, events })
+        // One that another process has left, which went back to another image.
+        if qmp.block_nodes().await?.iter().any(|node| node.name == NODE) {
+            close(&qmp).await?;
+        }
+        Ok(Rewinder { machine, memory, state, is_open: false, runs, events })
+    }
+
+    /// Nobody listens to QEMU any more until the next time.
+    pub fn hang_up(&mut self) {
+        self.events = None;
+    }
+
+    /// Has QEMU close what it has been given, once nobody wants to go back any more.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub async fn tidy_up(&mut self, qmp: &Qmp) -> Result<(), ResetError> {
+        match std::mem::take(&mut self.is_open) {
+            true => Ok(close(&qmp.with_timeout(PATIENCE)).await?),
+            false => Ok(()),
+        }
     }
 
     /// What takes the guest's memory back.
@@ -64,21 +85,25 @@ impl Rewinder {
     ///
     /// # Errors
     /// When QEMU refuses. It is tried again when it is needed.
-    pub async fn prepare(&mut self, sections: Option<&Sections>) -> Result<(), ResetError> {
+    pub async fn prepare(
+        &mut self,
+        qmp: &Qmp,
+        sections: Option<&Sections>,
+    ) -> Result<(), ResetError> {
         self.blocking(Undo::expect_the_same).await?;
         match sections {
-            Some(sections) => self.open(sections).await,
+            Some(sections) => self.open(&qmp.with_timeout(PATIENCE), sections).await,
             None => Ok(()),
         }
     }
 
     /// Has QEMU open a file with the devices' state of these sections, in the place of the one that
     /// it has been given before.
-    async fn open(&mut self, sections: &Sections) -> Result<(), ResetError> {
+    async fn open(&mut self, qmp: &Qmp, sections: &Sections) -> Result<(), ResetError> {
         if std::mem::take(&mut self.is_open) {
-            close(&self.qmp).await?;
+            close(qmp).await?;
         }
-        open(&self.qmp, self.state.write(sections)?).await?;
+        open(qmp, self.state.write(sections)?).await?;
         self.is_open = true;
         Ok(())
     }
@@ -94,18 +119,19 @@ impl Rewinder {
     /// # Errors
     /// [`ResetError::Obstacle`]: nothing was touched. Any other: the guest may stand still between
     /// two moments, and must not be run.
-    pub async fn rewind(&mut self, sections: &Sections) -> Result<u64, ResetError> {
+    pub async fn rewind(&mut self, qmp: &Qmp, sections: &Sections) -> Result<u64, ResetError> {
         self.memory.ready().await?;
-        let resettable = self.machine.check(&self.qmp).await?;
+        let qmp = &qmp.with_timeout(PATIENCE);
+        let resettable = self.machine.check(qmp).await?;
         if !self.is_open {
-            self.open(sections).await?;
+            self.open(qmp, sections).await?;
         }
-        self.stop(&resettable).await?;
-        if self.has_given_memory_back().await {
+        stop(qmp, &resettable).await?;
+        if self.has_given_memory_back(qmp).await {
             self.blocking(Undo::find_given_back).await?;
         }
         let mut pages = self.blocking(Undo::restore).await?;
-        self.load(&resettable).await?;
+        load(qmp, &resettable).await?;
         pages += self.blocking(Undo::restore_again).await?;
         Ok(pages)
     }
@@ -114,18 +140,9 @@ impl Rewinder {
     ///
     /// # Errors
     /// When QEMU does not.
-    pub async fn run(&self) -> Result<(), ResetError> {
+    pub async fn run(&self, qmp: &Qmp) -> Result<(), ResetError> {
         match self.runs {
-            true => Ok(self.qmp.cont().await?),
-            false => Ok(()),
-        }
-    }
-
-    /// Has the guest stand still.
-    async fn stop(&self, resettable: &Resettable) -> Result<(), QmpError> {
-        self.qmp.stop().await?;
-        match resettable.needs_reset {
-            true => self.qmp.system_reset().await,
+            true => Ok(qmp.cont().await?),
             false => Ok(()),
         }
     }
@@ -133,8 +150,10 @@ impl Rewinder {
     /// Whether the guest may have given memory back to the host by its balloon since the last time:
     /// what was there is gone, and nobody has written to it. QEMU tells of each change of a
     /// balloon's size.
-    async fn has_given_memory_back(&mut self) -> bool {
+    async fn has_given_memory_back(&mut self, qmp: &Qmp) -> bool {
         let Rewinder { events, machine, .. } = self;
+        // What it tells further belongs to this time as well.
+        let Some(mut events) = events.replace(qmp.events()) else { return machine.has_balloon };
         let told = async {
             loop {
                 match events.next().await {
@@ -146,8 +165,6 @@ impl Rewinder {
             }
         };
         let has_told = tokio::time::timeout(Duration::ZERO, told).await.is_ok();
-        // What it has told further belongs to this time as well.
-        *events = self.qmp.events();
         has_told || machine.reports_free
     }
 
@@ -160,15 +177,24 @@ impl Rewinder {
         let done = tokio::task::spawn_blocking(move || work(&memory)).await;
         done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
+}
 
-    /// Has QEMU load the devices' state, and go back to the disks' snapshots.
-    async fn load(&self, resettable: &Resettable) -> Result<(), ResetError> {
-        let overlays = resettable.overlays.iter().map(String::as_str);
-        let devices: Vec<&str> = [NODE].into_iter().chain(overlays).collect();
-        match self.qmp.snapshot_load(JOB, RESET_POINT, NODE, &devices, PATIENCE).await {
-            Err(QmpError::Command { desc, .. }) => Err(ResetError::Load(desc)),
-            loaded => Ok(loaded?),
-        }
+/// Has the guest stand still.
+async fn stop(qmp: &Qmp, resettable: &Resettable) -> Result<(), QmpError> {
+    qmp.stop().await?;
+    match resettable.needs_reset {
+        true => qmp.system_reset().await,
+        false => Ok(()),
+    }
+}
+
+/// Has QEMU load the devices' state, and go back to the disks' snapshots.
+async fn load(qmp: &Qmp, resettable: &Resettable) -> Result<(), ResetError> {
+    let overlays = resettable.overlays.iter().map(String::as_str);
+    let devices: Vec<&str> = [NODE].into_iter().chain(overlays).collect();
+    match qmp.snapshot_load(JOB, RESET_POINT, NODE, &devices, PATIENCE).await {
+        Err(QmpError::Command { desc, .. }) => Err(ResetError::Load(desc)),
+        loaded => Ok(loaded?),
     }
 }
 

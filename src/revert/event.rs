@@ -8,6 +8,7 @@ use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
 
 use super::options::Placement;
+use crate::reset::ResetWay;
 
 /// What happens during a revert, in this order but for `StillNeeded` and those of memory that can't
 /// be read. A server that takes over from another begins with `TakenOver`; `Placing` may come again
@@ -150,17 +151,6 @@ pub enum RevertEvent {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         stopped: Option<String>,
     },
-}
-
-/// How a guest was reset.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum ResetWay {
-    /// Inside its QEMU.
-    InPlace,
-    /// By a new process in the place of its QEMU.
-    NewProcess,
 }
 
 /// Memory that can't be read.

@@ -33,7 +33,7 @@ pub(crate) use cards::Unplugged;
 pub use clones::CloneIdentity;
 pub(crate) use clones::environment;
 pub use error::{PostcopyError, RevertError};
-pub use event::{Progress, ResetWay, RevertEvent, Unreadable};
+pub use event::{Progress, RevertEvent, Unreadable};
 pub(crate) use first_breath::FirstBreath;
 pub use harvest::harvest;
 pub(crate) use journey::Clone;
@@ -50,4 +50,5 @@ pub use serve::serve;
 pub use session::Held;
 pub use takeover::take_over;
 
+pub use crate::reset::ResetWay;
 pub use crate::transport::proof::AttachError;

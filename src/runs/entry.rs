@@ -84,6 +84,13 @@ impl Entry {
         self.directory.parent()?.parent().map(Path::to_owned)
     }
 
+    /// Waits until its directory is there. False where it can't be made: nothing is recorded then.
+    pub async fn has_begun(&self) -> bool {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        self.note(move |_| _ = tell.send(()));
+        told.await.is_ok()
+    }
+
     /// What notes changes from elsewhere.
     pub fn notes(&self) -> Notes {
         self.notes.clone()

@@ -1,5 +1,6 @@
 //! The reverts of this user that are under way: each has a record in a private directory, from
-//! the start of its QEMU until it depends on nobody any more.
+//! the start of its QEMU until it depends on nobody any more. So has a guest that was saved and can
+//! be reset, for as long as its writes are tracked.
 //!
 //! ```text
 //! $XDG_RUNTIME_DIR/snapback/     or /run/snapback of root, or snapback-UID in the temporary directory

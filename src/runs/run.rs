@@ -82,12 +82,13 @@ pub(crate) fn keep_overlays(qemu: i32) {
     }
 }
 
-/// The revert in this QEMU, if one is recorded.
+/// The revert in this QEMU, if one is recorded: the last, where the server of another is about to
+/// end.
 ///
 /// # Errors
 /// As [`list`].
 pub(crate) fn of_qemu(qemu: i32) -> Result<Option<Run>, RunsError> {
-    Ok(list()?.into_iter().find(|run| run.qemu_pid == Some(qemu)))
+    Ok(list()?.into_iter().rfind(|run| run.qemu_pid == Some(qemu)))
 }
 
 /// The directory of the record of the revert in this QEMU, for a server that takes it up.

@@ -1,12 +1,13 @@
 //! What a save tells while it goes on.
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::machine::{Disk, DiskRole};
+use crate::reset::ResetWay;
 
 /// What happens during a save, in this order except for `Draining`, `Note` and `Committed`.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum SaveEvent {
@@ -92,6 +93,21 @@ pub enum SaveEvent {
         /// guest has to be started from the overlays from now on: see [`SwitchedDisk`].
         disks: Vec<SwitchedDisk>,
     },
+    /// The guest can be reset inside its QEMU from now on: behind `Saved`, where that was asked for.
+    Resettable {
+        /// Host pages that it has written since the moment.
+        written: u64,
+    },
+    /// The guest was taken back to the image, and goes on from there.
+    Reset {
+        /// How.
+        how: ResetWay,
+        /// Host pages that were written back.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pages: Option<u64>,
+        /// From the request until the guest ran again, in milliseconds.
+        took_ms: f64,
+    },
     /// Something did not go as it should, but the snapshot is good.
     Note {
         /// What.
@@ -108,7 +124,7 @@ pub enum SaveEvent {
 }
 
 /// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct PauseParts {
     /// From our command to stop until QEMU has stopped the guest and flushed its disks.
@@ -130,7 +146,7 @@ pub struct PauseParts {
 /// **From now on the guest has to be started from the overlay.** Started from the frozen file
 /// again, it loses everything that it has written since the moment, and its next write
 /// destroys the snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct SwitchedDisk {
     /// The disk, as [`Disk::describe`] calls it.

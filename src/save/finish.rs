@@ -1,5 +1,6 @@
 //! The end of a save: the image is made whole and gets its name, or everything is undone.
 
+use std::io;
 use std::time::Duration;
 
 use super::error::SaveError;
@@ -7,9 +8,11 @@ use super::event::{SaveEvent, SwitchedDisk};
 use super::moment::{Moment, millis};
 use super::overlays::Overlay;
 use super::receive::Received;
+use super::resettable::ToBeReset;
 use super::saving::Saving;
 use crate::failpoint::failpoint;
 use crate::guest;
+use crate::host::uffd::Uffd;
 use crate::image::{ImageError, Saved};
 use crate::machine::{Disk, DiskRole, Machine};
 use crate::page::PAGE_SIZE;
@@ -21,6 +24,8 @@ pub(super) struct Written {
     stalled: Duration,
     /// Pages that were read from outside.
     direct_pages: u64,
+    /// Copies of the userfaultfds that QEMU had meanwhile, where a reset wants them.
+    userfaultfds: Option<io::Result<Vec<Uffd>>>,
     disks: Vec<SwitchedDisk>,
 }
 
@@ -29,13 +34,14 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// gives it its name. An interrupt ends it.
     pub async fn write(
         &mut self,
-        received: Received,
+        mut received: Received,
         moment: Moment,
     ) -> Result<Written, SaveError> {
         self.undo.restore_settings(&self.access.qmp).await?;
         failpoint("restored");
         let (stalled, writing) = (received.stalled(), received.cancellation());
         let direct_pages = received.direct_pages();
+        let userfaultfds = received.take_userfaultfds();
         let mut machine = self.machine();
         let disks = SwitchedDisk::all_of(&machine.disks);
         let mut work = tokio::task::spawn_blocking(move || {
@@ -53,7 +59,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         };
         match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
             Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
-            saved => Ok(Written { saved: saved?, stalled, direct_pages, disks }),
+            saved => Ok(Written { saved: saved?, stalled, direct_pages, userfaultfds, disks }),
         }
     }
 
@@ -103,12 +109,23 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         Machine { disks: disks.collect(), ..self.checked.machine.clone() }
     }
 
+    /// The guest of an image that is whole, as one that is to be reset inside its QEMU.
+    pub fn to_be_reset(&self, written: &mut Option<Written>) -> ToBeReset {
+        ToBeReset {
+            qmp: self.access.qmp.clone(),
+            pid: self.checked.pid,
+            blocks: self.checked.blocks.clone(),
+            devices: self.checked.devices.clone(),
+            userfaultfds: written.as_mut().and_then(|written| written.userfaultfds.take()),
+        }
+    }
+
     /// The image has its name: nothing is to be undone any more.
     pub fn succeed(mut self, written: Option<Written>) -> Result<Option<Saved>, SaveError> {
         failpoint("named");
         let nothing_left = self.undo.nothing_left(&mut self.on_event);
         let Some(written) = written else { return nothing_left.map(|()| None) };
-        let Written { saved, stalled, direct_pages, disks } = written;
+        let Written { saved, stalled, direct_pages, disks, .. } = written;
         (self.on_event)(SaveEvent::Saved {
             bytes: saved.data_pages * PAGE_SIZE as u64,
             pages: saved.data_pages,

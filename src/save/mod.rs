@@ -29,6 +29,7 @@ mod quiesce;
 mod receive;
 mod recover;
 mod release;
+mod resettable;
 mod saving;
 mod settings;
 mod take;
@@ -38,6 +39,7 @@ use self::finish::Written;
 use self::saving::Saving;
 use crate::cancel::Cancellation;
 use crate::image::Saved;
+use crate::reset::ResetError;
 
 pub use address::GuestAddress;
 pub use check::error::{CheckError, Obstacle};
@@ -48,6 +50,7 @@ pub(crate) use forking::{Ahead, AtMoment, Forking};
 pub use options::{DiskChoice, Quiesce, Reading, SaveOptions};
 pub use overlay_error::OverlayError;
 pub use recover::{Recovered, recover};
+pub use resettable::SavedGuest;
 pub use undo::error::{JournalError, LeftOver};
 
 /// Saves a guest while it runs, and returns once the image is whole.
@@ -74,8 +77,12 @@ pub async fn save(
     cancel: Cancellation,
     on_event: impl FnMut(SaveEvent),
 ) -> Result<Saved, SaveError> {
-    let saved = save_and_fork(options, None, cancel, on_event).await?;
-    Ok(saved.unwrap_or_else(|| unreachable!("an image is left out only where clones are wanted")))
+    Ok(image_of(save_and_fork(options, None, cancel, on_event).await?))
+}
+
+/// The image of a save that had to write one.
+fn image_of(saved: Option<Saved>) -> Saved {
+    saved.unwrap_or_else(|| unreachable!("an image is left out only where clones are wanted"))
 }
 
 /// The same, with clones that wait for the moment. The image may be left out; its path is that of the
@@ -95,6 +102,33 @@ pub(crate) async fn save_and_fork(
         Ok(written) => saving.succeed(written),
         Err(error) => Err(saving.fail(error).await),
     }
+}
+
+/// As [`save`], and then the guest, which goes on in its QEMU, can be taken back to the image there
+/// ([`SavedGuest::reset`]). [`SaveOptions::resettable`] is taken for set. It returns once it is known
+/// what the guest has written since the moment, for which all its memory is compared with the image.
+///
+/// # Errors
+/// As [`save`]. Where the image is whole, but the guest can't be reset, that is told beside it: the
+/// guest runs on as behind any save.
+pub async fn save_resettable(
+    options: &SaveOptions,
+    cancel: Cancellation,
+    mut on_event: impl FnMut(SaveEvent),
+) -> Result<(Saved, Result<SavedGuest, ResetError>), SaveError> {
+    let options = SaveOptions { resettable: true, ..options.clone() };
+    let mut saving = Saving::begin(&options, cancel.clone(), &mut on_event).await?;
+    let mut written = match saving.carry_out().await {
+        Ok(written) => written,
+        Err(error) => return Err(saving.fail(error).await),
+    };
+    let guest = saving.to_be_reset(&mut written);
+    let saved = image_of(saving.succeed(written)?);
+    let guest = SavedGuest::begin(guest, &options, &cancel).await;
+    if let Ok(guest) = &guest {
+        on_event(SaveEvent::Resettable { written: guest.written() });
+    }
+    Ok((saved, guest))
 }
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::address::GuestAddress;
 use crate::image::Compression;
 use crate::keeper::Successor;
+use crate::runs::RunOptions;
 
 /// Which guest to save, where to, and how.
 #[derive(Debug, Clone)]
@@ -45,6 +46,12 @@ pub struct SaveOptions {
     /// be killed ([`Successor::cleaning_up`]). Without, that is left to do, and on QEMU before 8.1
     /// the guest may hang until it is done.
     pub keeper: Option<Successor>,
+    /// Whether the guest is to be such that it can be reset inside its QEMU once it has been saved
+    /// ([`save_resettable`](super::save_resettable)). Its disks' overlays are made so, and what
+    /// stands in the way is told before the guest is touched.
+    pub resettable: bool,
+    /// How such a guest is recorded, so that [`runs`](crate::runs) finds it; none for not at all.
+    pub run: Option<RunOptions>,
 }
 
 impl SaveOptions {
@@ -67,6 +74,8 @@ impl SaveOptions {
             reading: Reading::Auto,
             without_image: false,
             keeper: None,
+            resettable: false,
+            run: None,
         }
     }
 }

@@ -82,6 +82,7 @@ impl Overlay {
         access: &Access,
         found: &FoundDisk,
         owner: Owner,
+        reset_point: Option<&str>,
     ) -> Result<(), OverlayError> {
         let (path, disk) = (PathBuf::from(&self.path), self.disk.clone());
         // Not made by QEMU, which would let others read it.
@@ -90,7 +91,7 @@ impl Overlay {
         let made = options.open(&path).and_then(|file| {
             let below = found.disk.chain.first().ok_or(io::ErrorKind::NotFound)?;
             let backing = Backing { path: &below.path, format: &below.format };
-            write_overlay(&file, found.disk.size, backing, None)?;
+            write_overlay(&file, found.disk.size, backing, reset_point)?;
             owner.give(&file)
         });
         made.map_err(|source| OverlayError::Create { path: path.clone(), disk, source })?;
@@ -125,7 +126,8 @@ impl Overlay {
     }
 }
 
-/// Makes the overlays of all captured disks, ready to be switched to.
+/// Makes the overlays of all captured disks, ready to be switched to, with an internal snapshot of
+/// their empty state where one is named.
 ///
 /// # Errors
 /// When one can't be made. The caller has to take away those that were made.
@@ -133,10 +135,11 @@ pub(super) async fn prepare(
     access: &Access,
     checked: &Checked,
     overlays: &[Overlay],
+    reset_point: Option<&str>,
 ) -> Result<(), OverlayError> {
     let owner = Owner(owner(checked.pid));
     for (number, (overlay, found)) in overlays.iter().zip(checked.captured()).enumerate() {
-        overlay.prepare(access, found, owner).await?;
+        overlay.prepare(access, found, owner, reset_point).await?;
         failpoint(&format!("overlay {number}"));
     }
     Ok(())

@@ -41,7 +41,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
 
     /// Makes the overlays, prefaults and collapses guest memory, and flushes disks.
     pub async fn prepare(&mut self) -> Result<(), SaveError> {
-        overlays::prepare(&self.access, &self.checked, self.undo.overlays()).await?;
+        let reset_point = self.options.resettable.then_some(guest::RESET_POINT);
+        let overlays = self.undo.overlays();
+        overlays::prepare(&self.access, &self.checked, overlays, reset_point).await?;
         self.prepare_reading().await;
         let overlays: Vec<String> =
             self.undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();

@@ -26,6 +26,7 @@ use super::moment::Moment;
 use super::options::SaveOptions;
 use crate::cancel::Cancellation;
 use crate::failpoint::{copy_of_the_stream, fault};
+use crate::host::uffd::Uffd;
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::libvirt::block_name;
 use crate::machine::Machine;
@@ -99,6 +100,8 @@ pub(super) struct Received {
     machine_type: String,
     /// Pages that were read from outside.
     direct_pages: u64,
+    /// Copies of the userfaultfds that QEMU had while the stream came; none where nobody wants them.
+    userfaultfds: Option<io::Result<Vec<Uffd>>>,
 }
 
 impl Receiving {
@@ -146,6 +149,8 @@ impl Receiving {
             captured: Some(captured_sender),
             given_up: given_up.clone(),
             read_directly: read_directly.clone(),
+            tracked: options.resettable.then_some(checked.pid),
+            userfaultfds: None,
         };
         let receive = move || {
             let received = receiver.receive(&socket);
@@ -221,6 +226,11 @@ impl Received {
         self.writer.as_ref().map_or(Duration::ZERO, |writer| writer.stats().stalled)
     }
 
+    /// Copies of the userfaultfds that QEMU had while the stream came.
+    pub fn take_userfaultfds(&mut self) -> Option<io::Result<Vec<Uffd>>> {
+        self.userfaultfds.take()
+    }
+
     /// Ends writing, also while [`Received::finish`] is at work.
     pub fn cancellation(&self) -> Cancellation {
         self.writer.as_ref().map(ImageWriter::cancellation).unwrap_or_default()
@@ -285,6 +295,9 @@ struct Receiver {
     captured: Option<oneshot::Sender<()>>,
     given_up: Cancellation,
     read_directly: Cancellation,
+    /// The process of a QEMU whose userfaultfds are wanted.
+    tracked: Option<i32>,
+    userfaultfds: Option<io::Result<Vec<Uffd>>>,
 }
 
 impl Receiver {
@@ -330,7 +343,8 @@ impl Receiver {
         drop(direct);
         let (config, machine_type) = (stream.config(), stream.machine_type().to_owned());
         let (writer, direct_pages) = (merge.take_image(), merge.direct());
-        Ok(Received { writer, config, tail, machine_type, direct_pages })
+        let userfaultfds = self.userfaultfds;
+        Ok(Received { writer, config, tail, machine_type, direct_pages, userfaultfds })
     }
 
     /// Begins the image, once the machine's blocks are known.
@@ -381,6 +395,9 @@ impl Receiver {
     fn count(&mut self, merge: &Merge) {
         if let Some(first_page) = self.first_page.take() {
             let _ = first_page.send(());
+            // QEMU has them until all of the stream is sent, which it can't be before it is read:
+            // now, and after whoever waits for this page has been told.
+            self.userfaultfds = self.tracked.map(Uffd::all_of);
         }
         self.received += 1;
         // Asking the writer costs more than counting: now and then is enough.

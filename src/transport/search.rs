@@ -1,18 +1,18 @@
-//! Finds the RAMBlocks of a QEMU in postcopy anew, for a server that has not seen them being
-//! filled: both their places and what of them is in place.
+//! Finds the RAMBlocks of a QEMU that others have filled: of one in postcopy both their places and
+//! what of them is in place, for a server that has not seen them being filled; of one that was just
+//! saved their places.
 //!
-//! QEMU has registered each block by itself with its userfaultfd, as long as the block is. Where
-//! several are of one size, what is in them tells them apart: pages that the guest has not written
-//! to are those of the image. So do they tell whether the image is the guest's at all.
+//! QEMU has mapped each block by itself, as long as the block is, and registered it with its
+//! userfaultfd where it is in postcopy. Where several are of one size, what is in them tells them
+//! apart: pages that the guest has not written to are those of the image. So do they tell whether
+//! the image is the guest's at all.
 
 use super::proof::{AttachError, the_userfaultfd};
 use crate::host::memory;
 use crate::host::procfs::{Mapping, Pagemap};
 use crate::host::uffd::Uffd;
 use crate::kind::{Details, ErrorKind};
-use crate::page::{
-    Block, BlockId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, Run, SourceError,
-};
+use crate::page::{BlockId, ChunkReader, Location, PAGE_SIZE, Page, PageSource, Run, SourceError};
 
 /// Pages that are compared of each block, at most.
 const SAMPLES: u64 = 64;
@@ -94,37 +94,24 @@ pub fn find(pid: i32, pages: &dyn PageSource) -> Result<Found, SearchError> {
     let failed = |what| AttachError::at(pid, what);
     let uffd = the_userfaultfd(pid)?;
     let mappings = Mapping::registered_of(pid).map_err(failed("the list of mappings"))?;
-    let pagemap = Pagemap::open(pid).map_err(failed("the page map"))?;
-    let reader = pages.reader().map_err(SearchError::Source)?;
-    let mut search = Search { pid, pages, reader, mappings, pagemap };
-    let mut addresses = vec![None; pages.blocks().len()];
-    let mut present = Vec::new();
-    // The largest first: it tells whether the image is the guest's.
-    for (nth, group) in groups(pages.blocks()).iter().enumerate() {
-        let places = search.places_of(group)?;
-        for (block, place) in search.assign(group, &places)? {
-            if nth == 0 {
-                search.check(block, place)?;
-            }
-            addresses[block.index()] = Some(place.start);
-            present.extend(place.present.iter().map(|run| Run { block, ..*run }));
-        }
-    }
+    let mapped = pages.blocks().iter().map(|block| block.len).collect();
+    let (addresses, present) = Search::new(pid, pages, mappings, mapped)?.all()?;
     Ok(Found { uffd, addresses, present })
 }
 
-/// The blocks of each size, the largest first.
-fn groups(blocks: &[Block]) -> Vec<Vec<BlockId>> {
-    let mut groups: Vec<Vec<BlockId>> = Vec::new();
-    let shape = |id: BlockId| (blocks[id.index()].len, blocks[id.index()].page_size);
-    for id in (0..blocks.len()).map(|index| BlockId(index as u16)) {
-        match groups.iter_mut().find(|group| shape(group[0]) == shape(id)) {
-            Some(group) => group.push(id),
-            None => groups.push(vec![id]),
-        }
-    }
-    groups.sort_by_key(|group| std::cmp::Reverse(blocks[group[0].index()].len));
-    groups
+/// Finds the memory of `pages` in the QEMU that is process `pid`, whose guest has all of it, among
+/// these mappings. `mapped` tells how many bytes QEMU has mapped for each block. Returns the address
+/// of each block's first byte.
+///
+/// # Errors
+/// When QEMU can't be looked into, or its memory is not that of `pages`.
+pub fn find_among(
+    pid: i32,
+    pages: &dyn PageSource,
+    mappings: Vec<Mapping>,
+    mapped: Vec<u64>,
+) -> Result<Vec<Option<u64>>, SearchError> {
+    Ok(Search::new(pid, pages, mappings, mapped)?.all()?.0)
 }
 
 /// Where a block may lie.
@@ -139,20 +126,72 @@ struct Search<'a> {
     pages: &'a dyn PageSource,
     reader: Box<dyn ChunkReader>,
     mappings: Vec<Mapping>,
+    /// How many bytes are mapped for each block.
+    mapped: Vec<u64>,
     pagemap: Pagemap,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    fn new(
+        pid: i32,
+        pages: &'a dyn PageSource,
+        mappings: Vec<Mapping>,
+        mapped: Vec<u64>,
+    ) -> Result<Search<'a>, SearchError> {
+        let pagemap = Pagemap::open(pid).map_err(AttachError::at(pid, "the page map"))?;
+        let reader = pages.reader().map_err(SearchError::Source)?;
+        Ok(Search { pid, pages, reader, mappings, mapped, pagemap })
+    }
+
+    /// Where all blocks lie, and what of them is in place.
+    fn all(mut self) -> Result<(Vec<Option<u64>>, Vec<Run>), SearchError> {
+        let mut addresses = vec![None; self.pages.blocks().len()];
+        let mut present = Vec::new();
+        // The largest first: it tells whether the image is the guest's.
+        for (nth, group) in self.groups().iter().enumerate() {
+            let places = self.places_of(group)?;
+            for (block, place) in self.assign(group, &places)? {
+                if nth == 0 {
+                    self.check(block, place)?;
+                }
+                addresses[block.index()] = Some(place.start);
+                present.extend(place.present.iter().map(|run| Run { block, ..*run }));
+            }
+        }
+        Ok((addresses, present))
+    }
+
+    /// The blocks of each size, the largest first.
+    fn groups(&self) -> Vec<Vec<BlockId>> {
+        let mut groups: Vec<Vec<BlockId>> = Vec::new();
+        let blocks = self.pages.blocks();
+        let shape = |id: BlockId| (self.mapped[id.index()], blocks[id.index()].page_size);
+        for id in (0..blocks.len()).map(|index| BlockId(index as u16)) {
+            match groups.iter_mut().find(|group| shape(group[0]) == shape(id)) {
+                Some(group) => group.push(id),
+                None => groups.push(vec![id]),
+            }
+        }
+        groups.sort_by_key(|group| std::cmp::Reverse(blocks[group[0].index()].len));
+        groups
+    }
+
     /// Where the blocks of one size lie.
     fn places_of(&self, group: &[BlockId]) -> Result<Vec<Place>, SearchError> {
-        let block = &self.pages.blocks()[group[0].index()];
+        let blocks = self.pages.blocks();
+        let block = &blocks[group[0].index()];
+        // Of what is mapped a block need not use all.
+        let all = group.iter().map(|id| &blocks[id.index()]);
+        let longest = all.max_by_key(|block| block.len).unwrap_or(block);
         let fits = |mapping: &&Mapping| {
-            mapping.size() == block.len && mapping.page_size == Some(block.page_size)
+            mapping.size() == self.mapped[group[0].index()]
+                && mapping.page_size == Some(block.page_size)
         };
         let place = |mapping: &Mapping| {
             let mut present = Vec::new();
-            let pages = self.pagemap.present(mapping.range(), block.page_size, |first, count| {
-                let count = count.min(block.pages() - first);
+            let range = mapping.start..mapping.start + longest.len;
+            let pages = self.pagemap.present(range, block.page_size, |first, count| {
+                let count = count.min(longest.pages() - first);
                 present.push(Run { block: group[0], first, count });
             });
             pages.map_err(AttachError::at(self.pid, "the page map"))?;
@@ -173,46 +212,92 @@ impl Search<'_> {
         places: &'p [Place],
     ) -> Result<Vec<(BlockId, &'p Place)>, SearchError> {
         let mut assigned = Vec::new();
-        let mut blocks = group.to_vec();
         let mut places: Vec<&Place> = places.iter().collect();
-        while blocks.len() > 1 {
-            let Some((block, place)) = self.clear_pair(&blocks, &places)? else { break };
-            assigned.push((blocks.remove(block), places.remove(place)));
+        let mut classes = self.classes(group)?;
+        while classes.len() > 1 {
+            let Some((class, found)) = self.clear_class(&classes, &places)? else { break };
+            // From the last on, so that the others stay where they are.
+            let found = found.into_iter().rev().map(|place| places.remove(place));
+            assigned.extend(classes.remove(class).into_iter().zip(found));
         }
-        match (&blocks[..], &places[..]) {
-            ([block], [place]) => assigned.push((*block, place)),
-            // Where all are zero it does not matter which is which.
-            (blocks, places) if blocks.iter().all(|block| self.is_zero(*block)) => {
-                assigned.extend(blocks.iter().copied().zip(places.iter().copied()));
-            }
+        match &classes[..] {
+            // It does not matter which is which: the same belongs there.
+            [class] => assigned.extend(class.iter().copied().zip(places)),
             // Nothing is there; QEMU knows where to put what it is sent.
-            (_, places) if places.iter().all(|place| place.present.is_empty()) => {}
-            (blocks, _) => {
-                let block = self.pages.blocks()[blocks[0].index()].name.clone();
+            _ if places.iter().all(|place| place.present.is_empty()) => {}
+            classes => {
+                let block = self.pages.blocks()[classes[0][0].index()].name.clone();
                 return Err(SearchError::Alike { pid: self.pid, block });
             }
         }
         Ok(assigned)
     }
 
-    /// A block and a place that hold the same pages, while no other block or place does.
-    fn clear_pair(
-        &mut self,
-        blocks: &[BlockId],
-        places: &[&Place],
-    ) -> Result<Option<(usize, usize)>, SearchError> {
-        let mut alike = Vec::new();
-        for (block, id) in blocks.iter().enumerate() {
-            for (place, at) in places.iter().enumerate() {
-                if self.compare(*id, at.start, &at.present)?.0 > 0 {
-                    alike.push((block, place));
+    /// The blocks in classes of the same content, such as the ROMs of several cards of a kind.
+    fn classes(&mut self, blocks: &[BlockId]) -> Result<Vec<Vec<BlockId>>, SearchError> {
+        let mut classes: Vec<Vec<BlockId>> = Vec::new();
+        for block in blocks {
+            let mut known = None;
+            for (at, class) in classes.iter().enumerate() {
+                if self.are_the_same(class[0], *block)? {
+                    known = Some(at);
                 }
             }
+            match known {
+                Some(at) => classes[at].push(*block),
+                None => classes.push(vec![*block]),
+            }
         }
-        let is_clear = |pair: &&(usize, usize)| {
-            alike.iter().filter(|other| other.0 == pair.0 || other.1 == pair.1).count() == 1
+        Ok(classes)
+    }
+
+    /// Whether two blocks of one size hold the same.
+    fn are_the_same(&mut self, one: BlockId, other: BlockId) -> Result<bool, SearchError> {
+        let pages = |id: BlockId| self.pages.blocks()[id.index()].pages();
+        if pages(one) != pages(other) {
+            return Ok(false);
+        }
+        for number in 0..pages(one) {
+            let read = |search: &mut Self, block| search.read(Page { block, number });
+            if read(self, one)? != read(self, other)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What the image has for a page; none for zeros.
+    fn read(&mut self, page: Page) -> Result<Option<[u8; PAGE_SIZE]>, SearchError> {
+        let location = self.pages.locate(page).map_err(SearchError::Source)?;
+        let Location::Stored { chunk, slot } = location else { return Ok(None) };
+        let bytes = self.reader.read(chunk).map_err(SearchError::Source)?;
+        Ok(bytes.as_chunks().0.get(slot).copied())
+    }
+
+    /// A class of blocks, and as many places that hold the same pages, while no other class or place
+    /// does.
+    fn clear_class(
+        &mut self,
+        classes: &[Vec<BlockId>],
+        places: &[&Place],
+    ) -> Result<Option<(usize, Vec<usize>)>, SearchError> {
+        let mut alike: Vec<Vec<usize>> = Vec::new();
+        for class in classes {
+            let mut found = Vec::new();
+            for (place, at) in places.iter().enumerate() {
+                if self.compare(class[0], at.start, &at.present)?.0 > 0 {
+                    found.push(place);
+                }
+            }
+            alike.push(found);
+        }
+        let is_clear = |class: &usize| {
+            let others = alike.iter().enumerate().filter(|(other, _)| other != class);
+            alike[*class].len() == classes[*class].len()
+                && others.flat_map(|(_, found)| found).all(|place| !alike[*class].contains(place))
         };
-        Ok(alike.iter().find(is_clear).copied())
+        let clear = (0..classes.len()).find(is_clear);
+        Ok(clear.map(|class| (class, alike.swap_remove(class))))
     }
 
     /// Compares pages of a block that are `present` at `start` with the image. How many are the
@@ -223,27 +308,21 @@ impl Search<'_> {
         start: u64,
         present: &[Run],
     ) -> Result<(u64, u64), SearchError> {
+        let end = self.pages.blocks()[block.index()].pages();
         let total: u64 = present.iter().map(|run| run.count).sum();
         let stride = (total / SAMPLES).max(1) as usize;
         let (mut same, mut compared) = (0, 0);
-        let numbers = present.iter().flat_map(|run| run.first..run.end());
+        let numbers = present.iter().flat_map(|run| run.first..run.end().min(end));
         for number in numbers.step_by(stride) {
             let page = Page { block, number };
-            let location = self.pages.locate(page).map_err(SearchError::Source)?;
-            let Location::Stored { chunk, slot } = location else { continue };
-            let bytes = self.reader.read(chunk).map_err(SearchError::Source)?;
+            let Some(expected) = self.read(page)? else { continue };
             let mut found = [0; PAGE_SIZE];
             memory::read(self.pid, start + page.offset(), &mut found)
                 .map_err(AttachError::at(self.pid, "the memory"))?;
             compared += 1;
-            same += u64::from(bytes[slot * PAGE_SIZE..].starts_with(&found));
+            same += u64::from(expected == found);
         }
         Ok((same, compared))
-    }
-
-    fn is_zero(&self, block: BlockId) -> bool {
-        let pages = self.pages.blocks()[block.index()].pages();
-        (0..pages).all(|number| self.pages.is_zero(Page { block, number }))
     }
 
     /// Checks that a block holds pages of the image, if it holds any.

@@ -10,8 +10,8 @@ use crate::harness::{Dir, Reverted, Running, Snapback, send_signal, text, wait_g
 use crate::moments::records;
 use crate::shared::{MIB, options, shared};
 use crate::support::{
-    Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, debian, pmemsave, qmp,
-    query_status, stop, wait_for, wait_until,
+    Contact, Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, debian,
+    pmemsave, qmp, query_status, stop, wait_for, wait_until,
 };
 use crate::{tests, tests_on_both};
 
@@ -32,7 +32,7 @@ tests! {
 }
 
 /// How often a guest is reset: `make torture` does so a hundred times.
-fn rounds() -> u64 {
+pub fn rounds() -> u64 {
     std::env::var("SNAPBACK_RESETS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(4)
 }
 
@@ -48,9 +48,8 @@ fn server(guest: &mut Reverted) -> Result<&mut Running> {
 }
 
 /// Has a guest reset in place. Returns how long the server says that it took, and the pages.
-pub fn reset(dir: &Dir, guest: &mut Reverted) -> Result<(f64, u64)> {
-    let socket = guest.dir.join("qmp.sock");
-    let ended = dir.snapback(&["reset", "--in-place", "--qmp", text(&socket)]).succeed()?;
+pub fn reset(dir: &Dir, guest: &mut Contact) -> Result<(f64, u64)> {
+    let ended = dir.snapback(&["reset", "--in-place", "--qmp", text(&guest.qmp_path)]).succeed()?;
     let event = ended.event("reset")?;
     assert_eq!(event["how"], "in_place", "{ended:?}");
     let took = event["took_ms"].as_f64().ok_or("no time")?;
@@ -104,7 +103,7 @@ fn disk_and_memory_go_back_together(dir: &Dir, qemu: Qemu) -> Result<()> {
 }
 
 /// A guest with a disk to which it writes numbered records.
-fn recording(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+pub fn recording(dir: &Dir, qemu: Qemu) -> Result<Guest> {
     let disk = Disk::new("disk", &dir.path("disk.raw"));
     disk.make_ext4(48)?;
     let fill = Fill::Mib(24);

@@ -86,6 +86,17 @@ impl Mapping {
         self.flags.contains(&flag)
     }
 
+    /// Mappings of memory that the process keeps to itself when it forks (MADV_DONTFORK,
+    /// madvise(2)), those as one that could be parts of one, in detail.
+    ///
+    /// # Errors
+    /// As for [`Mapping::all_of`].
+    pub fn kept_from_children_of(pid: i32) -> io::Result<Vec<Mapping>> {
+        let mut mappings = Mapping::all_of_in_detail(pid)?;
+        mappings.retain(|mapping| mapping.has_flag(*b"dc"));
+        Ok(joined(mappings))
+    }
+
     /// Whether `next` could be the other half of this mapping: it begins where this one
     /// ends, with the same rights, on the same file and at the right offset of it. What
     /// smaps tells beyond that may differ.
@@ -124,6 +135,20 @@ pub fn ranges_of_len(mappings: &[Mapping], len: u64) -> Vec<Range<u64>> {
         }
     }
     found
+}
+
+/// The same mappings, neighbours as one that could be parts of one.
+fn joined(mappings: Vec<Mapping>) -> Vec<Mapping> {
+    let mut whole: Vec<Mapping> = Vec::new();
+    for mapping in mappings {
+        match whole.last_mut() {
+            Some(last) if last.continues_with(&mapping) && last.page_size == mapping.page_size => {
+                last.end = mapping.end;
+            }
+            _ => whole.push(mapping),
+        }
+    }
+    whole
 }
 
 /// The mappings in the text of maps or smaps. Lines that are neither are passed over.
@@ -259,6 +284,18 @@ KernelPageSize:        4 kB\nVmFlags: rd mr mw me sd\n";
             mappings(&["0-1000 rw-p 0 0:0 0", "1000-3000 rw-p 0 0:0 0", "3000-5000 rw-p 0 0:0 0"]);
         assert!(ranges_of_len(&split, 0x4000).contains(&(0x1000..0x5000)));
         assert_eq!(ranges_of_len(&split, 0x5000), [0..0x5000]);
+    }
+
+    #[test]
+    fn parts_are_joined_to_what_was_mapped() {
+        let parts = mappings(&[
+            "1000-3000 rw-p 0 0:0 0",
+            "3000-5000 rw-p 0 0:0 0",
+            "6000-7000 rw-p 0 0:0 0",
+            "7000-8000 rw-s 0 0:0 0",
+        ]);
+        let ranges: Vec<_> = joined(parts).iter().map(Mapping::range).collect();
+        assert_eq!(ranges, [0x1000..0x5000, 0x6000..0x7000, 0x7000..0x8000]);
     }
 
     #[test]

@@ -44,10 +44,11 @@ mod resettable;
 mod resident;
 mod running;
 
+pub use crate::reset::Reset;
 pub use armed::Armed;
 pub use launched::Launched;
 pub(crate) use open_image::OpenImage;
 pub use planned::Planned;
-pub use resettable::{NotResettable, Reset, Resettable};
+pub use resettable::{NotResettable, Resettable};
 pub use resident::{Held, Resident};
 pub use running::Running;

@@ -7,10 +7,10 @@ use super::contents::set_clock;
 use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
-use crate::reset::{Asked, Request, Requests, ResetError, ResetOutcome, Rewinder};
+use crate::reset::{Asked, Request, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder};
 use crate::revert::cards::Unplugged;
 use crate::revert::error::RevertError;
-use crate::revert::event::{ResetWay, RevertEvent};
+use crate::revert::event::RevertEvent;
 use crate::revert::outcome::Outcome;
 use crate::revert::rtc::Rtc;
 
@@ -24,16 +24,6 @@ pub struct Resettable {
     resident: Resident,
     sections: Sections,
     requests: Option<Requests>,
-}
-
-/// What a reset has done.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct Reset {
-    /// Host pages that were written back.
-    pub pages: u64,
-    /// How long it took until the guest ran again, in milliseconds.
-    pub took_ms: f64,
 }
 
 /// Why a guest is not resettable.
@@ -113,19 +103,21 @@ impl Resettable {
         sections: &Sections,
         unplug: bool,
     ) -> Result<(u64, Option<Unplugged>), RevertError> {
-        let pages = self.rewinder.rewind(sections).await?;
-        let unplugged = match self.resident.qemu.qmp() {
-            Some(qmp) if unplug => Some(Unplugged::all(qmp).await?),
-            _ => None,
+        let qmp = self.resident.qemu.qmp().ok_or_else(not_ours)?;
+        let pages = self.rewinder.rewind(qmp, sections).await?;
+        let unplugged = match unplug {
+            true => Some(Unplugged::all(qmp).await?),
+            false => None,
         };
-        self.rewinder.run().await?;
+        self.rewinder.run(qmp).await?;
         Ok((pages, unplugged))
     }
 
     /// Makes ready for the next reset, while the guest runs.
     pub(crate) async fn prepare(&mut self) {
+        let Some(qmp) = self.resident.qemu.qmp() else { return };
         let sections = known_ahead(&self.sections, self.resident.rtc);
-        if let Err(error) = self.rewinder.prepare(sections).await {
+        if let Err(error) = self.rewinder.prepare(qmp, sections).await {
             tracing::warn!("the next reset will have to wait for QEMU: {error}");
         }
     }
@@ -188,7 +180,7 @@ impl Resettable {
             return Ok(false);
         }
         let reset = self.rewind(false).await.map(|(reset, _)| reset);
-        asked.answer(&answer(&reset)).await;
+        asked.answer(&outcome(&reset)).await;
         match reset {
             Ok(Reset { pages, took_ms }) => {
                 let how = ResetWay::InPlace;
@@ -229,21 +221,23 @@ async fn begin(
     resident: &mut Resident,
 ) -> Result<(Rewinder, Sections, Option<Requests>), ResetError> {
     let prepared = resident.reset.take().transpose()?;
-    let ((placed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(|| {
-        ResetError::Obstacle(
-            "its memory neither came by userfaultfd nor is mapped, or its QEMU is not one that this \
-             process has started"
-                .into(),
-        )
-    })?;
+    let ((placed, preparation), qmp) = prepared.zip(resident.qemu.qmp()).ok_or_else(not_ours)?;
     let sections = resident.image.sections()?;
     let (memory, state, requests) = placed.undo(Arc::clone(&resident.image), preparation)?;
     memory.ready().await?;
     let manifest = resident.image.manifest();
     let mut rewinder =
         Rewinder::new(qmp, Arc::new(memory), state, manifest.machine.running).await?;
-    rewinder.prepare(known_ahead(&sections, resident.rtc)).await?;
+    rewinder.prepare(qmp, known_ahead(&sections, resident.rtc)).await?;
     Ok((rewinder, sections, requests))
+}
+
+fn not_ours() -> ResetError {
+    ResetError::Obstacle(
+        "its memory did not come by userfaultfd, or its QEMU is not one that this process has \
+         started"
+            .into(),
+    )
 }
 
 /// The parts of the image that a guest is given at its next reset, unless that has to set its
@@ -252,9 +246,9 @@ fn known_ahead(sections: &Sections, rtc: Rtc) -> Option<&Sections> {
     (rtc != Rtc::Keep).then_some(sections)
 }
 
-fn answer(reset: &Result<Reset, RevertError>) -> ResetOutcome {
+fn outcome(reset: &Result<Reset, RevertError>) -> ResetOutcome {
     match reset {
-        Ok(Reset { pages, took_ms }) => ResetOutcome::Done { pages: *pages, took_ms: *took_ms },
+        Ok(reset) => ResetOutcome::from(*reset),
         Err(error) if error.is_refusal() => ResetOutcome::Refused { why: error.to_string() },
         Err(error) => ResetOutcome::Failed { why: error.to_string() },
     }

@@ -88,6 +88,12 @@ pub enum CheckError {
         /// The writable disks.
         disks: Vec<String>,
     },
+    /// The guest could not be reset inside its QEMU, which was asked for.
+    #[error(
+        "the guest could not be reset inside its QEMU: {0}; save it without \
+         `SaveOptions::resettable`"
+    )]
+    NotResettable(String),
     /// There is not enough room.
     #[error(
         "too little room for {what} in `{directory}`: {free} MiB free, about {needed} MiB needed; \
@@ -129,6 +135,7 @@ impl CheckError {
             CheckError::Disk { .. } => ErrorKind::DiskUnsupported,
             CheckError::Irrevertible { problem } => problem.kind(),
             CheckError::NoSuchDisk { .. } => ErrorKind::NoSuchDisk,
+            CheckError::NotResettable(_) => ErrorKind::NotResettable,
             CheckError::Room { .. } => ErrorKind::NoSpace,
             CheckError::Directory { source, .. } => ErrorKind::of_io(source),
         }

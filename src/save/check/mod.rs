@@ -6,6 +6,7 @@ mod disks;
 mod domain;
 mod hotplug;
 mod obstacles;
+mod resettable;
 mod room;
 
 use std::sync::Arc;
@@ -165,6 +166,15 @@ async fn look(access: &Access, options: &SaveOptions) -> (Vec<CheckItem>, Option
     list.warn_if(irrevertible.is_some());
     list.note("room", room::check_room(options, &blocks, pid, &disks).map(|says| ((), says)));
     list.note("agent", check_agent(options, domain.as_ref()).await);
+    if options.resettable {
+        let quiesced = options.quiesce.is_some();
+        let found = resettable::Found { pid, blocks: &blocks, disks: &disks, background, quiesced };
+        let outcome = match domain {
+            Some(_) => Err(CheckError::NotResettable("libvirt would not know of it".into()).into()),
+            None => found.check(),
+        };
+        list.note("resettable", outcome.map(|says| ((), says)));
+    }
     let Some(parent) = list.note("parent", open_parent(options)) else { return (list.0, None) };
     let uncaptured = disks.iter().filter(|found| found.writable());
     let uncaptured_disks = uncaptured.map(|found| found.disk.describe()).collect();
