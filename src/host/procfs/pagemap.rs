@@ -321,7 +321,7 @@ mod tests {
         let (mut scanned, mut read) = (Vec::new(), Vec::new());
         let range = start..address(64);
         pagemap.private(range.clone(), |range| scanned.push(range)).unwrap();
-        pagemap.private_by_entries(range, |range| read.push(range)).unwrap();
+        pagemap.by_entries(range, is_private, |range| read.push(range)).unwrap();
         assert_eq!(scanned, [address(3)..address(5), address(40)..address(41)]);
         assert_eq!(read, scanned);
     }
