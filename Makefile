@@ -56,7 +56,7 @@ loom:
 torture: guest
 	$(LONG_TEST) torture::many_faults
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
-	$(LONG_TEST) killed_daemon::
+	$(LONG_TEST) killed_daemon:: mapped_memory
 	$(LONG_TEST) on_qemu_7
 	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::
 

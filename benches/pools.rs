@@ -93,15 +93,10 @@ fn run() -> Result<()> {
         daemon.pool(&image, &options)?;
         daemon.measure_takes(&options)?;
         daemon.measure_armed(&options)?;
-        daemon.measure_resets(options.resets)?;
-        if options.cycles > 0 {
-            for clients in &options.clients {
-                daemon.wait_armed(options.armed)?;
-                daemon.cycle(Duration::from_secs(options.cycles), *clients)?;
-            }
-        }
+        daemon.measure_resets("p", options.resets)?;
+        daemon.cycles("p", &options)?;
         if options.clones > 0 {
-            daemon.share(&image, options.clones)?;
+            daemon.share(&image, &options)?;
         }
         drop(daemon);
         let mut times = Vec::new();
@@ -185,8 +180,13 @@ impl Daemon {
     }
 
     fn wait_armed(&self, armed: u64) -> Result<()> {
+        self.wait_armed_of("p", armed)
+    }
+
+    fn wait_armed_of(&self, pool: &str, armed: u64) -> Result<()> {
+        let path = format!("/v1/pools/{pool}");
         wait_for(PATIENCE, "armed guests", || {
-            let ready = self.ask("GET", "/v1/pools/p", "")?["ready"].as_u64();
+            let ready = self.ask("GET", &path, "")?["ready"].as_u64();
             Ok((ready >= Some(armed)).then_some(()))
         })
     }
@@ -241,12 +241,12 @@ impl Daemon {
     }
 
     /// Resets a guest through the daemon, and as often without it.
-    fn measure_resets(&mut self, resets: usize) -> Result<()> {
+    fn measure_resets(&self, pool: &str, resets: usize) -> Result<()> {
         if resets == 0 {
             return Ok(());
         }
-        self.wait_armed(1)?;
-        let guest = self.ask("POST", "/v1/pools/p/take", "")?;
+        let take = format!("/v1/pools/{pool}/take");
+        let guest = self.ask("POST", &take, r#"{"timeout_s":60}"#)?;
         let path = format!("/v1/guests/{}/reset", guest["id"].as_str().ok_or("no id")?);
         let at = path.trim_end_matches("/reset");
         wait_for(PATIENCE, "its writes to be tracked", || {
@@ -262,7 +262,8 @@ impl Daemon {
             client.push(ms(start));
             bare.push(reset["ms"].as_f64().ok_or("no time")?);
         }
-        row("a reset by the daemon, 1 MiB written", &mut client, "");
+        let shares = if pool == "s" { ", shared memory" } else { "" };
+        row(&format!("a reset by the daemon, 1 MiB written{shares}"), &mut client, "");
         row("of it the bare reset", &mut bare, "");
         // Dropping what is attached ends its QEMU.
         drop(attached);
@@ -271,13 +272,25 @@ impl Daemon {
         })
     }
 
-    /// Has clients take guests, have each work, and release it, without a break.
-    fn cycle(&self, time: Duration, clients: usize) -> Result<()> {
+    /// Has clients take guests of a pool, have each work, and release it, without a break: as many
+    /// clients as there are to be, one number after the other.
+    fn cycles(&self, pool: &str, options: &Options) -> Result<()> {
+        if options.cycles == 0 {
+            return Ok(());
+        }
+        for clients in &options.clients {
+            self.wait_armed_of(pool, options.armed)?;
+            self.cycle(pool, Duration::from_secs(options.cycles), *clients)?;
+        }
+        Ok(())
+    }
+
+    fn cycle(&self, pool: &str, time: Duration, clients: usize) -> Result<()> {
         let (start, before) = (Instant::now(), self.busy()?);
         let one = || -> Result<Vec<Cycle>> {
             let mut cycles = Vec::new();
             while start.elapsed() < time {
-                cycles.push(self.one_cycle()?);
+                cycles.push(self.one_cycle(pool)?);
             }
             Ok(cycles)
         };
@@ -298,10 +311,11 @@ impl Daemon {
             |of: fn(&Cycle) -> f64| cycles.iter().map(of).sum::<f64>() / cycles.len().max(1) as f64;
         let busy = |of: fn(&Busy) -> f64| (of(&after) - of(&before)) / cycles.len().max(1) as f64;
         println!(
-            "| {clients} clients without a break for {seconds:.0} s: {:.1} takes a second; each waits \
+            "| {clients} clients{} without a break for {seconds:.0} s: {:.1} takes a second; each waits \
              {:.1} ms for its guest, which works for {:.1} ms, and {:.1} ms for its end | | | | \
              processors, ms a take: {:.0} in all, QEMU until its release {:.0} user and {:.0} system, \
              the daemon {:.0}; idle {:.0}. Daemon {} MiB, {} descriptors |",
+            if pool == "s" { ", shared memory," } else { "" },
             cycles.len() as f64 / seconds,
             each(|cycle| cycle.taken),
             each(|cycle| cycle.worked),
@@ -317,10 +331,11 @@ impl Daemon {
         Ok(())
     }
 
-    fn one_cycle(&self) -> Result<Cycle> {
+    fn one_cycle(&self, pool: &str) -> Result<Cycle> {
         let (read, written) = (64 * PAGES_A_MIB, 4 * PAGES_A_MIB);
         let start = Instant::now();
-        let guest = self.ask("POST", "/v1/pools/p/take", r#"{"timeout_s":60}"#)?;
+        let take = format!("/v1/pools/{pool}/take");
+        let guest = self.ask("POST", &take, r#"{"timeout_s":60}"#)?;
         let (taken, begun) = (ms(start), Instant::now());
         let pid = guest["qemu_pid"].as_u64().ok_or("no process")? as u32;
         let folder = Path::new(guest["dir"].as_str().ok_or("no dir")?);
@@ -348,11 +363,13 @@ impl Daemon {
     }
 
     /// What guests have that share memory, each once it has run for a while.
-    fn share(&self, image: &Path, clones: u64) -> Result<()> {
+    fn share(&self, image: &Path, options: &Options) -> Result<()> {
+        let clones = options.clones;
         let pool = json!({
-            "name": "s", "image": image, "armed": 1, "max": clones, "share": true,
+            "name": "s", "image": image, "armed": options.armed, "max": clones.max(16), "share": true,
         });
         self.ask("POST", "/v1/pools", &pool.to_string())?;
+        self.cycles("s", options)?;
         let mut guests = Vec::new();
         for _ in 0..clones {
             guests.push(self.ask("POST", "/v1/pools/s/take", r#"{"timeout_s":300}"#)?);
@@ -380,6 +397,10 @@ impl Daemon {
         );
         let what = format!("private memory of each of {clones} QEMUs that share, MiB");
         row(&what, &mut private, &more);
+        for guest in &guests {
+            self.release(guest)?;
+        }
+        self.measure_resets("s", options.resets)?;
         self.ask("DELETE", "/v1/pools/s", "").map(drop)
     }
 }

@@ -223,7 +223,7 @@ impl Guest {
         self.agent_socket.clone_from(&agent.socket);
         let handle = Arc::clone(&self.handle);
         let of = SetUp { handle, template, state, events };
-        self.setup = Some(setup.begin(of, agent));
+        self.setup = Some(UnderWay::begin(setup, of, agent));
     }
 
     /// Ends what is done for it: it is about to be no more, or as it was at its image's moment.

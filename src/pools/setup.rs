@@ -10,36 +10,10 @@ use super::event::{PoolEvent, SetupState, SetupView};
 use super::handle::Handle;
 use super::saved::StateDirectory;
 use super::stage::AgentWay;
-use super::template::Template;
+use super::template::{Setup, Template};
 use crate::cancel::Cancellation;
 use crate::host::shell::ShellCommand;
 use crate::revert::{AgentOptions, FirstBreath, RevertEvent, environment};
-
-/// What is done for a guest as soon as it runs.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Setup {
-    pub agent: AgentOptions,
-    /// A command of the host's shell.
-    pub hook: Option<String>,
-}
-
-impl Setup {
-    /// Begins, for a guest that runs, whose agent is told in this way.
-    pub fn begin(self, of: SetUp, way: AgentWay) -> UnderWay {
-        let cancel = Cancellation::new();
-        let task = tokio::spawn({
-            let cancel = cancel.clone();
-            async move {
-                // At once, as others are told by it that the guest runs.
-                let hook = self.hook.as_deref().map(|command| of.start(command));
-                let (agent, hook) =
-                    tokio::join!(of.tell_agent(&self.agent, way, &cancel), of.end(hook, &cancel),);
-                of.note(agent.and(hook));
-            }
-        });
-        UnderWay { cancel, task: Some(task) }
-    }
-}
 
 /// The guest that is set up, and who is told of it.
 pub(super) struct SetUp {
@@ -119,6 +93,22 @@ pub(super) struct UnderWay {
 }
 
 impl UnderWay {
+    /// Begins, for a guest that runs, whose agent is told in this way.
+    pub fn begin(setup: Setup, of: SetUp, way: AgentWay) -> UnderWay {
+        let cancel = Cancellation::new();
+        let task = tokio::spawn({
+            let cancel = cancel.clone();
+            async move {
+                // At once, as others are told by it that the guest runs.
+                let hook = setup.hook.as_deref().map(|command| of.start(command));
+                let (agent, hook) =
+                    tokio::join!(of.tell_agent(&setup.agent, way, &cancel), of.end(hook, &cancel));
+                of.note(agent.and(hook));
+            }
+        });
+        UnderWay { cancel, task: Some(task) }
+    }
+
     /// Ends it, and returns once nothing is done any more.
     pub async fn end(mut self) {
         self.cancel.request();

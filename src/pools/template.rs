@@ -10,7 +10,6 @@ use tokio::task::spawn_blocking;
 use super::config::PoolSettings;
 use super::images::{Images, PoolImage};
 use super::saved::StateDirectory;
-use super::setup::Setup;
 use crate::guest::{NewPort, RewriteOptions};
 use crate::image::ImageError;
 use crate::keeper::Successor;
@@ -48,6 +47,14 @@ pub(super) struct Place {
     pub identity: CloneIdentity,
     /// Ports that it has to have, as another QEMU of it had before.
     pub ports: BTreeMap<u16, u16>,
+}
+
+/// What is done for a guest as soon as it runs.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Setup {
+    pub agent: AgentOptions,
+    /// A command of the host's shell.
+    pub hook: Option<String>,
 }
 
 impl Template {
