@@ -139,8 +139,8 @@ pub mod error {
 pub mod pool {
     pub use crate::daemon::{Client, ClientError};
     pub use crate::pools::{
-        CacheView, Change, GuestView, PoolConfig, PoolSettings, PoolState, PoolView, Problem,
-        ResetView,
+        CacheView, Change, GuestView, MemoryView, PoolConfig, PoolSettings, PoolState, PoolView,
+        Problem, ResetView, SetupState, SetupView,
     };
 }
 
