@@ -1,5 +1,6 @@
 //! Who takes which page, in every order in which threads can run: two threads that
-//! answer faults, one that prefetches, a teardown, and a server in the place of one that died.
+//! answer faults, one that prefetches, a teardown, and a server in the place of one that died;
+//! and in a save QEMU's stream beside a reader from outside.
 //!
 //! loom runs each model once for every interleaving of the atomics' operations (with at
 //! most [`PREEMPTIONS`] forced switches, which finds nearly all there is to find) and for
@@ -186,6 +187,55 @@ fn faults_and_prefetch_install_each_page_once_and_one_of_them_the_last() {
         }
         machine.check();
         assert_eq!(machine.claims.present(), PAGES);
+    });
+}
+
+/// A page of a guest that is being saved. Its content at the moment is 0, later 1.
+struct SavedPage {
+    content: AtomicU64,
+    protected: AtomicBool,
+}
+
+/// A save: QEMU sends a page and takes its protection off; the guest writes to what is not
+/// protected; a reader from outside takes what is still protected behind its read. Each captures a
+/// page only if the other has not, and either has what it was at the moment.
+#[test]
+fn stream_and_reader_capture_each_page_once_as_it_was_at_the_moment() {
+    model(|| {
+        let machine = Machine::new();
+        let pages = [(); 2]
+            .map(|()| SavedPage { content: AtomicU64::new(0), protected: AtomicBool::new(true) });
+        let pages = Arc::new(pages);
+        let stream = thread::spawn({
+            let (machine, pages) = (Arc::clone(&machine), Arc::clone(&pages));
+            move || {
+                for (page, number) in pages.iter().zip(FIRST..) {
+                    assert_eq!(page.content.load(Ordering::Relaxed), 0);
+                    machine.bring(run(number, 1));
+                    page.protected.store(false, Ordering::Release);
+                }
+            }
+        });
+        let guest = thread::spawn({
+            let pages = Arc::clone(&pages);
+            move || {
+                let page = &pages[0];
+                if !page.protected.load(Ordering::Acquire) {
+                    page.content.store(1, Ordering::Release);
+                }
+            }
+        });
+        for (page, number) in pages.iter().rev().zip([FIRST + 1, FIRST]) {
+            let content = page.content.load(Ordering::Acquire);
+            if page.protected.load(Ordering::Acquire) {
+                assert_eq!(content, 0, "page {number}");
+                machine.bring(run(number, 1));
+            }
+        }
+        stream.join().unwrap();
+        guest.join().unwrap();
+        machine.bring(run(FIRST + 2, 2));
+        machine.check();
     });
 }
 
