@@ -58,6 +58,7 @@ torture: guest
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
 	$(LONG_TEST) killed_daemon:: mapped_memory
 	$(LONG_TEST) on_qemu_7
+	cargo test --locked --features $(FEATURES) --test e2e -- --ignored --nocapture direct_reading::
 	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::
 
 # What Miri can run, and in minutes: the rest calls the kernel or C.
