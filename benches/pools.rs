@@ -391,7 +391,7 @@ impl Daemon {
         }
         let all: f64 = private.iter().sum();
         let more = format!(
-            "together {all:.0} MiB; what is shared counts {:.0} MiB once, and would be {:.0} in each",
+            "together {all:.0} MiB; what they share counts {:.0} MiB, and would be {:.0} if each had its own",
             proportional as f64 / 1024.0 - all,
             resident as f64 / 1024.0 - all,
         );

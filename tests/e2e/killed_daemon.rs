@@ -6,6 +6,7 @@
 //! number of kills.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::{Dir, print_times};
+use crate::harness::{Dir, print_times, send_signal, wait_gone};
 use crate::pools::{Daemon, Taken};
 use crate::support::{Qemu, Result, SOON, http_request, process_gone, wait_for};
 use crate::tests;
@@ -21,6 +22,7 @@ use crate::torture::{Random, seed};
 
 tests! {
     killed_a_few_times
+    a_guest_killed_in_its_reset_goes_back_all_the_way
 }
 
 /// Kills of the short run, and of the long one by default.
@@ -187,4 +189,35 @@ fn ask(socket: &Path, method: &str, path: &str) -> Option<Value> {
         200 => serde_json::from_str(&body).ok(),
         _ => None,
     }
+}
+
+/// A guest of which two moments are mixed must not go on: the next daemon takes it back all the way.
+fn a_guest_killed_in_its_reset_goes_back_all_the_way(dir: &Dir) -> Result<()> {
+    let daemon = Daemon::start(dir)?;
+    daemon.pool(dir, Qemu::V10, 1, &[])?;
+    let mut taken = daemon.take(dir)?;
+    let path = format!("/v1/guests/{}", taken.id);
+    wait_for(SOON, "its writes to be tracked", || {
+        Ok((daemon.get(&path)?["resettable"] == true).then_some(()))
+    })?;
+    // QEMU answers no more, so that the reset stays where it is.
+    send_signal(taken.pid(), libc::SIGSTOP);
+    let asking = UnixStream::connect(&daemon.socket)?;
+    write!(&asking, "POST {path}/reset HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let saved = dir.path("state").join("guests").join(&taken.id);
+    wait_for(SOON, "the reset to be noted", || {
+        Ok(std::fs::read_to_string(&saved)?.contains(r#""resetting":true"#).then_some(()))
+    })?;
+    let before = taken.pid();
+    daemon.kill()?;
+    let daemon = Daemon::start(dir)?;
+    let now = wait_for(SOON, "another process", || {
+        let guest = daemon.get(&path)?;
+        Ok((guest["resets"] == 1).then_some(guest))
+    })?;
+    wait_gone(before)?;
+    taken = taken.now_in(&now["qemu_pid"])?;
+    taken.check(Qemu::V10)?;
+    daemon.ask(dir, &["release", &taken.id]).succeed()?;
+    daemon.end()
 }

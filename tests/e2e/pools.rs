@@ -22,7 +22,6 @@ tests! {
     a_pool_without_its_image_is_degraded_until_it_comes
     a_guest_that_ends_by_itself_is_replaced
     no_more_guests_than_memory_allows
-    a_guest_killed_in_its_reset_goes_back_all_the_way
     memory_is_shared_by_a_flat_copy
     everything_that_waits_is_in_place_where_that_was_asked_for
     a_daemon_keeps_its_pools
@@ -347,37 +346,6 @@ fn no_more_guests_than_memory_allows(dir: &Dir) -> Result<()> {
     let second = Taken::of(second.succeed()?.event("running")?)?;
     daemon.ask(dir, &["release", &first.id]).succeed()?;
     daemon.ask(dir, &["release", &second.id]).succeed()?;
-    daemon.end()
-}
-
-/// A guest of which two moments are mixed must not go on: the next daemon takes it back all the way.
-fn a_guest_killed_in_its_reset_goes_back_all_the_way(dir: &Dir) -> Result<()> {
-    let daemon = Daemon::start(dir)?;
-    daemon.pool(dir, Qemu::V10, 1, &[])?;
-    let mut taken = daemon.take(dir)?;
-    let path = format!("/v1/guests/{}", taken.id);
-    wait_for(SOON, "its writes to be tracked", || {
-        Ok((daemon.get(&path)?["resettable"] == true).then_some(()))
-    })?;
-    // QEMU answers no more, so that the reset stays where it is.
-    send_signal(taken.pid(), libc::SIGSTOP);
-    let asking = UnixStream::connect(&daemon.socket)?;
-    write!(&asking, "POST {path}/reset HTTP/1.1\r\nHost: x\r\n\r\n")?;
-    let saved = dir.path("state").join("guests").join(&taken.id);
-    wait_for(SOON, "the reset to be noted", || {
-        Ok(std::fs::read_to_string(&saved)?.contains(r#""resetting":true"#).then_some(()))
-    })?;
-    let before = taken.pid();
-    daemon.kill()?;
-    let daemon = Daemon::start(dir)?;
-    let now = wait_for(SOON, "another process", || {
-        let guest = daemon.get(&path)?;
-        Ok((guest["resets"] == 1).then_some(guest))
-    })?;
-    wait_gone(before)?;
-    taken = taken.now_in(&now["qemu_pid"])?;
-    taken.check(Qemu::V10)?;
-    daemon.ask(dir, &["release", &taken.id]).succeed()?;
     daemon.end()
 }
 

@@ -5,9 +5,9 @@ use std::fs::File;
 
 use crate::backends::Pool;
 use crate::filling::set_balloon;
-use crate::harness::{Dir, Reverted, text};
+use crate::harness::{Dir, Reverted, in_a_folder, text};
 use crate::hotplug::{MODULES, words};
-use crate::resets::{differing, reset, resettable};
+use crate::resets::{differing, flattened, reset, resettable};
 use crate::shared::{MIB, options};
 use crate::support::{Guest, GuestOptions, Qemu, Result, SOON, cont, pmemsave, query_status, stop};
 use crate::tests_on_both;
@@ -21,16 +21,38 @@ tests_on_both! {
     what_a_balloon_has_given_back_comes_back
 }
 
+/// The same machines where QEMU maps their memory.
+#[test]
+#[ignore = "the same as with memory that is tracked: `make torture`"]
+fn machines_with_mapped_memory_go_back() -> Result<()> {
+    for machine in [pc_with_virtio, q35_with_usb, pc_with_displays] {
+        in_a_folder(|dir| {
+            let mut guest = Guest::boot(&machine(dir, Qemu::V10)?)?;
+            let nonce = guest.oracle.nonce()?;
+            dir.save(&guest, "vm.snap").succeed()?;
+            let from = guest.dir.clone();
+            drop(guest.kill());
+            let (flat, to) = (flattened(dir, &dir.path("vm.snap"))?, dir.make("reverted")?);
+            let revert = dir.revert(&flat, &from, &to).with(&["--place", "map"]);
+            goes_back_thrice(dir, resettable(revert, &to)?, &nonce)
+        })?;
+    }
+    Ok(())
+}
+
 /// Saves a guest at work, reverts it, and has it go back three times.
 fn goes_back(dir: &Dir, options: &GuestOptions) -> Result<()> {
     let mut guest = Guest::boot(options)?;
     let nonce = guest.oracle.nonce()?;
-    let mut guest = reverted(dir, guest)?;
+    goes_back_thrice(dir, reverted(dir, guest)?, &nonce)
+}
+
+fn goes_back_thrice(dir: &Dir, mut guest: Reverted, nonce: &str) -> Result<()> {
     for _ in 0..3 {
         let beat = guest.log.last_beat().map_or(0, |beat| beat.number);
         guest.log.wait_beat(beat + 10, SOON)?;
         reset(dir, &mut guest)?;
-        guest.check(&nonce)?;
+        guest.check(nonce)?;
     }
     Ok(())
 }
@@ -45,6 +67,10 @@ fn reverted(dir: &Dir, guest: Guest) -> Result<Reverted> {
 }
 
 fn a_pc_with_virtio_and_four_vcpus_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    goes_back(dir, &pc_with_virtio(dir, qemu)?)
+}
+
+fn pc_with_virtio(dir: &Dir, qemu: Qemu) -> Result<GuestOptions> {
     let file = dir.path("scsi.img");
     File::create(&file)?.set_len(8 << 20)?;
     let mut args = words(
@@ -53,24 +79,32 @@ fn a_pc_with_virtio_and_four_vcpus_goes_back(dir: &Dir, qemu: Qemu) -> Result<()
     );
     args.extend(["-drive".into(), format!("if=none,id=d,format=raw,file={}", text(&file))]);
     args.extend(words("-device scsi-hd,drive=d,bus=scsi0.0"));
-    goes_back(dir, &GuestOptions { vcpus: 4, modules: MODULES, args, ..options(qemu) })
+    Ok(GuestOptions { vcpus: 4, modules: MODULES, args, ..options(qemu) })
 }
 
 fn a_q35_with_usb_sound_and_an_iommu_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    goes_back(dir, &q35_with_usb(dir, qemu)?)
+}
+
+fn q35_with_usb(_: &Dir, qemu: Qemu) -> Result<GuestOptions> {
     let args = words(
         "-device intel-iommu -device nec-usb-xhci,id=xhci -device usb-tablet -device usb-kbd \
          -audiodev none,id=mute -device intel-hda -device hda-output,audiodev=mute -device virtio-vga -device ich9-ahci",
     );
-    goes_back(dir, &GuestOptions { machine: "q35".into(), args, ..options(qemu) })
+    Ok(GuestOptions { machine: "q35".into(), args, ..options(qemu) })
 }
 
 fn displays_and_emulated_cards_go_back(dir: &Dir, qemu: Qemu) -> Result<()> {
+    goes_back(dir, &pc_with_displays(dir, qemu)?)
+}
+
+fn pc_with_displays(_: &Dir, qemu: Qemu) -> Result<GuestOptions> {
     let args = words(
         "-vga std -netdev user,id=a -device e1000,netdev=a -netdev user,id=b \
          -device rtl8139,netdev=b -device piix3-usb-uhci -device usb-mouse -audiodev none,id=mute -device AC97,audiodev=mute \
          -device i6300esb -device pvpanic",
     );
-    goes_back(dir, &GuestOptions { args, ..options(qemu) })
+    Ok(GuestOptions { args, ..options(qemu) })
 }
 
 fn shared_memory_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {

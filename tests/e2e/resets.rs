@@ -321,7 +321,7 @@ fn mapped_memory_goes_back(dir: &Dir) -> Result<()> {
 }
 
 /// A flat copy of an image.
-fn flattened(dir: &Dir, image: &Path) -> Result<PathBuf> {
+pub fn flattened(dir: &Dir, image: &Path) -> Result<PathBuf> {
     let flat = dir.path("flat.snap");
     dir.snapback(&["flatten", text(image), text(&flat), "--layout", "flat"]).succeed()?;
     Ok(flat)
