@@ -68,6 +68,14 @@ impl ResetError {
         matches!(self, ResetError::Obstacle(_))
     }
 
+    /// The same of one that came up before anything was touched.
+    pub(super) fn as_refusal(self) -> ResetError {
+        match self {
+            refusal @ ResetError::Obstacle(_) => refusal,
+            error => ResetError::Obstacle(error.to_string()),
+        }
+    }
+
     /// What kind of error it is, for programs to act on.
     pub fn kind(&self) -> ErrorKind {
         match self {

@@ -120,12 +120,9 @@ impl Rewinder {
     /// [`ResetError::Obstacle`]: nothing was touched. Any other: the guest may stand still between
     /// two moments, and must not be run.
     pub async fn rewind(&mut self, qmp: &Qmp, sections: &Sections) -> Result<u64, ResetError> {
-        self.memory.ready().await?;
         let qmp = &qmp.with_timeout(PATIENCE);
-        let resettable = self.machine.check(qmp).await?;
-        if !self.is_open {
-            self.open(qmp, sections).await?;
-        }
+        let ready = self.make_ready(qmp, sections).await;
+        let resettable = ready.map_err(ResetError::as_refusal)?;
         stop(qmp, &resettable).await?;
         if self.has_given_memory_back(qmp).await {
             self.blocking(Undo::find_given_back).await?;
@@ -145,6 +142,20 @@ impl Rewinder {
             true => Ok(qmp.cont().await?),
             false => Ok(()),
         }
+    }
+
+    /// Looks whether all is there that is needed, while the guest runs. Nothing of it is touched.
+    async fn make_ready(
+        &mut self,
+        qmp: &Qmp,
+        sections: &Sections,
+    ) -> Result<Resettable, ResetError> {
+        self.memory.ready().await?;
+        let resettable = self.machine.check(qmp).await?;
+        if !self.is_open {
+            self.open(qmp, sections).await?;
+        }
+        Ok(resettable)
     }
 
     /// Whether the guest may have given memory back to the host by its balloon since the last time:
