@@ -8,9 +8,9 @@ use std::time::Instant;
 use crate::clocks::{clocks, now};
 use crate::harness::{Dir, Reverted, check, text};
 use crate::support::{Guest, GuestOptions, Qemu, Result, SOON, cont, pmemsave, stop, wait_until};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both_at_length};
 
-tests_on_both! {
+tests_on_both_at_length! {
     a_guest_is_saved_and_reverted_by_both_ways
 }
 

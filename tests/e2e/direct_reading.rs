@@ -102,7 +102,7 @@ fn is_read_as_qemu_sends(dir: &Dir, qemu: Qemu, saves: usize) -> Result<()> {
 }
 
 fn what_is_read_is_what_qemu_sends(dir: &Dir, qemu: Qemu) -> Result<()> {
-    is_read_as_qemu_sends(dir, qemu, 2)
+    is_read_as_qemu_sends(dir, qemu, 1)
 }
 
 fn many_saves(dir: &Dir, qemu: Qemu) -> Result<()> {
@@ -134,10 +134,10 @@ fn a_reader_that_ignores_protection_is_caught(dir: &Dir) -> Result<()> {
         return Ok(());
     }
     let guest = Guest::boot(&writing_hard(Qemu::V10))?;
-    let mut differing = 0;
     for _ in 0..5 {
-        differing += saved_both_ways(dir, &guest, "whole stream,ignores protection")?.1;
+        if saved_both_ways(dir, &guest, "whole stream,ignores protection")?.1 > 0 {
+            return Ok(());
+        }
     }
-    assert!(differing > 0, "the test does not see wrong pages");
-    Ok(())
+    Err("the test does not see wrong pages".into())
 }

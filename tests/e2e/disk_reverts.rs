@@ -14,9 +14,9 @@ use crate::support::{
     Bus, Contact, Disk, Format, Given, Guest, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog,
     wait_for,
 };
-use crate::tests_on_both;
+use crate::tests_on_both_at_length;
 
-tests_on_both! {
+tests_on_both_at_length! {
     disks_are_reverted_side_by_side
 }
 

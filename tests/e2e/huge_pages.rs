@@ -5,9 +5,9 @@ use serde_json::Value;
 use crate::harness::{Dir, Ended, Reverted, check};
 use crate::shared::{options, shared};
 use crate::support::{Fill, Guest, GuestOptions, Pidfd, Qemu, Result, huge_bytes};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both_at_length};
 
-tests_on_both! {
+tests_on_both_at_length! {
     memory_comes_back_in_huge_pages
 }
 
