@@ -69,7 +69,7 @@ impl ResetError {
     }
 
     /// The same of one that came up before anything was touched.
-    pub(super) fn as_refusal(self) -> ResetError {
+    pub(super) fn into_refusal(self) -> ResetError {
         match self {
             refusal @ ResetError::Obstacle(_) => refusal,
             error => ResetError::Obstacle(error.to_string()),

@@ -122,7 +122,7 @@ impl Rewinder {
     pub async fn rewind(&mut self, qmp: &Qmp, sections: &Sections) -> Result<u64, ResetError> {
         let qmp = &qmp.with_timeout(PATIENCE);
         let ready = self.make_ready(qmp, sections).await;
-        let resettable = ready.map_err(ResetError::as_refusal)?;
+        let resettable = ready.map_err(ResetError::into_refusal)?;
         stop(qmp, &resettable).await?;
         if self.has_given_memory_back(qmp).await {
             self.blocking(Undo::find_given_back).await?;
