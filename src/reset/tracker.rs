@@ -55,7 +55,16 @@ impl Tracker {
         let cancel = Cancellation::new();
         let reader = FaultReader::new(Arc::clone(&uffd), &cancel).map_err(gone)?;
         let shared = Arc::new(Shared::new(guest, uffd));
-        // Ahead of the first protection, so that nobody waits in vain.
+        let protected = shared.guest.ranges().try_for_each(|range| {
+            shared.uffd.register_for_tracking(range.start, range.end - range.start)?;
+            shared.uffd.protect(range.start, range.end - range.start)
+        });
+        if let Err(error) = protected {
+            shared.let_go();
+            return Err(error.into());
+        }
+        // Behind the protection. Faults of a guest that waited for QEMU may still be told, although
+        // QEMU has let go of its memory: what is not registered can't be let be written.
         let faults = spawn("tracking", {
             let shared = Arc::clone(&shared);
             move || {
@@ -66,18 +75,15 @@ impl Tracker {
                 }
                 shared.let_go();
             }
-        })?;
+        })
+        .inspect_err(|_| shared.let_go())?;
         let (tell, compared) = watch::channel(None);
-        let protected = shared.guest.ranges().try_for_each(|range| {
-            shared.uffd.register_for_tracking(range.start, range.end - range.start)?;
-            shared.uffd.protect(range.start, range.end - range.start)
-        });
-        let compare = protected.map_err(ResetError::from).and_then(|()| {
+        let compare = spawn("compare", {
             let shared = Arc::clone(&shared);
-            spawn("compare", move || {
+            move || {
                 let compared = compare(&shared).map_err(|error| error.to_string());
                 tell.send_replace(Some(compared));
-            })
+            }
         });
         match compare {
             Ok(_compare) => {
