@@ -69,7 +69,6 @@ pub async fn fork(
     let (ready, ready_receiver) = oneshot::channel();
     let (moment_sender, moment) = oneshot::channel();
     let forking = Forking {
-        keep: options.keep,
         ahead: Some(ahead_sender),
         ready: Some(ready_receiver),
         at_moment: Some(moment_sender),
@@ -128,7 +127,7 @@ impl Clones {
         for (index, clone) in launched.into_iter().enumerate() {
             let (image, options) = (image.clone(), self.clone_options(index));
             let (cancel, events) = (self.cancel.clone(), self.events.clone());
-            tasks.spawn(async move {
+            let brought = async move {
                 let mut tell = |event| {
                     let since_moment = passed.elapsed();
                     let _ = events.send(ForkEvent::Clone { index, since_moment, event });
@@ -138,15 +137,11 @@ impl Clones {
                     None => Clone::launch(image, &options, cancel, &mut tell).await?,
                 };
                 clone.bring(&mut tell).await
-            });
+            };
+            tasks.spawn(async move { (index, brought.await) });
         }
-        let mut ended: Vec<_> = Vec::with_capacity(tasks.len());
-        // In their order, since each has its place.
-        while let Some(task) = tasks.join_next_with_id().await {
-            let (id, outcome) = task.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
-            ended.push((id, outcome));
-        }
-        ended.sort_by_key(|(id, _)| id.to_string().parse::<u64>().unwrap_or_default());
+        let mut ended = tasks.join_all().await;
+        ended.sort_by_key(|(index, _)| *index);
         Ok(ended.into_iter().map(|(_, outcome)| outcome).collect())
     }
 

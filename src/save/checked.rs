@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::guest::FoundDisk;
 use crate::image::Image;
-use crate::libvirt::DomainDisk;
+use crate::libvirt::{DomainDisk, block_name};
 use crate::machine::{DiskRole, Machine};
+use crate::page::Block;
 use crate::qmp::RamBlock;
 
 /// What the checks found out about a guest that can be saved.
@@ -46,6 +47,15 @@ impl Checked {
     /// The guest's RAM in bytes, all blocks together.
     pub fn ram_bytes(&self) -> u64 {
         self.blocks.iter().map(|block| block.used_len).sum()
+    }
+}
+
+/// A block of QEMU's as an image has it.
+pub(super) fn in_image(block: &RamBlock) -> Block {
+    Block {
+        name: block_name(&block.name).to_owned(),
+        len: block.used_len,
+        page_size: block.page_size,
     }
 }
 

@@ -1,5 +1,6 @@
 //! A save whose guest is forked: clones are started ahead of the moment, and told of it.
 
+use super::checked::in_image;
 use super::error::SaveError;
 use super::event::SaveEvent;
 use super::forking::{Ahead, AtMoment};
@@ -7,8 +8,6 @@ use super::moment::PauseClock;
 use super::receive::Receiving;
 use super::saving::Saving;
 use crate::machine::Machine;
-use crate::page::Block;
-use crate::qmp::RamBlock;
 
 impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// Has QEMUs started for the clones, and waits until they are.
@@ -21,12 +20,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
             return Ok(());
         };
         let machine_type = self.access.qmp.machine_type().await?;
-        let block = |block: &RamBlock| Block {
-            name: block.name.clone(),
-            len: block.used_len,
-            page_size: block.page_size,
-        };
-        let blocks = self.checked.blocks.iter().map(block).collect();
+        let blocks = self.checked.blocks.iter().map(in_image).collect();
         let _ = ahead.send(Ahead { machine: Machine { machine_type, ..machine }, blocks });
         tokio::select! {
             // Where they can't be started, that is for the clones to tell.

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::live::LivePages;
 use super::moment::Moment;
-use super::receive::{Begun, Stores};
+use super::receive::Begun;
 use crate::image::{Details, Sections};
 use crate::machine::Machine;
 use crate::page::Block;
@@ -14,8 +14,6 @@ use crate::wire::run_state;
 
 /// Clones that wait for the moment.
 pub(crate) struct Forking {
-    /// Whether an image is written as well.
-    pub keep: bool,
     /// Told once, ahead of the pause; not where the guest has disks to capture, over which no QEMU
     /// can be started before they are frozen.
     pub ahead: Option<oneshot::Sender<Ahead>>,
@@ -29,14 +27,6 @@ pub(crate) struct Forking {
 pub(crate) struct Ahead {
     pub machine: Machine,
     pub blocks: Vec<Block>,
-}
-
-impl Forking {
-    /// What memory is put into.
-    pub(super) fn stores(forking: &Option<Forking>) -> Stores {
-        let keep = forking.as_ref().is_none_or(|forking| forking.keep);
-        Stores { image: keep, memory: forking.is_some() }
-    }
 }
 
 /// A guest at its moment: all of an image but the memory, and where that can be had.

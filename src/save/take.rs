@@ -7,10 +7,9 @@ use std::time::Duration;
 use super::devices::DeviceState;
 use super::error::SaveError;
 use super::event::SaveEvent;
-use super::forking::Forking;
 use super::migration;
 use super::moment::{Moment, PauseClock};
-use super::receive::{Received, Receiving};
+use super::receive::{Received, Receiving, Stores};
 use super::release::{unprotect_memory, while_releasing};
 use super::saving::Saving;
 use crate::failpoint::{failpoint, fault};
@@ -31,7 +30,9 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         let stream = migration::open_stream(&self.access.qmp).await?;
         self.keep(stream.as_fd());
         let mut receiving = {
-            let (places, stores) = (self.places.take(), Forking::stores(&self.forking));
+            let stores =
+                Stores { image: !self.options.without_image, memory: self.forking.is_some() };
+            let places = self.places.take();
             Receiving::start(stream, self.options, &self.checked, places, stores)?
         };
         let mut events = self.access.qmp.events();

@@ -102,19 +102,26 @@ fn disk_and_memory(dir: &Dir, qemu: Qemu, mapped: bool) -> Result<()> {
     let mut guest = resettable(revert, &to)?;
     let mut first = None;
     for round in 0..rounds() {
-        let now = records(&mut guest)?;
-        wait_for(SOON, "records", || Ok((records(&mut guest)? > now + 50).then_some(())))?;
-        let before = records(&mut guest)?;
-        reset(dir, &mut guest)?;
-        let after = records(&mut guest)?;
-        let first = *first.get_or_insert(after);
-        assert!(after < before && after <= first + 50, "{before}, then {after}, not {first}");
+        records_go_back(dir, &mut guest, &mut first)?;
         if round % 5 == 0 {
             let checked = guest.oracle.ask_within("records check", SOON * 5)?;
             assert!(checked.starts_with("ok "), "round {round}: {checked}");
             guest.check(&nonce)?;
         }
     }
+    Ok(())
+}
+
+/// Has a guest write records, and resets it: it has fewer then, about as many as after the `first`
+/// reset.
+pub fn records_go_back(dir: &Dir, guest: &mut Contact, first: &mut Option<u64>) -> Result<()> {
+    let now = records(guest)?;
+    wait_for(SOON, "records", || Ok((records(guest)? > now + 50).then_some(())))?;
+    let before = records(guest)?;
+    reset(dir, guest)?;
+    let after = records(guest)?;
+    let first = *first.get_or_insert(after);
+    assert!(after < before && after <= first + 50, "{before}, then {after}, not {first}");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use crate::backends::Pool;
 use crate::harness::{Dir, Running, check, send_signal, text, wait_gone};
 use crate::hotplug::words;
 use crate::moments::records;
-use crate::resets::{differing, recording, reset, rounds};
+use crate::resets::{differing, recording, records_go_back, reset, rounds};
 use crate::shared::{MIB, options};
 use crate::support::{
     Contact, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, pmemsave, qmp, query_status,
@@ -85,13 +85,7 @@ fn disk_and_memory_of_a_saved_guest_go_back_together(dir: &Dir, qemu: Qemu) -> R
     let _tracker = save(dir, &guest, "vm.snap")?;
     let mut first = None;
     for _ in 0..rounds() {
-        let now = records(&mut guest)?;
-        wait_for(SOON, "records", || Ok((records(&mut guest)? > now + 50).then_some(())))?;
-        let before = records(&mut guest)?;
-        reset(dir, &mut guest)?;
-        let after = records(&mut guest)?;
-        let first = *first.get_or_insert(after);
-        assert!(after < before && after <= first + 50, "{before}, then {after}, not {first}");
+        records_go_back(dir, &mut guest, &mut first)?;
         let checked = guest.oracle.ask_within("records check", SOON * 5)?;
         assert!(checked.starts_with("ok "), "{checked}");
         assert_eq!(guest.oracle.nonce()?, nonce);

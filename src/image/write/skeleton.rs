@@ -13,7 +13,7 @@ use crate::image::read::image::Image;
 use crate::image::write::index::empty_index;
 use crate::image::write::options::CacheUse;
 use crate::image::write::sink::Sink;
-use crate::image::write::tail;
+use crate::image::write::tail::{self, Parts};
 use crate::page::Block;
 
 /// An image in memory of a guest whose pages are read by something else. Its own index says of each
@@ -46,6 +46,7 @@ pub fn skeleton(
     let start = SUPERBLOCK_BYTES as u64;
     let ours = file.try_clone().map_err(io)?;
     let sink = Sink::new(ours, start, None, CacheUse::Keep, Cancellation::new());
-    tail::write(&file, path, sink, &manifest, sections, &[], &index, 1)?;
+    let parts = Parts { manifest: &manifest, sections, chunks: &[], index: &index, chunk_pages: 1 };
+    tail::write(&file, path, sink, parts)?;
     Image::open_file(file, path)
 }

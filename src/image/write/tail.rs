@@ -91,35 +91,36 @@ impl Tail {
     }
 }
 
+/// What stands behind the chunks.
+pub(in crate::image) struct Parts<'a> {
+    pub manifest: &'a Manifest,
+    pub sections: &'a Sections,
+    pub chunks: &'a [ChunkEntry],
+    pub index: &'a [u64],
+    /// The most pages that a chunk holds.
+    pub chunk_pages: u32,
+}
+
 /// Writes the regions behind the chunks, where `sink` stands, and then the superblock. Makes
 /// the file durable and gives it its name. Returns its length in bytes.
 pub(in crate::image) fn finish(
     target: Target,
     sink: Sink,
-    manifest: &Manifest,
-    sections: &Sections,
-    chunks: &[ChunkEntry],
-    index: &[u64],
-    chunk_pages: u32,
+    parts: Parts<'_>,
 ) -> Result<u64, ImageError> {
-    let (file, path) = (target.file(), target.path());
-    let file_len = write(file, path, sink, manifest, sections, chunks, index, chunk_pages)?;
+    let file_len = write(target.file(), target.path(), sink, parts)?;
     target.commit()?;
     Ok(file_len)
 }
 
 /// Writes them to a file that needs neither. `path` is what errors call it.
-#[expect(clippy::too_many_arguments, reason = "the parts of an image, each once")]
 pub(in crate::image) fn write(
     file: &File,
     path: &Path,
     sink: Sink,
-    manifest: &Manifest,
-    sections: &Sections,
-    chunks: &[ChunkEntry],
-    index: &[u64],
-    chunk_pages: u32,
+    parts: Parts<'_>,
 ) -> Result<u64, ImageError> {
+    let Parts { manifest, sections, chunks, index, chunk_pages } = parts;
     let io = |e| ImageError::io("write", path, e);
     let incompatible = if manifest.layers.is_empty() { 0 } else { LAYERS };
     let identity = manifest.identity;

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use crate::guest::physical;
 use crate::host::memory;
-use crate::libvirt::block_name;
 use crate::machine::Machine;
 use crate::page::{Block, BlockId, PAGE_SIZE};
 use crate::qmp::{Qmp, RamBlock};
+use crate::save::checked::in_image;
 
 /// Where a QEMU has the guest's memory, as far as it can be read from outside.
 #[derive(Debug, Clone)]
@@ -87,12 +87,7 @@ async fn main_memory(
     let said = |error: crate::qmp::QmpError| error.to_string();
     let machine_type = qmp.machine_type().await.map_err(said)?;
     let machine = Machine { machine_type, ..machine.clone() };
-    let shaped = |block: &RamBlock| Block {
-        name: block_name(&block.name).to_owned(),
-        len: block.used_len,
-        page_size: block.page_size,
-    };
-    let shaped: Vec<Block> = blocks.iter().map(shaped).collect();
+    let shaped: Vec<Block> = blocks.iter().map(in_image).collect();
     let mut found = HashMap::new();
     for range in physical::ranges(&machine, &shaped)? {
         let block = &blocks[range.block.index()];
