@@ -85,6 +85,10 @@ fn a_flipped_byte_is_found_wherever_it_is(dir: &Dir) -> Result<()> {
     let mut places: Vec<u64> = (0..4096).step_by(293).chain([4088, 4095]).collect();
     for number in 0..REGIONS {
         let Range { start, end } = region(&image, number)?;
+        // Without a description of the device state its region is empty, and ends the file.
+        if start == end {
+            continue;
+        }
         places.extend([start, end - 1]);
         places.extend((1..5).map(|part| start + (end - start) / 5 * part));
     }
