@@ -16,7 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    Attached, Contact, Pidfd, Result, SOON, SerialLog, process_gone, spawn_bound, wait_for,
+    Attached, Contact, Pidfd, Qemu, Result, SOON, SerialLog, process_gone, spawn_bound, wait_for,
     wait_until,
 };
 
@@ -578,6 +578,16 @@ pub const STEPS: [&str; 15] = [
     "restored",
     "named",
 ];
+
+/// The steps that are tried with this QEMU: every second one, and the other QEMU has the rest. With
+/// SNAPBACK_TEST_EVERY_STEP, as `make torture` sets it, all of them.
+pub fn steps_of<T>(qemu: Qemu, steps: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    let (first, stride) = match std::env::var_os("SNAPBACK_TEST_EVERY_STEP") {
+        Some(_) => (0, 1),
+        None => (usize::from(qemu == Qemu::V7), 2),
+    };
+    steps.into_iter().skip(first).step_by(stride)
+}
 
 /// Makes tests of functions of a folder.
 macro_rules! tests {

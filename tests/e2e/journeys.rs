@@ -9,7 +9,7 @@ use crate::shared::{MIB, borrow, options, shared};
 use crate::support::{
     Guest, GuestOptions, Qemu, Result, SOON, cont, pmemsave, qmp, query_status, stop,
 };
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_guest_in_full_swing_is_saved_and_comes_back
@@ -17,6 +17,9 @@ tests_on_both! {
     a_guest_that_ran_is_reverted_paused
     one_image_is_reverted_twice_at_once
     a_reverted_guest_is_saved_and_reverted_again
+}
+
+tests_on_both_at_length! {
     a_guest_is_saved_three_times_in_a_row
 }
 

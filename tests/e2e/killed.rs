@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::bare::query;
-use crate::harness::{Dir, Running, STEPS, STOP_AT, Snapback, check};
+use crate::harness::{Dir, Running, STEPS, STOP_AT, Snapback, check, steps_of};
 use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, query_status,
 };
@@ -140,7 +140,7 @@ fn a_save_is_killed_at_every_step(dir: &Dir, qemu: Qemu) -> Result<()> {
 
     let with_disks = STEPS.map(|step| (step, "overlay"));
     let without = STEPS_WITHOUT_DISKS.map(|step| (step, "none"));
-    for (step, disks) in with_disks.into_iter().chain(without) {
+    for (step, disks) in steps_of(qemu, with_disks.into_iter().chain(without)) {
         let before = State::of(guest, dir)?;
         let save = |guest: &Guest| save(dir, guest).with(&["--disks", disks]);
         kill_at_its_step(save(guest).env(STOP_AT, step).start()?)
@@ -209,7 +209,7 @@ fn a_killed_save_is_cleaned_up_by_its_keeper(dir: &Dir, qemu: Qemu) -> Result<()
     ask_disks(guest, "write")?;
     let with_disks = STEPS_OF_KEEPING.map(|step| (step, "overlay"));
     let without = ["migrating", "moment"].map(|step| (step, "none"));
-    for (step, disks) in with_disks.into_iter().chain(without) {
+    for (step, disks) in steps_of(qemu, with_disks.into_iter().chain(without)) {
         let before = State::of(guest, dir)?;
         let save = |guest: &Guest| dir.save(guest, "vm.snap").with(&["--disks", disks]);
         let saving = save(guest).env(STOP_AT, step).start()?;

@@ -21,9 +21,10 @@ tests_on_both! {
 }
 
 /// Snapshots that are taken of one guest. The way that memory takes has no part in this:
-/// where all tests are run again for its sake, a few will do.
+/// where all tests are run again for its sake, a few will do. `make torture` asks for more.
 fn saves() -> usize {
-    if std::env::var_os("SNAPBACK_TEST_PLACE").is_some() { 3 } else { 20 }
+    let asked = std::env::var("SNAPBACK_MOMENTS").ok().and_then(|saves| saves.parse().ok());
+    asked.unwrap_or(if std::env::var_os("SNAPBACK_TEST_PLACE").is_some() { 3 } else { 8 })
 }
 
 /// Most records that the guest writes between two snapshots, over those it writes anyway.
@@ -33,7 +34,7 @@ const RECORDS_BETWEEN: u64 = 100;
 const RECORD: usize = 512;
 
 /// A guest appends records to a file on ext4, each followed by fsync, and keeps in memory
-/// how far it has come. Twenty snapshots of it are taken while it does. In each of them the
+/// how far it has come. Many snapshots of it are taken while it does. In each of them the
 /// disk holds every record that memory says is acknowledged, at most the one more that
 /// memory says is begun, and nothing beyond. Its file system is clean.
 fn disk_and_memory_agree_at_every_moment(dir: &Dir, qemu: Qemu) -> Result<()> {

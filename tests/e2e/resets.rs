@@ -13,16 +13,19 @@ use crate::support::{
     Contact, Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, SerialLog, cont, debian,
     pmemsave, qmp, query_status, stop, wait_for, wait_until,
 };
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_guest_is_reset_again_and_again
     disk_and_memory_go_back_together
-    a_database_under_load_goes_back
     every_page_is_the_images_after_a_reset
     a_guest_outlives_whoever_tracks_it
     a_resettable_guest_is_saved
     a_reset_that_fails_half_way_ends_in_a_new_process
+}
+
+tests_on_both_at_length! {
+    a_database_under_load_goes_back
 }
 
 tests! {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::bare::{Bare, query};
 use crate::faulty_disk::{Disk, FaultyDisk};
 use crate::harness::{Dir, Ended, Running, check, send_signal, text};
-use crate::harness::{STEPS, STOP_AT};
+use crate::harness::{STEPS, STOP_AT, steps_of};
 use crate::killed::{State, ask_disks, boot, is_as_before};
 use crate::support::{Guest, Qemu, Result};
 use crate::trouble::Tmpfs;
@@ -46,7 +46,7 @@ fn at_every_step(
     let guest = &mut boot(dir, qemu)?;
     ask_disks(guest, "write")?;
     let image = dir.path(to).join("vm.snap");
-    for step in STEPS {
+    for step in steps_of(qemu, STEPS) {
         let told = |e| format!("at `{step}`: {e}");
         let before = State::of(guest, dir)?;
         let save = |guest: &Guest| {
@@ -204,7 +204,7 @@ fn qemu_is_killed(dir: &Dir, qemu: Qemu) -> Result<()> {
         return Ok(());
     }
     let image = dir.make("images")?.join("vm.snap");
-    for step in STEPS.into_iter().filter(|step| *step != "overlay 1") {
+    for step in steps_of(qemu, STEPS.into_iter().filter(|step| *step != "overlay 1")) {
         let disk = dir.path("one.raw");
         File::create(&disk)?.set_len(1 << 20)?;
         let drive = format!("file={},format=raw,if=virtio", disk.display());
