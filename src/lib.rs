@@ -113,8 +113,9 @@ pub use revert::{
     Unreadable, harvest, resume, revert, revert_resettable, serve, session, take_over,
 };
 pub use save::{
-    CheckItem, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered, SaveError,
-    SaveEvent, SaveOptions, SavedGuest, SwitchedDisk, check, recover, save, save_resettable,
+    CheckItem, CopyError, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered,
+    SaveError, SaveEvent, SaveOptions, SavedGuest, SwitchedDisk, check, recover, save,
+    save_resettable,
 };
 
 /// What the errors of the journeys are made of.

@@ -3,6 +3,8 @@
 //! Plain data, stored in an image. [`guest`](crate::guest) records a running QEMU, and
 //! starts one from a record.
 
+use std::path::Path;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -128,6 +130,9 @@ pub struct Disk {
     /// Of a captured disk: the overlay that the guest it was taken from writes to
     /// since, an absolute path. Not part of the snapshot.
     pub overlay: Option<String>,
+    /// Of a captured disk: whether the file on top was made by the save, as a copy that belongs to
+    /// the image and goes where it goes.
+    pub copied: bool,
 }
 
 /// The role of a disk in a snapshot.
@@ -172,6 +177,24 @@ pub struct FileStamp {
     /// A checksum over its length and samples of its content: the same for a copy,
     /// very likely another for a file of other content. No proof.
     pub fingerprint: u64,
+}
+
+impl Machine {
+    /// Looks for copies of disks that are not where they were made: they belong beside their image,
+    /// which may have been moved to `directory` with them.
+    pub(crate) fn locate_copies(&mut self, directory: &Path) {
+        for disk in self.disks.iter_mut().filter(|disk| disk.copied) {
+            let Some(top) = disk.chain.first_mut() else { continue };
+            let Some(name) = Path::new(&top.path).file_name() else { continue };
+            let beside = directory.join(name);
+            if !Path::new(&top.path).exists()
+                && beside.exists()
+                && let Some(path) = beside.to_str()
+            {
+                top.path = path.to_owned();
+            }
+        }
+    }
 }
 
 impl Disk {

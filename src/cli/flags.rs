@@ -42,6 +42,8 @@ const NAMES: &[(&str, &str)] = &[
     ("in `Sign::pattern`", "with --sign"),
     ("`Compression::Zstd`", "--compress zstd"),
     ("`DiskChoice::None`", "--disks none"),
+    ("`DiskChoice::Copy`", "--disks copy"),
+    ("`DiskChoice::Overlay`", "--disks overlay"),
     ("`SaveOptions::allow_missing_devices`", "--allow-missing-device"),
     ("`SaveOptions::bandwidth`", "--bandwidth"),
     ("`SaveOptions::compression`", "--compress"),

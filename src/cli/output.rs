@@ -213,6 +213,10 @@ impl Output {
             }
             SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
+            SaveEvent::Copied { disk, file, bytes, took_ms } => {
+                let (took, stored) = (took_ms / 1e3, size(*bytes));
+                self.say("copied", &format!("disk {disk} to {file}: {stored} in {took:.1} s"));
+            }
             SaveEvent::Committed { disk } => {
                 self.say("committed", &format!("the overlay back into disk {disk}"));
             }

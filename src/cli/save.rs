@@ -129,6 +129,10 @@ enum Read {
 enum Disks {
     /// They are frozen, and the guest goes on in overlays over them
     Overlay,
+    /// They are frozen, copied beside the image, and the guest goes on in its own files
+    Copy,
+    /// The same by clones that share the disks' blocks, on a file system that can (btrfs, XFS)
+    Reflink,
     /// They are left as they are, and are no part of the snapshot
     None,
 }
@@ -158,9 +162,12 @@ impl GuestArgs {
 
     pub(super) fn options(self, image: PathBuf) -> SaveOptions {
         let guest = self.address();
-        let disks = match self.memory_only || self.disks == Disks::None {
-            true => DiskChoice::None,
-            false => DiskChoice::Overlay,
+        let disks = match self.disks {
+            _ if self.memory_only => DiskChoice::None,
+            Disks::None => DiskChoice::None,
+            Disks::Overlay => DiskChoice::Overlay,
+            Disks::Copy => DiskChoice::Copy,
+            Disks::Reflink => DiskChoice::Reflink,
         };
         SaveOptions {
             disks,

@@ -24,6 +24,24 @@ pub(crate) fn in_own_session(command: &mut Command) {
     }
 }
 
+/// Has a command end when the thread that starts it does: PR_SET_PDEATHSIG, prctl(2). For a thread
+/// that waits for its end.
+pub(crate) fn ends_with_us(command: &mut Command) {
+    let us = nix::unistd::getpid();
+    // SAFETY: prctl(2) and getppid(2) are async-signal-safe and touch no memory; they are all that
+    // runs between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            // We may have died before.
+            match nix::unistd::getppid() == us {
+                true => Ok(()),
+                false => Err(io::ErrorKind::Interrupted.into()),
+            }
+        });
+    }
+}
+
 /// What a program returned.
 #[derive(Debug)]
 pub(crate) struct Answer {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::error::CheckError;
+use super::copy_error::CopyError;
 use super::overlay_error::OverlayError;
 use super::undo::error::{JournalError, LeftOver};
 use crate::agent::AgentError;
@@ -66,6 +67,9 @@ pub enum SaveError {
     /// The disks could not be switched to overlays.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    /// A disk could not be copied.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     /// The journal could not be kept.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -157,6 +161,7 @@ impl SaveError {
             Image(error) => error.kind(),
             Wire(error) => error.kind(),
             Overlay(error) => error.kind(),
+            Copy(error) => error.kind(),
             Journal(error) => error.kind(),
             Agent(error) => error.kind(),
             Socket(error) | Thread(error) | Captured(error) => ErrorKind::of_io(error),
@@ -183,6 +188,7 @@ impl SaveError {
             Vm(error) => error.details(),
             Image(error) => error.details(),
             Overlay(error) => error.details(),
+            Copy(error) => error.details(),
             Journal(error) => error.details(),
             Agent(error) | StillFrozen(error) => error.details(),
             LeftOver { cause, .. } => cause.details(),

@@ -70,6 +70,17 @@ pub enum SaveEvent {
         /// Bytes written to the image.
         image_bytes: u64,
     },
+    /// A captured disk has been copied: with `DiskChoice::Copy` or `DiskChoice::Reflink`.
+    Copied {
+        /// The disk.
+        disk: String,
+        /// The copy, an absolute path.
+        file: String,
+        /// What it takes on disk, in bytes.
+        bytes: u64,
+        /// How long copying took, in milliseconds.
+        took_ms: f64,
+    },
     /// The image is whole, on disk, under its name.
     Saved {
         /// Bytes of guest memory that are not zero.
@@ -115,7 +126,8 @@ pub enum SaveEvent {
         /// Why, and what to do about it.
         why: String,
     },
-    /// The save has failed: a disk's overlay was committed back into the disk and removed.
+    /// A disk's overlay was committed back into the disk and removed: the save has failed, or the disk
+    /// has been copied.
     #[serde(rename = "folded")]
     Committed {
         /// The disk.

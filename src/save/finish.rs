@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use super::copies::DiskCopy;
 use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
 use super::moment::{Moment, millis};
@@ -16,6 +17,17 @@ use crate::host::uffd::Uffd;
 use crate::image::{ImageError, Saved};
 use crate::machine::{Disk, DiskRole, Machine};
 use crate::page::PAGE_SIZE;
+
+/// The record of a disk of which the snapshot has a copy.
+fn copied(disk: Disk, copy: &DiskCopy) -> Disk {
+    let mut chain = disk.chain;
+    chain.truncate(if copy.needs_chain() { usize::MAX } else { 1 });
+    if let Some(top) = chain.first_mut() {
+        top.path = copy.path.clone();
+        top.format = copy.format().to_owned();
+    }
+    Disk { chain, overlay: None, copied: true, ..disk }
+}
 
 /// An image that is whole.
 pub(super) struct Written {
@@ -101,10 +113,16 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
     /// in which the guest goes on.
     pub fn machine(&self) -> Machine {
         let mut overlays = self.undo.overlays().iter();
+        let mut copies = self.undo.copies().iter();
         let disks = self.checked.disks.iter().map(|found| {
-            let captured = found.disk.role == DiskRole::Captured;
-            let overlay = if captured { overlays.next().map(|o| o.path.clone()) } else { None };
-            Disk { overlay, ..found.disk.clone() }
+            let disk = found.disk.clone();
+            if disk.role != DiskRole::Captured {
+                return Disk { overlay: None, ..disk };
+            }
+            match copies.next() {
+                Some(copy) => copied(disk, copy),
+                None => Disk { overlay: overlays.next().map(|o| o.path.clone()), ..disk },
+            }
         });
         Machine { disks: disks.collect(), ..self.checked.machine.clone() }
     }

@@ -8,6 +8,9 @@ mod captured;
 mod check;
 mod checked;
 mod collapse;
+mod copies;
+mod copy_error;
+mod copying;
 mod devices;
 mod direct;
 mod error;
@@ -44,6 +47,7 @@ use crate::reset::ResetError;
 pub use address::GuestAddress;
 pub use check::error::{CheckError, Obstacle};
 pub use check::{CheckItem, check};
+pub use copy_error::CopyError;
 pub use error::SaveError;
 pub use event::{PauseParts, SaveEvent, SwitchedDisk};
 pub(crate) use forking::{Ahead, AtMoment, Forking};
@@ -138,6 +142,7 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         self.prepare().await?;
         self.start_ahead().await?;
         let (received, moment) = self.take().await?;
+        self.copy_disks().await?;
         let written = match received.has_image() {
             true => Some(self.write(received, moment).await?),
             false => {

@@ -96,6 +96,14 @@ pub enum Quiesce {
 pub enum DiskChoice {
     /// They are frozen and captured; the guest goes on in overlays over them.
     Overlay,
+    /// They are captured, and copied beside the image once memory is captured; then the guest goes on in
+    /// its own files, into which the overlays are committed. The copies are qcow2 files, compressed if
+    /// memory is, and are part of the snapshot.
+    Copy,
+    /// The same by clones that share the blocks of the disks' files (ioctl_ficlone(2)), beside those:
+    /// at once, and without room of their own until the guest writes. Takes a file system such as btrfs
+    /// or XFS.
+    Reflink,
     /// They are left as they are, and are no part of the snapshot.
     None,
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::access::Access;
 use super::address::GuestAddress;
+use super::copies::DiskCopy;
 use super::error::SaveError;
 use super::event::{SaveEvent, SwitchedDisk};
 use super::migration::wait_end;
@@ -67,7 +68,10 @@ pub async fn recover(
             };
             thaw(access.as_ref(), &mut plan, &mut on_event).await.into_iter().collect()
         }
-        (None, false) => plan.overlays.iter().filter_map(Overlay::left_behind).collect(),
+        (None, false) => {
+            plan.copies.iter().for_each(DiskCopy::remove);
+            plan.overlays.iter().filter_map(Overlay::left_behind).collect()
+        }
         (None, true) => {
             let pid = plan.qemu.map(|(pid, _)| pid);
             let access = reach(&guest, pid).await?;
@@ -148,6 +152,7 @@ async fn undo(
         left.push(LeftOver::Settings(error));
     }
     left.extend(undo_overlays(access, &plan.overlays, on_event).await);
+    plan.copies.iter().for_each(DiskCopy::remove);
     Ok(left)
 }
 

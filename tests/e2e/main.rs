@@ -23,6 +23,7 @@ mod chains;
 mod checks;
 mod clocks;
 mod clones;
+mod copied_disks;
 mod damage;
 mod database;
 mod direct_reading;

@@ -117,6 +117,7 @@ impl View<'_> {
             size: top.map_or(0, |top| top.size),
             chain: walked.chain,
             overlay: None,
+            copied: false,
         };
         let problem = problem.filter(|_| role == DiskRole::Excluded);
         FoundDisk { disk, top: top.cloned(), nodes: walked.nodes, problem }

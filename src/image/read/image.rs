@@ -59,7 +59,10 @@ impl Image {
     /// Opens the image that a store holds, as [`Image::open`] does.
     pub(in crate::image) fn open_in(store: Box<dyn Store>) -> Result<Arc<Image>, ImageError> {
         let own = Layer::open(store)?;
-        let manifest = own.manifest()?;
+        let mut manifest = own.manifest()?;
+        if let Some(directory) = own.store.file().and_then(|(path, _)| path.parent()) {
+            manifest.machine.locate_copies(directory);
+        }
         let others = lineage::open_layers(&own, &manifest.layers)?;
         let starts = manifest
             .blocks

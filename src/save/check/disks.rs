@@ -6,6 +6,7 @@ use crate::libvirt::DomainDisk;
 use crate::machine::{DiskRole, Machine, PluggedDevice};
 use crate::qmp::Qmp;
 use crate::save::checked::target;
+use crate::save::copies;
 use crate::save::error::SaveError;
 use crate::save::options::{DiskChoice, SaveOptions};
 
@@ -39,6 +40,9 @@ pub(super) async fn check_disks(
         }
         found.disk.role = DiskRole::Captured;
     }
+    let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
+    let files = captured.filter_map(|found| found.disk.chain.first());
+    copies::check(options, files.map(|file| file.path.as_str()))?;
     let count = |role| disks.iter().filter(|found| found.disk.role == role).count();
     let says = format!(
         "{} to capture, {} left out, {} read-only",

@@ -17,7 +17,7 @@ use self::error::{CheckError, OLDEST_QEMU};
 use super::access::Access;
 use super::checked::Checked;
 use super::error::SaveError;
-use super::options::SaveOptions;
+use super::options::{DiskChoice, SaveOptions};
 use super::quiesce;
 use super::settings::Settings;
 use crate::guest;
@@ -171,6 +171,10 @@ async fn look(access: &Access, options: &SaveOptions) -> (Vec<CheckItem>, Option
         let found = resettable::Found { pid, blocks: &blocks, disks: &disks, background, quiesced };
         let outcome = match domain {
             Some(_) => Err(CheckError::NotResettable("libvirt would not know of it".into()).into()),
+            None if matches!(options.disks, DiskChoice::Copy | DiskChoice::Reflink) => {
+                let why = "the overlays that a reset discards are committed once disks are copied";
+                Err(CheckError::NotResettable(why.into()).into())
+            }
             None => found.check(),
         };
         list.note("resettable", outcome.map(|says| ((), says)));

@@ -1,15 +1,16 @@
 //! Checks of the places where image and overlays are to be written.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::error::CheckError;
 use crate::guest::FoundDisk;
 use crate::host::procfs::memory_in_use;
 use crate::image::Compression;
-use crate::machine::DiskRole;
+use crate::machine::{Disk, DiskFile, DiskRole};
 use crate::qmp::RamBlock;
 use crate::save::error::SaveError;
-use crate::save::options::SaveOptions;
+use crate::save::options::{DiskChoice, SaveOptions};
 use crate::save::overlays::overlay_directory;
 use crate::save::undo::journal::Journal;
 
@@ -62,7 +63,23 @@ pub(super) fn check_room(
             " with `SaveOptions::overlay_dir`",
         )?;
     }
+    if options.disks == DiskChoice::Copy {
+        let captured = disks.iter().filter(|found| found.disk.role == DiskRole::Captured);
+        let stored: u64 = captured.map(|found| stored_bytes(&found.disk)).sum();
+        check_free(
+            "the image and the copies of its disks",
+            directory,
+            needed + stored / share,
+            hint,
+        )?;
+    }
     Ok(format!("{} MiB free for the image, about {} needed at most", free >> 20, needed >> 20))
+}
+
+/// What the files of a disk take on disk: its copy needs no more, if they are not compressed.
+fn stored_bytes(disk: &Disk) -> u64 {
+    let stored = |file: &DiskFile| std::fs::metadata(&file.path).map(|meta| meta.blocks() * 512);
+    disk.chain.iter().filter_map(|file| stored(file).ok()).sum()
 }
 
 /// Bytes that are free in a directory, if they are enough.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::JournalError;
 use crate::host::procfs::started;
+use crate::save::copies::DiskCopy;
 use crate::save::overlays::Overlay;
 use crate::save::quiesce::Frozen;
 use crate::save::settings::Settings;
@@ -38,6 +39,9 @@ pub(in crate::save) struct Plan {
     pub settings: Settings,
     /// Overlays that may exist.
     pub overlays: Vec<Overlay>,
+    /// Copies of disks that may exist. They are part of the image once that is whole.
+    #[serde(default)]
+    pub copies: Vec<DiskCopy>,
 }
 
 impl Plan {
@@ -203,6 +207,7 @@ mod tests {
             frozen: None,
             settings: Settings::default(),
             overlays: Vec::new(),
+            copies: Vec::new(),
         };
         assert!(Journal::check(&image).is_ok() && Journal::read(&image).unwrap().is_none());
         let journal = Journal::create(&image, &plan).unwrap();

@@ -10,6 +10,7 @@ use self::error::LeftOver;
 use self::journal::{Journal, Plan, file_identity};
 use super::access::Access;
 use super::checked::Checked;
+use super::copies::DiskCopy;
 use super::error::SaveError;
 use super::event::SaveEvent;
 use super::options::{Quiesce, SaveOptions};
@@ -40,7 +41,12 @@ impl Undo {
         options: &SaveOptions,
         checked: &Checked,
     ) -> Result<Undo, SaveError> {
-        let overlays = Overlay::plan(checked, options.overlay_dir.as_deref(), &options.image)?;
+        let copies = DiskCopy::plan(checked, options);
+        let overlays = match !copies.is_empty() && !checked.background {
+            // The guest stands still, and QEMU gives up its disks at the end.
+            true => Vec::new(),
+            false => Overlay::plan(checked, options.overlay_dir.as_deref(), &options.image)?,
+        };
         let plan = Plan {
             qemu: started(checked.pid).map(|started| (checked.pid, started)),
             replaces: file_identity(&options.image).ok().flatten(),
@@ -48,6 +54,7 @@ impl Undo {
             frozen: None,
             settings,
             overlays,
+            copies,
         };
         let journal = Journal::create(&options.image, &plan)?;
         Ok(Undo { plan, journal, switched: false, not_thawed: None })
@@ -61,6 +68,27 @@ impl Undo {
     /// The overlays, in the order of the disks to capture.
     pub fn overlays(&self) -> &[Overlay] {
         &self.plan.overlays
+    }
+
+    /// The copies of disks that are to be made, in the order of the disks to capture.
+    pub fn copies(&self) -> &[DiskCopy] {
+        &self.plan.copies
+    }
+
+    /// Commits all overlays back into their disks, which the save needs no more. Returns whether that
+    /// has worked.
+    pub async fn commit(
+        &mut self,
+        access: &Access,
+        on_event: &mut impl FnMut(SaveEvent),
+    ) -> Result<bool, SaveError> {
+        let left = overlays::undo_overlays(access, &self.plan.overlays, on_event).await;
+        if left.is_empty() {
+            self.plan.overlays.clear();
+            // From now on the image stands for itself: it is whole if it has its name.
+            self.write()?;
+        }
+        Ok(left.is_empty())
     }
 
     /// The disks are about to be switched to the overlays: the guest may write to them.
@@ -169,6 +197,7 @@ impl Undo {
             }
         }
         left.extend(overlays::undo_overlays(access, &self.plan.overlays, on_event).await);
+        self.plan.copies.iter().for_each(DiskCopy::remove);
         if left.is_empty() {
             return match self.journal.remove() {
                 Ok(()) => cause,

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use serde_json::json;
@@ -15,9 +16,12 @@ use crate::save::access::Access;
 use crate::save::event::SaveEvent;
 use crate::save::overlays::Overlay;
 
-/// How long committing one overlay may take: it holds what the guest has written since the
-/// moment, which a failed save keeps short.
+/// How long committing one overlay may take at the least.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The slowest that an overlay is expected to be committed at, in bytes a second. It holds what the
+/// guest has written since the moment.
+const COMMIT_RATE: u64 = 4 << 20;
 
 /// Takes all overlays away. Returns those that could not be taken away.
 pub(in crate::save) async fn undo_overlays(
@@ -105,8 +109,9 @@ impl Overlay {
             }
         }
         if in_use {
-            let end = tokio::time::timeout(COMMIT_TIMEOUT, domain.end_commit(target)).await;
-            end.map_err(|_| format!("it has not ended in {COMMIT_TIMEOUT:?}"))?.map_err(text)?;
+            let limit = self.commit_limit();
+            let end = tokio::time::timeout(limit, domain.end_commit(target)).await;
+            end.map_err(|_| format!("it has not ended in {limit:?}"))?.map_err(text)?;
             failpoint("committed");
         }
         self.remove_unused()?;
@@ -129,10 +134,17 @@ impl Overlay {
 
     /// Waits for the end of a commit that has begun.
     async fn end_commit(&self, qmp: &Qmp) -> Result<(), String> {
-        match tokio::time::timeout(COMMIT_TIMEOUT, qmp.end_commit(&self.node)).await {
+        let limit = self.commit_limit();
+        match tokio::time::timeout(limit, qmp.end_commit(&self.node)).await {
             Ok(committed) => committed.map_err(|e| e.to_string()),
-            Err(_) => Err(format!("it has not ended in {COMMIT_TIMEOUT:?}, and goes on")),
+            Err(_) => Err(format!("it has not ended in {limit:?}, and goes on")),
         }
+    }
+
+    /// How long committing it may take.
+    fn commit_limit(&self) -> Duration {
+        let bytes = fs::metadata(&self.path).map_or(0, |meta| meta.blocks() * 512);
+        COMMIT_TIMEOUT + Duration::from_secs(bytes / COMMIT_RATE)
     }
 
     /// What is to be told of this overlay, which was not committed.

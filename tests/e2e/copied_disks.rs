@@ -1,0 +1,198 @@
+//! Disks that are copied with the snapshot: it is complete then, and the guest goes on in its own
+//! files.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::{Value, json};
+
+use crate::bare::query;
+use crate::harness::{Dir, STOP_AT, text};
+use crate::killed::kill_at_its_step;
+use crate::support::{
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, cont, query_status, stop,
+};
+use crate::trouble::Tmpfs;
+use crate::{tests, tests_on_both};
+
+tests! {
+    a_copy_that_fails_leaves_the_guest_on_its_disks
+    disks_that_cant_be_cloned_are_told_beforehand
+}
+
+tests_on_both! {
+    copies_are_of_the_moment_and_travel_with_their_image
+    a_paused_guests_disks_are_copied
+}
+
+fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
+    let disks = vec![
+        Disk::new("one", &dir.path("one.raw")),
+        Disk {
+            format: Format::Qcow2,
+            given: Given::Blockdev,
+            bus: Bus::VirtioBlk,
+            ..Disk::new("two", &dir.path("two.qcow2"))
+        },
+    ];
+    disks.iter().try_for_each(|disk| disk.make(64))?;
+    let fill = Fill::Mib(16);
+    let options =
+        GuestOptions { qemu, mib: 128, fill, writers: 0, disks, ..GuestOptions::default() };
+    let mut guest = Guest::boot(&options)?;
+    guest.oracle.ask("idle")?;
+    Ok(guest)
+}
+
+fn on_both_disks(guest: &mut Guest, ask: &str, seed: &str) -> Result<()> {
+    for device in ["vda", "vdb"] {
+        let answer = guest.oracle.ask(&format!("disk {ask} /dev/{device} 4096 {seed}"))?;
+        assert!(ask != "check" || answer == "ok", "{device}, {seed}: {answer}");
+    }
+    Ok(())
+}
+
+/// The files that the guest's disks are on.
+fn files(guest: &Guest) -> Result<Vec<Value>> {
+    let disks = query(&guest.qmp_path, "query-block")?;
+    Ok(disks.as_array().ok_or("no disks")?.iter().map(|d| d["inserted"]["file"].clone()).collect())
+}
+
+/// What a save or its failure may leave: the guest's own files alone, and no job or node of ours.
+fn is_on_its_own_files(dir: &Dir, guest: &Guest, before: &[Value]) -> Result<()> {
+    assert_eq!(files(guest)?, before);
+    assert_eq!(query(&guest.qmp_path, "query-jobs")?, json!([]));
+    let nodes = query(&guest.qmp_path, "query-named-block-nodes")?;
+    let ours = |node: &&Value| node["node-name"].as_str().is_some_and(|n| n.starts_with("snap-"));
+    assert_eq!(nodes.as_array().ok_or("no nodes")?.iter().find(ours), None);
+    assert!(dir.names(".")?.iter().all(|name| !name.contains(".snap-")), "{:?}", dir.names("."));
+    Ok(())
+}
+
+fn copies_are_of_the_moment_and_travel_with_their_image(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut guest = boot(dir, qemu)?;
+    on_both_disks(&mut guest, "write", "1")?;
+    let sum = guest.oracle.sum()?;
+    let before = files(&guest)?;
+
+    let there = dir.make("there")?;
+    let image = there.join("vm.snap");
+    let save = dir.snapback(&["save", "--qmp", text(&guest.qmp_path), text(&image)]);
+    let mut saving = save.with(&["--disks", "copy"]).start()?;
+    saving.wait("moment")?;
+    on_both_disks(&mut guest, "write", "2")?;
+    let ended = saving.succeed()?;
+    let steps = ["checked", "ready", "moment", "copied", "copied", "folded", "folded", "saved"];
+    assert_eq!(ended.steps(), steps);
+    assert_eq!(ended.event("saved")?["disks"], json!([]));
+    is_on_its_own_files(dir, &guest, &before)?;
+    on_both_disks(&mut guest, "check", "2")?;
+    let copies: Vec<String> =
+        dir.names("there")?.into_iter().filter(|name| name.ends_with(".qcow2")).collect();
+    assert_eq!(copies.len(), 2, "{copies:?}");
+    for copy in &copies {
+        assert_eq!(fs::metadata(there.join(copy))?.mode() & 0o777, 0o600);
+    }
+    let verified = dir.snapback(&["verify", text(&image)]);
+    verified.succeed()?;
+
+    // Image and copies go elsewhere; what they were made from is no more.
+    let from = guest.dir.clone();
+    drop(guest);
+    let elsewhere = dir.path("elsewhere");
+    fs::rename(&there, &elsewhere)?;
+    for file in ["one.raw", "two.qcow2"] {
+        fs::remove_file(dir.path(file))?;
+    }
+    let mut reverted = dir.reverted(&elsewhere.join("vm.snap"), &from, "reverted")?;
+    reverted.resident()?;
+    assert_eq!(reverted.oracle.sum()?, sum);
+    for device in ["vda", "vdb"] {
+        let answer = reverted.oracle.ask(&format!("disk check /dev/{device} 4096 1"))?;
+        assert_eq!(answer, "ok", "{device}");
+    }
+    Ok(())
+}
+
+fn a_paused_guests_disks_are_copied(dir: &Dir, qemu: Qemu) -> Result<()> {
+    let mut guest = boot(dir, qemu)?;
+    on_both_disks(&mut guest, "write", "1")?;
+    let before = files(&guest)?;
+    stop(&guest.qmp_path)?;
+    dir.save(&guest, "vm.snap").with(&["--disks", "copy"]).succeed()?;
+    assert_eq!(files(&guest)?, before);
+    cont(&guest.qmp_path)?;
+    on_both_disks(&mut guest, "write", "2")?;
+    let mut reverted = dir.reverted(&dir.path("vm.snap"), &guest.dir, "reverted")?;
+    cont(&reverted.qmp_path)?;
+    reverted.resident()?;
+    for device in ["vda", "vdb"] {
+        let answer = reverted.oracle.ask(&format!("disk check /dev/{device} 4096 1"))?;
+        assert_eq!(answer, "ok", "{device}");
+    }
+    is_on_its_own_files(dir, &guest, &before)?;
+    on_both_disks(&mut guest, "check", "2")
+}
+
+/// A full disk, an interrupt and SIGKILL: the guest goes on in its own files, and nothing is left.
+fn a_copy_that_fails_leaves_the_guest_on_its_disks(dir: &Dir) -> Result<()> {
+    let mut guest = boot(dir, Qemu::V10)?;
+    on_both_disks(&mut guest, "write", "1")?;
+    let before = files(&guest)?;
+    let small = Tmpfs::mount(dir.make("small")?, "24m")?;
+    let qmp = text(&guest.qmp_path).to_owned();
+    let image = dir.path("small/vm.snap");
+    // More room than is thought to be needed, and less than is.
+    on_both_disks(&mut guest, "write", "2")?;
+    let save = |disks| dir.snapback(&["save", "--qmp", &qmp, text(&image), "--disks", disks]);
+    fs::write(dir.path("small/other"), vec![1; 8 << 20])?;
+    let failed = save("copy").with(&["--compress", "zstd"]).end()?;
+    let refusal = failed.failure()?;
+    assert!(failed.said.iter().any(|line| line.contains("no_space")), "{refusal}");
+    is_on_its_own_files(dir, &guest, &before)?;
+    assert_eq!(dir.names("small")?, ["other"]);
+    fs::remove_file(dir.path("small/other"))?;
+    drop(small);
+
+    if cfg!(debug_assertions) {
+        let save = || dir.save(&guest, "vm.snap").with(&["--disks", "copy"]);
+        let names = dir.names(".")?;
+        let saving = save().env(STOP_AT, "copied").start()?;
+        saving.wait_stopped()?;
+        saving.signal(libc::SIGINT);
+        saving.signal(libc::SIGCONT);
+        assert!(saving.end()?.failure()?.contains("interrupted"));
+        assert_eq!(dir.names(".")?, names);
+        is_on_its_own_files(dir, &guest, &before)?;
+
+        kill_at_its_step(save().with(&["--no-keeper"]).env(STOP_AT, "copied").start()?)?;
+        let recovered = save().with(&["--recover"]).succeed()?;
+        assert_eq!(recovered.event("recovered")?["outcome"], "undone");
+        assert_eq!(dir.names(".")?, names);
+        is_on_its_own_files(dir, &guest, &before)?;
+
+        // Killed once the image has its name: it is whole, with its copies.
+        kill_at_its_step(save().with(&["--no-keeper"]).env(STOP_AT, "named").start()?)?;
+        let recovered = save().with(&["--recover"]).succeed()?;
+        assert_eq!(recovered.event("recovered")?["outcome"], "saved");
+        is_on_its_own_files(dir, &guest, &before)?;
+        let copies = dir.names(".")?.iter().filter(|name| name.contains(".disk")).count();
+        assert_eq!(copies, 2);
+    }
+    assert_eq!(query_status(&guest.qmp_path)?, "running");
+    on_both_disks(&mut guest, "check", "2")
+}
+
+fn disks_that_cant_be_cloned_are_told_beforehand(dir: &Dir) -> Result<()> {
+    let small = Tmpfs::mount(dir.make("memory")?, "64m")?;
+    let disk = dir.path("memory/disk.raw");
+    let disks = vec![Disk::new("one", &disk)];
+    disks[0].make(8)?;
+    let fill = Fill::Mib(8);
+    let guest = Guest::boot(&GuestOptions { mib: 128, fill, disks, ..GuestOptions::default() })?;
+    let refusal = dir.save(&guest, "vm.snap").with(&["--disks", "reflink"]).fail()?;
+    assert!(refusal.contains("--disks copy") && refusal.contains(text(&disk)), "{refusal}");
+    assert_eq!(files(&guest)?, [json!(disk)]);
+    drop((guest, small));
+    Ok(())
+}
