@@ -160,6 +160,18 @@ pub trait PageSource: Send + Sync {
     /// long as something can't be read.
     fn look_again(&self) {}
 
+    /// Whether its bytes come from afar: reading takes long, and many readers at a time are no slower
+    /// than one.
+    fn is_far(&self) -> bool {
+        false
+    }
+
+    /// Tells that these pages are going to be read, in this order. A source whose bytes come from
+    /// afar fetches them ahead; returns at once.
+    fn will_need(&self, pages: &[Page]) {
+        let _ = pages;
+    }
+
     /// A reader with buffers of its own; each thread takes one.
     ///
     /// # Errors

@@ -105,6 +105,14 @@ impl<S: PageSource> PageSource for CachedSource<S> {
         self.source.look_again();
     }
 
+    fn is_far(&self) -> bool {
+        self.source.is_far()
+    }
+
+    fn will_need(&self, pages: &[Page]) {
+        self.source.will_need(pages);
+    }
+
     fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {
         let (reader, chunks) = (self.source.reader()?, Arc::clone(&self.chunks));
         Ok(Box::new(CachedReader { reader, chunks, found: None }))

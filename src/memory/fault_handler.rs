@@ -77,7 +77,12 @@ impl FaultHandler {
 
     /// Waits for faults, and returns when they were read; nothing once it is cancelled.
     fn wait(&mut self) -> Result<Option<Instant>, MemoryError> {
-        let most = if self.memory.is_filling() { SPIN_MAX_FILLING } else { Duration::MAX };
+        let most = match self.memory.is_far() {
+            // What a fault waits for takes far longer than waking up does.
+            true => Duration::ZERO,
+            false if self.memory.is_filling() => SPIN_MAX_FILLING,
+            false => Duration::MAX,
+        };
         self.reader.wait(most).map_err(MemoryError::FaultHandler)
     }
 

@@ -451,6 +451,11 @@ impl Memory {
         self.likes_large_zeros(block) && self.transport.leaves_zeros(block)
     }
 
+    /// Whether its bytes come from afar ([`PageSource::is_far`]).
+    pub fn is_far(&self) -> bool {
+        self.source.is_far()
+    }
+
     /// Whether a prefetcher is at work.
     fn is_filling(&self) -> bool {
         self.filling.load(Ordering::Relaxed) > 0

@@ -94,6 +94,7 @@ fn bring_set(
         return Ok(());
     }
     let _filling = Filling::new(memory);
+    memory.source.will_need(working_set);
     let mut filler = Filler::new(memory, pace, capped)?;
     let group = memory.source.chunk_pages() as u64;
     for page in working_set {

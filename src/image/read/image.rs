@@ -1,5 +1,6 @@
 //! Opening an image, and reading what lies in it.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -248,6 +249,32 @@ impl PageSource for Arc<Image> {
     /// A copy of the image, or of one that it refers to, may have taken its place.
     fn look_again(&self) {
         self.layers.iter().for_each(Layer::look_again);
+    }
+
+    fn is_far(&self) -> bool {
+        self.layers.iter().any(|layer| layer.store.is_far())
+    }
+
+    /// Pages that can't be found are left out: whoever reads them is told why.
+    fn will_need(&self, pages: &[Page]) {
+        if !self.is_far() {
+            return;
+        }
+        let mut ranges = vec![Vec::new(); self.layers.len()];
+        let mut seen = HashSet::new();
+        for page in pages {
+            let Ok(Location::Stored { chunk, .. }) = self.find(*page) else { continue };
+            if !seen.insert(chunk) {
+                continue;
+            }
+            let Ok((_, _, entry)) = self.chunk(chunk) else { continue };
+            let (number, _) = layer_and_number(chunk);
+            let end = entry.offset + u64::from(entry.stored_len);
+            ranges[usize::from(number)].push(entry.offset..end);
+        }
+        for (layer, ranges) in self.layers.iter().zip(ranges) {
+            layer.store.will_read(ranges);
+        }
     }
 
     fn reader(&self) -> Result<Box<dyn ChunkReader>, SourceError> {

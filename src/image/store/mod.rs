@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use crate::image::format::error::ImageError;
@@ -46,6 +47,18 @@ pub(in crate::image) trait Store: Send + Sync {
     /// way are not disturbed.
     fn look_again(&self, is_same: &dyn Fn(&dyn Store) -> bool) {
         let _ = is_same;
+    }
+
+    /// Whether its bytes come from afar: reading takes long, and many readers at a time are no slower
+    /// than one.
+    fn is_far(&self) -> bool {
+        false
+    }
+
+    /// Tells that these bytes are going to be read, in this order. An object that is far away has them
+    /// fetched; returns at once.
+    fn will_read(&self, ranges: Vec<Range<u64>>) {
+        let _ = ranges;
     }
 
     /// The file that the object is, if it is one. For what needs a file and not only its

@@ -9,7 +9,7 @@ use super::qemu::{POSTCOPY, Qemu};
 use crate::guest::userfaultfd_lack;
 use crate::image::{Image, Manifest, Sections};
 use crate::memory::FillOptions;
-use crate::page::Page;
+use crate::page::{Page, PageSource};
 use crate::qmp::{Qmp, QmpError};
 use crate::revert::eager::EagerStream;
 use crate::revert::error::RevertError;
@@ -22,11 +22,18 @@ use crate::revert::source::DeviceState;
 /// Threads that prefetch, at most: more than this don't make any transport faster.
 const MAX_PREFETCH: usize = 4;
 
+/// The same where memory comes from afar: they mostly wait.
+const FAR_PREFETCH: usize = 16;
+
 /// How memory is filled.
-pub(super) fn fill_options(delivery: &Delivery, working_set: Vec<Page>) -> FillOptions {
+pub(super) fn fill_options(
+    delivery: &Delivery,
+    image: &Arc<Image>,
+    working_set: Vec<Page>,
+) -> FillOptions {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     FillOptions {
-        threads: threads.min(MAX_PREFETCH),
+        threads: if image.is_far() { FAR_PREFETCH } else { threads.min(MAX_PREFETCH) },
         working_set,
         rate: delivery.fill_rate,
         hold: delivery.hold,
@@ -63,7 +70,10 @@ impl Contents {
             return Ok(Contents::Mapped(MappedStream::new(image, config, devices, mapped)?));
         }
         let working_set = recorded::recall(delivery, image).map(|set| set.pages);
-        let fill = fill_options(delivery, working_set.unwrap_or_default());
+        let working_set = working_set.unwrap_or_default();
+        // While QEMU starts.
+        image.will_need(&working_set);
+        let fill = fill_options(delivery, image, working_set);
         let device_state = DeviceState::new(config, devices, &image.manifest().blocks);
         // What a guest asks for can only be seen where memory is served.
         let may_be_eager = delivery.placement == Placement::Auto && delivery.hold.is_none();

@@ -55,7 +55,7 @@ impl Running {
         let details = details.map_err(PostcopyError::Inherited)?;
         let image = details.open_image(File::from(image))?;
         let Details { delivery, sandbox, run, .. } = details;
-        let fill = fill_options(&delivery, Vec::new());
+        let fill = fill_options(&delivery, &image, Vec::new());
         let server = ProcessId::serving(std::process::id() as i32, &ledger);
         let kept = Kept::inherited(&keeper, ledger);
         let mut connection = Connection::new(

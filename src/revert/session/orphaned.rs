@@ -63,7 +63,7 @@ impl Running {
         let found = found?;
 
         let (ours, theirs) = socket_pair()?;
-        let fill = fill_options(&options.delivery, Vec::new());
+        let fill = fill_options(&options.delivery, &image, Vec::new());
         let run = runs::directory_of(pid).map(|run| Entry::take_over(run, ProcessId::this()));
         let sandbox = options.sandbox.as_deref();
         let kept = options.keeper.as_ref().and_then(|successor| {

@@ -131,51 +131,61 @@ impl Opener<'_> {
     }
 }
 
-/// The thread that takes faults from userfaultfd, beside QEMU's own. It must be started
-/// only where the direct transport leads to every block: QEMU does not hear of an event
-/// that we take.
-pub(super) struct FaultThread {
+/// Threads that take faults where memory comes from afar: one that waits for its bytes holds up no
+/// other.
+const FAR_HANDLERS: usize = 8;
+
+/// The threads that take faults from userfaultfd, beside QEMU's own: one, or several where memory comes
+/// from afar. They must be started only where the direct transport leads to every block: QEMU does not
+/// hear of an event that we take.
+pub(super) struct FaultThreads {
     cancel: Cancellation,
-    thread: Option<JoinHandle<Option<FaultReport>>>,
+    threads: Vec<JoinHandle<Option<FaultReport>>>,
 }
 
-impl FaultThread {
+impl FaultThreads {
     /// Starts to take faults, and records them for so long.
     pub fn start(
         memory: &Arc<Memory>,
         direct: &DirectTransport,
         record: Duration,
         events: UnboundedSender<PostcopyEvent>,
-    ) -> Result<FaultThread, PostcopyError> {
-        let cancel = Cancellation::new();
-        let handler = FaultHandler::new(Arc::clone(memory), direct, &cancel)?.recording(record);
-        let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
-        let run = move || {
-            let _last = last;
-            match handler.run() {
-                Ok(report) => Some(report),
-                Err(error) => {
-                    let _ = events.send(PostcopyEvent::Failed(error.into()));
-                    None
+    ) -> Result<FaultThreads, PostcopyError> {
+        let handlers = if memory.is_far() { FAR_HANDLERS } else { 1 };
+        let mut started = FaultThreads { cancel: Cancellation::new(), threads: Vec::new() };
+        for _ in 0..handlers {
+            let handler = FaultHandler::new(Arc::clone(memory), direct, &started.cancel)?;
+            let handler = handler.recording(record);
+            let events = events.clone();
+            let last = LastWord { events: events.clone(), doing: "answer the guest's faults" };
+            let run = move || {
+                let _last = last;
+                match handler.run() {
+                    Ok(report) => Some(report),
+                    Err(error) => {
+                        let _ = events.send(PostcopyEvent::Failed(error.into()));
+                        None
+                    }
                 }
-            }
-        };
-        let thread = std::thread::Builder::new().name("fault handler".into()).spawn(run);
-        let thread = Some(thread.map_err(PostcopyError::Thread)?);
-        Ok(FaultThread { cancel, thread })
+            };
+            let thread = std::thread::Builder::new().name("fault handler".into()).spawn(run);
+            started.threads.push(thread.map_err(PostcopyError::Thread)?);
+        }
+        Ok(started)
     }
 
-    /// Ends it, and returns what it has seen.
+    /// Ends them, and returns what they have seen.
     pub fn finish(mut self) -> Option<FaultReport> {
         self.cancel.request();
-        self.thread.take()?.join().ok().flatten()
+        let reports = self.threads.drain(..).filter_map(|thread| thread.join().ok().flatten());
+        reports.reduce(FaultReport::merged)
     }
 }
 
-impl Drop for FaultThread {
+impl Drop for FaultThreads {
     fn drop(&mut self) {
         self.cancel.request();
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }

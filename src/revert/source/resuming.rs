@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::direct::FaultThread;
+use super::direct::FaultThreads;
 use super::event::PostcopyEvent;
 use super::pings;
 use super::transports::Transports;
@@ -31,7 +31,7 @@ pub(in crate::revert) enum Interrupted {
 pub(super) fn take_up(
     transports: &mut Transports,
     interrupted: Interrupted,
-) -> Result<Option<Option<FaultThread>>, PostcopyError> {
+) -> Result<Option<Option<FaultThreads>>, PostcopyError> {
     match interrupted {
         Interrupted::Direct(found) => serve_directly(transports, found).map(Some),
         Interrupted::BySocket(reason) => serve_by_socket(transports, &reason),
@@ -41,7 +41,7 @@ pub(super) fn take_up(
 fn serve_directly(
     transports: &mut Transports,
     found: Found,
-) -> Result<Option<FaultThread>, PostcopyError> {
+) -> Result<Option<FaultThreads>, PostcopyError> {
     found.present.iter().for_each(|run| transports.memory.found(*run));
     // SAFETY: `search::find` has found each address to be the block's in the process whose
     // userfaultfd this is.
@@ -57,7 +57,7 @@ fn serve_directly(
 fn serve_by_socket(
     transports: &mut Transports,
     reason: &str,
-) -> Result<Option<Option<FaultThread>>, PostcopyError> {
+) -> Result<Option<Option<FaultThreads>>, PostcopyError> {
     let send =
         |bytes: &[u8]| transports.route.first().send(bytes).map_err(|_| PostcopyError::HungUp);
     for block in transports.memory.blocks() {

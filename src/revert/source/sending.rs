@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use super::direct::FaultThread;
+use super::direct::FaultThreads;
 use super::event::{LastWord, PostcopyEvent};
 use super::pings;
 use super::resuming::{Interrupted, take_up};
@@ -102,7 +102,7 @@ impl Sending {
 
     /// Sends the device state, opens the direct transport and waits until memory may be filled.
     /// Returns the thread that takes faults, if there is one; nothing when the source has ended.
-    fn open(&mut self, state: &DeviceState) -> Result<Option<Option<FaultThread>>, PostcopyError> {
+    fn open(&mut self, state: &DeviceState) -> Result<Option<Option<FaultThreads>>, PostcopyError> {
         let opening = |e| PostcopyError::Opening(io_error(e));
         self.transports.route.first().send(&state.opening).map_err(opening)?;
         self.transports.route.first().send(&state.package).map_err(opening)?;
@@ -129,7 +129,7 @@ impl Sending {
     fn take_over(
         &mut self,
         userfaultfd: Option<OwnedFd>,
-    ) -> Result<Option<Option<FaultThread>>, PostcopyError> {
+    ) -> Result<Option<Option<FaultThreads>>, PostcopyError> {
         let Some(kept) = self.transports.options.kept.clone() else { return Ok(None) };
         let unfinished = std::mem::take(&mut self.unfinished);
         TakeOver { transports: &mut self.transports, ledger: &kept.ledger, unfinished }

@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::direct::FaultThread;
+use super::direct::FaultThreads;
 use super::doubts::{Doubt, TRIES, unsettled};
 use super::event::PostcopyEvent;
 use super::pings;
@@ -43,7 +43,7 @@ impl TakeOver<'_> {
     pub fn run(
         mut self,
         userfaultfd: Option<OwnedFd>,
-    ) -> Result<Option<Option<FaultThread>>, PostcopyError> {
+    ) -> Result<Option<Option<FaultThreads>>, PostcopyError> {
         if self.ledger.is_torn() {
             return Err(PostcopyError::Torn);
         }

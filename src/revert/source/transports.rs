@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::direct::{FaultThread, Opened, Opener, SourceRoute, wake_all};
+use super::direct::{FaultThreads, Opened, Opener, SourceRoute, wake_all};
 use super::event::PostcopyEvent;
 use super::pings::Pongs;
 use crate::host::procfs::AddressSpace;
@@ -93,7 +93,7 @@ impl Transports {
 
     /// Takes faults from userfaultfd where this may be done, and wakes whoever waits for one
     /// that a process which has died has read.
-    pub fn serve_faults(&self, take: bool) -> Result<Option<FaultThread>, PostcopyError> {
+    pub fn serve_faults(&self, take: bool) -> Result<Option<FaultThreads>, PostcopyError> {
         let faults = match take {
             true => self.take_faults()?,
             false => None,
@@ -110,9 +110,9 @@ impl Transports {
 
     /// Starts the thread that takes faults from userfaultfd, where the direct transport is open.
     /// It must lead to every block.
-    pub fn take_faults(&self) -> Result<Option<FaultThread>, PostcopyError> {
+    pub fn take_faults(&self) -> Result<Option<FaultThreads>, PostcopyError> {
         let Some(direct) = self.route.direct() else { return Ok(None) };
         let (record, events) = (self.options.record, self.events.clone());
-        FaultThread::start(&self.memory, direct, record, events).map(Some)
+        FaultThreads::start(&self.memory, direct, record, events).map(Some)
     }
 }
