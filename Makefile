@@ -112,4 +112,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-trixie loom-target miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 stamps trixie vmlinuz
+MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-trixie loom-target miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 s3s-fs s3s-target stamps trixie vmlinuz

@@ -78,6 +78,8 @@ kinds! {
     Io = "io",
     /// Not all that a failed save had changed could be undone.
     LeftOver = "left_over",
+    /// A key can't be used, or opens nothing.
+    KeyInvalid = "key_invalid",
     /// libvirt refused something, or failed at it.
     LibvirtRefused = "libvirt_refused",
     /// libvirt does not answer.
@@ -94,6 +96,8 @@ kinds! {
     NoSuchGuest = "no_such_guest",
     /// There is no pool of that name.
     NoSuchPool = "no_such_pool",
+    /// There is no repository at an address.
+    NoRepository = "no_repository",
     /// There is no device of that name.
     NoSuchDevice = "no_such_device",
     /// libvirt has no domain of that name.
@@ -102,6 +106,8 @@ kinds! {
     NoSpace = "no_space",
     /// A guest can't be reset inside its QEMU.
     NotResettable = "not_resettable",
+    /// There is no snapshot of that name in a repository.
+    NoSuchSnapshot = "no_such_snapshot",
     /// There is no disk of that name.
     NoSuchDisk = "no_such_disk",
     /// The file is no image.
@@ -142,6 +148,12 @@ kinds! {
     QemuTooOld = "qemu_too_old",
     /// Nothing answers at QEMU's control socket.
     QemuUnreachable = "qemu_unreachable",
+    /// Something in a repository is missing, or is not what it should be.
+    RepositoryDamaged = "repository_damaged",
+    /// There is a repository at an address already.
+    RepositoryExists = "repository_exists",
+    /// A repository of a later format.
+    RepositoryTooNew = "repository_too_new",
     /// A request to a daemon can't be understood, or asks for what can't be.
     RequestInvalid = "request_invalid",
     /// A save that was killed has to be cleaned up first.
@@ -152,6 +164,14 @@ kinds! {
     SocketInUse = "socket_in_use",
     /// The image is whole, but the guest's file systems may still be frozen.
     StillFrozen = "still_frozen",
+    /// A store does not accept the credentials, or they don't suffice.
+    StoreDenied = "store_denied",
+    /// A store refused a request.
+    StoreRefused = "store_refused",
+    /// A store asked for fewer requests, until time ran out.
+    StoreThrottled = "store_throttled",
+    /// A store could not be reached, or failed, until time ran out.
+    StoreUnreachable = "store_unreachable",
     /// A tap interface that the guest would use is in use.
     TapInUse = "tap_in_use",
     /// A request to a daemon has no token, or a wrong one.
@@ -183,6 +203,8 @@ impl ErrorKind {
                 | PortInUse
                 | QemuTimeout
                 | SocketInUse
+                | StoreThrottled
+                | StoreUnreachable
                 | TapInUse
                 | VsockInUse
         )

@@ -79,7 +79,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel daemon exchange fork guest host identity image keeper kind libvirt machine memory page pools qmp reset
+    agent bench cancel daemon exchange fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
     revert save transport wire
 }
 

@@ -11,12 +11,14 @@ use serde_json::{Value, json};
 
 use super::failure::ErrorEvent;
 use super::hook::HookEvent;
+use super::repository::RepositoryEvent;
 use crate::bench::{BenchEvent, Summary};
 use crate::daemon::DaemonEvent;
 use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
 use crate::machine::{Disk, Hotplug};
 use crate::pools::{CacheView, GuestView, PoolView, SetupView};
+use crate::repository::StoreWait;
 use crate::revert::RevertEvent;
 use crate::runs::{LeftOver, Run};
 use crate::save::{SaveEvent, SwitchedDisk};
@@ -334,6 +336,8 @@ fn schema() -> Value {
         generator.subschema_for::<ExchangeEvent>(),
         generator.subschema_for::<BenchEvent>(),
         generator.subschema_for::<CommandEvent>(),
+        generator.subschema_for::<RepositoryEvent>(),
+        generator.subschema_for::<StoreWait>(),
         generator.subschema_for::<HookEvent>(),
         generator.subschema_for::<ErrorEvent>(),
     ];

@@ -14,6 +14,7 @@ use crate::image::ImageError;
 use crate::kind::{Details, ErrorKind};
 use crate::memory::WorkingSetError;
 use crate::pools::PoolError;
+use crate::repository::RepositoryError;
 use crate::reset::ResetError;
 use crate::revert::RevertError;
 use crate::runs::RunsError;
@@ -100,14 +101,17 @@ impl Failure {
             | HostUnsupported
             | ImageTooNew
             | InputInvalid
+            | KeyInvalid
             | LibvirtUnreachable
             | MemoryIncomplete
             | MigrationActive
+            | NoRepository
             | NoSuchDevice
             | NoSuchDisk
             | NoSuchDomain
             | NoSuchGuest
             | NoSuchPool
+            | NoSuchSnapshot
             | NotAnImage
             | NotFound
             | NotQemu
@@ -118,15 +122,18 @@ impl Failure {
             | PortInUse
             | QemuTooOld
             | QemuUnreachable
+            | RepositoryExists
+            | RepositoryTooNew
             | RequestInvalid
             | SaveUnfinished
             | SocketInUse
+            | StoreDenied
             | TapInUse
             | Unauthorized
             | UserfaultfdUnavailable
             | VsockInUse
             | WorkingSetMissing => 3,
-            ImageDamaged => 4,
+            ImageDamaged | RepositoryDamaged => 4,
             Interrupted => 130,
             _ => 1,
         }
@@ -184,7 +191,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ForkError ImageError PoolError ResetError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ForkError ImageError PoolError RepositoryError ResetError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

@@ -56,6 +56,9 @@ const NAMES: &[(&str, &str)] = &[
     ("where `SaveOptions::guest` is a domain", "with --domain"),
     ("`SaveOptions::guest`", "--qmp or --domain"),
     ("`SaveOptions::quiesce`", "--quiesce"),
+    ("`PushOptions::machine`", "--name"),
+    ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
+    ("`init()`", "`snapback init`"),
     ("`recover()`", "`snapback save --recover`"),
 ];
 

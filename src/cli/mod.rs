@@ -22,6 +22,7 @@ mod keeper;
 mod output;
 mod pool;
 mod report;
+mod repository;
 mod reset;
 mod resume;
 mod revert;
@@ -81,6 +82,14 @@ enum Command {
     Verify(VerifyArgs),
     /// Merge an image and all its parents into one image
     Flatten(flatten::FlattenArgs),
+    /// Make a repository: snapshots kept in a directory or an object store
+    Init(repository::InitArgs),
+    /// Put a snapshot into a repository: its image, the image's parents, its disks
+    Push(repository::PushArgs),
+    /// Bring a snapshot of a repository back as files
+    Pull(repository::PullArgs),
+    /// List the snapshots of a repository
+    List(repository::ListArgs),
     /// List the reverts that are under way
     Ps(runs::PsArgs),
     /// End the guest of a revert that is under way, with its server
@@ -374,6 +383,10 @@ async fn run(command: Command) -> u8 {
         Command::Info(args) => (args.json, report::info(&args.image, &Output::new(args.json))),
         Command::Export(args) => (args.write.json, exchange::export(args).await),
         Command::Import(args) => (args.written.write.json, exchange::import(args).await),
+        Command::Init(args) => (args.json, repository::init(args).await),
+        Command::Push(args) => (args.json, repository::push(args).await),
+        Command::Pull(args) => (args.json, repository::pull(args).await),
+        Command::List(args) => (args.json, repository::list(args).await),
         Command::Reset(args) => (args.json, reset::reset(args).await),
         Command::Ps(args) => (args.json, runs::ps(args).await),
         Command::Stop(args) => (args.json, runs::stop(args).await),

@@ -15,8 +15,10 @@ pub mod libvirt;
 mod log;
 mod oracle;
 mod process;
+pub mod proxy;
 mod qemu;
 mod qmp;
+pub mod s3;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

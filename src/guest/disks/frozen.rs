@@ -87,6 +87,14 @@ fn whereabouts(recorded: &str, moved: &impl Fn(&str) -> String) -> (PathBuf, Tru
     }
 }
 
+/// Checks that a file of a disk is what it was at the moment.
+///
+/// # Errors
+/// When it has changed, is missing, or can't be read.
+pub fn check_unchanged(disk: &Disk, file: &DiskFile, path: &Path) -> Result<(), GuestError> {
+    check(disk, file, path, Trust::Either, false)
+}
+
 fn check(
     disk: &Disk,
     file: &DiskFile,

@@ -10,7 +10,7 @@ use crate::identity::Identity;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::{ChunkEntry, Codec, PageEntry, Region};
 use crate::image::format::manifest::{Manifest, Sections};
-use crate::image::read::layer::{Buffers, Layer, chunk_id, layer_and_number, read_plain};
+use crate::image::read::layer::{Buffers, Layer, Shape, chunk_id, layer_and_number, read_plain};
 use crate::image::read::lineage;
 use crate::image::read::table::Table;
 use crate::image::store::Store;
@@ -101,6 +101,14 @@ impl Image {
     /// file is left out.
     pub fn files(&self) -> impl Iterator<Item = (&Path, &File)> {
         self.layers.iter().filter_map(|layer| layer.store.file())
+    }
+
+    /// What the files consist of that its pages lie in, in the order of [`Image::files`].
+    ///
+    /// # Errors
+    /// When the manifest of one can't be read.
+    pub(crate) fn shapes(&self) -> Result<Vec<Shape>, ImageError> {
+        self.layers.iter().map(Layer::shape).collect()
     }
 
     /// Its identity, different for every image written.

@@ -3,6 +3,7 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::identity::Identity;
 use crate::image::format::error::ImageError;
 use crate::image::format::flat::check_places;
 use crate::image::format::layout::{
@@ -34,7 +35,29 @@ pub(in crate::image) struct Layer {
     pub chunks: Table,
 }
 
+/// What the file of an image consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// The image.
+    pub identity: Identity,
+    /// Length of the file.
+    pub len: u64,
+    /// Where its chunks lie. Everything else is needed to open it.
+    pub data: std::ops::Range<u64>,
+    /// Whether its pages lie as they do in memory.
+    pub flat: bool,
+}
+
 impl Layer {
+    /// What it consists of.
+    pub fn shape(&self) -> Result<Shape, ImageError> {
+        let Superblock { identity, file_len: len, .. } = self.superblock;
+        let data = self.superblock.region(Region::Data);
+        // The superblock has been checked: it lies in the file.
+        let data = data.offset..data.offset + data.len;
+        Ok(Shape { identity, len, data, flat: !self.manifest()?.flat.is_empty() })
+    }
+
     /// Opens an image for its chunks. Reads the superblock, nothing else.
     ///
     /// # Errors

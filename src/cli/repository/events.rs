@@ -1,0 +1,98 @@
+//! The events of commands on repositories.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::repository::{Moved, PulledFile, SnapshotManifest, time_text};
+
+/// What a command on a repository tells.
+#[derive(Serialize, JsonSchema)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(in crate::cli) enum RepositoryEvent {
+    /// A repository was made.
+    Initialized {
+        /// Its address.
+        repository: String,
+        /// Its id.
+        id: String,
+        /// Whether it is encrypted.
+        encrypted: bool,
+    },
+    /// How far files and a repository have come.
+    Moved(Moved),
+    /// A snapshot is in the repository.
+    Pushed {
+        /// The snapshot.
+        #[serde(flatten)]
+        snapshot: Box<ListedSnapshot>,
+        /// Whether it was there before.
+        was_there: bool,
+    },
+    /// A snapshot was brought back as files.
+    Pulled {
+        /// The snapshot.
+        #[serde(flatten)]
+        snapshot: Box<ListedSnapshot>,
+        /// Bytes that were fetched.
+        fetched_bytes: u64,
+        /// The image.
+        image: PathBuf,
+        /// All files, the image last.
+        files: Vec<PulledFile>,
+    },
+    /// A snapshot of a repository.
+    Snapshot(Box<ListedSnapshot>),
+}
+
+/// A snapshot of a repository.
+#[derive(Serialize, JsonSchema)]
+pub(in crate::cli) struct ListedSnapshot {
+    /// Its id.
+    pub id: String,
+    /// The machine.
+    pub machine: String,
+    /// The moment, in UTC.
+    pub time: String,
+    /// The moment, in microseconds since 1970.
+    pub moment_unix_us: u64,
+    /// Its tags.
+    pub tags: BTreeSet<String>,
+    /// The host that pushed it.
+    pub host: String,
+    /// The machine's memory in bytes.
+    pub memory_bytes: u64,
+    /// Bytes of its files.
+    pub file_bytes: u64,
+    /// Bytes that its files take in the repository; what two of them share counts twice.
+    pub stored_bytes: u64,
+    /// Bytes that came with it.
+    pub own_bytes: u64,
+    /// The images that it refers to.
+    pub parents: Vec<String>,
+    /// How many files of disks belong to it.
+    pub disk_files: usize,
+}
+
+impl ListedSnapshot {
+    /// With the tags that were added or taken away since.
+    pub fn new(manifest: &SnapshotManifest, tags: BTreeSet<String>) -> Box<ListedSnapshot> {
+        let disks = manifest.files.iter().filter(|file| file.role == crate::repository::Role::Disk);
+        Box::new(ListedSnapshot {
+            id: manifest.id.to_string(),
+            machine: manifest.machine.clone(),
+            time: time_text(manifest.moment_unix_us),
+            moment_unix_us: manifest.moment_unix_us,
+            tags,
+            host: manifest.host.clone(),
+            memory_bytes: manifest.memory,
+            file_bytes: manifest.bytes,
+            stored_bytes: manifest.stored,
+            own_bytes: manifest.own,
+            parents: manifest.parents.iter().map(ToString::to_string).collect(),
+            disk_files: disks.count(),
+        })
+    }
+}

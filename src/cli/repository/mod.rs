@@ -1,0 +1,145 @@
+//! Commands on repositories: snapshots that leave the host, and come back.
+
+mod events;
+mod transfer;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+
+pub(super) use self::events::RepositoryEvent;
+pub(super) use self::transfer::{InitArgs, ListArgs, PullArgs, PushArgs, init, list, pull, push};
+use super::cancellation;
+use super::failure::Failure;
+use super::output::Output;
+use super::parse_seconds;
+use crate::kind::ErrorKind;
+use crate::repository::{
+    Access, Address, KeySource, Moved, Repository, RepositoryError, SnapshotName, StoreWait,
+};
+
+/// Where the repository is, how long its store is waited for, and what opens it.
+#[derive(Args, Clone)]
+pub(super) struct RepositoryArgs {
+    /// The repository: a directory, s3://BUCKET/PREFIX, gs://…, az://…, https://…
+    /// [default: the variable SNAPBACK_REPOSITORY]
+    #[arg(long, value_name = "ADDRESS")]
+    repo: Option<String>,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+#[derive(Args, Clone)]
+pub(super) struct AccessArgs {
+    /// Try a store that does not answer again for so long
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
+    store_timeout: Duration,
+    /// A file with age identities that open an encrypted repository
+    /// [default: the variable SNAPBACK_IDENTITY]
+    #[arg(long, value_name = "FILE")]
+    identity: Vec<PathBuf>,
+    /// A file with the passphrase of an encrypted repository
+    /// [default: the variable SNAPBACK_PASSPHRASE_FILE, or the passphrase in SNAPBACK_PASSPHRASE]
+    #[arg(long, value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
+    /// A command that prints the passphrase [default: the variable SNAPBACK_PASSPHRASE_COMMAND]
+    #[arg(long, value_name = "COMMAND")]
+    passphrase_command: Option<String>,
+}
+
+impl RepositoryArgs {
+    pub fn address(&self) -> Result<Address, Failure> {
+        let named = self.repo.clone().or_else(|| std::env::var("SNAPBACK_REPOSITORY").ok());
+        match named.filter(|named| !named.is_empty()) {
+            Some(named) => Ok(named.parse()?),
+            None => Err(Failure::said(
+                ErrorKind::OptionsInvalid,
+                "no repository is named: give --repo, or set SNAPBACK_REPOSITORY".into(),
+            )),
+        }
+    }
+}
+
+impl AccessArgs {
+    /// What of a passphrase's or an identity's place was given, or is set in the environment.
+    fn keys(&self) -> Vec<KeySource> {
+        let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let mut keys: Vec<KeySource> =
+            self.identity.iter().cloned().map(KeySource::Identities).collect();
+        keys.extend(self.passphrase_file.clone().map(KeySource::PassphraseFile));
+        keys.extend(self.passphrase_command.clone().map(KeySource::PassphraseCommand));
+        if keys.is_empty() {
+            keys.extend(set("SNAPBACK_IDENTITY").map(|path| KeySource::Identities(path.into())));
+            let file = set("SNAPBACK_PASSPHRASE_FILE");
+            keys.extend(file.map(|path| KeySource::PassphraseFile(path.into())));
+            keys.extend(set("SNAPBACK_PASSPHRASE_COMMAND").map(KeySource::PassphraseCommand));
+            let variable = "SNAPBACK_PASSPHRASE";
+            keys.extend(set(variable).map(|_| KeySource::Environment(variable.into())));
+        }
+        keys
+    }
+
+    fn access(&self, output: &Arc<Output>) -> Result<Access, Failure> {
+        let tell = Arc::clone(output);
+        let access = Access::new()
+            .with_patience(self.store_timeout)
+            .with_cancel(cancellation()?)
+            .with_waits(move |wait| tell.store_wait(&wait));
+        Ok(access.with_keys(self.keys()))
+    }
+}
+
+/// Runs work on a repository, in a thread that may block.
+async fn on_repository<T: Send + 'static>(
+    args: &RepositoryArgs,
+    output: &Arc<Output>,
+    work: impl FnOnce(&Repository, &Output) -> Result<T, RepositoryError> + Send + 'static,
+) -> Result<T, Failure> {
+    let (address, access) = (args.address()?, args.access.access(output)?);
+    let output = Arc::clone(output);
+    blocking(move || work(&Repository::open(&address, &access)?, &output)).await
+}
+
+/// Runs work that blocks. It ends by itself soon after an interrupt.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RepositoryError> + Send + 'static,
+) -> Result<T, Failure> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    Ok(ended.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?)
+}
+
+fn parse_name(text: &str) -> Result<SnapshotName, String> {
+    text.parse().map_err(|error: RepositoryError| error.to_string())
+}
+
+impl Output {
+    fn store_wait(&self, wait: &StoreWait) {
+        if self.is_json() {
+            return self.print_json(wait);
+        }
+        match wait {
+            StoreWait::StoreWaiting { why, patience_s, .. } => {
+                let says = format!("for the store ({why}); it is tried for {patience_s} s");
+                self.say("waiting", &says);
+            }
+            StoreWait::StoreBack { .. } => self.say("goes on", "the store answers again"),
+        }
+    }
+
+    fn moved(&self, moved: Moved) {
+        match self.is_json() {
+            true => self.print_json(&RepositoryEvent::Moved(moved)),
+            false => self.advance_bytes(moved.done, moved.total),
+        }
+    }
+
+    fn repository(&self, event: &RepositoryEvent, what: &str, details: &str) {
+        self.finish_bar();
+        match self.is_json() {
+            true => self.print_json(event),
+            false => self.say(what, details),
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! `init`, `push`, `pull` and `list`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::events::ListedSnapshot;
+use super::{RepositoryArgs, RepositoryEvent, blocking, on_repository, parse_name};
+use crate::cli::failure::Failure;
+use crate::cli::output::{Output, print_line, print_table, size};
+use crate::repository::{
+    PullOptions, PushOptions, Recipients, Repository, Role, SnapshotName, list as listed,
+    pull as pull_files, push as push_files,
+};
+
+/// How much of an id a table shows.
+const SHOWN: usize = 12;
+
+#[derive(Args)]
+pub(in crate::cli) struct InitArgs {
+    #[command(flatten)]
+    repository: RepositoryArgs,
+    /// Encrypt all that is stored to this age recipient (age1…); can be given several times.
+    /// An --identity proves that it can be opened again
+    #[arg(long, value_name = "RECIPIENT")]
+    encrypt_to: Vec<String>,
+    /// Encrypt all that is stored with the passphrase that is given
+    #[arg(long, conflicts_with = "encrypt_to")]
+    encrypt: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(in crate::cli) struct PushArgs {
+    #[command(flatten)]
+    repository: RepositoryArgs,
+    /// The image
+    image: PathBuf,
+    /// The machine's name [default: that of its command line, or the image's file name]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Tag the snapshot; can be given several times
+    #[arg(long, value_name = "TAG")]
+    tag: Vec<String>,
+    /// Push memory alone, without the files of its disks
+    #[arg(long)]
+    no_disks: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(in crate::cli) struct PullArgs {
+    #[command(flatten)]
+    repository: RepositoryArgs,
+    /// The snapshot: MACHINE, MACHINE@latest, MACHINE@2026-11-25, MACHINE@TAG, or an id's beginning
+    #[arg(value_parser = parse_name)]
+    name: SnapshotName,
+    /// The image to write [default: MACHINE.snap]; its parents and disks come beside it
+    to: Option<PathBuf>,
+    /// Replace existing files
+    #[arg(long)]
+    force: bool,
+    /// Leave out the files of its disks
+    #[arg(long)]
+    no_disks: bool,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(in crate::cli) struct ListArgs {
+    #[command(flatten)]
+    repository: RepositoryArgs,
+    /// Only snapshots of this machine
+    machine: Option<String>,
+    /// Print one JSON object a line, one for each snapshot
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Makes a repository.
+pub(in crate::cli) async fn init(args: InitArgs) -> Result<(), Failure> {
+    let output = Arc::new(Output::new(args.json));
+    let (address, access) = (args.repository.address()?, args.repository.access.access(&output)?);
+    let mut recipients = Recipients::nobody();
+    (recipients.to, recipients.passphrase) = (args.encrypt_to, args.encrypt);
+    let made = blocking(move || {
+        let repository = Repository::init(&address, &access, &recipients)?;
+        Ok((repository.name().to_owned(), repository.id(), repository.is_encrypted()))
+    });
+    let (repository, id, encrypted) = made.await?;
+    let says = match encrypted {
+        true => format!("{repository}, encrypted: without its key nothing in it can be read again"),
+        false => repository.clone(),
+    };
+    let event = RepositoryEvent::Initialized { repository, id: id.to_string(), encrypted };
+    output.repository(&event, "made", &says);
+    Ok(())
+}
+
+/// Pushes an image with its parents and disks.
+pub(in crate::cli) async fn push(args: PushArgs) -> Result<(), Failure> {
+    let output = Arc::new(Output::new(args.json));
+    let mut options = PushOptions::new(args.image);
+    options.machine = args.name;
+    options.tags = args.tag.into_iter().collect();
+    options.no_disks = args.no_disks;
+    let pushed = on_repository(&args.repository, &output, move |repository, output| {
+        push_files(repository, &options, |moved| output.moved(moved))
+    });
+    let pushed = pushed.await?;
+    let snapshot = ListedSnapshot::new(&pushed.manifest, pushed.manifest.tags.clone());
+    let name = format!("{}@{} ({})", snapshot.machine, snapshot.time, &snapshot.id[..SHOWN]);
+    let says = match pushed.was_there {
+        true => format!("{name} was there already"),
+        false => {
+            let (files, own) = (size(snapshot.file_bytes), size(snapshot.own_bytes));
+            format!("{name}: {files} of files, {own} of it new")
+        }
+    };
+    let event = RepositoryEvent::Pushed { snapshot, was_there: pushed.was_there };
+    output.repository(&event, "pushed", &says);
+    Ok(())
+}
+
+/// Brings a snapshot back as files.
+pub(in crate::cli) async fn pull(args: PullArgs) -> Result<(), Failure> {
+    let output = Arc::new(Output::new(args.json));
+    let PullArgs { repository, name, to, force, no_disks, .. } = args;
+    let pulled = on_repository(&repository, &output, move |repository, output| {
+        let manifest = repository.resolve(&name)?;
+        let to = to.unwrap_or_else(|| format!("{}.snap", manifest.machine).into());
+        let mut options = PullOptions::new(to);
+        (options.force, options.no_disks) = (force, no_disks);
+        pull_files(repository, manifest, &options, |moved| output.moved(moved))
+    });
+    let pulled = pulled.await?;
+    let image = pulled.files.last().map(|file| file.path.clone()).unwrap_or_default();
+    let snapshot = ListedSnapshot::new(&pulled.manifest, pulled.manifest.tags.clone());
+    let says = format!(
+        "{}@{} to {}, {} fetched",
+        snapshot.machine,
+        snapshot.time,
+        image.display(),
+        size(pulled.fetched)
+    );
+    let moved: Vec<(String, String)> = pulled
+        .files
+        .iter()
+        .filter(|file| file.role == Role::Disk)
+        .map(|file| (file.was.clone(), file.path.display().to_string()))
+        .collect();
+    let files = pulled.files;
+    let event = RepositoryEvent::Pulled { snapshot, fetched_bytes: pulled.fetched, image, files };
+    output.repository(&event, "pulled", &says);
+    if !args.json && !moved.is_empty() {
+        let paths = moved.iter().map(|(was, is)| format!("--path {was}={is}"));
+        print_line(&format!(
+            "its disks moved: revert it with {}",
+            paths.collect::<Vec<_>>().join(" ")
+        ));
+    }
+    Ok(())
+}
+
+/// Lists snapshots.
+pub(in crate::cli) async fn list(args: ListArgs) -> Result<(), Failure> {
+    let output = Arc::new(Output::new(args.json));
+    let machine = args.machine;
+    let found = on_repository(&args.repository, &output, move |repository, _| {
+        listed(repository, machine.as_deref())
+    });
+    let found = found.await?.into_iter();
+    let found: Vec<_> =
+        found.map(|(manifest, tags)| ListedSnapshot::new(&manifest, tags)).collect();
+    if args.json {
+        found.into_iter().for_each(|one| output.print_json(&RepositoryEvent::Snapshot(one)));
+        return Ok(());
+    }
+    let head = ["ID", "MACHINE", "TIME (UTC)", "FILES", "OWN", "PARENTS", "HOST", "TAGS"];
+    let rows = found.iter().map(|one| {
+        [
+            one.id[..SHOWN].to_owned(),
+            one.machine.clone(),
+            one.time.clone(),
+            size(one.file_bytes),
+            size(one.own_bytes),
+            one.parents.len().to_string(),
+            one.host.clone(),
+            one.tags.iter().cloned().collect::<Vec<_>>().join(", "),
+        ]
+    });
+    print_table(head, &rows.collect::<Vec<_>>());
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! How a repository is reached: for how long, and with which key.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::remote::{Reach, StoreWait};
+use crate::cancel::Cancellation;
+
+/// How a repository is reached.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub struct Access {
+    /// The store.
+    pub(super) reach: Reach,
+    /// Where the key of an encrypted repository comes from.
+    pub keys: Vec<KeySource>,
+}
+
+/// Where a key comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeySource {
+    /// A file with age identities (`AGE-SECRET-KEY-1…`), as `age-keygen` writes it.
+    Identities(PathBuf),
+    /// A file with a passphrase in its first line.
+    PassphraseFile(PathBuf),
+    /// A command that prints a passphrase.
+    PassphraseCommand(String),
+    /// A passphrase of the environment, by the variable's name.
+    Environment(String),
+}
+
+impl Access {
+    /// Without a key, for two minutes.
+    pub fn new() -> Access {
+        Access::default()
+    }
+
+    /// How long requests are tried again before they fail.
+    pub fn with_patience(mut self, patience: Duration) -> Access {
+        self.reach.patience = patience;
+        self
+    }
+
+    /// Tells when the store is waited for.
+    pub fn with_waits(mut self, tell: impl Fn(StoreWait) + Send + Sync + 'static) -> Access {
+        self.reach.on_wait = Some(Arc::new(tell));
+        self
+    }
+
+    /// Ends what is under way.
+    pub fn with_cancel(mut self, cancel: Cancellation) -> Access {
+        self.reach.cancel = cancel;
+        self
+    }
+
+    /// Opens an encrypted repository with one of these.
+    pub fn with_keys(mut self, keys: Vec<KeySource>) -> Access {
+        self.keys = keys;
+        self
+    }
+
+    pub(super) fn cancel(&self) -> &Cancellation {
+        &self.reach.cancel
+    }
+}

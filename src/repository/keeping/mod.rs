@@ -1,0 +1,3 @@
+//! What is kept, and what goes.
+
+pub mod marks;

@@ -1,0 +1,6 @@
+//! Repositories as they are read.
+
+pub mod list;
+pub mod name;
+pub mod pull;
+pub mod repository;

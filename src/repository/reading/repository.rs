@@ -1,0 +1,346 @@
+//! A repository that is open, and its objects.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use super::name::SnapshotName;
+use crate::repository::access::Access;
+use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
+use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
+use crate::repository::format::envelope::Kind;
+use crate::repository::format::ids::{MapId, PackId, RepositoryId, SnapshotId, random};
+use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest};
+use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
+use crate::repository::keys::Keys;
+use crate::repository::remote::{Address, Listing, Remote};
+use crate::repository::wrapping;
+
+/// Length of the extents of disks.
+pub const BLOCK: u32 = 64 << 10;
+/// How far apart two extents of a pack may lie and still be fetched in one request.
+const GAP: u64 = 256 << 10;
+/// The longest single request for extents.
+const MAX_RANGE: u64 = 8 << 20;
+
+/// An open repository.
+pub struct Repository {
+    pub(in crate::repository) remote: Remote,
+    pub(in crate::repository) keys: Keys,
+    pub(in crate::repository) access: Access,
+    config: Config,
+}
+
+/// A snapshot, as the names of objects tell of it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Snapshot {
+    /// The moment, in microseconds since 1970 (UTC).
+    pub unix_us: u64,
+    /// Its id.
+    pub id: SnapshotId,
+    /// The key of its manifest.
+    pub key: String,
+}
+
+impl Snapshot {
+    /// The moment, in seconds since 1970 (UTC).
+    pub fn seconds(&self) -> i64 {
+        (self.unix_us / 1_000_000) as i64
+    }
+}
+
+impl Repository {
+    /// Makes a repository. With `recipients` it is encrypted to these.
+    ///
+    /// # Errors
+    /// When there is one, or the store refuses.
+    pub fn init(
+        address: &Address,
+        access: &Access,
+        recipients: &wrapping::Recipients,
+    ) -> Result<Repository, RepositoryError> {
+        let remote = Remote::connect(address, &access.reach, true)?;
+        let (keys, encryption) = wrapping::new_keys(recipients, access)?;
+        let config = Config {
+            what: WHAT.into(),
+            version: VERSION,
+            id: RepositoryId(random()),
+            block: BLOCK,
+            encryption,
+        };
+        // Plain data, which always can be written.
+        let bytes = serde_json::to_vec_pretty(&config).unwrap_or_default();
+        match remote.create("config", bytes)? {
+            true => Ok(Repository { remote, keys, access: access.clone(), config }),
+            false => Err(RepositoryError::Exists(remote.name().to_owned())),
+        }
+    }
+
+    /// Opens a repository.
+    ///
+    /// # Errors
+    /// When there is none, the store does not answer, or no key opens it.
+    pub fn open(address: &Address, access: &Access) -> Result<Repository, RepositoryError> {
+        let remote = Remote::connect(address, &access.reach, false)?;
+        let bytes = match remote.get("config") {
+            Err(StoreError { failure: StoreFailure::NotFound, .. }) => {
+                return Err(RepositoryError::NoRepository(remote.name().to_owned()));
+            }
+            bytes => bytes?,
+        };
+        let damaged = |problem: String| RepositoryError::Damaged {
+            repository: remote.name().to_owned(),
+            object: "config".into(),
+            problem,
+        };
+        if bytes.len() as u64 > MAX_CONFIG {
+            return Err(damaged("it is too long".into()));
+        }
+        let config: Config = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        if config.what != WHAT {
+            return Err(RepositoryError::NoRepository(remote.name().to_owned()));
+        }
+        if config.version != VERSION {
+            return Err(RepositoryError::TooNew(remote.name().to_owned(), config.version));
+        }
+        if config.block != BLOCK {
+            return Err(damaged(format!("its extents have {} bytes", config.block)));
+        }
+        let keys = match &config.encryption {
+            None => Keys::none(),
+            Some(encryption) => wrapping::open_keys(encryption, access, remote.name())?,
+        };
+        Ok(Repository { remote, keys, access: access.clone(), config })
+    }
+
+    /// Its address, without credentials.
+    pub fn name(&self) -> &str {
+        self.remote.name()
+    }
+
+    /// What tells it apart.
+    pub fn id(&self) -> RepositoryId {
+        self.config.id
+    }
+
+    /// Whether it is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.keys.encrypt()
+    }
+
+    /// Finds the snapshot that a name means.
+    ///
+    /// # Errors
+    /// When there is none, or there are several.
+    pub fn resolve(&self, name: &SnapshotName) -> Result<SnapshotManifest, RepositoryError> {
+        super::name::resolve(self, name)
+    }
+
+    /// Reads what a file consists of, and the part of it that lies there.
+    ///
+    /// # Errors
+    /// When it can't be read, or is damaged.
+    pub fn map(&self, file: &FileRef) -> Result<FileMap, RepositoryError> {
+        let map = self.map_of(file.map)?;
+        match map.len == file.len {
+            true => Ok(map),
+            false => {
+                let problem = format!("it is of {} bytes, the file has {}", map.len, file.len);
+                Err(self.damaged(&map_key(file.map), problem))
+            }
+        }
+    }
+
+    pub(in crate::repository) fn map_of(&self, id: MapId) -> Result<FileMap, RepositoryError> {
+        let key = map_key(id);
+        let body = self.object(Kind::Map, &key, MAX_MAP)?;
+        FileMap::decode(&body).map_err(|problem| self.damaged(&key, problem))
+    }
+
+    /// Reads extents: the bytes of each, decompressed and verified, in the order in which they were
+    /// asked for. Those that lie near each other are fetched together.
+    ///
+    /// # Errors
+    /// When one can't be read, or is damaged.
+    pub fn read_extents(&self, extents: &[Extent]) -> Result<Vec<Bytes>, RepositoryError> {
+        let ranges = together(extents);
+        let wanted = ranges.iter().map(|range| (pack_key(range.pack), range.bytes.clone()));
+        let fetched = self.remote.get_ranges(wanted.collect())?;
+        let mut read = vec![Bytes::new(); extents.len()];
+        for (range, bytes) in ranges.iter().zip(fetched) {
+            for &number in &range.extents {
+                let Extent { id, at, stored, raw, .. } = extents[number];
+                let from = (u64::from(at) - range.bytes.start) as usize;
+                let stored = &bytes[from..from + stored as usize];
+                let opened = self.keys.open_extent(&id, stored, raw as usize);
+                read[number] = opened.map(Bytes::from).map_err(|problem| {
+                    let problem = format!("extent {id} at {at}: {problem}");
+                    self.damaged(&pack_key(range.pack), problem)
+                })?;
+            }
+        }
+        Ok(read)
+    }
+
+    /// All snapshots, by the names of their objects: the oldest of each machine first.
+    pub(in crate::repository) fn snapshots(&self) -> Result<Vec<Snapshot>, RepositoryError> {
+        let listed = self.remote.list("snapshots")?;
+        Ok(listed.iter().filter_map(|listing| parse_key(&listing.key)).collect())
+    }
+
+    /// The snapshots of a machine, the oldest first.
+    pub(in crate::repository) fn snapshots_of(
+        &self,
+        machine: &str,
+    ) -> Result<Vec<Snapshot>, RepositoryError> {
+        let under = format!("snapshots/{}", self.keys.hidden_name(machine));
+        let listed = self.remote.list(&under)?;
+        Ok(listed.iter().filter_map(|listing| parse_key(&listing.key)).collect())
+    }
+
+    /// Reads the manifest of a snapshot.
+    pub(in crate::repository) fn manifest(
+        &self,
+        snapshot: &Snapshot,
+    ) -> Result<SnapshotManifest, RepositoryError> {
+        self.manifest_at(&snapshot.key)
+    }
+
+    /// Reads the manifest of this key.
+    pub(in crate::repository) fn manifest_at(
+        &self,
+        key: &str,
+    ) -> Result<SnapshotManifest, RepositoryError> {
+        let bytes = self.remote.get(key)?;
+        self.open_manifest(key, &bytes)
+    }
+
+    /// Reads the manifests of snapshots, in their order. What has been removed meanwhile is left out.
+    pub fn manifests(&self) -> Result<Vec<SnapshotManifest>, RepositoryError> {
+        let snapshots = self.snapshots()?;
+        self.manifests_of(&snapshots)
+    }
+
+    pub(in crate::repository) fn manifests_of(
+        &self,
+        snapshots: &[Snapshot],
+    ) -> Result<Vec<SnapshotManifest>, RepositoryError> {
+        let keys = snapshots.iter().map(|snapshot| snapshot.key.clone()).collect();
+        let mut found = Vec::with_capacity(snapshots.len());
+        self.remote.get_each(keys, |key, bytes| match bytes {
+            Err(StoreError { failure: StoreFailure::NotFound, .. }) => Ok(()),
+            bytes => {
+                found.push((key.to_owned(), self.open_manifest(key, &bytes?)?));
+                Ok(())
+            }
+        })?;
+        found.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(found.into_iter().map(|(_, manifest)| manifest).collect())
+    }
+
+    fn open_manifest(&self, key: &str, bytes: &[u8]) -> Result<SnapshotManifest, RepositoryError> {
+        let damaged = |problem| self.damaged(key, problem);
+        let body = self.keys.open(Kind::Manifest, key, bytes, MAX_MANIFEST).map_err(damaged)?;
+        let manifest: SnapshotManifest =
+            serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?;
+        match self.manifest_key(&manifest) == key {
+            true => Ok(manifest),
+            false => Err(damaged("it is the manifest of another snapshot".into())),
+        }
+    }
+
+    /// The key of a manifest.
+    pub(in crate::repository) fn manifest_key(&self, manifest: &SnapshotManifest) -> String {
+        let machine = self.keys.hidden_name(&manifest.machine);
+        let time = super::name::stamp(manifest.moment_unix_us);
+        format!("snapshots/{machine}/{time}-{}", manifest.id)
+    }
+
+    /// The tags of a snapshot that were added since it was put here.
+    pub(in crate::repository) fn tags_of(
+        &self,
+        id: SnapshotId,
+    ) -> Result<BTreeSet<String>, RepositoryError> {
+        let listed = self.remote.list(&format!("tags/{id}"))?;
+        Ok(listed.iter().filter_map(|listing| self.tag(listing)).map(|(_, tag)| tag).collect())
+    }
+
+    /// The snapshot and the tag that an object stands for.
+    pub(in crate::repository) fn tag(&self, listing: &Listing) -> Option<(SnapshotId, String)> {
+        let (id, tag) = listing.key.strip_prefix("tags/")?.split_once('/')?;
+        Some((id.parse().ok()?, self.keys.opened_name(id, tag)?))
+    }
+
+    /// The key of a tag.
+    pub(in crate::repository) fn tag_key(&self, id: SnapshotId, tag: &str) -> String {
+        let id = id.to_string();
+        format!("tags/{id}/{}", self.keys.closed_name(&id, tag))
+    }
+
+    /// Reads the body of an object.
+    pub(in crate::repository) fn object(
+        &self,
+        kind: Kind,
+        key: &str,
+        most: u64,
+    ) -> Result<Vec<u8>, RepositoryError> {
+        let bytes = self.remote.get(key)?;
+        self.keys.open(kind, key, &bytes, most).map_err(|problem| self.damaged(key, problem))
+    }
+
+    pub(in crate::repository) fn damaged(&self, object: &str, problem: String) -> RepositoryError {
+        let repository = self.name().to_owned();
+        RepositoryError::Damaged { repository, object: object.to_owned(), problem }
+    }
+}
+
+/// The key of a pack.
+pub fn pack_key(pack: PackId) -> String {
+    let id = pack.to_string();
+    format!("packs/{}/{id}", &id[..2])
+}
+
+/// The key of a map.
+pub fn map_key(map: MapId) -> String {
+    format!("maps/{map}")
+}
+
+/// Reads the key of a manifest.
+fn parse_key(key: &str) -> Option<Snapshot> {
+    let (_machine, name) = key.strip_prefix("snapshots/")?.split_once('/')?;
+    let (time, id) = name.split_once('-')?;
+    let (unix_us, id) = (super::name::read_stamp(time)?, id.parse().ok()?);
+    Some(Snapshot { unix_us, id, key: key.to_owned() })
+}
+
+/// Extents of a pack that are fetched in one request.
+struct Together {
+    pack: PackId,
+    bytes: Range<u64>,
+    /// Their places in what was asked for.
+    extents: Vec<usize>,
+}
+
+/// Puts extents together that lie near each other.
+fn together(extents: &[Extent]) -> Vec<Together> {
+    let mut order: Vec<usize> = (0..extents.len()).collect();
+    order.sort_by_key(|&number| (extents[number].pack, extents[number].at));
+    let mut ranges: Vec<Together> = Vec::new();
+    for number in order {
+        let Extent { pack, at, stored, .. } = extents[number];
+        let (start, end) = (u64::from(at), u64::from(at) + u64::from(stored));
+        match ranges.last_mut() {
+            Some(last)
+                if last.pack == pack
+                    && start <= last.bytes.end + GAP
+                    && end.max(last.bytes.end) - last.bytes.start <= MAX_RANGE =>
+            {
+                last.bytes.end = last.bytes.end.max(end);
+                last.extents.push(number);
+            }
+            _ => ranges.push(Together { pack, bytes: start..end, extents: vec![number] }),
+        }
+    }
+    ranges
+}

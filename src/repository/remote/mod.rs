@@ -1,0 +1,347 @@
+//! Objects in a store, read and written with retries, a limit to their time, and typed errors.
+//!
+//! The callers are plain threads; a small runtime of our own does the waiting. Nobody outside this
+//! directory sees the store's library.
+
+mod address;
+mod connect;
+mod failure;
+mod http;
+mod retry;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use object_store::path::Path;
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use tokio::runtime::{Handle, Runtime};
+
+pub use self::address::Address;
+pub use self::retry::StoreWait;
+use self::retry::Retry;
+use crate::cancel::Cancellation;
+use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
+
+/// How many requests are under way at once.
+const REQUESTS: usize = 32;
+/// How many objects a request to remove may take with it, where the store can.
+const LISTED_AT_ONCE: usize = 64;
+
+/// How a store is reached, and for how long it is tried.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Reach {
+    /// How long a request is tried again before it fails.
+    pub patience: Duration,
+    /// Told when requests wait for the store, and when it answers again.
+    pub on_wait: Option<Arc<dyn Fn(StoreWait) + Send + Sync>>,
+    /// Ends what waits for the store.
+    pub cancel: Cancellation,
+}
+
+impl Default for Reach {
+    fn default() -> Reach {
+        Reach { patience: Duration::from_secs(120), on_wait: None, cancel: Cancellation::new() }
+    }
+}
+
+/// An object, as it is listed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listing {
+    /// Its key.
+    pub key: String,
+    /// Its length.
+    pub len: u64,
+    /// When it was put, in milliseconds since 1970, by the store's clock. Stores tell whole seconds.
+    pub put_ms: i64,
+}
+
+/// A store, or a part of one.
+pub struct Remote {
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+    retry: Arc<Retry>,
+    runtime: Option<Runtime>,
+}
+
+impl Remote {
+    /// The store at an address. Nothing is asked of it yet, but that a directory is there; `create`
+    /// makes it.
+    pub fn connect(address: &Address, reach: &Reach, create: bool) -> Result<Remote, RepositoryError> {
+        let (store, prefix) = connect::connect(address, create)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("store")
+            .enable_all()
+            .build()
+            .map_err(|e| RepositoryError::io("starting threads for", address.to_string(), e))?;
+        let retry = Arc::new(Retry::new(address.to_string(), reach.clone(), REQUESTS));
+        Ok(Remote { store, prefix, retry, runtime: Some(runtime) })
+    }
+
+    /// Its address, without credentials.
+    pub fn name(&self) -> &str {
+        self.retry.name()
+    }
+
+    fn handle(&self) -> &Handle {
+        // It is taken by `drop` alone.
+        self.runtime.as_ref().expect("there until it is dropped").handle()
+    }
+
+    fn path(&self, key: &str) -> Path {
+        key.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
+    }
+
+    /// Reads an object as a whole.
+    pub fn get(&self, key: &str) -> Result<Bytes, StoreError> {
+        self.handle().block_on(self.fetch(key, None))
+    }
+
+    /// Reads these bytes of an object: all of them.
+    pub fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.handle().block_on(self.fetch(key, Some(range)))
+    }
+
+    /// Reads several at once. The answers come in the order of the questions.
+    pub fn get_ranges(
+        &self,
+        wanted: Vec<(String, Range<u64>)>,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        self.handle().block_on(
+            stream::iter(wanted)
+                .map(|(key, range)| async move { self.fetch(&key, Some(range)).await })
+                .buffered(REQUESTS)
+                .try_collect(),
+        )
+    }
+
+    /// Reads many objects at once, in any order; `take` is given each as it arrives.
+    pub fn get_each(
+        &self,
+        keys: Vec<String>,
+        mut take: impl FnMut(&str, Result<Bytes, StoreError>) -> Result<(), RepositoryError>,
+    ) -> Result<(), RepositoryError> {
+        self.handle().block_on(async {
+            let mut answers = stream::iter(keys)
+                .map(|key| async move {
+                    let answer = self.fetch(&key, None).await;
+                    (key, answer)
+                })
+                .buffer_unordered(REQUESTS);
+            while let Some((key, answer)) = answers.next().await {
+                take(&key, answer)?;
+            }
+            Ok(())
+        })
+    }
+
+    async fn fetch(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
+        let path = self.path(key);
+        let len = range.as_ref().map_or(1 << 20, |range| range.end - range.start);
+        self.retry
+            .run("reading", key, len, || {
+                let (path, range) = (path.clone(), range.clone());
+                async move {
+                    let options = GetOptions { range: range.clone().map(Into::into), ..GetOptions::default() };
+                    let answer = self.store.get_opts(&path, options).await?;
+                    let due = answer.range.end - answer.range.start;
+                    let bytes = answer.bytes().await?;
+                    let due = range.map_or(due, |range| range.end - range.start);
+                    match bytes.len() as u64 == due {
+                        true => Ok(bytes),
+                        false => Err(failure::cut_short(bytes.len() as u64, due)),
+                    }
+                }
+            })
+            .await
+    }
+
+    /// Puts an object, in place of one that is there.
+    pub fn put(&self, key: &str, bytes: impl Into<Bytes>) -> Result<(), StoreError> {
+        self.handle().block_on(store(&self.store, &self.retry, self.path(key), key, bytes.into()))
+    }
+
+    /// Begins to put objects, one behind the other: the answer comes from what is returned.
+    pub fn begin_puts(&self, objects: Vec<(String, Bytes)>) -> Pending {
+        let (to, retry) = (Arc::clone(&self.store), Arc::clone(&self.retry));
+        let handle = self.handle().clone();
+        let objects = objects.into_iter().map(|(key, bytes)| (self.path(&key), key, bytes));
+        let objects: Vec<_> = objects.collect();
+        let task = handle.spawn(async move {
+            for (path, key, bytes) in objects {
+                store(&to, &retry, path, &key, bytes).await?;
+            }
+            Ok(())
+        });
+        Pending { handle, task }
+    }
+
+    /// Puts an object unless there is one. Tells whether it was put, be it by an earlier try.
+    pub fn create(&self, key: &str, bytes: impl Into<Bytes>) -> Result<bool, StoreError> {
+        let (path, bytes) = (self.path(key), bytes.into());
+        let put = self.handle().block_on(self.retry.run("writing", key, bytes.len() as u64, || {
+            let (path, payload) = (path.clone(), PutPayload::from_bytes(bytes.clone()));
+            async move { self.store.put_opts(&path, payload, PutMode::Create.into()).await.map(drop) }
+        }));
+        match put {
+            Ok(()) => Ok(true),
+            // The answer to a try of ours may have been lost: then it is there, byte for byte.
+            Err(error) if error.failure == StoreFailure::Exists => {
+                self.get(key).map(|there| there == bytes)
+            }
+            Err(error) if error.failure == StoreFailure::Refused && failure::is_unsupported(&error) => {
+                // A store that can't put on conditions: the best that can be done there.
+                match self.head(key)? {
+                    None => self.put(key, bytes).map(|()| true),
+                    Some(_) => self.get(key).map(|there| there == bytes),
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What a listing would tell of an object, if it is there.
+    pub fn head(&self, key: &str) -> Result<Option<Listing>, StoreError> {
+        let path = self.path(key);
+        let found = self.handle().block_on(self.retry.run("looking for", key, 0, || {
+            let path = path.clone();
+            async move { self.store.head(&path).await }
+        }));
+        match found {
+            Ok(meta) => Ok(Some(self.listing(&meta))),
+            Err(error) if error.failure == StoreFailure::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Which of these are there. They are asked for at once.
+    pub fn exist(&self, keys: Vec<String>) -> Result<Vec<bool>, StoreError> {
+        self.handle().block_on(
+            stream::iter(keys)
+                .map(|key| async move {
+                    let path = self.path(&key);
+                    let run = self.retry.run("looking for", &key, 0, || {
+                        let path = path.clone();
+                        async move { self.store.head(&path).await }
+                    });
+                    match run.await {
+                        Ok(_) => Ok(true),
+                        Err(error) if error.failure == StoreFailure::NotFound => Ok(false),
+                        Err(error) => Err(error),
+                    }
+                })
+                .buffered(REQUESTS)
+                .try_collect(),
+        )
+    }
+
+    /// Removes an object, if it is there.
+    pub fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.delete_all(vec![key.to_owned()])
+    }
+
+    /// Removes objects, those that are there.
+    pub fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
+        self.handle().block_on(
+            stream::iter(keys)
+                .map(Ok)
+                .try_for_each_concurrent(REQUESTS, |key| async move {
+                    let path = self.path(&key);
+                    let run = self.retry.run("removing", &key, 0, || {
+                        let path = path.clone();
+                        async move { self.store.delete(&path).await }
+                    });
+                    match run.await {
+                        Err(error) if error.failure == StoreFailure::NotFound => Ok(()),
+                        ended => ended,
+                    }
+                }),
+        )
+    }
+
+    /// Lists all objects whose keys begin with this and a `/`, in the order of their keys.
+    pub fn list(&self, under: &str) -> Result<Vec<Listing>, StoreError> {
+        let mut found = self.handle().block_on(self.list_one(under))?;
+        found.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
+    /// Lists under several at once.
+    pub fn list_each(&self, under: Vec<String>) -> Result<Vec<Listing>, StoreError> {
+        let mut found: Vec<Listing> = self.handle().block_on(
+            stream::iter(under)
+                .map(|under| async move { self.list_one(&under).await })
+                .buffer_unordered(LISTED_AT_ONCE)
+                .try_concat(),
+        )?;
+        found.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
+    async fn list_one(&self, under: &str) -> Result<Vec<Listing>, StoreError> {
+        let path = self.path(under);
+        self.retry
+            .run("listing", under, 1 << 20, || {
+                let path = path.clone();
+                async move {
+                    let found = self.store.list(Some(&path));
+                    found.map_ok(|meta| self.listing(&meta)).try_collect::<Vec<_>>().await
+                }
+            })
+            .await
+    }
+
+    fn listing(&self, meta: &object_store::ObjectMeta) -> Listing {
+        let mut parts = meta.location.parts();
+        self.prefix.parts().for_each(|_| drop(parts.next()));
+        let key = parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
+        Listing { key, len: meta.size, put_ms: meta.last_modified.timestamp_millis() }
+    }
+}
+
+async fn store(
+    to: &Arc<dyn ObjectStore>,
+    retry: &Retry,
+    path: Path,
+    key: &str,
+    bytes: Bytes,
+) -> Result<(), StoreError> {
+    retry
+        .run("writing", key, bytes.len() as u64, || {
+            let (path, payload) = (path.clone(), PutPayload::from_bytes(bytes.clone()));
+            async move { to.put(&path, payload).await.map(drop) }
+        })
+        .await
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            // Whoever drops it may be a task, which must not wait.
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// An object that is being put.
+pub struct Pending {
+    handle: Handle,
+    task: tokio::task::JoinHandle<Result<(), StoreError>>,
+}
+
+impl Pending {
+    /// Whether the answer is there.
+    pub fn is_done(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Waits for the answer.
+    pub fn wait(self) -> Result<(), StoreError> {
+        let ended = self.handle.block_on(self.task);
+        ended.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+    }
+}

@@ -1,0 +1,74 @@
+//! What lies in a repository already.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
+use crate::repository::format::envelope::Kind;
+use crate::repository::format::ids::{ExtentId, PackId};
+use crate::repository::format::pack::{Entry, Listed, read_index};
+use crate::repository::reading::repository::Repository;
+
+/// The longest index, before it is compressed.
+pub const MAX_INDEX: u64 = 2 << 30;
+
+/// Where an extent lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub pack: PackId,
+    pub at: u32,
+    pub stored: u32,
+    pub raw: u32,
+}
+
+/// The extents that lie in a repository.
+#[derive(Default)]
+pub struct Known {
+    packs: Vec<PackId>,
+    extents: HashMap<ExtentId, (u32, u32, u32, u32)>,
+}
+
+impl Known {
+    /// Reads all indexes, and leaves out these packs.
+    pub fn read(repository: &Repository, without: &HashSet<PackId>) -> Result<Known, RepositoryError> {
+        let mut known = Known::default();
+        for_each_index(repository, |_, packs| {
+            let packs = packs.into_iter().filter(|listed| !without.contains(&listed.pack));
+            packs.for_each(|listed| known.add(listed.pack, &listed.entries));
+            Ok(())
+        })?;
+        Ok(known)
+    }
+
+    /// Adds what lies in a pack.
+    pub fn add(&mut self, pack: PackId, entries: &[Entry]) {
+        let number = u32::try_from(self.packs.len()).unwrap_or(u32::MAX);
+        self.packs.push(pack);
+        for Entry { id, at, stored, raw } in entries {
+            self.extents.entry(*id).or_insert((number, *at, *stored, *raw));
+        }
+    }
+
+    /// Where an extent lies, if it is there.
+    pub fn find(&self, id: &ExtentId) -> Option<Place> {
+        let &(pack, at, stored, raw) = self.extents.get(id)?;
+        Some(Place { pack: self.packs[pack as usize], at, stored, raw })
+    }
+}
+
+/// Gives `take` each index, with its key.
+pub fn for_each_index(
+    repository: &Repository,
+    mut take: impl FnMut(&str, Vec<Listed>) -> Result<(), RepositoryError>,
+) -> Result<(), RepositoryError> {
+    let keys = repository.remote.list("index")?.into_iter().map(|listing| listing.key).collect();
+    repository.remote.get_each(keys, |key, bytes| {
+        let bytes = match bytes {
+            // It was merged into another one meanwhile.
+            Err(StoreError { failure: StoreFailure::NotFound, .. }) => return Ok(()),
+            bytes => bytes?,
+        };
+        let damaged = |problem| repository.damaged(key, problem);
+        let body = repository.keys.open(Kind::Index, key, &bytes, MAX_INDEX).map_err(damaged)?;
+        take(key, read_index(&body).map_err(damaged)?)
+    })
+}

@@ -1,0 +1,8 @@
+//! Files cut into extents, and pushed.
+
+pub mod cut;
+pub mod known;
+pub mod lease;
+pub mod packer;
+pub mod push;
+pub mod source;
