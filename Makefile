@@ -98,7 +98,7 @@ clean:
 FEATURES := internals,libvirt
 
 # Tests in which it matters by which way memory reaches the guest.
-BOTH_WAYS := backends:: bare:: chains:: damage:: filling:: interrupts:: journeys:: serving:: trouble::
+BOTH_WAYS := backends:: bare:: filling:: interrupts:: journeys:: serving::
 
 # A test that takes many minutes, by the program as its users get it.
 LONG_TEST := cargo test --locked --release --features $(FEATURES) --test e2e -- --ignored --nocapture
