@@ -79,7 +79,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel daemon exchange fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
+    agent bench cancel daemon exchange far fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
     revert save transport wire
 }
 
@@ -95,6 +95,7 @@ pub use cancel::Cancellation;
 pub use exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export, import,
 };
+pub use far::{CacheOptions, FarOptions, FarSnapshot};
 pub use fork::{ForkError, ForkEvent, ForkOptions, fork};
 pub use guest::{NewPort, OverlayOptions, RewriteOptions};
 pub use identity::Identity;

@@ -45,6 +45,7 @@ pub use write::flatten::flatten;
 pub use write::options::CacheUse;
 #[cfg(feature = "internals")]
 pub use write::options::WriterStats;
+pub(crate) use store::{Neighbour, Store};
 pub use write::options::{Compression, Layout, Saved, WriterOptions};
 pub use write::parent::check_parent;
 pub(crate) use write::skeleton::skeleton;

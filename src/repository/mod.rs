@@ -35,6 +35,7 @@ pub use reading::pull::{PullOptions, Pulled, PulledFile, pull};
 pub use reading::repository::{Repository, Snapshot};
 pub use remote::{Address, StoreWait};
 pub use wrapping::Recipients;
+pub(crate) use writing::lease::{Held, Lease};
 pub use writing::push::{PushOptions, Pushed, push};
 
 use schemars::JsonSchema;

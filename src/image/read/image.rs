@@ -58,7 +58,7 @@ impl Image {
     }
 
     /// Opens the image that a store holds, as [`Image::open`] does.
-    pub(in crate::image) fn open_in(store: Box<dyn Store>) -> Result<Arc<Image>, ImageError> {
+    pub(crate) fn open_in(store: Box<dyn Store>) -> Result<Arc<Image>, ImageError> {
         let own = Layer::open(store)?;
         let mut manifest = own.manifest()?;
         if let Some(directory) = own.store.file().and_then(|(path, _)| path.parent()) {

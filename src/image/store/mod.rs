@@ -1,7 +1,8 @@
 //! Where the bytes of images lie: anything of which ranges can be read.
 //!
 //! Everything that reads images goes through [`Store`] and so doesn't know files.
-//! [`file::FileStore`] is the one implementation today.
+//! [`file::FileStore`] is one implementation; images in repositories have another
+//! (`far`).
 
 use std::fs::File;
 use std::io;
@@ -17,7 +18,7 @@ pub(super) mod file;
 ///
 /// Several threads read at once. Errors of reading are bare causes: the reading side adds
 /// the object's [name](Store::name), the position, and which part of the image lies there.
-pub(in crate::image) trait Store: Send + Sync {
+pub(crate) trait Store: Send + Sync {
     /// What error messages call the object: a file's path, an object's URL.
     fn name(&self) -> &str;
 
@@ -69,7 +70,7 @@ pub(in crate::image) trait Store: Send + Sync {
 }
 
 /// A place where a neighbouring object was looked for.
-pub(in crate::image) struct Neighbour {
+pub(crate) struct Neighbour {
     /// What error messages call the place.
     pub name: String,
     /// What is there.

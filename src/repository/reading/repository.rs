@@ -153,9 +153,26 @@ impl Repository {
     }
 
     pub(in crate::repository) fn map_of(&self, id: MapId) -> Result<FileMap, RepositoryError> {
+        self.open_map(id, &self.fetch_map(id)?)
+    }
+
+    /// Fetches a map as it is stored.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn fetch_map(&self, id: MapId) -> Result<Bytes, RepositoryError> {
+        Ok(self.remote.get(&map_key(id))?)
+    }
+
+    /// Reads a map that was fetched.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn open_map(&self, id: MapId, stored: &[u8]) -> Result<FileMap, RepositoryError> {
         let key = map_key(id);
-        let body = self.object(Kind::Map, &key, MAX_MAP)?;
-        FileMap::decode(&body).map_err(|problem| self.damaged(&key, problem))
+        let body = self.keys.open(Kind::Map, &key, stored, MAX_MAP);
+        let map = body.and_then(|body| FileMap::decode(&body));
+        map.map_err(|problem| self.damaged(&key, problem))
     }
 
     /// Reads extents: the bytes of each, decompressed and verified, in the order in which they were
@@ -164,23 +181,40 @@ impl Repository {
     /// # Errors
     /// When one can't be read, or is damaged.
     pub fn read_extents(&self, extents: &[Extent]) -> Result<Vec<Bytes>, RepositoryError> {
+        let fetched = self.fetch_extents(extents)?;
+        let opened = extents.iter().zip(fetched).map(|(extent, stored)| self.open_extent(extent, &stored));
+        opened.collect()
+    }
+
+    /// Fetches extents as they are stored, in the order in which they were asked for. Those that lie
+    /// near each other are fetched together. Nothing is verified yet.
+    ///
+    /// # Errors
+    /// When one can't be read.
+    pub fn fetch_extents(&self, extents: &[Extent]) -> Result<Vec<Bytes>, RepositoryError> {
         let ranges = together(extents);
         let wanted = ranges.iter().map(|range| (pack_key(range.pack), range.bytes.clone()));
         let fetched = self.remote.get_ranges(wanted.collect())?;
         let mut read = vec![Bytes::new(); extents.len()];
         for (range, bytes) in ranges.iter().zip(fetched) {
             for &number in &range.extents {
-                let Extent { id, at, stored, raw, .. } = extents[number];
+                let Extent { at, stored, .. } = extents[number];
                 let from = (u64::from(at) - range.bytes.start) as usize;
-                let stored = &bytes[from..from + stored as usize];
-                let opened = self.keys.open_extent(&id, stored, raw as usize);
-                read[number] = opened.map(Bytes::from).map_err(|problem| {
-                    let problem = format!("extent {id} at {at}: {problem}");
-                    self.damaged(&pack_key(range.pack), problem)
-                })?;
+                read[number] = bytes.slice(from..from + stored as usize);
             }
         }
         Ok(read)
+    }
+
+    /// The bytes of an extent that was fetched, decompressed and verified.
+    ///
+    /// # Errors
+    /// When they are not what they should be.
+    pub fn open_extent(&self, extent: &Extent, stored: &[u8]) -> Result<Bytes, RepositoryError> {
+        let Extent { id, at, raw, pack, .. } = *extent;
+        self.keys.open_extent(&id, stored, raw as usize).map(Bytes::from).map_err(|problem| {
+            self.damaged(&pack_key(pack), format!("extent {id} at {at}: {problem}"))
+        })
     }
 
     /// All snapshots, by the names of their objects: the oldest of each machine first.

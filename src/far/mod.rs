@@ -1,0 +1,20 @@
+//! Snapshots that are still in a repository, and read as they are needed (docs/disaster-recovery.md).
+//!
+//! - `cache`: what was fetched, on this host's disk, shared by all who read from afar.
+//! - `file`: one file of a repository: what is missing is fetched, several requests at a time.
+//! - `store`: that file as what holds an image.
+//! - `nbd`: that file as a disk that QEMU reads.
+//! - `snapshot`: an image, its parents and its disks, opened from afar.
+//!
+//! Nothing here runs a guest.
+
+mod cache;
+mod fetch;
+mod file;
+mod latency;
+mod nbd;
+mod snapshot;
+mod store;
+
+pub use cache::{Cache, CacheOptions};
+pub use snapshot::{FarDisk, FarOptions, FarSnapshot};
