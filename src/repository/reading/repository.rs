@@ -155,6 +155,9 @@ impl Repository {
     pub(in crate::repository) fn map_of(&self, id: MapId) -> Result<FileMap, RepositoryError> {
         let key = map_key(id);
         let body = self.object(Kind::Map, &key, MAX_MAP)?;
+        if self.keys.map_id(&body) != id {
+            return Err(self.damaged(&key, "its bytes are not those that its name says".into()));
+        }
         FileMap::decode(&body).map_err(|problem| self.damaged(&key, problem))
     }
 
