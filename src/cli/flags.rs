@@ -57,6 +57,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`SaveOptions::guest`", "--qmp or --domain"),
     ("`SaveOptions::quiesce`", "--quiesce"),
     ("`PushOptions::machine`", "--name"),
+    ("set `ForgetOptions::retention`", "give --keep-last, --keep-daily, …"),
     ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
     ("`init()`", "`snapback init`"),
     ("`recover()`", "`snapback save --recover`"),

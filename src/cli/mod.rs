@@ -36,7 +36,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use self::failure::Failure;
 use self::output::Output;
@@ -60,7 +60,7 @@ struct Cli {
 enum Command {
     /// Take a snapshot of a running guest: memory, devices and disks
     Save(Box<save::SaveArgs>),
-    /// Tell whether a save would work, without touching the guest
+    /// Tell whether a save would work, without touching the guest; or check a repository
     Check(check::CheckArgs),
     /// Start a saved guest, which runs at once
     Revert(Box<revert::RevertArgs>),
@@ -90,6 +90,16 @@ enum Command {
     Pull(repository::PullArgs),
     /// List the snapshots of a repository
     List(repository::ListArgs),
+    /// Add tags to a snapshot of a repository, or remove some
+    Tag(repository::TagArgs),
+    /// Forget snapshots of a repository, by rules or by name
+    Forget(repository::ForgetArgs),
+    /// Remove from a repository what no snapshot refers to
+    Prune(repository::PruneArgs),
+    /// Tell how two snapshots of a repository differ
+    Diff(repository::DiffArgs),
+    /// Copy snapshots from one repository to another
+    Copy(repository::CopyArgs),
     /// List the reverts that are under way
     Ps(runs::PsArgs),
     /// End the guest of a revert that is under way, with its server
@@ -325,13 +335,21 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// The arguments, as derived but for what one struct can't say of two commands.
+fn command() -> clap::Command {
+    Cli::command().mut_subcommand("check", check::of_repositories_too)
+}
+
 /// Runs the program with its arguments. Wrong usage ends it here, with a message and exit
 /// code 2.
 pub fn main() -> ExitCode {
     if let Some(code) = keeper::run(std::env::args_os().skip(1)) {
         return code;
     }
-    let cli = Cli::parse();
+    let cli = match Cli::from_arg_matches(&command().get_matches()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
     init_log();
     let command = match cli.command {
         // It is to be small: no runtime.
@@ -387,6 +405,11 @@ async fn run(command: Command) -> u8 {
         Command::Push(args) => (args.json, repository::push(args).await),
         Command::Pull(args) => (args.json, repository::pull(args).await),
         Command::List(args) => (args.json, repository::list(args).await),
+        Command::Tag(args) => (args.json, repository::tag(args).await),
+        Command::Forget(args) => (args.json, repository::forget(args).await),
+        Command::Prune(args) => (args.json, repository::prune(args).await),
+        Command::Diff(args) => (args.json, repository::diff(args).await),
+        Command::Copy(args) => (args.json, repository::copy(args).await),
         Command::Reset(args) => (args.json, reset::reset(args).await),
         Command::Ps(args) => (args.json, runs::ps(args).await),
         Command::Stop(args) => (args.json, runs::stop(args).await),
@@ -471,8 +494,7 @@ mod tests {
 
     #[test]
     fn the_arguments_are_consistent() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

@@ -148,6 +148,11 @@ fn parse_quiesce(text: &str) -> Result<Quiesce, String> {
 }
 
 impl GuestArgs {
+    /// Whether no guest is named.
+    pub(super) fn is_none(&self) -> bool {
+        self.qmp.is_none() && self.domain.is_none()
+    }
+
     /// The guest.
     fn address(&self) -> GuestAddress {
         match (&self.domain, &self.qmp) {

@@ -39,7 +39,8 @@ impl Keys {
 
     /// Of a repository with this key.
     pub fn of(key: &[u8; KEY]) -> Keys {
-        let derived = |what: &str| blake3::derive_key(&format!("snapback repository v1 {what}"), key);
+        let derived =
+            |what: &str| blake3::derive_key(&format!("snapback repository v1 {what}"), key);
         let cipher = |what| XChaCha20Poly1305::new(Key::from_slice(&derived(what)));
         Keys(Some(Sealed {
             extents: cipher("extents"),
@@ -77,7 +78,9 @@ impl Keys {
     pub fn hidden_name(&self, name: &str) -> String {
         match &self.0 {
             None => escape(name),
-            Some(keys) => to_hex(&blake3::keyed_hash(&keys.hidden, name.as_bytes()).as_bytes()[..16]),
+            Some(keys) => {
+                to_hex(&blake3::keyed_hash(&keys.hidden, name.as_bytes()).as_bytes()[..16])
+            }
         }
     }
 
@@ -172,7 +175,13 @@ impl Keys {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn open(&self, kind: Kind, name: &str, object: &[u8], most: u64) -> Result<Vec<u8>, String> {
+    pub fn open(
+        &self,
+        kind: Kind,
+        name: &str,
+        object: &[u8],
+        most: u64,
+    ) -> Result<Vec<u8>, String> {
         let (header, rest) = object.split_at_checked(HEADER).ok_or("it is too short")?;
         let Header { flags, len, .. } = Header::decode(header, kind)?;
         if len > most {

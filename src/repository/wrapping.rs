@@ -118,9 +118,8 @@ pub fn open_keys(
     access: &Access,
     repository: &str,
 ) -> Result<Keys, RepositoryError> {
-    let closed = |problem: String| {
-        RepositoryError::Key { repository: repository.to_owned(), problem }
-    };
+    let closed =
+        |problem: String| RepositoryError::Key { repository: repository.to_owned(), problem };
     let damaged = |problem: &str| RepositoryError::Damaged {
         repository: repository.to_owned(),
         object: "config".into(),

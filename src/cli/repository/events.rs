@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::repository::{Moved, PulledFile, SnapshotManifest, time_text};
+use crate::repository::{
+    Checked, Difference, Moved, Pruned, PulledFile, RepositoryDamage, SnapshotManifest, time_text,
+};
 
 /// What a command on a repository tells.
 #[derive(Serialize, JsonSchema)]
@@ -45,6 +47,48 @@ pub(in crate::cli) enum RepositoryEvent {
     },
     /// A snapshot of a repository.
     Snapshot(Box<ListedSnapshot>),
+    /// A snapshot with the tags that it has now.
+    Tagged(Box<ListedSnapshot>),
+    /// A snapshot that `forget` has looked at.
+    Forgotten {
+        /// The snapshot.
+        #[serde(flatten)]
+        snapshot: Box<ListedSnapshot>,
+        /// Whether it is kept.
+        kept: bool,
+        /// By which rules: `last`, `hourly`, `daily`, `weekly`, `monthly`, `tag`.
+        kept_by: Vec<String>,
+        /// Whether this only tells what would be done.
+        dry_run: bool,
+    },
+    /// What nothing refers to was marked, and what had been marked was removed.
+    Pruned {
+        /// What was done.
+        #[serde(flatten)]
+        pruned: Pruned,
+        /// Whether this only tells what would be done.
+        dry_run: bool,
+    },
+    /// Something in a repository is not what it should be.
+    RepositoryDamaged(RepositoryDamage),
+    /// A repository was checked.
+    RepositoryChecked {
+        /// What was looked at.
+        #[serde(flatten)]
+        checked: Checked,
+        /// How much was not what it should be.
+        damages: u64,
+    },
+    /// How memory, or a file of a disk, of one snapshot differs from that of another.
+    Difference(Difference),
+    /// A snapshot is in the other repository.
+    Copied {
+        /// The snapshot.
+        #[serde(flatten)]
+        snapshot: Box<ListedSnapshot>,
+        /// Whether it was there before.
+        was_there: bool,
+    },
 }
 
 /// A snapshot of a repository.
@@ -77,6 +121,11 @@ pub(in crate::cli) struct ListedSnapshot {
 }
 
 impl ListedSnapshot {
+    /// What people call it.
+    pub fn name(&self) -> String {
+        format!("{}@{} ({})", self.machine, self.time, &self.id[..12])
+    }
+
     /// With the tags that were added or taken away since.
     pub fn new(manifest: &SnapshotManifest, tags: BTreeSet<String>) -> Box<ListedSnapshot> {
         let disks = manifest.files.iter().filter(|file| file.role == crate::repository::Role::Disk);

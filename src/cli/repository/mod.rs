@@ -1,6 +1,7 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
 mod events;
+mod keeping;
 mod transfer;
 
 use std::path::PathBuf;
@@ -10,6 +11,9 @@ use std::time::Duration;
 use clap::Args;
 
 pub(super) use self::events::RepositoryEvent;
+pub(super) use self::keeping::{
+    CopyArgs, DiffArgs, ForgetArgs, PruneArgs, TagArgs, check, copy, diff, forget, prune, tag,
+};
 pub(super) use self::transfer::{InitArgs, ListArgs, PullArgs, PushArgs, init, list, pull, push};
 use super::cancellation;
 use super::failure::Failure;

@@ -116,7 +116,7 @@ pub(in crate::cli) async fn push(args: PushArgs) -> Result<(), Failure> {
     });
     let pushed = pushed.await?;
     let snapshot = ListedSnapshot::new(&pushed.manifest, pushed.manifest.tags.clone());
-    let name = format!("{}@{} ({})", snapshot.machine, snapshot.time, &snapshot.id[..SHOWN]);
+    let name = snapshot.name();
     let says = match pushed.was_there {
         true => format!("{name} was there already"),
         false => {

@@ -18,6 +18,8 @@ pub enum Kind {
     Map = 2,
     /// What lies in packs.
     Index = 3,
+    /// Which packs an index is of.
+    IndexHead = 8,
     /// What lies in the pack that it ends.
     Footer = 4,
     /// Packs and maps that nothing refers to.

@@ -48,6 +48,8 @@ pub struct Inline {
 /// What a file consists of. Whatever neither an extent nor an inline part covers is zeros.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FileMap {
+    /// Random, so that no push puts a map that a prune may just be removing.
+    pub salt: [u8; 16],
     /// Length of the file.
     pub len: u64,
     /// Its stored parts, in order; none overlaps another one or an inline part.
@@ -82,7 +84,8 @@ impl FileMap {
         let number: std::collections::HashMap<_, _> =
             packs.iter().enumerate().map(|(number, pack)| (*pack, as_u32(number))).collect();
         let inline: usize = self.inline.iter().map(|part| part.bytes.len()).sum();
-        let mut body = Vec::with_capacity(20 + packs.len() * 16 + self.extents.len() * 56 + inline);
+        let mut body = Vec::with_capacity(36 + packs.len() * 16 + self.extents.len() * 56 + inline);
+        body.extend(self.salt);
         body.extend(self.len.to_le_bytes());
         body.extend(as_u32(packs.len()).to_le_bytes());
         packs.iter().for_each(|pack| body.extend(pack.0));
@@ -110,7 +113,7 @@ impl FileMap {
     /// What is wrong with it.
     pub fn decode(body: &[u8]) -> Result<FileMap, String> {
         let mut from = Reader(body);
-        let len = from.u64()?;
+        let (salt, len) = (from.array()?, from.u64()?);
         let packs = from.count(16)?;
         let packs =
             (0..packs).map(|_| from.array().map(PackId)).collect::<Result<Vec<_>, String>>()?;
@@ -144,7 +147,7 @@ impl FileMap {
             inline.push(Inline { offset, bytes });
         }
         from.end()?;
-        let map = FileMap { len, extents, inline };
+        let map = FileMap { salt, len, extents, inline };
         let overlapped = map.inline.iter().find(|part| {
             !map.extents_in(part.offset..part.offset + part.bytes.len() as u64).is_empty()
         });

@@ -63,8 +63,12 @@ fn put_entries(to: &mut Vec<u8>, entries: &[Entry]) {
 fn take_entries(from: &mut Reader<'_>) -> Result<Vec<Entry>, String> {
     let count = from.count(ENTRY)?;
     let entry = |from: &mut Reader<'_>| {
-        let entry =
-            Entry { id: ExtentId(from.array()?), at: from.u32()?, stored: from.u32()?, raw: from.u32()? };
+        let entry = Entry {
+            id: ExtentId(from.array()?),
+            at: from.u32()?,
+            stored: from.u32()?,
+            raw: from.u32()?,
+        };
         check_lengths(entry.at, entry.stored, entry.raw).map(|()| entry)
     };
     (0..count).map(|_| entry(from)).collect()
@@ -105,27 +109,46 @@ pub fn footer_len(tail: &[u8], pack: u64) -> Result<usize, String> {
     }
 }
 
-/// The body of an index.
-pub fn index(packs: &[Listed]) -> Vec<u8> {
+/// The bodies of an index's two parts: which packs it is of, and what lies in them. A prune reads
+/// the first alone.
+pub fn index(packs: &[Listed]) -> (Vec<u8>, Vec<u8>) {
     let entries: usize = packs.iter().map(|pack| pack.entries.len()).sum();
-    let mut body = Vec::with_capacity(4 + packs.len() * 28 + entries * ENTRY);
-    body.extend(as_u32(packs.len()).to_le_bytes());
+    let mut head = Vec::with_capacity(4 + packs.len() * 28);
+    head.extend(as_u32(packs.len()).to_le_bytes());
+    let mut body = Vec::with_capacity(packs.len() * 4 + entries * ENTRY);
     for Listed { pack, len, entries } in packs {
-        body.extend(pack.0);
-        body.extend(len.to_le_bytes());
+        head.extend(pack.0);
+        head.extend(len.to_le_bytes());
         put_entries(&mut body, entries);
     }
-    body
+    (head, body)
 }
 
-/// Reads the body of an index.
-pub fn read_index(body: &[u8]) -> Result<Vec<Listed>, String> {
-    let mut from = Reader(body);
-    let count = from.count(28)?;
-    let listed = |from: &mut Reader<'_>| {
-        let (pack, len) = (PackId(from.array()?), from.u64()?);
-        Ok::<_, String>(Listed { pack, len, entries: take_entries(from)? })
-    };
-    let packs = (0..count).map(|_| listed(&mut from)).collect::<Result<_, _>>()?;
+/// Reads the first part of an index: packs and their lengths.
+pub fn read_index_head(head: &[u8]) -> Result<Vec<(PackId, u64)>, String> {
+    let mut from = Reader(head);
+    let count = from.count(24)?;
+    let packs = (0..count).map(|_| Ok((PackId(from.array()?), from.u64()?)));
+    let packs = packs.collect::<Result<_, String>>()?;
     from.end().map(|()| packs)
+}
+
+/// Reads an index of these packs.
+pub fn read_index(packs: Vec<(PackId, u64)>, body: &[u8]) -> Result<Vec<Listed>, String> {
+    let mut from = Reader(body);
+    let listed = |(pack, len)| Ok(Listed { pack, len, entries: take_entries(&mut from)? });
+    let packs = packs.into_iter().map(listed).collect::<Result<_, String>>()?;
+    from.end().map(|()| packs)
+}
+
+/// Puts the two parts of an index together, as they were closed.
+pub fn join_index(head: &[u8], body: &[u8]) -> Vec<u8> {
+    [&as_u32(head.len()).to_le_bytes(), head, body].concat()
+}
+
+/// Takes the two parts of an index apart; of the second, as much as is there.
+pub fn split_index(bytes: &[u8]) -> Result<(&[u8], &[u8]), String> {
+    let mut from = Reader(bytes);
+    let len = from.u32()? as usize;
+    Ok((from.take(len)?, from.0))
 }

@@ -1,3 +1,9 @@
-//! What is kept, and what goes.
+//! What is kept, what goes, and whether all of it is whole.
 
+pub mod check;
+pub mod copy;
+pub mod diff;
+pub mod forget;
 pub mod marks;
+pub mod prune;
+pub mod tag;

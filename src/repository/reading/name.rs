@@ -48,7 +48,8 @@ impl FromStr for SnapshotName {
             Err(RepositoryError::Options(format!("`{text}` is no name of a snapshot: {problem}")))
         };
         let Some((machine, moment)) = text.rsplit_once('@') else {
-            let is_id = text.len() >= SHORTEST && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+            let is_id =
+                text.len() >= SHORTEST && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
             return match is_id {
                 true => Ok(SnapshotName::Id(text.replace('-', "").to_ascii_lowercase())),
                 false if text.is_empty() => wrong("it is empty"),

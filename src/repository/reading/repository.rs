@@ -170,9 +170,12 @@ impl Repository {
     /// When it is damaged.
     pub fn open_map(&self, id: MapId, stored: &[u8]) -> Result<FileMap, RepositoryError> {
         let key = map_key(id);
-        let body = self.keys.open(Kind::Map, &key, stored, MAX_MAP);
-        let map = body.and_then(|body| FileMap::decode(&body));
-        map.map_err(|problem| self.damaged(&key, problem))
+        let damaged = |problem| self.damaged(&key, problem);
+        let body = self.keys.open(Kind::Map, &key, stored, MAX_MAP).map_err(damaged)?;
+        if self.keys.map_id(&body) != id {
+            return Err(damaged("its bytes are not those that its name says".into()));
+        }
+        FileMap::decode(&body).map_err(damaged)
     }
 
     /// Reads extents: the bytes of each, decompressed and verified, in the order in which they were

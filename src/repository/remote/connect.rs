@@ -28,9 +28,8 @@ pub fn connect(
     address: &Address,
     create: bool,
 ) -> Result<(Arc<dyn ObjectStore>, Path), RepositoryError> {
-    let refused = |problem: String| {
-        RepositoryError::Address { address: address.to_string(), problem }
-    };
+    let refused =
+        |problem: String| RepositoryError::Address { address: address.to_string(), problem };
     let url = match address {
         Address::Directory(path) => {
             if create {

@@ -20,8 +20,8 @@ use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload}
 use tokio::runtime::{Handle, Runtime};
 
 pub use self::address::Address;
-pub use self::retry::StoreWait;
 use self::retry::Retry;
+pub use self::retry::StoreWait;
 use crate::cancel::Cancellation;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 
@@ -55,7 +55,8 @@ pub struct Listing {
     pub key: String,
     /// Its length.
     pub len: u64,
-    /// When it was put, in milliseconds since 1970, by the store's clock. Stores tell whole seconds.
+    /// When it was put, in milliseconds since 1970, by the store's clock: whole seconds, since some
+    /// requests tell no more, and times are compared.
     pub put_ms: i64,
 }
 
@@ -70,7 +71,11 @@ pub struct Remote {
 impl Remote {
     /// The store at an address. Nothing is asked of it yet, but that a directory is there; `create`
     /// makes it.
-    pub fn connect(address: &Address, reach: &Reach, create: bool) -> Result<Remote, RepositoryError> {
+    pub fn connect(
+        address: &Address,
+        reach: &Reach,
+        create: bool,
+    ) -> Result<Remote, RepositoryError> {
         let (store, prefix) = connect::connect(address, create)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -101,16 +106,8 @@ impl Remote {
         self.handle().block_on(self.fetch(key, None))
     }
 
-    /// Reads these bytes of an object: all of them.
-    pub fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.handle().block_on(self.fetch(key, Some(range)))
-    }
-
     /// Reads several at once. The answers come in the order of the questions.
-    pub fn get_ranges(
-        &self,
-        wanted: Vec<(String, Range<u64>)>,
-    ) -> Result<Vec<Bytes>, StoreError> {
+    pub fn get_ranges(&self, wanted: Vec<(String, Range<u64>)>) -> Result<Vec<Bytes>, StoreError> {
         self.handle().block_on(
             stream::iter(wanted)
                 .map(|(key, range)| async move { self.fetch(&key, Some(range)).await })
@@ -146,7 +143,10 @@ impl Remote {
             .run("reading", key, len, || {
                 let (path, range) = (path.clone(), range.clone());
                 async move {
-                    let options = GetOptions { range: range.clone().map(Into::into), ..GetOptions::default() };
+                    let options = GetOptions {
+                        range: range.clone().map(Into::into),
+                        ..GetOptions::default()
+                    };
                     let answer = self.store.get_opts(&path, options).await?;
                     let due = answer.range.end - answer.range.start;
                     let bytes = answer.bytes().await?;
@@ -183,17 +183,22 @@ impl Remote {
     /// Puts an object unless there is one. Tells whether it was put, be it by an earlier try.
     pub fn create(&self, key: &str, bytes: impl Into<Bytes>) -> Result<bool, StoreError> {
         let (path, bytes) = (self.path(key), bytes.into());
-        let put = self.handle().block_on(self.retry.run("writing", key, bytes.len() as u64, || {
-            let (path, payload) = (path.clone(), PutPayload::from_bytes(bytes.clone()));
-            async move { self.store.put_opts(&path, payload, PutMode::Create.into()).await.map(drop) }
-        }));
+        let put =
+            self.handle().block_on(self.retry.run("writing", key, bytes.len() as u64, || {
+                let (path, payload) = (path.clone(), PutPayload::from_bytes(bytes.clone()));
+                async move {
+                    self.store.put_opts(&path, payload, PutMode::Create.into()).await.map(drop)
+                }
+            }));
         match put {
             Ok(()) => Ok(true),
             // The answer to a try of ours may have been lost: then it is there, byte for byte.
             Err(error) if error.failure == StoreFailure::Exists => {
                 self.get(key).map(|there| there == bytes)
             }
-            Err(error) if error.failure == StoreFailure::Refused && failure::is_unsupported(&error) => {
+            Err(error)
+                if error.failure == StoreFailure::Refused && failure::is_unsupported(&error) =>
+            {
                 // A store that can't put on conditions: the best that can be done there.
                 match self.head(key)? {
                     None => self.put(key, bytes).map(|()| true),
@@ -246,21 +251,20 @@ impl Remote {
 
     /// Removes objects, those that are there.
     pub fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
-        self.handle().block_on(
-            stream::iter(keys)
-                .map(Ok)
-                .try_for_each_concurrent(REQUESTS, |key| async move {
-                    let path = self.path(&key);
-                    let run = self.retry.run("removing", &key, 0, || {
-                        let path = path.clone();
-                        async move { self.store.delete(&path).await }
-                    });
-                    match run.await {
-                        Err(error) if error.failure == StoreFailure::NotFound => Ok(()),
-                        ended => ended,
-                    }
-                }),
-        )
+        self.handle().block_on(stream::iter(keys).map(Ok).try_for_each_concurrent(
+            REQUESTS,
+            |key| async move {
+                let path = self.path(&key);
+                let run = self.retry.run("removing", &key, 0, || {
+                    let path = path.clone();
+                    async move { self.store.delete(&path).await }
+                });
+                match run.await {
+                    Err(error) if error.failure == StoreFailure::NotFound => Ok(()),
+                    ended => ended,
+                }
+            },
+        ))
     }
 
     /// Lists all objects whose keys begin with this and a `/`, in the order of their keys.
@@ -299,7 +303,7 @@ impl Remote {
         let mut parts = meta.location.parts();
         self.prefix.parts().for_each(|_| drop(parts.next()));
         let key = parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
-        Listing { key, len: meta.size, put_ms: meta.last_modified.timestamp_millis() }
+        Listing { key, len: meta.size, put_ms: meta.last_modified.timestamp() * 1000 }
     }
 }
 

@@ -54,11 +54,18 @@ pub struct Retry {
 /// Counts a request that waits for the store.
 struct Waiting<'a>(&'a Retry);
 
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        if self.0.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
+impl Waiting<'_> {
+    /// It has been answered.
+    fn answered(self) {
+        if self.0.waiting.load(Ordering::Relaxed) == 1 {
             self.0.tell(StoreWait::StoreBack { store: self.0.name.clone() });
         }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -113,7 +120,10 @@ impl Retry {
                 answer = one => answer,
             };
             let verdict = match answer {
-                Ok(Ok(value)) => return Ok(value),
+                Ok(Ok(value)) => {
+                    waiting.map(Waiting::answered).unwrap_or_default();
+                    return Ok(value);
+                }
                 Ok(Err(refused)) => judge(&refused),
                 Err(_) => Verdict {
                     failure: StoreFailure::Unreachable,

@@ -184,7 +184,11 @@ mod tests {
         assert!(pieces(&file, 0..100 << 20, How::Blocks).is_empty());
         file.write_all_at(b"x", (50 << 20) + 5).unwrap();
         let found = pieces(&file, 0..100 << 20, How::Blocks);
-        assert!(found.len() <= 64 && found.iter().any(|(at, _)| *at == 50 << 20), "{}", found.len());
+        assert!(
+            found.len() <= 64 && found.iter().any(|(at, _)| *at == 50 << 20),
+            "{}",
+            found.len()
+        );
         assert!(found.iter().all(|(at, piece)| at % 65536 == 0 && piece.len() == 65536));
     }
 }

@@ -4,8 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::envelope::Kind;
-use crate::repository::format::ids::{ExtentId, PackId};
-use crate::repository::format::pack::{Entry, Listed, read_index};
+use crate::repository::format::ids::{ExtentId, ObjectId, PackId};
+use crate::repository::format::pack::{
+    Entry, Listed, index, join_index, read_index, read_index_head, split_index,
+};
 use crate::repository::reading::repository::Repository;
 
 /// The longest index, before it is compressed.
@@ -29,7 +31,10 @@ pub struct Known {
 
 impl Known {
     /// Reads all indexes, and leaves out these packs.
-    pub fn read(repository: &Repository, without: &HashSet<PackId>) -> Result<Known, RepositoryError> {
+    pub fn read(
+        repository: &Repository,
+        without: &HashSet<PackId>,
+    ) -> Result<Known, RepositoryError> {
         let mut known = Known::default();
         for_each_index(repository, |_, packs| {
             let packs = packs.into_iter().filter(|listed| !without.contains(&listed.pack));
@@ -61,14 +66,44 @@ pub fn for_each_index(
     mut take: impl FnMut(&str, Vec<Listed>) -> Result<(), RepositoryError>,
 ) -> Result<(), RepositoryError> {
     let keys = repository.remote.list("index")?.into_iter().map(|listing| listing.key).collect();
-    repository.remote.get_each(keys, |key, bytes| {
-        let bytes = match bytes {
-            // It was merged into another one meanwhile.
-            Err(StoreError { failure: StoreFailure::NotFound, .. }) => return Ok(()),
-            bytes => bytes?,
-        };
-        let damaged = |problem| repository.damaged(key, problem);
-        let body = repository.keys.open(Kind::Index, key, &bytes, MAX_INDEX).map_err(damaged)?;
-        take(key, read_index(&body).map_err(damaged)?)
+    repository.remote.get_each(keys, |key, bytes| match bytes {
+        // It was put into another one meanwhile.
+        Err(StoreError { failure: StoreFailure::NotFound, .. }) => Ok(()),
+        bytes => take(key, open_index(repository, key, &bytes?)?),
     })
+}
+
+/// Reads an index.
+pub fn open_index(
+    repository: &Repository,
+    key: &str,
+    bytes: &[u8],
+) -> Result<Vec<Listed>, RepositoryError> {
+    let open = || {
+        let (head, body) = split_index(bytes)?;
+        let packs = open_head(repository, key, head)?;
+        read_index(packs, &repository.keys.open(Kind::Index, key, body, MAX_INDEX)?)
+    };
+    open().map_err(|problem| repository.damaged(key, problem))
+}
+
+/// Reads the first part of an index, as it was closed.
+pub fn open_head(
+    repository: &Repository,
+    key: &str,
+    head: &[u8],
+) -> Result<Vec<(PackId, u64)>, String> {
+    read_index_head(&repository.keys.open(Kind::IndexHead, key, head, MAX_INDEX)?)
+}
+
+/// An index as it is put.
+pub fn close_index(repository: &Repository, key: &str, packs: &[Listed]) -> Vec<u8> {
+    let (head, body) = index(packs);
+    let close = |kind, part: &[u8]| repository.keys.close(kind, key, part, true);
+    join_index(&close(Kind::IndexHead, &head), &close(Kind::Index, &body))
+}
+
+/// The key of an index.
+pub fn index_key(id: ObjectId) -> String {
+    format!("index/{id}")
 }

@@ -1,12 +1,13 @@
 //! Leases: they tell a prune who is at work.
 
+use std::collections::HashMap;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::repository::error::RepositoryError;
+use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, ObjectId, PackId, random};
 use crate::repository::reading::repository::Repository;
@@ -15,6 +16,8 @@ use crate::repository::reading::repository::Repository;
 pub const HOLDS: Duration = Duration::from_secs(15 * 60);
 /// How often it is renewed.
 const RENEWED: Duration = Duration::from_secs(3 * 60);
+/// For how long it surely holds: clocks and requests take their time.
+const SURE: Duration = Duration::from_secs(10 * 60);
 /// The longest lease.
 pub const MAX_LEASE: u64 = 64 << 20;
 
@@ -23,6 +26,9 @@ pub const MAX_LEASE: u64 = 64 << 20;
 pub struct Lease {
     /// Who holds it: host and process.
     pub holder: String,
+    /// Since when, in milliseconds since 1970 by the store's clock; 0 where it was put just now.
+    #[serde(default)]
+    pub since_ms: i64,
     /// Whether it adds to the repository. One who only reads does not find what has been marked.
     pub writes: bool,
     /// Packs that it reads.
@@ -36,7 +42,9 @@ pub struct Held<'a> {
     repository: &'a Repository,
     key: String,
     bytes: Vec<u8>,
-    renewed: Mutex<Instant>,
+    since_ms: i64,
+    /// When it was renewed, and how often that came too late.
+    renewed: Mutex<(Instant, u64)>,
 }
 
 impl Lease {
@@ -53,10 +61,15 @@ impl<'a> Held<'a> {
         let key = format!("leases/{}", ObjectId(random()));
         // Plain data, which always can be written.
         let body = serde_json::to_vec(lease).unwrap_or_default();
-        let bytes = repository.keys.close(Kind::Lease, &key, &body, false);
-        let renewed = Mutex::new(Instant::now());
-        repository.remote.put(&key, bytes.clone())?;
-        Ok(Held { repository, key, bytes, renewed })
+        let close = |body: &[u8]| repository.keys.close(Kind::Lease, &key, body, false);
+        let renewed = Mutex::new((Instant::now(), 0));
+        repository.remote.put(&key, close(&body))?;
+        // The store's clock counts: those of hosts differ.
+        let put = repository.remote.head(&key)?;
+        let since_ms = put.map_or(0, |listing| listing.put_ms);
+        let body = serde_json::to_vec(&Lease { since_ms, ..lease.clone() }).unwrap_or_default();
+        let bytes = close(&body);
+        Ok(Held { repository, key, bytes, since_ms, renewed })
     }
 
     /// Runs work while a thread renews the lease.
@@ -71,7 +84,9 @@ impl<'a> Held<'a> {
                     let at = Instant::now();
                     // One that fails is tried again in time; whether it came too late is looked at.
                     if self.repository.remote.put(&self.key, self.bytes.clone()).is_ok() {
-                        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = at;
+                        let mut renewed = self.renewed();
+                        renewed.1 += u64::from(renewed.0.elapsed() > SURE);
+                        renewed.0 = at;
                     }
                 }
             });
@@ -81,14 +96,20 @@ impl<'a> Held<'a> {
         })
     }
 
-    /// Whether it surely has held without a gap.
-    pub fn holds(&self) -> bool {
-        self.renewed.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < HOLDS / 2
+    /// How often it may not have held so far. As long as that is the same, nothing that this process
+    /// relies on has been removed.
+    pub fn gaps(&self) -> u64 {
+        let renewed = self.renewed();
+        renewed.1 + u64::from(renewed.0.elapsed() > SURE)
     }
 
-    /// Its key.
-    pub fn key(&self) -> &str {
-        &self.key
+    fn renewed(&self) -> MutexGuard<'_, (Instant, u64)> {
+        self.renewed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Since when it is held, in milliseconds since 1970 by the store's clock.
+    pub fn since_ms(&self) -> i64 {
+        self.since_ms
     }
 }
 
@@ -99,6 +120,39 @@ impl Drop for Held<'_> {
             tracing::debug!("{error}");
         }
     }
+}
+
+/// A lease of somebody's, as it was found.
+pub struct Found {
+    pub key: String,
+    /// When it was put or renewed last, in milliseconds since 1970.
+    pub put_ms: i64,
+    pub lease: Lease,
+}
+
+/// All leases.
+pub fn leases(repository: &Repository) -> Result<Vec<Found>, RepositoryError> {
+    let listed = repository.remote.list("leases")?;
+    let times: HashMap<String, i64> =
+        listed.into_iter().map(|listing| (listing.key, listing.put_ms)).collect();
+    let mut found = Vec::new();
+    repository.remote.get_each(times.keys().cloned().collect(), |key, bytes| {
+        let bytes = match bytes {
+            // It has just ended.
+            Err(StoreError { failure: StoreFailure::NotFound, .. }) => return Ok(()),
+            bytes => bytes?,
+        };
+        let damaged = |problem| repository.damaged(key, problem);
+        let body = repository.keys.open(Kind::Lease, key, &bytes, MAX_LEASE).map_err(damaged)?;
+        let mut lease: Lease = serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?;
+        let put_ms = times.get(key).copied().unwrap_or_default();
+        if lease.since_ms == 0 {
+            lease.since_ms = put_ms;
+        }
+        found.push(Found { key: key.to_owned(), put_ms, lease });
+        Ok(())
+    })?;
+    Ok(found)
 }
 
 /// The name of this host.

@@ -4,14 +4,12 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::known::Place;
+use super::known::{Place, close_index, index_key};
 use crate::repository::error::RepositoryError;
 use crate::repository::format::bytes::as_u32;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{ExtentId, ObjectId, PackId, random};
-use crate::repository::format::pack::{
-    Entry, Listed, PACK_LEAST, PACK_TARGET, footer, index, trailer,
-};
+use crate::repository::format::pack::{Entry, Listed, PACK_LEAST, PACK_TARGET, footer, trailer};
 use crate::repository::reading::repository::{Repository, pack_key};
 use crate::repository::remote::Pending;
 
@@ -43,7 +41,12 @@ impl<'a> Packer<'a> {
     }
 
     /// Adds an extent, which is not there yet. Waits while too many packs are on their way.
-    pub fn add(&mut self, id: ExtentId, stored: &[u8], raw: usize) -> Result<Place, RepositoryError> {
+    pub fn add(
+        &mut self,
+        id: ExtentId,
+        stored: &[u8],
+        raw: usize,
+    ) -> Result<Place, RepositoryError> {
         if self.bytes.len() + stored.len() > PACK_TARGET {
             self.flush()?;
         }
@@ -78,7 +81,8 @@ impl<'a> Packer<'a> {
         if self.entries.is_empty() {
             return Ok(());
         }
-        while self.under_way.len() >= UNDER_WAY || self.under_way.front().is_some_and(|(_, p)| p.is_done())
+        while self.under_way.len() >= UNDER_WAY
+            || self.under_way.front().is_some_and(|(_, p)| p.is_done())
         {
             self.wait()?;
         }
@@ -92,7 +96,7 @@ impl<'a> Packer<'a> {
         let listed = Listed { pack, len: bytes.len() as u64, entries };
         self.sent += listed.len;
         let draft = index_key(ObjectId(pack.0));
-        let of = keys.close(Kind::Index, &draft, &index(std::slice::from_ref(&listed)), true);
+        let of = close_index(self.repository, &draft, std::slice::from_ref(&listed));
         let objects = vec![(key, Bytes::from(bytes)), (draft, Bytes::from(of))];
         self.under_way.push_back((listed, self.repository.remote.begin_puts(objects)));
         Ok(())
@@ -122,15 +126,9 @@ impl<'a> Packer<'a> {
 fn put_index(repository: &Repository, packs: &[Listed]) -> Result<(), RepositoryError> {
     if packs.len() > 1 {
         let key = index_key(ObjectId(random()));
-        let bytes = repository.keys.close(Kind::Index, &key, &index(packs), true);
-        repository.remote.put(&key, bytes)?;
+        repository.remote.put(&key, close_index(repository, &key, packs))?;
         let drafts = packs.iter().map(|listed| index_key(ObjectId(listed.pack.0)));
         repository.remote.delete_all(drafts.collect())?;
     }
     Ok(())
-}
-
-/// The key of an index.
-pub fn index_key(id: ObjectId) -> String {
-    format!("index/{id}")
 }

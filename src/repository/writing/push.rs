@@ -15,8 +15,8 @@ use crate::failpoint::failpoint;
 use crate::repository::Moved;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::envelope::Kind;
-use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId};
-use crate::repository::format::manifest::{FileRef, Role, SnapshotManifest};
+use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId, random};
+use crate::repository::format::manifest::{FileRef, SnapshotManifest};
 use crate::repository::format::map::{Extent, FileMap};
 use crate::repository::keeping::marks;
 use crate::repository::reading::repository::{Repository, map_key, pack_key};
@@ -114,9 +114,10 @@ pub fn push(
     lease.while_held(|| {
         let mut gone = HashSet::new();
         for _ in 0..TRIES {
+            let gaps = lease.gaps();
             let mut pushing = Pushing::new(repository, &gone, &manifest, &mut on_progress)?;
             let missing = pushing.all(&files, &mut manifest)?;
-            if missing.is_empty() && lease.holds() {
+            if missing.is_empty() && lease.gaps() == gaps {
                 failpoint("push-before-manifest");
                 // Plain data, which always can be written.
                 let body = serde_json::to_vec(&manifest).unwrap_or_default();
@@ -131,7 +132,8 @@ pub fn push(
             gone.extend(missing);
         }
         Err(RepositoryError::Options(
-            "packs go away as fast as they are referred to: is another program at work there?".into(),
+            "packs go away as fast as they are referred to: is another program at work there?"
+                .into(),
         ))
     })
 }
@@ -139,11 +141,15 @@ pub fn push(
 /// Refuses what could not be asked for by name later.
 pub fn check_words(machine: &str, tags: &BTreeSet<String>) -> Result<(), RepositoryError> {
     let is_name = |name: &str| {
-        !name.is_empty() && name.len() <= 128 && !name.contains(['@', '/']) && !name.contains(char::is_control)
+        !name.is_empty()
+            && name.len() <= 128
+            && !name.contains(['@', '/'])
+            && !name.contains(char::is_control)
     };
     if !is_name(machine) {
         let problem = "it is empty, too long, or has an `@` or `/`: choose another with";
-        let problem = format!("`{machine}` is no name of a machine: {problem} `PushOptions::machine`");
+        let problem =
+            format!("`{machine}` is no name of a machine: {problem} `PushOptions::machine`");
         return Err(RepositoryError::Options(problem));
     }
     match tags.iter().find(|tag| !is_name(tag) || *tag == "latest") {
@@ -213,7 +219,7 @@ impl<'a> Pushing<'a> {
     ) -> Result<Vec<PackId>, RepositoryError> {
         self.moved.total = files.iter().map(|file| file.len).sum();
         manifest.files.clear();
-        let mut maps: Vec<(MapId, FileMap)> = Vec::new();
+        let (mut maps, mut objects) = (Vec::new(), Vec::new());
         for file in files {
             let (id, map) = match self.there(file)? {
                 Some(there) => {
@@ -223,32 +229,39 @@ impl<'a> Pushing<'a> {
                 None => {
                     let map = self.one(file)?;
                     self.packer.end_file()?;
-                    (self.repository.keys.map_id(&map.encode()), map)
+                    let body = map.encode();
+                    let id = self.repository.keys.map_id(&body);
+                    objects.push((map_key(id), body));
+                    (id, map)
                 }
             };
             let path = file.path.to_string_lossy().into_owned();
             manifest.files.push(FileRef::new(file.role, path, file.len, id, file.image));
-            maps.push((id, map));
+            maps.push(map);
         }
         let packer = std::mem::replace(&mut self.packer, Packer::new(self.repository));
         let own = packer.finish()?;
         self.moved.sent = own.iter().map(|listed| listed.len).sum();
         self.tell(true);
         manifest.own = self.moved.sent;
-        manifest.stored = maps.iter().map(|(_, map)| map.stored()).sum();
-        manifest.packs = maps.iter().flat_map(|(_, map)| map.packs()).collect();
-        for (id, map) in &maps {
-            let (key, body) = (map_key(*id), map.encode());
+        manifest.stored = maps.iter().map(FileMap::stored).sum();
+        manifest.packs = maps.iter().flat_map(FileMap::packs).collect();
+        for (key, body) in objects {
             let object = self.repository.keys.close(Kind::Map, &key, &body, true);
-            // Whoever has put the same one, it is as good.
             self.repository.remote.put(&key, object)?;
         }
         failpoint("push-before-look");
         let own: HashSet<PackId> = own.iter().map(|listed| listed.pack).collect();
         let others: Vec<PackId> =
             manifest.packs.iter().filter(|pack| !own.contains(pack)).copied().collect();
-        let there = self.repository.remote.exist(others.iter().map(|pack| pack_key(*pack)).collect())?;
-        Ok(others.into_iter().zip(there).filter(|(_, there)| !there).map(|(pack, _)| pack).collect())
+        let there =
+            self.repository.remote.exist(others.iter().map(|pack| pack_key(*pack)).collect())?;
+        Ok(others
+            .into_iter()
+            .zip(there)
+            .filter(|(_, there)| !there)
+            .map(|(pack, _)| pack)
+            .collect())
     }
 
     /// The map of an image that is there already.
@@ -268,7 +281,12 @@ impl<'a> Pushing<'a> {
     /// Pushes one file.
     fn one(&mut self, file: &Source) -> Result<FileMap, RepositoryError> {
         let io = |error| RepositoryError::io("reading", &file.path, error);
-        let mut map = FileMap { len: file.len, extents: Vec::new(), inline: file.inline.clone() };
+        let mut map = FileMap {
+            salt: random(),
+            len: file.len,
+            extents: Vec::new(),
+            inline: file.inline.clone(),
+        };
         let before = self.moved.done;
         let misses = AtomicU32::new(if file.packed { GIVEN_UP } else { 0 });
         let cut = cut(&file.file, &file.ranges, file.how, |window, pieces| {
@@ -390,9 +408,4 @@ fn images_there(
     let manifests = repository.manifests_of(&there)?;
     let image = |of: SnapshotManifest| Some((of.id, of.image()?.clone()));
     Ok(manifests.into_iter().filter_map(image).collect())
-}
-
-/// What belongs to a role's files when they are brought back.
-pub fn is_image(role: Role) -> bool {
-    matches!(role, Role::Image | Role::Parent)
 }

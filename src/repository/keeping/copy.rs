@@ -1,0 +1,180 @@
+//! `copy`: snapshots from one repository to another, each with its own key.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::repository::Moved;
+use crate::repository::error::RepositoryError;
+use crate::repository::format::envelope::Kind;
+use crate::repository::format::ids::{ExtentId, MapId, PackId, random};
+use crate::repository::format::manifest::SnapshotManifest;
+use crate::repository::format::map::{Extent, FileMap};
+use crate::repository::keeping::marks;
+use crate::repository::keeping::tag::tag;
+use crate::repository::reading::pull::parts;
+use crate::repository::reading::repository::{Repository, map_key, pack_key};
+use crate::repository::writing::known::{Known, Place};
+use crate::repository::writing::lease::{Held, Lease};
+use crate::repository::writing::packer::Packer;
+
+/// How often packs that went away meanwhile are made up for.
+const TRIES: u32 = 3;
+
+/// Copies a snapshot, with its tags. What is there already is not sent again, nor fetched where both
+/// repositories are not encrypted. Returns its manifest there, and whether it was there before.
+///
+/// # Errors
+/// When it can't be read or written.
+pub fn copy(
+    from: &Repository,
+    manifest: &SnapshotManifest,
+    to: &Repository,
+    mut on_progress: impl FnMut(Moved),
+) -> Result<(SnapshotManifest, bool), RepositoryError> {
+    let tags = from.tags_of(manifest.id)?;
+    tag(to, manifest, &tags, &Default::default())?;
+    let key = to.manifest_key(manifest);
+    if to.remote.head(&key)?.is_some() {
+        return Ok((to.manifest_at(&key)?, true));
+    }
+    let mut reads = Lease::new(false);
+    reads.packs = manifest.packs.iter().copied().collect();
+    reads.maps = manifest.maps().collect();
+    let (reads, writes) = (Held::put(from, &reads)?, Held::put(to, &Lease::new(true))?);
+    reads.while_held(|| {
+        writes.while_held(|| {
+            let mut gone = HashSet::new();
+            for _ in 0..TRIES {
+                let gaps = writes.gaps();
+                let mut copying = Copying::new(from, to, &gone, &mut on_progress)?;
+                let (manifest, missing) = copying.all(manifest)?;
+                if missing.is_empty() && writes.gaps() == gaps {
+                    // Plain data, which always can be written.
+                    let body = serde_json::to_vec(&manifest).unwrap_or_default();
+                    let object = to.keys.close(Kind::Manifest, &key, &body, false);
+                    let was_there = !to.remote.create(&key, object)?;
+                    return Ok((manifest, was_there));
+                }
+                gone.extend(missing);
+            }
+            let problem = "packs go away as fast as they are referred to";
+            Err(RepositoryError::Options(problem.into()))
+        })
+    })
+}
+
+/// A copy under way.
+struct Copying<'a> {
+    from: &'a Repository,
+    to: &'a Repository,
+    known: Known,
+    added: HashMap<ExtentId, Place>,
+    packer: Packer<'a>,
+    on_progress: &'a mut dyn FnMut(Moved),
+    moved: Moved,
+}
+
+impl<'a> Copying<'a> {
+    fn new(
+        from: &'a Repository,
+        to: &'a Repository,
+        gone: &HashSet<PackId>,
+        on_progress: &'a mut dyn FnMut(Moved),
+    ) -> Result<Copying<'a>, RepositoryError> {
+        let mut without = marks::marked_packs(to)?;
+        without.extend(gone);
+        let known = Known::read(to, &without)?;
+        let (added, packer, moved) = (HashMap::new(), Packer::new(to), Moved::default());
+        Ok(Copying { from, to, known, added, packer, on_progress, moved })
+    }
+
+    fn all(
+        &mut self,
+        manifest: &SnapshotManifest,
+    ) -> Result<(SnapshotManifest, Vec<PackId>), RepositoryError> {
+        let mut copied = manifest.clone();
+        self.moved.total = manifest.bytes;
+        let mut maps: HashMap<MapId, FileMap> = HashMap::new();
+        let mut ids: HashMap<MapId, MapId> = HashMap::new();
+        for file in &mut copied.files {
+            if !ids.contains_key(&file.map) {
+                let map = self.file(self.from.map(file)?)?;
+                self.packer.end_file()?;
+                let id = self.to.keys.map_id(&map.encode());
+                ids.insert(file.map, id);
+                maps.insert(id, map);
+            }
+            file.map = ids[&file.map];
+            self.moved.done += file.len;
+            (self.on_progress)(self.moved);
+        }
+        let packer = std::mem::replace(&mut self.packer, Packer::new(self.to));
+        let own = packer.finish()?;
+        for (id, map) in &maps {
+            let key = map_key(*id);
+            let object = self.to.keys.close(Kind::Map, &key, &map.encode(), true);
+            self.to.remote.put(&key, object)?;
+        }
+        copied.own = own.iter().map(|listed| listed.len).sum();
+        copied.stored = copied.files.iter().map(|file| maps[&file.map].stored()).sum();
+        copied.packs = maps.values().flat_map(FileMap::packs).collect();
+        let own: HashSet<PackId> = own.iter().map(|listed| listed.pack).collect();
+        let others: Vec<PackId> =
+            copied.packs.iter().filter(|pack| !own.contains(pack)).copied().collect();
+        let there = self.to.remote.exist(others.iter().map(|pack| pack_key(*pack)).collect())?;
+        let missing = others.into_iter().zip(there).filter(|(_, there)| !there);
+        Ok((copied, missing.map(|(pack, _)| pack).collect()))
+    }
+
+    /// Copies what a file consists of.
+    fn file(&mut self, map: FileMap) -> Result<FileMap, RepositoryError> {
+        let mut extents = Vec::with_capacity(map.extents.len());
+        // Their names mean the same in both.
+        let same = !self.from.keys.encrypt() && !self.to.keys.encrypt();
+        for part in parts(&map.extents) {
+            if self.from.access.cancel().is_requested() || self.to.access.cancel().is_requested() {
+                return Err(RepositoryError::Interrupted);
+            }
+            let is_there = |extent: &&Extent| same && self.find(&extent.id).is_some();
+            let wanted: Vec<Extent> =
+                part.iter().filter(|extent| !is_there(extent)).copied().collect();
+            let mut read = self.from.read_extents(&wanted)?.into_iter();
+            let mut wanted = wanted.iter().map(|extent| extent.offset).peekable();
+            for extent in part {
+                let raw = wanted.next_if_eq(&extent.offset).and_then(|_| read.next());
+                let (id, place) = match &raw {
+                    // It was found above.
+                    None => (extent.id, self.find(&extent.id)),
+                    Some(raw) => {
+                        let id = self.to.keys.extent_id(raw);
+                        (id, self.find(&id))
+                    }
+                };
+                let place = match (place, raw) {
+                    (Some(place), _) => place,
+                    (None, Some(raw)) => {
+                        // As it was found worth in the other one.
+                        let stored = extent.stored as usize - self.from.keys.overhead();
+                        let compress = stored < extent.raw as usize;
+                        let stored = self.to.keys.close_extent(&id, &raw, compress);
+                        let place = self.packer.add(id, &stored, raw.len())?;
+                        self.added.insert(id, place);
+                        place
+                    }
+                    (None, None) => {
+                        let problem = format!("extent {id} was not read");
+                        return Err(self.from.damaged(&pack_key(extent.pack), problem));
+                    }
+                };
+                let Place { pack, at, stored, raw } = place;
+                extents.push(Extent { offset: extent.offset, raw, pack, at, stored, id });
+            }
+            self.moved.sent = self.packer.sent();
+            (self.on_progress)(self.moved);
+        }
+        Ok(FileMap { salt: random(), extents, ..map })
+    }
+
+    fn find(&self, id: &ExtentId) -> Option<Place> {
+        self.known.find(id).or_else(|| self.added.get(id).copied())
+    }
+}

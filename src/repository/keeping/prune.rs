@@ -1,0 +1,286 @@
+//! `prune`: removes what nothing refers to, in two steps that a push or a revert beside it survives.
+//!
+//! First it is *marked*: no push refers to it from then on. After a time of grace, and after another
+//! look, it is removed. What decides, in this order:
+//!
+//! 1. Packs and maps are listed, and marks read, before leases, and leases before manifests: what a
+//!    push has put by the time of the listing is covered by its lease, or it has ended and its
+//!    manifest is there.
+//! 2. What was put after the first of the pushes began that are under way is not marked.
+//! 3. A mark is not carried out as long as a push is under way that began before it: such a push does
+//!    not know of it.
+//! 4. What a revert reads is in its lease, and counts as what a manifest refers to.
+//!
+//! All times are the store's.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use crate::repository::error::RepositoryError;
+use crate::repository::format::envelope::Kind;
+use crate::repository::format::ids::{MapId, ObjectId, PackId, random};
+use crate::repository::format::pack::split_index;
+use crate::repository::keeping::marks::{Mark, for_each_mark};
+use crate::repository::reading::repository::{Repository, map_key, pack_key};
+use crate::repository::remote::Listing;
+use crate::repository::writing::known::{close_index, index_key, open_head, open_index};
+use crate::repository::writing::lease::{HOLDS, Held, Lease, host, leases};
+
+/// Stores tell times in whole seconds.
+const SECOND: i64 = 1000;
+/// What is read of an index to see which packs it is of.
+const HEAD: u64 = 64 << 10;
+
+/// How a prune goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PruneOptions {
+    /// For how long what was marked stays.
+    pub grace: Duration,
+    /// Only tell what would be done.
+    pub dry_run: bool,
+}
+
+impl Default for PruneOptions {
+    /// A day of grace.
+    fn default() -> PruneOptions {
+        PruneOptions { grace: Duration::from_secs(24 * 60 * 60), dry_run: false }
+    }
+}
+
+/// What a prune has done.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+#[non_exhaustive]
+pub struct Pruned {
+    /// Packs that something refers to.
+    pub kept_packs: u64,
+    /// Their bytes.
+    pub kept_bytes: u64,
+    /// Packs that were marked now.
+    pub marked_packs: u64,
+    /// Their bytes.
+    pub marked_bytes: u64,
+    /// Packs that were marked before, and wait for their time.
+    pub waiting_packs: u64,
+    /// Packs that were removed.
+    pub removed_packs: u64,
+    /// Their bytes.
+    pub removed_bytes: u64,
+    /// Maps that were removed.
+    pub removed_maps: u64,
+    /// Who keeps marks from being carried out.
+    pub held_by: Vec<String>,
+}
+
+/// What is referred to, and who is at work.
+struct Look {
+    packs: HashSet<PackId>,
+    maps: HashSet<MapId>,
+    /// Since when each push is under way, and who pushes.
+    pushes: Vec<(i64, String)>,
+    ended: Vec<String>,
+}
+
+/// Removes what nothing refers to.
+///
+/// # Errors
+/// When the store fails, or a manifest is damaged: then nothing is known for sure, and nothing goes.
+pub fn prune(repository: &Repository, options: &PruneOptions) -> Result<Pruned, RepositoryError> {
+    let lease = Held::put(repository, &Lease::new(false))?;
+    lease.while_held(|| {
+        let now = lease.since_ms();
+        let mut marks = Vec::new();
+        let times = times(repository, "marks")?;
+        for_each_mark(repository, |key, mark| {
+            let put_ms = times.get(key).copied().unwrap_or(now);
+            marks.push((key.to_owned(), put_ms, mark));
+            Ok(())
+        })?;
+        let packs = repository.remote.list_each(pack_prefixes())?;
+        let maps = repository.remote.list("maps")?;
+        let look = look(repository, now)?;
+        let mut pruned = Pruned::default();
+        let grace = i64::try_from(options.grace.as_millis()).unwrap_or(i64::MAX);
+        let mut marked = HashSet::new();
+        for (key, put_ms, mark) in marks {
+            marked.extend(mark.packs.iter().map(|(pack, _)| *pack));
+            match now.saturating_sub(put_ms) >= grace {
+                true => sweep(repository, options, &look, &key, put_ms, mark, &mut pruned)?,
+                false => pruned.waiting_packs += mark.packs.len() as u64,
+            }
+        }
+        let found = unreferred(&look, &packs, &maps, &marked, &mut pruned);
+        if !options.dry_run {
+            repository.remote.delete_all(look.ended)?;
+        }
+        if !found.packs.is_empty() || !found.maps.is_empty() {
+            pruned.marked_packs = found.packs.len() as u64;
+            pruned.marked_bytes = found.packs.iter().map(|(_, len)| len).sum();
+            if !options.dry_run {
+                mark(repository, options, found, &mut pruned)?;
+            }
+        }
+        pruned.held_by.sort();
+        pruned.held_by.dedup();
+        Ok(pruned)
+    })
+}
+
+/// Where packs lie.
+pub fn pack_prefixes() -> Vec<String> {
+    (0..=u8::MAX).map(|first| format!("packs/{first:02x}")).collect()
+}
+
+/// The pack that an object is.
+pub fn pack_of(listing: &Listing) -> Option<PackId> {
+    listing.key.rsplit('/').next()?.parse().ok()
+}
+
+fn times(repository: &Repository, under: &str) -> Result<HashMap<String, i64>, RepositoryError> {
+    let listed = repository.remote.list(under)?;
+    Ok(listed.into_iter().map(|listing| (listing.key, listing.put_ms)).collect())
+}
+
+/// Looks who is at work, and then what is referred to.
+fn look(repository: &Repository, now: i64) -> Result<Look, RepositoryError> {
+    let (mut packs, mut maps) = (HashSet::new(), HashSet::new());
+    let (mut pushes, mut ended) = (Vec::new(), Vec::new());
+    let holds = i64::try_from(HOLDS.as_millis()).unwrap_or(i64::MAX);
+    for found in leases(repository)? {
+        if now - found.put_ms > holds {
+            ended.push(found.key);
+            continue;
+        }
+        packs.extend(found.lease.packs);
+        maps.extend(found.lease.maps);
+        if found.lease.writes {
+            pushes.push((found.lease.since_ms, found.lease.holder));
+        }
+    }
+    for manifest in repository.manifests()? {
+        packs.extend(manifest.packs.iter().copied());
+        maps.extend(manifest.maps());
+    }
+    Ok(Look { packs, maps, pushes, ended })
+}
+
+/// What nothing refers to and is not marked yet.
+fn unreferred(
+    look: &Look,
+    packs: &[Listing],
+    maps: &[Listing],
+    marked: &HashSet<PackId>,
+    pruned: &mut Pruned,
+) -> Mark {
+    let first = look.pushes.iter().map(|(since, _)| *since).min();
+    let is_old = |listing: &Listing| first.is_none_or(|first| listing.put_ms < first);
+    let mut found = Mark { by: host(), ..Mark::default() };
+    for listing in packs {
+        let Some(pack) = pack_of(listing) else { continue };
+        if look.packs.contains(&pack) {
+            pruned.kept_packs += 1;
+            pruned.kept_bytes += listing.len;
+        } else if !marked.contains(&pack) && is_old(listing) {
+            found.packs.push((pack, listing.len));
+        }
+    }
+    for listing in maps {
+        let map = listing.key.strip_prefix("maps/").and_then(|id| id.parse().ok());
+        let Some(map) = map.filter(|map| !look.maps.contains(map)) else { continue };
+        if is_old(listing) {
+            found.maps.push(map);
+        }
+    }
+    found
+}
+
+/// Puts a mark. Without grace it is carried out at once, after the second look.
+fn mark(
+    repository: &Repository,
+    options: &PruneOptions,
+    mark: Mark,
+    pruned: &mut Pruned,
+) -> Result<(), RepositoryError> {
+    let key = format!("marks/{}", ObjectId(random()));
+    // Plain data, which always can be written.
+    let body = serde_json::to_vec(&mark).unwrap_or_default();
+    repository.remote.put(&key, repository.keys.close(Kind::Mark, &key, &body, true))?;
+    if !options.grace.is_zero() {
+        return Ok(());
+    }
+    let Some(put) = repository.remote.head(&key)? else { return Ok(()) };
+    let look = look(repository, put.put_ms)?;
+    sweep(repository, options, &look, &key, put.put_ms, mark, pruned)
+}
+
+/// Carries out a mark.
+fn sweep(
+    repository: &Repository,
+    options: &PruneOptions,
+    look: &Look,
+    key: &str,
+    put_ms: i64,
+    mark: Mark,
+    pruned: &mut Pruned,
+) -> Result<(), RepositoryError> {
+    let unaware = look.pushes.iter().filter(|(since, _)| *since <= put_ms + SECOND);
+    let unaware: Vec<String> = unaware.map(|(_, holder)| holder.clone()).collect();
+    if !unaware.is_empty() {
+        pruned.held_by.extend(unaware);
+        pruned.waiting_packs += mark.packs.len() as u64;
+        return Ok(());
+    }
+    let gone: Vec<(PackId, u64)> =
+        mark.packs.into_iter().filter(|(pack, _)| !look.packs.contains(pack)).collect();
+    let maps: Vec<MapId> = mark.maps.into_iter().filter(|map| !look.maps.contains(map)).collect();
+    pruned.removed_packs += gone.len() as u64;
+    pruned.removed_bytes += gone.iter().map(|(_, len)| len).sum::<u64>();
+    pruned.removed_maps += maps.len() as u64;
+    if options.dry_run {
+        return Ok(());
+    }
+    // What is removed must not be found by an index any more.
+    leave_out(repository, &gone.iter().map(|(pack, _)| *pack).collect())?;
+    let keys = maps.into_iter().map(map_key);
+    let keys = keys.chain(gone.iter().map(|(pack, _)| pack_key(*pack)));
+    repository.remote.delete_all(keys.collect())?;
+    Ok(repository.remote.delete(key)?)
+}
+
+/// Leaves packs out of all indexes. Of those that are not of any, the heads alone are read.
+fn leave_out(repository: &Repository, gone: &HashSet<PackId>) -> Result<(), RepositoryError> {
+    if gone.is_empty() {
+        return Ok(());
+    }
+    let listed = repository.remote.list("index")?;
+    let heads = listed.iter().map(|listing| (listing.key.clone(), 0..listing.len.min(HEAD)));
+    let heads = repository.remote.get_ranges(heads.collect())?;
+    for (listing, bytes) in listed.iter().zip(heads) {
+        let key = &listing.key;
+        let head = |bytes: &[u8]| {
+            split_index(bytes).and_then(|(head, _)| open_head(repository, key, head))
+        };
+        let (mut whole, mut packs) = (None, head(&bytes));
+        if packs.is_err() && bytes.len() as u64 != listing.len {
+            let all = whole.insert(repository.remote.get(key)?);
+            packs = head(all);
+        }
+        let packs = packs.map_err(|problem| repository.damaged(key, problem))?;
+        let left = packs.iter().filter(|(pack, _)| !gone.contains(pack)).count();
+        if left == packs.len() {
+            continue;
+        }
+        if left > 0 {
+            let all = match whole {
+                Some(all) => all,
+                None => repository.remote.get(key)?,
+            };
+            let mut packs = open_index(repository, key, &all)?;
+            packs.retain(|listed| !gone.contains(&listed.pack));
+            let other = index_key(ObjectId(random()));
+            repository.remote.put(&other, close_index(repository, &other, &packs))?;
+        }
+        repository.remote.delete(key)?;
+    }
+    Ok(())
+}
