@@ -2,7 +2,8 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test newer openqa python loom miri torture soak demo bench fmt lint deny clean
+.PHONY: help setup guest debian test newer openqa python loom miri torture soak demo bench fmt lint deny
+.PHONY: man docs tutorial deb deb-test reproducible package sbom clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
@@ -20,6 +21,14 @@ help:
 	@echo "make soak    revert a guest 1,000 times, and look for what grows"
 	@echo "make demo    set up, then show an instant revert"
 	@echo "make bench   set up, then run the benchmarks"
+	@echo "make man     write manual pages to target/man"
+	@echo "make docs    build the documentation as a book in target/book, its links checked"
+	@echo "make tutorial    run every command of docs/tutorial.md (asks for root)"
+	@echo "make deb     build the Debian packages in target/debian"
+	@echo "make deb-test    install, use, upgrade, remove and purge them in a clean Debian 12 and 13 (asks for root)"
+	@echo "make reproducible    build the package twice, in two folders, and compare"
+	@echo "make package check what cargo would publish"
+	@echo "make sbom    write a bill of materials (CycloneDX) to target/snapback.cdx.json"
 	@echo "make fmt     format all Rust sources"
 	@echo "make lint    check formatting and run clippy, warnings as errors"
 	@echo "make deny    check licences, sources and advisories of the crates in use"
@@ -90,6 +99,32 @@ lint:
 deny:
 	@scripts/deny.sh
 
+man:
+	cargo run --quiet --locked --example manual target/man
+
+docs:
+	@scripts/docs.sh
+
+tutorial: setup
+	cargo build --locked --release --bin snapback
+	@scripts/tutorial.sh target/release/snapback
+
+deb: setup
+	@scripts/deb.sh
+
+deb-test: deb guest
+	@scripts/deb_test.sh
+
+reproducible: setup
+	@scripts/reproducible.sh
+
+package:
+	@scripts/package.sh
+
+sbom:
+	@mkdir -p target
+	@/usr/bin/python3 scripts/sbom.py libvirt >target/snapback.cdx.json
+
 clean:
 	cargo clean
 	rm -rf $(addprefix $(DEPS)/,$(MADE))
@@ -112,4 +147,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deny-0.20.2 debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-trixie loom-target miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 s3s-fs s3s-target stamps trixie vmlinuz
+MADE := apt arm64 cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 s3s-fs s3s-target stamps trixie vmlinuz

@@ -5,7 +5,7 @@
 #                     a virtual environment, python/venv in the deps folder, with what
 #                     scripts/python-tools.txt lists, pinned, from PyPI
 #   python.sh check   formatting, lint, types (mypy --strict), and the oldest Python that the
-#                     source runs on
+#                     source runs on; shell scripts; the links of the documentation
 #   python.sh wheel   builds python/snapback_client-*.whl in the deps folder, and installs it
 #                     in the environment
 #   python.sh test    all unit tests against that wheel; with SNAPBACK_SOCKET and
@@ -86,7 +86,9 @@ check() {
     "$venv/bin/mypy" --cache-dir "$deps/python/mypy"
     "$venv/bin/vermin" --quiet --no-tips --target=3.9- src
     PYTHONPATH=$client/src "$venv/bin/python" "$here/check_examples.py" "$examples"
-    "$venv/bin/shellcheck" -x -P SCRIPTDIR "$here/python.sh" "$examples"/*/*.sh
+    (cd "$here/.." && "$venv/bin/shellcheck" -x -P SCRIPTDIR examples/*/*.sh packaging/deb*/* \
+        scripts/{python,deb,deb_inside,deb_test,docs,package,reproducible,tutorial}.sh)
+    "$here/docs.sh" links
 }
 
 wheel() {

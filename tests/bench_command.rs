@@ -79,7 +79,18 @@ impl Bench {
     fn bench(&self) -> Command {
         let mut command = self.command("bench");
         let console = self.guest.dir.join("serial0.log");
-        command.args(["--json", "--sign", "^BEAT [0-9]+ ", "--nth", "3", "--sign-in"]).arg(console);
+        command
+            .args([
+                "--json",
+                "--warm-up",
+                "0",
+                "--sign",
+                "^BEAT [0-9]+ ",
+                "--nth",
+                "3",
+                "--sign-in",
+            ])
+            .arg(console);
         command
     }
 

@@ -6,16 +6,19 @@
 //! explains the quantities.
 
 mod cache;
+mod compare;
 mod directory;
 mod domains;
 mod host;
 mod peers;
+mod record;
 pub mod report;
 mod resets;
 mod runs;
 mod sample;
 mod setup;
 mod sign;
+mod state;
 mod stats;
 mod summary;
 pub mod tables;
@@ -27,9 +30,12 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 pub use cache::Cache;
+pub use compare::{Change, CompareError, Comparison, Verdict, compare};
 pub use host::Host;
+pub use record::{Record, csv};
 pub use sample::{METRICS, Method, Metric, Sample, Unit};
 pub use sign::{Sign, SignError};
+pub use state::State;
 pub use stats::Spread;
 pub use summary::{Ratio, Subject, Summary, WaySummary};
 
@@ -37,6 +43,7 @@ use self::domains::Domains;
 use self::peers::Peer;
 use self::runs::{How, bring_back};
 use self::setup::Setup;
+use self::state::Watch;
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
 use crate::guest::NewPort;
@@ -55,6 +62,11 @@ pub struct BenchOptions {
     pub image: PathBuf,
     /// Runs of each way, at least 1.
     pub runs: u32,
+    /// Rounds ahead of the runs that don't count.
+    pub warm_up: u32,
+    /// The processors on which this process and all QEMUs are, where they were chosen: this only
+    /// tells it.
+    pub pinned: Option<String>,
     /// Whether QEMU's own ways are measured too.
     pub peers: bool,
     /// Whether each way is also measured with the page cache cold.
@@ -86,6 +98,8 @@ impl BenchOptions {
         BenchOptions {
             image: image.into(),
             runs: 10,
+            warm_up: 1,
+            pinned: None,
             peers: false,
             cold: false,
             qemu: None,
@@ -119,6 +133,11 @@ pub enum BenchEvent {
     },
     /// A way is not measured.
     Skipped(Skipped),
+    /// What makes figures worse than they could be, or harder to repeat.
+    Warning {
+        /// What.
+        says: String,
+    },
     /// One run has been measured.
     Run(Box<Sample>),
 }
@@ -252,6 +271,15 @@ impl BenchError {
     }
 }
 
+/// What a bench has shown.
+#[derive(Debug)]
+pub struct Measured {
+    /// The spreads and the comparisons.
+    pub summary: Summary,
+    /// Each run.
+    pub runs: Vec<Sample>,
+}
+
 /// Measures an image. `on_event` is called as things happen.
 ///
 /// # Errors
@@ -260,7 +288,7 @@ pub async fn bench(
     options: &BenchOptions,
     cancel: Cancellation,
     mut on_event: impl FnMut(BenchEvent),
-) -> Result<Summary, BenchError> {
+) -> Result<Measured, BenchError> {
     let setup = Setup::new(options)?;
     let mut caches = vec![Cache::Warm];
     if options.cold {
@@ -275,6 +303,18 @@ pub async fn bench(
     for skipped in &recorded.skipped {
         on_event(BenchEvent::Skipped(skipped.clone()));
     }
+    if options.warm_up > 0 {
+        on_event(BenchEvent::Preparing { what: "rounds that don't count".into() });
+    }
+    for round in 1..=options.warm_up {
+        for method in &recorded.methods {
+            entrants.measure(&setup, *method, Cache::Warm, round, &cancel).await?;
+        }
+    }
+    let watch = Watch::begin(options.pinned.clone());
+    let warn = |says| BenchEvent::Warning { says };
+    let known = watch.state().warnings();
+    known.iter().cloned().map(warn).for_each(&mut on_event);
     let mut samples = Vec::new();
     for round in 1..=options.runs {
         for &cache in &caches {
@@ -299,7 +339,11 @@ pub async fn bench(
         working_set_pages: recorded.working_set_pages,
         domain: options.domain.as_ref().map(|domain| domain.domain.clone()),
     };
-    Ok(Summary::new(subject, Host::here(), &samples, recorded.skipped))
+    let state = watch.end();
+    let news = state.warnings().into_iter().filter(|says| !known.contains(says));
+    news.map(warn).for_each(&mut on_event);
+    let summary = Summary::new(subject, Host::here(), state, &samples, recorded.skipped);
+    Ok(Measured { summary, runs: samples })
 }
 
 /// Finds out which ways there are, and makes what QEMU's own load.

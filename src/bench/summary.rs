@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::sample::{COMPARED, COMPARED_DOMAINS};
 use super::stats::Spread;
-use super::{Cache, Host, METRICS, Method, Metric, Sample, Skipped};
+use super::{Cache, Host, METRICS, Method, Metric, Sample, Skipped, State};
 
 /// What was measured.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
@@ -83,6 +83,8 @@ pub struct Summary {
     pub subject: Subject,
     /// Where it was measured.
     pub host: Host,
+    /// The state of that machine.
+    pub state: State,
     /// Each way with each state of the page cache.
     pub ways: Vec<WaySummary>,
     /// snapback's ways beside QEMU's own.
@@ -95,6 +97,7 @@ impl Summary {
     pub(super) fn new(
         subject: Subject,
         host: Host,
+        state: State,
         samples: &[Sample],
         skipped: Vec<Skipped>,
     ) -> Summary {
@@ -115,7 +118,7 @@ impl Summary {
                 ratios.extend(compare(way, peer, cache, &ours, &theirs, subject.compared()));
             }
         }
-        Summary { subject, host, ways, ratios, skipped }
+        Summary { subject, host, state, ways, ratios, skipped }
     }
 
     /// The states of the page cache that were measured.
@@ -230,7 +233,7 @@ mod tests {
             working_set_pages: None,
             domain: None,
         };
-        let summary = Summary::new(subject, Host::here(), &samples, Vec::new());
+        let summary = Summary::new(subject, Host::here(), State::default(), &samples, Vec::new());
         assert_eq!(summary.methods(), [Method::Uffd, Method::Stream]);
         assert_eq!(summary.caches(), [Cache::Warm]);
         let ratio = &summary.ratios[0];

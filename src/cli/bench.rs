@@ -1,6 +1,6 @@
 //! `bench`: its arguments, and its result as tables.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, builder::RangedU64ValueParser};
 use regex::bytes::{Regex, RegexBuilder};
@@ -9,9 +9,11 @@ use super::events::CommandEvent;
 use super::failure::Failure;
 use super::host::parse_port_pair;
 use super::output::{Output, print_line, size};
-use super::{cancellation, parse_path_pair};
+use super::{cancellation, comparison, parse_path_pair, pin};
 use crate::bench::tables::{self, Table};
-use crate::bench::{BenchEvent, BenchOptions, Cache, Sample, Sign, Summary, report};
+use crate::bench::{
+    BenchEvent, BenchOptions, Cache, Measured, Record, Sample, Sign, Summary, csv, report,
+};
 use crate::guest::NewPort;
 use crate::kind::ErrorKind;
 use crate::libvirt::DomainAddress;
@@ -22,11 +24,30 @@ const MAX_PATTERN: usize = 1 << 20;
 #[derive(Args)]
 pub(super) struct BenchArgs {
     /// The image
-    image: PathBuf,
+    #[arg(required_unless_present = "compare")]
+    image: Option<PathBuf>,
     /// Runs of each way
     #[arg(long, value_name = "N", default_value_t = 10,
           value_parser = RangedU64ValueParser::<u32>::new().range(1..=100_000))]
     runs: u32,
+    /// Rounds ahead of the runs that don't count
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = RangedU64ValueParser::<u32>::new().range(0..=1000))]
+    warm_up: u32,
+    /// Keep this program and all QEMUs to these processors of this host, such as 2-5,8
+    #[arg(long, value_name = "CPUS", value_parser = pin::parse_cpus)]
+    pin: Option<pin::Cpus>,
+    /// Write all runs and the machine's state to this file, for --compare
+    #[arg(long, value_name = "FILE.json")]
+    save: Option<PathBuf>,
+    /// Write each run as a line of this file, with commas
+    #[arg(long, value_name = "FILE.csv")]
+    csv: Option<PathBuf>,
+    /// Compare two files of --save, and measure nothing: how much each quantity has changed, and
+    /// whether that is more than chance
+    #[arg(long, num_args = 2, value_names = ["BASE", "NEW"],
+          conflicts_with_all = ["image", "save", "csv", "report", "peers", "cold", "extra"])]
+    compare: Option<Vec<PathBuf>>,
     /// Measure QEMU's own ways too, from files made of the same guest: a stream, mapped-ram,
     /// loadvm
     #[arg(long)]
@@ -82,14 +103,21 @@ fn parse_pattern(text: &str) -> Result<Regex, String> {
 
 pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
-    if let Some(report) = &args.report {
-        check_report(report)?;
+    if let Some([base, new]) = args.compare.as_deref() {
+        return comparison::run(base, new, &output);
+    }
+    let files = [&args.report, &args.save, &args.csv];
+    files.into_iter().flatten().try_for_each(|file| check_writable(file))?;
+    if let Some(cpus) = &args.pin {
+        cpus.pin().map_err(|e| Failure::io("keeping to the processors of --pin failed", &e))?;
     }
     let sign = args.sign.zip(args.sign_in);
     let domain =
         args.domain.map(|domain| DomainAddress { uri: args.connect, ..DomainAddress::new(domain) });
     let options = BenchOptions {
         runs: args.runs,
+        warm_up: args.warm_up,
+        pinned: args.pin.map(|cpus| cpus.to_string()),
         peers: args.peers,
         cold: args.cold,
         qemu: args.qemu,
@@ -98,33 +126,44 @@ pub(super) async fn bench(args: BenchArgs) -> Result<(), Failure> {
         sign: sign.map(|(pattern, path)| Sign { pattern, path, nth: args.nth as usize }),
         extra: args.extra,
         domain,
-        ..BenchOptions::new(args.image)
+        // Required, but for a comparison.
+        ..BenchOptions::new(args.image.unwrap_or_default())
     };
     let tell = |event: BenchEvent| match args.json {
         true => output.print_json(&event),
         false => say(&output, &event, options.runs),
     };
-    let summary = crate::bench::bench(&options, cancellation()?, tell).await?;
+    let measured = crate::bench::bench(&options, cancellation()?, tell).await?;
+    let Measured { summary, runs } = &measured;
     match args.json {
         true => output.print_json(&CommandEvent::Summary(Box::new(summary.clone()))),
-        false => print_summary(&summary),
+        false => print_summary(summary),
     }
-    if let Some(path) = &args.report {
-        std::fs::write(path, report::html(&summary)).map_err(|e| {
-            Failure::io(&format!("the report `{}` can't be written", path.display()), &e)
-        })?;
+    if let Some(path) = &args.save {
+        write(path, &format!("{:#}\n", serde_json::to_value(Record::new(summary, runs))?))?;
     }
-    Ok(())
+    if let Some(path) = &args.csv {
+        write(path, &csv(runs))?;
+    }
+    match &args.report {
+        Some(path) => write(path, &report::html(summary)),
+        None => Ok(()),
+    }
 }
 
-/// A report that can't be written is refused before the runs, not after them.
-fn check_report(path: &std::path::Path) -> Result<(), Failure> {
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    let failed = |e| Failure::io(&format!("`{}` can't be written", path.display()), &e);
+    std::fs::write(path, text).map_err(failed)
+}
+
+/// A file that can't be written is refused before the runs, not after them.
+fn check_writable(path: &Path) -> Result<(), Failure> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let has_parent = parent.is_none_or(|parent| parent.is_dir());
     match has_parent && !path.is_dir() {
         true => Ok(()),
         false => {
-            let message = format!("the report `{}` can't be written there", path.display());
+            let message = format!("`{}` can't be written there", path.display());
             Err(Failure::said(ErrorKind::OptionsInvalid, message))
         }
     }
@@ -133,6 +172,7 @@ fn check_report(path: &std::path::Path) -> Result<(), Failure> {
 fn say(output: &Output, event: &BenchEvent, runs: u32) {
     match event {
         BenchEvent::Preparing { what } => output.say("preparing", what),
+        BenchEvent::Warning { says } => output.say("WARNING", says),
         BenchEvent::Skipped(skipped) => {
             output.say("skipped", &format!("{}: {}", skipped.way.name(), skipped.reason));
         }

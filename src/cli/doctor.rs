@@ -5,11 +5,12 @@ use clap::Args;
 use super::events::CommandEvent;
 use super::failure::Failure;
 use super::output::{Output, print_line};
+use super::style::{columns, wrap};
 use crate::doctor::{Diagnosis, Item, Reverts, State, examine};
 use crate::kind::ErrorKind;
 
-/// Columns of the table, and where its text begins.
-const COLUMNS: usize = 80;
+/// Columns of the table at most, and where its text begins.
+const COLUMNS: usize = 100;
 const INDENT: usize = 28;
 
 #[derive(Args)]
@@ -23,7 +24,9 @@ pub(super) struct DoctorArgs {
 /// reverted.
 pub(super) async fn run(args: DoctorArgs) -> Result<(), Failure> {
     let output = Output::new(args.json);
+    let waiting = output.waiting("asking this host and its QEMUs");
     let examined = tokio::task::spawn_blocking(examine).await;
+    drop(waiting);
     let Diagnosis { items, save, revert, .. } =
         examined.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
     for item in &items {
@@ -65,7 +68,8 @@ fn row(item: &Item) -> Vec<String> {
         State::Degraded => "degraded",
         _ => "MISSING",
     };
-    let mut lines = wrap(&item.says, COLUMNS - INDENT);
+    let columns = columns().unwrap_or(80).clamp(INDENT + 20, COLUMNS);
+    let mut lines = wrap(&item.says, columns - INDENT);
     // A command stays in one line, to be pasted.
     lines.extend(item.remedy.as_ref().map(|remedy| format!("remedy: `{remedy}`")));
     let head = |number: usize| match number {
@@ -73,34 +77,4 @@ fn row(item: &Item) -> Vec<String> {
         _ => " ".repeat(INDENT),
     };
     lines.iter().enumerate().map(|(number, line)| head(number) + line).collect()
-}
-
-/// A text in lines of at most so many characters, unless a word is longer.
-fn wrap(text: &str, columns: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    for word in text.split_whitespace() {
-        let last = lines.len() - 1;
-        let line = &mut lines[last];
-        if line.is_empty() {
-            line.push_str(word);
-        } else if line.chars().count() + 1 + word.chars().count() <= columns {
-            line.push(' ');
-            line.push_str(word);
-        } else {
-            lines.push(word.to_owned());
-        }
-    }
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_break_between_words() {
-        assert_eq!(wrap("one two  three", 7), ["one two", "three"]);
-        assert_eq!(wrap("extraordinary", 7), ["extraordinary"]);
-        assert_eq!(wrap("", 7), [""]);
-    }
 }

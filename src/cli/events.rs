@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::failure::ErrorEvent;
 use super::hook::HookEvent;
 use super::repository::RepositoryEvent;
-use crate::bench::{BenchEvent, Summary};
+use crate::bench::{BenchEvent, Change, Summary};
 use crate::daemon::DaemonEvent;
 use crate::doctor::{Item, Reverts};
 use crate::exchange::ExchangeEvent;
@@ -162,6 +162,19 @@ pub(super) enum CommandEvent {
     },
     /// The result of a bench.
     Summary(Box<Summary>),
+    /// A quantity of two benches beside each other.
+    Change(Box<Change>),
+    /// A setting, as `config show` tells it.
+    Setting {
+        /// Its name.
+        name: &'static str,
+        /// Its value; none where it is as the program has it by itself.
+        value: Option<String>,
+        /// The file that says it.
+        file: Option<PathBuf>,
+        /// The variable of the environment that says it.
+        variable: Option<String>,
+    },
 }
 
 /// A clone of a guest that was forked.

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::flags::with_flags;
-use crate::bench::BenchError;
+use crate::bench::{BenchError, CompareError};
 use crate::daemon::{ClientError, ConfigError, DaemonError};
 use crate::exchange::ExchangeError;
 use crate::fork::ForkError;
@@ -191,7 +191,7 @@ macro_rules! failure_from {
     };
 }
 
-failure_from! { BenchError ClientError ConfigError DaemonError ExchangeError ForkError ImageError PoolError RepositoryError ResetError RevertError RunsError SaveError WorkingSetError }
+failure_from! { BenchError ClientError CompareError ConfigError DaemonError ExchangeError ForkError ImageError PoolError RepositoryError ResetError RevertError RunsError SaveError WorkingSetError }
 
 #[cfg(test)]
 mod tests {

@@ -4,23 +4,31 @@ mod bench;
 mod broker;
 mod check;
 mod clones;
+mod comparison;
+mod completion;
+mod config;
 mod daemon;
 mod detach;
 mod disks;
 mod doctor;
 mod domain;
 mod events;
+pub mod examples;
 mod exchange;
 mod failure;
 mod flags;
 mod flatten;
 mod fork;
+mod hand_over;
 mod hook;
 mod host;
 mod identity;
 mod keeper;
 mod output;
+mod pin;
 mod pool;
+#[cfg(test)]
+mod reference;
 mod report;
 mod repository;
 mod reset;
@@ -29,6 +37,9 @@ mod revert;
 mod rtc;
 mod runs;
 mod save;
+mod settings;
+mod style;
+mod table;
 mod writing;
 
 use std::io::Write;
@@ -36,10 +47,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use self::failure::Failure;
 use self::output::Output;
+use self::settings::Settings;
+use self::style::Colour;
+pub use self::table::command;
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
@@ -54,6 +68,19 @@ const FAILED: u8 = 1;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Print results, warnings and errors only: no progress, and no word on the way
+    #[arg(long, short, global = true, help_heading = "Output")]
+    quiet: bool,
+    /// Whether words are coloured
+    #[arg(
+        long,
+        global = true,
+        value_name = "WHEN",
+        default_value = "auto",
+        help_heading = "Output",
+        hide_possible_values = true
+    )]
+    color: Colour,
 }
 
 #[derive(Subcommand)]
@@ -122,10 +149,12 @@ enum Command {
         #[arg(long)]
         openapi: bool,
     },
+    /// Show the settings of this user and this host
+    Config(config::ConfigArgs),
     /// Tell what this host and its QEMUs can do, and what would make it more
     Doctor(doctor::DoctorArgs),
     /// Measure ways of reverting an image on this machine
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     /// Keep the rights that a page server in its sandbox still needs
     #[command(hide = true)]
     Broker(broker::BrokerArgs),
@@ -335,21 +364,25 @@ fn parse_unix_address(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// The arguments, as derived but for what one struct can't say of two commands.
-fn command() -> clap::Command {
-    Cli::command().mut_subcommand("check", check::of_repositories_too)
-}
-
 /// Runs the program with its arguments. Wrong usage ends it here, with a message and exit
 /// code 2.
 pub fn main() -> ExitCode {
+    hand_over::to_program_with_libvirt();
     if let Some(code) = keeper::run(std::env::args_os().skip(1)) {
         return code;
     }
-    let cli = match Cli::from_arg_matches(&command().get_matches()) {
-        Ok(cli) => cli,
-        Err(error) => error.exit(),
+    completion::answer();
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let settings = match Settings::of_host(&arguments) {
+        Ok(settings) => settings,
+        Err(failure) => {
+            Output::new(false).failure(&failure);
+            return ExitCode::from(failure.exit_code());
+        }
     };
+    let matches = settings.apply(command()).get_matches_from(arguments);
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    style::set_up(cli.color, cli.quiet || settings.is_true("quiet"));
     init_log();
     let command = match cli.command {
         // It is to be small: no runtime.
@@ -365,7 +398,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let code = runtime.block_on(run(command));
+    let code = runtime.block_on(run(command, &settings));
     leave(code)
 }
 
@@ -390,7 +423,7 @@ fn init_log() {
 }
 
 /// Returns the exit code.
-async fn run(command: Command) -> u8 {
+async fn run(command: Command, settings: &Settings) -> u8 {
     let (json, result) = match command {
         Command::Save(args) => (args.json || args.serving_detached, save::run(*args).await),
         Command::Check(args) => (args.json, check::run(args).await),
@@ -427,8 +460,9 @@ async fn run(command: Command) -> u8 {
             output::print_raw(&text);
             Ok(())
         }),
+        Command::Config(args) => (args.json(), config::run(args, settings)),
         Command::Doctor(args) => (args.json, doctor::run(args).await),
-        Command::Bench(args) => (args.json, bench::bench(args).await),
+        Command::Bench(args) => (args.json, bench::bench(*args).await),
         Command::Verify(VerifyArgs { image: args, chain }) => {
             (args.json, report::verify(&args.image, chain, &Output::new(args.json)))
         }

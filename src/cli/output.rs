@@ -12,6 +12,7 @@ use super::events::{CommandEvent, VERSION};
 use super::failure::Failure;
 use super::flags::with_flags;
 use super::hook::HookEvent;
+use super::style::{Stream, Tone, columns, is_quiet, paint, wrap};
 use crate::page::PAGE_SIZE;
 use crate::revert::{Placement, Progress, ResetWay, RevertEvent};
 use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
@@ -64,7 +65,7 @@ pub(super) struct Output {
 
 impl Output {
     pub fn new(json: bool) -> Output {
-        let bar = match !json && std::io::stderr().is_terminal() {
+        let bar = match !json && !is_quiet() && std::io::stderr().is_terminal() {
             true => ProgressBar::new(0).with_style(bar_style()),
             false => ProgressBar::hidden(),
         };
@@ -102,7 +103,8 @@ impl Output {
             print_line(&self.json_line(&failure.event()));
         }
         let of = self.clone.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-        let _ = writeln!(std::io::stderr(), "snapback: {of}{}", failure.message());
+        let name = paint("snapback:", Tone::Error, Stream::Error);
+        let _ = writeln!(std::io::stderr(), "{name} {of}{}", failure.message());
     }
 
     /// An event as one JSON object, the version, its name and its time first.
@@ -128,7 +130,10 @@ impl Output {
     pub fn warn(&self, says: String) {
         match self.json {
             true => self.print_json(&SaveEvent::Warning { says }),
-            false => drop(writeln!(std::io::stderr(), "snapback: warning: {says}")),
+            false => {
+                let warning = paint("warning:", Tone::Warning, Stream::Error);
+                drop(writeln!(std::io::stderr(), "snapback: {warning} {says}"));
+            }
         }
     }
 
@@ -142,8 +147,15 @@ impl Output {
     }
 
     pub fn say(&self, what: &str, details: &str) {
+        let urgent = matches!(what, "WARNING" | "DISKS" | "stopped" | "degraded" | "giving up");
+        if is_quiet() && !urgent {
+            return;
+        }
         let of = self.clone.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-        let line = format!("{:>10.1} ms  {what:<11}{of}{details}", ms());
+        let tone = if urgent { Tone::Warning } else { Tone::Plain };
+        let what = paint(&format!("{what:<11}"), tone, Stream::Out);
+        let details = hanging(&format!("{of}{details}"), columns());
+        let line = format!("{:>10.1} ms  {what}{details}", ms());
         // Suspending a bar draws it, which is too early before it has a length.
         match self.bar.length() {
             None | Some(0) => print_line(line.trim_end()),
@@ -153,6 +165,16 @@ impl Output {
 
     pub fn is_json(&self) -> bool {
         self.json
+    }
+
+    /// Shows, until that is dropped, that something takes its time of which no progress is known.
+    pub fn waiting(&self, what: &'static str) -> Waiting {
+        let spinner = match self.bar.is_hidden() {
+            true => ProgressBar::hidden(),
+            false => ProgressBar::new_spinner().with_message(what),
+        };
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        Waiting(spinner)
     }
 
     /// Removes the bar, before the last lines are printed.
@@ -213,7 +235,7 @@ impl Output {
             }
             SaveEvent::Note { what, why } => self.say("note", &format!("{what}: {why}")),
             SaveEvent::Thawed => self.say("thawed", ""),
-            SaveEvent::Copied { disk, file, bytes, took_ms } => {
+            SaveEvent::DiskCopied { disk, file, bytes, took_ms } => {
                 let (took, stored) = (took_ms / 1e3, size(*bytes));
                 self.say("copied", &format!("disk {disk} to {file}: {stored} in {took:.1} s"));
             }
@@ -275,7 +297,7 @@ impl Output {
         if disks.is_empty() {
             return;
         }
-        let detail = |text: &str| print_line(&format!("{:26}{text}", ""));
+        let detail = |text: &str| print_line(&format!("{:DETAILS$}{text}", ""));
         if self.domain {
             self.say("DISKS", "from now on the domain lives in new files, as libvirt knows:");
             disks.iter().for_each(|disk| detail(&disk.overlay));
@@ -446,8 +468,32 @@ impl Output {
     }
 }
 
+/// Something that takes its time.
+pub(super) struct Waiting(ProgressBar);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// Where the details of an event begin, in columns.
+const DETAILS: usize = 26;
+
+/// Details in the width of the terminal, each line below the first; as they are where that is no
+/// terminal, or too narrow for it.
+fn hanging(details: &str, columns: Option<usize>) -> String {
+    match columns.and_then(|columns| columns.checked_sub(DETAILS)) {
+        Some(columns @ 30..) if details.chars().count() > columns => {
+            wrap(details, columns).join(&format!("\n{:DETAILS$}", ""))
+        }
+        _ => details.to_owned(),
+    }
+}
+
+/// In the width of the terminal, whatever it is.
 fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {msg}")
+    ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
@@ -471,6 +517,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn details_keep_to_the_width() {
+        assert_eq!(hanging("one two", None), "one two");
+        assert_eq!(hanging("one two", Some(80)), "one two");
+        let words = "word ".repeat(20);
+        let shown = hanging(words.trim(), Some(80));
+        assert!(shown.lines().all(|line| line.trim().len() <= 54), "{shown}");
+        assert_eq!(shown.split_whitespace().count(), 20);
+        assert_eq!(hanging(&words, Some(40)), words);
+    }
 
     #[test]
     fn an_event_begins_with_its_version_name_and_time() {

@@ -202,7 +202,9 @@ async fn start(
     };
     let (output, mut hook, mut hooked) = (Arc::new(output), args.identity.hook(), None);
     let (mut awaited, mut told) = (args.identity.awaited(), Ok(()));
+    let mut waiting = args.check.then(|| output.waiting("checking all of the image"));
     let reverted = crate::revert::revert(&options, cancel.clone(), |event| {
+        waiting.take();
         // Ahead of the sandbox, from within which nothing can be started.
         let started = identity::start_when_running(&mut hook, &event, clone.as_ref());
         if let Some(failure) = awaited.hear(&event) {

@@ -272,7 +272,10 @@ fn recorded_as(id: Option<String>) -> RunOptions {
 
 /// Shows that the image can be reverted.
 async fn prove_image(image: &Path, cancel: Cancellation, output: &Output) -> Result<(), Failure> {
-    match prove(&RevertOptions::new(image), cancel, |_| {}).await {
+    let waiting = output.waiting("reverting it once");
+    let proved = prove(&RevertOptions::new(image), cancel, |_| {}).await;
+    drop(waiting);
+    match proved {
         Ok(after) => {
             output.proved(after);
             Ok(())

@@ -11,8 +11,8 @@ use crate::qmp::QmpError;
 pub enum LibvirtError {
     /// This program was built without libvirt.
     #[error(
-        "this snapback was built without libvirt: build it with `cargo build --features libvirt` \
-         (which needs the package libvirt-dev, or libvirt-devel)"
+        "this snapback was built without libvirt: install the package snapback-libvirt, or build it with \
+         `cargo build --features libvirt` (which needs the package libvirt-dev, or libvirt-devel)"
     )]
     NotBuilt,
     /// No libvirt answers there.

@@ -71,7 +71,7 @@ pub enum SaveEvent {
         image_bytes: u64,
     },
     /// A captured disk has been copied: with `DiskChoice::Copy` or `DiskChoice::Reflink`.
-    Copied {
+    DiskCopied {
         /// The disk.
         disk: String,
         /// The copy, an absolute path.

@@ -82,7 +82,7 @@ fn copies_are_of_the_moment_and_travel_with_their_image(dir: &Dir, qemu: Qemu) -
     saving.wait("moment")?;
     on_both_disks(&mut guest, "write", "2")?;
     let ended = saving.succeed()?;
-    let steps = ["checked", "ready", "moment", "copied", "copied", "folded", "folded", "saved"];
+    let steps = ["checked", "ready", "moment", "disk_copied", "disk_copied", "folded", "folded", "saved"];
     assert_eq!(ended.steps(), steps);
     assert_eq!(ended.event("saved")?["disks"], json!([]));
     is_on_its_own_files(dir, &guest, &before)?;

@@ -315,17 +315,6 @@ impl Repository {
         format!("tags/{id}/{}", self.keys.closed_name(&id, tag))
     }
 
-    /// Reads the body of an object.
-    pub(in crate::repository) fn object(
-        &self,
-        kind: Kind,
-        key: &str,
-        most: u64,
-    ) -> Result<Vec<u8>, RepositoryError> {
-        let bytes = self.remote.get(key)?;
-        self.keys.open(kind, key, &bytes, most).map_err(|problem| self.damaged(key, problem))
-    }
-
     pub(in crate::repository) fn damaged(&self, object: &str, problem: String) -> RepositoryError {
         let repository = self.name().to_owned();
         RepositoryError::Damaged { repository, object: object.to_owned(), problem }

@@ -1,0 +1,2 @@
+# Loaded by bash-completion at the first TAB behind `snapback`, which it then asks each time.
+source <(COMPLETE=bash /usr/bin/snapback)

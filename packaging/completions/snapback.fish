@@ -1,0 +1,1 @@
+COMPLETE=fish /usr/bin/snapback | source

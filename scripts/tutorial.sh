@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Runs every command of docs/tutorial.md, in its order, in a directory of its own, with the program that is
+# named: `tutorial.sh PROGRAM`. That the package can be installed is deb_test.sh's matter. Root is asked
+# for, as the tutorial does. Tells how many commands come before the guest is back, and how long they take.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck disable=SC2034 # used by common.sh
+me=tutorial
+# shellcheck source=scripts/common.sh
+. "$here/common.sh"
+
+# The most commands from the package to the guest that is back.
+most=8
+program=$(readlink -f "${1:?"the program snapback"}")
+[ "$(id -u)" = 0 ] || exec sudo env PATH="$PATH" "$here/tutorial.sh" "$program"
+
+work=$(mktemp -d)
+cd "$work"
+# Whatever the tutorial has started and not ended.
+clean_up() {
+    snapback ps --json | sed -n 's/.*"id":"\([^"]*\)".*/\1/p' | while read -r id; do snapback stop "$id"; done
+    [ ! -e guest.pid ] || kill "$(cat guest.pid)" 2>/dev/null || true
+    cd / && rm -rf "$work"
+}
+snapback() { XDG_RUNTIME_DIR=$work "$program" "$@"; }
+# The mirror of this system; the reader has one by himself.
+mmdebstrap() { command mmdebstrap --quiet "$@" "deb $(mirror) $release main"; }
+# until_true SECONDS WHAT COMMAND... : waits for it.
+until_true() {
+    local end=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        [ "$SECONDS" -lt "$end" ] || die "waited for $what in vain: $(tail -n 5 console.log)"
+        sleep 0.2
+    done
+}
+last_tick() { sed -n 's/.*tick \([0-9]*\).*/\1/p' console.log | tail -n 1; }
+ticks_beyond() { [ "$(last_tick)" -gt "$1" ]; }
+
+# The commands are jobs, as in a shell that somebody types into.
+set -m
+trap clean_up EXIT
+# shellcheck disable=SC2016 # backticks are Markdown's
+mapfile -t commands < <(sed -n '/^```console$/,/^```$/s/^# //p' "$here/../docs/tutorial.md")
+[ "${#commands[@]}" -gt 5 ] || die "docs/tutorial.md has no commands"
+count=0 spent=0 back=
+for command in "${commands[@]}"; do
+    count=$((count + 1))
+    case $command in "apt install "*) continue ;; esac
+    say "$command"
+    case $command in "kill "*) ending=$(cat guest.pid) ;; esac
+    before=$(date +%s%N)
+    eval "$command"
+    spent=$((spent + ($(date +%s%N) - before) / 1000000))
+    case $command in
+    "kill "*) until_true 30 "the guest's end" test ! -d "/proc/$ending" ;;
+    qemu-system-*) until_true 300 "the guest's count" ticks_beyond 3 ;;
+    "snapback save "*) saved=$(last_tick) ;;
+    "snapback revert "* | "snapback reset "*)
+        until_true 120 "the count to go on" ticks_beyond "$saved"
+        [ "$(grep -c 'tick 1[^0-9]*$' console.log)" = 1 ] || die "the guest began anew"
+        [ -n "$back" ] || back=$count
+        [ "$back" != "$count" ] || told="$count commands, $spent ms of them this program's and Debian's"
+        ;;
+    esac
+done
+say "the guest was back behind $told"
+[ "$back" -le "$most" ] || die "that is more than $most"

@@ -1,0 +1,242 @@
+//! Examples of each command, for its help and its manual page.
+
+/// What is wanted, and the command line for it.
+type Example = (&'static str, &'static str);
+
+/// The examples of each command. A test has every line parsed.
+const EXAMPLES: &[(&str, &[Example])] = &[
+    (
+        "snapback",
+        &[
+            ("Save a guest while it runs", "snapback save --qmp /run/vm/qmp.sock vm.snap"),
+            ("Bring it back", "snapback revert vm.snap --qmp /run/vm/new-qmp.sock"),
+            ("See what this host can do", "snapback doctor"),
+        ],
+    ),
+    (
+        "snapback save",
+        &[
+            ("Save memory, devices and disks", "snapback save --qmp /run/vm/qmp.sock vm.snap"),
+            (
+                "Store only what differs from another image",
+                "snapback save --qmp /run/vm/qmp.sock --parent vm.snap after-setup.snap",
+            ),
+            (
+                "Save a domain of libvirt's, its file systems frozen by its agent",
+                "snapback save --domain web --quiesce auto web.snap",
+            ),
+            (
+                "See that the new image's guest runs",
+                "snapback save --qmp /run/vm/qmp.sock --prove vm.snap",
+            ),
+            (
+                "Clean up behind a save that was killed",
+                "snapback save --qmp /run/vm/qmp.sock --recover vm.snap",
+            ),
+        ],
+    ),
+    (
+        "snapback check",
+        &[
+            ("Ask whether a save would work", "snapback check --qmp /run/vm/qmp.sock vm.snap"),
+            ("The same of a domain of libvirt's", "snapback check --domain web"),
+        ],
+    ),
+    (
+        "snapback revert",
+        &[
+            (
+                "Start the guest, with a control socket of its own",
+                "snapback revert vm.snap --qmp /run/vm/new-qmp.sock",
+            ),
+            (
+                "A second one beside it, with other paths and a free port",
+                "snapback revert vm.snap --path /run/vm=/run/vm2 --port 2222=auto --detach",
+            ),
+            (
+                "Sixteen clones at once, their disks discarded with them",
+                "snapback revert vm.snap --count 16 --ephemeral --detach",
+            ),
+            (
+                "A guest that can be taken back inside its QEMU",
+                "snapback revert vm.snap --resettable --detach --qmp /run/vm/new-qmp.sock",
+            ),
+            (
+                "Under libvirt, beside the domain that was saved",
+                "snapback revert web.snap --domain web --new web-2",
+            ),
+        ],
+    ),
+    (
+        "snapback fork",
+        &[("Two clones of a running guest", "snapback fork --qmp /run/vm/qmp.sock --count 2")],
+    ),
+    (
+        "snapback reset",
+        &[
+            ("By the id that `snapback ps` shows", "snapback reset 1f0c92ab"),
+            ("By its control socket", "snapback reset --qmp /run/vm/new-qmp.sock"),
+        ],
+    ),
+    (
+        "snapback serve",
+        &[(
+            "Bring a guest to a QEMU that waits on a socket",
+            "snapback serve vm.snap --to unix:/run/vm/incoming.sock",
+        )],
+    ),
+    (
+        "snapback working-set",
+        &[
+            ("Show what a revert brings first", "snapback working-set vm.snap"),
+            (
+                "Record it, by a guest that is watched for half a minute",
+                "snapback working-set vm.snap --harvest --window 30",
+            ),
+        ],
+    ),
+    ("snapback info", &[("Show an image", "snapback info vm.snap")]),
+    (
+        "snapback export",
+        &[
+            ("A core file for crash and gdb", "snapback export vm.snap --to elf vm.core"),
+            ("A stream for another QEMU, through a pipe", "snapback export vm.snap --to stream -"),
+            ("A file for virsh restore", "snapback export web.snap --to libvirt web.save"),
+        ],
+    ),
+    (
+        "snapback import",
+        &[
+            (
+                "A migration stream, with the command line of its QEMU",
+                "snapback import vm.stream vm.snap -- qemu-system-x86_64 -m 512 -nodefaults",
+            ),
+            (
+                "The same, with the command line of a process as the kernel shows it",
+                "snapback import vm.stream vm.snap --command /proc/4242/cmdline",
+            ),
+        ],
+    ),
+    (
+        "snapback verify",
+        &[("Check an image and all its parents", "snapback verify vm.snap --chain")],
+    ),
+    (
+        "snapback flatten",
+        &[
+            ("Make one image of a chain", "snapback flatten after-setup.snap whole.snap"),
+            (
+                "An image that guests map and share",
+                "snapback flatten vm.snap flat.snap --layout flat",
+            ),
+        ],
+    ),
+    ("snapback ps", &[("List reverts", "snapback ps")]),
+    ("snapback stop", &[("End a guest", "snapback stop 1f0c92ab")]),
+    ("snapback logs", &[("Show a server's log", "snapback logs 1f0c92ab")]),
+    (
+        "snapback gc",
+        &[("Remove what killed reverts have left, without being asked", "snapback gc --yes")],
+    ),
+    (
+        "snapback daemon",
+        &[
+            ("As a service does it", "snapback daemon --config /etc/snapback/pools.toml"),
+            (
+                "For one user",
+                "snapback daemon --listen unix:/run/user/1000/snapback.sock --state /tmp/pools",
+            ),
+        ],
+    ),
+    (
+        "snapback pool create",
+        &[
+            ("Four guests wait", "snapback pool create booted vm.snap --armed 4"),
+            (
+                "Guests that share memory, each with a tap of its own",
+                "snapback pool create booted vm.snap --share --netdev net0=tap,ifname=tap{n},script=no",
+            ),
+        ],
+    ),
+    ("snapback pool list", &[("Show all pools", "snapback pool list")]),
+    ("snapback pool set", &[("Have more guests wait", "snapback pool set booted --armed 8")]),
+    ("snapback pool remove", &[("Remove a pool and its guests", "snapback pool remove booted")]),
+    ("snapback take", &[("Take a guest under a name", "snapback take booted --name job-17")]),
+    ("snapback release", &[("End it", "snapback release job-17")]),
+    (
+        "snapback schema",
+        &[
+            ("The schema of a line of --json", "snapback schema"),
+            ("The daemon's interface", "snapback schema --openapi"),
+        ],
+    ),
+    ("snapback config show", &[("Settings, and where each comes from", "snapback config show")]),
+    ("snapback doctor", &[("Ask this host and its QEMUs", "snapback doctor")]),
+    (
+        "snapback bench",
+        &[
+            (
+                "Beside QEMU's own ways, with a report",
+                "snapback bench vm.snap --runs 20 --peers --report vm.html",
+            ),
+            (
+                "For a comparison, on processors of its own",
+                "snapback bench vm.snap --runs 50 --pin 2-5 --save base.json --csv runs.csv",
+            ),
+            ("What another program has changed", "snapback bench --compare base.json new.json"),
+        ],
+    ),
+    (
+        "snapback resume",
+        &[(
+            "Go on with a guest whose server and keeper were killed",
+            "snapback resume vm.snap --pid 4242",
+        )],
+    ),
+];
+
+/// The examples of a command, which is named with those above it.
+pub fn of(path: &str) -> &'static [Example] {
+    EXAMPLES.iter().find(|(of, _)| *of == path).map_or(&[], |(_, examples)| examples)
+}
+
+/// They as the end of a command's help.
+pub(super) fn text(path: &str) -> Option<String> {
+    let examples = of(path);
+    let lines = examples.iter().map(|(wanted, line)| format!("  {wanted}:\n    $ {line}"));
+    (!examples.is_empty()).then(|| format!("Examples:\n{}", lines.collect::<Vec<_>>().join("\n")))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Command;
+
+    use super::*;
+
+    fn paths(command: &Command, above: &str) -> Vec<String> {
+        let path = format!("{above}{}", command.get_name());
+        let shown = command.get_subcommands().filter(|below| !below.is_hide_set());
+        let below: Vec<String> =
+            shown.flat_map(|below| paths(below, &format!("{path} "))).collect();
+        match below.is_empty() {
+            true => vec![path],
+            false => below,
+        }
+    }
+
+    #[test]
+    fn every_command_has_examples_and_all_of_them_parse() {
+        let table = crate::cli::command();
+        for path in paths(&table, "") {
+            assert!(!of(&path).is_empty(), "{path} has no example");
+        }
+        for (path, examples) in EXAMPLES {
+            for (_, line) in *examples {
+                assert!(*path == "snapback" || line.starts_with(path), "{path}: {line}");
+                let words = shlex::split(line).unwrap();
+                let parsed = table.clone().try_get_matches_from(words);
+                assert!(parsed.is_ok(), "{line}: {}", parsed.err().unwrap());
+            }
+        }
+    }
+}
