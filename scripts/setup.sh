@@ -186,11 +186,14 @@ once() {
 }
 
 install_packages
+# It takes the processors for minutes, and what follows mostly the network.
+once s3s-fs-0.14.1 build_s3_server &
+s3_server=$!
 once qemu-10.0-v2 unpack_qemu
 once libvirt-11.3-v1 unpack_libvirt
 once kernel-v1 unpack_kernel
 once arm64-v1 unpack_arm64
-once s3s-fs-0.14.1 build_s3_server
+wait "$s3_server"
 
 case $(qemu-system-x86_64 --version | head -n 1) in
 *" 7.2."*) ;;

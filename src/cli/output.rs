@@ -363,6 +363,13 @@ impl Output {
                 };
                 self.say("disk", &format!("{disk}: {changes}"));
             }
+            RevertEvent::DisksResident { took_ms, fetched_bytes } => {
+                let fetched = size(*fetched_bytes);
+                self.say(
+                    "disks",
+                    &format!("all here after {took_ms:.0} ms; {fetched} were fetched"),
+                );
+            }
             RevertEvent::QemuReady { pid } => self.say("qemu ready", &format!("process {pid}")),
             RevertEvent::Placing { placement, reason } => {
                 let way = match placement {

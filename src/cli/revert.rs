@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::failure::Failure;
 use super::output::Output;
+use super::repository::FarArgs;
 use super::{
     DeliveryArgs, SandboxArgs, cancellation, clones, detach, disks, domain, host, identity, keeper,
     parse_path_pair, rtc,
@@ -19,7 +20,8 @@ use crate::runs::RunOptions;
 
 #[derive(Args, Clone)]
 pub(super) struct RevertArgs {
-    /// The image
+    /// The image; or a snapshot of a repository, such as s3://BUCKET/PREFIX/web1@latest, or
+    /// web1@latest with --repo
     image: PathBuf,
     /// The QEMU binary to use instead of the recorded one
     #[arg(long, value_name = "BIN")]
@@ -30,6 +32,8 @@ pub(super) struct RevertArgs {
     /// Use the path NEW wherever the recorded command line names OLD or a path below it
     #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
     paths: Vec<(String, String)>,
+    #[command(flatten)]
+    far: FarArgs,
     #[command(flatten)]
     domain: domain::DomainArgs,
     #[command(flatten)]
@@ -186,7 +190,11 @@ async fn start(
         // Its events go to a log that grows for as long as it runs.
         delivery.progress_every = Duration::from_secs(1);
     }
+    let output = Arc::new(output);
+    let far = args.far.open(&args.image, &output).await?;
+    let image = far.as_ref().map_or(args.image, |far| far.machine().into());
     let options = RevertOptions {
+        far,
         rewrite: args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?,
         domain: args.domain.options(),
         delivery,
@@ -198,9 +206,9 @@ async fn start(
         sandbox: args.sandbox.program(),
         agent: args.identity.agent(),
         run: Some(run),
-        ..RevertOptions::new(args.image)
+        ..RevertOptions::new(image)
     };
-    let (output, mut hook, mut hooked) = (Arc::new(output), args.identity.hook(), None);
+    let (mut hook, mut hooked) = (args.identity.hook(), None);
     let (mut awaited, mut told) = (args.identity.awaited(), Ok(()));
     let mut waiting = args.check.then(|| output.waiting("checking all of the image"));
     let reverted = crate::revert::revert(&options, cancel.clone(), |event| {

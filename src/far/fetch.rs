@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 
 /// Threads that fetch. Each waits for one answer: their number times the size of a request is what is
 /// on its way at most.
@@ -12,10 +11,10 @@ const KEPT_FREE: usize = 8;
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// Threads that fetch. Dropping it ends them, once what they wait for has come.
+/// Threads that fetch. Dropping it ends them, each as soon as the answer has come that it waits for;
+/// nobody else waits for that.
 pub struct Fetchers {
     queue: Arc<Queue>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Default)]
@@ -39,11 +38,11 @@ impl Fetchers {
     /// # Errors
     /// When one can't be started.
     pub fn start() -> std::io::Result<Fetchers> {
-        let mut fetchers = Fetchers { queue: Arc::default(), threads: Vec::new() };
+        let fetchers = Fetchers { queue: Arc::default() };
         for _ in 0..THREADS {
             let queue = Arc::clone(&fetchers.queue);
             let builder = std::thread::Builder::new().name("fetch".into());
-            fetchers.threads.push(builder.spawn(move || queue.serve())?);
+            builder.spawn(move || queue.serve())?;
         }
         Ok(fetchers)
     }
@@ -69,13 +68,6 @@ impl Drop for Fetchers {
         waiting.others.clear();
         drop(waiting);
         self.queue.changed.notify_all();
-        let here = std::thread::current().id();
-        for thread in self.threads.drain(..) {
-            // The last one to hold it may be one of them.
-            if thread.thread().id() != here {
-                let _ = thread.join();
-            }
-        }
     }
 }
 

@@ -5,14 +5,17 @@
 //! can't be fetched at present is waited for: a guest must not see an error that will pass.
 
 use std::collections::HashMap;
+use std::fs::DirBuilder;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use uuid::Uuid;
 
 use super::file::FarFile;
 use crate::cancel::Cancellation;
@@ -81,13 +84,15 @@ impl Exports {
     ///
     /// # Errors
     /// When the socket can't be made.
-    pub fn start(
-        socket: &Path,
-        files: HashMap<String, Arc<FarFile>>,
-        patience: Duration,
-    ) -> io::Result<Exports> {
-        let listener = UnixListener::bind(socket)?;
-        std::fs::set_permissions(socket, PermissionsExt::from_mode(0o600))?;
+    pub fn start(files: HashMap<String, Arc<FarFile>>, patience: Duration) -> io::Result<Exports> {
+        // What is served is a secret: nobody else gets into the directory.
+        let name = format!("snapback-disks-{}", Uuid::new_v4().simple());
+        let directory = std::env::temp_dir().join(name);
+        DirBuilder::new().mode(0o700).create(&directory)?;
+        let socket = directory.join("nbd.sock");
+        let listener = UnixListener::bind(&socket).inspect_err(|_| {
+            let _ = std::fs::remove_dir(&directory);
+        })?;
         let cancel = Cancellation::new();
         let served = Arc::new(Served { files, patience, cancel: cancel.clone() });
         let accept = move || {
@@ -106,7 +111,12 @@ impl Exports {
             }
         };
         let thread = std::thread::Builder::new().name("disks".into()).spawn(accept)?;
-        Ok(Exports { socket: socket.to_owned(), cancel, thread: Some(thread) })
+        Ok(Exports { socket, cancel, thread: Some(thread) })
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 }
 
@@ -119,6 +129,7 @@ impl Drop for Exports {
             let _ = thread.join();
         }
         let _ = std::fs::remove_file(&self.socket);
+        let _ = self.socket.parent().map(std::fs::remove_dir);
     }
 }
 
@@ -181,7 +192,8 @@ impl Served {
             }
             let mut data = vec![0; len as usize];
             peer.read_exact(&mut data)?;
-            let mut reply = |kind: u32, data: &[u8]| peer.write_all(&option_reply(option, kind, data));
+            let mut reply =
+                |kind: u32, data: &[u8]| peer.write_all(&option_reply(option, kind, data));
             match option {
                 OPT_ABORT => {
                     reply(REP_ACK, &[])?;

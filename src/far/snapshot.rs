@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,7 +63,7 @@ struct Shared {
     origin: Arc<Origin>,
     patience: Duration,
     /// What serves its disks, once somebody reads them.
-    exports: Mutex<Option<(PathBuf, Exports)>>,
+    exports: Mutex<Option<Exports>>,
     lease: Mutex<Option<(Sender<()>, Receiver<()>)>>,
 }
 
@@ -105,7 +105,8 @@ impl FarSnapshot {
 
         let files = open_files(&origin, &manifest, &name)?;
         let of_role = |role: Role| {
-            let named = manifest.files.iter().zip(&files).filter(move |(file, _)| file.role == role);
+            let named =
+                manifest.files.iter().zip(&files).filter(move |(file, _)| file.role == role);
             named.map(|(file, far)| (file.path.clone(), Arc::clone(far)))
         };
         let problem = |problem: &str| RepositoryError::Damaged {
@@ -169,22 +170,20 @@ impl FarSnapshot {
         self.shared.origin.fetched.load(Ordering::Relaxed)
     }
 
-    /// Serves its disks by NBD on a socket in this directory, until the last of these snapshots is
-    /// dropped. Returns the socket.
+    /// Serves its disks by NBD on a socket of their own, until the last of these snapshots is dropped.
+    /// Returns the socket.
     ///
     /// # Errors
     /// When the socket can't be made.
-    pub fn serve_disks(&self, directory: &Path) -> io::Result<PathBuf> {
+    pub fn serve_disks(&self) -> io::Result<PathBuf> {
         let mut exports = self.shared.exports.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((socket, _)) = &*exports {
-            return Ok(socket.clone());
+        if let Some(exports) = &*exports {
+            return Ok(exports.socket().to_owned());
         }
-        let socket = directory.join("disks.sock");
         let files = self.shared.disks.iter();
         let files = files.map(|disk| (disk.export.clone(), Arc::clone(&disk.file))).collect();
-        let started = Exports::start(&socket, files, self.shared.patience)?;
-        *exports = Some((socket.clone(), started));
-        Ok(socket)
+        let started = exports.insert(Exports::start(files, self.shared.patience)?);
+        Ok(started.socket().to_owned())
     }
 }
 
@@ -234,9 +233,9 @@ fn open_files(
     std::thread::scope(|scope| {
         let threads: Vec<_> =
             manifest.files.iter().map(|file| scope.spawn(move || open(file))).collect();
-        let opened = threads.into_iter().map(|thread| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
+        let opened = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         opened.collect()
     })
 }

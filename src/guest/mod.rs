@@ -33,7 +33,7 @@ pub use disks::attached::{FoundDisk, disks};
 pub use disks::captured::overlays;
 pub use disks::drives::check_given;
 pub use disks::frozen::check_unchanged;
-pub use disks::overlay::{Overlay, OverlayOptions, Overlays, RESET_POINT};
+pub use disks::overlay::{FarDisks, Overlay, OverlayOptions, Overlays, RESET_POINT};
 pub use disks::stamp::{stamp_files, write_out};
 pub use error::GuestError;
 pub use process::{Log, Process, label_of};

@@ -39,13 +39,13 @@ pub use read::lineage::{Overview, inspect};
 #[cfg(any(test, feature = "internals"))]
 pub use read::verify::verify;
 pub use read::verify::{Damage, DamagedRange, VerifyReport, verify_chain};
+pub(crate) use store::{Neighbour, Store};
 #[cfg(any(test, feature = "internals"))]
 pub use write::flatten::flatten;
 #[cfg(any(test, feature = "internals"))]
 pub use write::options::CacheUse;
 #[cfg(feature = "internals")]
 pub use write::options::WriterStats;
-pub(crate) use store::{Neighbour, Store};
 pub use write::options::{Compression, Layout, Saved, WriterOptions};
 pub use write::parent::check_parent;
 pub(crate) use write::skeleton::skeleton;

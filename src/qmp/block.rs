@@ -137,6 +137,26 @@ impl Qmp {
         }
     }
 
+    /// Copies into a node all that lies in nodes below it, and takes those out of its chain. Returns
+    /// once that is done.
+    pub async fn stream(&self, node: &str) -> Result<(), QmpError> {
+        const BLOCK_STREAM: &str = "block-stream";
+        // Jobs and nodes don't share names; a generated name (`#block123`) would be none for a job.
+        let id = format!("stream-{}", node.trim_start_matches('#'));
+        let arguments = json!({ "job-id": id, "device": node, "auto-dismiss": false });
+        self.execute(BLOCK_STREAM, arguments).await?;
+        loop {
+            match self.job(&id).await? {
+                None => return Ok(()),
+                Some(Job { status, error, .. }) if status == "concluded" => {
+                    self.dismiss(&id).await?;
+                    return concluded(BLOCK_STREAM, error);
+                }
+                Some(_) => tokio::time::sleep(ASK_EVERY).await,
+            }
+        }
+    }
+
     /// The job of that name, if there is one.
     pub async fn job(&self, id: &str) -> Result<Option<Job>, QmpError> {
         Ok(self.jobs().await?.into_iter().find(|job| job.id == id))

@@ -25,6 +25,9 @@ pub enum RevertError {
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Disks of a snapshot that is far away can't be served.
+    #[error("the disks of the snapshot can't be served to QEMU: {0}")]
+    Disks(std::io::Error),
     /// The host's pages have another size.
     #[error(transparent)]
     PageSize(#[from] PageSizeError),
@@ -140,6 +143,7 @@ impl RevertError {
         use RevertError::*;
         match self {
             Image(error) => error.kind(),
+            Disks(error) => ErrorKind::of_io(error),
             PageSize(error) => error.kind(),
             Vm(error) => error.kind(),
             Qmp(error) => error.kind(),

@@ -51,6 +51,14 @@ pub enum RevertEvent {
         /// Why this one.
         reason: String,
     },
+    /// The disks of a snapshot that was far away are here: the guest depends on nobody. Behind
+    /// `Resident`.
+    DisksResident {
+        /// How long that took from `Resident` on, in milliseconds.
+        took_ms: f64,
+        /// Bytes that were fetched from the repository in all.
+        fetched_bytes: u64,
+    },
     /// The guest runs (or, saved while paused, could run).
     Running {
         /// QEMU's process id; none for a QEMU that somebody else started.

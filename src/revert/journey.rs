@@ -1,10 +1,11 @@
 //! The whole way of a guest of ours, from the image to a guest that depends on nobody.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::RevertError;
 use super::event::RevertEvent;
+use super::far;
 use super::first_breath::FirstBreath;
 use super::options::RevertOptions;
 use super::outcome::Outcome;
@@ -109,12 +110,20 @@ async fn to_resident(
     cancel: Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Resident, RevertError> {
-    let options = &with_standby(options);
-    let image = Image::open(image)?.into();
-    let planned = Planned::of(image, options, cancel.clone(), on_event).await?;
+    let options = &far::prepared(&with_standby(options))?;
+    let image = match &options.far {
+        Some(far) => Arc::clone(far.image()),
+        None => Image::open(image)?,
+    };
+    let planned = Planned::of(image.into(), options, cancel.clone(), on_event).await?;
     let agent = planned.agent().map(Path::to_owned);
+    let overlays = planned.overlays();
     let launched = planned.launch(on_event).await?;
-    from_launched(launched, agent, options, cancel, on_event).await
+    let resident = from_launched(launched, agent, options, cancel, on_event).await?;
+    if let Some(far) = options.far.as_ref().filter(|far| !far.disks().is_empty()) {
+        far::fill_disks(&resident, far, &overlays, on_event).await?;
+    }
+    Ok(resident)
 }
 
 /// These options, with a guest held in standby where something has to be done to it before it runs.

@@ -11,6 +11,7 @@ mod collapse;
 mod eager;
 mod error;
 mod event;
+mod far;
 mod first_breath;
 mod harvest;
 mod journey;

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rtc::Rtc;
+use crate::far::FarSnapshot;
 use crate::guest::RewriteOptions;
 use crate::keeper::Successor;
 use crate::libvirt::DomainOptions;
@@ -19,8 +20,12 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RevertOptions {
-    /// The image.
+    /// The image. Of a snapshot that is [far away](RevertOptions::far) only what overlays of disks are
+    /// called by default, and where they lie.
     pub image: PathBuf,
+    /// A snapshot of a repository in place of an image on this host. Neither a keeper nor a sandbox can
+    /// be had then.
+    pub far: Option<FarSnapshot>,
     /// How the recorded command line is changed.
     pub rewrite: RewriteOptions,
     /// Have libvirt start it, as the domain that was saved. Of `rewrite`, the paths, the disks and
@@ -67,6 +72,7 @@ impl RevertOptions {
     pub fn new(image: impl Into<PathBuf>) -> RevertOptions {
         RevertOptions {
             image: image.into(),
+            far: None,
             rewrite: RewriteOptions::default(),
             domain: None,
             delivery: Delivery::default(),
@@ -80,6 +86,13 @@ impl RevertOptions {
             agent: AgentOptions::default(),
             run: None,
         }
+    }
+}
+
+impl RevertOptions {
+    /// Brings back the guest of a snapshot that is read from its repository as it is needed.
+    pub fn from_afar(far: FarSnapshot) -> RevertOptions {
+        RevertOptions { far: Some(far.clone()), ..RevertOptions::new(far.machine()) }
     }
 }
 

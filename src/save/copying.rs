@@ -29,7 +29,12 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
                 Err(None) => return Err(SaveError::Interrupted),
             };
             failpoint("copied");
-            self.tell(SaveEvent::DiskCopied { disk, file, bytes, took_ms: millis(began.elapsed()) });
+            self.tell(SaveEvent::DiskCopied {
+                disk,
+                file,
+                bytes,
+                took_ms: millis(began.elapsed()),
+            });
         }
         match self.undo.commit(&self.access, &mut self.on_event).await? {
             true => Ok(()),

@@ -1,8 +1,10 @@
 //! Disks that are copied with the snapshot: it is complete then, and the guest goes on in its own
 //! files.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
@@ -10,7 +12,8 @@ use crate::bare::query;
 use crate::harness::{Dir, STOP_AT, text};
 use crate::killed::kill_at_its_step;
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, cont, query_status, stop,
+    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, cont, query_status, run,
+    stop,
 };
 use crate::trouble::Tmpfs;
 use crate::{tests, tests_on_both};
@@ -18,6 +21,7 @@ use crate::{tests, tests_on_both};
 tests! {
     a_copy_that_fails_leaves_the_guest_on_its_disks
     disks_that_cant_be_cloned_are_told_beforehand
+    disks_are_cloned_where_the_file_system_can
 }
 
 tests_on_both! {
@@ -82,7 +86,8 @@ fn copies_are_of_the_moment_and_travel_with_their_image(dir: &Dir, qemu: Qemu) -
     saving.wait("moment")?;
     on_both_disks(&mut guest, "write", "2")?;
     let ended = saving.succeed()?;
-    let steps = ["checked", "ready", "moment", "disk_copied", "disk_copied", "folded", "folded", "saved"];
+    let steps =
+        ["checked", "ready", "moment", "disk_copied", "disk_copied", "folded", "folded", "saved"];
     assert_eq!(ended.steps(), steps);
     assert_eq!(ended.event("saved")?["disks"], json!([]));
     is_on_its_own_files(dir, &guest, &before)?;
@@ -194,5 +199,48 @@ fn disks_that_cant_be_cloned_are_told_beforehand(dir: &Dir) -> Result<()> {
     assert!(refusal.contains("--disks copy") && refusal.contains(text(&disk)), "{refusal}");
     assert_eq!(files(&guest)?, [json!(disk)]);
     drop((guest, small));
+    Ok(())
+}
+
+/// A file system that can clone files. Dropping it unmounts it.
+struct Xfs(PathBuf);
+
+impl Xfs {
+    fn mount(dir: &Dir) -> Result<Xfs> {
+        let (file, at) = (dir.path("xfs.img"), dir.make("xfs")?);
+        File::create(&file)?.set_len(320 << 20)?;
+        run(Command::new("mkfs.xfs").arg("-q").arg(&file))?;
+        run(Command::new("mount").args(["-o", "loop"]).args([&file, &at]))?;
+        Ok(Xfs(at))
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let _ = run(Command::new("umount").arg("-l").arg(&self.0));
+    }
+}
+
+fn disks_are_cloned_where_the_file_system_can(dir: &Dir) -> Result<()> {
+    let xfs = Xfs::mount(dir)?;
+    let disk = xfs.0.join("disk.raw");
+    let disks = vec![Disk::new("one", &disk)];
+    disks[0].make(16)?;
+    let fill = Fill::Mib(8);
+    let options = GuestOptions { mib: 128, fill, writers: 0, disks, ..GuestOptions::default() };
+    let mut guest = Guest::boot(&options)?;
+    guest.oracle.ask("idle")?;
+    guest.oracle.ask("disk write /dev/vda 2048 1")?;
+    let ended = dir.save(&guest, "vm.snap").with(&["--disks", "reflink"]).succeed()?;
+    guest.oracle.ask("disk write /dev/vda 2048 2")?;
+    assert_eq!(files(&guest)?, [json!(disk)]);
+    let copied = ended.event("disk_copied")?;
+    let clone = Path::new(copied["file"].as_str().ok_or("no clone")?);
+    assert_eq!((clone.parent(), clone.extension()), (disk.parent(), disk.extension()));
+    let mut reverted = dir.reverted(&dir.path("vm.snap"), &guest.dir, "reverted")?;
+    reverted.resident()?;
+    assert_eq!(reverted.oracle.ask("disk check /dev/vda 2048 1")?, "ok");
+    drop((reverted, guest));
+    drop(xfs);
     Ok(())
 }

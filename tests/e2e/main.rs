@@ -29,6 +29,7 @@ mod database;
 mod direct_reading;
 mod disk_reverts;
 mod exchange;
+mod far;
 mod farms;
 mod faulty_disk;
 mod filling;

@@ -1,6 +1,7 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
 mod events;
+mod far;
 mod keeping;
 mod transfer;
 
@@ -11,6 +12,7 @@ use std::time::Duration;
 use clap::Args;
 
 pub(super) use self::events::RepositoryEvent;
+pub(super) use self::far::FarArgs;
 pub(super) use self::keeping::{
     CopyArgs, DiffArgs, ForgetArgs, PruneArgs, TagArgs, check, copy, diff, forget, prune, tag,
 };
@@ -86,12 +88,16 @@ impl AccessArgs {
     }
 
     fn access(&self, output: &Arc<Output>) -> Result<Access, Failure> {
+        Ok(self.uninterrupted(output).with_cancel(cancellation()?))
+    }
+
+    /// For a guest that runs: an interrupt does not keep it from its memory.
+    fn uninterrupted(&self, output: &Arc<Output>) -> Access {
         let tell = Arc::clone(output);
         let access = Access::new()
             .with_patience(self.store_timeout)
-            .with_cancel(cancellation()?)
             .with_waits(move |wait| tell.store_wait(&wait));
-        Ok(access.with_keys(self.keys()))
+        access.with_keys(self.keys())
     }
 }
 

@@ -25,6 +25,10 @@ pub fn overlays(
     for (at, disk) in disks.iter().enumerate() {
         match disk.role {
             DiskRole::Captured => {
+                if let Some(far) = &options.far {
+                    found.push((at, Overlay::new(disk, at, far.chain(disk)?, options)?));
+                    continue;
+                }
                 let given = given.iter().find(|(name, _)| disk.is_called(name));
                 let given = given.map(|(_, path)| absolute("disk", path)).transpose()?;
                 let chain = frozen::chain(disk, given.as_deref(), &moved)?;

@@ -36,6 +36,50 @@ pub struct OverlayOptions {
     pub ephemeral: bool,
     /// Whether each has an internal snapshot of its empty state, [`RESET_POINT`].
     pub(crate) reset_point: bool,
+    /// The frozen files, where they are served to QEMU instead of lying on this host.
+    pub(crate) far: Option<FarDisks>,
+}
+
+/// Frozen files that are served by NBD on a Unix socket.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FarDisks {
+    /// The socket.
+    pub socket: PathBuf,
+    /// The export of each file, by the path that it has in the record.
+    pub names: Vec<(String, String)>,
+}
+
+/// What the name of a file that is served begins with: a URI as QEMU takes it.
+const NBD: &str = "nbd+unix:///";
+
+/// How long QEMU waits for a server that has gone, in seconds, before the guest sees an error.
+const RECONNECT_S: u32 = 600;
+
+impl FarDisks {
+    /// The files of a disk, by their URIs.
+    pub(in crate::guest) fn chain(&self, disk: &Disk) -> Result<Vec<DiskFile>, GuestError> {
+        let served = |file: &DiskFile| {
+            let name = self.names.iter().find(|(path, _)| *path == file.path);
+            let (_, name) = name.ok_or_else(|| GuestError::DiskMissing {
+                disk: disk.describe(),
+                path: file.path.clone().into(),
+                advice: "a snapshot that has it".into(),
+            })?;
+            let socket = self.socket.display();
+            let path = format!("{NBD}{name}?socket={socket}");
+            Ok(DiskFile { path, stamp: None, ..file.clone() })
+        };
+        disk.chain.iter().map(served).collect()
+    }
+}
+
+/// A file that is served, as QEMU opens it; nothing for one on this host.
+fn served(path: &str) -> Option<Value> {
+    let (export, socket) = path.strip_prefix(NBD)?.split_once("?socket=")?;
+    Some(json!({
+        "driver": "nbd", "server": { "type": "unix", "path": socket }, "export": export,
+        "read-only": true, "reconnect-delay": RECONNECT_S,
+    }))
 }
 
 /// An overlay to be created.
@@ -91,6 +135,14 @@ impl Overlay {
         })
     }
 
+    /// Its file as QEMU names it.
+    pub fn file_name(&self) -> PathBuf {
+        match &self.path {
+            Some(path) => path.clone(),
+            None => format!("/dev/fdset/{}", self.set).into(),
+        }
+    }
+
     /// The frozen file right below.
     pub fn frozen(&self) -> &Path {
         Path::new(self.chain.first().map_or("", |file| &file.path))
@@ -125,9 +177,8 @@ impl Overlay {
         for DiskFile { path, format, .. } in self.chain.iter().rev() {
             let device = fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device());
             let driver = if device { "host_device" } else { "file" };
-            let mut node = json!({
-                "driver": format, "read-only": true, "file": file(driver, path, false),
-            });
+            let file = served(path).unwrap_or_else(|| file(driver, path, false));
+            let mut node = json!({ "driver": format, "read-only": true, "file": file });
             if format != "raw" {
                 node["backing"] = below;
             }

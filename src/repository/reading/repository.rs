@@ -185,7 +185,8 @@ impl Repository {
     /// When one can't be read, or is damaged.
     pub fn read_extents(&self, extents: &[Extent]) -> Result<Vec<Bytes>, RepositoryError> {
         let fetched = self.fetch_extents(extents)?;
-        let opened = extents.iter().zip(fetched).map(|(extent, stored)| self.open_extent(extent, &stored));
+        let opened =
+            extents.iter().zip(fetched).map(|(extent, stored)| self.open_extent(extent, &stored));
         opened.collect()
     }
 

@@ -99,9 +99,11 @@ impl Launcher {
 
     /// What is recorded of a guest that is about to be started.
     pub fn record(&self, image: &Image) -> Record {
-        let path = image.files().next().map(|(path, _)| path.to_owned()).unwrap_or_default();
+        let file = image.files().next().map(|(path, _)| path);
+        let file = file.map(|path| std::path::absolute(path).unwrap_or(path.to_owned()));
+        // One of a repository has a name alone.
+        let path = file.unwrap_or_else(|| image.name().into());
         let pages = image.manifest().blocks.iter().map(|block| block.pages()).sum();
-        let path = std::path::absolute(&path).unwrap_or(path);
         Record {
             overlays: self.overlays().iter().filter_map(|disk| disk.path.clone()).collect(),
             sockets: match self {
@@ -152,5 +154,6 @@ fn placed(options: &RevertOptions) -> OverlayOptions {
         prefix: options.prefix.clone().or_else(name),
         ephemeral: options.ephemeral,
         reset_point,
+        far: options.far.clone(),
     }
 }

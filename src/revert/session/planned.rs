@@ -11,7 +11,7 @@ use super::launcher::Launcher;
 use super::lifecycle::{Lifecycle, Start};
 use super::open_image::OpenImage;
 use crate::cancel::Cancellation;
-use crate::guest::Note;
+use crate::guest::{Note, Overlay};
 use crate::host::check_page_size;
 use crate::image::{Image, verify_chain, verify_flat};
 use crate::keeper::if_started;
@@ -84,6 +84,11 @@ impl Planned {
     /// The socket of the agent that is to be told something once the guest runs.
     pub(crate) fn agent(&self) -> Option<&Path> {
         self.agent.as_deref()
+    }
+
+    /// The overlays of its disks, as QEMU names them.
+    pub(crate) fn overlays(&self) -> Vec<PathBuf> {
+        self.launcher.overlays().iter().map(Overlay::file_name).collect()
     }
 
     /// Starts QEMU, while what it is given is read from the image.

@@ -71,6 +71,11 @@ impl Resident {
         self.qemu.ended()
     }
 
+    /// QEMU's monitor, where it is ours.
+    pub(crate) fn qmp(&self) -> Option<&Qmp> {
+        self.qemu.qmp()
+    }
+
     /// How its memory came.
     pub fn outcome(&self) -> &Outcome {
         &self.outcome

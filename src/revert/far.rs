@@ -1,0 +1,57 @@
+//! A guest whose snapshot is still in a repository: its disks are served, and filled once its memory is
+//! in place.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use super::error::RevertError;
+use super::event::RevertEvent;
+use super::options::RevertOptions;
+use super::session::Resident;
+use crate::far::FarSnapshot;
+use crate::guest::FarDisks;
+
+/// The options with what differs for a snapshot that is far away.
+///
+/// # Errors
+/// When its disks can't be served.
+pub(super) fn prepared(options: &RevertOptions) -> Result<RevertOptions, RevertError> {
+    let mut options = options.clone();
+    let Some(far) = &options.far else { return Ok(options) };
+    options.delivery.working_set_file.get_or_insert_with(|| far.working_set());
+    // Who goes on in our place would have to know how we have reached the repository, and in a sandbox
+    // nobody reaches it.
+    (options.keeper, options.sandbox) = (None, None);
+    if !far.disks().is_empty() {
+        let socket = far.serve_disks().map_err(RevertError::Disks)?;
+        let names = far.disks().iter().map(|disk| (disk.path.clone(), disk.export.clone()));
+        options.rewrite.overlays.far = Some(FarDisks { socket, names: names.collect() });
+    }
+    Ok(options)
+}
+
+/// Brings what is missing of the guest's disks into these overlays. It runs meanwhile, and needs nobody
+/// afterwards.
+///
+/// # Errors
+/// When QEMU fails to.
+pub(super) async fn fill_disks(
+    resident: &Resident,
+    far: &FarSnapshot,
+    overlays: &[PathBuf],
+    on_event: &mut impl FnMut(RevertEvent),
+) -> Result<(), RevertError> {
+    let Some(qmp) = resident.qmp() else { return Ok(()) };
+    let began = Instant::now();
+    let nodes = qmp.block_nodes().await?;
+    for overlay in overlays {
+        let is_it = |file: &str| overlay.to_str() == Some(file);
+        let node = nodes.iter().find(|node| node.driver == "qcow2" && is_it(&node.file));
+        // Gone meanwhile: unplugged, or streamed by somebody else.
+        let Some(node) = node else { continue };
+        qmp.stream(&node.name).await?;
+    }
+    let took_ms = began.elapsed().as_secs_f64() * 1e3;
+    on_event(RevertEvent::DisksResident { took_ms, fetched_bytes: far.fetched() });
+    Ok(())
+}
