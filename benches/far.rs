@@ -133,8 +133,7 @@ fn run() -> Result<()> {
     println!("| quantity | |\n|---|---|");
     for (name, column) in names.iter().zip(&mut columns) {
         column.sort_by(f64::total_cmp);
-        let (least, median, most) =
-            (column[0], column[column.len() / 2], column[column.len() - 1]);
+        let (least, median, most) = (column[0], column[column.len() / 2], column[column.len() - 1]);
         println!("| {name} | {median:.1} [{least:.1}..{most:.1}] |");
     }
     Ok(())
@@ -184,11 +183,13 @@ impl Bench<'_> {
         let to = self.folder.join("reverted");
         let _ = fs::remove_dir_all(&to);
         let path = self.path("reverted")?;
-        let words = [&["revert", image, "--path", &path, "--overlay-dir", text(&to)?], more].concat();
+        let words =
+            [&["revert", image, "--path", &path, "--overlay-dir", text(&to)?], more].concat();
         let before = self.proxy.bytes().0;
         let began = Instant::now();
         let now = || began.elapsed().as_secs_f64() * 1e3;
-        let mut child = self.command(&words).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let mut child =
+            self.command(&words).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
         let said = child.stdout.take().ok_or("no output")?;
         let mut times = Times::default();
         let mut guest = None;
@@ -206,7 +207,8 @@ impl Bench<'_> {
                         beats = Some(scope.spawn(move || {
                             let mut log = SerialLog::whole(&log);
                             let first = log.wait_beat(0, SOON).map(|beat| beat.number);
-                            let last = first.and_then(|first| log.wait_beat(first + BEATS - 2, SOON));
+                            let last =
+                                first.and_then(|first| log.wait_beat(first + BEATS - 2, SOON));
                             last.map(|_| (now(), self.proxy.bytes().0)).map_err(|e| e.to_string())
                         }));
                     }

@@ -130,9 +130,10 @@ pub struct Disk {
     /// Of a captured disk: the overlay that the guest it was taken from writes to
     /// since, an absolute path. Not part of the snapshot.
     pub overlay: Option<String>,
-    /// Of a captured disk: whether the file on top was made by the save, as a copy that belongs to
-    /// the image and goes where it goes.
-    pub copied: bool,
+    /// Of a captured disk whose file on top was made by the save, as a copy that belongs to the image
+    /// and goes where it goes: the files that the disk was on, the one on top first. The command line
+    /// may name it by these.
+    pub originals: Vec<String>,
 }
 
 /// The role of a disk in a snapshot.
@@ -183,7 +184,7 @@ impl Machine {
     /// Looks for copies of disks that are not where they were made: they belong beside their image,
     /// which may have been moved to `directory` with them.
     pub(crate) fn locate_copies(&mut self, directory: &Path) {
-        for disk in self.disks.iter_mut().filter(|disk| disk.copied) {
+        for disk in self.disks.iter_mut().filter(|disk| disk.is_copied()) {
             let Some(top) = disk.chain.first_mut() else { continue };
             let Some(name) = Path::new(&top.path).file_name() else { continue };
             let beside = directory.join(name);
@@ -205,6 +206,11 @@ impl Disk {
         let name = names.into_iter().flatten().find(|name| !name.is_empty());
         let file = self.chain.first().map(|file| format!(" ({})", file.path));
         format!("{}{}", name.map_or("unnamed", String::as_str), file.unwrap_or_default())
+    }
+
+    /// Whether the file on top is a copy that belongs to the image.
+    pub fn is_copied(&self) -> bool {
+        !self.originals.is_empty()
     }
 
     /// Whether `name` means this disk: the name of its backend, its device (as an id or a

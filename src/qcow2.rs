@@ -50,7 +50,8 @@ pub struct Backing<'a> {
 
 /// Writes an empty overlay to an empty file: `size` bytes as the guest sees them, all
 /// of them those of the file below. Where a `snapshot` is named, the overlay has an internal
-/// snapshot of that name, of its empty state.
+/// snapshot of that name, of its empty state. Where the path of the file below is empty, none is named:
+/// whoever opens the overlay has to say what lies below.
 ///
 /// The file is sparse, and at most 66 MiB long.
 ///
@@ -81,7 +82,7 @@ pub fn write_overlay(
     write_fixed(
         file,
         size,
-        Some(backing),
+        Some(backing).filter(|backing| !backing.path.is_empty()),
         l1_entries,
         clusters,
         snapshot.is_some().then_some(table),

@@ -159,7 +159,8 @@ impl Served {
                 scope.spawn(move || {
                     for request in receive {
                         let reply = self.answer(agreed, &request);
-                        let mut to = *writer.lock().unwrap_or_else(PoisonError::into_inner);
+                        // Held until all of the reply is written.
+                        let mut to = writer.lock().unwrap_or_else(PoisonError::into_inner);
                         if to.write_all(&reply).is_err() {
                             // The thread that reads hears of it.
                             let _ = connection.shutdown(Shutdown::Both);

@@ -1,8 +1,10 @@
 //! A guest whose snapshot is still in a repository: its disks are served, and filled once its memory is
 //! in place.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
+
+use serde_json::Value;
 
 use super::error::RevertError;
 use super::event::RevertEvent;
@@ -45,8 +47,7 @@ pub(super) async fn fill_disks(
     let began = Instant::now();
     let nodes = qmp.block_nodes().await?;
     for overlay in overlays {
-        let is_it = |file: &str| overlay.to_str() == Some(file);
-        let node = nodes.iter().find(|node| node.driver == "qcow2" && is_it(&node.file));
+        let node = nodes.iter().find(|node| node.driver == "qcow2" && is_on(&node.file, overlay));
         // Gone meanwhile: unplugged, or streamed by somebody else.
         let Some(node) = node else { continue };
         qmp.stream(&node.name).await?;
@@ -54,4 +55,26 @@ pub(super) async fn fill_disks(
     let took_ms = began.elapsed().as_secs_f64() * 1e3;
     on_event(RevertEvent::DisksResident { took_ms, fetched_bytes: far.fetched() });
     Ok(())
+}
+
+/// Whether a node is on a file, by what QEMU calls the node's file: its path, or, where the node has
+/// options that a path can't tell, `json:` and these.
+fn is_on(called: &str, file: &Path) -> bool {
+    let Some(options) = called.strip_prefix("json:") else { return Path::new(called) == file };
+    let options: Value = serde_json::from_str(options).unwrap_or_default();
+    options["file"]["filename"].as_str().is_some_and(|path| Path::new(path) == file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_found_by_its_file_however_qemu_calls_it() {
+        let file = Path::new("/d/a.qcow2");
+        assert!(is_on("/d/a.qcow2", file) && !is_on("/d/b.qcow2", file));
+        let options = r#"json:{"backing": {"driver": "qcow2"}, "driver": "qcow2", "file":
+            {"driver": "file", "filename": "/d/a.qcow2"}}"#;
+        assert!(is_on(options, file) && !is_on(options, Path::new("/d")) && !is_on("json:{", file));
+    }
 }

@@ -21,12 +21,13 @@ use crate::page::PAGE_SIZE;
 /// The record of a disk of which the snapshot has a copy.
 fn copied(disk: Disk, copy: &DiskCopy) -> Disk {
     let mut chain = disk.chain;
+    let originals = chain.iter().map(|file| file.path.clone()).collect();
     chain.truncate(if copy.needs_chain() { usize::MAX } else { 1 });
     if let Some(top) = chain.first_mut() {
         top.path = copy.path.clone();
         top.format = copy.format().to_owned();
     }
-    Disk { chain, overlay: None, copied: true, ..disk }
+    Disk { chain, overlay: None, originals, ..disk }
 }
 
 /// An image that is whole.

@@ -117,7 +117,7 @@ impl View<'_> {
             size: top.map_or(0, |top| top.size),
             chain: walked.chain,
             overlay: None,
-            copied: false,
+            originals: Vec::new(),
         };
         let problem = problem.filter(|_| role == DiskRole::Excluded);
         FoundDisk { disk, top: top.cloned(), nodes: walked.nodes, problem }

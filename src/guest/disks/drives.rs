@@ -44,14 +44,14 @@ pub(in crate::guest) fn find(
     // the chain that the command line names. Files further down may be shared with other drives,
     // as long as none writes to them.
     let by_file = || {
-        disk.chain.iter().find_map(|of| {
+        disk.chain.iter().map(|of| &of.path).chain(&disk.originals).find_map(|of| {
             line.args.iter().position(|arg| {
                 let file = match arg {
                     Arg::Image(path) => Some(path.clone()),
                     Arg::Option(option) if option.name() == "drive" => drive_file(option),
                     Arg::Option(option) => old_option(option).and(option.value.clone()),
                 };
-                file.is_some_and(|file| same_file(&file, &of.path, cwd))
+                file.is_some_and(|file| same_file(&file, of, cwd))
             })
         })
     };

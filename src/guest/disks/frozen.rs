@@ -26,7 +26,7 @@ pub(in crate::guest) fn chain(
         let (path, trust) = match given.filter(|_| at == 0) {
             Some(path) => (path.to_owned(), Trust::Content),
             // A copy may have been moved with its image, and its time with it.
-            None if at == 0 && disk.copied => (moved(&file.path).into(), Trust::Either),
+            None if at == 0 && disk.is_copied() => (moved(&file.path).into(), Trust::Either),
             None => whereabouts(&file.path, &moved),
         };
         check(disk, file, &path, trust, at == 0)?;

@@ -205,6 +205,8 @@ impl Overlay {
         let Some(DiskFile { path, format, .. }) = self.chain.first() else {
             return Err(GuestError::DiskNotRecorded { disk: self.disk.clone() });
         };
+        // QEMU would take a name in the overlay together with what it is told of the server.
+        let path = if served(path).is_some() { "" } else { path };
         let snapshot = self.reset_point.then_some(RESET_POINT);
         let written = write_overlay(&file, self.size, Backing { path, format }, snapshot);
         if written.is_err() {
