@@ -41,7 +41,20 @@ pub use reading::pull::{PullOptions, Pulled, PulledFile, pull};
 pub use reading::repository::{Repository, Snapshot};
 pub use remote::{Address, StoreWait};
 pub use wrapping::Recipients;
+pub use writing::archive::{PackOptions, PackSource, PackedAt, pack, unpack};
 pub use writing::push::{PushOptions, Pushed, push};
+
+/// Puts a lease of a push that is never taken back, as a killed one leaves it. Returns its key.
+///
+/// # Errors
+/// When the store fails.
+#[cfg(feature = "internals")]
+pub fn left_lease(repository: &Repository) -> Result<String, RepositoryError> {
+    let held = writing::lease::Held::put(repository, &writing::lease::Lease::new(true))?;
+    let key = held.key().to_owned();
+    std::mem::forget(held);
+    Ok(key)
+}
 
 use schemars::JsonSchema;
 use serde::Serialize;

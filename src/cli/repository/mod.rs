@@ -1,5 +1,6 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
+mod archive;
 mod events;
 mod keeping;
 mod transfer;
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+pub(super) use self::archive::{PackArgs, UnpackArgs, pack, unpack};
 pub(super) use self::events::RepositoryEvent;
 pub(super) use self::keeping::{
     CopyArgs, DiffArgs, ForgetArgs, PruneArgs, TagArgs, check, copy, diff, forget, prune, tag,

@@ -60,7 +60,14 @@ impl Repository {
         access: &Access,
         recipients: &wrapping::Recipients,
     ) -> Result<Repository, RepositoryError> {
-        let remote = Remote::connect(address, &access.reach, true)?;
+        Repository::init_on(Remote::connect(address, &access.reach, true)?, access, recipients)
+    }
+
+    pub(in crate::repository) fn init_on(
+        remote: Remote,
+        access: &Access,
+        recipients: &wrapping::Recipients,
+    ) -> Result<Repository, RepositoryError> {
         let (keys, encryption) = wrapping::new_keys(recipients, access)?;
         let config = Config {
             what: WHAT.into(),
@@ -170,18 +177,28 @@ impl Repository {
         let ranges = together(extents);
         let wanted = ranges.iter().map(|range| (pack_key(range.pack), range.bytes.clone()));
         let fetched = self.remote.get_ranges(wanted.collect())?;
+        let mut again = Vec::new();
         let mut read = vec![Bytes::new(); extents.len()];
         for (range, bytes) in ranges.iter().zip(fetched) {
             for &number in &range.extents {
-                let Extent { id, at, stored, raw, .. } = extents[number];
-                let from = (u64::from(at) - range.bytes.start) as usize;
-                let stored = &bytes[from..from + stored as usize];
-                let opened = self.keys.open_extent(&id, stored, raw as usize);
-                read[number] = opened.map(Bytes::from).map_err(|problem| {
-                    let problem = format!("extent {id} at {at}: {problem}");
-                    self.damaged(&pack_key(range.pack), problem)
-                })?;
+                let extent = &extents[number];
+                let from = (u64::from(extent.at) - range.bytes.start) as usize;
+                let stored = &bytes[from..from + extent.stored as usize];
+                match self.keys.open_extent(&extent.id, stored, extent.raw as usize) {
+                    Ok(opened) => read[number] = opened.into(),
+                    // It may have been altered on its way.
+                    Err(_) => again.push(number),
+                }
             }
+        }
+        for number in again {
+            let Extent { id, pack, at, stored, raw, .. } = extents[number];
+            let (key, place) = (pack_key(pack), u64::from(at)..u64::from(at) + u64::from(stored));
+            let bytes = self.remote.get_ranges(vec![(key.clone(), place)])?.concat();
+            let opened = self.keys.open_extent(&id, &bytes, raw as usize);
+            read[number] = opened
+                .map(Bytes::from)
+                .map_err(|problem| self.damaged(&key, format!("extent {id} at {at}: {problem}")))?;
         }
         Ok(read)
     }
