@@ -19,6 +19,8 @@ mod error;
 mod format;
 mod keeping;
 mod keys;
+#[cfg(feature = "internals")]
+mod laboratory;
 mod reading;
 mod remote;
 mod wrapping;
@@ -35,6 +37,8 @@ pub use keeping::diff::{Difference, diff};
 pub use keeping::forget::{ForgetOptions, Looked, Retention, forget};
 pub use keeping::prune::{PruneOptions, Pruned, prune};
 pub use keeping::tag::tag;
+#[cfg(feature = "internals")]
+pub use laboratory::{left_lease, put_synthetic, read_hostile, seeds};
 pub use reading::list::{list, time_text};
 pub use reading::name::{Moment, SnapshotName};
 pub use reading::pull::{PullOptions, Pulled, PulledFile, pull};
@@ -43,18 +47,6 @@ pub use remote::{Address, StoreWait};
 pub use wrapping::Recipients;
 pub use writing::archive::{PackOptions, PackSource, PackedAt, pack, unpack};
 pub use writing::push::{PushOptions, Pushed, push};
-
-/// Puts a lease of a push that is never taken back, as a killed one leaves it. Returns its key.
-///
-/// # Errors
-/// When the store fails.
-#[cfg(feature = "internals")]
-pub fn left_lease(repository: &Repository) -> Result<String, RepositoryError> {
-    let held = writing::lease::Held::put(repository, &writing::lease::Lease::new(true))?;
-    let key = held.key().to_owned();
-    std::mem::forget(held);
-    Ok(key)
-}
 
 use schemars::JsonSchema;
 use serde::Serialize;

@@ -141,9 +141,11 @@ impl Memory {
     /// Writes an image of it, on top of another one if that is given.
     pub fn save(&self, path: &Path, parent: Option<&Path>) -> Result<()> {
         let block = Block { name: "pc.ram".into(), len: self.bytes.len() as u64, page_size: 4096 };
-        let mut options = WriterOptions::default();
-        options.parent = parent.map(Image::open).transpose()?;
-        let mut writer = ImageWriter::create(path, options, vec![block])?;
+        let (options, blocks) = (WriterOptions::default(), vec![block]);
+        let mut writer = match parent {
+            None => ImageWriter::create(path, options, blocks)?,
+            Some(parent) => ImageWriter::create_on(path, options, blocks, &Image::open(parent)?)?,
+        };
         for (number, bytes) in self.bytes.chunks(PAGE_SIZE).enumerate() {
             let page = Page { block: BlockId(0), number: number as u64 };
             writer.page(page, bytes.try_into()?)?;

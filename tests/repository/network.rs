@@ -48,7 +48,8 @@ fn what_passes_is_tried_again() -> Result<()> {
 fn what_does_not_pass_is_told_by_its_kind() -> Result<()> {
     let mut site = site(4)?;
     site.run(&["push", "vm.snap"])?;
-    let pull = |site: &Site| failure(site.snapback(&["pull", "web1", "x.snap", "--store-timeout", "1"]));
+    let pull =
+        |site: &Site| failure(site.snapback(&["pull", "web1", "x.snap", "--store-timeout", "1"]));
     let expired = "<Error><Code>ExpiredToken</Code></Error>";
     for (fault, code) in [
         (Fault::Status(403, ""), ("store_denied", 3)),

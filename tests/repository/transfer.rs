@@ -143,9 +143,9 @@ fn one_repository_goes_into_another_and_into_a_file() -> Result<()> {
         events(snapback(&plain, &["push", &image, "--tag", "kept"]))?;
     }
     // To age recipients, of whom one is here.
-    let identity = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX";
+    let identity = "AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33";
     fs::write(site.path("identity"), format!("# an identity\n{identity}\n"))?;
-    let recipient = "age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj";
+    let recipient = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa";
     let mut init = site.snapback(&["init", "--encrypt-to", recipient]);
     init.env("SNAPBACK_IDENTITY", "identity");
     events(init)?;
@@ -204,7 +204,10 @@ fn what_changed_since_the_snapshot_is_refused_and_what_was_altered_there_is_told
     let mut bytes = fs::read(&packs[0])?;
     bytes[1000] ^= 1;
     fs::write(&packs[0], bytes)?;
-    assert_eq!(failure(site.snapback(&["pull", "web1", "b.snap"]))?, ("repository_damaged".into(), 4));
+    assert_eq!(
+        failure(site.snapback(&["pull", "web1", "b.snap"]))?,
+        ("repository_damaged".into(), 4)
+    );
     assert!(!site.path("b.snap").exists());
     let check = ["check", "--repo", "s3://snapshots/site", "--read-data", "100%"];
     assert_eq!(failure(site.snapback(&check))?, ("repository_damaged".into(), 4));

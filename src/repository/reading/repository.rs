@@ -11,7 +11,7 @@ use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, PackId, RepositoryId, SnapshotId, random};
-use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest};
+use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
 use crate::repository::keys::Keys;
 use crate::repository::remote::{Address, Listing, Remote};
@@ -264,7 +264,7 @@ impl Repository {
         let body = self.keys.open(Kind::Manifest, key, bytes, MAX_MANIFEST).map_err(damaged)?;
         let manifest: SnapshotManifest =
             serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?;
-        match self.manifest_key(&manifest) == key {
+        match self.manifest_key(&manifest) == key && is_name(&manifest.machine) {
             true => Ok(manifest),
             false => Err(damaged("it is the manifest of another snapshot".into())),
         }

@@ -31,7 +31,9 @@ use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 
 /// How many requests are under way at once.
 const REQUESTS: usize = 32;
-/// How many objects a request to remove may take with it, where the store can.
+/// How long a last request may take.
+const LAST_TRY: Duration = Duration::from_secs(3);
+/// How many listings are under way at once.
 const LISTED_AT_ONCE: usize = 64;
 
 /// How a store is reached, and for how long it is tried.
@@ -281,6 +283,17 @@ impl Remote {
     /// Removes an object, if it is there.
     pub fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.delete_all(vec![key.to_owned()])
+    }
+
+    /// Tries once to remove an object, even for somebody who was told to stop.
+    pub fn try_delete(&self, key: &str) {
+        let path = self.path(key);
+        let removed = async { tokio::time::timeout(LAST_TRY, self.store.delete(&path)).await };
+        match self.handle().block_on(removed) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("{}", failure::judge(&error).problem),
+            Err(_) => tracing::debug!("`{key}` was not removed in time"),
+        }
     }
 
     /// Removes objects, those that are there.

@@ -139,9 +139,7 @@ impl Drop for Held<'_> {
             return;
         }
         // What is left of it ends by itself.
-        if let Err(error) = self.repository.remote.delete(&self.key) {
-            tracing::debug!("{error}");
-        }
+        self.repository.remote.try_delete(&self.key);
     }
 }
 
