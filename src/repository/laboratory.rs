@@ -12,7 +12,7 @@ use super::format::pack::{
     Entry, Listed, footer, footer_len, index, join_index, read_footer, read_index, read_index_head,
     split_index, trailer,
 };
-use super::format::packed::{Directory, directory, directory_place, read_directory};
+use super::format::packed::{Directory, TAIL, directory, directory_place, read_directory};
 use super::keys::Keys;
 use super::reading::repository::Repository;
 use super::writing::known::{close_index, index_key};
@@ -47,11 +47,11 @@ pub fn read_hostile(data: &[u8]) {
         }
         4 => {
             let len = data.len() as u64;
-            if let Some((_, tail)) = data.split_last_chunk::<24>() {
-                if let Ok(place) = directory_place(tail, len) {
-                    let bytes = &data[place.start as usize..place.end as usize];
-                    let _ = read_directory(bytes, place.start);
-                }
+            if let Some((_, tail)) = data.split_last_chunk::<TAIL>()
+                && let Ok(place) = directory_place(tail, len)
+            {
+                let bytes = &data[place.start as usize..place.end as usize];
+                let _ = read_directory(bytes, place.start);
             }
         }
         5 => {

@@ -160,13 +160,13 @@ impl Memory {
             chain: self.disks.iter().map(file).collect(),
             ..Disk::default()
         };
-        let mut details = Details::default();
-        details.machine = Machine {
+        let machine = Machine {
             argv: ["qemu", "-name", &self.name].map(str::to_owned).to_vec(),
             disks: vec![disk],
             ..Machine::default()
         };
-        details.moment_unix_us = self.moment_unix_us;
+        let details =
+            Details { machine, moment_unix_us: self.moment_unix_us, ..Details::default() };
         writer.finish(details, Sections::default())?;
         Ok(())
     }
