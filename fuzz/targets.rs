@@ -231,6 +231,12 @@ pub fn libvirt(data: &[u8]) {
     }
 }
 
+/// The formats of a repository: maps, indexes, footers of packs, closed objects, the directory of a
+/// packed file, manifests, extents, names. The first byte says which.
+pub fn repository(data: &[u8]) {
+    snapback::repository::read_hostile(data);
+}
+
 /// A file without a name.
 fn in_memory(bytes: &[u8]) -> Option<File> {
     // SAFETY: the name is a C string, and memfd_create(2) keeps no pointer to it.

@@ -60,6 +60,7 @@
 //! | [`session`] | the same in steps, to hold a guest in standby |
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
+//! | [`snapshots`] | keeps snapshots in a directory or an object store, and brings them back |
 //! | [`pool`] | takes, resets and releases guests of a daemon's pools (`snapback daemon`) |
 //! | [`runs`] | lists the reverts that are under way, ends them, and removes what killed ones left |
 //! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
@@ -143,6 +144,18 @@ pub mod pool {
     pub use crate::pools::{
         CacheView, Change, GuestView, MemoryView, PoolConfig, PoolSettings, PoolState, PoolView,
         Problem, ResetView, SetupState, SetupView,
+    };
+}
+
+/// Snapshots kept in repositories: in a directory or an object store. Everything here blocks.
+pub mod snapshots {
+    pub use crate::repository::{
+        Access, Address, CheckOptions, Checked, Difference, Extent, ExtentId, FileMap, FileRef,
+        ForgetOptions, Inline, KeySource, Looked, MapId, Moment, Moved, PackId, PackOptions,
+        PackSource, PackedAt, PruneOptions, Pruned, PullOptions, Pulled, PulledFile, PushOptions,
+        Pushed, Recipients, Repository, RepositoryDamage, RepositoryError, RepositoryId, Retention,
+        Role, Snapshot, SnapshotId, SnapshotManifest, SnapshotName, StoreError, StoreFailure,
+        StoreWait, check, copy, diff, forget, list, pack, prune, pull, push, tag, unpack,
     };
 }
 

@@ -113,6 +113,30 @@ fn mapped_ram_files() {
 }
 
 #[test]
+fn what_lies_in_a_repository() {
+    run("repository", targets::repository);
+    // Each altered in one place, too.
+    for (_, seed) in snapback::repository::seeds() {
+        for at in 0..seed.len() {
+            for bit in [0, 7] {
+                let mut altered = seed.clone();
+                altered[at] ^= 1 << bit;
+                targets::repository(&altered);
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "makes fuzz/corpus/repository, which exists"]
+fn make_the_seeds_of_repositories() {
+    fs::create_dir_all(corpus("repository")).unwrap();
+    for (name, seed) in snapback::repository::seeds() {
+        fs::write(corpus("repository").join(name), seed).unwrap();
+    }
+}
+
+#[test]
 fn headers_of_libvirt() {
     run("libvirt", targets::libvirt);
 }

@@ -127,6 +127,10 @@ enum Command {
     Diff(repository::DiffArgs),
     /// Copy snapshots from one repository to another
     Copy(repository::CopyArgs),
+    /// Put a snapshot into one file, with its memory and its disks
+    Pack(repository::PackArgs),
+    /// Bring a packed snapshot back as files
+    Unpack(repository::UnpackArgs),
     /// List the reverts that are under way
     Ps(runs::PsArgs),
     /// End the guest of a revert that is under way, with its server
@@ -443,6 +447,8 @@ async fn run(command: Command, settings: &Settings) -> u8 {
         Command::Prune(args) => (args.json, repository::prune(args).await),
         Command::Diff(args) => (args.json, repository::diff(args).await),
         Command::Copy(args) => (args.json, repository::copy(args).await),
+        Command::Pack(args) => (args.json, repository::pack(args).await),
+        Command::Unpack(args) => (args.json, repository::unpack(args).await),
         Command::Reset(args) => (args.json, reset::reset(args).await),
         Command::Ps(args) => (args.json, runs::ps(args).await),
         Command::Stop(args) => (args.json, runs::stop(args).await),

@@ -14,7 +14,7 @@ use quick_cache::sync::Cache as Recent;
 use super::cache::Cache;
 use super::fetch::Fetchers;
 use super::latency::Latency;
-use crate::repository::{Extent, FileMap, Inline, Repository};
+use crate::repository::{Extent, Fetched, FileMap, Inline, Repository};
 
 /// Bytes of extents that are kept in memory, opened: what is read a little at a time is opened once.
 const IN_MEMORY: u64 = 64 << 20;
@@ -313,11 +313,12 @@ impl Shared {
         match repository.fetch_extents(&extents) {
             Ok(all) => {
                 latency.note(began.elapsed());
-                for ((number, extent), stored) in numbers.iter().zip(&extents).zip(all) {
+                for ((number, extent), Fetched { stored, bytes }) in
+                    numbers.iter().zip(&extents).zip(all)
+                {
                     fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
-                    let opened = repository.open_extent(extent, &stored);
-                    let is_right = opened.is_ok();
-                    self.answer(*number, opened.map_err(|error| error.to_string()));
+                    let is_right = bytes.is_ok();
+                    self.answer(*number, bytes.map_err(|error| error.to_string()));
                     if is_right {
                         cache.keep(&extent.id.to_string(), &stored);
                     }

@@ -19,6 +19,8 @@ mod error;
 mod format;
 mod keeping;
 mod keys;
+#[cfg(feature = "internals")]
+mod laboratory;
 mod reading;
 mod remote;
 mod wrapping;
@@ -35,12 +37,15 @@ pub use keeping::diff::{Difference, diff};
 pub use keeping::forget::{ForgetOptions, Looked, Retention, forget};
 pub use keeping::prune::{PruneOptions, Pruned, prune};
 pub use keeping::tag::tag;
+#[cfg(feature = "internals")]
+pub use laboratory::{left_lease, put_synthetic, read_hostile, seeds};
 pub use reading::list::{list, time_text};
 pub use reading::name::{Moment, SnapshotName};
 pub use reading::pull::{PullOptions, Pulled, PulledFile, pull};
-pub use reading::repository::{Repository, Snapshot};
+pub use reading::repository::{Fetched, Repository, Snapshot};
 pub use remote::{Address, StoreWait};
 pub use wrapping::Recipients;
+pub use writing::archive::{PackOptions, PackSource, PackedAt, pack, unpack};
 pub(crate) use writing::lease::{Held, Lease};
 pub use writing::push::{PushOptions, Pushed, push};
 

@@ -81,6 +81,16 @@ pub(in crate::cli) enum RepositoryEvent {
     },
     /// How memory, or a file of a disk, of one snapshot differs from that of another.
     Difference(Difference),
+    /// A snapshot is in one file.
+    Packed {
+        /// The snapshot.
+        #[serde(flatten)]
+        snapshot: Box<ListedSnapshot>,
+        /// The file.
+        file: PathBuf,
+        /// Its length in bytes.
+        packed_bytes: u64,
+    },
     /// A snapshot is in the other repository.
     Copied {
         /// The snapshot.

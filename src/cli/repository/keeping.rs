@@ -205,8 +205,7 @@ pub(in crate::cli) async fn check(
     json: bool,
 ) -> Result<(), Failure> {
     let output = Arc::new(Output::new(json));
-    let mut options = CheckOptions::default();
-    options.read_data = read_data;
+    let options = CheckOptions { read_data };
     let checked = on_repository(&repository, &output, move |repository, output| {
         let (checked, damages) = check_all(repository, &options, |damage| {
             let affects = match damage.snapshots.len() {

@@ -1,5 +1,6 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
+mod archive;
 mod events;
 mod far;
 mod keeping;
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+pub(super) use self::archive::{PackArgs, UnpackArgs, pack, unpack};
 pub(super) use self::events::RepositoryEvent;
 pub(super) use self::far::FarArgs;
 pub(super) use self::keeping::{

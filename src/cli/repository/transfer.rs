@@ -10,7 +10,7 @@ use super::{RepositoryArgs, RepositoryEvent, blocking, on_repository, parse_name
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, print_line, print_table, size};
 use crate::repository::{
-    PullOptions, PushOptions, Recipients, Repository, Role, SnapshotName, list as listed,
+    PullOptions, Pulled, PushOptions, Recipients, Repository, Role, SnapshotName, list as listed,
     pull as pull_files, push as push_files,
 };
 
@@ -21,6 +21,16 @@ const SHOWN: usize = 12;
 pub(in crate::cli) struct InitArgs {
     #[command(flatten)]
     repository: RepositoryArgs,
+    #[command(flatten)]
+    encryption: Encryption,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Whom something new is encrypted to.
+#[derive(Args)]
+pub(super) struct Encryption {
     /// Encrypt all that is stored to this age recipient (age1…); can be given several times.
     /// An --identity proves that it can be opened again
     #[arg(long, value_name = "RECIPIENT")]
@@ -28,9 +38,14 @@ pub(in crate::cli) struct InitArgs {
     /// Encrypt all that is stored with the passphrase that is given
     #[arg(long, conflicts_with = "encrypt_to")]
     encrypt: bool,
-    /// Print one JSON object a line
-    #[arg(long)]
-    pub json: bool,
+}
+
+impl Encryption {
+    pub fn recipients(self) -> Recipients {
+        let mut recipients = Recipients::nobody();
+        (recipients.to, recipients.passphrase) = (self.encrypt_to, self.encrypt);
+        recipients
+    }
 }
 
 #[derive(Args)]
@@ -88,8 +103,7 @@ pub(in crate::cli) struct ListArgs {
 pub(in crate::cli) async fn init(args: InitArgs) -> Result<(), Failure> {
     let output = Arc::new(Output::new(args.json));
     let (address, access) = (args.repository.address()?, args.repository.access.access(&output)?);
-    let mut recipients = Recipients::nobody();
-    (recipients.to, recipients.passphrase) = (args.encrypt_to, args.encrypt);
+    let recipients = args.encryption.recipients();
     let made = blocking(move || {
         let repository = Repository::init(&address, &access, &recipients)?;
         Ok((repository.name().to_owned(), repository.id(), repository.is_encrypted()))
@@ -140,7 +154,12 @@ pub(in crate::cli) async fn pull(args: PullArgs) -> Result<(), Failure> {
         (options.force, options.no_disks) = (force, no_disks);
         pull_files(repository, manifest, &options, |moved| output.moved(moved))
     });
-    let pulled = pulled.await?;
+    tell_pulled(pulled.await?, &output);
+    Ok(())
+}
+
+/// Tells what was brought back, and how it is reverted.
+pub(super) fn tell_pulled(pulled: Pulled, output: &Output) {
     let image = pulled.files.last().map(|file| file.path.clone()).unwrap_or_default();
     let snapshot = ListedSnapshot::new(&pulled.manifest, pulled.manifest.tags.clone());
     let says = format!(
@@ -159,14 +178,13 @@ pub(in crate::cli) async fn pull(args: PullArgs) -> Result<(), Failure> {
     let files = pulled.files;
     let event = RepositoryEvent::Pulled { snapshot, fetched_bytes: pulled.fetched, image, files };
     output.repository(&event, "pulled", &says);
-    if !args.json && !moved.is_empty() {
+    if !output.is_json() && !moved.is_empty() {
         let paths = moved.iter().map(|(was, is)| format!("--path {was}={is}"));
         print_line(&format!(
             "its disks moved: revert it with {}",
             paths.collect::<Vec<_>>().join(" ")
         ));
     }
-    Ok(())
 }
 
 /// Lists snapshots.

@@ -91,6 +91,13 @@ pub enum Role {
     WorkingSet,
 }
 
+/// Whether a machine or a tag can be called so: nothing in it means something else in a name, in a
+/// key, or in a path.
+pub fn is_name(name: &str) -> bool {
+    let fits = !name.is_empty() && name.len() <= 128 && !matches!(name, "." | "..");
+    fits && !name.contains(['@', '/']) && !name.contains(char::is_control)
+}
+
 impl SnapshotManifest {
     /// Its image.
     pub fn image(&self) -> Option<&FileRef> {

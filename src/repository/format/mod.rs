@@ -10,3 +10,4 @@ pub mod ids;
 pub mod manifest;
 pub mod map;
 pub mod pack;
+pub mod packed;

@@ -96,14 +96,17 @@ impl<'a> Copying<'a> {
         let mut maps: HashMap<MapId, FileMap> = HashMap::new();
         let mut ids: HashMap<MapId, MapId> = HashMap::new();
         for file in &mut copied.files {
-            if !ids.contains_key(&file.map) {
-                let map = self.file(self.from.map(file)?)?;
-                self.packer.end_file()?;
-                let id = self.to.keys.map_id(&map.encode());
-                ids.insert(file.map, id);
-                maps.insert(id, map);
-            }
-            file.map = ids[&file.map];
+            file.map = match ids.get(&file.map) {
+                Some(id) => *id,
+                None => {
+                    let map = self.file(self.from.map(file)?)?;
+                    self.packer.end_file()?;
+                    let id = self.to.keys.map_id(&map.encode());
+                    ids.insert(file.map, id);
+                    maps.insert(id, map);
+                    id
+                }
+            };
             self.moved.done += file.len;
             (self.on_progress)(self.moved);
         }

@@ -57,7 +57,7 @@ pub struct PulledFile {
     pub path: PathBuf,
     /// Its length in bytes.
     pub bytes: u64,
-    /// Whether it was there already, byte for byte, and so was not fetched.
+    /// Whether an image of its identity and length was there already, and so was not fetched.
     pub was_there: bool,
 }
 

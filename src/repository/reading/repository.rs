@@ -11,7 +11,7 @@ use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, PackId, RepositoryId, SnapshotId, random};
-use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest};
+use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
 use crate::repository::keys::Keys;
 use crate::repository::remote::{Address, Listing, Remote};
@@ -60,7 +60,14 @@ impl Repository {
         access: &Access,
         recipients: &wrapping::Recipients,
     ) -> Result<Repository, RepositoryError> {
-        let remote = Remote::connect(address, &access.reach, true)?;
+        Repository::init_on(Remote::connect(address, &access.reach, true)?, access, recipients)
+    }
+
+    pub(in crate::repository) fn init_on(
+        remote: Remote,
+        access: &Access,
+        recipients: &wrapping::Recipients,
+    ) -> Result<Repository, RepositoryError> {
         let (keys, encryption) = wrapping::new_keys(recipients, access)?;
         let config = Config {
             what: WHAT.into(),
@@ -184,30 +191,36 @@ impl Repository {
     /// # Errors
     /// When one can't be read, or is damaged.
     pub fn read_extents(&self, extents: &[Extent]) -> Result<Vec<Bytes>, RepositoryError> {
-        let fetched = self.fetch_extents(extents)?;
-        let opened =
-            extents.iter().zip(fetched).map(|(extent, stored)| self.open_extent(extent, &stored));
-        opened.collect()
+        self.fetch_extents(extents)?.into_iter().map(|fetched| fetched.bytes).collect()
     }
 
-    /// Fetches extents as they are stored, in the order in which they were asked for. Those that lie
-    /// near each other are fetched together. Nothing is verified yet.
+    /// The same, with each extent as it is stored.
     ///
     /// # Errors
-    /// When one can't be read.
-    pub fn fetch_extents(&self, extents: &[Extent]) -> Result<Vec<Bytes>, RepositoryError> {
+    /// When one can't be read. One that is damaged, at the second try too, is told beside the others.
+    pub fn fetch_extents(&self, extents: &[Extent]) -> Result<Vec<Fetched>, RepositoryError> {
         let ranges = together(extents);
         let wanted = ranges.iter().map(|range| (pack_key(range.pack), range.bytes.clone()));
         let fetched = self.remote.get_ranges(wanted.collect())?;
-        let mut read = vec![Bytes::new(); extents.len()];
+        let mut stored = vec![Bytes::new(); extents.len()];
         for (range, bytes) in ranges.iter().zip(fetched) {
             for &number in &range.extents {
-                let Extent { at, stored, .. } = extents[number];
+                let Extent { at, stored: len, .. } = extents[number];
                 let from = (u64::from(at) - range.bytes.start) as usize;
-                read[number] = bytes.slice(from..from + stored as usize);
+                stored[number] = bytes.slice(from..from + len as usize);
             }
         }
-        Ok(read)
+        let open = |(extent, stored): (&Extent, Bytes)| {
+            if let Ok(bytes) = self.open_extent(extent, &stored) {
+                return Ok(Fetched { stored, bytes: Ok(bytes) });
+            }
+            // It may have been altered on its way.
+            let at = u64::from(extent.at);
+            let again = (pack_key(extent.pack), at..at + u64::from(extent.stored));
+            let stored = Bytes::from(self.remote.get_ranges(vec![again])?.concat());
+            Ok(Fetched { bytes: self.open_extent(extent, &stored), stored })
+        };
+        extents.iter().zip(stored).map(open).collect()
     }
 
     /// The bytes of an extent that was fetched, decompressed and verified.
@@ -282,7 +295,7 @@ impl Repository {
         let body = self.keys.open(Kind::Manifest, key, bytes, MAX_MANIFEST).map_err(damaged)?;
         let manifest: SnapshotManifest =
             serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?;
-        match self.manifest_key(&manifest) == key {
+        match self.manifest_key(&manifest) == key && is_name(&manifest.machine) {
             true => Ok(manifest),
             false => Err(damaged("it is the manifest of another snapshot".into())),
         }
@@ -339,6 +352,14 @@ fn parse_key(key: &str) -> Option<Snapshot> {
     let (time, id) = name.split_once('-')?;
     let (unix_us, id) = (super::name::read_stamp(time)?, id.parse().ok()?);
     Some(Snapshot { unix_us, id, key: key.to_owned() })
+}
+
+/// An extent that was fetched.
+pub struct Fetched {
+    /// As it is stored.
+    pub stored: Bytes,
+    /// Its bytes, or what is wrong with them.
+    pub bytes: Result<Bytes, RepositoryError>,
 }
 
 /// Extents of a pack that are fetched in one request.

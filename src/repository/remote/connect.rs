@@ -15,6 +15,7 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreScheme,
 
 use super::address::Address;
 use super::http::Connector;
+use super::packed::PackedFile;
 use crate::repository::error::RepositoryError;
 
 /// How long a connection may take to come about.
@@ -32,6 +33,12 @@ pub fn connect(
         |problem: String| RepositoryError::Address { address: address.to_string(), problem };
     let url = match address {
         Address::Directory(path) => {
+            if path.is_file() {
+                return match create {
+                    true => Err(RepositoryError::Exists(address.to_string())),
+                    false => Ok((Arc::new(PackedFile::open(path)?), Path::default())),
+                };
+            }
             if create {
                 // What lies there are secrets.
                 let mut builder = DirBuilder::new();

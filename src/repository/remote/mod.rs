@@ -7,8 +7,10 @@ mod address;
 mod connect;
 mod failure;
 mod http;
+mod packed;
 mod retry;
 
+use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,14 +22,18 @@ use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutPayload}
 use tokio::runtime::{Handle, Runtime};
 
 pub use self::address::Address;
+use self::packed::PackedWriter;
 use self::retry::Retry;
 pub use self::retry::StoreWait;
 use crate::cancel::Cancellation;
+use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 
 /// How many requests are under way at once.
 const REQUESTS: usize = 32;
-/// How many objects a request to remove may take with it, where the store can.
+/// How long a last request may take.
+const LAST_TRY: Duration = Duration::from_secs(3);
+/// How many listings are under way at once.
 const LISTED_AT_ONCE: usize = 64;
 
 /// How a store is reached, and for how long it is tried.
@@ -63,6 +69,8 @@ pub struct Listing {
 /// A store, or a part of one.
 pub struct Remote {
     store: Arc<dyn ObjectStore>,
+    /// The same, where it is a file that is being written.
+    writer: Option<Arc<PackedWriter>>,
     prefix: Path,
     retry: Arc<Retry>,
     runtime: Option<Runtime>,
@@ -77,14 +85,42 @@ impl Remote {
         create: bool,
     ) -> Result<Remote, RepositoryError> {
         let (store, prefix) = connect::connect(address, create)?;
+        Remote::of(address.to_string(), store, prefix, reach)
+    }
+
+    /// A store in one file that is written from its beginning to its end.
+    pub fn packed(
+        name: String,
+        to: Box<dyn Write + Send>,
+        access: &Access,
+    ) -> Result<Remote, RepositoryError> {
+        let writer = PackedWriter::new(to).map_err(|e| RepositoryError::io("writing", &name, e))?;
+        let writer = Arc::new(writer);
+        let store: Arc<dyn ObjectStore> = Arc::<PackedWriter>::clone(&writer);
+        let mut remote = Remote::of(name, store, Path::default(), &access.reach)?;
+        remote.writer = Some(writer);
+        Ok(remote)
+    }
+
+    /// Ends a file that is written.
+    pub fn finish(&self) -> io::Result<()> {
+        self.writer.as_ref().map_or(Ok(()), |writer| writer.finish())
+    }
+
+    fn of(
+        name: String,
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+        reach: &Reach,
+    ) -> Result<Remote, RepositoryError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("store")
             .enable_all()
             .build()
-            .map_err(|e| RepositoryError::io("starting threads for", address.to_string(), e))?;
-        let retry = Arc::new(Retry::new(address.to_string(), reach.clone(), REQUESTS));
-        Ok(Remote { store, prefix, retry, runtime: Some(runtime) })
+            .map_err(|e| RepositoryError::io("starting threads for", &name, e))?;
+        let retry = Arc::new(Retry::new(name, reach.clone(), REQUESTS));
+        Ok(Remote { store, writer: None, prefix, retry, runtime: Some(runtime) })
     }
 
     /// Its address, without credentials.
@@ -247,6 +283,17 @@ impl Remote {
     /// Removes an object, if it is there.
     pub fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.delete_all(vec![key.to_owned()])
+    }
+
+    /// Tries once to remove an object, even for somebody who was told to stop.
+    pub fn try_delete(&self, key: &str) {
+        let path = self.path(key);
+        let removed = async { tokio::time::timeout(LAST_TRY, self.store.delete(&path)).await };
+        match self.handle().block_on(removed) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("{}", failure::judge(&error).problem),
+            Err(_) => tracing::debug!("`{key}` was not removed in time"),
+        }
     }
 
     /// Removes objects, those that are there.

@@ -13,6 +13,9 @@ use crate::repository::reading::repository::Repository;
 /// The longest index, before it is compressed.
 pub const MAX_INDEX: u64 = 2 << 30;
 
+/// The most extents that are known, of some 512 GiB: what is not known is stored again.
+const MAX_KNOWN: usize = 8 << 20;
+
 /// Where an extent lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
@@ -46,6 +49,9 @@ impl Known {
 
     /// Adds what lies in a pack.
     pub fn add(&mut self, pack: PackId, entries: &[Entry]) {
+        if self.extents.len() + entries.len() > MAX_KNOWN {
+            return;
+        }
         let number = u32::try_from(self.packs.len()).unwrap_or(u32::MAX);
         self.packs.push(pack);
         for Entry { id, at, stored, raw } in entries {

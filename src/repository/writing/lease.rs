@@ -63,7 +63,18 @@ impl<'a> Held<'a> {
         let body = serde_json::to_vec(lease).unwrap_or_default();
         let close = |body: &[u8]| repository.keys.close(Kind::Lease, &key, body, false);
         let renewed = Mutex::new((Instant::now(), 0));
-        repository.remote.put(&key, close(&body))?;
+        match repository.remote.put(&key, close(&body)) {
+            // Whoever may only read does without: what it reads may be pruned meanwhile.
+            Err(error)
+                if !lease.writes
+                    && matches!(error.failure, StoreFailure::Denied | StoreFailure::Refused) =>
+            {
+                tracing::debug!("no lease: {error}");
+                let bytes = Vec::new();
+                return Ok(Held { repository, key, bytes, since_ms: 0, renewed });
+            }
+            put => put?,
+        }
         // The store's clock counts: those of hosts differ.
         let put = repository.remote.head(&key)?;
         let since_ms = put.map_or(0, |listing| listing.put_ms);
@@ -79,6 +90,9 @@ impl<'a> Held<'a> {
     ) -> Result<T, RepositoryError> {
         std::thread::scope(|scope| {
             let (end, ended) = channel::<()>();
+            if self.bytes.is_empty() {
+                return work();
+            }
             scope.spawn(move || {
                 while ended.recv_timeout(RENEWED) == Err(RecvTimeoutError::Timeout) {
                     let at = Instant::now();
@@ -103,6 +117,12 @@ impl<'a> Held<'a> {
         renewed.1 + u64::from(renewed.0.elapsed() > SURE)
     }
 
+    /// Its key.
+    #[cfg(feature = "internals")]
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     fn renewed(&self) -> MutexGuard<'_, (Instant, u64)> {
         self.renewed.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,10 +135,11 @@ impl<'a> Held<'a> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        // What is left of it ends by itself.
-        if let Err(error) = self.repository.remote.delete(&self.key) {
-            tracing::debug!("{error}");
+        if self.bytes.is_empty() {
+            return;
         }
+        // What is left of it ends by itself.
+        self.repository.remote.try_delete(&self.key);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Files cut into extents, and pushed.
 
+pub mod archive;
 pub mod cut;
 pub mod known;
 pub mod lease;

@@ -16,7 +16,7 @@ use crate::repository::Moved;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId, random};
-use crate::repository::format::manifest::{FileRef, SnapshotManifest};
+use crate::repository::format::manifest::{FileRef, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap};
 use crate::repository::keeping::marks;
 use crate::repository::reading::repository::{Repository, map_key, pack_key};
@@ -140,12 +140,6 @@ pub fn push(
 
 /// Refuses what could not be asked for by name later.
 pub fn check_words(machine: &str, tags: &BTreeSet<String>) -> Result<(), RepositoryError> {
-    let is_name = |name: &str| {
-        !name.is_empty()
-            && name.len() <= 128
-            && !name.contains(['@', '/'])
-            && !name.contains(char::is_control)
-    };
     if !is_name(machine) {
         let problem = "it is empty, too long, or has an `@` or `/`: choose another with";
         let problem =

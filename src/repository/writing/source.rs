@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -55,14 +56,14 @@ pub fn sources(path: &Path, disks: bool) -> Result<(Manifest, Vec<Source>), Repo
                 inline.push(Inline { offset: part.start, bytes });
             }
         }
-        let ranges = if small { vec![shape.data] } else { vec![0..shape.len] };
+        let stored = if small { shape.data } else { 0..shape.len };
         sources.push(Source {
             role,
             path: absolute(path)?,
             file,
             len: shape.len,
             image: Some(shape.identity),
-            ranges,
+            ranges: iter::once(stored).collect(),
             how: if shape.flat { How::Blocks } else { How::Content },
             packed: !shape.flat,
             inline,
@@ -112,7 +113,7 @@ fn plain(role: Role, path: &Path) -> Result<Source, RepositoryError> {
         file,
         len,
         image: None,
-        ranges: vec![0..len],
+        ranges: iter::once(0..len).collect(),
         how: How::Blocks,
         packed: false,
         inline: Vec::new(),
