@@ -18,9 +18,10 @@ fn markdown() -> String {
     // Whatever terminal this runs in.
     let mut table = super::command().disable_help_subcommand(true).term_width(90);
     table.build();
-    let mut text = "# Commands\n\nMade of the program's own table of arguments: `snapback COMMAND --help` \
+    let mut text =
+        "# Commands\n\nMade of the program's own table of arguments: `snapback COMMAND --help` \
                     and `man snapback-COMMAND` say the same.\n"
-        .to_owned();
+            .to_owned();
     for (path, mut command) in all(&table, "") {
         let about = command.get_about().map(ToString::to_string).unwrap_or_default();
         let help = command.render_help().to_string();
