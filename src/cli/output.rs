@@ -177,12 +177,12 @@ impl Output {
 
     /// Shows, until that is dropped, that something takes its time of which no progress is known.
     pub fn waiting(&self, what: &'static str) -> Waiting {
-        let spinner = match self.bar.is_hidden() {
-            true => ProgressBar::hidden(),
-            false => ProgressBar::new_spinner().with_message(what),
-        };
-        spinner.enable_steady_tick(Duration::from_millis(100));
-        Waiting(spinner)
+        let shown = !self.bar.is_hidden();
+        Waiting(shown.then(|| {
+            let spinner = ProgressBar::new_spinner().with_message(what);
+            spinner.enable_steady_tick(Duration::from_millis(100));
+            spinner
+        }))
     }
 
     /// Removes the bar, before the last lines are printed.
@@ -473,11 +473,11 @@ impl Output {
 }
 
 /// Something that takes its time.
-pub(super) struct Waiting(ProgressBar);
+pub(super) struct Waiting(Option<ProgressBar>);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.0.iter().for_each(ProgressBar::finish_and_clear);
     }
 }
 
