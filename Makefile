@@ -93,14 +93,14 @@ fmt:
 lint:
 	@rustfmt --check $(RUST_FILES)
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
+	cargo clippy --locked --all-targets --features $(FEATURES),manual -- -D warnings
 	cargo clippy --locked --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --all-targets -- -D warnings
 
 deny:
 	@scripts/deny.sh
 
 man:
-	cargo run --quiet --locked --example manual target/man
+	cargo run --quiet --locked --features manual --bin snapback-manual target/man
 
 docs:
 	@scripts/docs.sh

@@ -23,6 +23,9 @@ mkdir -p "$deps"
 deps=$(cd "$deps" && pwd)
 cargo_deb
 cd "$here/.."
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+grep -q "snapback (= $version-1)" Cargo.toml ||
+    die "snapback-libvirt depends on another version than $version (Cargo.toml)"
 project=$PWD
 home=${CARGO_HOME:-$HOME/.cargo}
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || date -r CHANGELOG.md +%s)
@@ -45,10 +48,9 @@ package() {
     say "built $made, $(stat -c %s "$made") bytes"
 }
 
-build --bin snapback
+build --bin snapback --bin snapback-manual --features manual
 install -m 755 "$target/release/snapback" "$staged/snapback"
-build --example manual
-"$target/release/examples/manual" "$staged/man"
+"$target/release/snapback-manual" "$staged/man"
 find "$staged/man" -type f -exec gzip -9n {} +
 /usr/bin/python3 scripts/sbom.py >"$staged/snapback.cdx.json"
 package

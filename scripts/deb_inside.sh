@@ -13,7 +13,10 @@ until_true() {
     local end=$((SECONDS + $1)) what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
-        [ "$SECONDS" -lt "$end" ] || die "waited for $what in vain"
+        if [ "$SECONDS" -ge "$end" ]; then
+            tail -n 5 /run/snapback/*.log /run/vm*/console || true
+            die "waited for $what in vain"
+        fi
         sleep 0.2
     done
 }

@@ -17,10 +17,14 @@ program=$(readlink -f "${1:?"the program snapback"}")
 
 work=$(mktemp -d)
 cd "$work"
-# Whatever the tutorial has started and not ended.
+# Whatever the tutorial has started and not ended works in this directory.
 clean_up() {
-    snapback ps --json | sed -n 's/.*"id":"\([^"]*\)".*/\1/p' | while read -r id; do snapback stop "$id"; done
-    [ ! -e guest.pid ] || kill "$(cat guest.pid)" 2>/dev/null || true
+    local process
+    for process in /proc/[0-9]*; do
+        if [ "$(readlink "$process/cwd")" = "$work" ] && [ "${process#/proc/}" != $$ ]; then
+            kill "${process#/proc/}" 2>/dev/null || true
+        fi
+    done
     cd / && rm -rf "$work"
 }
 snapback() { XDG_RUNTIME_DIR=$work "$program" "$@"; }

@@ -121,8 +121,10 @@ fn names_in(folder: &Path) -> Result<Vec<String>> {
 /// Two runs of each way, with peers: every number is there.
 fn measures_all_ways(bench: Bench, peers: &[&str], skipped: &[&str]) -> Result<Bench> {
     let report = bench.temporary.path().join("report.html");
+    let [saved, csv] = ["runs.json", "runs.csv"].map(|name| bench.temporary.path().join(name));
     let mut command = bench.bench();
-    let done = command.args(["--runs", "2", "--peers", "--report"]).arg(&report).output()?;
+    command.args(["--runs", "2", "--peers", "--report"]).arg(&report);
+    let done = command.arg("--save").arg(&saved).arg("--csv").arg(&csv).output()?;
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let text = String::from_utf8(done.stdout)?;
     let events: Vec<Value> =
@@ -170,8 +172,30 @@ fn measures_all_ways(bench: Bench, peers: &[&str], skipped: &[&str]) -> Result<B
     assert!(page.contains("<svg") && page.contains("mapped-ram"), "{page}");
     assert!(!page.contains("http"), "it refers to nothing elsewhere");
     fs::remove_file(report)?;
+    compares_with_itself(&saved)?;
+    // A head, and a line for each run.
+    assert_eq!(fs::read_to_string(&csv)?.lines().count(), runs.len() + 1);
+    fs::remove_file(saved)?;
+    fs::remove_file(csv)?;
     bench.assert_nothing_left()?;
     Ok(bench)
+}
+
+/// Nothing has changed, and of two runs nothing is judged.
+fn compares_with_itself(saved: &Path) -> Result<()> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    let done = command.args(["bench", "--json", "--compare"]).args([saved, saved]).output()?;
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let events: Vec<Value> = String::from_utf8(done.stdout)?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<std::result::Result<_, _>>()?;
+    let changes: Vec<&Value> = events.iter().filter(|event| event["event"] == "change").collect();
+    assert!(!changes.is_empty());
+    for change in changes {
+        assert_eq!((&change["change"], &change["verdict"]), (&0.0.into(), &"open".into()));
+    }
+    Ok(())
 }
 
 #[test]

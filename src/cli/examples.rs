@@ -239,4 +239,40 @@ mod tests {
             }
         }
     }
+
+    /// The command lines of this program in a page's examples, joined where they go on in the next line.
+    fn command_lines(page: &str) -> Vec<String> {
+        let fenced = page.split("\n```").skip(1).step_by(2).map(|text| text.replace("\\\n", " "));
+        let lines: Vec<String> =
+            fenced.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
+        let own = lines.iter().map(|line| line.trim_start_matches(['$', '#', ' ']));
+        own.filter(|line| line.starts_with("snapback ")).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn every_command_line_of_the_documentation_parses() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+        let pages = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+        let table = crate::cli::command();
+        let (mut seen, mut wrong) = (0, Vec::new());
+        for path in pages.chain([root.join("README.md")]) {
+            for line in command_lines(&std::fs::read_to_string(&path).unwrap()) {
+                // What a reader, or a shell, has to fill in.
+                if ["…", "ARGS", "$("].iter().any(|open| line.contains(open)) {
+                    continue;
+                }
+                let words = shlex::split(&line.replace("PID", "4242")).unwrap_or_default();
+                // From there on it is the shell's.
+                let own = words.iter().take_while(|word| !["|", "&", ">"].contains(&word.as_str()));
+                let parsed = table.clone().try_get_matches_from(own);
+                let error =
+                    parsed.err().map(|error| format!("{}: {line}: {error}", path.display()));
+                wrong.extend(error);
+                seen += 1;
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        assert!(seen > 100, "{seen}");
+    }
 }

@@ -380,7 +380,8 @@ pub fn main() -> ExitCode {
     let settings = match Settings::of_host(&arguments) {
         Ok(settings) => settings,
         Err(failure) => {
-            Output::new(false).failure(&failure);
+            let json = arguments.iter().any(|argument| argument == "--json");
+            Output::new(json).failure(&failure);
             return ExitCode::from(failure.exit_code());
         }
     };

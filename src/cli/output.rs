@@ -32,16 +32,24 @@ pub(super) fn print_line(line: &str) {
     let _ = writeln!(stdout, "{}", with_flags(line)).and_then(|()| stdout.flush());
 }
 
-/// Prints columns as wide as they have to be; the last as it is.
+/// Prints columns as wide as they have to be; the last in the rest of the terminal's width, if it is
+/// one, and as it is elsewhere.
 pub(super) fn print_table<const N: usize>(head: [&str; N], rows: &[[String; N]]) {
     let head = head.map(str::to_owned);
     let all = || [&head].into_iter().chain(rows);
     let width = |column: usize| all().map(|row| row[column].len()).max().unwrap_or_default();
     let widths: Vec<usize> =
         (0..N).map(|column| if column + 1 < N { width(column) } else { 0 }).collect();
+    // The last has no width of its own.
+    let before: usize = widths[..N - 1].iter().map(|width| width + 2).sum();
     for row in all() {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        print_line(&cells.collect::<Vec<_>>().join("  "));
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
+            match column + 1 < N {
+                true => format!("{cell:<width$}"),
+                false => hanging(cell, before, columns()),
+            }
+        });
+        print_line(cells.collect::<Vec<_>>().join("  ").trim_end());
     }
 }
 
@@ -154,7 +162,7 @@ impl Output {
         let of = self.clone.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
         let tone = if urgent { Tone::Warning } else { Tone::Plain };
         let what = paint(&format!("{what:<11}"), tone, Stream::Out);
-        let details = hanging(&format!("{of}{details}"), columns());
+        let details = hanging(&format!("{of}{details}"), DETAILS, columns());
         let line = format!("{:>10.1} ms  {what}{details}", ms());
         // Suspending a bar draws it, which is too early before it has a length.
         match self.bar.length() {
@@ -169,12 +177,12 @@ impl Output {
 
     /// Shows, until that is dropped, that something takes its time of which no progress is known.
     pub fn waiting(&self, what: &'static str) -> Waiting {
-        let spinner = match self.bar.is_hidden() {
-            true => ProgressBar::hidden(),
-            false => ProgressBar::new_spinner().with_message(what),
-        };
-        spinner.enable_steady_tick(Duration::from_millis(100));
-        Waiting(spinner)
+        let shown = !self.bar.is_hidden();
+        Waiting(shown.then(|| {
+            let spinner = ProgressBar::new_spinner().with_message(what);
+            spinner.enable_steady_tick(Duration::from_millis(100));
+            spinner
+        }))
     }
 
     /// Removes the bar, before the last lines are printed.
@@ -476,25 +484,25 @@ impl Output {
 }
 
 /// Something that takes its time.
-pub(super) struct Waiting(ProgressBar);
+pub(super) struct Waiting(Option<ProgressBar>);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.0.iter().for_each(ProgressBar::finish_and_clear);
     }
 }
 
 /// Where the details of an event begin, in columns.
 const DETAILS: usize = 26;
 
-/// Details in the width of the terminal, each line below the first; as they are where that is no
-/// terminal, or too narrow for it.
-fn hanging(details: &str, columns: Option<usize>) -> String {
-    match columns.and_then(|columns| columns.checked_sub(DETAILS)) {
-        Some(columns @ 30..) if details.chars().count() > columns => {
-            wrap(details, columns).join(&format!("\n{:DETAILS$}", ""))
+/// A text that begins behind so many columns, in the width of the terminal, each line below the
+/// first; as it is where that is no terminal, or too narrow for it.
+fn hanging(text: &str, before: usize, columns: Option<usize>) -> String {
+    match columns.and_then(|columns| columns.checked_sub(before)) {
+        Some(columns @ 30..) if text.chars().count() > columns => {
+            wrap(text, columns).join(&format!("\n{:before$}", ""))
         }
-        _ => details.to_owned(),
+        _ => text.to_owned(),
     }
 }
 
@@ -526,14 +534,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn details_keep_to_the_width() {
-        assert_eq!(hanging("one two", None), "one two");
-        assert_eq!(hanging("one two", Some(80)), "one two");
+    fn long_texts_keep_to_the_width() {
+        assert_eq!(hanging("one two", 26, None), "one two");
+        assert_eq!(hanging("one two", 26, Some(80)), "one two");
         let words = "word ".repeat(20);
-        let shown = hanging(words.trim(), Some(80));
+        let shown = hanging(words.trim(), 26, Some(80));
         assert!(shown.lines().all(|line| line.trim().len() <= 54), "{shown}");
         assert_eq!(shown.split_whitespace().count(), 20);
-        assert_eq!(hanging(&words, Some(40)), words);
+        assert_eq!(hanging(&words, 26, Some(40)), words);
     }
 
     #[test]

@@ -198,18 +198,19 @@ impl Writer {
         let row = std::mem::take(&mut self.table.row);
         let Some((first, rest)) = row.split_first() else { return };
         self.text += &format!(".TP\n{first}\n");
-        let told = rest.iter().zip(self.table.head.iter().skip(1));
-        let told = told.filter(|(cell, _)| !cell.is_empty());
-        let told: Vec<String> = match rest.len() {
-            1 => told.map(|(cell, _)| cell.clone()).collect(),
-            _ => told
-                .map(|(cell, title)| match title.is_empty() {
+        let titles = &self.table.head[1.min(self.table.head.len())..];
+        let told = match rest {
+            [alone] => alone.clone(),
+            [kind, meaning] if titles[0] == "type" => format!("({kind}) {meaning}"),
+            _ => {
+                let told = rest.iter().zip(titles).filter(|(cell, _)| !cell.is_empty());
+                let told = told.map(|(cell, title)| match title.is_empty() {
                     true => cell.clone(),
                     false => format!("{title}: {cell}"),
-                })
-                .collect(),
+                });
+                told.collect::<Vec<_>>().join("; ")
+            }
         };
-        let told = told.join("; ");
         self.text += &format!("{}\n", if told.is_empty() { "\\&" } else { &told });
     }
 

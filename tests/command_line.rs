@@ -1,0 +1,90 @@
+//! What holds for every command: settings, completions, and how much is said.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn snapback() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    let ours =
+        std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SNAPBACK_"));
+    for (name, _) in ours {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
+}
+
+fn image() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/0.2.0.snap")
+}
+
+#[test]
+fn settings_come_from_files_and_variables_and_arguments_go_ahead() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("snapback/config.toml");
+    std::fs::create_dir(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, "compress = \"none\"\nplace = \"socket\"\n").unwrap();
+    let mut command = snapback();
+    command.env("XDG_CONFIG_HOME", home.path()).env("SNAPBACK_PLACE", "eager");
+
+    let shown = command.args(["config", "show", "--json"]).output().unwrap();
+    let text = String::from_utf8(shown.stdout).unwrap();
+    let settings: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let of = |name: &str| settings.iter().find(|setting| setting["name"] == name).unwrap();
+    let (compress, place) = (of("compress"), of("place"));
+    assert_eq!((&compress["value"], &compress["file"]), (&"none".into(), &file.to_str().into()));
+    assert_eq!((&place["value"], &place["variable"]), (&"eager".into(), &"SNAPBACK_PLACE".into()));
+    assert_eq!(of("overlay_dir")["value"], Value::Null);
+
+    // The setting is what the command takes.
+    let flatten = |more: &[&str]| {
+        let to = home.path().join("out.snap");
+        let mut command = snapback();
+        command.env("XDG_CONFIG_HOME", home.path()).arg("flatten").arg(image()).arg(&to);
+        let done = command.arg("--force").args(more).output().unwrap();
+        assert!(done.status.success(), "{}", said(&done));
+        std::fs::metadata(to).unwrap().len()
+    };
+    assert!(flatten(&[]) > flatten(&["--compress", "zstd:19"]));
+
+    std::fs::write(&file, "colour = 1\n").unwrap();
+    let refused = snapback().env("XDG_CONFIG_HOME", home.path()).arg("doctor").output().unwrap();
+    assert_eq!(refused.status.code(), Some(3));
+    let said = said(&refused);
+    assert!(said.contains("config.toml") && said.contains("no setting colour"), "{said}");
+}
+
+#[test]
+fn quiet_commands_say_results_alone() {
+    let home = tempfile::tempdir().unwrap();
+    let flatten = |name: &str, more: &[&str]| {
+        let mut command = snapback();
+        command.arg("flatten").arg(image()).arg(home.path().join(name)).args(more);
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", said(&done));
+        said(&done)
+    };
+    assert!(flatten("a.snap", &[]).contains("flattened"));
+    assert_eq!(flatten("b.snap", &["--quiet"]), "");
+    let verified = snapback().args(["verify", "--quiet"]).arg(image()).output().unwrap();
+    assert!(said(&verified).contains("is whole"), "{}", said(&verified));
+    let never = snapback().args(["verify", "--color", "always", "/nowhere"]).output().unwrap();
+    assert!(said(&never).contains("\u{1b}[31m"), "{}", said(&never));
+}
+
+#[test]
+fn shells_are_told_what_completes() {
+    for (shell, word) in [("bash", "complete"), ("zsh", "compdef"), ("fish", "complete")] {
+        let told = snapback().env("COMPLETE", shell).output().unwrap();
+        assert!(told.status.success() && said(&told).contains(word), "{}", said(&told));
+    }
+    let mut command = snapback();
+    command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", "1").env("_CLAP_IFS", "\n");
+    let told = command.args(["--", "snapback", "verif"]).output().unwrap();
+    assert_eq!(said(&told).trim(), "verify");
+}
