@@ -131,6 +131,75 @@ const EXAMPLES: &[(&str, &[Example])] = &[
             ),
         ],
     ),
+    (
+        "snapback init",
+        &[
+            ("Make a repository in a bucket", "snapback init --repo s3://backups/guests"),
+            (
+                "One that is encrypted to a key of age's",
+                "snapback init --repo s3://backups/guests --encrypt-to age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p",
+            ),
+        ],
+    ),
+    (
+        "snapback push",
+        &[(
+            "Put an image and its disks into a repository",
+            "snapback push web1.snap --name web1 --repo s3://backups/guests",
+        )],
+    ),
+    (
+        "snapback pull",
+        &[(
+            "Bring the last snapshot of a machine back as files",
+            "snapback pull web1@latest web1.snap --repo s3://backups/guests",
+        )],
+    ),
+    ("snapback list", &[("List snapshots", "snapback list --repo s3://backups/guests")]),
+    (
+        "snapback drill",
+        &[(
+            "See that the last snapshot could be reverted here",
+            "snapback drill web1@latest --repo s3://backups/guests",
+        )],
+    ),
+    (
+        "snapback tag",
+        &[("Tag a snapshot", "snapback tag web1@latest before-upgrade --repo s3://backups/guests")],
+    ),
+    (
+        "snapback forget",
+        &[(
+            "See what would be kept",
+            "snapback forget --keep-last 3 --keep-daily 7 --dry-run --repo s3://backups/guests",
+        )],
+    ),
+    (
+        "snapback prune",
+        &[("Remove what nothing refers to", "snapback prune --repo s3://backups/guests")],
+    ),
+    (
+        "snapback diff",
+        &[(
+            "Tell how two snapshots differ",
+            "snapback diff web1@2026-11-25 web1@latest --repo s3://backups/guests",
+        )],
+    ),
+    (
+        "snapback copy",
+        &[(
+            "Copy a snapshot to another repository",
+            "snapback copy web1@latest --from s3://backups/guests --to /mnt/usb",
+        )],
+    ),
+    (
+        "snapback pack",
+        &[(
+            "Put a snapshot into one file",
+            "snapback pack web1@latest web1.pack --repo s3://backups/guests",
+        )],
+    ),
+    ("snapback unpack", &[("Bring it back as files", "snapback unpack web1.pack web1.snap")]),
     ("snapback ps", &[("List reverts", "snapback ps")]),
     ("snapback stop", &[("End a guest", "snapback stop 1f0c92ab")]),
     ("snapback logs", &[("Show a server's log", "snapback logs 1f0c92ab")]),

@@ -117,6 +117,8 @@ enum Command {
     Pull(repository::PullArgs),
     /// List the snapshots of a repository
     List(repository::ListArgs),
+    /// Try whether a snapshot of a repository can be reverted on this host
+    Drill(repository::DrillArgs),
     /// Add tags to a snapshot of a repository, or remove some
     Tag(repository::TagArgs),
     /// Forget snapshots of a repository, by rules or by name
@@ -443,6 +445,7 @@ async fn run(command: Command, settings: &Settings) -> u8 {
         Command::Push(args) => (args.json, repository::push(args).await),
         Command::Pull(args) => (args.json, repository::pull(args).await),
         Command::List(args) => (args.json, repository::list(args).await),
+        Command::Drill(args) => (args.json, repository::drill(args).await),
         Command::Tag(args) => (args.json, repository::tag(args).await),
         Command::Forget(args) => (args.json, repository::forget(args).await),
         Command::Prune(args) => (args.json, repository::prune(args).await),

@@ -18,8 +18,8 @@ use super::nbd::Exports;
 use super::store::FarStore;
 use crate::image::Image;
 use crate::repository::{
-    Access, Address, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotManifest,
-    SnapshotName,
+    Access, Address, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId,
+    SnapshotManifest, SnapshotName,
 };
 
 /// How long the end of a session waits for its lease to be removed. One that stays ends by itself.
@@ -143,6 +143,11 @@ impl FarSnapshot {
     /// The repository and the snapshot, as they were named.
     pub fn name(&self) -> &str {
         &self.shared.name
+    }
+
+    /// The snapshot's id.
+    pub fn id(&self) -> SnapshotId {
+        self.shared.manifest.id
     }
 
     /// The machine's name.

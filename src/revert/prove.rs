@@ -38,7 +38,10 @@ pub async fn prove(
     };
     let mut held = revert_held(&options, cancel, hear).await?;
     let status = held.qmp.status().await?;
-    let was_running = Image::open(&options.image)?.manifest().machine.running;
+    let was_running = match &options.far {
+        Some(far) => far.image().manifest().machine.running,
+        None => Image::open(&options.image)?.manifest().machine.running,
+    };
     let words = held.process.log_tail();
     let outcome = match was_running && status != "running" {
         true => Err(RevertError::not_run(status).with_end_of_qemu(None, &words)),

@@ -45,6 +45,20 @@ pub(in crate::cli) enum RepositoryEvent {
         /// All files, the image last.
         files: Vec<PulledFile>,
     },
+    /// A snapshot could be reverted here: its guest ran, cut off from everything, and had all of its
+    /// memory and disks in the end. It is gone again.
+    Drilled {
+        /// The snapshot's id.
+        snapshot: String,
+        /// The machine's name.
+        machine: String,
+        /// From the start of the revert until the guest ran, in milliseconds.
+        ran_ms: f64,
+        /// From the start of the command until all was in place, in milliseconds.
+        whole_ms: f64,
+        /// Bytes that were fetched from the repository.
+        fetched_bytes: u64,
+    },
     /// A snapshot of a repository.
     Snapshot(Box<ListedSnapshot>),
     /// A snapshot with the tags that it has now.

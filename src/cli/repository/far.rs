@@ -26,6 +26,20 @@ pub(in crate::cli) struct FarArgs {
 }
 
 impl FarArgs {
+    /// The snapshot of this name, in the repository that is named with it or beside it.
+    pub async fn open_in_repository(
+        &self,
+        name: &Path,
+        output: &Arc<Output>,
+    ) -> Result<FarSnapshot, Failure> {
+        let mut args = self.clone();
+        if !name.to_string_lossy().contains("://") {
+            args.repository.repo = Some(args.repository.named()?);
+        }
+        let missing = || unreachable!("a repository is named");
+        Ok(args.open(name, output).await?.unwrap_or_else(missing))
+    }
+
     /// The snapshot, where the argument names one of a repository: behind the repository's address, or
     /// by itself where `--repo` is given.
     pub async fn open(

@@ -1,6 +1,7 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
 mod archive;
+mod drill;
 mod events;
 mod far;
 mod keeping;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use clap::Args;
 
 pub(super) use self::archive::{PackArgs, UnpackArgs, pack, unpack};
+pub(super) use self::drill::{DrillArgs, drill};
 pub(super) use self::events::RepositoryEvent;
 pub(super) use self::far::FarArgs;
 pub(super) use self::keeping::{
@@ -59,9 +61,14 @@ pub(super) struct AccessArgs {
 
 impl RepositoryArgs {
     pub fn address(&self) -> Result<Address, Failure> {
+        Ok(self.named()?.parse()?)
+    }
+
+    /// The address as it was given.
+    fn named(&self) -> Result<String, Failure> {
         let named = self.repo.clone().or_else(|| std::env::var("SNAPBACK_REPOSITORY").ok());
         match named.filter(|named| !named.is_empty()) {
-            Some(named) => Ok(named.parse()?),
+            Some(named) => Ok(named),
             None => Err(Failure::said(
                 ErrorKind::OptionsInvalid,
                 "no repository is named: give --repo, or set SNAPBACK_REPOSITORY".into(),
