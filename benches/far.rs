@@ -205,7 +205,7 @@ impl Bench<'_> {
                         guest = Some(Attached::to(pid, &to)?);
                         let log = to.join("serial0.log");
                         beats = Some(scope.spawn(move || {
-                            let mut log = SerialLog::whole(&log);
+                            let log = SerialLog::whole(&log);
                             let first = log.wait_beat(0, SOON).map(|beat| beat.number);
                             let last =
                                 first.and_then(|first| log.wait_beat(first + BEATS - 2, SOON));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::failure::ErrorEvent;
 use super::hook::HookEvent;
-use super::repository::RepositoryEvent;
+use super::repository::events::RepositoryEvent;
 use crate::bench::{BenchEvent, Change, Summary};
 use crate::daemon::DaemonEvent;
 use crate::doctor::{Item, Reverts};

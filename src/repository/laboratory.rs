@@ -66,7 +66,7 @@ pub fn read_hostile(data: &[u8]) {
             let _ = text.parse::<super::SnapshotName>();
             let _ = text.parse::<super::Address>();
             let _ = keys.opened_name("to", &text);
-            let _ = super::reading::name::read_stamp(&text);
+            let _ = super::reading::times::read_stamp(&text);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 mod archive;
 mod drill;
-mod events;
+pub(super) mod events;
 mod far;
 mod keeping;
 mod transfer;
@@ -15,7 +15,7 @@ use clap::Args;
 
 pub(super) use self::archive::{PackArgs, UnpackArgs, pack, unpack};
 pub(super) use self::drill::{DrillArgs, drill};
-pub(super) use self::events::RepositoryEvent;
+use self::events::RepositoryEvent;
 pub(super) use self::far::FarArgs;
 pub(super) use self::keeping::{
     CopyArgs, DiffArgs, ForgetArgs, PruneArgs, TagArgs, check, copy, diff, forget, prune, tag,

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::name::readable;
 use super::repository::Repository;
+use super::times::readable;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::ids::SnapshotId;
 use crate::repository::format::manifest::SnapshotManifest;

@@ -4,3 +4,4 @@ pub mod list;
 pub mod name;
 pub mod pull;
 pub mod repository;
+pub mod times;
