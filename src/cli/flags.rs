@@ -55,7 +55,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`SaveOptions::guest`", "--qmp or --domain"),
     ("`SaveOptions::quiesce`", "--quiesce"),
     ("`PushOptions::machine`", "--name"),
-    ("set `ForgetOptions::retention`", "give --keep-last, --keep-daily, …"),
+    ("set `ForgetOptions::retention`", "give --keep-last or --keep-daily and the like"),
     ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
     ("`init()`", "`snapback init`"),
     ("`recover()`", "`snapback save --recover`"),
