@@ -7,6 +7,7 @@
 //!
 //! - `format`: the bytes of objects. No I/O.
 //! - `keys`: closes and opens what is stored, encrypted or not.
+//! - `lease`, `marks`: who is at work, and what will be removed.
 //! - `remote`: a store's objects, with retries and typed errors.
 //! - `reading`: a repository that is open; names; whole files brought back.
 //! - `writing`: files cut into extents and pushed.
@@ -21,6 +22,8 @@ mod keeping;
 mod keys;
 #[cfg(feature = "internals")]
 mod laboratory;
+mod lease;
+mod marks;
 mod reading;
 mod remote;
 mod wrapping;

@@ -5,7 +5,6 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::name::SnapshotName;
 use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
@@ -13,6 +12,7 @@ use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, PackId, RepositoryId, SnapshotId, random};
 use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
+use crate::repository::format::time::{read_stamp, stamp};
 use crate::repository::keys::Keys;
 use crate::repository::remote::{Address, Listing, Remote};
 use crate::repository::wrapping;
@@ -134,14 +134,6 @@ impl Repository {
     /// Whether it is encrypted.
     pub fn is_encrypted(&self) -> bool {
         self.keys.encrypt()
-    }
-
-    /// Finds the snapshot that a name means.
-    ///
-    /// # Errors
-    /// When there is none, or there are several.
-    pub fn resolve(&self, name: &SnapshotName) -> Result<SnapshotManifest, RepositoryError> {
-        super::name::resolve(self, name)
     }
 
     /// Reads what a file consists of, and the part of it that lies there.
@@ -273,7 +265,7 @@ impl Repository {
     /// The key of a manifest.
     pub(in crate::repository) fn manifest_key(&self, manifest: &SnapshotManifest) -> String {
         let machine = self.keys.hidden_name(&manifest.machine);
-        let time = super::name::stamp(manifest.moment_unix_us);
+        let time = stamp(manifest.moment_unix_us);
         format!("snapshots/{machine}/{time}-{}", manifest.id)
     }
 
@@ -330,7 +322,7 @@ pub fn map_key(map: MapId) -> String {
 fn parse_key(key: &str) -> Option<Snapshot> {
     let (_machine, name) = key.strip_prefix("snapshots/")?.split_once('/')?;
     let (time, id) = name.split_once('-')?;
-    let (unix_us, id) = (super::name::read_stamp(time)?, id.parse().ok()?);
+    let (unix_us, id) = (read_stamp(time)?, id.parse().ok()?);
     Some(Snapshot { unix_us, id, key: key.to_owned() })
 }
 

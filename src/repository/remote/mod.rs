@@ -5,6 +5,7 @@
 
 mod address;
 mod connect;
+mod credentials;
 mod failure;
 mod http;
 mod packed;
@@ -26,7 +27,6 @@ use self::packed::PackedWriter;
 use self::retry::Retry;
 pub use self::retry::StoreWait;
 use crate::cancel::Cancellation;
-use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 
 /// How many requests are under way at once.
@@ -95,12 +95,12 @@ impl Remote {
     pub fn packed(
         name: String,
         to: Box<dyn Write + Send>,
-        access: &Access,
+        reach: &Reach,
     ) -> Result<Remote, RepositoryError> {
         let writer = PackedWriter::new(to).map_err(|e| RepositoryError::io("writing", &name, e))?;
         let writer = Arc::new(writer);
         let store: Arc<dyn ObjectStore> = Arc::<PackedWriter>::clone(&writer);
-        let mut remote = Remote::of(name, store, Path::default(), &access.reach)?;
+        let mut remote = Remote::of(name, store, Path::default(), reach)?;
         remote.writer = Some(writer);
         Ok(remote)
     }
