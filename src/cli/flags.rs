@@ -57,7 +57,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`SaveOptions::guest`", "--qmp or --domain"),
     ("`SaveOptions::quiesce`", "--quiesce"),
     ("`PushOptions::machine`", "--name"),
-    ("set `ForgetOptions::retention`", "give --keep-last, --keep-daily, …"),
+    ("set `ForgetOptions::retention`", "give --keep-last or --keep-daily and the like"),
     ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
     ("`init()`", "`snapback init`"),
     ("`recover()`", "`snapback save --recover`"),
@@ -82,8 +82,6 @@ mod tests {
     use std::fs;
     use std::path::{Path, PathBuf};
 
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -92,7 +90,7 @@ mod tests {
         let arguments = cli.get_subcommands().flat_map(|command| command.get_arguments());
         let known: HashSet<&str> = arguments.filter_map(|argument| argument.get_long()).collect();
         for (name, flag) in NAMES {
-            let words = flag.split(' ').map(|word| word.trim_matches('`'));
+            let words = flag.split(' ').map(|word| word.trim_matches(['`', ',']));
             let mut longs = words.filter_map(|word| word.strip_prefix("--"));
             // `--` itself ends the flags.
             let exists = |long: &str| long.is_empty() || known.contains(long);

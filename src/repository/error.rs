@@ -55,8 +55,8 @@ impl StoreError {
                 format!(" (given up after {tries} tries in {:.1} s)", time.as_secs_f64())
             }
             (None, StoreFailure::Denied) => {
-                "; see which credentials are found: those of the environment (AWS_…, AZURE_…, \
-                 GOOGLE_…), of the usual files, or of this machine's role"
+                "; credentials come from the environment (AWS_…, AZURE_…, GOOGLE_…), for S3 from \
+                 the file that its own tools read, or from this machine's role"
                     .into()
             }
             (None, _) => String::new(),

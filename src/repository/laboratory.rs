@@ -14,9 +14,9 @@ use super::format::pack::{
 };
 use super::format::packed::{Directory, TAIL, directory, directory_place, read_directory};
 use super::keys::Keys;
+use super::lease::{Held, Lease};
 use super::reading::repository::Repository;
 use super::writing::known::{close_index, index_key};
-use super::writing::lease::{Held, Lease};
 
 /// Longer bodies are refused here: what bounds memory is that a body says how long it is.
 const MOST: u64 = 1 << 20;
@@ -66,7 +66,7 @@ pub fn read_hostile(data: &[u8]) {
             let _ = text.parse::<super::SnapshotName>();
             let _ = text.parse::<super::Address>();
             let _ = keys.opened_name("to", &text);
-            let _ = super::reading::times::read_stamp(&text);
+            let _ = super::format::time::read_stamp(&text);
         }
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! - `format`: the bytes of objects. No I/O.
 //! - `keys`: closes and opens what is stored, encrypted or not.
+//! - `lease`, `marks`: who is at work, and what will be removed.
 //! - `remote`: a store's objects, with retries and typed errors.
 //! - `reading`: a repository that is open; names; whole files brought back.
 //! - `writing`: files cut into extents and pushed.
@@ -21,6 +22,8 @@ mod keeping;
 mod keys;
 #[cfg(feature = "internals")]
 mod laboratory;
+mod lease;
+mod marks;
 mod reading;
 mod remote;
 mod wrapping;
@@ -39,6 +42,7 @@ pub use keeping::prune::{PruneOptions, Pruned, prune};
 pub use keeping::tag::tag;
 #[cfg(feature = "internals")]
 pub use laboratory::{left_lease, put_synthetic, read_hostile, seeds};
+pub(crate) use lease::{Held, Lease};
 pub use reading::list::{list, time_text};
 pub use reading::name::{Moment, SnapshotName};
 pub use reading::pull::{PullOptions, Pulled, PulledFile, pull};
@@ -46,7 +50,6 @@ pub use reading::repository::{Fetched, Repository, Snapshot};
 pub use remote::{Address, StoreWait};
 pub use wrapping::Recipients;
 pub use writing::archive::{PackOptions, PackSource, PackedAt, pack, unpack};
-pub(crate) use writing::lease::{Held, Lease};
 pub use writing::push::{PushOptions, Pushed, push};
 
 use schemars::JsonSchema;

@@ -11,3 +11,4 @@ pub mod manifest;
 pub mod map;
 pub mod pack;
 pub mod packed;
+pub mod time;

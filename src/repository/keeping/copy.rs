@@ -8,12 +8,12 @@ use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{ExtentId, MapId, PackId, random};
 use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::format::map::{Extent, FileMap};
-use crate::repository::keeping::marks;
 use crate::repository::keeping::tag::tag;
+use crate::repository::lease::{Held, Lease};
+use crate::repository::marks;
 use crate::repository::reading::pull::parts;
 use crate::repository::reading::repository::{Repository, map_key, pack_key};
 use crate::repository::writing::known::{Known, Place};
-use crate::repository::writing::lease::{Held, Lease};
 use crate::repository::writing::packer::Packer;
 
 /// How often packs that went away meanwhile are made up for.

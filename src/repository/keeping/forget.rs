@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::repository::error::RepositoryError;
 use crate::repository::format::ids::SnapshotId;
 use crate::repository::format::manifest::SnapshotManifest;
+use crate::repository::format::time::calendar;
 use crate::repository::reading::list::{all_tags, list};
 use crate::repository::reading::name::SnapshotName;
 use crate::repository::reading::repository::Repository;
-use crate::repository::reading::times::calendar;
 
 /// Which snapshots of each machine are kept. A snapshot that any of these keeps is kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

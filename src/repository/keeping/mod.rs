@@ -4,6 +4,5 @@ pub mod check;
 pub mod copy;
 pub mod diff;
 pub mod forget;
-pub mod marks;
 pub mod prune;
 pub mod tag;

@@ -20,11 +20,11 @@ use crate::repository::error::RepositoryError;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, ObjectId, PackId, random};
 use crate::repository::format::pack::split_index;
-use crate::repository::keeping::marks::{Mark, for_each_mark};
+use crate::repository::lease::{HOLDS, Held, Lease, host, leases};
+use crate::repository::marks::{Mark, for_each_mark};
 use crate::repository::reading::repository::{Repository, map_key, pack_key};
 use crate::repository::remote::Listing;
 use crate::repository::writing::known::{close_index, index_key, open_head, open_index};
-use crate::repository::writing::lease::{HOLDS, Held, Lease, host, leases};
 
 /// Stores tell times in whole seconds.
 const SECOND: i64 = 1000;

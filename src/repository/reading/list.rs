@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::repository::Repository;
-use super::times::readable;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::ids::SnapshotId;
 use crate::repository::format::manifest::SnapshotManifest;
+use crate::repository::format::time::readable;
 
 /// All snapshots, or those of a machine, each with its tags: the oldest first.
 ///

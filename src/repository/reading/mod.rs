@@ -4,4 +4,3 @@ pub mod list;
 pub mod name;
 pub mod pull;
 pub mod repository;
-pub mod times;

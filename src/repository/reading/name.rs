@@ -4,9 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::repository::{Repository, Snapshot};
-use super::times::{read_time, readable};
 use crate::repository::error::RepositoryError;
 use crate::repository::format::manifest::SnapshotManifest;
+use crate::repository::format::time::{read_time, readable};
 
 /// The shortest beginning of an id that is taken for one.
 const SHORTEST: usize = 4;

@@ -17,7 +17,7 @@ use crate::repository::Moved;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::manifest::{FileRef, Role, SnapshotManifest};
 use crate::repository::format::map::{Extent, FileMap};
-use crate::repository::writing::lease::{Held, Lease};
+use crate::repository::lease::{Held, Lease};
 
 /// How many requests for extents are under way at once.
 const THREADS: usize = 6;

@@ -12,6 +12,7 @@ use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, PackId, RepositoryId, SnapshotId, random};
 use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
+use crate::repository::format::time::{read_stamp, stamp};
 use crate::repository::keys::Keys;
 use crate::repository::remote::{Address, Listing, Remote};
 use crate::repository::wrapping;
@@ -295,7 +296,7 @@ impl Repository {
     /// The key of a manifest.
     pub(in crate::repository) fn manifest_key(&self, manifest: &SnapshotManifest) -> String {
         let machine = self.keys.hidden_name(&manifest.machine);
-        let time = super::times::stamp(manifest.moment_unix_us);
+        let time = stamp(manifest.moment_unix_us);
         format!("snapshots/{machine}/{time}-{}", manifest.id)
     }
 
@@ -341,7 +342,7 @@ pub fn map_key(map: MapId) -> String {
 fn parse_key(key: &str) -> Option<Snapshot> {
     let (_machine, name) = key.strip_prefix("snapshots/")?.split_once('/')?;
     let (time, id) = name.split_once('-')?;
-    let (unix_us, id) = (super::times::read_stamp(time)?, id.parse().ok()?);
+    let (unix_us, id) = (read_stamp(time)?, id.parse().ok()?);
     Some(Snapshot { unix_us, id, key: key.to_owned() })
 }
 

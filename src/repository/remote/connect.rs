@@ -14,6 +14,7 @@ use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig};
 
 use super::address::Address;
+use super::credentials::{self, Profile};
 use super::http::Connector;
 use super::packed::PackedFile;
 use crate::repository::error::RepositoryError;
@@ -81,6 +82,13 @@ pub fn connect(
             let mut builder = AmazonS3Builder::from_env().with_url(url);
             if let Some(endpoint) = endpoint {
                 builder = builder.with_endpoint(endpoint);
+            }
+            if let Some(Profile { key_id, secret, token }) = credentials::profile() {
+                builder = builder.with_access_key_id(key_id).with_secret_access_key(secret);
+                builder = match token {
+                    Some(token) => builder.with_token(token),
+                    None => builder,
+                };
             }
             let builder = builder.with_client_options(client(plain)).with_retry(retry);
             builder.with_http_connector(Connector::default()).build().map(|s| Arc::new(s) as _)

@@ -5,6 +5,7 @@
 
 mod address;
 mod connect;
+mod credentials;
 mod failure;
 mod http;
 mod packed;
@@ -26,11 +27,13 @@ use self::packed::PackedWriter;
 use self::retry::Retry;
 pub use self::retry::StoreWait;
 use crate::cancel::Cancellation;
-use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 
 /// How many requests are under way at once.
 const REQUESTS: usize = 32;
+/// How many objects are removed by one request, and how many such requests are under way at once.
+const REMOVED_AT_ONCE: usize = 1000;
+const REMOVALS: usize = 4;
 /// How long a last request may take.
 const LAST_TRY: Duration = Duration::from_secs(3);
 /// How many listings are under way at once.
@@ -92,12 +95,12 @@ impl Remote {
     pub fn packed(
         name: String,
         to: Box<dyn Write + Send>,
-        access: &Access,
+        reach: &Reach,
     ) -> Result<Remote, RepositoryError> {
         let writer = PackedWriter::new(to).map_err(|e| RepositoryError::io("writing", &name, e))?;
         let writer = Arc::new(writer);
         let store: Arc<dyn ObjectStore> = Arc::<PackedWriter>::clone(&writer);
-        let mut remote = Remote::of(name, store, Path::default(), &access.reach)?;
+        let mut remote = Remote::of(name, store, Path::default(), reach)?;
         remote.writer = Some(writer);
         Ok(remote)
     }
@@ -296,20 +299,25 @@ impl Remote {
         }
     }
 
-    /// Removes objects, those that are there.
+    /// Removes objects, those that are there: many in one request where the store can.
     pub fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
-        self.handle().block_on(stream::iter(keys).map(Ok).try_for_each_concurrent(
-            REQUESTS,
-            |key| async move {
-                let path = self.path(&key);
-                let run = self.retry.run("removing", &key, 0, || {
-                    let path = path.clone();
-                    async move { self.store.delete(&path).await }
-                });
-                match run.await {
-                    Err(error) if error.failure == StoreFailure::NotFound => Ok(()),
-                    ended => ended,
-                }
+        let paths: Vec<Path> = keys.iter().map(|key| self.path(key)).collect();
+        let some = paths.chunks(REMOVED_AT_ONCE).zip(keys.chunks(REMOVED_AT_ONCE));
+        self.handle().block_on(stream::iter(some).map(Ok).try_for_each_concurrent(
+            REMOVALS,
+            |(paths, keys)| async move {
+                let remove = || async move {
+                    let paths = stream::iter(paths.to_vec()).map(Ok).boxed();
+                    let mut removed = self.store.delete_stream(paths);
+                    while let Some(one) = removed.next().await {
+                        match one {
+                            Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+                            Err(error) => return Err(error),
+                        }
+                    }
+                    Ok(())
+                };
+                self.retry.run("removing", &keys[0], paths.len() as u64 * 4096, remove).await
             },
         ))
     }

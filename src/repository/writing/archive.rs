@@ -69,7 +69,7 @@ pub fn pack(
         }
     };
     let writer = BufWriter::with_capacity(BUFFER, writer);
-    let remote = Remote::packed(name(to).display().to_string(), Box::new(writer), access)?;
+    let remote = Remote::packed(name(to).display().to_string(), Box::new(writer), &access.reach)?;
     let packed = Repository::init_on(remote, access, &options.recipients)?;
     let manifest = match source {
         PackSource::Files(options) => push(&packed, options, on_progress)?.manifest,

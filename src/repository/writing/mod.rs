@@ -3,7 +3,6 @@
 pub mod archive;
 pub mod cut;
 pub mod known;
-pub mod lease;
 pub mod packer;
 pub mod push;
 pub mod source;

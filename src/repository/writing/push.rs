@@ -8,7 +8,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::cut::{Piece, cut};
 use super::known::{Known, Place};
-use super::lease::{Held, Lease, host};
 use super::packer::Packer;
 use super::source::{Source, machine_name, sources};
 use crate::failpoint::failpoint;
@@ -18,7 +17,8 @@ use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId, random};
 use crate::repository::format::manifest::{FileRef, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap};
-use crate::repository::keeping::marks;
+use crate::repository::lease::{Held, Lease, host};
+use crate::repository::marks;
 use crate::repository::reading::repository::{Repository, map_key, pack_key};
 
 /// The most time between two tellings of progress.

@@ -1,4 +1,4 @@
-//! Moments as people write them, and as they stand in keys: in UTC.
+//! Moments, as they stand in keys and as people write them. All are in UTC.
 
 const DAY: i64 = 24 * 60 * 60;
 
