@@ -33,6 +33,8 @@ export SOURCE_DATE_EPOCH CARGO_INCREMENTAL=0 LC_ALL=C
 # Neither this folder nor a user's name gets into the program.
 export RUSTFLAGS="--remap-path-prefix=$project=/snapback --remap-path-prefix=$home=/cargo"
 export CFLAGS="-ffile-prefix-map=$project=/snapback -ffile-prefix-map=$home=/cargo"
+# Optimised as a whole the program is a quarter smaller, and takes minutes longer to build.
+export CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 # What hands over to the package snapback-libvirt.
 export SNAPBACK_LIBVIRT_PROGRAM=/usr/lib/snapback/snapback
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::record::RECORD;
+use super::state::TOLERATED;
 use super::stats::Spread;
 use super::{METRICS, Metric};
 use crate::kind::{Details, ErrorKind};
@@ -114,11 +115,18 @@ pub struct Comparison {
 /// When one of them can't be read.
 pub fn compare(base: &Path, new: &Path) -> Result<Comparison, CompareError> {
     let (base, new) = (Saved::read(base)?, Saved::read(new)?);
+    let spoilt = [&base, &new].into_iter().any(|side| side.spoilt().is_some());
     let mut changes = Vec::new();
     for (way, cache) in base.kinds() {
         for metric in METRICS {
             let of = |side: &Saved| side.values(&way, &cache, metric.key);
-            changes.extend(change(&way, &cache, metric, &of(&base), &of(&new)));
+            let change = change(&way, &cache, metric, &of(&base), &of(&new));
+            // What others did to one side is no change of the program's.
+            let judged = |change: Change| match spoilt {
+                true => Change { verdict: Verdict::Open, ..change },
+                false => change,
+            };
+            changes.extend(change.map(judged));
         }
     }
     Ok(Comparison { warnings: warnings(&base, &new), changes })
@@ -158,6 +166,14 @@ impl Saved {
         kinds
     }
 
+    /// The share of the processors that others had meanwhile, where that spoils all figures.
+    fn spoilt(&self) -> Option<f64> {
+        let share = |pointer| self.value.pointer(pointer).and_then(Value::as_f64);
+        let others = share("/state/others_share").unwrap_or_default();
+        let all = others + share("/state/stolen_share").unwrap_or_default();
+        (all > TOLERATED).then_some(all)
+    }
+
     fn values(&self, way: &str, cache: &str, key: &str) -> Vec<f64> {
         let runs = self.runs().filter(|run| run["way"] == way && run["cache"] == cache);
         runs.filter_map(|run| run[key].as_f64()).filter(|value| value.is_finite()).collect()
@@ -182,13 +198,10 @@ fn warnings(base: &Saved, new: &Saved) -> Vec<String> {
     });
     let loaded =
         [("the first", base), ("the second", new)].into_iter().filter_map(|(which, side)| {
-            let share = side.value.pointer("/state/others_share")?.as_f64()?;
-            (share > 0.05).then(|| {
-                format!(
-                    "during {which} other processes used {:.0} % of the processors",
-                    share * 100.0
-                )
-            })
+            let percent = side.spoilt()? * 100.0;
+            Some(format!(
+                "during {which} others had {percent:.0} % of the processors: nothing is judged"
+            ))
         });
     differ.chain(loaded).collect()
 }
@@ -280,6 +293,10 @@ mod tests {
     use super::*;
 
     fn saved(times: &[f64], kernel: &str) -> tempfile::NamedTempFile {
+        saved_beside(0.0, times, kernel)
+    }
+
+    fn saved_beside(others: f64, times: &[f64], kernel: &str) -> tempfile::NamedTempFile {
         let runs: Vec<Value> = times
             .iter()
             .map(|ms| json!({ "way": "uffd", "cache": "warm", "running_ms": ms, "faults": 0 }))
@@ -287,7 +304,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let record = json!({
             "record": RECORD, "host": { "kernel": kernel }, "runs": runs,
-            "state": { "others_share": 0.0 },
+            "state": { "others_share": others },
         });
         std::fs::write(file.path(), record.to_string()).unwrap();
         file
@@ -308,6 +325,9 @@ mod tests {
         let same = compare(base.path(), saved(&spread(10.0, 20), "a").path()).unwrap();
         assert_eq!(same.changes[0].verdict, Verdict::Open);
         assert!(same.changes[0].low <= 0.0 && same.changes[0].high >= 0.0, "{same:?}");
+        let spoilt = saved_beside(0.3, &spread(12.0, 20), "a");
+        let spoilt = compare(base.path(), spoilt.path()).unwrap();
+        assert_eq!((spoilt.changes[0].verdict, spoilt.warnings.len()), (Verdict::Open, 1));
         let faster = compare(base.path(), saved(&spread(9.0, 20), "a").path()).unwrap();
         assert_eq!(faster.changes[0].verdict, Verdict::Less);
     }

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 /// The share of the processors that others may use, or a hypervisor keep, before somebody is warned.
-const TOLERATED: f64 = 0.05;
+pub(super) const TOLERATED: f64 = 0.05;
 
 /// The machine's state. What can't be found out is absent.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, JsonSchema)]

@@ -16,32 +16,31 @@ pub(super) fn run(base: &Path, new: &Path, output: &Output) -> Result<(), Failur
         events.for_each(|event| output.print_json(&event));
         return Ok(());
     }
-    let mut last = None;
-    let mut rows = Vec::new();
-    let kind = |change: &Change| (change.way.clone(), change.cache.clone());
-    for change in &changes {
-        if last.replace(kind(change)).is_none_or(|last| last != kind(change)) && !rows.is_empty() {
-            rows.push([const { String::new() }; 7]);
-        }
-        rows.push(row(change));
+    let mut rest = &changes[..];
+    while let Some(first) = rest.first() {
+        let same = |change: &&Change| (&change.way, &change.cache) == (&first.way, &first.cache);
+        let (of_way, others) = rest.split_at(rest.iter().take_while(same).count());
+        let (base_runs, new_runs) = (first.base_runs, first.new_runs);
+        print_line(&format!("{}, {}: {base_runs} and {new_runs} runs", first.way, first.cache));
+        let head = ["QUANTITY", "BASE", "NEW", "CHANGE (95 %)", "VERDICT"];
+        print_table(head, &of_way.iter().map(row).collect::<Vec<_>>());
+        print_line("");
+        rest = others;
     }
-    let head = ["WAY", "QUANTITY", "RUNS", "BASE", "NEW", "CHANGE (95 %)", "VERDICT"];
-    print_table(head, &rows);
     if changes.iter().any(|change| change.base_runs.min(change.new_runs) < 10) {
-        print_line("\nFewer than 10 runs on a side: nothing is judged.");
+        print_line("With fewer than 10 runs on a side nothing is judged.");
     }
     Ok(())
 }
 
-fn row(change: &Change) -> [String; 7] {
-    let Change { way, cache, quantity, base_runs, new_runs, base, new, change, low, high, verdict } =
-        change;
-    let metric = METRICS.iter().find(|metric| metric.key == *quantity);
-    let show = |value: f64| metric.map_or(value.to_string(), |m| m.unit.show(value));
-    let title = metric.map_or((*quantity).to_owned(), |m| match m.unit.sign() {
-        "" => m.title.to_owned(),
-        sign => format!("{}, {sign}", m.title),
-    });
+/// Quantities by the names that they have in the files.
+fn row(change: &Change) -> [String; 5] {
+    let Change { quantity, base, new, change, low, high, verdict, .. } = change;
+    let unit = METRICS.iter().find(|metric| metric.key == *quantity).map(|metric| metric.unit);
+    let show = |value: f64| match unit {
+        Some(unit) => format!("{} {}", unit.show(value), unit.sign()).trim_end().to_owned(),
+        None => value.to_string(),
+    };
     let percent = |share: &f64| format!("{:+.1}", share * 100.0);
     let verdict = match verdict {
         Verdict::Less => "less",
@@ -49,9 +48,7 @@ fn row(change: &Change) -> [String; 7] {
         _ => "",
     };
     [
-        format!("{way} {cache}"),
-        title,
-        format!("{base_runs}/{new_runs}"),
+        (*quantity).to_owned(),
         show(*base),
         show(*new),
         format!("{} % [{}, {}]", percent(change), percent(low), percent(high)),
