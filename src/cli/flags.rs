@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn the_flags_exist() {
-        let cli = crate::cli::Cli::command();
+        let cli = crate::cli::command();
         let arguments = cli.get_subcommands().flat_map(|command| command.get_arguments());
         let known: HashSet<&str> = arguments.filter_map(|argument| argument.get_long()).collect();
         for (name, flag) in NAMES {
