@@ -59,7 +59,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`PushOptions::machine`", "--name"),
     ("set `ForgetOptions::retention`", "give --keep-last or --keep-daily and the like"),
     ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
-    ("`init()`", "`snapback init`"),
+    ("`init()`", "`snapback init --repo`"),
     ("`recover()`", "`snapback save --recover`"),
 ];
 
