@@ -272,6 +272,15 @@ fn listening(directory: &Path) -> (UnixListener, String) {
     (UnixListener::bind(&path).unwrap(), path.to_str().unwrap().to_owned())
 }
 
+/// Has nobody listen there any more. A process that another test has just forked holds the socket
+/// until it becomes another program.
+fn close(listener: UnixListener, path: &str) {
+    drop(listener);
+    while UnixStream::connect(path).is_ok() {
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn control_sockets_in_use_give_way() {
     let directory = tempfile::tempdir().unwrap();
@@ -288,7 +297,7 @@ fn control_sockets_in_use_give_way() {
     refused(&["-chardev", &chardev, "-mon", "mon", "-serial", "chardev:mon"], &path);
     // A client's socket is no collision, and neither is one that nobody uses.
     check(&["-qmp", &format!("unix:{path}")], &["-qmp", &format!("unix:{path}")]);
-    drop(listener);
+    close(listener, &path);
     check(&["-qmp", &server], &["-qmp", &server]);
 }
 
@@ -320,7 +329,7 @@ fn other_sockets_in_use_are_refused_by_name() {
     let options = RewriteOptions { qmp: Some(path.clone().into()), ..Default::default() };
     let error = try_rewritten(&[], &options).unwrap_err().to_string();
     assert!(error.contains(&path) && error.contains("listens"), "{error}");
-    drop(listener);
+    close(listener, &path);
     let socket = format!("unix:{path},server=on,wait=off");
     assert_eq!(try_rewritten(&[], &options).unwrap()[..2], ["-qmp", &socket]);
     // A recorded socket at the same place makes way for the one asked for.
