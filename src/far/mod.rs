@@ -16,5 +16,5 @@ mod nbd;
 mod snapshot;
 mod store;
 
-pub use cache::{Cache, CacheOptions};
-pub use snapshot::{FarDisk, FarOptions, FarSnapshot};
+pub use cache::CacheOptions;
+pub use snapshot::{FarOptions, FarSnapshot};

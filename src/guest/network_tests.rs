@@ -1,6 +1,6 @@
 //! What of the host a reverted guest takes: ports, network backends, log files.
 
-use std::net::{TcpListener, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, Command, Stdio};
 
 use super::start::ports::NewPort;
@@ -172,6 +172,10 @@ fn bound_ports_are_refused_by_name() {
     let isolated = RewriteOptions { isolated: true, ..Default::default() };
     rewritten(&["-netdev", &format!("user,id=n,hostfwd=tcp::{port}-:22"), "-s"], &isolated);
     drop(listener);
+    // A process that another test has just forked may hold it still.
+    while TcpStream::connect(("127.0.0.1", port)).is_ok() {
+        std::thread::yield_now();
+    }
     rewritten(&["-spice", &format!("port={port}")], &Default::default());
 
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();

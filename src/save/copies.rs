@@ -8,9 +8,9 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ use super::copy_error::CopyError;
 use super::options::{DiskChoice, SaveOptions};
 use crate::cancel::Cancellation;
 use crate::guest::FoundDisk;
-use crate::host::program::{ProgramError, answer};
+use crate::host::program::{ProgramError, answer, ends_with_us};
 use crate::image::Compression;
 
 /// The program that copies.
@@ -111,8 +111,7 @@ impl DiskCopy {
             false => self.copy(how, cancel)?,
         }
         file.sync_all().map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        Ok(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512)
+        Ok(file.metadata().map_err(failed)?.blocks() * 512)
     }
 
     fn clone_into(&self, file: &File) -> Result<(), CopyError> {
@@ -131,7 +130,7 @@ impl DiskCopy {
             command.args(["-r", &rate.to_string()]);
         }
         command.args([&self.from, &self.path]);
-        crate::host::program::ends_with_us(&mut command);
+        ends_with_us(&mut command);
         let failed = |says| CopyError::Failed {
             path: PathBuf::from(&self.path),
             disk: self.disk.clone(),
@@ -165,7 +164,7 @@ pub(super) fn check<'a>(
     match options.disks {
         DiskChoice::Copy => {
             let mut command = Command::new(QEMU_IMG);
-            command.arg("--version").stdout(std::process::Stdio::null());
+            command.arg("--version").stdout(Stdio::null());
             command.status().map(drop).map_err(CopyError::NoTool)
         }
         DiskChoice::Reflink => files.map(Path::new).try_for_each(|file| {

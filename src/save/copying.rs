@@ -17,6 +17,8 @@ impl<F: FnMut(SaveEvent)> Saving<'_, F> {
         if copies.is_empty() {
             return Ok(());
         }
+        // It may take long, and QEMU's migrations are its owner's again.
+        self.undo.restore_settings(&self.access.qmp).await?;
         let how = Copying::of(self.options);
         for copy in copies {
             let began = Instant::now();
