@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsString;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, Command};
@@ -109,7 +110,15 @@ impl Settings {
         let mut settings = Settings::default();
         for path in files {
             let text = match std::fs::read_to_string(path) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                // In a home that is not ours, such as root's with `sudo -u`, nobody can tell whether
+                // it is there.
+                Err(error)
+                    if error.kind() == io::ErrorKind::PermissionDenied
+                        && path.metadata().is_err() =>
+                {
+                    continue;
+                }
                 read => read.map_err(|error| wrong(path.display(), &error))?,
             };
             settings.add_file(path, &text)?;

@@ -12,11 +12,14 @@ use snapback::wire::{Item, StreamReader};
 
 use crate::harness::{Dir, check, in_a_folder, text};
 use crate::support::{Fill, Guest, GuestOptions, Qemu, Result};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
-    what_is_read_is_what_qemu_sends
     the_devices_are_those_of_the_moment
+}
+
+tests_on_both_at_length! {
+    what_is_read_is_what_qemu_sends
 }
 
 tests! {

@@ -9,11 +9,14 @@ use serde_json::Value;
 use crate::harness::{Dir, Ended, Reverted, check, send_signal, text};
 use crate::killed::{ask_disks, boot};
 use crate::support::{Fill, Guest, GuestOptions, Oracle, Qemu, Result};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
-    clones_and_their_source_go_on
     disks_are_those_of_the_moment
+}
+
+tests_on_both_at_length! {
+    clones_and_their_source_go_on
 }
 
 tests! {

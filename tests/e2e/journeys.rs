@@ -13,13 +13,13 @@ use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_guest_in_full_swing_is_saved_and_comes_back
-    a_paused_guest_is_saved_byte_for_byte
     a_guest_that_ran_is_reverted_paused
     one_image_is_reverted_twice_at_once
     a_reverted_guest_is_saved_and_reverted_again
 }
 
 tests_on_both_at_length! {
+    a_paused_guest_is_saved_byte_for_byte
     a_guest_is_saved_three_times_in_a_row
 }
 

@@ -14,9 +14,9 @@ use crate::shared::options;
 use crate::support::{
     Disk, Format, Guest, GuestOptions, Qemu, Result, SOON, cont, convert, pmemsave, run, wait_for,
 };
-use crate::tests_on_both;
+use crate::tests_on_both_at_length;
 
-tests_on_both! {
+tests_on_both_at_length! {
     disk_and_memory_agree_at_every_moment
 }
 

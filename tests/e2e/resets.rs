@@ -18,13 +18,13 @@ use crate::{tests, tests_on_both, tests_on_both_at_length};
 tests_on_both! {
     a_guest_is_reset_again_and_again
     disk_and_memory_go_back_together
-    every_page_is_the_images_after_a_reset
     a_guest_outlives_whoever_tracks_it
     a_resettable_guest_is_saved
     a_reset_that_fails_half_way_ends_in_a_new_process
 }
 
 tests_on_both_at_length! {
+    every_page_is_the_images_after_a_reset
     a_database_under_load_goes_back
 }
 

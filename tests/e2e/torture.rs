@@ -23,7 +23,7 @@ tests! {
 }
 
 /// Reverts of the short run, and of the long one by default.
-const FEW: u64 = 14;
+const FEW: u64 = 10;
 const MANY: u64 = 200;
 
 /// The seed where none is given.
