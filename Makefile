@@ -131,6 +131,10 @@ clean:
 	cargo clean
 	rm -rf $(addprefix $(DEPS)/,$(MADE))
 
+# Tests wait a good part of their time, for guests and for limits: one more than there are processors
+# keeps these busy.
+export RUST_TEST_THREADS ?= $(shell expr $$(nproc) + 1)
+
 # What the tests need beside what a bare `cargo build` builds.
 FEATURES := internals,libvirt
 
