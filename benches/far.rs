@@ -68,13 +68,15 @@ fn run() -> Result<()> {
         hot_pages: 1000,
         rate: 20,
         random_percent: 95,
+        zero_percent: 1,
         beat_ms: 50,
         ..GuestOptions::default()
     })?;
     let bench = Bench { folder, proxy: &proxy, from: guest.dir.clone() };
     bench.said(&["save", "--qmp", text(&guest.qmp_path)?, text(&image)?])?;
-    drop(guest);
-    bench.said(&["working-set", "--harvest", "--path", &bench.path("harvest")?, text(&image)?])?;
+    // Its folder stays: QEMU is started in it again.
+    let _folder = guest.kill();
+    bench.said(&["working-set", "--harvest", text(&image)?])?;
     bench.said(&["init"])?;
     let began = Instant::now();
     bench.said(&["push", "--name", "web1", text(&image)?])?;
@@ -94,7 +96,7 @@ fn run() -> Result<()> {
         let again = bench.revert(&name, &["--cache", text(&cache)?])?;
         let pulled = folder.join("pulled.snap");
         let began = Instant::now();
-        bench.said(&["pull", "web1@latest", text(&pulled)?])?;
+        bench.said(&["pull", "--force", "web1@latest", text(&pulled)?])?;
         let download = began.elapsed().as_secs_f64() * 1e3;
         let local = bench.revert(text(&pulled)?, &[])?;
         fs::remove_file(&pulled)?;
