@@ -9,6 +9,8 @@ use nix::unistd::{SysconfVar, sysconf};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::host::huge_pages;
+
 /// The share of the processors that others may use, or a hypervisor keep, before somebody is warned.
 pub(super) const TOLERATED: f64 = 0.05;
 
@@ -60,8 +62,7 @@ impl Watch {
         let state = State {
             governor: governors(),
             turbo: turbo(),
-            huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled")
-                .and_then(|text| chosen(&text).map(str::to_owned)),
+            huge_pages: huge_pages::mode(),
             virtual_machine: cpu_flags.split_whitespace().any(|flag| flag == "hypervisor"),
             kvm: fs::File::options().read(true).write(true).open("/dev/kvm").is_ok(),
             load: read("/proc/loadavg")
@@ -133,12 +134,6 @@ impl State {
     }
 }
 
-/// The word in brackets.
-fn chosen(text: &str) -> Option<&str> {
-    let (_, rest) = text.split_once('[')?;
-    rest.split_once(']').map(|(word, _)| word)
-}
-
 fn governors() -> Option<String> {
     let cpus = fs::read_dir("/sys/devices/system/cpu").ok()?.flatten();
     let governor = |entry: fs::DirEntry| {
@@ -188,7 +183,6 @@ mod tests {
         let found = times("cpu  100 0 50 800 20 0 10 20 7 0\ncpu0 1", 2.0);
         assert_eq!(found, Some(Times { all: 500.0, busy: 80.0, stolen: 10.0 }));
         assert_eq!(times("intr 5", 100.0), None);
-        assert_eq!(chosen("always [madvise] never"), Some("madvise"));
     }
 
     #[test]

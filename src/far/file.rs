@@ -1,6 +1,6 @@
 //! A file of a repository, read as if it were here: what is missing is fetched.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -103,10 +103,7 @@ impl FarFile {
         for part in &map.inline {
             copy(buffer, position, &part.bytes, part.offset);
         }
-        let extents = map.extents_in(position..end);
-        let Some(first) = extents.first() else { return Ok(()) };
-        let first = map.extents.partition_point(|extent| extent.offset < first.offset);
-        for number in first..first + extents.len() {
+        for number in map.extents_in(position..end) {
             let bytes = self.shared.extent(number)?;
             copy(buffer, position, &bytes, map.extents[number].offset);
         }
@@ -133,17 +130,10 @@ impl FarFile {
     /// Has these bytes fetched, in this order, unless they are here. Returns at once.
     pub fn will_read(&self, ranges: &[Range<u64>]) {
         let map = &self.shared.map;
-        let mut numbers = Vec::new();
-        for range in ranges {
-            let from = map.extents.partition_point(|extent| extent.end() <= range.start);
-            let to = map.extents.partition_point(|extent| extent.offset < range.end);
-            numbers.extend(from..to.max(from));
-        }
-        let mut seen = std::collections::HashSet::new();
-        numbers.retain(|number| seen.insert(*number));
-        let mut part = Vec::new();
-        let mut stored = 0;
-        for number in numbers {
+        let mut seen = HashSet::new();
+        let numbers = ranges.iter().flat_map(|range| map.extents_in(range.clone()));
+        let (mut part, mut stored) = (Vec::new(), 0);
+        for number in numbers.filter(|number| seen.insert(*number)) {
             stored += u64::from(map.extents[number].stored);
             part.push(number);
             if stored >= AHEAD {
@@ -196,7 +186,7 @@ impl Shared {
         drop(under_way);
         if !is_under_way {
             match self.cached(number) {
-                Some(bytes) => self.settle(number, Ok(bytes)),
+                Some(bytes) => self.settle(number, 0, Ok(bytes)),
                 None => self.request(number, true),
             }
         }
@@ -274,9 +264,9 @@ impl Shared {
             self.recent.peek(number).is_some()
                 || self.origin.cache.has(&self.map.extents[*number].id.to_string())
         };
-        let absent: Vec<usize> = wanted.into_iter().filter(|number| !is_here(number)).collect();
+        // Whether they are kept on disk is asked before others are kept waiting.
+        let mut mine: Vec<usize> = wanted.into_iter().filter(|number| !is_here(number)).collect();
         let mut under_way = self.lock();
-        let mut mine = absent;
         mine.retain(|number| match under_way.contains_key(number) {
             true => false,
             false => {
@@ -318,7 +308,7 @@ impl Shared {
                 {
                     fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
                     let is_right = bytes.is_ok();
-                    self.answer(*number, bytes.map_err(|error| error.to_string()));
+                    self.settle(*number, 1, bytes.map_err(|error| error.to_string()));
                     if is_right {
                         cache.keep(&extent.id.to_string(), &stored);
                     }
@@ -326,27 +316,20 @@ impl Shared {
             }
             Err(error) => {
                 let error = error.to_string();
-                numbers.iter().for_each(|number| self.answer(*number, Err(error.clone())));
+                numbers.iter().for_each(|number| self.settle(*number, 1, Err(error.clone())));
             }
         }
     }
 
-    /// A request for an extent is answered.
-    fn answer(&self, number: usize, answer: Result<Bytes, String>) {
-        if let Some(entry) = self.lock().get_mut(&number) {
-            entry.requests = entry.requests.saturating_sub(1);
-        }
-        self.settle(number, answer);
-    }
-
-    /// An extent is there, or can't be had.
-    fn settle(&self, number: usize, answer: Result<Bytes, String>) {
+    /// An extent is there, or can't be had. So many requests for it are answered by that.
+    fn settle(&self, number: usize, answered: usize, answer: Result<Bytes, String>) {
         let mut under_way = self.lock();
         if let Ok(bytes) = &answer {
             // Before anybody can find it no longer under way.
             self.recent.insert(number, bytes.clone());
         }
         if let Some(entry) = under_way.get_mut(&number) {
+            entry.requests = entry.requests.saturating_sub(answered);
             match answer {
                 Ok(bytes) => entry.bytes = Some(bytes),
                 Err(problem) => entry.failed = Some(problem),

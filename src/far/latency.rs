@@ -1,6 +1,7 @@
 //! How long requests take, to tell one that is unusually slow.
 
-use std::sync::Mutex;
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How many of the last requests count.
@@ -16,36 +17,33 @@ pub struct Latency(Mutex<Ring>);
 
 #[derive(Debug, Default)]
 struct Ring {
-    times: Vec<Duration>,
-    next: usize,
+    times: VecDeque<Duration>,
+    /// Found out with each answer: whoever waits asks again and again.
+    slow: Option<Duration>,
 }
 
 impl Latency {
     /// Notes that a request took so long.
     pub fn note(&self, took: Duration) {
         let mut ring = self.lock();
-        match ring.times.len() < LAST {
-            true => ring.times.push(took),
-            false => {
-                let next = ring.next;
-                ring.times[next] = took;
-                ring.next = (next + 1) % LAST;
-            }
+        if ring.times.len() == LAST {
+            ring.times.pop_front();
+        }
+        ring.times.push_back(took);
+        if ring.times.len() >= ENOUGH {
+            let mut times: Vec<Duration> = ring.times.iter().copied().collect();
+            times.sort_unstable();
+            ring.slow = Some(times[times.len() * 95 / 100].max(LEAST));
         }
     }
 
     /// A request that takes longer is slower than 95 of 100; nothing while too few are known.
     pub fn slow(&self) -> Option<Duration> {
-        let mut times = self.lock().times.clone();
-        if times.len() < ENOUGH {
-            return None;
-        }
-        times.sort_unstable();
-        Some(times[times.len() * 95 / 100].max(LEAST))
+        self.lock().slow
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Ring> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -18,7 +18,7 @@ use super::nbd::Exports;
 use super::store::FarStore;
 use crate::image::Image;
 use crate::repository::{
-    Access, Address, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId,
+    Access, Address, FileMap, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId,
     SnapshotManifest, SnapshotName,
 };
 
@@ -206,9 +206,7 @@ impl Drop for Shared {
 /// dropped. Who may only read goes without.
 fn hold(origin: &Arc<Origin>, manifest: &SnapshotManifest) -> (Sender<()>, Receiver<()>) {
     let ((end, ends), (done, ended)) = (channel::<()>(), channel());
-    let mut lease = Lease::new(false);
-    lease.packs = manifest.packs.iter().copied().collect();
-    lease.maps = manifest.maps().collect();
+    let lease = Lease::reading(manifest);
     let origin = Arc::clone(origin);
     let keep = move || {
         match Held::put(&origin.repository, &lease) {
@@ -246,30 +244,17 @@ fn open_files(
 }
 
 /// What a file consists of, from the cache where it is there.
-fn open_map(
-    origin: &Origin,
-    file: &FileRef,
-) -> Result<crate::repository::FileMap, RepositoryError> {
+fn open_map(origin: &Origin, file: &FileRef) -> Result<FileMap, RepositoryError> {
     let Origin { repository, cache, .. } = origin;
     let name = format!("{}.map", file.map);
-    let kept = cache.find(&name).and_then(|kept| repository.open_map(file.map, &kept).ok());
-    let map = match kept {
-        Some(map) => map,
-        None => {
-            let stored = repository.fetch_map(file.map)?;
-            let map = repository.open_map(file.map, &stored)?;
-            cache.keep(&name, &stored);
-            map
-        }
-    };
-    match map.len == file.len {
-        true => Ok(map),
-        false => Err(RepositoryError::Damaged {
-            repository: repository.name().to_owned(),
-            object: file.path.clone(),
-            problem: format!("it has {} bytes, not {}", map.len, file.len),
-        }),
+    let kept = cache.find(&name).and_then(|kept| repository.map_in(file, &kept).ok());
+    if let Some(map) = kept {
+        return Ok(map);
     }
+    let stored = repository.fetch_map(file.map)?;
+    let map = repository.map_in(file, &stored)?;
+    cache.keep(&name, &stored);
+    Ok(map)
 }
 
 fn working_set_path(origin: &Origin, manifest: &SnapshotManifest) -> PathBuf {

@@ -119,13 +119,19 @@ impl Qmp {
     /// Waits for a job of [`Qmp::begin_commit`], even one of another process, and removes the
     /// overlay from the chain. Its node stays open.
     pub async fn end_commit(&self, job: &str) -> Result<(), QmpError> {
+        self.end_job(BLOCK_COMMIT, job).await
+    }
+
+    /// Waits for the end of a job that this command has started, and forgets it. One that is ready, and
+    /// goes on until it is told, is told to complete.
+    async fn end_job(&self, command: &str, job: &str) -> Result<(), QmpError> {
         let mut told = false;
         loop {
             match self.job(job).await? {
                 None => return Ok(()),
                 Some(Job { status, error, .. }) if status == "concluded" => {
                     self.dismiss(job).await?;
-                    return concluded(BLOCK_COMMIT, error);
+                    return concluded(command, error);
                 }
                 // All is copied but what the guest writes just now.
                 Some(Job { status, .. }) if status == "ready" && !told => {
@@ -145,16 +151,7 @@ impl Qmp {
         let id = format!("stream-{}", node.trim_start_matches('#'));
         let arguments = json!({ "job-id": id, "device": node, "auto-dismiss": false });
         self.execute(BLOCK_STREAM, arguments).await?;
-        loop {
-            match self.job(&id).await? {
-                None => return Ok(()),
-                Some(Job { status, error, .. }) if status == "concluded" => {
-                    self.dismiss(&id).await?;
-                    return concluded(BLOCK_STREAM, error);
-                }
-                Some(_) => tokio::time::sleep(ASK_EVERY).await,
-            }
-        }
+        self.end_job(BLOCK_STREAM, &id).await
     }
 
     /// The job of that name, if there is one.

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
+use crate::repository::error::{RepositoryError, StoreFailure};
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, ObjectId, PackId, random};
+use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::reading::repository::Repository;
 
 /// How long a lease holds that is not renewed.
@@ -53,17 +54,21 @@ impl Lease {
         let holder = format!("{} process {}", host(), std::process::id());
         Lease { holder, writes, ..Lease::default() }
     }
+
+    /// Of this process, which reads a snapshot.
+    pub fn reading(manifest: &SnapshotManifest) -> Lease {
+        let packs = manifest.packs.iter().copied().collect();
+        Lease { packs, maps: manifest.maps().collect(), ..Lease::new(false) }
+    }
 }
 
 impl<'a> Held<'a> {
     /// Puts a lease.
     pub fn put(repository: &'a Repository, lease: &Lease) -> Result<Held<'a>, RepositoryError> {
         let key = format!("leases/{}", ObjectId(random()));
-        // Plain data, which always can be written.
-        let body = serde_json::to_vec(lease).unwrap_or_default();
-        let close = |body: &[u8]| repository.keys.close(Kind::Lease, &key, body, false);
+        let close = |lease: &Lease| repository.close_json(Kind::Lease, &key, lease, false);
         let renewed = Mutex::new((Instant::now(), 0));
-        match repository.remote.put(&key, close(&body)) {
+        match repository.remote.put(&key, close(lease)) {
             // Whoever may only read does without: what it reads may be pruned meanwhile.
             Err(error)
                 if !lease.writes
@@ -78,8 +83,7 @@ impl<'a> Held<'a> {
         // The store's clock counts: those of hosts differ.
         let put = repository.remote.head(&key)?;
         let since_ms = put.map_or(0, |listing| listing.put_ms);
-        let body = serde_json::to_vec(&Lease { since_ms, ..lease.clone() }).unwrap_or_default();
-        let bytes = close(&body);
+        let bytes = close(&Lease { since_ms, ..lease.clone() });
         Ok(Held { repository, key, bytes, since_ms, renewed })
     }
 
@@ -158,14 +162,7 @@ pub fn leases(repository: &Repository) -> Result<Vec<Found>, RepositoryError> {
         listed.into_iter().map(|listing| (listing.key, listing.put_ms)).collect();
     let mut found = Vec::new();
     repository.remote.get_each(times.keys().cloned().collect(), |key, bytes| {
-        let bytes = match bytes {
-            // It has just ended.
-            Err(StoreError { failure: StoreFailure::NotFound, .. }) => return Ok(()),
-            bytes => bytes?,
-        };
-        let damaged = |problem| repository.damaged(key, problem);
-        let body = repository.keys.open(Kind::Lease, key, &bytes, MAX_LEASE).map_err(damaged)?;
-        let mut lease: Lease = serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?;
+        let mut lease: Lease = repository.open_json(Kind::Lease, key, &bytes, MAX_LEASE)?;
         let put_ms = times.get(key).copied().unwrap_or_default();
         if lease.since_ms == 0 {
             lease.since_ms = put_ms;

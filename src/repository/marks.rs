@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
+use crate::repository::error::RepositoryError;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, PackId};
 use crate::repository::reading::repository::Repository;
@@ -29,15 +29,9 @@ pub fn for_each_mark(
     mut take: impl FnMut(&str, Mark) -> Result<(), RepositoryError>,
 ) -> Result<(), RepositoryError> {
     let keys = repository.remote.list("marks")?.into_iter().map(|listing| listing.key).collect();
+    // One that is gone was removed with what it marks.
     repository.remote.get_each(keys, |key, bytes| {
-        let bytes = match bytes {
-            // It was removed with what it marks.
-            Err(StoreError { failure: StoreFailure::NotFound, .. }) => return Ok(()),
-            bytes => bytes?,
-        };
-        let damaged = |problem| repository.damaged(key, problem);
-        let body = repository.keys.open(Kind::Mark, key, &bytes, MAX_MARK).map_err(damaged)?;
-        take(key, serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?)
+        take(key, repository.open_json(Kind::Mark, key, &bytes, MAX_MARK)?)
     })
 }
 

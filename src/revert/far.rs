@@ -2,6 +2,7 @@
 //! in place.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -12,6 +13,18 @@ use super::options::RevertOptions;
 use super::session::Resident;
 use crate::far::FarSnapshot;
 use crate::guest::FarDisks;
+use crate::image::Image;
+
+/// The image of a revert, wherever it is.
+///
+/// # Errors
+/// When it can't be opened.
+pub(super) fn image(options: &RevertOptions) -> Result<Arc<Image>, RevertError> {
+    match &options.far {
+        Some(far) => Ok(Arc::clone(far.image())),
+        None => Ok(Image::open(&options.image)?),
+    }
+}
 
 /// The options with what differs for a snapshot that is far away.
 ///

@@ -1,7 +1,7 @@
 //! The whole way of a guest of ours, from the image to a guest that depends on nobody.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::error::RevertError;
 use super::event::RevertEvent;
@@ -11,7 +11,6 @@ use super::options::RevertOptions;
 use super::outcome::Outcome;
 use super::session::{Held, Launched, OpenImage, Planned, Resettable, Resident, Running};
 use crate::cancel::Cancellation;
-use crate::image::Image;
 
 /// A guest that has been brought back.
 #[derive(Debug, Clone)]
@@ -41,7 +40,7 @@ pub async fn revert(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Reverted, RevertError> {
-    let resident = to_resident(&options.image, options, cancel, &mut on_event).await?;
+    let resident = to_resident(options, cancel, &mut on_event).await?;
     let (pid, outcome) = match options.resettable {
         true => serve_resets(resident, &mut on_event).await?,
         false => resident.let_go(),
@@ -80,7 +79,7 @@ pub async fn revert_held(
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Held, RevertError> {
     let options = RevertOptions { domain: None, ..options.clone() };
-    let resident = to_resident(&options.image, &options, cancel, &mut on_event).await?;
+    let resident = to_resident(&options, cancel, &mut on_event).await?;
     let held = resident.into_held();
     Ok(held.unwrap_or_else(|| unreachable!("a session that was planned has a QEMU of ours")))
 }
@@ -97,7 +96,7 @@ pub async fn revert_resettable(
     mut on_event: impl FnMut(RevertEvent),
 ) -> Result<Resettable, RevertError> {
     let options = RevertOptions { domain: None, resettable: true, ..options.clone() };
-    let resident = to_resident(&options.image, &options, cancel, &mut on_event).await?;
+    let resident = to_resident(&options, cancel, &mut on_event).await?;
     let resettable = Resettable::track(resident).await.map_err(|not| not.error)?;
     on_event(RevertEvent::Resettable { written: resettable.written() });
     Ok(resettable)
@@ -105,17 +104,13 @@ pub async fn revert_resettable(
 
 /// Goes all the way.
 async fn to_resident(
-    image: &Path,
     options: &RevertOptions,
     cancel: Cancellation,
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Resident, RevertError> {
     let options = &far::prepared(&with_standby(options))?;
-    let image = match &options.far {
-        Some(far) => Arc::clone(far.image()),
-        None => Image::open(image)?,
-    };
-    let planned = Planned::of(image.into(), options, cancel.clone(), on_event).await?;
+    let image = far::image(options)?.into();
+    let planned = Planned::of(image, options, cancel.clone(), on_event).await?;
     let agent = planned.agent().map(Path::to_owned);
     let overlays = planned.overlays();
     let launched = planned.launch(on_event).await?;

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use super::error::RevertError;
 use super::event::RevertEvent;
+use super::far;
 use super::journey::revert_held;
 use super::options::{Delivery, RevertOptions};
 use crate::cancel::Cancellation;
-use crate::image::Image;
 
 /// Reverts an image until all its memory is in place, and ends the guest then. It is cut
 /// off: no network, no disk is written, its serial ports lead nowhere. Returns the time from
@@ -38,10 +38,7 @@ pub async fn prove(
     };
     let mut held = revert_held(&options, cancel, hear).await?;
     let status = held.qmp.status().await?;
-    let was_running = match &options.far {
-        Some(far) => far.image().manifest().machine.running,
-        None => Image::open(&options.image)?.manifest().machine.running,
-    };
+    let was_running = far::image(&options)?.manifest().machine.running;
     let words = held.process.log_tail();
     let outcome = match was_running && status != "running" {
         true => Err(RevertError::not_run(status).with_end_of_qemu(None, &words)),

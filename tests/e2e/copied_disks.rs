@@ -12,8 +12,7 @@ use crate::bare::query;
 use crate::harness::{Dir, STOP_AT, text};
 use crate::killed::kill_at_its_step;
 use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, cont, query_status, run,
-    stop,
+    Disk, Fill, Guest, GuestOptions, Qemu, Result, cont, query_status, run, stop,
 };
 use crate::trouble::Tmpfs;
 use crate::{tests, tests_on_both};
@@ -30,16 +29,7 @@ tests_on_both! {
 }
 
 fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
-    let disks = vec![
-        Disk::new("one", &dir.path("one.raw")),
-        Disk {
-            format: Format::Qcow2,
-            given: Given::Blockdev,
-            bus: Bus::VirtioBlk,
-            ..Disk::new("two", &dir.path("two.qcow2"))
-        },
-    ];
-    disks.iter().try_for_each(|disk| disk.make(64))?;
+    let disks = Disk::two(&dir.path(""), 64)?;
     let fill = Fill::Mib(16);
     let options =
         GuestOptions { qemu, mib: 128, fill, writers: 0, disks, ..GuestOptions::default() };

@@ -8,9 +8,7 @@ use std::time::Duration;
 use crate::harness::{Dir, Reverted, Snapback, text};
 use crate::support::proxy::Proxy;
 use crate::support::s3::{BUCKET, S3Server, environment};
-use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, SOON, wait_for,
-};
+use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, wait_for};
 use crate::{tests, tests_on_both_at_length};
 
 tests_on_both_at_length! {
@@ -56,16 +54,7 @@ impl Site {
 /// A guest with two disks that has been saved, pushed and ended: nothing is left of it but the
 /// repository. Returns where its sockets were, and the sum of its memory.
 fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
-    let disks = vec![
-        Disk::new("one", &dir.path("one.raw")),
-        Disk {
-            format: Format::Qcow2,
-            given: Given::Blockdev,
-            bus: Bus::VirtioBlk,
-            ..Disk::new("two", &dir.path("two.qcow2"))
-        },
-    ];
-    disks.iter().try_for_each(|disk| disk.make(64))?;
+    let disks = Disk::two(&dir.path(""), 64)?;
     let fill = Fill::Mib(48);
     let options =
         GuestOptions { qemu, mib: 160, fill, writers: 0, disks, ..GuestOptions::default() };

@@ -7,9 +7,7 @@ use serde_json::{Value, json};
 
 use crate::bare::query;
 use crate::harness::{Dir, Running, STEPS, STOP_AT, Snapback, check, steps_of};
-use crate::support::{
-    Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Qemu, Result, query_status,
-};
+use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, query_status};
 use crate::tests_on_both;
 
 tests_on_both! {
@@ -34,16 +32,7 @@ pub fn kill_at_its_step(command: Running) -> Result<()> {
 
 /// A small guest with two disks, memory that changes, and a control socket.
 pub fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
-    let disks = vec![
-        Disk::new("one", &dir.path("one.raw")),
-        Disk {
-            format: Format::Qcow2,
-            given: Given::Blockdev,
-            bus: Bus::VirtioBlk,
-            ..Disk::new("two", &dir.path("two.qcow2"))
-        },
-    ];
-    disks.iter().try_for_each(|disk| disk.make(8))?;
+    let disks = Disk::two(&dir.path(""), 8)?;
     let options = GuestOptions {
         qemu,
         mib: 128,

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use crate::harness::{Dir, Reverted, check, send_signal, text, wait_gone};
 use crate::interrupts::UNFILLED;
 use crate::shared::{options, shared};
-use crate::support::{Bus, Disk, Format, Given, Guest, GuestOptions, Qemu, Result, SOON, wait_for};
+use crate::support::{
+    Bus, Disk, Format, Given, Guest, GuestOptions, Qemu, Result, SOON, files, wait_for,
+};
 use crate::{tests, tests_on_both};
 
 tests_on_both! {
@@ -103,20 +105,6 @@ fn left_overs(dir: &Dir, args: &[&str]) -> Result<Vec<(PathBuf, bool)>> {
     let left = ended.events.iter().filter(|event| event["event"] == "left_over");
     let of = |event: &Value| Some((event["path"].as_str()?.into(), event["removed"].as_bool()?));
     Ok(left.filter_map(of).collect())
-}
-
-/// Every file in a folder and the folders in it, in order.
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        match path.is_dir() {
-            true => found.extend(files(&path)?),
-            false => found.push(path),
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 fn what_killed_processes_left_is_removed(dir: &Dir, qemu: Qemu) -> Result<()> {

@@ -186,17 +186,3 @@ pub fn disk(path: &Path, seed: u64) -> Result<()> {
 pub fn same(a: &Path, b: &Path) -> Result<bool> {
     Ok(fs::read(a)? == fs::read(b)?)
 }
-
-/// All files under a folder.
-pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        match path.is_dir() {
-            true => found.extend(files(&path)?),
-            false => found.push(path),
-        }
-    }
-    found.sort();
-    Ok(found)
-}

@@ -8,8 +8,8 @@ use snapback::repository::{
     Repository, Retention, check, forget, list, prune, push, tag,
 };
 
-use crate::harness::{Memory, files, noise};
-use crate::support::Result;
+use crate::harness::{Memory, noise};
+use crate::support::{Result, files};
 
 const DAY: u64 = 86_400_000_000;
 

@@ -102,7 +102,7 @@ fn a_push_that_was_killed_goes_on_where_it_was() -> Result<()> {
     // Killed in the middle: whole packs are not sent again.
     site.proxy.set_rate(Some(60 << 20));
     let mut push = start(site.snapback(&["push", "vm.snap"]))?;
-    let drafts = || crate::harness::files(&site.server.objects().join("site/index"));
+    let drafts = || crate::support::files(&site.server.objects().join("site/index"));
     let is_there = || drafts().is_ok_and(|drafts| drafts.len() >= 2);
     wait_until(Duration::from_secs(60), "two packs", is_there)?;
     push.kill()?;

@@ -7,8 +7,8 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::harness::{Memory, Site, disk, event, events, failure, files, noise, same, snapback};
-use crate::support::{Result, proxy::Fault};
+use crate::harness::{Memory, Site, disk, event, events, failure, noise, same, snapback};
+use crate::support::{Result, files, proxy::Fault};
 
 /// A snapshot with a disk, and one on top of it after the guest has gone on.
 fn two_snapshots(site: &Site) -> Result<Memory> {

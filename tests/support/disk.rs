@@ -1,6 +1,6 @@
 //! Disks for guests: made, given to QEMU in all its ways, and read from outside.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -63,6 +63,22 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// Two disks of so many MiB in a folder, made: one as `-drive` has it, raw, and one as `-blockdev`
+    /// has it, qcow2.
+    pub fn two(folder: &Path, mib: u64) -> Result<Vec<Disk>> {
+        let disks = vec![
+            Disk::new("one", &folder.join("one.raw")),
+            Disk {
+                format: Format::Qcow2,
+                given: Given::Blockdev,
+                bus: Bus::VirtioBlk,
+                ..Disk::new("two", &folder.join("two.qcow2"))
+            },
+        ];
+        disks.iter().try_for_each(|disk| disk.make(mib))?;
+        Ok(disks)
+    }
+
     /// A disk on virtio-blk, raw, given by `-drive`.
     pub fn new(id: &str, file: &Path) -> Disk {
         Disk {
@@ -194,4 +210,18 @@ pub fn run(command: &mut Command) -> Result<Vec<u8>> {
         return Err(format!("{command:?}: {}", String::from_utf8_lossy(&said)).into());
     }
     Ok(output.stdout)
+}
+
+/// Every file in a folder and the folders in it, in order.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => found.extend(files(&path)?),
+            false => found.push(path),
+        }
+    }
+    found.sort();
+    Ok(found)
 }

@@ -23,7 +23,7 @@ pub mod s3;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-pub use disk::{Bus, Disk, Format, Given, convert, run};
+pub use disk::{Bus, Disk, Format, Given, convert, files, run};
 pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
 pub use http::http_request;
 pub use log::{Beat, SerialLog};

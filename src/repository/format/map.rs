@@ -71,11 +71,11 @@ impl FileMap {
         self.extents.iter().map(|extent| u64::from(extent.stored)).sum()
     }
 
-    /// The extents that hold anything of these bytes of the file.
-    pub fn extents_in(&self, range: std::ops::Range<u64>) -> &[Extent] {
+    /// The extents that hold anything of these bytes of the file, by their places in the list.
+    pub fn extents_in(&self, range: std::ops::Range<u64>) -> std::ops::Range<usize> {
         let from = self.extents.partition_point(|extent| extent.end() <= range.start);
         let to = self.extents.partition_point(|extent| extent.offset < range.end);
-        &self.extents[from..to.max(from)]
+        from..to.max(from)
     }
 
     /// The body of the map's object.

@@ -4,20 +4,17 @@ use std::collections::{HashMap, HashSet};
 
 use crate::repository::Moved;
 use crate::repository::error::RepositoryError;
-use crate::repository::format::envelope::Kind;
-use crate::repository::format::ids::{ExtentId, MapId, PackId, random};
+use crate::repository::format::ids::{MapId, PackId, random};
 use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::format::map::{Extent, FileMap};
 use crate::repository::keeping::tag::tag;
 use crate::repository::lease::{Held, Lease};
 use crate::repository::marks;
 use crate::repository::reading::pull::parts;
-use crate::repository::reading::repository::{Repository, map_key, pack_key};
+use crate::repository::reading::repository::{Repository, pack_key};
+use crate::repository::writing::commit::{commit, put_maps};
 use crate::repository::writing::known::{Known, Place};
 use crate::repository::writing::packer::Packer;
-
-/// How often packs that went away meanwhile are made up for.
-const TRIES: u32 = 3;
 
 /// Copies a snapshot, with its tags. What is there already is not sent again, nor fetched where both
 /// repositories are not encrypted. Returns its manifest there, and whether it was there before.
@@ -36,28 +33,13 @@ pub fn copy(
     if to.remote.head(&key)?.is_some() {
         return Ok((to.manifest_at(&key)?, true));
     }
-    let mut reads = Lease::new(false);
-    reads.packs = manifest.packs.iter().copied().collect();
-    reads.maps = manifest.maps().collect();
-    let (reads, writes) = (Held::put(from, &reads)?, Held::put(to, &Lease::new(true))?);
+    let reads = Held::put(from, &Lease::reading(manifest))?;
+    let writes = Held::put(to, &Lease::new(true))?;
     reads.while_held(|| {
         writes.while_held(|| {
-            let mut gone = HashSet::new();
-            for _ in 0..TRIES {
-                let gaps = writes.gaps();
-                let mut copying = Copying::new(from, to, &gone, &mut on_progress)?;
-                let (manifest, missing) = copying.all(manifest)?;
-                if missing.is_empty() && writes.gaps() == gaps {
-                    // Plain data, which always can be written.
-                    let body = serde_json::to_vec(&manifest).unwrap_or_default();
-                    let object = to.keys.close(Kind::Manifest, &key, &body, false);
-                    let was_there = !to.remote.create(&key, object)?;
-                    return Ok((manifest, was_there));
-                }
-                gone.extend(missing);
-            }
-            let problem = "packs go away as fast as they are referred to";
-            Err(RepositoryError::Options(problem.into()))
+            commit(to, &key, &writes, |gone| {
+                Copying::new(from, to, gone, &mut on_progress)?.all(manifest)
+            })
         })
     })
 }
@@ -67,7 +49,6 @@ struct Copying<'a> {
     from: &'a Repository,
     to: &'a Repository,
     known: Known,
-    added: HashMap<ExtentId, Place>,
     packer: Packer<'a>,
     on_progress: &'a mut dyn FnMut(Moved),
     moved: Moved,
@@ -83,8 +64,8 @@ impl<'a> Copying<'a> {
         let mut without = marks::marked_packs(to)?;
         without.extend(gone);
         let known = Known::read(to, &without)?;
-        let (added, packer, moved) = (HashMap::new(), Packer::new(to), Moved::default());
-        Ok(Copying { from, to, known, added, packer, on_progress, moved })
+        let (packer, moved) = (Packer::new(to), Moved::default());
+        Ok(Copying { from, to, known, packer, on_progress, moved })
     }
 
     fn all(
@@ -111,21 +92,10 @@ impl<'a> Copying<'a> {
             (self.on_progress)(self.moved);
         }
         let packer = std::mem::replace(&mut self.packer, Packer::new(self.to));
-        let own = packer.finish()?;
-        for (id, map) in &maps {
-            let key = map_key(*id);
-            let object = self.to.keys.close(Kind::Map, &key, &map.encode(), true);
-            self.to.remote.put(&key, object)?;
-        }
-        copied.own = own.iter().map(|listed| listed.len).sum();
-        copied.stored = copied.files.iter().map(|file| maps[&file.map].stored()).sum();
-        copied.packs = maps.values().flat_map(FileMap::packs).collect();
-        let own: HashSet<PackId> = own.iter().map(|listed| listed.pack).collect();
-        let others: Vec<PackId> =
-            copied.packs.iter().filter(|pack| !own.contains(pack)).copied().collect();
-        let there = self.to.remote.exist(others.iter().map(|pack| pack_key(*pack)).collect())?;
-        let missing = others.into_iter().zip(there).filter(|(_, there)| !there);
-        Ok((copied, missing.map(|(pack, _)| pack).collect()))
+        let new = maps.iter().map(|(id, map)| (*id, map.encode())).collect();
+        let of_files: Vec<&FileMap> = copied.files.iter().map(|file| &maps[&file.map]).collect();
+        let missing = put_maps(self.to, packer, &mut copied, &of_files, new)?;
+        Ok((copied, missing))
     }
 
     /// Copies what a file consists of.
@@ -137,7 +107,7 @@ impl<'a> Copying<'a> {
             if self.from.access.cancel().is_requested() || self.to.access.cancel().is_requested() {
                 return Err(RepositoryError::Interrupted);
             }
-            let is_there = |extent: &&Extent| same && self.find(&extent.id).is_some();
+            let is_there = |extent: &&Extent| same && self.known.find(&extent.id).is_some();
             let wanted: Vec<Extent> =
                 part.iter().filter(|extent| !is_there(extent)).copied().collect();
             let mut read = self.from.read_extents(&wanted)?.into_iter();
@@ -146,10 +116,10 @@ impl<'a> Copying<'a> {
                 let raw = wanted.next_if_eq(&extent.offset).and_then(|_| read.next());
                 let (id, place) = match &raw {
                     // It was found above.
-                    None => (extent.id, self.find(&extent.id)),
+                    None => (extent.id, self.known.find(&extent.id)),
                     Some(raw) => {
                         let id = self.to.keys.extent_id(raw);
-                        (id, self.find(&id))
+                        (id, self.known.find(&id))
                     }
                 };
                 let place = match (place, raw) {
@@ -160,7 +130,7 @@ impl<'a> Copying<'a> {
                         let compress = stored < extent.raw as usize;
                         let stored = self.to.keys.close_extent(&id, &raw, compress);
                         let place = self.packer.add(id, &stored, raw.len())?;
-                        self.added.insert(id, place);
+                        self.known.note(id, place);
                         place
                     }
                     (None, None) => {
@@ -175,9 +145,5 @@ impl<'a> Copying<'a> {
             (self.on_progress)(self.moved);
         }
         Ok(FileMap { salt: random(), extents, ..map })
-    }
-
-    fn find(&self, id: &ExtentId) -> Option<Place> {
-        self.known.find(id).or_else(|| self.added.get(id).copied())
     }
 }

@@ -202,9 +202,7 @@ fn mark(
     pruned: &mut Pruned,
 ) -> Result<(), RepositoryError> {
     let key = format!("marks/{}", ObjectId(random()));
-    // Plain data, which always can be written.
-    let body = serde_json::to_vec(&mark).unwrap_or_default();
-    repository.remote.put(&key, repository.keys.close(Kind::Mark, &key, &body, true))?;
+    repository.remote.put(&key, repository.close_json(Kind::Mark, &key, &mark, true))?;
     if !options.grace.is_zero() {
         return Ok(());
     }

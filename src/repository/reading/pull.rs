@@ -84,10 +84,7 @@ pub fn pull(
     mut on_progress: impl FnMut(Moved) + Send,
 ) -> Result<Pulled, RepositoryError> {
     let places = places(&manifest, options)?;
-    let mut lease = Lease::new(false);
-    lease.packs = manifest.packs.iter().copied().collect();
-    lease.maps = manifest.maps().collect();
-    let lease = Held::put(repository, &lease)?;
+    let lease = Held::put(repository, &Lease::reading(&manifest))?;
     let total = places.iter().map(|(file, _)| file.len).sum();
     let mut fetched = 0;
     let mut before = 0;

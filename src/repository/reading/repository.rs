@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use bytes::Bytes;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
@@ -141,7 +143,15 @@ impl Repository {
     /// # Errors
     /// When it can't be read, or is damaged.
     pub fn map(&self, file: &FileRef) -> Result<FileMap, RepositoryError> {
-        let map = self.map_of(file.map)?;
+        self.map_in(file, &self.fetch_map(file.map)?)
+    }
+
+    /// The same of a map that was fetched.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub fn map_in(&self, file: &FileRef, stored: &[u8]) -> Result<FileMap, RepositoryError> {
+        let map = self.open_map(file.map, stored)?;
         match map.len == file.len {
             true => Ok(map),
             false => {
@@ -163,11 +173,7 @@ impl Repository {
         Ok(self.remote.get(&map_key(id))?)
     }
 
-    /// Reads a map that was fetched.
-    ///
-    /// # Errors
-    /// When it is damaged.
-    pub fn open_map(&self, id: MapId, stored: &[u8]) -> Result<FileMap, RepositoryError> {
+    fn open_map(&self, id: MapId, stored: &[u8]) -> Result<FileMap, RepositoryError> {
         let key = map_key(id);
         let damaged = |problem| self.damaged(&key, problem);
         let body = self.keys.open(Kind::Map, &key, stored, MAX_MAP).map_err(damaged)?;
@@ -271,26 +277,47 @@ impl Repository {
     ) -> Result<Vec<SnapshotManifest>, RepositoryError> {
         let keys = snapshots.iter().map(|snapshot| snapshot.key.clone()).collect();
         let mut found = Vec::with_capacity(snapshots.len());
-        self.remote.get_each(keys, |key, bytes| match bytes {
-            Err(StoreError { failure: StoreFailure::NotFound, .. }) => Ok(()),
-            bytes => {
-                found.push((key.to_owned(), self.open_manifest(key, &bytes?)?));
-                Ok(())
-            }
+        self.remote.get_each(keys, |key, bytes| {
+            found.push((key.to_owned(), self.open_manifest(key, &bytes)?));
+            Ok(())
         })?;
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(found.into_iter().map(|(_, manifest)| manifest).collect())
     }
 
     fn open_manifest(&self, key: &str, bytes: &[u8]) -> Result<SnapshotManifest, RepositoryError> {
-        let damaged = |problem| self.damaged(key, problem);
-        let body = self.keys.open(Kind::Manifest, key, bytes, MAX_MANIFEST).map_err(damaged)?;
         let manifest: SnapshotManifest =
-            serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))?;
+            self.open_json(Kind::Manifest, key, bytes, MAX_MANIFEST)?;
         match self.manifest_key(&manifest) == key && is_name(&manifest.machine) {
             true => Ok(manifest),
-            false => Err(damaged("it is the manifest of another snapshot".into())),
+            false => Err(self.damaged(key, "it is the manifest of another snapshot".into())),
         }
+    }
+
+    /// Reads an object that holds JSON, at most so long.
+    pub(in crate::repository) fn open_json<T: DeserializeOwned>(
+        &self,
+        kind: Kind,
+        key: &str,
+        bytes: &[u8],
+        most: u64,
+    ) -> Result<T, RepositoryError> {
+        let damaged = |problem| self.damaged(key, problem);
+        let body = self.keys.open(kind, key, bytes, most).map_err(damaged)?;
+        serde_json::from_slice(&body).map_err(|e| damaged(e.to_string()))
+    }
+
+    /// An object that holds JSON, as it is put.
+    pub(in crate::repository) fn close_json(
+        &self,
+        kind: Kind,
+        key: &str,
+        body: &impl Serialize,
+        compress: bool,
+    ) -> Vec<u8> {
+        // Plain data, which always can be written.
+        let body = serde_json::to_vec(body).unwrap_or_default();
+        self.keys.close(kind, key, &body, compress)
     }
 
     /// The key of a manifest.

@@ -155,11 +155,12 @@ impl Remote {
         )
     }
 
-    /// Reads many objects at once, in any order; `take` is given each as it arrives.
+    /// Reads many objects at once, in any order; `take` is given each as it arrives. Those that have been
+    /// removed meanwhile are left out.
     pub fn get_each(
         &self,
         keys: Vec<String>,
-        mut take: impl FnMut(&str, Result<Bytes, StoreError>) -> Result<(), RepositoryError>,
+        mut take: impl FnMut(&str, Bytes) -> Result<(), RepositoryError>,
     ) -> Result<(), RepositoryError> {
         self.handle().block_on(async {
             let mut answers = stream::iter(keys)
@@ -169,7 +170,10 @@ impl Remote {
                 })
                 .buffer_unordered(REQUESTS);
             while let Some((key, answer)) = answers.next().await {
-                take(&key, answer)?;
+                match answer {
+                    Err(StoreError { failure: StoreFailure::NotFound, .. }) => {}
+                    answer => take(&key, answer?)?,
+                }
             }
             Ok(())
         })

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
+use crate::repository::error::RepositoryError;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{ExtentId, ObjectId, PackId};
 use crate::repository::format::pack::{
@@ -25,11 +25,12 @@ pub struct Place {
     pub raw: u32,
 }
 
-/// The extents that lie in a repository.
+/// The extents that lie in a repository, and those that are being added to it.
 #[derive(Default)]
 pub struct Known {
     packs: Vec<PackId>,
     extents: HashMap<ExtentId, (u32, u32, u32, u32)>,
+    added: HashMap<ExtentId, Place>,
 }
 
 impl Known {
@@ -59,10 +60,19 @@ impl Known {
         }
     }
 
+    /// Notes an extent that is put into a pack now.
+    pub fn note(&mut self, id: ExtentId, place: Place) {
+        self.added.insert(id, place);
+    }
+
     /// Where an extent lies, if it is there.
     pub fn find(&self, id: &ExtentId) -> Option<Place> {
-        let &(pack, at, stored, raw) = self.extents.get(id)?;
-        Some(Place { pack: self.packs[pack as usize], at, stored, raw })
+        match self.extents.get(id) {
+            Some(&(pack, at, stored, raw)) => {
+                Some(Place { pack: self.packs[pack as usize], at, stored, raw })
+            }
+            None => self.added.get(id).copied(),
+        }
     }
 }
 
@@ -72,11 +82,8 @@ pub fn for_each_index(
     mut take: impl FnMut(&str, Vec<Listed>) -> Result<(), RepositoryError>,
 ) -> Result<(), RepositoryError> {
     let keys = repository.remote.list("index")?.into_iter().map(|listing| listing.key).collect();
-    repository.remote.get_each(keys, |key, bytes| match bytes {
-        // It was put into another one meanwhile.
-        Err(StoreError { failure: StoreFailure::NotFound, .. }) => Ok(()),
-        bytes => take(key, open_index(repository, key, &bytes?)?),
-    })
+    // One that is gone was put into another one meanwhile.
+    repository.remote.get_each(keys, |key, bytes| take(key, open_index(repository, key, &bytes)?))
 }
 
 /// Reads an index.

@@ -1,6 +1,7 @@
 //! Files cut into extents, and pushed.
 
 pub mod archive;
+pub mod commit;
 pub mod cut;
 pub mod known;
 pub mod packer;

@@ -6,28 +6,24 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::commit::{commit, put_maps};
 use super::cut::{Piece, cut};
 use super::known::{Known, Place};
 use super::packer::Packer;
 use super::source::{Source, machine_name, sources};
-use crate::failpoint::failpoint;
 use crate::repository::Moved;
 use crate::repository::error::RepositoryError;
-use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId, random};
 use crate::repository::format::manifest::{FileRef, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap};
 use crate::repository::lease::{Held, Lease, host};
 use crate::repository::marks;
-use crate::repository::reading::repository::{Repository, map_key, pack_key};
+use crate::repository::reading::repository::Repository;
 
 /// The most time between two tellings of progress.
 const TOLD_EVERY: Duration = Duration::from_millis(100);
 /// After so many pieces in a row that did not become shorter, only each of so many is tried.
 const GIVEN_UP: u32 = 16;
-/// How often packs that went away meanwhile are made up for.
-const TRIES: u32 = 3;
-
 /// What is pushed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -84,7 +80,7 @@ pub fn push(
     let machine = machine.or_else(stem).unwrap_or_default();
     check_words(&machine, &options.tags)?;
     let memory = image.blocks.iter().map(|block| block.len).sum();
-    let mut manifest = SnapshotManifest {
+    let manifest = SnapshotManifest {
         id: SnapshotId(*image.identity.as_bytes()),
         machine,
         moment_unix_us: image.moment_unix_us,
@@ -111,31 +107,13 @@ pub fn push(
         return Ok(Pushed { manifest: there, was_there: true });
     }
     let lease = Held::put(repository, &Lease::new(true))?;
-    lease.while_held(|| {
-        let mut gone = HashSet::new();
-        for _ in 0..TRIES {
-            let gaps = lease.gaps();
-            let mut pushing = Pushing::new(repository, &gone, &manifest, &mut on_progress)?;
-            let missing = pushing.all(&files, &mut manifest)?;
-            if missing.is_empty() && lease.gaps() == gaps {
-                failpoint("push-before-manifest");
-                // Plain data, which always can be written.
-                let body = serde_json::to_vec(&manifest).unwrap_or_default();
-                let object = repository.keys.close(Kind::Manifest, &key, &body, false);
-                let was_there = !repository.remote.create(&key, object)?;
-                let manifest = match was_there {
-                    true => repository.manifest_at(&key)?,
-                    false => manifest,
-                };
-                return Ok(Pushed { manifest, was_there });
-            }
-            gone.extend(missing);
-        }
-        Err(RepositoryError::Options(
-            "packs go away as fast as they are referred to: is another program at work there?"
-                .into(),
-        ))
-    })
+    let (manifest, was_there) = lease.while_held(|| {
+        commit(repository, &key, &lease, |gone| {
+            let mut pushing = Pushing::new(repository, gone, &manifest, &mut on_progress)?;
+            pushing.all(&files, manifest.clone())
+        })
+    })?;
+    Ok(Pushed { manifest, was_there })
 }
 
 /// Refuses what could not be asked for by name later.
@@ -161,8 +139,6 @@ pub fn now_us() -> u64 {
 struct Pushing<'a> {
     repository: &'a Repository,
     known: Known,
-    /// What this push has added.
-    added: HashMap<ExtentId, Place>,
     packer: Packer<'a>,
     /// Images that are there, by the snapshots of this machine.
     images: HashMap<SnapshotId, FileRef>,
@@ -195,7 +171,6 @@ impl<'a> Pushing<'a> {
         Ok(Pushing {
             repository,
             known,
-            added: HashMap::new(),
             packer: Packer::new(repository),
             images,
             without,
@@ -205,15 +180,14 @@ impl<'a> Pushing<'a> {
         })
     }
 
-    /// Pushes all files. Returns the packs that went away meanwhile.
+    /// Pushes all files. Returns the manifest with them, and the packs that went away meanwhile.
     fn all(
         &mut self,
         files: &[Source],
-        manifest: &mut SnapshotManifest,
-    ) -> Result<Vec<PackId>, RepositoryError> {
+        mut manifest: SnapshotManifest,
+    ) -> Result<(SnapshotManifest, Vec<PackId>), RepositoryError> {
         self.moved.total = files.iter().map(|file| file.len).sum();
-        manifest.files.clear();
-        let (mut maps, mut objects) = (Vec::new(), Vec::new());
+        let (mut maps, mut new) = (Vec::new(), Vec::new());
         for file in files {
             let (id, map) = match self.there(file)? {
                 Some(there) => {
@@ -225,7 +199,7 @@ impl<'a> Pushing<'a> {
                     self.packer.end_file()?;
                     let body = map.encode();
                     let id = self.repository.keys.map_id(&body);
-                    objects.push((map_key(id), body));
+                    new.push((id, body));
                     (id, map)
                 }
             };
@@ -234,28 +208,11 @@ impl<'a> Pushing<'a> {
             maps.push(map);
         }
         let packer = std::mem::replace(&mut self.packer, Packer::new(self.repository));
-        let own = packer.finish()?;
-        self.moved.sent = own.iter().map(|listed| listed.len).sum();
+        let maps: Vec<&FileMap> = maps.iter().collect();
+        let missing = put_maps(self.repository, packer, &mut manifest, &maps, new)?;
+        self.moved.sent = manifest.own;
         self.tell(true);
-        manifest.own = self.moved.sent;
-        manifest.stored = maps.iter().map(FileMap::stored).sum();
-        manifest.packs = maps.iter().flat_map(FileMap::packs).collect();
-        for (key, body) in objects {
-            let object = self.repository.keys.close(Kind::Map, &key, &body, true);
-            self.repository.remote.put(&key, object)?;
-        }
-        failpoint("push-before-look");
-        let own: HashSet<PackId> = own.iter().map(|listed| listed.pack).collect();
-        let others: Vec<PackId> =
-            manifest.packs.iter().filter(|pack| !own.contains(pack)).copied().collect();
-        let there =
-            self.repository.remote.exist(others.iter().map(|pack| pack_key(*pack)).collect())?;
-        Ok(others
-            .into_iter()
-            .zip(there)
-            .filter(|(_, there)| !there)
-            .map(|(pack, _)| pack)
-            .collect())
+        Ok((manifest, missing))
     }
 
     /// The map of an image that is there already.
@@ -313,24 +270,24 @@ impl<'a> Pushing<'a> {
     }
 
     fn add(&mut self, id: ExtentId, stored: &[u8], raw: usize) -> Result<Place, RepositoryError> {
-        if let Some(place) = self.added.get(&id) {
-            return Ok(*place);
+        if let Some(place) = self.known.find(&id) {
+            return Ok(place);
         }
         let place = self.packer.add(id, stored, raw)?;
-        self.added.insert(id, place);
+        self.known.note(id, place);
         Ok(place)
     }
 
     /// Hashes pieces, and closes those that are new, on all processors.
     fn look_at(&self, window: &[u8], pieces: &[Piece], misses: &AtomicU32) -> Vec<Done> {
-        let (keys, known, added) = (&self.repository.keys, &self.known, &self.added);
+        let (keys, known) = (&self.repository.keys, &self.known);
         let look = |number: usize, piece: &Piece| {
             let raw = &window[piece.at..piece.at + piece.len];
             if raw[0] == 0 && raw[1..] == raw[..raw.len() - 1] {
                 return Done::Zeros;
             }
             let id = keys.extent_id(raw);
-            if let Some(place) = known.find(&id).or_else(|| added.get(&id).copied()) {
+            if let Some(place) = known.find(&id) {
                 return Done::Known(id, place);
             }
             let missed = misses.load(Ordering::Relaxed);
