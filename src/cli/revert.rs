@@ -191,10 +191,11 @@ async fn start(
         delivery.progress_every = Duration::from_secs(1);
     }
     let output = Arc::new(output);
-    let far = args.far.open(&args.image, &output).await?;
-    let image = far.as_ref().map_or(args.image, |far| far.machine().into());
+    let image = match args.far.open(&args.image, &output).await? {
+        Some(far) => RevertOptions::from_afar(far),
+        None => RevertOptions::new(args.image),
+    };
     let options = RevertOptions {
-        far,
         rewrite: args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?,
         domain: args.domain.options(),
         delivery,
@@ -206,7 +207,7 @@ async fn start(
         sandbox: args.sandbox.program(),
         agent: args.identity.agent(),
         run: Some(run),
-        ..RevertOptions::new(image)
+        ..image
     };
     let (mut hook, mut hooked) = (args.identity.hook(), None);
     let (mut awaited, mut told) = (args.identity.awaited(), Ok(()));

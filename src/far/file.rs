@@ -264,7 +264,7 @@ impl Shared {
             self.recent.peek(number).is_some()
                 || self.origin.cache.has(&self.map.extents[*number].id.to_string())
         };
-        // Whether they are kept on disk is asked before others are kept waiting.
+        // The disk is asked before the lock is taken.
         let mut mine: Vec<usize> = wanted.into_iter().filter(|number| !is_here(number)).collect();
         let mut under_way = self.lock();
         mine.retain(|number| match under_way.contains_key(number) {

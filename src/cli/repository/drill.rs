@@ -17,7 +17,7 @@ use crate::revert::{RevertOptions, prove};
 #[derive(Args)]
 pub(in crate::cli) struct DrillArgs {
     /// The snapshot, such as web1@latest
-    name: PathBuf,
+    name: String,
     #[command(flatten)]
     far: FarArgs,
     /// The QEMU binary to use instead of the recorded one
@@ -39,7 +39,7 @@ pub(in crate::cli) async fn drill(args: DrillArgs) -> Result<(), Failure> {
     let mut options = RevertOptions::from_afar(far.clone());
     options.rewrite.qemu = args.qemu;
     options.rewrite.paths = args.paths;
-    let name = args.name.display();
+    let name = args.name;
     let ran = prove(&options, cancellation()?, |_| {}).await.map_err(|error| {
         let message = format!("{name} can't be reverted on this host: {error}");
         Failure::said(ErrorKind::NotProved, message)

@@ -9,7 +9,7 @@ use super::{RepositoryArgs, blocking};
 use crate::cli::failure::Failure;
 use crate::cli::output::Output;
 use crate::cli::parse_rate;
-use crate::far::{CacheOptions, FarOptions, FarSnapshot};
+use crate::far::{FarOptions, FarSnapshot};
 
 /// Where the snapshot is, and what is kept of it here.
 #[derive(Args, Clone)]
@@ -26,20 +26,6 @@ pub(in crate::cli) struct FarArgs {
 }
 
 impl FarArgs {
-    /// The snapshot of this name, in the repository that is named with it or beside it.
-    pub async fn open_in_repository(
-        &self,
-        name: &Path,
-        output: &Arc<Output>,
-    ) -> Result<FarSnapshot, Failure> {
-        let mut args = self.clone();
-        if !name.to_string_lossy().contains("://") {
-            args.repository.repo = Some(args.repository.named()?);
-        }
-        let missing = || unreachable!("a repository is named");
-        Ok(args.open(name, output).await?.unwrap_or_else(missing))
-    }
-
     /// The snapshot, where the argument names one of a repository: behind the repository's address, or
     /// by itself where `--repo` is given.
     pub async fn open(
@@ -48,17 +34,29 @@ impl FarArgs {
         output: &Arc<Output>,
     ) -> Result<Option<FarSnapshot>, Failure> {
         let text = image.to_string_lossy();
-        let (address, name) = match text.contains("://").then(|| text.rsplit_once('/')).flatten() {
+        match text.contains("://") || self.repository.repo.is_some() {
+            true => self.open_in_repository(&text, output).await.map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// The snapshot of this name, which may begin with its repository's address.
+    pub async fn open_in_repository(
+        &self,
+        name: &str,
+        output: &Arc<Output>,
+    ) -> Result<FarSnapshot, Failure> {
+        let (address, name) = match name.contains("://").then(|| name.rsplit_once('/')).flatten() {
             Some((address, name)) => (address.parse()?, name),
-            None if self.repository.repo.is_some() => (self.repository.address()?, &*text),
-            None => return Ok(None),
+            None => (self.repository.address()?, name),
         };
         let access = self.repository.access.uninterrupted(output);
         let mut options = FarOptions::new(address, name.parse()?, access);
-        let default = CacheOptions::default();
-        options.cache.directory = self.cache.clone().unwrap_or(default.directory);
+        if let Some(directory) = &self.cache {
+            options.cache.directory = directory.clone();
+        }
         options.cache.bytes = self.cache_size;
         options.patience = self.repository.access.store_timeout;
-        blocking(move || FarSnapshot::open(&options)).await.map(Some)
+        blocking(move || FarSnapshot::open(&options)).await
     }
 }

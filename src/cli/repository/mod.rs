@@ -61,14 +61,9 @@ pub(super) struct AccessArgs {
 
 impl RepositoryArgs {
     pub fn address(&self) -> Result<Address, Failure> {
-        Ok(self.named()?.parse()?)
-    }
-
-    /// The address as it was given.
-    fn named(&self) -> Result<String, Failure> {
         let named = self.repo.clone().or_else(|| std::env::var("SNAPBACK_REPOSITORY").ok());
         match named.filter(|named| !named.is_empty()) {
-            Some(named) => Ok(named),
+            Some(named) => Ok(named.parse()?),
             None => Err(Failure::said(
                 ErrorKind::OptionsInvalid,
                 "no repository is named: give --repo, or set SNAPBACK_REPOSITORY".into(),

@@ -69,20 +69,23 @@ impl<'a> Copying<'a> {
     }
 
     fn all(
-        &mut self,
+        mut self,
         manifest: &SnapshotManifest,
     ) -> Result<(SnapshotManifest, Vec<PackId>), RepositoryError> {
         let mut copied = manifest.clone();
         self.moved.total = manifest.bytes;
         let mut maps: HashMap<MapId, FileMap> = HashMap::new();
         let mut ids: HashMap<MapId, MapId> = HashMap::new();
+        let mut new = Vec::new();
         for file in &mut copied.files {
             file.map = match ids.get(&file.map) {
                 Some(id) => *id,
                 None => {
                     let map = self.file(self.from.map(file)?)?;
                     self.packer.end_file()?;
-                    let id = self.to.keys.map_id(&map.encode());
+                    let body = map.encode();
+                    let id = self.to.keys.map_id(&body);
+                    new.push((id, body));
                     ids.insert(file.map, id);
                     maps.insert(id, map);
                     id
@@ -91,10 +94,8 @@ impl<'a> Copying<'a> {
             self.moved.done += file.len;
             (self.on_progress)(self.moved);
         }
-        let packer = std::mem::replace(&mut self.packer, Packer::new(self.to));
-        let new = maps.iter().map(|(id, map)| (*id, map.encode())).collect();
         let of_files: Vec<&FileMap> = copied.files.iter().map(|file| &maps[&file.map]).collect();
-        let missing = put_maps(self.to, packer, &mut copied, &of_files, new)?;
+        let missing = put_maps(self.to, self.packer, &mut copied, &of_files, new)?;
         Ok((copied, missing))
     }
 

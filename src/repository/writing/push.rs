@@ -109,7 +109,7 @@ pub fn push(
     let lease = Held::put(repository, &Lease::new(true))?;
     let (manifest, was_there) = lease.while_held(|| {
         commit(repository, &key, &lease, |gone| {
-            let mut pushing = Pushing::new(repository, gone, &manifest, &mut on_progress)?;
+            let pushing = Pushing::new(repository, gone, &manifest, &mut on_progress)?;
             pushing.all(&files, manifest.clone())
         })
     })?;
@@ -182,7 +182,7 @@ impl<'a> Pushing<'a> {
 
     /// Pushes all files. Returns the manifest with them, and the packs that went away meanwhile.
     fn all(
-        &mut self,
+        mut self,
         files: &[Source],
         mut manifest: SnapshotManifest,
     ) -> Result<(SnapshotManifest, Vec<PackId>), RepositoryError> {
@@ -207,11 +207,9 @@ impl<'a> Pushing<'a> {
             manifest.files.push(FileRef::new(file.role, path, file.len, id, file.image));
             maps.push(map);
         }
-        let packer = std::mem::replace(&mut self.packer, Packer::new(self.repository));
         let maps: Vec<&FileMap> = maps.iter().collect();
-        let missing = put_maps(self.repository, packer, &mut manifest, &maps, new)?;
-        self.moved.sent = manifest.own;
-        self.tell(true);
+        let missing = put_maps(self.repository, self.packer, &mut manifest, &maps, new)?;
+        (self.on_progress)(Moved { sent: manifest.own, ..self.moved });
         Ok((manifest, missing))
     }
 
@@ -258,7 +256,7 @@ impl<'a> Pushing<'a> {
                 self.moved.done = before + last.offset + last.len as u64;
             }
             self.moved.sent = self.packer.sent();
-            self.tell(false);
+            self.tell();
             Ok(())
         });
         self.moved.done = before + file.len;
@@ -320,8 +318,9 @@ impl<'a> Pushing<'a> {
         done.into_iter().map(|(_, done)| done).collect()
     }
 
-    fn tell(&mut self, last: bool) {
-        if last || self.told.elapsed() >= TOLD_EVERY {
+    /// Tells how far it has come, now and then.
+    fn tell(&mut self) {
+        if self.told.elapsed() >= TOLD_EVERY {
             self.told = Instant::now();
             (self.on_progress)(self.moved);
         }
