@@ -1,7 +1,6 @@
 //! `info`, `verify` and `working-set`.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
 
 use super::events::{CommandEvent, Info, InfoBlock, Layer, Range};
 use super::failure::Failure;
@@ -12,6 +11,7 @@ use crate::kind::ErrorKind;
 use crate::machine::DiskRole;
 use crate::memory::{WorkingSet, working_set};
 use crate::page::{Block, PAGE_SIZE};
+use crate::repository::time_text;
 
 /// Shows what an image holds.
 pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
@@ -240,8 +240,7 @@ fn damage_event(damage: &Damage) -> CommandEvent {
 
 /// A time in microseconds since 1970, in UTC, by RFC 3339.
 fn utc(unix_us: u64) -> String {
-    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_micros(unix_us));
-    time.map_or("unknown".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
+    format!("{}Z", time_text(unix_us))
 }
 
 #[cfg(test)]
@@ -254,5 +253,12 @@ mod tests {
         let words = shell_words(&argv.map(String::from));
         assert_eq!(shlex::split(&words).unwrap(), argv);
         assert!(words.starts_with("qemu -append "), "{words}");
+    }
+
+    /// An image can say anything, such as a year that RFC 3339 has no digits for.
+    #[test]
+    fn any_time_can_be_told() {
+        assert_eq!(utc(1_795_651_199_000_000), "2026-11-25T23:59:59Z");
+        assert!(utc(u64::MAX).ends_with('Z'));
     }
 }
