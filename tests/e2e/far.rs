@@ -118,6 +118,15 @@ fn a_guest_runs_before_its_snapshot_has_arrived(dir: &Dir, qemu: Qemu) -> Result
     let again = site.proxy.bytes().0 - before;
     assert!(again < 64 << 10, "{again} bytes were fetched again");
     assert!(dir.names("second")?.iter().any(|name| name.ends_with(".qcow2")));
+    drop(reverted);
+
+    // The drill does the same, and leaves nothing.
+    let to = dir.make("drill")?;
+    let path = format!("{}={}", text(&from), text(&to));
+    let drill = dir.snapback(&["drill", "web1@latest", "--path", &path]);
+    let drilled = site.reaches(drill.with(&["--cache", text(&site.cache)])).succeed()?;
+    assert_eq!(drilled.event("drilled")?["machine"], "web1");
+    assert_eq!(dir.names("drill")?, Vec::<String>::new());
     Ok(())
 }
 
