@@ -11,11 +11,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 use snapback::exchange::{LibvirtHeader, read_memory};
+use snapback::host::packets;
 use snapback::host::shared_memory::SharedMemory;
 use snapback::image::{Image, inspect, verify_chain, verify_flat};
 use snapback::keeper::{Ledger, Message};
+use snapback::memory::WorkingSet;
 use snapback::page::{BlockId, Location, Page, PageSource};
 use snapback::qmp::{Qmp, QmpError};
+use snapback::revert::{Rights, run_broker};
 use snapback::wire::{Item, ReturnPath, StreamBlock, StreamReader};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -201,6 +204,45 @@ pub fn keeper(data: &[u8]) {
     let _ = (ledger.details(), ledger.claim_words().words().len());
     let _ = (ledger.direct(), ledger.last_block(), ledger.restarts(), ledger.qemu());
     let _ = (ledger.is_running(), ledger.is_torn(), ledger.died_ms_ago());
+}
+
+/// What a server that was taken over sends to its broker, which holds rights that the server has
+/// given up: questions, each behind its length. Whatever they are, one file is opened, and one is
+/// replaced, by a whole working set.
+pub fn broker(data: &[u8]) {
+    let Ok(folder) = tempfile::tempdir() else { return };
+    let [granted, set, other] = ["granted", "set", "other"].map(|name| folder.path().join(name));
+    if [&granted, &other].iter().any(|file| std::fs::write(file, "before").is_err()) {
+        return;
+    }
+    let mut rights = Rights::default();
+    rights.working_set = Some(set.clone());
+    rights.files = vec![granted.clone()];
+    let Ok((ours, theirs)) = packets::pair() else { return };
+    let broker = std::thread::spawn(move || run_broker(theirs, &rights));
+    let mut rest = data;
+    while let Some((len, bytes)) = rest.split_first_chunk() {
+        let len = usize::from(u16::from_le_bytes(*len)).min(bytes.len());
+        let (packet, behind) = bytes.split_at(len);
+        rest = behind;
+        // A broker that has hung up takes no more; one that answers is let go on.
+        if packets::send(ours.as_fd(), packet, None).is_err()
+            || !matches!(packets::receive(&ours, &mut [0; 32]), Ok((1.., _)))
+        {
+            break;
+        }
+    }
+    drop(ours);
+    broker.join().expect("the broker panicked");
+    for file in [&granted, &other] {
+        assert!(std::fs::read(file).is_ok_and(|now| now == b"before"), "{file:?} was written");
+    }
+    if let Ok(stored) = std::fs::read(&set) {
+        WorkingSet::decode(&stored).expect("what was stored is no working set");
+    }
+    for entry in std::fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+        assert!([&granted, &set, &other].contains(&&entry.path()), "{entry:?} was made");
+    }
 }
 
 /// A migration stream in a file: with the mark of mapped-ram, what it passes over, and then

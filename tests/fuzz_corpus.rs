@@ -108,6 +108,45 @@ fn what_a_keeper_is_given() {
 }
 
 #[test]
+fn what_a_broker_is_asked() {
+    run("broker", targets::broker);
+}
+
+/// Makes the seeds of the broker: files that it may open and others, a working set in two pieces.
+#[test]
+#[ignore = "makes fuzz/corpus/broker, which exists"]
+fn make_the_seeds_of_the_broker() {
+    const OPEN: u8 = 1;
+    const TAKE: u8 = 2;
+    const STORE: u8 = 3;
+    const COLLAPSE: u8 = 4;
+    let question = |id: u64, kind: u8, body: &[u8]| {
+        let bytes = [&id.to_le_bytes()[..], &[kind], body].concat();
+        [&(bytes.len() as u16).to_le_bytes()[..], &bytes].concat()
+    };
+    let set = {
+        let block = Block { name: "pc.ram".into(), len: 1 << 20, page_size: PAGE_SIZE as u64 };
+        let pages = (0..9).map(|number| Page { block: BlockId(0), number: 7 * number });
+        let image = snapback::Identity::from_bytes([7; 16]);
+        snapback::WorkingSet::following(None, image, pages, &[block]).unwrap().encode()
+    };
+    let (first, second) = set.split_at(set.len() / 2);
+    let memory = [0u64, 2 << 20].map(u64::to_le_bytes).concat();
+    fs::create_dir_all(corpus("broker")).unwrap();
+    for (name, seed) in [
+        ("files", [question(1, OPEN, b"/etc/passwd"), question(2, OPEN, b"")].concat()),
+        (
+            "working-set",
+            [question(1, TAKE, first), question(2, TAKE, second), question(3, STORE, &[])].concat(),
+        ),
+        ("nothing-taken", [question(1, STORE, &[]), question(2, COLLAPSE, &memory)].concat()),
+        ("no-question", [question(1, 9, b""), question(2, STORE, &[])].concat()),
+    ] {
+        fs::write(corpus("broker").join(name), seed).unwrap();
+    }
+}
+
+#[test]
 fn mapped_ram_files() {
     run("mapped_ram", targets::mapped_ram);
 }
