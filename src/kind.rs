@@ -112,6 +112,8 @@ kinds! {
     NoSuchDisk = "no_such_disk",
     /// The file is no image.
     NotAnImage = "not_an_image",
+    /// Nobody saves an image such that it can be followed.
+    NotFollowed = "not_followed",
     /// There is no such file.
     NotFound = "not_found",
     /// The image is whole, but its guest could not be shown to run again.

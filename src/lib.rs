@@ -80,7 +80,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel daemon exchange far fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
+    agent bench cancel daemon exchange far follow fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
     revert save transport wire
 }
 
@@ -132,7 +132,7 @@ pub mod error {
     pub use crate::memory::{MemoryError, WorkingSetError};
     pub use crate::qmp::QmpError;
     pub use crate::reset::ResetError;
-    pub use crate::revert::{AttachError, PostcopyError};
+    pub use crate::revert::{AttachError, FollowError, PostcopyError};
     pub use crate::save::{CheckError, JournalError, LeftOver, Obstacle, OverlayError};
     pub use crate::transport::TransportError;
     pub use crate::wire::WireError;

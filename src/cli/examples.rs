@@ -26,6 +26,10 @@ const EXAMPLES: &[(&str, &[Example])] = &[
                 "snapback save --domain web --quiesce auto web.snap",
             ),
             (
+                "One from which the guest can be brought back while it is written",
+                "snapback save --qmp /run/vm/qmp.sock --followable vm.snap",
+            ),
+            (
                 "See that the new image's guest runs",
                 "snapback save --qmp /run/vm/qmp.sock --prove vm.snap",
             ),
@@ -60,6 +64,10 @@ const EXAMPLES: &[(&str, &[Example])] = &[
             (
                 "A guest that can be taken back inside its QEMU",
                 "snapback revert vm.snap --resettable --detach --qmp /run/vm/new-qmp.sock",
+            ),
+            (
+                "A guest whose image is still being written",
+                "snapback revert vm.snap --follow --qmp /run/vm/new-qmp.sock",
             ),
             (
                 "Under libvirt, beside the domain that was saved",

@@ -113,6 +113,7 @@ impl Failure {
             | NoSuchPool
             | NoSuchSnapshot
             | NotAnImage
+            | NotFollowed
             | NotFound
             | NotQemu
             | NotResettable

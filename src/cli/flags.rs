@@ -24,6 +24,8 @@ const NAMES: &[(&str, &str)] = &[
     ("`RewriteOptions::disks`", "--disk"),
     ("`OverlayOptions::directory`", "--overlay-dir"),
     ("`RevertOptions::domain`", "--domain"),
+    ("`RevertOptions::follow`", "--follow"),
+    ("`SaveOptions::followable`", "--followable"),
     ("`RevertOptions::resettable`", "--resettable"),
     ("`SaveOptions::resettable`", "--resettable"),
     ("`DaemonConfig::token_file`", "--token-file"),

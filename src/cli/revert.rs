@@ -51,6 +51,9 @@ pub(super) struct RevertArgs {
     place: PlacementArg,
     #[command(flatten)]
     delivery: DeliveryArgs,
+    /// The image is under way: follow its save, which was given --followable, from the moment on
+    #[arg(long, conflicts_with_all = ["domain", "new", "resettable", "check", "preload"])]
+    follow: bool,
     /// Let the guest run only once its working set is in place
     #[arg(long, conflicts_with = "no_working_set")]
     preload: bool,
@@ -191,7 +194,11 @@ async fn start(
         delivery.progress_every = Duration::from_secs(1);
     }
     let output = Arc::new(output);
-    let image = match args.far.open(&args.image, &output).await? {
+    let far = match args.follow {
+        true => None,
+        false => args.far.open(&args.image, &output).await?,
+    };
+    let image = match far {
         Some(far) => RevertOptions::from_afar(far),
         None => RevertOptions::new(args.image),
     };
@@ -202,6 +209,7 @@ async fn start(
         preload: if args.preload { Preload::WorkingSet } else { Preload::Nothing },
         rtc: args.rtc.into(),
         check: args.check,
+        follow: args.follow,
         resettable: args.resettable,
         keeper,
         sandbox: args.sandbox.program(),

@@ -36,6 +36,10 @@ pub(super) struct SaveArgs {
     /// Fail instead of waiting when the guest was reverted and its memory is not complete yet
     #[arg(long)]
     no_wait: bool,
+    /// Let `snapback revert --follow` bring the guest back from the moment on, while the image is
+    /// still written. The guest's memory that is not zero is held once more, until who follows has it
+    #[arg(long, conflicts_with_all = ["recover", "resettable"])]
+    followable: bool,
     /// Revert the new image at once, isolated from networks and disks, to see that its guest runs,
     /// and discard that guest; fail if it doesn't run
     #[arg(long, conflicts_with = "recover")]
@@ -213,6 +217,7 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         keeper: (!args.no_keeper).then_some(keeper),
         no_wait: args.no_wait,
         bandwidth: args.bandwidth,
+        followable: args.followable,
         run: args.guest.resettable.then(|| recorded_as(args.run_id)),
         ..args.guest.options(args.image)
     };

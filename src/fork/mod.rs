@@ -16,12 +16,12 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::cancel::Cancellation;
-use crate::guest;
+use crate::identity::Identity;
 use crate::image::{Details, Sections, skeleton};
 use crate::machine::Machine;
 use crate::page::PageSource;
 use crate::revert::session::OpenImage;
-use crate::revert::{Clone, Placement, RevertError, RevertEvent, RevertOptions, Reverted};
+use crate::revert::{Clone, RevertError, RevertEvent, RevertOptions, Reverted};
 use crate::save::{Ahead, AtMoment, Forking, SaveOptions, save_and_fork};
 
 pub use error::ForkError;
@@ -150,7 +150,13 @@ impl Clones {
         let Ahead { machine, blocks } = ahead;
         let details = Details { machine, moment_unix_us: 0, pause_us: None };
         let label = label(&details.machine);
-        let image = skeleton(Path::new(&label), &blocks, details, &Sections::default())?;
+        let image = skeleton(
+            Path::new(&label),
+            Identity::random(),
+            &blocks,
+            details,
+            &Sections::default(),
+        )?;
         let mut launched = Vec::new();
         for index in 0..self.options.clones.len() {
             let (image, options) = (image.clone().into(), self.clone_options(index));
@@ -166,18 +172,8 @@ impl Clones {
 
     /// The options of a clone, with what can't be had for one.
     fn clone_options(&self, index: usize) -> RevertOptions {
-        let mut options = self.options.clones[index].clone();
-        // An ordinary stream would be made of an image that has no memory.
-        if matches!(options.delivery.placement, Placement::Auto | Placement::Eager | Placement::Map)
-        {
-            options.delivery.placement = Placement::Uffd;
-        }
-        // A guest whose memory can't be had any more is stopped, and said to be.
-        options.delivery.fail_on_damage = true;
-        options.delivery.working_set = false;
-        (options.keeper, options.sandbox, options.domain) = (None, None, None);
-        (options.check, options.resettable) = (false, false);
-        options
+        let options = self.options.clones[index].clone();
+        RevertOptions { domain: None, ..options.while_captured() }
     }
 }
 
@@ -188,13 +184,10 @@ fn label(machine: &Machine) -> String {
 
 /// An image of the guest at its moment, whose pages come as they are asked for.
 async fn open(at_moment: AtMoment) -> Result<OpenImage, ForkError> {
-    let AtMoment { blocks, mut details, sections, pages } = at_moment;
+    let pages = Arc::clone(&at_moment.pages);
     let image = spawn_blocking(move || {
-        for disk in &mut details.machine.disks {
-            guest::stamp_files(disk)?;
-        }
-        let label = label(&details.machine);
-        Ok::<_, ForkError>(skeleton(Path::new(&label), &blocks, details, &sections)?)
+        let label = label(&at_moment.details.machine);
+        at_moment.image(Path::new(&label))
     });
     let image = image.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
     let pages: Arc<dyn PageSource> = Arc::new(pages);

@@ -5,10 +5,12 @@
 //! faults, a [`Pager`] brings what is asked for, [`mod@prefetch`] brings the rest. None of them
 //! knows how a page travels, and nothing here knows of images or of how QEMU was started.
 
+pub mod captured;
 mod chunk_cache;
 pub mod claim;
 mod fault_handler;
 mod fault_reader;
+pub mod live;
 mod pace;
 pub mod pager;
 pub mod prefetch;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
+use super::following::FollowError;
 use crate::agent::AgentError;
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
@@ -28,6 +29,9 @@ pub enum RevertError {
     /// Disks of a snapshot that is far away can't be served.
     #[error("the disks of the snapshot can't be served to QEMU: {0}")]
     Disks(std::io::Error),
+    /// The image is under way, and its save can't be followed.
+    #[error(transparent)]
+    Follow(Box<FollowError>),
     /// The host's pages have another size.
     #[error(transparent)]
     PageSize(#[from] PageSizeError),
@@ -143,6 +147,7 @@ impl RevertError {
         use RevertError::*;
         match self {
             Image(error) => error.kind(),
+            Follow(error) => error.kind(),
             Disks(error) => ErrorKind::of_io(error),
             PageSize(error) => error.kind(),
             Vm(error) => error.kind(),
@@ -174,6 +179,7 @@ impl RevertError {
         use RevertError::*;
         match self {
             Image(error) => error.details(),
+            Follow(error) => error.details(),
             Vm(error) => error.details(),
             Agent(error) => error.details(),
             Reset(error) => error.details(),
@@ -190,6 +196,12 @@ impl RevertError {
     /// Whether a reset was refused before anything was touched.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(self, RevertError::Reset(error) if error.is_refusal())
+    }
+}
+
+impl From<FollowError> for RevertError {
+    fn from(error: FollowError) -> RevertError {
+        RevertError::Follow(Box::new(error))
     }
 }
 

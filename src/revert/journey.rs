@@ -7,6 +7,7 @@ use super::error::RevertError;
 use super::event::RevertEvent;
 use super::far;
 use super::first_breath::FirstBreath;
+use super::following;
 use super::options::RevertOptions;
 use super::outcome::Outcome;
 use super::session::{Held, Launched, OpenImage, Planned, Resettable, Resident, Running};
@@ -109,6 +110,11 @@ async fn to_resident(
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<Resident, RevertError> {
     let options = &far::prepared(&with_standby(options))?;
+    if options.follow {
+        let image = following::open(&options.image, &cancel).await?;
+        let options = options.clone().while_captured();
+        return Clone::launch(image, &options, cancel, on_event).await?.to_resident(on_event).await;
+    }
     let image = far::image(options)?.into();
     let planned = Planned::of(image, options, cancel.clone(), on_event).await?;
     let agent = planned.agent().map(Path::to_owned);
@@ -162,10 +168,16 @@ impl Clone {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Reverted, RevertError> {
-        let Clone { launched, agent, options, cancel } = self;
-        let resident = from_launched(launched, agent, &options, cancel, on_event).await?;
-        let (pid, outcome) = resident.let_go();
+        let (pid, outcome) = self.to_resident(on_event).await?.let_go();
         Ok(Reverted { pid: pid.unwrap_or_default(), outcome })
+    }
+
+    async fn to_resident(
+        self,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> Result<Resident, RevertError> {
+        let Clone { launched, agent, options, cancel } = self;
+        from_launched(launched, agent, &options, cancel, on_event).await
     }
 }
 

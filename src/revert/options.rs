@@ -26,6 +26,12 @@ pub struct RevertOptions {
     /// A snapshot of a repository in place of an image on this host. Neither a keeper nor a sandbox can
     /// be had then.
     pub far: Option<FarSnapshot>,
+    /// The image is under way: its save, which must be
+    /// [followable](crate::SaveOptions::followable), is followed from its moment on. What has not been
+    /// captured is waited for, or captured at once; should the save fail, the guest is ended. Its memory
+    /// goes by userfaultfd or the socket; a keeper, a sandbox, a working set, a check, a domain or a
+    /// reset can't be had.
+    pub follow: bool,
     /// How the recorded command line is changed.
     pub rewrite: RewriteOptions,
     /// Have libvirt start it, as the domain that was saved. Of `rewrite`, the paths, the disks and
@@ -73,6 +79,7 @@ impl RevertOptions {
         RevertOptions {
             image: image.into(),
             far: None,
+            follow: false,
             rewrite: RewriteOptions::default(),
             domain: None,
             delivery: Delivery::default(),
@@ -93,6 +100,23 @@ impl RevertOptions {
     /// Brings back the guest of a snapshot that is read from its repository as it is needed.
     pub fn from_afar(far: FarSnapshot) -> RevertOptions {
         RevertOptions { far: Some(far.clone()), ..RevertOptions::new(far.machine()) }
+    }
+}
+
+impl RevertOptions {
+    /// The same for a guest whose memory is still being captured, without what can't be had then.
+    pub(crate) fn while_captured(mut self) -> RevertOptions {
+        // An ordinary stream would be made of an image that has no memory.
+        if matches!(self.delivery.placement, Placement::Auto | Placement::Eager | Placement::Map) {
+            self.delivery.placement = Placement::Uffd;
+        }
+        // A guest whose memory can't be had any more is stopped, and said to be.
+        self.delivery.fail_on_damage = true;
+        self.delivery.working_set = false;
+        // Who goes on in our place, or in a sandbox, can't reach who captures.
+        (self.keeper, self.sandbox) = (None, None);
+        (self.check, self.resettable) = (false, false);
+        self
     }
 }
 

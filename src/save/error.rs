@@ -56,6 +56,23 @@ pub enum SaveError {
     /// Memory that was captured could not be kept for a fork.
     #[error("keeping the guest's memory for its clones failed: {0}")]
     Captured(std::io::Error),
+    /// Nobody can follow the save.
+    #[error(
+        "the socket by which the save of {} is followed can't be made ({source}): is that image \
+         being saved already?", .image.display()
+    )]
+    Followers {
+        /// The image.
+        image: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Who follows the save would use files that are written to again.
+    #[error(
+        "a save whose disks are copied can't be followed, since the guest goes back to the files \
+         that who follows would read: choose `DiskChoice::Overlay`, or revert once it is whole"
+    )]
+    FollowedCopies,
     /// QEMU ended the migration itself.
     #[error("QEMU's migration ended with status `{status}`{}", .reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default())]
     Migration {
@@ -165,6 +182,8 @@ impl SaveError {
             Journal(error) => error.kind(),
             Agent(error) => error.kind(),
             Socket(error) | Thread(error) | Captured(error) => ErrorKind::of_io(error),
+            Followers { source, .. } => ErrorKind::of_io(source),
+            FollowedCopies => ErrorKind::OptionsInvalid,
             Migration { .. } => ErrorKind::QemuFailed,
             Meanwhile { .. } | DevicesChanged => ErrorKind::GuestChanged,
             Held(_) => ErrorKind::QemuTimeout,
@@ -192,7 +211,9 @@ impl SaveError {
             Journal(error) => error.details(),
             Agent(error) | StillFrozen(error) => error.details(),
             LeftOver { cause, .. } => cause.details(),
-            Unclear { image, .. } => Details::new(&self.to_string(), Some(image), None),
+            Unclear { image, .. } | Followers { image, .. } => {
+                Details::new(&self.to_string(), Some(image), None)
+            }
             OtherQemu { pid } => Details::new(&self.to_string(), None::<PathBuf>, Some(*pid)),
             _ => Details::new(&self.to_string(), None::<PathBuf>, None),
         }

@@ -1,14 +1,19 @@
 //! What a save tells whoever starts clones of the guest.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use super::live::LivePages;
+use super::error::SaveError;
+use super::live::AheadOfTurn;
 use super::moment::Moment;
 use super::receive::Begun;
-use crate::image::{Details, Sections};
+use crate::guest;
+use crate::identity::Identity;
+use crate::image::{Details, Image, Sections, skeleton};
 use crate::machine::Machine;
+use crate::memory::live::LivePages;
 use crate::page::Block;
 use crate::wire::run_state;
 
@@ -35,16 +40,30 @@ pub(crate) struct AtMoment {
     pub details: Details,
     pub sections: Sections,
     pub pages: Arc<LivePages>,
+    /// The identity of the image that is written, or of none.
+    pub identity: Identity,
 }
 
 impl AtMoment {
+    /// An image of the guest without memory, under whatever path. Blocks while disks are looked at.
+    ///
+    /// # Errors
+    /// When a disk can't be looked at, or memory is short.
+    pub fn image(mut self, path: &Path) -> Result<Arc<Image>, SaveError> {
+        for disk in &mut self.details.machine.disks {
+            guest::stamp_files(disk)?;
+        }
+        let AtMoment { blocks, details, sections, identity, .. } = self;
+        Ok(skeleton(path, identity, &blocks, details, &sections)?)
+    }
+
     pub(super) fn new(
         begun: Begun,
         moment: Moment,
         machine: Machine,
         mut devices: Vec<u8>,
     ) -> AtMoment {
-        let Begun { config, machine_type, blocks, merge, memory, places } = begun;
+        let Begun { config, machine_type, blocks, identity, merge, memory, places } = begun;
         if machine.running {
             run_state::set_running(&mut devices);
         }
@@ -54,8 +73,9 @@ impl AtMoment {
             pause_us: moment.pause.map(|pause| pause.as_micros() as u64),
         };
         let memory = memory.unwrap_or_else(|| unreachable!("clones have memory kept for them"));
-        let pages = Arc::new(LivePages::new(merge, memory, blocks.clone(), places));
+        let capture = Box::new(AheadOfTurn::new(merge, places));
+        let pages = Arc::new(LivePages::new(memory, blocks.clone(), capture));
         let sections = Sections { config, devices, vmdesc: Vec::new() };
-        AtMoment { blocks, details, sections, pages }
+        AtMoment { blocks, details, sections, pages, identity }
     }
 }

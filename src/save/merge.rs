@@ -2,26 +2,33 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::captured::CapturedMemory;
 use super::error::SaveError;
+use crate::cancel::Cancellation;
 use crate::image::ImageWriter;
 use crate::memory::ClaimMap;
-use crate::page::{Block, PAGE_SIZE, Page, PageBytes, Run};
+use crate::memory::captured::CapturedMemory;
+use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageBytes, Run};
 
 /// Pages that are handed to the writer while it is locked: the other side waits some
 /// microseconds at most.
 const AT_ONCE: u64 = 16;
+
+/// How long somebody's capture, which takes tens of microseconds, is waited for at a time.
+const NAP: Duration = Duration::from_micros(20);
 
 /// Where memory is put, and who has captured which page. Both sides bring a page as it was at the
 /// moment, so it does not matter which of them does; the claim sees to it that one does.
 pub(super) struct Merge {
     /// The image, if one is written.
     image: Mutex<Option<ImageWriter>>,
-    /// Memory from which a fork takes it.
+    /// Memory from which clones and who follows take it, and the image what it had no room for.
     memory: Option<Arc<CapturedMemory>>,
+    /// What is in memory and not in the image yet.
+    deferred: Mutex<Vec<Run>>,
     blocks: Vec<Block>,
     claims: ClaimMap,
     /// Pages that were read from outside.
@@ -46,6 +53,7 @@ impl Merge {
         Merge {
             image: Mutex::new(image),
             memory,
+            deferred: Mutex::default(),
             claims: ClaimMap::new(&blocks),
             blocks,
             direct: AtomicU64::new(0),
@@ -93,8 +101,37 @@ impl Merge {
         }
         let mut image = self.image();
         let Some(image) = &mut *image else { return Ok(()) };
-        let mut pages = run.pages().zip(pages);
-        Ok(pages.try_for_each(|(page, bytes)| image.page(page, bytes))?)
+        if self.memory.is_some() && !image.has_room(run.count) {
+            // Clones are not to wait for a disk.
+            self.deferred.lock().unwrap_or_else(PoisonError::into_inner).push(run);
+            return Ok(());
+        }
+        write(image, run, pages)
+    }
+
+    /// Puts into the image what it had no room for, once all is captured, or until `stop` is requested.
+    /// `progress` is told of the image's bytes.
+    pub fn write_deferred(
+        &self,
+        stop: &Cancellation,
+        progress: impl Fn(u64),
+    ) -> Result<(), SaveError> {
+        let deferred =
+            std::mem::take(&mut *self.deferred.lock().unwrap_or_else(PoisonError::into_inner));
+        let Some(memory) = &self.memory else { return Ok(()) };
+        let mut buffer = vec![[0; PAGE_SIZE]; AT_ONCE as usize];
+        for run in deferred {
+            if stop.is_requested() {
+                return Err(SaveError::Interrupted);
+            }
+            let pages = &mut buffer[..run.count as usize];
+            memory.read(run, pages.as_flattened_mut()).map_err(SaveError::Captured)?;
+            if let Some(image) = &mut *self.image() {
+                write(image, run, pages)?;
+                progress(image.stats().written_bytes);
+            }
+        }
+        Ok(())
     }
 
     fn put_zeros(&self, run: Run) -> Result<(), SaveError> {
@@ -141,14 +178,10 @@ impl Merge {
         Some(Run { first, count: last + 1 - first, ..run })
     }
 
-    /// Whether all pages of `run` are captured, and can be read.
-    pub fn has(&self, run: Run) -> bool {
-        (run.first..run.end()).all(|number| self.claims.is_present(run.block, number))
-    }
-
-    /// Whether `pages` can be stored at once with half of all buffers left to the stream.
+    /// Whether `pages` can be stored at once with half of all buffers left to the stream. What is kept in
+    /// memory as well always can.
     pub fn has_room(&self, pages: u64) -> bool {
-        self.image().as_ref().is_none_or(|image| image.has_room(pages))
+        self.memory.is_some() || self.image().as_ref().is_none_or(|image| image.has_room(pages))
     }
 
     /// Whether all pages are captured.
@@ -161,9 +194,9 @@ impl Merge {
         self.ended.store(true, Ordering::Release);
     }
 
-    /// Whether pages that are missing will never come.
-    pub fn is_broken(&self) -> bool {
-        self.ended.load(Ordering::Acquire) && !self.is_complete()
+    /// Whether it has.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// How many pages are captured.
@@ -181,8 +214,28 @@ impl Merge {
         self.image().as_ref().map_or(0, |image| image.stats().written_bytes)
     }
 
+    /// Waits until all that is claimed is captured: who waits for a page may be capturing it on a thread
+    /// of their own.
+    pub fn wait_settled(&self) {
+        let is_settled = |block| {
+            let mut settled = true;
+            self.claims.unfinished(block, |_| settled = false);
+            settled
+        };
+        for block in (0..self.blocks.len()).map(|index| BlockId(index as u16)) {
+            while !is_settled(block) {
+                std::thread::sleep(NAP);
+            }
+        }
+    }
+
     /// The image's writer, once both sides are done.
     pub fn take_image(&self) -> Option<ImageWriter> {
         self.image().take()
     }
+}
+
+fn write(image: &mut ImageWriter, run: Run, pages: &[PageBytes]) -> Result<(), SaveError> {
+    let mut pages = run.pages().zip(pages);
+    Ok(pages.try_for_each(|(page, bytes)| image.page(page, bytes))?)
 }

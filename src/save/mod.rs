@@ -4,7 +4,6 @@
 mod access;
 mod address;
 mod agent;
-mod captured;
 mod check;
 mod checked;
 mod collapse;
@@ -16,6 +15,7 @@ mod direct;
 mod error;
 mod event;
 mod finish;
+mod followers;
 mod fork;
 mod forking;
 mod live;
@@ -39,6 +39,7 @@ mod take;
 mod undo;
 
 use self::finish::Written;
+use self::followers::Followers;
 use self::saving::Saving;
 use crate::cancel::Cancellation;
 use crate::image::Saved;
@@ -81,7 +82,16 @@ pub async fn save(
     cancel: Cancellation,
     on_event: impl FnMut(SaveEvent),
 ) -> Result<Saved, SaveError> {
-    Ok(image_of(save_and_fork(options, None, cancel, on_event).await?))
+    if !options.followable {
+        return Ok(image_of(save_and_fork(options, None, cancel, on_event).await?));
+    }
+    if matches!(options.disks, DiskChoice::Copy | DiskChoice::Reflink) {
+        return Err(SaveError::FollowedCopies);
+    }
+    let (followers, forking) = Followers::listen(&options.image)?;
+    let saved = save_and_fork(options, Some(forking), cancel, on_event).await;
+    followers.end().await;
+    Ok(image_of(saved?))
 }
 
 /// The image of a save that had to write one.

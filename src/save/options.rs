@@ -40,6 +40,11 @@ pub struct SaveOptions {
     pub bandwidth: Option<u64>,
     /// How memory is read.
     pub reading: Reading,
+    /// Whether the guest can be brought back from the moment on, while the image is still written
+    /// ([`RevertOptions::follow`](crate::RevertOptions::follow)). Memory that is not zero is held once
+    /// more, until the save has ended and who follows needs it no more. Disks can't be copied then, and
+    /// [`save_resettable`](super::save_resettable) has no use for it.
+    pub followable: bool,
     /// Whether no image is written: memory goes to clones alone. The path is that of the journal.
     pub(crate) without_image: bool,
     /// The program that is started to clean up ([`recover`](super::recover())) should this process
@@ -72,6 +77,7 @@ impl SaveOptions {
             parent: None,
             bandwidth: None,
             reading: Reading::Auto,
+            followable: false,
             without_image: false,
             keeper: None,
             resettable: false,

@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
-use super::captured::CapturedMemory;
 use super::checked::Checked;
 use super::direct::{DirectReading, Places};
 use super::error::SaveError;
@@ -27,9 +26,11 @@ use super::options::SaveOptions;
 use crate::cancel::Cancellation;
 use crate::failpoint::{copy_of_the_stream, fault};
 use crate::host::uffd::Uffd;
+use crate::identity::Identity;
 use crate::image::{Details, Image, ImageWriter, Saved, Sections, WriterOptions};
 use crate::libvirt::block_name;
 use crate::machine::Machine;
+use crate::memory::captured::CapturedMemory;
 use crate::page::{Block, PAGE_SIZE};
 use crate::wire::{Item, StreamBlock, StreamReader, Tail, WireError, run_state};
 
@@ -60,6 +61,10 @@ pub(super) struct Counters {
 }
 
 impl Counters {
+    fn set_image_bytes(&self, bytes: u64) {
+        self.image_bytes.store(bytes, Ordering::Relaxed);
+    }
+
     pub fn progress(&self) -> SaveEvent {
         SaveEvent::Progress {
             pages: self.pages.load(Ordering::Relaxed),
@@ -83,6 +88,8 @@ pub(super) struct Begun {
     pub config: Vec<u8>,
     pub machine_type: String,
     pub blocks: Vec<Block>,
+    /// That of the image, if one is written.
+    pub identity: Identity,
     pub merge: Arc<Merge>,
     pub memory: Option<Arc<CapturedMemory>>,
     /// Where memory can be read from outside, in the order of the blocks.
@@ -339,8 +346,10 @@ impl Receiver {
             }
         }
         let Some(Sides { merge, direct, .. }) = sides else { unreachable!() };
-        // Its thread ends: nobody else puts anything into the image.
+        // Its thread ends, and so does who was capturing: nobody puts anything into the image from now on.
         drop(direct);
+        merge.wait_settled();
+        merge.write_deferred(&self.given_up, |bytes| self.counters.set_image_bytes(bytes))?;
         let (config, machine_type) = (stream.config(), stream.machine_type().to_owned());
         let (writer, direct_pages) = (merge.take_image(), merge.direct());
         let userfaultfds = self.userfaultfds;
@@ -356,6 +365,7 @@ impl Receiver {
             true => Some(self.create(&blocks)?),
             false => None,
         };
+        let identity = writer.as_ref().map_or_else(Identity::random, ImageWriter::identity);
         let memory = self.into.memory.then(|| CapturedMemory::new(&blocks).map(Arc::new));
         let memory = memory.transpose().map_err(SaveError::Captured)?;
         let merge = Arc::new(Merge::new(writer, memory.clone(), &blocks, captured));
@@ -365,6 +375,7 @@ impl Receiver {
             config: stream.config(),
             machine_type: stream.machine_type().to_owned(),
             blocks,
+            identity,
             merge: Arc::clone(&merge),
             memory,
             places: places.clone(),

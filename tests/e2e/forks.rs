@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::harness::{Dir, Ended, Reverted, check, send_signal, text};
 use crate::killed::{ask_disks, boot};
-use crate::support::{Fill, Guest, GuestOptions, Oracle, Qemu, Result};
+use crate::support::{Fill, Guest, GuestOptions, Qemu, Result};
 use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
@@ -79,18 +79,11 @@ fn disks_are_those_of_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     let own = dir.path("{name}");
     let fork = ["fork", "--qmp", text(&guest.qmp_path), "--count", "2", "--dir", text(&own)];
     let ended = dir.snapback(&fork).succeed()?;
-    let ask = |oracle: &mut Oracle, question: &str| -> Result<()> {
-        for device in ["vda", "vdb"] {
-            let answer = oracle.ask(&format!("disk {question} /dev/{device} 64 7"))?;
-            assert_eq!(answer, "ok", "{question} {device}");
-        }
-        Ok(())
-    };
     let mut clones = clones(dir, &ended)?;
     assert_eq!(clones.len(), 2);
     for clone in clones.values_mut() {
-        ask(&mut clone.oracle, "check")?;
-        ask(&mut clone.oracle, "write")?;
+        ask_disks(clone, "check")?;
+        ask_disks(clone, "write")?;
         clone.check(&nonce)?;
     }
     // What they have written is their own.
@@ -98,7 +91,7 @@ fn disks_are_those_of_the_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     ask_disks(&mut guest, "write")?;
     check(&mut guest)?;
     for clone in clones.values_mut() {
-        ask(&mut clone.oracle, "check")?;
+        ask_disks(clone, "check")?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::bare::query;
 use crate::harness::{Dir, Running, STEPS, STOP_AT, Snapback, check, steps_of};
-use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, query_status};
+use crate::support::{Contact, Disk, Fill, Guest, GuestOptions, Qemu, Result, query_status};
 use crate::tests_on_both;
 
 tests_on_both! {
@@ -101,7 +101,7 @@ pub fn recover(dir: &Dir, guest: &Guest) -> Result<String> {
 /// Devices on which the guest reads back what was written before.
 const DEVICES: [&str; 2] = ["vda", "vdb"];
 
-pub fn ask_disks(guest: &mut Guest, question: &str) -> Result<()> {
+pub fn ask_disks(guest: &mut Contact, question: &str) -> Result<()> {
     for device in DEVICES {
         let answer = guest.oracle.ask(&format!("disk {question} /dev/{device} 64 7"))?;
         assert_eq!(answer, "ok", "{question} {device}");

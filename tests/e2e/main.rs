@@ -33,6 +33,7 @@ mod far;
 mod farms;
 mod faulty_disk;
 mod filling;
+mod followed;
 mod forks;
 mod hotplug;
 mod huge_pages;

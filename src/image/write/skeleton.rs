@@ -23,6 +23,7 @@ use crate::page::Block;
 /// Blocks that the format does not allow, sections that are too large, a lack of memory.
 pub fn skeleton(
     path: &Path,
+    identity: Identity,
     blocks: &[Block],
     details: Details,
     sections: &Sections,
@@ -30,7 +31,7 @@ pub fn skeleton(
     let pages = check_blocks(blocks).map_err(ImageError::Blocks)?;
     let index = empty_index(pages)?;
     let manifest = Manifest {
-        identity: Identity::random(),
+        identity,
         created_by: concat!("snapback ", env!("CARGO_PKG_VERSION")).into(),
         machine: details.machine,
         moment_unix_us: details.moment_unix_us,

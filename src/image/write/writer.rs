@@ -238,6 +238,11 @@ impl ImageWriter {
         self.pipeline.free_buffers() >= groups + self.max_open
     }
 
+    /// The identity that the image will have.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
     /// How far it has come.
     pub fn stats(&self) -> WriterStats {
         WriterStats {
