@@ -92,7 +92,9 @@ fn completed(words: &[&str], variables: &[(&str, &Path)]) -> Vec<String> {
     command.env("COMPLETE", "bash").env("_CLAP_IFS", "\n").envs(variables.iter().copied());
     command.env("_CLAP_COMPLETE_INDEX", words.len().to_string());
     let told = command.args(["--", "snapback"]).args(words).output().unwrap();
-    said(&told).lines().map(str::to_owned).collect()
+    // Options are proposed as well.
+    let is_value = |line: &&str| !line.starts_with('-');
+    said(&told).lines().filter(is_value).map(str::to_owned).collect()
 }
 
 #[test]

@@ -142,7 +142,7 @@ impl Settings {
         }
         // To make the table takes longer than all else that a short command does.
         if !settings.values.is_empty() {
-            settings.check(&super::command())?;
+            settings.check(&super::table::derived())?;
         }
         Ok(settings)
     }

@@ -7,7 +7,9 @@ use clap_complete::engine::CompletionCandidate;
 
 use crate::cli::completion::{PATIENCE, candidate};
 use crate::cli::settings::Settings;
-use crate::repository::{Access, KeySource, Repository, RepositoryError, SnapshotManifest, time_text};
+use crate::repository::{
+    Access, KeySource, Repository, RepositoryError, SnapshotManifest, time_text,
+};
 
 /// The last snapshot of each machine, and each snapshot.
 pub(in crate::cli) fn snapshot_candidates() -> Vec<CompletionCandidate> {
