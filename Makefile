@@ -2,8 +2,8 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test newer openqa python loom miri torture soak demo bench fmt lint deny
-.PHONY: man docs tutorial deb deb-test reproducible package sbom clean
+.PHONY: help setup guest debian test newer newest openqa python loom miri torture soak demo bench fmt lint deny
+.PHONY: man docs tutorial tutorial-clean howtos deb deb-test reproducible package static minimum sbom clean
 
 help:
 	@echo "make setup   install QEMU 7.2 and the build tools by apt (asks for root);"
@@ -12,6 +12,7 @@ help:
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
 	@echo "make test    set up, then run all tests"
 	@echo "make newer   run the tests of libvirt with libvirt 11.3 and QEMU 10.0"
+	@echo "make newest  run the tests of guests with QEMU 11.1, which it unpacks"
 	@echo "make openqa  run os-autoinst of Debian 13 with its own milestones and by snapback (asks for root)"
 	@echo "make python  check, build and test the Python client, without a daemon"
 	@echo "make loom    try every interleaving of the page claims"
@@ -25,10 +26,14 @@ help:
 	@echo "make man     write manual pages to target/man"
 	@echo "make docs    build the documentation as a book in target/book, its links checked"
 	@echo "make tutorial    run every command of docs/tutorial.md (asks for root)"
+	@echo "make tutorial-clean  the same with the package, in a Debian 12 and 13 with nothing else (asks for root)"
+	@echo "make howtos  run the commands of the other pages on real guests (asks for root)"
 	@echo "make deb     build the Debian packages in target/debian"
 	@echo "make deb-test    install, use, upgrade, remove and purge them in a clean Debian 12 and 13 (asks for root)"
 	@echo "make reproducible    build the package twice, in two folders, and compare"
 	@echo "make package check what cargo would publish"
+	@echo "make static  build the program without shared libraries, and try it in an empty root (asks for root)"
+	@echo "make minimum hold the oldest Rust against the crates in use, and compile with it where it is there"
 	@echo "make sbom    write a bill of materials (CycloneDX) to target/snapback.cdx.json"
 	@echo "make fmt     format all Rust sources"
 	@echo "make lint    check formatting and run clippy, warnings as errors"
@@ -52,6 +57,10 @@ test: guest debian loom python
 
 newer: guest debian
 	SNAPBACK_TEST_LIBVIRT_NEWER=1 cargo test --locked --features $(FEATURES) --test libvirt
+
+newest: guest debian
+	@scripts/newest.sh
+	SNAPBACK_TEST_NEWEST=1 cargo test --locked --features $(FEATURES) --test e2e -- $(NEWER_ONLY)
 
 openqa: guest
 	cargo build --locked --release --bin snapback
@@ -111,6 +120,13 @@ tutorial: setup
 	cargo build --locked --release --bin snapback
 	@scripts/tutorial.sh target/release/snapback
 
+tutorial-clean: deb
+	@scripts/tutorial_clean.sh
+
+howtos: guest
+	cargo build --locked --release --features libvirt --bin snapback
+	@scripts/howtos.sh target/release/snapback
+
 deb: setup
 	@scripts/deb.sh
 
@@ -122,6 +138,12 @@ reproducible: setup
 
 package:
 	@scripts/package.sh
+
+static:
+	@scripts/static.sh
+
+minimum:
+	@scripts/minimum.sh
 
 sbom:
 	@mkdir -p target
@@ -138,6 +160,9 @@ export RUST_TEST_THREADS ?= $(shell expr $$(nproc) + 1)
 # What the tests need beside what a bare `cargo build` builds.
 FEATURES := internals,libvirt
 
+# Tests of guests, but those on the oldest QEMU.
+NEWER_ONLY := --skip on_qemu_7
+
 # Tests in which it matters by which way memory reaches the guest.
 BOTH_WAYS := backends:: bare:: filling:: interrupts:: journeys:: serving::
 
@@ -153,4 +178,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 s3s-fs s3s-target stamps trixie vmlinuz
+MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps trixie vmlinuz

@@ -19,6 +19,8 @@ me=deb
 . "$here/tools.sh"
 
 which=${1:-both}
+# The most bytes that the program may have.
+most=15000000
 mkdir -p "$deps"
 deps=$(cd "$deps" && pwd)
 cargo_deb
@@ -31,17 +33,18 @@ home=${CARGO_HOME:-$HOME/.cargo}
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || date -r CHANGELOG.md +%s)
 export SOURCE_DATE_EPOCH CARGO_INCREMENTAL=0 LC_ALL=C
 # Neither this folder nor a user's name gets into the program.
-export RUSTFLAGS="--remap-path-prefix=$project=/snapback --remap-path-prefix=$home=/cargo"
+RUSTFLAGS="--remap-path-prefix=$project=/snapback --remap-path-prefix=$home=/cargo"
+# Relocations in the short form, which glibc 2.36 reads, and identical functions once: a smaller program, which
+# starts sooner.
+export RUSTFLAGS="$RUSTFLAGS -Clink-arg=-Wl,-z,pack-relative-relocs -Clink-arg=-Wl,--icf=all"
 export CFLAGS="-ffile-prefix-map=$project=/snapback -ffile-prefix-map=$home=/cargo"
-# Optimised as a whole the program is a quarter smaller, and takes minutes longer to build.
-export CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 # What hands over to the package snapback-libvirt.
 export SNAPBACK_LIBVIRT_PROGRAM=/usr/lib/snapback/snapback
 
 target=target/deb-build staged=target/deb
 rm -rf "$staged" target/debian
 mkdir -p "$staged" target/debian
-build() { cargo build --locked --release --target-dir "$target" "$@"; }
+build() { cargo build --config packaging/profile.toml --locked --release --target-dir "$target" "$@"; }
 
 # package ARGUMENTS OF CARGO-DEB... : makes one, and tells its name, which comes last, and its size.
 package() {
@@ -52,6 +55,9 @@ package() {
 
 build --bin snapback --bin snapback-manual --features manual
 install -m 755 "$target/release/snapback" "$staged/snapback"
+size=$(stat -c %s "$staged/snapback")
+say "the program has $size bytes"
+[ "$size" -le "$most" ] || die "that is more than $most"
 "$target/release/snapback-manual" "$staged/man"
 find "$staged/man" -type f -exec gzip -9n {} +
 /usr/bin/python3 scripts/sbom.py >"$staged/snapback.cdx.json"

@@ -23,7 +23,7 @@ exec 9>"$deps/lock-clean"
 flock 9
 
 # What is asked of a Debian: the packages' dependencies, and what the test uses.
-tools=qemu-system-x86,libvirt0,bash-completion,fish,man-db,groff-base,python3-minimal,apparmor
+tools=qemu-system-x86,libvirt0,bash-completion,fish,man-db,groff-base,python3-minimal,apparmor,systemd
 
 install_clean() {
     local name=$1 root=$2 uri
@@ -53,7 +53,7 @@ older() {
 
 try() {
     local name=$1 root=$deps/clean-$1 work
-    [ -x "$root/usr/bin/qemu-system-x86_64" ] || install_clean "$name" "$root"
+    [ -x "$root/usr/bin/systemd-analyze" ] || install_clean "$name" "$root"
     work=$(as_root mktemp -d "$deps/clean-work.XXXXXX")
     # The trap runs with what `work` is now.
     # shellcheck disable=SC2064

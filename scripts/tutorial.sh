@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Runs every command of docs/tutorial.md, in its order, in a directory of its own, with the program that is
-# named: `tutorial.sh PROGRAM`. That the package can be installed is deb_test.sh's matter. Root is asked
-# for, as the tutorial does. Tells how many commands come before the guest is back, and how long they take.
+# Runs every command of docs/tutorial.md, in its order, in a directory of its own. Root is asked for, as the
+# tutorial does. Tells how many commands come before the guest is back, and how long they take.
+#
+#   tutorial.sh PROGRAM         with that program, on this system's QEMU. The package is not installed
+#   tutorial.sh PROGRAM newest  the same on QEMU 11.1 (scripts/newest.sh)
+#   tutorial.sh installed FILE  to the letter, on a system that has nothing of it: the package is FILE. Its
+#                               question whether to go on is answered with yes (scripts/tutorial_clean.sh)
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -12,8 +16,11 @@ me=tutorial
 
 # The most commands from the package to the guest that is back.
 most=8
-program=$(readlink -f "${1:?"the program snapback"}")
-[ "$(id -u)" = 0 ] || exec sudo env PATH="$PATH" "$here/tutorial.sh" "$program"
+program=${1:?"the program snapback"} how=${2:-}
+if [ "$program" != installed ]; then
+    program=$(readlink -f "$program")
+    [ "$(id -u)" = 0 ] || exec sudo env PATH="$PATH" SNAPBACK_DEPS="${SNAPBACK_DEPS:-}" "$here/tutorial.sh" "$program" "$how"
+fi
 
 work=$(mktemp -d)
 cd "$work"
@@ -27,9 +34,19 @@ clean_up() {
     done
     cd / && rm -rf "$work"
 }
-snapback() { XDG_RUNTIME_DIR=$work "$program" "$@"; }
-# The mirror of this system; the reader has one by himself.
-mmdebstrap() { command mmdebstrap --quiet "$@" "deb $(mirror) $release main"; }
+if [ "$program" = installed ]; then
+    cp "$how" .
+else
+    snapback() { XDG_RUNTIME_DIR=$work "$program" "$@"; }
+    # The mirror of this system; the reader has one by himself.
+    mmdebstrap() { command mmdebstrap --quiet "$@" "deb $(mirror) $release main"; }
+fi
+if [ "$how" = newest ]; then
+    newest=$(cd "${SNAPBACK_DEPS:-$here/../.deps}/qemu-11.1/usr" && pwd)
+    qemu-system-x86_64() {
+        "$newest/bin/qemu-system-x86_64" -L "$newest/share/qemu" -L "$newest/share/seabios" "$@"
+    }
+fi
 # until_true SECONDS WHAT COMMAND... : waits for it.
 until_true() {
     local end=$((SECONDS + $1)) what=$2
@@ -51,7 +68,10 @@ mapfile -t commands < <(sed -n '/^```console$/,/^```$/s/^# //p' "$here/../docs/t
 count=0 spent=0 back=
 for command in "${commands[@]}"; do
     count=$((count + 1))
-    case $command in "apt install "*) continue ;; esac
+    case $program:$command in
+    installed:*) ;;
+    *:"apt install "*) continue ;;
+    esac
     say "$command"
     case $command in "kill "*) ending=$(cat guest.pid) ;; esac
     before=$(date +%s%N)

@@ -83,8 +83,40 @@ fn shells_are_told_what_completes() {
         let told = snapback().env("COMPLETE", shell).output().unwrap();
         assert!(told.status.success() && said(&told).contains(word), "{}", said(&told));
     }
+    assert_eq!(completed(&["verif"], &[]), ["verify"]);
+}
+
+/// What a shell is proposed for the last of these words.
+fn completed(words: &[&str], variables: &[(&str, &Path)]) -> Vec<String> {
     let mut command = snapback();
-    command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", "1").env("_CLAP_IFS", "\n");
-    let told = command.args(["--", "snapback", "verif"]).output().unwrap();
-    assert_eq!(said(&told).trim(), "verify");
+    command.env("COMPLETE", "bash").env("_CLAP_IFS", "\n").envs(variables.iter().copied());
+    command.env("_CLAP_COMPLETE_INDEX", words.len().to_string());
+    let told = command.args(["--", "snapback"]).args(words).output().unwrap();
+    // Options are proposed as well.
+    let is_value = |line: &&str| !line.starts_with('-');
+    said(&told).lines().filter(is_value).map(str::to_owned).collect()
+}
+
+#[test]
+fn snapshots_of_a_repository_complete() {
+    let folder = tempfile::tempdir().unwrap();
+    let repository = folder.path().join("repository");
+    let run = |words: &[&str]| {
+        let done = snapback().args(words).arg("--repo").arg(&repository).output().unwrap();
+        assert!(done.status.success(), "{}", said(&done));
+    };
+    let named = repository.to_str().unwrap();
+    assert_eq!(completed(&["pull", "--repo", named, ""], &[]), [""; 0]);
+    assert!(!repository.exists());
+
+    run(&["init"]);
+    run(&["push", image().to_str().unwrap(), "--name", "web1", "--no-disks"]);
+    let proposed = completed(&["pull", "--repo", named, "web"], &[]);
+    assert_eq!(proposed.len(), 2, "{proposed:?}");
+    assert_eq!(proposed[0], "web1@latest");
+    run(&["forget", &proposed[1], "--dry-run"]);
+    // By the variable, too, and machines.
+    let variables = [("SNAPBACK_REPOSITORY", repository.as_path())];
+    assert_eq!(completed(&["diff", "web1@latest", "web"], &variables), proposed);
+    assert_eq!(completed(&["list", "w"], &variables), ["web1"]);
 }

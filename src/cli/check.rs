@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::events::CommandEvent;
 use super::failure::Failure;
-use super::output::{Output, print_line};
+use super::output::{Output, print_about};
 use super::repository::{self, RepositoryArgs};
 use super::save::GuestArgs;
 use crate::save::check;
@@ -72,7 +72,7 @@ pub(super) async fn run(args: CheckArgs) -> Result<(), Failure> {
                 (true, false) => "ok",
                 (true, true) => "!!",
             };
-            print_line(&format!("{mark:<4}{:<20}{says}", item.name));
+            print_about(&format!("{mark:<4}{}", item.name), 25, &says);
         }
         if !ok {
             failed.push(item.name);

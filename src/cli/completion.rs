@@ -1,7 +1,7 @@
 //! What completes arguments in a shell, as far as the table of arguments doesn't say it.
 //!
 //! A shell asks this program at each TAB (`COMPLETE=bash snapback` prints what has it do so):
-//! images, pools, ids and domains are those that are there at that time. Nothing here may wait for
+//! images, pools, ids, domains and snapshots of repositories are those that are there at that time. Nothing here may wait for
 //! long, or print: what can't be had is not proposed.
 
 use std::io::Read;
@@ -16,11 +16,12 @@ use clap_complete::engine::{
 };
 
 use super::pool::SocketArgs;
+use super::repository;
 use crate::daemon::{Client, default_socket};
 use crate::pools::{GuestView, PoolView};
 
-/// How long a daemon has to answer.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// How long a daemon, or a repository's store, has to answer.
+pub(super) const PATIENCE: Duration = Duration::from_millis(300);
 
 /// Answers a shell and ends the program, if a shell asks.
 pub(super) fn answer() {
@@ -33,11 +34,13 @@ pub(super) fn answer() {
 pub(super) fn with_completers(command: Command) -> Command {
     // `pool set` and `pool remove` name a pool that there is.
     let names_pool = matches!(command.get_name(), "set" | "remove");
-    let command = command.mut_args(|arg| with_completer(arg, names_pool));
+    let names_snapshots =
+        matches!(command.get_name(), "pull" | "drill" | "tag" | "forget" | "diff" | "copy");
+    let command = command.mut_args(|arg| with_completer(arg, names_pool, names_snapshots));
     command.mut_subcommands(with_completers)
 }
 
-fn with_completer(arg: Arg, names_pool: bool) -> Arg {
+fn with_completer(arg: Arg, names_pool: bool, names_snapshots: bool) -> Arg {
     let images = || ArgValueCompleter::new(PathCompleter::any().filter(is_image));
     match arg.get_id().as_str() {
         "image" | "parent" => arg.add(images()),
@@ -45,6 +48,10 @@ fn with_completer(arg: Arg, names_pool: bool) -> Arg {
         "name" if names_pool => arg.add(ArgValueCandidates::new(pools)),
         "id" => arg.add(ArgValueCandidates::new(ids)),
         "domain" => arg.add(ArgValueCandidates::new(domains)),
+        "name" | "names" | "a" | "b" if names_snapshots => {
+            arg.add(ArgValueCandidates::new(repository::snapshot_candidates))
+        }
+        "machine" => arg.add(ArgValueCandidates::new(repository::machine_candidates)),
         _ => arg,
     }
 }
@@ -54,7 +61,7 @@ fn is_image(path: &Path) -> bool {
     path.is_dir() || path.extension().is_some_and(|extension| extension == "snap")
 }
 
-fn candidate(value: String, help: String) -> CompletionCandidate {
+pub(super) fn candidate(value: String, help: String) -> CompletionCandidate {
     CompletionCandidate::new(value).help(Some(help.into()))
 }
 

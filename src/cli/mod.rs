@@ -387,7 +387,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(failure.exit_code());
         }
     };
-    let matches = settings.apply(command()).get_matches_from(arguments);
+    let matches = settings.apply(table::of_program(&arguments)).get_matches_from(arguments);
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     style::set_up(cli.color, cli.quiet || settings.is_true("quiet"));
     init_log();

@@ -32,25 +32,50 @@ pub(super) fn print_line(line: &str) {
     let _ = writeln!(stdout, "{}", with_flags(line)).and_then(|()| stdout.flush());
 }
 
+/// Prints what a text is about, in so many columns, and the text in the rest of the terminal's width.
+pub(super) fn print_about(about: &str, width: usize, text: &str) {
+    print_line(&format!("{about:<width$}{}", hanging(text, width, columns())));
+}
+
 /// Prints columns as wide as they have to be; the last in the rest of the terminal's width, if it is
 /// one, and as it is elsewhere.
 pub(super) fn print_table<const N: usize>(head: [&str; N], rows: &[[String; N]]) {
+    for line in table_lines(head, rows, columns()) {
+        print_line(&line);
+    }
+}
+
+/// The lines of a table. Where the terminal has too little room beside the other columns, the last one
+/// has lines of its own.
+fn table_lines<const N: usize>(
+    head: [&str; N],
+    rows: &[[String; N]],
+    columns: Option<usize>,
+) -> Vec<String> {
+    const INDENT: usize = 4;
     let head = head.map(str::to_owned);
     let all = || [&head].into_iter().chain(rows);
     let width = |column: usize| all().map(|row| row[column].len()).max().unwrap_or_default();
-    let widths: Vec<usize> =
-        (0..N).map(|column| if column + 1 < N { width(column) } else { 0 }).collect();
-    // The last has no width of its own.
-    let before: usize = widths[..N - 1].iter().map(|width| width + 2).sum();
-    for row in all() {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
-            match column + 1 < N {
-                true => format!("{cell:<width$}"),
-                false => hanging(cell, before, columns()),
-            }
-        });
-        print_line(cells.collect::<Vec<_>>().join("  ").trim_end());
-    }
+    let widths: Vec<usize> = (0..N - 1).map(width).collect();
+    let before: usize = widths.iter().map(|width| width + 2).sum();
+    let room = columns.map(|columns| columns.saturating_sub(before));
+    let fits = room.is_none_or(|room| room >= width(N - 1).min(LEAST_ROOM));
+    let lines = all().map(|row| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        let cells = cells.collect::<Vec<_>>().join("  ");
+        let (apart, before) = match fits {
+            true => ("  ".to_owned(), before),
+            false if row[N - 1].is_empty() => (String::new(), 0),
+            false => (format!("\n{:INDENT$}", ""), INDENT),
+        };
+        let last = hanging(&row[N - 1], before, columns);
+        let shown = match fits {
+            true => format!("{cells}{apart}{last}"),
+            false => format!("{}{apart}{last}", cells.trim_end()),
+        };
+        shown.trim_end().to_owned()
+    });
+    lines.collect()
 }
 
 /// Prints text as it is.
@@ -313,8 +338,9 @@ impl Output {
             return;
         }
         self.say("DISKS", "from now on the guest lives in new files: change what starts it.");
-        detail("Started from an old file again, it loses all that it has written since, and");
-        detail("destroys this snapshot.");
+        let lost = "Started from an old file again, it loses all that it has written since, and \
+                    destroys this snapshot.";
+        print_about("", DETAILS, lost);
         for SwitchedDisk { frozen, option, .. } in disks {
             detail(&format!("Instead of {frozen} and its format:"));
             print_line(&shlex::try_quote(option).unwrap_or(option.into()));
@@ -492,6 +518,9 @@ impl Drop for Waiting {
     }
 }
 
+/// The least columns in which words are wrapped.
+const LEAST_ROOM: usize = 30;
+
 /// Where the details of an event begin, in columns.
 const DETAILS: usize = 26;
 
@@ -499,7 +528,7 @@ const DETAILS: usize = 26;
 /// first; as it is where that is no terminal, or too narrow for it.
 fn hanging(text: &str, before: usize, columns: Option<usize>) -> String {
     match columns.and_then(|columns| columns.checked_sub(before)) {
-        Some(columns @ 30..) if text.chars().count() > columns => {
+        Some(columns @ LEAST_ROOM..) if text.chars().count() > columns => {
             wrap(text, columns).join(&format!("\n{:before$}", ""))
         }
         _ => text.to_owned(),
@@ -542,6 +571,21 @@ mod tests {
         assert!(shown.lines().all(|line| line.trim().len() <= 54), "{shown}");
         assert_eq!(shown.split_whitespace().count(), 20);
         assert_eq!(hanging(&words, 26, Some(40)), words);
+    }
+
+    #[test]
+    fn a_last_column_without_room_gets_lines_of_its_own() {
+        let rows = [["a".to_owned(), "word ".repeat(8).trim().to_owned()], ["b".into(), "".into()]];
+        let lines = |columns| table_lines(["ID", "WHAT"], &rows, columns);
+        let beside = ["ID  WHAT", "a   word word word word word word word word", "b"];
+        assert_eq!(lines(None), beside);
+        assert_eq!(lines(Some(80)), beside);
+        assert_eq!(
+            lines(Some(35))[..2],
+            ["ID  WHAT", "a   word word word word word word\n    word word"]
+        );
+        let below = ["ID\n    WHAT", "a\n    word word word word word word word word", "b"];
+        assert_eq!(lines(Some(33)), below);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::events::{CommandEvent, Info, InfoBlock, Layer, Range};
 use super::failure::Failure;
-use super::output::{Output, print_line, size};
+use super::output::{Output, print_about, print_line, size};
 use crate::image::journeys::{self, VerifyOptions};
 use crate::image::{Damage, DamagedRange, Image, ImageError, LayerRef, Overview, inspect};
 use crate::kind::ErrorKind;
@@ -12,6 +12,9 @@ use crate::machine::DiskRole;
 use crate::memory::{WorkingSet, working_set};
 use crate::page::{Block, PAGE_SIZE};
 use crate::repository::time_text;
+
+/// Columns of what a line of `info` is about.
+const ABOUT: usize = 13;
 
 /// Shows what an image holds.
 pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
@@ -61,7 +64,7 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
         })));
         return Ok(());
     }
-    let line = |what: &str, value: &str| print_line(&format!("{what:<13}{value}"));
+    let line = |what: &str, value: &str| print_about(what, ABOUT, value);
     line("image", &path.display().to_string());
     line("identity", &manifest.identity.to_string());
     let pause = match manifest.pause_us {
@@ -124,7 +127,8 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
         line("not included", &format!("device {device}: QEMU has to be given it for a revert"));
     }
     line("started in", &machine.cwd);
-    line("started as", &shell_words(&machine.argv));
+    // As one line, to be copied.
+    print_line(&format!("{:<ABOUT$}{}", "started as", shell_words(&machine.argv)));
     Ok(())
 }
 

@@ -26,12 +26,17 @@ pub(super) struct Setting {
     pub key: &'static str,
     /// The id of the arguments whose default it is, wherever a command has one.
     argument: &'static str,
+    /// Commands to which that argument says what they are to do, and not only where: they have it from
+    /// nowhere else.
+    not_of: &'static [&'static str],
     /// What it does.
     pub about: &'static str,
 }
 
 /// All settings.
 pub(super) const SETTINGS: &[Setting] = &[
+    setting("cache", "cache", "the directory that keeps what is fetched from repositories"),
+    setting("cache_size", "cache_size", "how much is kept there at most, in bytes"),
     setting("color", "color", "whether words are coloured: auto, always, never"),
     setting("compress", "compress", "how memory is stored: none, zstd, zstd:LEVEL"),
     setting("connect", "connect", "the libvirt to connect to, by its URI"),
@@ -39,11 +44,15 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting("overlay_dir", "overlay_dir", "the directory of disks' overlays"),
     setting("place", "place", "how memory reaches a guest: auto, uffd, socket, map, eager"),
     setting("quiet", "quiet", "whether only results, warnings and errors are printed"),
+    Setting {
+        not_of: &["check", "revert"],
+        ..setting("repository", "repo", "the repository, by its address")
+    },
     setting("socket", "socket", "the daemon's socket"),
 ];
 
 const fn setting(key: &'static str, argument: &'static str, about: &'static str) -> Setting {
-    Setting { key, argument, about }
+    Setting { key, argument, not_of: &[], about }
 }
 
 impl Setting {
@@ -133,7 +142,7 @@ impl Settings {
         }
         // To make the table takes longer than all else that a short command does.
         if !settings.values.is_empty() {
-            settings.check(&super::command())?;
+            settings.check(&super::table::derived())?;
         }
         Ok(settings)
     }
@@ -180,8 +189,11 @@ impl Settings {
         if self.values.is_empty() {
             return command;
         }
+        let name = command.get_name().to_owned();
         let command = command.mut_args(|arg| {
-            let of = |setting: &&Setting| arg.get_id() == setting.argument;
+            let of = |setting: &&Setting| {
+                arg.get_id() == setting.argument && !setting.not_of.contains(&name.as_str())
+            };
             let value = SETTINGS.iter().find(of).and_then(|setting| self.get(setting.key));
             match value {
                 // `serve` has fewer ways than `revert`.

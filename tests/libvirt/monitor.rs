@@ -8,7 +8,7 @@ use snapback::libvirt::{Domain, DomainAddress, LibvirtError};
 
 use crate::harness::Dir;
 use crate::support::libvirt::{Libvirt, domain_options, shared_libvirt};
-use crate::support::{Qemu, Result, SOON};
+use crate::support::{Result, SOON};
 use crate::tests;
 
 tests! {
@@ -37,10 +37,7 @@ fn a_domains_monitor_is_a_qmp(_: &Dir) -> Result<()> {
 
         let qmp = domain.monitor().await?;
         assert_eq!(qmp.peer_pid(), Some(guest.pid as i32));
-        let expected = match Libvirt::usual_qemu() {
-            Qemu::V7 => (7, 2),
-            Qemu::V10 => (10, 0),
-        };
+        let expected = Libvirt::usual_qemu().version();
         assert_eq!((qmp.version().major, qmp.version().minor), expected);
         let mut events = qmp.events();
         qmp.stop().await?;

@@ -10,7 +10,8 @@ use super::Result;
 pub enum Qemu {
     /// Debian 12's QEMU 7.2, installed by apt. `SNAPBACK_TEST_QEMU_7` names another.
     V7,
-    /// QEMU 10.0 of bookworm-backports, run in place from the deps folder.
+    /// QEMU 10.0 of bookworm-backports, run in place from the deps folder; with
+    /// `SNAPBACK_TEST_NEWEST` set, QEMU 11.1 of trixie-backports (scripts/newest.sh).
     /// `SNAPBACK_TEST_QEMU_10` names another.
     V10,
 }
@@ -31,6 +32,17 @@ pub fn deps() -> PathBuf {
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".deps"),
     };
     folder.canonicalize().unwrap_or(folder)
+}
+
+/// Whether the newer QEMU of the tests is the newest that there is.
+fn newest() -> bool {
+    std::env::var_os("SNAPBACK_TEST_NEWEST").is_some_and(|value| !value.is_empty())
+}
+
+/// Where a place of the system's is in the QEMU that is run from the deps folder.
+fn unpacked(place: &str) -> PathBuf {
+    let name = if newest() { "qemu-11.1" } else { "qemu-10.0" };
+    deps().join(format!("{name}{place}"))
 }
 
 /// A file which set-up makes.
@@ -62,6 +74,7 @@ impl Qemu {
     pub fn version(self) -> (u64, u64) {
         match self {
             Qemu::V7 => (7, 2),
+            Qemu::V10 if newest() => (11, 1),
             Qemu::V10 => (10, 0),
         }
     }
@@ -82,7 +95,7 @@ impl Qemu {
             (Some(binary), _) if pc => binary,
             (Some(binary), _) => binary.with_file_name(name),
             (None, Qemu::V7) => Path::new("/usr/bin").join(name),
-            (None, Qemu::V10) => deps().join("qemu-10.0/usr/bin").join(name),
+            (None, Qemu::V10) => unpacked("/usr/bin").join(name),
         }
     }
 
@@ -90,7 +103,7 @@ impl Qemu {
     pub fn env(self) -> Vec<(String, String)> {
         match (self.named(), self) {
             (None, Qemu::V10) => {
-                let modules = deps().join("qemu-10.0/usr/lib/x86_64-linux-gnu/qemu");
+                let modules = unpacked("/usr/lib/x86_64-linux-gnu/qemu");
                 vec![("QEMU_MODULE_DIR".into(), modules.display().to_string())]
             }
             _ => Vec::new(),
@@ -103,10 +116,7 @@ impl Qemu {
         const PARTS: [&str; 3] =
             ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/share/qemu", "/usr/share/seabios"];
         match (self.named(), self) {
-            (None, Qemu::V10) => PARTS
-                .into_iter()
-                .map(|place| (deps().join(format!("qemu-10.0{place}")), place))
-                .collect(),
+            (None, Qemu::V10) => PARTS.into_iter().map(|place| (unpacked(place), place)).collect(),
             _ => Vec::new(),
         }
     }
@@ -115,7 +125,7 @@ impl Qemu {
     pub fn args(self) -> Vec<String> {
         match (self.named(), self) {
             (None, Qemu::V10) => {
-                let own = deps().join("qemu-10.0/usr/share");
+                let own = unpacked("/usr/share");
                 // ipxe, the network cards' ROMs, is the system's.
                 [own.join("qemu"), own.join("seabios"), "/usr/share/qemu".into()]
                     .iter()

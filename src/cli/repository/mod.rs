@@ -1,6 +1,7 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
 mod archive;
+mod completion;
 mod drill;
 pub(super) mod events;
 mod far;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use clap::Args;
 
 pub(super) use self::archive::{PackArgs, UnpackArgs, pack, unpack};
+pub(super) use self::completion::{machine_candidates, snapshot_candidates};
 pub(super) use self::drill::{DrillArgs, drill};
 use self::events::RepositoryEvent;
 pub(super) use self::far::FarArgs;
@@ -34,7 +36,7 @@ use crate::repository::{
 #[derive(Args, Clone)]
 pub(super) struct RepositoryArgs {
     /// The repository: a directory, s3://BUCKET/PREFIX, gs://…, az://…, https://…
-    /// [default: the variable SNAPBACK_REPOSITORY]
+    /// [default: the setting `repository`]
     #[arg(long, value_name = "ADDRESS")]
     repo: Option<String>,
     #[command(flatten)]
@@ -61,12 +63,13 @@ pub(super) struct AccessArgs {
 
 impl RepositoryArgs {
     pub fn address(&self) -> Result<Address, Failure> {
-        let named = self.repo.clone().or_else(|| std::env::var("SNAPBACK_REPOSITORY").ok());
-        match named.filter(|named| !named.is_empty()) {
+        match &self.repo {
             Some(named) => Ok(named.parse()?),
             None => Err(Failure::said(
                 ErrorKind::OptionsInvalid,
-                "no repository is named: give --repo, or set SNAPBACK_REPOSITORY".into(),
+                "no repository is named: give --repo, or set SNAPBACK_REPOSITORY, or the setting \
+                 `repository`"
+                    .into(),
             )),
         }
     }

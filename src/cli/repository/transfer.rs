@@ -15,7 +15,7 @@ use crate::repository::{
 };
 
 /// How much of an id a table shows.
-const SHOWN: usize = 12;
+const SHOWN: usize = 8;
 
 #[derive(Args)]
 pub(in crate::cli) struct InitArgs {
@@ -180,10 +180,8 @@ pub(super) fn tell_pulled(pulled: Pulled, output: &Output) {
     output.repository(&event, "pulled", &says);
     if !output.is_json() && !moved.is_empty() {
         let paths = moved.iter().map(|(was, is)| format!("--path {was}={is}"));
-        print_line(&format!(
-            "its disks moved: revert it with {}",
-            paths.collect::<Vec<_>>().join(" ")
-        ));
+        print_line("Its disks lie elsewhere now. Revert it with");
+        print_line(&paths.collect::<Vec<_>>().join(" "));
     }
 }
 

@@ -1,0 +1,25 @@
+# shellcheck shell=bash disable=SC2034 # sourced by scripts/howtos_inside.sh
+page=docs/disaster-recovery.md
+
+# The object store, and what its tools take from the environment.
+mkdir -p /srv/s3/backups
+RUST_LOG=error "$DEPS/s3s-fs/bin/s3s-fs" --host 127.0.0.1 --port 8014 \
+    --access-key key --secret-key secret /srv/s3 >/run/s3.log 2>&1 &
+export AWS_ENDPOINT=http://127.0.0.1:8014 AWS_ACCESS_KEY_ID=key AWS_SECRET_ACCESS_KEY=secret
+export AWS_ALLOW_HTTP=true AWS_REGION=us-east-1
+mkdir -p /var/lib/vm /var/lib/snapback /var/lib/guests /etc/snapback
+qemu-img create -q -f qcow2 /var/lib/vm/disk.qcow2 64M
+guest /run/vm -drive file=/var/lib/vm/disk.qcow2,format=qcow2,if=virtio
+recipient() { age-keygen -y "$1"; }
+
+before 'snapback init *' 'age-keygen -o /run/recovery 2>/dev/null'
+instead 'snapback init *' 'snapback init --encrypt-to "$(recipient /etc/snapback/identity)" \
+    --encrypt-to "$(recipient /run/recovery)" --identity /etc/snapback/identity'
+# From here on, on the other host: nothing of the guest is left.
+before 'snapback list' 'export SNAPBACK_IDENTITY=/etc/snapback/identity'
+before 'snapback pull *' 'end /run/vm; mv /var/lib/vm /var/lib/lost; mv /var/lib/snapback /var/lib/lost-too'
+instead 'snapback revert /srv/*' 'snapback revert /srv/web1.snap \
+    --path /var/lib/vm/disk.qcow2=/srv/web1.snap.disks/disk.qcow2 --qmp /run/vm/new.sock'
+after 'snapback revert /srv/*' 'runs /run/vm/new.sock; end_all'
+instead 'snapback diff *' 'snapback diff "web1@$(date -u +%Y-%m-%d)" web1@latest'
+after 'snapback revert s3:*' 'runs /run/web1.sock; end_all'
