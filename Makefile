@@ -19,7 +19,8 @@ help:
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
 	@echo "make torture revert a guest 200 times, each with a fault; measure takeovers;"
 	@echo "             kill a daemon 50 times; reset guests 100 times each under load;"
-	@echo "             list, forget and prune a repository of 1,000 snapshots"
+	@echo "             list, forget and prune a repository of 1,000 snapshots;"
+	@echo "             revert from a store 100 times, each with a fault of the network"
 	@echo "make soak    revert a guest 1,000 times, and look for what grows"
 	@echo "make demo    set up, then show an instant revert"
 	@echo "make bench   set up, then run the benchmarks"
@@ -79,6 +80,7 @@ torture: guest
 	$(LONG_TEST) on_qemu_7
 	cargo test --locked --features $(FEATURES) --test e2e -- --ignored --nocapture direct_reading::
 	SNAPBACK_TEST_EVERY_STEP=1 SNAPBACK_MOMENTS=20 cargo test --locked --features $(FEATURES) --test e2e -- --nocapture killed:: save_under_fire:: moments::
+	$(LONG_TEST) far::
 	cargo test --locked --release --features $(FEATURES) --test repository -- --ignored --nocapture --test-threads 1
 	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::
 

@@ -76,6 +76,13 @@ beats() { grep -c '^BEAT' "$1"; }
 until_true 120 "the guest's heart" beats /run/vm/console
 snapback check --qmp /run/vm/qmp.sock vm.snap >/dev/null || die "check refuses"
 snapback save --qmp /run/vm/qmp.sock vm.snap
+printf 'repository = "/srv/test/backups"\nspool = "/srv/test/spool"\n[machines.web1]\nqmp = "%s"\n' \
+    /run/vm/qmp.sock >backup.toml
+snapback init --repo /srv/test/backups
+snapback backup --config backup.toml
+[[ $(snapback list --repo /srv/test/backups) == *web1* ]] || die "there is no backup"
+told=$(snapback backup 2>&1 || true)
+[[ $told == *"names no machine"* ]] || die "of the file that the package brings it says: $told"
 kill "$original" && wait "$original" || true
 snapback verify vm.snap
 mkdir /run/vm2

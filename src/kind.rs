@@ -30,6 +30,8 @@ macro_rules! kinds {
 kinds! {
     /// The guest's agent does not answer, or refuses.
     AgentFailed = "agent_failed",
+    /// Some machines were not backed up; others were.
+    BackupFailed = "backup_failed",
     /// Some clones of a guest were not brought back; others were.
     ClonesFailed = "clones_failed",
     /// A command line can't be used.

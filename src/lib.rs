@@ -61,8 +61,10 @@
 //! | [`inspect()`], [`verify()`], [`flatten()`], [`Image`] | reads, checks and merges images |
 //! | [`export()`], [`import()`] | converts from and to other programs' formats |
 //! | [`snapshots`] | keeps snapshots in a directory or an object store, and brings them back |
+//! | [`backups`] | saves guests into a repository, as a configuration file says |
 //! | [`pool`] | takes, resets and releases guests of a daemon's pools (`snapback daemon`) |
 //! | [`runs`] | lists the reverts that are under way, ends them, and removes what killed ones left |
+//! | [`check_here()`] | tells whether this host can run the guest of an image or a snapshot |
 //! | [`doctor::examine()`] | tells what this host and its QEMUs can do |
 
 /// Declares the rooms of the house: private, or public behind the feature `internals`, by which
@@ -80,7 +82,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    agent bench cancel daemon exchange far follow fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
+    agent backup bench cancel daemon exchange far follow fork guest host identity image keeper kind libvirt machine memory page pools qmp repository reset
     revert save transport wire
 }
 
@@ -93,12 +95,13 @@ mod rate;
 pub mod runs;
 
 pub use cancel::Cancellation;
+pub use doctor::check_here;
 pub use exchange::{
     ExchangeError, ExchangeEvent, ExportFormat, ExportOptions, ImportOptions, export, import,
 };
 pub use far::{CacheOptions, FarOptions, FarSnapshot};
 pub use fork::{ForkError, ForkEvent, ForkOptions, fork};
-pub use guest::{NewPort, OverlayOptions, RewriteOptions};
+pub use guest::{NewPort, OverlayOptions, Profile, RewriteOptions};
 pub use identity::Identity;
 pub use image::journeys::{FlattenOptions, VerifyOptions, flatten, verify};
 pub use image::{
@@ -144,6 +147,14 @@ pub mod pool {
     pub use crate::pools::{
         CacheView, Change, GuestView, MemoryView, PoolConfig, PoolSettings, PoolState, PoolView,
         Problem, ResetView, SetupState, SetupView,
+    };
+}
+
+/// Guests saved into a repository, as a configuration file says.
+pub mod backups {
+    pub use crate::backup::{
+        BackupConfig, BackupError, BackupEvent, BackupReport, KeepConfig, MachineConfig, Spool,
+        back_up,
     };
 }
 

@@ -42,6 +42,9 @@ pub(super) enum CommandEvent {
         /// What was found, or why a save would not work.
         says: String,
     },
+    /// One thing of this host that `check --here` has looked at for a guest. What is `missing` keeps it
+    /// from running.
+    Here(Box<Item>),
     /// The guest of a new image has run again.
     Proved {
         /// From the start of its revert until it ran, in milliseconds.

@@ -34,6 +34,10 @@ const EXAMPLES: &[(&str, &[Example])] = &[
                 "snapback save --qmp /run/vm/qmp.sock --prove vm.snap",
             ),
             (
+                "Save it into a repository, by way of a spool on this host",
+                "snapback save --qmp /run/vm/qmp.sock --disks copy web1 --repo s3://backups/guests",
+            ),
+            (
                 "Clean up behind a save that was killed",
                 "snapback save --qmp /run/vm/qmp.sock --recover vm.snap",
             ),
@@ -44,6 +48,10 @@ const EXAMPLES: &[(&str, &[Example])] = &[
         &[
             ("Ask whether a save would work", "snapback check --qmp /run/vm/qmp.sock vm.snap"),
             ("The same of a domain of libvirt's", "snapback check --domain web"),
+            (
+                "Ask whether this host can run the guest of a snapshot",
+                "snapback check web1@latest --here --repo s3://backups/guests",
+            ),
         ],
     ),
     (
@@ -151,10 +159,16 @@ const EXAMPLES: &[(&str, &[Example])] = &[
     ),
     (
         "snapback push",
-        &[(
-            "Put an image and its disks into a repository",
-            "snapback push web1.snap --name web1 --repo s3://backups/guests",
-        )],
+        &[
+            (
+                "Put an image and its disks into a repository",
+                "snapback push web1.snap --name web1 --repo s3://backups/guests",
+            ),
+            (
+                "Say with it what differs at the other site",
+                "snapback push web1.snap --path /run/vm=/srv/vm --netdev lan=bridge,br=dmz --repo s3://backups/guests",
+            ),
+        ],
     ),
     (
         "snapback pull",
@@ -170,6 +184,13 @@ const EXAMPLES: &[(&str, &[Example])] = &[
             "See that the last snapshot could be reverted here",
             "snapback drill web1@latest --repo s3://backups/guests",
         )],
+    ),
+    (
+        "snapback backup",
+        &[
+            ("Back up all machines of /etc/snapback/backup.toml", "snapback backup"),
+            ("See whether the file can be understood", "snapback backup --check-config"),
+        ],
     ),
     (
         "snapback tag",

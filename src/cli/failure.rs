@@ -65,6 +65,11 @@ impl Failure {
         Failure { message, kind, details }
     }
 
+    /// A failure whose message says everything, and what it is about.
+    pub fn with(kind: ErrorKind, message: String, details: Details) -> Failure {
+        Failure { message, kind, details }
+    }
+
     /// The same failure in other words.
     pub fn in_words(self, message: String) -> Failure {
         Failure { message, ..self }

@@ -3,7 +3,8 @@
 use clap::Args;
 
 use super::failure::Failure;
-use crate::guest::{NewPort, RewriteOptions};
+use super::parse_path_pair;
+use crate::guest::{NewPort, Profile, RewriteOptions};
 use crate::kind::ErrorKind;
 use crate::revert::CloneIdentity;
 
@@ -54,21 +55,49 @@ fn parse_port_template(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn parse_port_pair(text: &str) -> Result<(u16, NewPort), String> {
-    let number = |text: &str| text.parse().ok().filter(|number| *number != 0);
-    let pair = text.split_once('=').and_then(|(old, new)| {
-        let new = match new {
-            "auto" | "0" => NewPort::Free,
-            new => NewPort::Number(number(new)?),
-        };
-        Some((number(old)?, new))
-    });
-    pair.ok_or("it has the form OLD=NEW: a port, and another one or auto".into())
+    let rule = NewPort::read_rule(text);
+    rule.ok_or("it has the form OLD=NEW: a port, and another one or auto".into())
 }
 
 pub(super) fn parse_netdev(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((id, spec)) if !id.is_empty() && !spec.is_empty() => Ok((id.into(), spec.into())),
         _ => Err("it has the form ID=SPEC".into()),
+    }
+}
+
+/// What a guest's command line has otherwise at another site.
+#[derive(Args, Clone)]
+pub(super) struct SiteArgs {
+    /// Use the path NEW wherever the recorded command line names OLD or a path below it
+    #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
+    paths: Vec<(String, String)>,
+    /// Bind the port NEW of the host (auto: a free one) wherever the recorded command line binds OLD
+    #[arg(long = "port", value_name = "OLD=NEW", value_parser = parse_port_template)]
+    ports: Vec<String>,
+    /// Use the network backend SPEC, as -netdev takes it, in place of the recorded one with this
+    /// id
+    #[arg(long = "netdev", value_name = "ID=SPEC", value_parser = parse_netdev)]
+    netdevs: Vec<(String, String)>,
+}
+
+impl SiteArgs {
+    /// As it is kept with a snapshot.
+    pub(super) fn profile(self) -> Profile {
+        let pairs = |pairs: Vec<(String, String)>| {
+            pairs.into_iter().map(|(left, right)| format!("{left}={right}")).collect()
+        };
+        let all =
+            [("path", pairs(self.paths)), ("port", self.ports), ("netdev", pairs(self.netdevs))];
+        let given = all.into_iter().filter(|(_, values): &(_, Vec<String>)| !values.is_empty());
+        given.map(|(name, values)| (name.to_owned(), values)).collect()
+    }
+
+    /// Adds them to a revert's options.
+    pub(super) fn apply(self, mut options: RewriteOptions) -> Result<RewriteOptions, Failure> {
+        let added = options.add_profile(&self.profile());
+        added.map_err(|error| Failure::said(error.kind(), error.to_string()))?;
+        Ok(options)
     }
 }
 

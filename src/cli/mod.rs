@@ -1,5 +1,6 @@
 //! The program's arguments, and what each command does with the library.
 
+mod backup;
 mod bench;
 mod broker;
 mod check;
@@ -88,7 +89,7 @@ enum Command {
     /// Take a snapshot of a running guest: memory, devices and disks
     Save(Box<save::SaveArgs>),
     /// Tell whether a save would work, without touching the guest; or check a repository
-    Check(check::CheckArgs),
+    Check(Box<check::CheckArgs>),
     /// Start a saved guest, which runs at once
     Revert(Box<revert::RevertArgs>),
     /// Start clones of a running guest, which goes on
@@ -119,6 +120,8 @@ enum Command {
     List(repository::ListArgs),
     /// Try whether a snapshot of a repository can be reverted on this host
     Drill(repository::DrillArgs),
+    /// Save what a configuration file names into a repository, and forget what it does not keep
+    Backup(backup::BackupArgs),
     /// Add tags to a snapshot of a repository, or remove some
     Tag(repository::TagArgs),
     /// Forget snapshots of a repository, by rules or by name
@@ -433,7 +436,7 @@ fn init_log() {
 async fn run(command: Command, settings: &Settings) -> u8 {
     let (json, result) = match command {
         Command::Save(args) => (args.json || args.serving_detached, save::run(*args).await),
-        Command::Check(args) => (args.json, check::run(args).await),
+        Command::Check(args) => (args.json, check::run(*args).await),
         Command::Fork(args) => (args.json, fork::run(*args).await),
         Command::Revert(args) => (args.json || args.serving_detached, revert::run(*args).await),
         Command::Serve(args) => (args.json, serve(args).await),
@@ -446,6 +449,7 @@ async fn run(command: Command, settings: &Settings) -> u8 {
         Command::Pull(args) => (args.json, repository::pull(args).await),
         Command::List(args) => (args.json, repository::list(args).await),
         Command::Drill(args) => (args.json, repository::drill(args).await),
+        Command::Backup(args) => (args.json, backup::run(args).await),
         Command::Tag(args) => (args.json, repository::tag(args).await),
         Command::Forget(args) => (args.json, repository::forget(args).await),
         Command::Prune(args) => (args.json, repository::prune(args).await),

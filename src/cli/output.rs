@@ -433,12 +433,19 @@ impl Output {
                 "degraded",
                 &format!("{}; the guest has not asked for it: all else is filled", memory.why),
             ),
+            RevertEvent::Stopped { store: Some(why), .. } => self.say(
+                "stopped",
+                &format!(
+                    "the guest waits for a disk: {why}; it goes on by itself when the store answers, \
+                     or interrupt to end it"
+                ),
+            ),
             RevertEvent::Stopped { memory, .. } => self.say(
                 "stopped",
                 &format!(
-                    "the guest waits for this: {}; put a whole copy of the image in its place, or \
-                     interrupt to end the guest",
-                    memory.why
+                    "the guest waits for this: {}; it goes on by itself once that can be read, as \
+                     from a whole copy of the image in its place; or interrupt to end the guest",
+                    memory.as_ref().map(|memory| memory.why.as_str()).unwrap_or_default()
                 ),
             ),
             RevertEvent::Repaired => {

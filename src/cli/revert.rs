@@ -202,8 +202,16 @@ async fn start(
         Some(far) => RevertOptions::from_afar(far),
         None => RevertOptions::new(args.image),
     };
+    let mut rewrite = args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?;
+    if let (Some(far), Some(clone)) = (&image.far, &clone) {
+        // What is in it of each clone's own.
+        let expand = |value: &String| clone.expand(value);
+        let own = far.profile().iter();
+        let own = own.map(|(name, values)| (name.clone(), values.iter().map(expand).collect()));
+        rewrite.add_profile(&own.collect()).map_err(RevertError::from)?;
+    }
     let options = RevertOptions {
-        rewrite: args.host.apply(args.disks.apply(args.identity.apply(rewrite)))?,
+        rewrite,
         domain: args.domain.options(),
         delivery,
         preload: if args.preload { Preload::WorkingSet } else { Preload::Nothing },

@@ -66,6 +66,10 @@ pub(super) async fn ps(args: PsArgs) -> Result<(), Failure> {
     let head =
         ["ID", "QEMU", "SERVER", "KEEPER", "WAY", "PRESENT", "FAULTS", "RESTARTS", "AGE", "IMAGE"];
     print_table(head, &runs.iter().map(row).collect::<Vec<_>>());
+    for run in runs.iter().filter(|run| run.waits_for.is_some()) {
+        let what = run.waits_for.as_deref().unwrap_or_default();
+        print_line(&format!("{} is waiting for the {what}, and goes on when it answers", run.id));
+    }
     for run in runs.iter().filter(|run| run.is_stuck()) {
         let (id, image) = (&run.id, run.image.display());
         let pid = run.qemu_pid.unwrap_or_default();

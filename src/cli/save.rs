@@ -1,12 +1,14 @@
 //! `snapback save`: its arguments, and what it runs.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
 use super::failure::Failure;
 use super::hook::{Hook, RunningHook};
 use super::output::Output;
+use super::repository::SaveToArgs;
 use super::{cancellation, detach, keeper, parse_compression, parse_rate};
 use crate::cancel::Cancellation;
 use crate::image::Compression;
@@ -23,8 +25,11 @@ use crate::save::{
 pub(super) struct SaveArgs {
     #[command(flatten)]
     guest: GuestArgs,
-    /// The image to write
+    /// The image to write; or the machine's name in a repository, such as s3://BUCKET/PREFIX/web1, or
+    /// web1 with --repo
     image: PathBuf,
+    #[command(flatten)]
+    to: SaveToArgs,
     /// Write at most this fast, in bytes a second (suffixes K, M, G: powers of 1024)
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     bandwidth: Option<u64>,
@@ -198,11 +203,11 @@ impl GuestArgs {
 }
 
 /// Runs the command.
-pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
-    let output = match args.serving_detached {
+pub(super) async fn run(mut args: SaveArgs) -> Result<(), Failure> {
+    let output = Arc::new(match args.serving_detached {
         true => Output::of_server(),
         false => Output::new(args.json).of_domain(args.guest.domain.is_some()),
-    };
+    });
     if args.detach {
         return detach::save(args.log, cancellation()?, &output).await;
     }
@@ -211,6 +216,14 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         let done = recover(guest, &args.image, |event| output.save(&event)).await?;
         output.recovered(&done);
         return Ok(());
+    }
+    let to = args.to.open(&args.image, &output).await?;
+    if let Some(to) = &to {
+        if args.guest.resettable {
+            let message = "a guest is reset to an image on this host: save it to a file";
+            return Err(Failure::said(ErrorKind::OptionsInvalid, message.into()));
+        }
+        args.image = to.image();
     }
     let keeper = keeper::cleaner(&guest, &args.image, args.json);
     let options = SaveOptions {
@@ -250,6 +263,9 @@ pub(super) async fn run(args: SaveArgs) -> Result<(), Failure> {
         prove_image(&options.image, cancel.clone(), &output).await?;
     }
     ended?;
+    if let Some(to) = to {
+        return to.push(&output).await;
+    }
     match guest {
         Some(Ok(guest)) => {
             resettable.iter().for_each(|event| output.save(event));

@@ -41,7 +41,7 @@ fn page_size() -> Item {
 }
 
 /// An item for what a right is missing for.
-fn lacking(name: &str, state: State, lack: Lack, meaning: &str) -> Item {
+pub(super) fn lacking(name: &str, state: State, lack: Lack, meaning: &str) -> Item {
     let Lack { why, remedies } = lack;
     Item::new(name, state, format!("{why}: {meaning}")).remedied(remedies.into_iter().next())
 }
@@ -114,7 +114,7 @@ fn copy_from_child() -> io::Result<()> {
     copied.map(drop)
 }
 
-fn kvm() -> Item {
+pub(super) fn kvm() -> Item {
     let device = "/dev/kvm";
     let user = user_name(geteuid().as_raw());
     match File::options().read(true).write(true).open(device) {

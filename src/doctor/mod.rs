@@ -4,6 +4,7 @@
 //! [`examine`] asks; each [`Item`] says what it found and what it means, and names the command
 //! that fixes it.
 
+mod here;
 mod host;
 mod libvirt;
 mod qemu;
@@ -11,6 +12,7 @@ mod qemu;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use here::check_here;
 pub use qemu::QemuAbilities;
 
 /// How an item is.

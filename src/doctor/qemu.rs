@@ -1,7 +1,7 @@
 //! The QEMUs of this host, each asked what it can do here, for this user: it is started
 //! without a machine, and asked to turn on what a save and a revert turn on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::host::rights::userfaultfd_lack;
 use crate::machine::QemuVersion;
 
 /// How long a QEMU may take to answer everything.
-const LIMIT: Duration = Duration::from_secs(10);
+pub(super) const LIMIT: Duration = Duration::from_secs(10);
 
 /// QEMUs that are asked at the same time.
 const AT_ONCE: usize = 4;
@@ -157,25 +157,34 @@ fn questions() -> Vec<u8> {
     questions.map(|question| format!("{question}\n")).concat().into_bytes()
 }
 
-/// Reads the answers; nothing where QEMU has not told its version.
-fn abilities(path: &Path, said: &str) -> Option<QemuAbilities> {
-    let lines: Vec<Value> =
-        said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let answer = |id: &str| {
-        let line = lines.iter().find(|line| line["id"] == id);
-        line.and_then(|line| line.get("return"))
-    };
-    let has = |id: &str, key: &str, name: &str| {
-        let list = answer(id).and_then(Value::as_array);
-        list.is_some_and(|list| list.iter().any(|entry| entry[key] == name))
-    };
-    let number = |name: &str| u32::try_from(answer("version")?["qemu"][name].as_u64()?).ok();
-    let version = QemuVersion {
+/// The answers in what a QEMU said, by the ids of the questions.
+pub(super) fn answers(said: &str) -> HashMap<String, Value> {
+    let lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let answer =
+        |mut line: Value| Some((line["id"].as_str()?.to_owned(), line.get_mut("return")?.take()));
+    lines.filter_map(answer).collect()
+}
+
+/// Reads the answer to `query-version`.
+pub(super) fn version(answer: &Value) -> Option<QemuVersion> {
+    let number = |name: &str| u32::try_from(answer["qemu"][name].as_u64()?).ok();
+    Some(QemuVersion {
         major: number("major")?,
         minor: number("minor")?,
         micro: number("micro")?,
         package: String::new(),
+    })
+}
+
+/// Reads the answers; nothing where QEMU has not told its version.
+fn abilities(path: &Path, said: &str) -> Option<QemuAbilities> {
+    let answers = answers(said);
+    let answer = |id: &str| answers.get(id);
+    let has = |id: &str, key: &str, name: &str| {
+        let list = answer(id).and_then(Value::as_array);
+        list.is_some_and(|list| list.iter().any(|entry| entry[key] == name))
     };
+    let version = version(answer("version")?)?;
     Some(QemuAbilities {
         path: path.to_owned(),
         version: version.to_string(),

@@ -14,7 +14,8 @@ use quick_cache::sync::Cache as Recent;
 use super::cache::Cache;
 use super::fetch::Fetchers;
 use super::latency::Latency;
-use crate::repository::{Extent, Fetched, FileMap, Inline, Repository};
+use super::watch::Watch;
+use crate::repository::{Extent, Fetched, FileMap, Inline, Repository, RepositoryError};
 
 /// Bytes of extents that are kept in memory, opened: what is read a little at a time is opened once.
 const IN_MEMORY: u64 = 64 << 20;
@@ -30,6 +31,7 @@ pub struct Origin {
     pub cache: Cache,
     pub fetchers: Fetchers,
     pub latency: Latency,
+    pub watch: Arc<Watch>,
     /// Bytes that were fetched.
     pub fetched: AtomicU64,
 }
@@ -67,7 +69,25 @@ struct UnderWay {
     /// It is there, for those who wait.
     bytes: Option<Bytes>,
     /// Why it can't be had, if the last request has failed.
-    failed: Option<String>,
+    failed: Option<Failed>,
+}
+
+/// Why an extent can't be had.
+#[derive(Clone)]
+struct Failed {
+    /// [`HostUnreachable`](io::ErrorKind::HostUnreachable) where the store does not answer or refuses.
+    kind: io::ErrorKind,
+    problem: String,
+}
+
+impl From<RepositoryError> for Failed {
+    fn from(error: RepositoryError) -> Failed {
+        let kind = match &error {
+            RepositoryError::Store(_) => io::ErrorKind::HostUnreachable,
+            _ => io::ErrorKind::InvalidData,
+        };
+        Failed { kind, problem: error.to_string() }
+    }
 }
 
 impl FarFile {
@@ -93,7 +113,8 @@ impl FarFile {
     /// Fills `buffer` with the bytes from `position` on. Waits for what has to be fetched.
     ///
     /// # Errors
-    /// When that can't be had, or lies beyond the end.
+    /// When that can't be had, or lies beyond the end; of kind [`HostUnreachable`](io::ErrorKind::HostUnreachable) where
+    /// the store does not answer, or refuses.
     pub fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<()> {
         let Shared { map, .. } = &*self.shared;
         let end = position.checked_add(buffer.len() as u64).filter(|end| *end <= map.len);
@@ -204,7 +225,7 @@ impl Shared {
             };
             let found = entry.bytes.clone().map(Ok).or_else(|| {
                 let failed = entry.failed.clone().filter(|_| entry.requests == 0);
-                failed.map(|problem| Err(io::Error::other(problem)))
+                failed.map(|Failed { kind, problem }| Err(io::Error::new(kind, problem)))
             });
             if let Some(found) = found {
                 entry.waiting -= 1;
@@ -298,31 +319,35 @@ impl Shared {
             return;
         }
         let began = Instant::now();
-        let Origin { repository, cache, latency, fetched, .. } = &*self.origin;
+        let Origin { repository, cache, latency, watch, fetched, .. } = &*self.origin;
         let extents: Vec<Extent> = numbers.iter().map(|number| self.map.extents[*number]).collect();
         match repository.fetch_extents(&extents) {
             Ok(all) => {
                 latency.note(began.elapsed());
+                watch.answers();
                 for ((number, extent), Fetched { stored, bytes }) in
                     numbers.iter().zip(&extents).zip(all)
                 {
                     fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
                     let is_right = bytes.is_ok();
-                    self.settle(*number, 1, bytes.map_err(|error| error.to_string()));
+                    self.settle(*number, 1, bytes.map_err(Failed::from));
                     if is_right {
                         cache.keep(&extent.id.to_string(), &stored);
                     }
                 }
             }
             Err(error) => {
-                let error = error.to_string();
-                numbers.iter().for_each(|number| self.settle(*number, 1, Err(error.clone())));
+                let failed = Failed::from(error);
+                if failed.kind == io::ErrorKind::HostUnreachable {
+                    watch.fails(failed.problem.clone());
+                }
+                numbers.iter().for_each(|number| self.settle(*number, 1, Err(failed.clone())));
             }
         }
     }
 
     /// An extent is there, or can't be had. So many requests for it are answered by that.
-    fn settle(&self, number: usize, answered: usize, answer: Result<Bytes, String>) {
+    fn settle(&self, number: usize, answered: usize, answer: Result<Bytes, Failed>) {
         let mut under_way = self.lock();
         if let Ok(bytes) = &answer {
             // Before anybody can find it no longer under way.
@@ -332,7 +357,7 @@ impl Shared {
             entry.requests = entry.requests.saturating_sub(answered);
             match answer {
                 Ok(bytes) => entry.bytes = Some(bytes),
-                Err(problem) => entry.failed = Some(problem),
+                Err(failed) => entry.failed = Some(failed),
             }
             if entry.waiting == 0 && entry.requests == 0 {
                 under_way.remove(&number);

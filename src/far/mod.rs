@@ -4,6 +4,7 @@
 //! - `file`: one file of a repository: what is missing is fetched, several requests at a time.
 //! - `store`: that file as what holds an image.
 //! - `nbd`: that file as a disk that QEMU reads.
+//! - `watch`: whether the store answers.
 //! - `snapshot`: an image, its parents and its disks, opened from afar.
 //!
 //! Nothing here runs a guest.
@@ -15,6 +16,8 @@ mod latency;
 mod nbd;
 mod snapshot;
 mod store;
+mod watch;
 
 pub use cache::CacheOptions;
 pub use snapshot::{FarOptions, FarSnapshot};
+pub use watch::Answering;

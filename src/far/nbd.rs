@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::file::FarFile;
+use super::watch::Watch;
 use crate::cancel::Cancellation;
 
 /// Requests of one connection that are answered at once.
@@ -74,7 +75,8 @@ pub struct Exports {
 /// What every connection needs.
 struct Served {
     files: HashMap<String, Arc<FarFile>>,
-    /// How long a read that fails is tried again.
+    watch: Arc<Watch>,
+    /// How long a read that fails is tried again, unless it is the store that does not answer.
     patience: Duration,
     cancel: Cancellation,
 }
@@ -84,7 +86,11 @@ impl Exports {
     ///
     /// # Errors
     /// When the socket can't be made.
-    pub fn start(files: HashMap<String, Arc<FarFile>>, patience: Duration) -> io::Result<Exports> {
+    pub fn start(
+        files: HashMap<String, Arc<FarFile>>,
+        watch: Arc<Watch>,
+        patience: Duration,
+    ) -> io::Result<Exports> {
         // What is served is a secret: nobody else gets into the directory.
         let name = format!("snapback-disks-{}", Uuid::new_v4().simple());
         let directory = std::env::temp_dir().join(name);
@@ -94,7 +100,7 @@ impl Exports {
             let _ = std::fs::remove_dir(&directory);
         })?;
         let cancel = Cancellation::new();
-        let served = Arc::new(Served { files, patience, cancel: cancel.clone() });
+        let served = Arc::new(Served { files, watch, patience, cancel: cancel.clone() });
         let accept = move || {
             for connection in listener.incoming() {
                 let served = Arc::clone(&served);
@@ -272,17 +278,22 @@ impl Served {
         }
     }
 
-    /// Reads, and tries again what can't be fetched.
+    /// Reads, and tries again what can't be fetched: for as long as it takes where the store does not
+    /// answer, since a guest that sees an error of its disk is not mended by the store's coming back.
     fn read(&self, file: &FarFile, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         let began = Instant::now();
         loop {
-            match file.read_at(bytes, offset) {
-                Err(error) if began.elapsed() < self.patience && !self.cancel.is_requested() => {
-                    tracing::warn!("a disk waits: {}: {error}", file.name());
-                    std::thread::sleep(TRY_AGAIN);
-                }
-                read => return read,
+            let Err(error) = file.read_at(bytes, offset) else { return Ok(()) };
+            let is_late = began.elapsed() >= self.patience;
+            let is_away = error.kind() == io::ErrorKind::HostUnreachable;
+            if self.cancel.is_requested() || (is_late && !is_away) {
+                return Err(error);
             }
+            tracing::warn!("a disk waits: {}: {error}", file.name());
+            if is_late {
+                self.watch.give_up(error.to_string());
+            }
+            std::thread::sleep(TRY_AGAIN);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A snapshot of a repository, opened from afar.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -16,6 +16,7 @@ use super::file::{FarFile, Origin};
 use super::latency::Latency;
 use super::nbd::Exports;
 use super::store::FarStore;
+use super::watch::{Answering, Watch};
 use crate::image::Image;
 use crate::repository::{
     Access, Address, FileMap, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId,
@@ -37,7 +38,8 @@ pub struct FarOptions {
     pub access: Access,
     /// What was fetched is kept there.
     pub cache: CacheOptions,
-    /// How long a guest waits for its disks where the store does not answer, before it sees an error.
+    /// How long a disk waits where the store does not answer before the guest is stopped, which goes on when
+    /// it answers again; or where what the store has is damaged, before the guest sees an error.
     pub patience: Duration,
 }
 
@@ -93,13 +95,16 @@ impl FarSnapshot {
         let cache = options.cache.clone();
         let made = Cache::open(cache.clone());
         let cache = made.map_err(|e| RepositoryError::io("making", cache.directory, e))?;
-        let repository = Repository::open(&options.repository, &options.access)?;
+        let watch = Arc::new(Watch::default());
+        let hears = Arc::clone(&watch);
+        let access = options.access.clone().also_tells(move |wait| hears.hear(wait));
+        let repository = Repository::open(&options.repository, &access)?;
         let manifest = repository.resolve(&options.name)?;
         let fetchers = Fetchers::start();
         let fetchers =
             fetchers.map_err(|e| RepositoryError::io("starting threads for", "fetching", e))?;
         let (latency, fetched) = (Latency::default(), AtomicU64::new(0));
-        let origin = Arc::new(Origin { repository, cache, fetchers, latency, fetched });
+        let origin = Arc::new(Origin { repository, cache, fetchers, latency, watch, fetched });
         let lease = hold(&origin, &manifest);
         let name = format!("{}/{}", origin.repository.name(), options.name);
 
@@ -155,6 +160,11 @@ impl FarSnapshot {
         &self.shared.manifest.machine
     }
 
+    /// How it is to be reverted at another site: options by name.
+    pub fn profile(&self) -> &BTreeMap<String, Vec<String>> {
+        &self.shared.manifest.profile
+    }
+
     /// The image. Its pages are fetched when they are read.
     pub fn image(&self) -> &Arc<Image> {
         &self.shared.image
@@ -168,6 +178,11 @@ impl FarSnapshot {
     /// The files of its disks.
     pub fn disks(&self) -> &[FarDisk] {
         &self.shared.disks
+    }
+
+    /// Whether its store answers, as it is now and from now on.
+    pub(crate) fn answering(&self) -> tokio::sync::watch::Receiver<Answering> {
+        self.shared.origin.watch.receiver()
     }
 
     /// Bytes that were fetched so far.
@@ -187,7 +202,8 @@ impl FarSnapshot {
         }
         let files = self.shared.disks.iter();
         let files = files.map(|disk| (disk.export.clone(), Arc::clone(&disk.file))).collect();
-        let started = exports.insert(Exports::start(files, self.shared.patience)?);
+        let watch = Arc::clone(&self.shared.origin.watch);
+        let started = exports.insert(Exports::start(files, watch, self.shared.patience)?);
         Ok(started.socket().to_owned())
     }
 }

@@ -147,7 +147,7 @@ fn assignment(word: &str) -> Option<(&str, &str)> {
 }
 
 /// A program's absolute path; a bare name is searched in PATH.
-fn find(program: &Path, cwd: &Path) -> Option<PathBuf> {
+pub(super) fn find(program: &Path, cwd: &Path) -> Option<PathBuf> {
     if program.components().count() > 1 || program.is_absolute() {
         return Some(cwd.join(program)).filter(|path| path.is_file());
     }

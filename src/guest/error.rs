@@ -127,6 +127,18 @@ pub enum GuestError {
         known: String,
     },
 
+    /// The profile that came with a snapshot can't be used.
+    #[error(
+        "the snapshot's profile has `{option}` {value:?}, which is not of the form A=B: give that \
+         option here, or push the snapshot again"
+    )]
+    Profile {
+        /// The option's name.
+        option: String,
+        /// Its value.
+        value: String,
+    },
+
     /// A rule about network backends can't be followed.
     #[error("`RewriteOptions::netdevs` {id}={spec}: {problem}")]
     NetdevRule {
@@ -470,6 +482,7 @@ impl GuestError {
             NotMapped { .. }
             | PathRule { .. }
             | PortRule { .. }
+            | Profile { .. }
             | NoSuchPort { .. }
             | NetdevRule { .. }
             | NoSuchNetdev { .. } => ErrorKind::OptionsInvalid,

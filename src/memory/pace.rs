@@ -68,11 +68,12 @@ impl Pace {
         }
     }
 
-    /// Waits until nobody has asked for memory for `quiet`, or its last page has come.
-    pub(super) fn wait_quiet(&self, memory: &Memory, quiet: Duration) {
+    /// Waits until nobody has asked for memory for `quiet`, or its last page has come; for `most` at most.
+    pub(super) fn wait_quiet(&self, memory: &Memory, quiet: Duration, most: Option<Duration>) {
         let mut requests = memory.counts().requests;
-        let mut since = Instant::now();
-        while self.waits() && since.elapsed() < quiet {
+        let (began, mut since) = (Instant::now(), Instant::now());
+        let is_enough = || most.is_some_and(|most| began.elapsed() >= most);
+        while self.waits() && since.elapsed() < quiet && !is_enough() {
             if memory.wait_complete(LOOK_EVERY.min(quiet)) {
                 return;
             }

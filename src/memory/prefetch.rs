@@ -43,6 +43,8 @@ pub struct FillOptions {
     /// Anything beyond the working set waits until nobody has asked for memory for so
     /// long.
     pub delay: Option<Duration>,
+    /// For how long it waits so at most; for ever without.
+    pub delay_most: Option<Duration>,
 }
 
 /// Brings all memory, and returns when all pages are claimed by somebody, but for those that
@@ -61,7 +63,7 @@ pub fn prefetch(
     }
     bring_set(memory, &options.working_set, pace, true)?;
     if let Some(quiet) = options.delay {
-        pace.wait_quiet(memory, quiet);
+        pace.wait_quiet(memory, quiet, options.delay_most);
     }
     let _filling = Filling::new(memory);
     let zeros = Windows::new(memory, |block| memory.likes_large_zeros(block));

@@ -169,6 +169,20 @@ fn two_threads() -> FillOptions {
     FillOptions { threads: 2, ..FillOptions::default() }
 }
 
+/// A guest that never stops asking is not kept from having all of its memory.
+#[test]
+fn the_wait_for_a_quiet_guest_ends() {
+    let shelf = Arc::new(Shelf::default());
+    let source = Arc::new(Computed::of(vec![block("b", 700, 4096)], 4));
+    let blocks: Arc<Computed> = Arc::clone(&source);
+    let memory = Arc::new(Memory::new(blocks, Box::new(Arc::clone(&shelf))));
+    let delay = Some(std::time::Duration::from_secs(3600));
+    let options =
+        FillOptions { delay, delay_most: Some(std::time::Duration::ZERO), ..two_threads() };
+    prefetch(&memory, &options, &Pace::new(None)).unwrap();
+    check_all(&source, &shelf);
+}
+
 fn check_all(source: &Computed, shelf: &Shelf) {
     let pages = shelf.pages.lock().unwrap();
     for (index, block) in source.blocks.iter().enumerate() {

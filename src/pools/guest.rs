@@ -294,8 +294,9 @@ impl Guest {
                 RevertEvent::Degraded(memory) => {
                     tracing::warn!("guest {id}: memory can't be read: {}", memory.why);
                 }
-                RevertEvent::Stopped { reason, memory } => {
-                    tracing::warn!("guest {id} was stopped ({reason}): {}", memory.why);
+                RevertEvent::Stopped { reason, memory, store } => {
+                    let why = memory.map(|memory| memory.why).or(store).unwrap_or_default();
+                    tracing::warn!("guest {id} was stopped ({reason}): {why}");
                 }
                 RevertEvent::Repaired => tracing::warn!("guest {id}: all memory can be read again"),
                 _ => {}

@@ -49,6 +49,20 @@ impl Access {
         self
     }
 
+    /// Tells somebody else as well when the store is waited for.
+    pub(crate) fn also_tells(
+        mut self,
+        tell: impl Fn(&StoreWait) + Send + Sync + 'static,
+    ) -> Access {
+        let others = self.reach.on_wait.take();
+        self.with_waits(move |wait| {
+            tell(&wait);
+            if let Some(others) = &others {
+                others(wait);
+            }
+        })
+    }
+
     /// Ends what is under way.
     pub fn with_cancel(mut self, cancel: Cancellation) -> Access {
         self.reach.cancel = cancel;

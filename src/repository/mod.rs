@@ -50,6 +50,7 @@ pub use reading::repository::{Fetched, Repository, Snapshot};
 pub use remote::{Address, StoreWait};
 pub use wrapping::Recipients;
 pub use writing::archive::{PackOptions, PackSource, PackedAt, pack, unpack};
+pub(crate) use writing::push::check_words;
 pub use writing::push::{PushOptions, Pushed, push};
 
 use schemars::JsonSchema;

@@ -102,17 +102,20 @@ pub enum RevertEvent {
     /// Memory can't be read from the image that the guest has not asked for. All else is brought;
     /// this is tried again once a second.
     Degraded(Unreadable),
-    /// The guest has asked for memory that can't be read from the image. The thread of QEMU's that
-    /// needs it waits until it can be, which is tried once a second; QEMU is told to stop the
-    /// guest meanwhile, if we speak to it.
+    /// The guest has asked for memory that can't be read from the image, or for a part of a disk that
+    /// is still in a repository. The thread of QEMU's that needs it waits until it can be, which is
+    /// tried once a second; QEMU is told to stop the guest meanwhile, if we speak to it.
     Stopped {
-        /// Why: `unreadable`.
+        /// Why: `unreadable`, or `store` where the store of a repository does not answer.
         reason: String,
-        /// Which memory.
-        #[serde(flatten)]
-        memory: Unreadable,
+        /// Which memory; nothing where a disk waits.
+        #[serde(flatten, skip_serializing_if = "Option::is_none")]
+        memory: Option<Unreadable>,
+        /// What is wrong with the store, where a disk waits for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        store: Option<String>,
     },
-    /// All memory that the guest waited for could be read after all: the guest goes on.
+    /// All that the guest waited for could be read after all: the guest goes on.
     Repaired,
     /// How far memory has come.
     Progress(Progress),

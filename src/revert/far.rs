@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -14,6 +14,17 @@ use super::session::Resident;
 use crate::far::FarSnapshot;
 use crate::guest::FarDisks;
 use crate::image::Image;
+
+/// Filling begins once the guest has asked for nothing for so long, unless it is told otherwise: until
+/// then the way from the repository is the guest's alone.
+const QUIET: Duration = Duration::from_millis(100);
+/// At the latest after so long, behind the working set: a guest that always asks for something is not
+/// kept from ever having all.
+const UNQUIET: Duration = Duration::from_secs(1);
+
+/// How long QEMU may take to answer while its disks follow: one that was told to stop its guest answers
+/// only once the disks' requests are done, which may wait for the store.
+const PATIENCE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// The image of a revert, wherever it is.
 ///
@@ -33,7 +44,12 @@ pub(super) fn image(options: &RevertOptions) -> Result<Arc<Image>, RevertError> 
 pub(super) fn prepared(options: &RevertOptions) -> Result<RevertOptions, RevertError> {
     let mut options = options.clone();
     let Some(far) = &options.far else { return Ok(options) };
+    options.rewrite.add_profile(far.profile())?;
     options.delivery.working_set_file.get_or_insert_with(|| far.working_set());
+    let delivery = &mut options.delivery;
+    if delivery.fill_delay.is_none() {
+        (delivery.fill_delay, delivery.fill_delay_most) = (Some(QUIET), Some(UNQUIET));
+    }
     // Who goes on in our place would have to know how we have reached the repository, and in a sandbox
     // nobody reaches it.
     (options.keeper, options.sandbox) = (None, None);
@@ -56,15 +72,20 @@ pub(super) async fn fill_disks(
     overlays: &[PathBuf],
     on_event: &mut impl FnMut(RevertEvent),
 ) -> Result<(), RevertError> {
-    let Some(qmp) = resident.qmp() else { return Ok(()) };
+    let Some(qmp) = resident.qmp().map(|qmp| qmp.with_timeout(PATIENCE)) else { return Ok(()) };
     let began = Instant::now();
     let nodes = qmp.block_nodes().await?;
-    for overlay in overlays {
-        let node = nodes.iter().find(|node| node.driver == "qcow2" && is_on(&node.file, overlay));
-        // Gone meanwhile: unplugged, or streamed by somebody else.
-        let Some(node) = node else { continue };
-        qmp.stream(&node.name).await?;
-    }
+    let follow = async {
+        for overlay in overlays {
+            let node =
+                nodes.iter().find(|node| node.driver == "qcow2" && is_on(&node.file, overlay));
+            // Gone meanwhile: unplugged, or streamed by somebody else.
+            let Some(node) = node else { continue };
+            qmp.stream(&node.name).await?;
+        }
+        Ok::<_, RevertError>(())
+    };
+    resident.while_disks_follow(far.answering(), follow, on_event).await?;
     let took_ms = began.elapsed().as_secs_f64() * 1e3;
     on_event(RevertEvent::DisksResident { took_ms, fetched_bytes: far.fetched() });
     Ok(())

@@ -239,6 +239,9 @@ pub struct Delivery {
     /// Filling, beyond the working set, waits until the guest has not asked for memory
     /// for so long.
     pub fill_delay: Option<Duration>,
+    /// For how long it waits so at most. Without, for as long as the guest asks.
+    #[serde(default)]
+    pub fill_delay_most: Option<Duration>,
     /// Whether the recorded working set is brought first, and recorded anew.
     pub working_set: bool,
     /// Nothing is filled for so long, while what the guest asks for is recorded.
@@ -267,6 +270,7 @@ impl Default for Delivery {
             placement: Placement::Auto,
             fill_rate: None,
             fill_delay: None,
+            fill_delay_most: None,
             working_set: true,
             hold: None,
             working_set_file: None,

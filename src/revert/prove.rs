@@ -25,8 +25,14 @@ pub async fn prove(
     options.rewrite.isolated = true;
     options.rewrite.overlays.ephemeral = true;
     options.standby = false;
-    options.delivery =
-        Delivery { working_set: false, collapse: false, fail_on_damage: true, ..options.delivery };
+    options.delivery = Delivery {
+        working_set: false,
+        collapse: false,
+        fail_on_damage: true,
+        // Nobody is waited for.
+        fill_delay: Some(options.delivery.fill_delay.unwrap_or_default()),
+        ..options.delivery
+    };
 
     let start = Instant::now();
     let mut ran_after = Duration::ZERO;

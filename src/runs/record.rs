@@ -131,6 +131,9 @@ pub(crate) struct Record {
     /// The pool that it belongs to.
     #[serde(default)]
     pub pool: Option<OfPool>,
+    /// What its guest waits for: `store`.
+    #[serde(default)]
+    pub waits_for: Option<String>,
 }
 
 impl Record {
@@ -157,6 +160,7 @@ impl Record {
             log: None,
             again: None,
             pool: None,
+            waits_for: None,
         }
     }
 

@@ -37,6 +37,9 @@ pub struct Run {
     pub age_s: f64,
     /// How many servers have followed the first; none where nobody knows.
     pub restarts: Option<u64>,
+    /// What it waits for: `store` while the store of its repository does not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_for: Option<String>,
     #[serde(skip)]
     pub(super) record: Record,
 }
@@ -150,6 +153,8 @@ impl Run {
             faults: figures.map(|figures| figures.requests),
             age_s: begun.elapsed().unwrap_or_default().as_secs_f64(),
             restarts: figures.map(|figures| figures.restarts),
+            // Nobody tells any more, once its server has ended.
+            waits_for: server.and(record.waits_for.clone()),
             record,
         }
     }

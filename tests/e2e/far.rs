@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::harness::{Dir, Reverted, Snapback, text};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Fault, Proxy};
 use crate::support::s3::{BUCKET, S3Server, environment};
 use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, wait_for};
+use crate::torture::{Random, seed};
 use crate::{tests, tests_on_both_at_length};
 
 tests_on_both_at_length! {
@@ -17,6 +18,8 @@ tests_on_both_at_length! {
 
 tests! {
     a_store_that_dies_and_comes_back_costs_time_alone
+    a_guest_is_stopped_while_its_store_is_away_and_goes_on_by_itself
+    a_few_random_faults_cost_time_alone
 }
 
 /// A store, the network before it, and a cache on this side.
@@ -69,7 +72,10 @@ fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
     drop(guest);
     site.reaches(dir.snapback(&["init"])).succeed()?;
     let image = dir.path("vm.snap");
-    site.reaches(dir.snapback(&["push", text(&image), "--name", "web1"])).succeed()?;
+    // At the other site, the guest's directory is this one, unless a revert says otherwise.
+    let profile = format!("{}={}", text(&from), text(&dir.path("drill")));
+    let push = dir.snapback(&["push", text(&image), "--name", "web1", "--path", &profile]);
+    site.reaches(push).succeed()?;
     for name in dir.names(".")? {
         let path = dir.path(&name);
         if path.is_file() {
@@ -120,10 +126,23 @@ fn a_guest_runs_before_its_snapshot_has_arrived(dir: &Dir, qemu: Qemu) -> Result
     assert!(dir.names("second")?.iter().any(|name| name.ends_with(".qcow2")));
     drop(reverted);
 
-    // The drill does the same, and leaves nothing.
-    let to = dir.make("drill")?;
-    let path = format!("{}={}", text(&from), text(&to));
-    let drill = dir.snapback(&["drill", "web1@latest", "--path", &path]);
+    // This host can run it, once it has the directory that the profile names.
+    let name = format!("s3://{BUCKET}/site/web1@latest");
+    let here = || {
+        let check = dir.snapback(&["check", &name, "--here", "--cache", text(&site.cache)]);
+        site.reaches(check)
+    };
+    let refused = here().end()?;
+    assert!(refused.failure()?.contains("files"), "{refused:?}");
+    let missing = refused.events.iter().filter(|item| item["state"] == "missing");
+    let says: Vec<String> = missing.map(|item| item["says"].to_string()).collect();
+    let drill = dir.path("drill");
+    assert!(!says.is_empty() && says.iter().all(|says| says.contains(text(&drill))), "{says:?}");
+    dir.make("drill")?;
+    here().succeed()?;
+
+    // The drill does the same as a revert, and leaves nothing.
+    let drill = dir.snapback(&["drill", "web1@latest"]);
     let drilled = site.reaches(drill.with(&["--cache", text(&site.cache)])).succeed()?;
     assert_eq!(drilled.event("drilled")?["machine"], "web1");
     assert_eq!(dir.names("drill")?, Vec::<String>::new());
@@ -148,4 +167,100 @@ fn a_store_that_dies_and_comes_back_costs_time_alone(dir: &Dir) -> Result<()> {
         let left = fs::read_dir(leases).map_or(0, |entries| entries.count());
         Ok((left == 0).then_some(()))
     })
+}
+
+fn a_guest_is_stopped_while_its_store_is_away_and_goes_on_by_itself(dir: &Dir) -> Result<()> {
+    let mut site = Site::open(dir)?;
+    let (from, sum) = push(dir, &site, Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    let slow = ["--fill-delay", "100000", "--no-working-set", "--store-timeout", "1"];
+    let mut reverted = Reverted::of(site.revert(dir, &from, &to, &slow), &to)?;
+    reverted.oracle.ping()?;
+    let mut server = reverted.server.take().ok_or("no server")?;
+    site.server.kill();
+    std::thread::scope(|scope| -> Result<()> {
+        // It needs all of its memory, and then its disks.
+        let asked = scope.spawn(|| is_right(&mut reverted, &sum).map_err(|e| e.to_string()));
+        assert_eq!(server.wait("stopped")?["reason"], "store");
+        let waits = || {
+            let ps = dir.snapback(&["ps"]).succeed()?;
+            Ok((ps.event("run")?["waits_for"] == "store").then_some(()))
+        };
+        wait_for(SOON, "ps to tell what is waited for", waits)?;
+        let ps = dir.snapback(&["ps"]).plain().succeed()?;
+        assert!(ps.said.iter().any(|line| line.contains("waiting for the store")), "{ps:?}");
+        site.server.start_again()?;
+        server.wait("repaired")?;
+        let asked = asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok(asked?)
+    })?;
+    let ps = dir.snapback(&["ps"]).succeed()?;
+    assert!(ps.event("run")?["waits_for"].is_null(), "{ps:?}");
+    server.signal(libc::SIGINT);
+    reverted.server = Some(server);
+    reverted.resident()?.event("disks_resident")?;
+    is_right(&mut reverted, &sum)
+}
+
+fn a_few_random_faults_cost_time_alone(dir: &Dir) -> Result<()> {
+    random_faults(dir, 5)
+}
+
+#[test]
+#[ignore = "it takes many minutes: `make torture`"]
+fn a_hundred_random_faults() -> Result<()> {
+    crate::harness::in_a_folder(|dir| random_faults(dir, 100))
+}
+
+/// Reverts, each with a cold cache and a network that fails in its own way at a time of its own: the guest is
+/// right in the end, and nothing but time is lost.
+fn random_faults(dir: &Dir, count: u64) -> Result<()> {
+    let seed = seed()?;
+    let mut site = Site::open(dir)?;
+    let (from, sum) = push(dir, &site, Qemu::V10)?;
+    let mut random = Random(seed);
+    for number in 0..count {
+        let fault = match random.below(7) {
+            0 => Some(Fault::Status(503, "<Error><Code>SlowDown</Code></Error>")),
+            1 => Some(Fault::Status(500, "")),
+            2 => Some(Fault::Drop),
+            3 => Some(Fault::Truncate(random.below(100_000))),
+            4 => Some(Fault::Alter(random.below(4_000))),
+            5 => Some(Fault::Stall(Duration::from_millis(random.below(1_500)))),
+            _ => None,
+        };
+        // Altered objects are asked for twice: more often in a row they are what the store has.
+        let times = if matches!(fault, Some(Fault::Alter(_))) { 1 } else { 1 + random.below(20) };
+        let after = random.below(60);
+        println!("fault {number} (seed {seed}): {fault:?}, {times} times, after {after} requests");
+        site.proxy.set_latency(Duration::from_millis(random.below(10)));
+        let name = format!("reverted{number}");
+        let to = dir.make(&name)?;
+        let _ = fs::remove_dir_all(&site.cache);
+        let requests = site.proxy.requests();
+        let revert = site.revert(dir, &from, &to, &["--store-timeout", "20"]);
+        let mut reverted = Reverted::of(revert, &to)?;
+        wait_for(SOON, "requests", || {
+            let is_time = site.proxy.requests() >= requests + after;
+            // There may be no more of them.
+            let is_over = reverted.server.as_mut().is_none_or(|server| {
+                server.said().iter().any(|line| line.contains("disks_resident"))
+            });
+            Ok((is_time || is_over).then_some(()))
+        })?;
+        match fault {
+            Some(fault) => site.proxy.fail("GET", "packs", times, fault),
+            None => {
+                site.server.kill();
+                site.server.start_again()?;
+            }
+        }
+        is_right(&mut reverted, &sum).map_err(|error| format!("fault {number}: {error}"))?;
+        reverted.resident().map_err(|error| format!("fault {number}: {error}"))?;
+        is_right(&mut reverted, &sum)?;
+        site.proxy.heal();
+        drop(reverted);
+        fs::remove_dir_all(&to)?;
+    }
+    Ok(())
 }

@@ -391,6 +391,7 @@ pub fn wait_stopped(pid: u32) -> Result<()> {
 /// damage and interrupts is a refusal.
 const FAILED: &[&str] = &[
     "agent_failed",
+    "backup_failed",
     "clones_failed",
     "guest_changed",
     "hook_failed",
@@ -411,6 +412,7 @@ const FAILED: &[&str] = &[
     "qemu_timeout",
     "server_lost",
     "still_frozen",
+    "store_unreachable",
 ];
 
 /// A line of `--json`, which has to be as docs/events.schema.json says.

@@ -18,6 +18,7 @@ mod shared;
 
 mod aarch64;
 mod backends;
+mod backup;
 mod capture;
 mod chains;
 mod checks;

@@ -18,7 +18,7 @@ struct Page {
     also: &'static str,
 }
 
-const PAGES: [Page; 4] = [
+const PAGES: [Page; 5] = [
     Page {
         name: "snapback-image",
         section: "5",
@@ -32,6 +32,13 @@ const PAGES: [Page; 4] = [
         about: "configuration of snapback's daemon and its pools",
         source: "docs/pools-toml.md",
         also: "snapback(1), snapback-daemon(1), snapback-pool(1)",
+    },
+    Page {
+        name: "snapback-backup.toml",
+        section: "5",
+        about: "what snapback backs up",
+        source: "docs/backup-toml.md",
+        also: "snapback(1), snapback-backup(1)",
     },
     Page {
         name: "snapback-config.toml",

@@ -8,9 +8,10 @@ use clap::Args;
 
 use super::events::RepositoryEvent;
 use super::far::FarArgs;
+use crate::cli::cancellation;
 use crate::cli::failure::Failure;
+use crate::cli::host::SiteArgs;
 use crate::cli::output::{Output, size};
-use crate::cli::{cancellation, parse_path_pair};
 use crate::kind::ErrorKind;
 use crate::revert::{RevertOptions, prove};
 
@@ -23,9 +24,8 @@ pub(in crate::cli) struct DrillArgs {
     /// The QEMU binary to use instead of the recorded one
     #[arg(long, value_name = "BIN")]
     qemu: Option<PathBuf>,
-    /// Use the path NEW wherever the recorded command line names OLD or a path below it
-    #[arg(long = "path", value_name = "OLD=NEW", value_parser = parse_path_pair)]
-    paths: Vec<(String, String)>,
+    #[command(flatten)]
+    site: SiteArgs,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
@@ -37,8 +37,8 @@ pub(in crate::cli) async fn drill(args: DrillArgs) -> Result<(), Failure> {
     let began = Instant::now();
     let far = args.far.open_in_repository(&args.name, &output).await?;
     let mut options = RevertOptions::from_afar(far.clone());
+    options.rewrite = args.site.apply(options.rewrite)?;
     options.rewrite.qemu = args.qemu;
-    options.rewrite.paths = args.paths;
     let name = args.name;
     let ran = prove(&options, cancellation()?, |_| {}).await.map_err(|error| {
         let message = format!("{name} can't be reverted on this host: {error}");

@@ -1,6 +1,6 @@
 //! The events of commands on repositories.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
@@ -93,6 +93,23 @@ pub(in crate::cli) enum RepositoryEvent {
         /// How much was not what it should be.
         damages: u64,
     },
+    /// A configuration of backups could be understood.
+    BackupConfig {
+        /// The repository.
+        repository: String,
+        /// The machines.
+        machines: Vec<String>,
+    },
+    /// A machine was not backed up, while others are. Its error, as the command of that machine alone
+    /// would have ended with.
+    BackupFailed {
+        /// The machine.
+        machine: String,
+        /// The kind of error, as in `error`.
+        code: String,
+        /// What failed, why, and what to do.
+        message: String,
+    },
     /// How memory, or a file of a disk, of one snapshot differs from that of another.
     Difference(Difference),
     /// A snapshot is in one file.
@@ -142,6 +159,9 @@ pub(in crate::cli) struct ListedSnapshot {
     pub parents: Vec<String>,
     /// How many files of disks belong to it.
     pub disk_files: usize,
+    /// How it is reverted at another site: values of options by their names.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub profile: BTreeMap<String, Vec<String>>,
 }
 
 impl ListedSnapshot {
@@ -166,6 +186,7 @@ impl ListedSnapshot {
             own_bytes: manifest.own,
             parents: manifest.parents.iter().map(ToString::to_string).collect(),
             disk_files: disks.count(),
+            profile: manifest.profile.clone(),
         })
     }
 }

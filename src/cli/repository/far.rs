@@ -15,7 +15,7 @@ use crate::far::{FarOptions, FarSnapshot};
 #[derive(Args, Clone)]
 pub(in crate::cli) struct FarArgs {
     #[command(flatten)]
-    repository: RepositoryArgs,
+    pub repository: RepositoryArgs,
     /// Keep what is fetched from a repository there
     /// [default: $XDG_CACHE_HOME/snapback, or ~/.cache/snapback]
     #[arg(long, value_name = "DIR")]

@@ -11,9 +11,9 @@ use crate::cli::failure::Failure;
 use crate::cli::output::{Output, print_line, size};
 use crate::kind::ErrorKind;
 use crate::repository::{
-    Address, CheckOptions, ForgetOptions, PruneOptions, Repository, RepositoryError, Retention,
-    SnapshotName, check as check_all, copy as copy_one, diff as differences, forget as forget_all,
-    prune as prune_all, tag as set_tags,
+    Address, CheckOptions, ForgetOptions, Looked, PruneOptions, Pruned, Repository,
+    RepositoryError, Retention, SnapshotName, check as check_all, copy as copy_one,
+    diff as differences, forget as forget_all, prune as prune_all, tag as set_tags,
 };
 
 #[derive(Args)]
@@ -156,7 +156,13 @@ pub(in crate::cli) async fn forget(args: ForgetArgs) -> Result<(), Failure> {
     let looked = on_repository(&args.repository, &output, move |repository, _| {
         forget_all(repository, &options)
     });
-    for one in looked.await? {
+    looked.await?.into_iter().for_each(|one| output.looked(one, dry_run));
+    Ok(())
+}
+
+impl Output {
+    /// Tells what becomes of a snapshot that was looked at.
+    pub(in crate::cli) fn looked(&self, one: Looked, dry_run: bool) {
         let kept = !one.kept_by.is_empty();
         let snapshot = ListedSnapshot::new(&one.manifest, one.tags);
         let (what, says) = match (kept, dry_run) {
@@ -166,9 +172,26 @@ pub(in crate::cli) async fn forget(args: ForgetArgs) -> Result<(), Failure> {
         };
         let kept_by = one.kept_by.iter().map(|&why| why.to_owned()).collect();
         let event = RepositoryEvent::Forgotten { snapshot, kept, kept_by, dry_run };
-        output.repository(&event, what, &says);
+        self.repository(&event, what, &says);
     }
-    Ok(())
+
+    /// Tells what a prune has done.
+    pub(in crate::cli) fn pruned(&self, pruned: Pruned, dry_run: bool) {
+        let would = if dry_run { "would be " } else { "" };
+        let mut says = format!(
+            "{} kept; {} {would}removed, {} {would}marked to be removed later",
+            size(pruned.kept_bytes),
+            size(pruned.removed_bytes),
+            size(pruned.marked_bytes)
+        );
+        if pruned.waiting_packs > 0 {
+            says += &format!("; {} packs wait for their time", pruned.waiting_packs);
+        }
+        if !pruned.held_by.is_empty() {
+            says += &format!(", and for pushes that are under way: {}", pruned.held_by.join(", "));
+        }
+        self.repository(&RepositoryEvent::Pruned { pruned, dry_run }, "pruned", &says);
+    }
 }
 
 /// Removes what nothing refers to.
@@ -180,21 +203,7 @@ pub(in crate::cli) async fn prune(args: PruneArgs) -> Result<(), Failure> {
     let pruned = on_repository(&args.repository, &output, move |repository, _| {
         prune_all(repository, &options)
     });
-    let pruned = pruned.await?;
-    let would = if dry_run { "would be " } else { "" };
-    let mut says = format!(
-        "{} kept; {} {would}removed, {} {would}marked to be removed later",
-        size(pruned.kept_bytes),
-        size(pruned.removed_bytes),
-        size(pruned.marked_bytes)
-    );
-    if pruned.waiting_packs > 0 {
-        says += &format!("; {} packs wait for their time", pruned.waiting_packs);
-    }
-    if !pruned.held_by.is_empty() {
-        says += &format!(", and for pushes that are under way: {}", pruned.held_by.join(", "));
-    }
-    output.repository(&RepositoryEvent::Pruned { pruned, dry_run }, "pruned", &says);
+    output.pruned(pruned.await?, dry_run);
     Ok(())
 }
 

@@ -1,11 +1,13 @@
 //! Commands on repositories: snapshots that leave the host, and come back.
 
 mod archive;
+mod backup;
 mod completion;
 mod drill;
 pub(super) mod events;
 mod far;
 mod keeping;
+mod save;
 mod transfer;
 
 use std::path::PathBuf;
@@ -22,6 +24,7 @@ pub(super) use self::far::FarArgs;
 pub(super) use self::keeping::{
     CopyArgs, DiffArgs, ForgetArgs, PruneArgs, TagArgs, check, copy, diff, forget, prune, tag,
 };
+pub(super) use self::save::SaveToArgs;
 pub(super) use self::transfer::{InitArgs, ListArgs, PullArgs, PushArgs, init, list, pull, push};
 use super::cancellation;
 use super::failure::Failure;
@@ -38,13 +41,13 @@ pub(super) struct RepositoryArgs {
     /// The repository: a directory, s3://BUCKET/PREFIX, gs://…, az://…, https://…
     /// [default: the setting `repository`]
     #[arg(long, value_name = "ADDRESS")]
-    repo: Option<String>,
+    pub repo: Option<String>,
     #[command(flatten)]
-    access: AccessArgs,
+    pub access: AccessArgs,
 }
 
 #[derive(Args, Clone)]
-pub(super) struct AccessArgs {
+pub(in crate::cli) struct AccessArgs {
     /// Try a store that does not answer again for so long
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
     store_timeout: Duration,
@@ -94,7 +97,19 @@ impl AccessArgs {
         keys
     }
 
-    fn access(&self, output: &Arc<Output>) -> Result<Access, Failure> {
+    /// With these keys, or, if there are none, with what the environment has.
+    pub fn access_with(keys: Vec<KeySource>, patience: Duration, output: &Arc<Output>) -> Access {
+        let args = AccessArgs {
+            store_timeout: patience,
+            identity: Vec::new(),
+            passphrase_file: None,
+            passphrase_command: None,
+        };
+        let access = args.uninterrupted(output);
+        if keys.is_empty() { access } else { access.with_keys(keys) }
+    }
+
+    pub fn access(&self, output: &Arc<Output>) -> Result<Access, Failure> {
         Ok(self.uninterrupted(output).with_cancel(cancellation()?))
     }
 
@@ -145,7 +160,7 @@ impl Output {
         }
     }
 
-    fn moved(&self, moved: Moved) {
+    pub(super) fn moved(&self, moved: Moved) {
         match self.is_json() {
             true => self.print_json(&RepositoryEvent::Moved(moved)),
             false => self.advance_bytes(moved.done, moved.total),

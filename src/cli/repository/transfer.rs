@@ -8,10 +8,12 @@ use clap::Args;
 use super::events::ListedSnapshot;
 use super::{RepositoryArgs, RepositoryEvent, blocking, on_repository, parse_name};
 use crate::cli::failure::Failure;
+use crate::cli::host::SiteArgs;
 use crate::cli::output::{Output, print_line, print_table, size};
+use crate::guest::Profile;
 use crate::repository::{
-    PullOptions, Pulled, PushOptions, Recipients, Repository, Role, SnapshotName, list as listed,
-    pull as pull_files, push as push_files,
+    PullOptions, Pulled, PushOptions, Pushed, Recipients, Repository, Role, SnapshotName,
+    list as listed, pull as pull_files, push as push_files,
 };
 
 /// How much of an id a table shows.
@@ -49,6 +51,7 @@ impl Encryption {
 }
 
 #[derive(Args)]
+#[command(after_help = PUSH_HELP)]
 pub(in crate::cli) struct PushArgs {
     #[command(flatten)]
     repository: RepositoryArgs,
@@ -60,6 +63,8 @@ pub(in crate::cli) struct PushArgs {
     /// Tag the snapshot; can be given several times
     #[arg(long, value_name = "TAG")]
     tag: Vec<String>,
+    #[command(flatten)]
+    site: SiteArgs,
     /// Push memory alone, without the files of its disks
     #[arg(long)]
     no_disks: bool,
@@ -67,6 +72,11 @@ pub(in crate::cli) struct PushArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// What the options of a revert are for.
+const PUSH_HELP: &str = "\
+--path, --port and --netdev are the snapshot's profile for another site: they change nothing that is
+pushed. `revert`, `drill` and `check --here` of the snapshot take them, unless they are given others.";
 
 #[derive(Args)]
 pub(in crate::cli) struct PullArgs {
@@ -125,22 +135,29 @@ pub(in crate::cli) async fn push(args: PushArgs) -> Result<(), Failure> {
     options.machine = args.name;
     options.tags = args.tag.into_iter().collect();
     options.no_disks = args.no_disks;
+    options.profile = args.site.profile();
     let pushed = on_repository(&args.repository, &output, move |repository, output| {
         push_files(repository, &options, |moved| output.moved(moved))
     });
-    let pushed = pushed.await?;
-    let snapshot = ListedSnapshot::new(&pushed.manifest, pushed.manifest.tags.clone());
-    let name = snapshot.name();
-    let says = match pushed.was_there {
-        true => format!("{name} was there already"),
-        false => {
-            let (files, own) = (size(snapshot.file_bytes), size(snapshot.own_bytes));
-            format!("{name}: {files} of files, {own} of it new")
-        }
-    };
-    let event = RepositoryEvent::Pushed { snapshot, was_there: pushed.was_there };
-    output.repository(&event, "pushed", &says);
+    output.pushed(&pushed.await?);
     Ok(())
+}
+
+impl Output {
+    /// Tells that a snapshot is in the repository.
+    pub(in crate::cli) fn pushed(&self, pushed: &Pushed) {
+        let snapshot = ListedSnapshot::new(&pushed.manifest, pushed.manifest.tags.clone());
+        let name = snapshot.name();
+        let says = match pushed.was_there {
+            true => format!("{name} was there already"),
+            false => {
+                let (files, own) = (size(snapshot.file_bytes), size(snapshot.own_bytes));
+                format!("{name}: {files} of files, {own} of it new")
+            }
+        };
+        let event = RepositoryEvent::Pushed { snapshot, was_there: pushed.was_there };
+        self.repository(&event, "pushed", &says);
+    }
 }
 
 /// Brings a snapshot back as files.
@@ -175,6 +192,7 @@ pub(super) fn tell_pulled(pulled: Pulled, output: &Output) {
         .filter(|file| file.role == Role::Disk)
         .map(|file| (file.was.clone(), file.path.display().to_string()))
         .collect();
+    let profile = as_options(&pulled.manifest.profile);
     let files = pulled.files;
     let event = RepositoryEvent::Pulled { snapshot, fetched_bytes: pulled.fetched, image, files };
     output.repository(&event, "pulled", &says);
@@ -183,6 +201,20 @@ pub(super) fn tell_pulled(pulled: Pulled, output: &Output) {
         print_line("Its disks lie elsewhere now. Revert it with");
         print_line(&paths.collect::<Vec<_>>().join(" "));
     }
+    if !output.is_json() && !profile.is_empty() {
+        print_line(&format!("its profile for another site: {profile}"));
+    }
+}
+
+/// A profile as the options of a revert.
+fn as_options(profile: &Profile) -> String {
+    let options = profile.iter().flat_map(|(name, values)| {
+        values.iter().map(move |value| match shlex::try_quote(value) {
+            Ok(value) => format!("--{name} {value}"),
+            Err(_) => format!("--{name} {value:?}"),
+        })
+    });
+    options.collect::<Vec<_>>().join(" ")
 }
 
 /// Lists snapshots.
@@ -199,7 +231,8 @@ pub(in crate::cli) async fn list(args: ListArgs) -> Result<(), Failure> {
         found.into_iter().for_each(|one| output.print_json(&RepositoryEvent::Snapshot(one)));
         return Ok(());
     }
-    let head = ["ID", "MACHINE", "TIME (UTC)", "FILES", "OWN", "PARENTS", "HOST", "TAGS"];
+    let head =
+        ["ID", "MACHINE", "TIME (UTC)", "FILES", "OWN", "PARENTS", "HOST", "TAGS", "PROFILE"];
     let rows = found.iter().map(|one| {
         [
             one.id[..SHOWN].to_owned(),
@@ -210,6 +243,7 @@ pub(in crate::cli) async fn list(args: ListArgs) -> Result<(), Failure> {
             one.parents.len().to_string(),
             one.host.clone(),
             one.tags.iter().cloned().collect::<Vec<_>>().join(", "),
+            as_options(&one.profile),
         ]
     });
     print_table(head, &rows.collect::<Vec<_>>());

@@ -121,7 +121,7 @@ pub(in crate::guest) fn sockets(line: &CommandLine, cwd: &Path) -> Vec<PathBuf> 
 }
 
 /// The Unix socket on which an option that is no character backend listens.
-fn other_socket(option: &CommandOption) -> Option<Address> {
+pub(super) fn other_socket(option: &CommandOption) -> Option<Address> {
     let spec = Spec::parse(option.value());
     let unix = |text: &str| Some(Address::Unix(text.strip_prefix("unix:")?.to_owned()));
     match option.name() {
@@ -183,7 +183,7 @@ fn refuse_files_in_use(line: &CommandLine, cwd: &Path) -> Result<(), GuestError>
 }
 
 /// The files that an option writes.
-fn outputs(option: &CommandOption) -> Vec<String> {
+pub(super) fn outputs(option: &CommandOption) -> Vec<String> {
     let mut outputs = backend::writes_to(option);
     match option.name() {
         "D" => outputs.extend(option.value.clone()),

@@ -50,7 +50,7 @@ pub(super) fn replace_in_line(line: &mut CommandLine, rules: &[(&str, &str)]) {
 }
 
 /// Options whose whole value is one path, in which commas are not doubled.
-const PLAIN_PATHS: &[&str] = &[
+pub(super) const PLAIN_PATHS: &[&str] = &[
     "D",
     "L",
     "bios",

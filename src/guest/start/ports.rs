@@ -17,6 +17,19 @@ pub enum NewPort {
     Free,
 }
 
+impl NewPort {
+    /// Reads a rule `OLD=NEW`, where `NEW` may be `auto`, or 0, for a free one.
+    pub(crate) fn read_rule(text: &str) -> Option<(u16, NewPort)> {
+        let number = |text: &str| text.parse().ok().filter(|number| *number != 0);
+        let (old, new) = text.split_once('=')?;
+        let new = match new {
+            "auto" | "0" => NewPort::Free,
+            new => NewPort::Number(number(new)?),
+        };
+        Some((number(old)?, new))
+    }
+}
+
 /// Ports that replace others.
 #[derive(Debug, Default)]
 pub(super) struct Replaced {

@@ -182,7 +182,7 @@ fn captured_disks(
 
 /// The recorded environment names the modules of the recorded binary, which another binary
 /// must not load: it is used with the recorded binary only.
-fn program_and_environment(
+pub(super) fn program_and_environment(
     machine: &Machine,
     options: &RewriteOptions,
     rules: &[(&str, &str)],
@@ -239,7 +239,7 @@ fn pin_machine_type(line: &mut CommandLine, machine_type: &str) {
 
 /// A guest that was reverted before has snapback's control socket of that time on its command
 /// line, by a descriptor that no longer exists.
-fn drop_own_options(line: &mut CommandLine) {
+pub(super) fn drop_own_options(line: &mut CommandLine) {
     line.retain_options(|option| {
         backend::chardev_id(option).as_deref() != Some(CONTROL_ID)
             && backend::monitors_chardev(option).as_deref() != Some(CONTROL_ID)

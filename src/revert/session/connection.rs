@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::MissedTickBehavior;
 
+use super::away::{self, StoreWatch};
 use super::confined::{Confined, Confinement};
 use super::contents::Contents;
 use super::halt::Halt;
@@ -16,14 +16,16 @@ use super::lifecycle::{Lifecycle, Next, Told};
 use super::preparation::{Placed, Preparation};
 use super::qemu::{Qemu, has_run, migrate_from};
 use super::reconnect::Resuming;
+use super::reports::{Reports, migration, reported, resumed};
 use crate::cancel::Cancellation;
+use crate::far::Answering;
 use crate::host::procfs::AddressSpace;
 use crate::image::Image;
 use crate::keeper::{Keeper, Ledger};
 use crate::memory::working_set::RECORD_WINDOW;
 use crate::memory::{FillOptions, Unreadable};
 use crate::page::PageSource;
-use crate::qmp::{Events, Qmp, QmpError};
+use crate::qmp::Qmp;
 use crate::reset::ResetError;
 use crate::revert::collapse::Collapsing;
 use crate::revert::eager::EagerSource;
@@ -32,9 +34,7 @@ use crate::revert::event::{Progress, RevertEvent};
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
 use crate::revert::rtc::Rtc;
-use crate::revert::source::{
-    Beginning, Interrupted, PostcopyEvent, PostcopyOptions, PostcopySource,
-};
+use crate::revert::source::{Beginning, Interrupted, PostcopyOptions, PostcopySource};
 use crate::revert::unreadable::describe;
 use crate::runs::Entry;
 
@@ -76,6 +76,8 @@ pub(super) struct Connection {
     /// Set where the session began with a QEMU whose channel was lost.
     pub resuming: Option<Resuming>,
     halt: Halt,
+    /// Whether the store of a snapshot that is far away answers.
+    pub store: Option<StoreWatch>,
     /// The last memory that could not be read.
     unreadable: Option<PostcopyError>,
     /// Told last that this session needs no successor.
@@ -88,14 +90,6 @@ pub(super) struct Connection {
 enum Source {
     Postcopy(PostcopySource),
     Eager(EagerSource),
-}
-
-/// Where QEMU and the source report.
-#[derive(Default)]
-struct Reports {
-    events: Option<Events>,
-    source: Option<UnboundedReceiver<PostcopyEvent>>,
-    poll: Option<Interval>,
 }
 
 impl Connection {
@@ -126,6 +120,7 @@ impl Connection {
             placed: false,
             resuming: None,
             halt: Halt::default(),
+            store: None,
             unreadable: None,
             keeper: None,
             run: None,
@@ -257,6 +252,8 @@ impl Connection {
         let mut tick = tokio::time::interval(self.delivery.progress_every.max(SHORTEST_TICK));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = None;
+        // What has been seen by a future that was dropped is seen again, which does no harm.
+        let mut store = self.store.clone();
         loop {
             self.confine();
             let next = tokio::select! {
@@ -267,6 +264,11 @@ impl Connection {
                     if told.replace(now) != Some(now) {
                         on_event(RevertEvent::Progress(now));
                     }
+                    continue;
+                }
+                answering = away::changed(&mut store) => {
+                    self.store = store.clone();
+                    self.tell_store(answering, on_event).await;
                     continue;
                 }
             };
@@ -391,8 +393,10 @@ impl Connection {
         };
         let (memory, error) = describe(&self.image, memory);
         self.unreadable = Some(error);
+        let is_away = self.store.as_ref().is_some_and(StoreWatch::fails);
+        let reason = if is_away { "store" } else { "unreadable" }.to_owned();
         on_event(match awaited {
-            true => RevertEvent::Stopped { reason: "unreadable".to_owned(), memory },
+            true => RevertEvent::Stopped { reason, memory: Some(memory), store: None },
             false => RevertEvent::Degraded(memory),
         });
         if let (Some(qmp), true) = (self.qemu.qmp(), awaited) {
@@ -402,6 +406,18 @@ impl Connection {
             source.repair()?;
         }
         Ok(())
+    }
+
+    /// Notes that the store has ceased to answer, or answers again.
+    async fn tell_store(&mut self, answering: Answering, on_event: &mut impl FnMut(RevertEvent)) {
+        let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
+        let qemu = (self.qemu.qmp(), ledger);
+        let can_run = away::note(answering, &mut self.halt, qemu, self.run.as_ref(), on_event);
+        // Memory that it waits for as well is told when it has come.
+        if can_run && !self.lifecycle.is_stopped() {
+            on_event(RevertEvent::Repaired);
+            self.run_again(on_event).await;
+        }
     }
 
     /// Has a guest run again that QEMU was told to stop, since it waited for memory.
@@ -572,33 +588,10 @@ pub(super) fn socket_pair() -> Result<(UnixStream, UnixStream), RevertError> {
     })
 }
 
-/// Waits until QEMU says that the guest runs.
-async fn resumed(events: &mut Option<Events>) -> Result<Told, QmpError> {
-    let Some(events) = events else { return std::future::pending().await };
-    while events.next().await?.name != "RESUME" {}
-    Ok(Told::Resumed)
-}
-
-/// Waits for the next time to ask how QEMU's migration stands, and asks.
-async fn migration(poll: &mut Option<Interval>, qmp: Option<&Qmp>) -> Result<Told, QmpError> {
-    let (Some(poll), Some(qmp)) = (poll, qmp) else { return std::future::pending().await };
-    poll.tick().await;
-    let status = qmp.migration_info().await?.status;
-    Ok(Told::Migration(status.unwrap_or_default()))
-}
-
 /// Waits until QEMU refuses a new stream.
 async fn refused(resuming: &mut Option<Resuming>) -> RevertError {
     match resuming {
         Some(resuming) => resuming.refused().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits for the source's next report; nothing when there are no more.
-async fn reported(source: &mut Option<UnboundedReceiver<PostcopyEvent>>) -> Option<PostcopyEvent> {
-    match source {
-        Some(source) => source.recv().await,
         None => std::future::pending().await,
     }
 }

@@ -249,6 +249,11 @@ impl Lifecycle {
         self.unreadable.pop_front()
     }
 
+    /// Whether the guest waits for memory that can't be read.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
     /// Whether the guest has run, for all that is known.
     fn has_run(&self) -> bool {
         self.resumed || matches!(self.stage, Stage::Running | Stage::Resident)

@@ -26,6 +26,7 @@
 
 mod adopted;
 mod armed;
+mod away;
 mod confined;
 mod connection;
 mod contents;
@@ -40,6 +41,7 @@ mod planned;
 mod preparation;
 mod qemu;
 mod reconnect;
+mod reports;
 mod resettable;
 mod resident;
 mod running;

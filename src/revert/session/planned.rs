@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::away::StoreWatch;
 use super::confined::Confinement;
 use super::connection::Connection;
 use super::contents::Reading;
@@ -101,7 +102,7 @@ impl Planned {
     ) -> Result<Launched, RevertError> {
         let Planned { image: OpenImage { image, pages }, launcher, start, options, cancel, .. } =
             self;
-        let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, .. } =
+        let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, far, .. } =
             options;
         // Who speaks to libvirt may have to connect anew.
         let domain = launcher.domain();
@@ -133,6 +134,7 @@ impl Planned {
         }
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.pages = pages;
+        connection.store = far.map(|far| StoreWatch::new(far.answering()));
         connection.confinement = Confinement::wanted(sandbox);
         (connection.rtc, connection.resettable, connection.mapped) = (rtc, resettable, mapped);
         connection.run =

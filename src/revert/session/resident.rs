@@ -2,10 +2,15 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch::Receiver;
+
+use super::away::{self, StoreWatch};
 use super::confined::Confinement;
+use super::halt::Halt;
 use super::preparation::{Placed, Preparation};
 use super::qemu::Qemu;
 use crate::cancel::Cancellation;
+use crate::far::Answering;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
 use crate::image::Image;
@@ -31,7 +36,7 @@ pub struct Resident {
     pub(super) confinement: Confinement,
     pub(super) cancel: Cancellation,
     /// The session's record, which goes with it.
-    pub(super) _run: Option<Entry>,
+    pub(super) run: Option<Entry>,
 }
 
 /// A guest that has been brought back and is still its owner's: QEMU ends when this is
@@ -74,6 +79,37 @@ impl Resident {
     /// QEMU's monitor, where it is ours.
     pub(crate) fn qmp(&self) -> Option<&Qmp> {
         self.qemu.qmp()
+    }
+
+    /// Waits for `work` of QEMU's on disks that are still in a repository. Meanwhile the guest is stopped
+    /// while a disk waits for too long, and runs again when the store answers.
+    pub(in crate::revert) async fn while_disks_follow<T>(
+        &self,
+        answering: Receiver<Answering>,
+        work: impl Future<Output = T>,
+        on_event: &mut impl FnMut(RevertEvent),
+    ) -> T {
+        let (mut store, mut halt) = (StoreWatch::new(answering), Halt::default());
+        let mut answering = Some(store.now());
+        tokio::pin!(work);
+        loop {
+            if let Some(answering) = answering.take() {
+                let qemu = (self.qmp(), None);
+                let can_run = away::note(answering, &mut halt, qemu, self.run.as_ref(), on_event);
+                if let (true, Some(qmp)) = (can_run, self.qmp()) {
+                    on_event(RevertEvent::Repaired);
+                    if let Err(error) = halt.run(qmp, None).await {
+                        let what = "the guest was stopped, and may stand still".to_owned();
+                        on_event(RevertEvent::Note { what, why: error.to_string() });
+                    }
+                }
+            }
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                changed = store.changed() => answering = Some(changed),
+            }
+        }
     }
 
     /// How its memory came.

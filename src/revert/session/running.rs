@@ -76,17 +76,7 @@ impl Running {
         if placement.is_postcopy() {
             recorded::remember(confinement.broker(), &delivery, &image, &outcome);
         }
-        Ok(Resident {
-            qemu,
-            outcome,
-            collapsing,
-            reset,
-            image,
-            rtc,
-            confinement,
-            cancel,
-            _run: run,
-        })
+        Ok(Resident { qemu, outcome, collapsing, reset, image, rtc, confinement, cancel, run })
     }
 }
 
