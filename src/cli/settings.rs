@@ -45,7 +45,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     setting("place", "place", "how memory reaches a guest: auto, uffd, socket, map, eager"),
     setting("quiet", "quiet", "whether only results, warnings and errors are printed"),
     Setting {
-        not_of: &["check", "revert"],
+        not_of: &["check", "revert", "save"],
         ..setting("repository", "repo", "the repository, by its address")
     },
     setting("socket", "socket", "the daemon's socket"),

@@ -38,7 +38,8 @@ fn a_domains_monitor_is_a_qmp(_: &Dir) -> Result<()> {
         let qmp = domain.monitor().await?;
         assert_eq!(qmp.peer_pid(), Some(guest.pid as i32));
         let expected = Libvirt::usual_qemu().version();
-        assert_eq!((qmp.version().major, qmp.version().minor), expected);
+        let version = qmp.version();
+        assert_eq!((version.major.into(), version.minor.into()), expected);
         let mut events = qmp.events();
         qmp.stop().await?;
         events.wait(|event| event.name == "STOP" && event.timestamp > 0, SOON).await?;
