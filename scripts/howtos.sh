@@ -52,6 +52,7 @@ run() {
 elsewhere="docs/commands.md docs/installing.md docs/python.md docs/tutorial.md"
 if [ $# = 0 ]; then
     cd "$project"
+    # shellcheck disable=SC2013 # no page has a blank in its name
     for page in $(grep -lE '^ *[$#] snapback ' README.md docs/*.md); do
         case " $elsewhere " in *" $page "*) continue ;; esac
         grep -qx "page=$page" tests/howtos/*.sh || die "$page has commands and no scene in tests/howtos"
