@@ -48,5 +48,18 @@ run() {
     as_root rm -rf "$place"
 }
 
-[ $# -gt 0 ] || set -- $(cd "$project/tests/howtos" && ls *.sh)
-for scene in "$@"; do run "${scene%.sh}"; done
+# Commands of these are run elsewhere (tests/howtos/README.md).
+elsewhere="docs/commands.md docs/installing.md docs/python.md docs/tutorial.md"
+if [ $# = 0 ]; then
+    cd "$project"
+    # shellcheck disable=SC2013 # no page has a blank in its name
+    for page in $(grep -lE '^ *[$#] snapback ' README.md docs/*.md); do
+        case " $elsewhere " in *" $page "*) continue ;; esac
+        grep -qx "page=$page" tests/howtos/*.sh || die "$page has commands and no scene in tests/howtos"
+    done
+    set -- tests/howtos/*.sh
+fi
+for scene in "$@"; do
+    scene=${scene##*/}
+    run "${scene%.sh}"
+done

@@ -67,7 +67,12 @@ end_all() {
     done
     until_true 60 "the end of all guests" no_guest
 }
-no_guest() { ! ls -l /proc/[0-9]*/exe 2>/dev/null | grep -q qemu-system; }
+no_guest() {
+    local process
+    for process in /proc/[0-9]*; do
+        case $(program_of "$process") in */qemu-system-*) return 1 ;; esac
+    done
+}
 # status SOCKET : what the guest is doing.
 status() { python3 "$project/scripts/qmp.py" "$1" query-status; }
 runs() { status "$1" | grep -q '"running"'; }
@@ -96,7 +101,8 @@ set -m
 ran=0 skipped=0
 for command in "${commands[@]}"; do
     # What a reader is told behind it.
-    command=$(sed 's/  *# .*$//' <<<"$command")
+    command=${command%%  *# *}
+    command=${command%% # *}
     does=$command why='' behind=()
     for number in "${!patterns[@]}"; do
         # shellcheck disable=SC2053 # a pattern

@@ -297,6 +297,22 @@ mod tests {
     }
 
     #[test]
+    fn a_repository_is_no_default_where_it_says_what_to_do() {
+        let settings = read(&["repository = \"/r\""], &[]);
+        let settings = settings.unwrap_or_else(|failure| panic!("{}", failure.message()));
+        let table = settings.apply(crate::cli::command());
+        let repository = |words: &[&str]| {
+            let matches = table.clone().try_get_matches_from(words).unwrap();
+            let (_, command) = matches.subcommand().unwrap();
+            command.get_one::<String>("repo").cloned()
+        };
+        assert_eq!(repository(&["snapback", "list"]).as_deref(), Some("/r"));
+        assert_eq!(repository(&["snapback", "list", "--repo", "/s"]).as_deref(), Some("/s"));
+        assert_eq!(repository(&["snapback", "revert", "vm.snap"]), None);
+        assert_eq!(repository(&["snapback", "check", "--qmp", "qmp.sock"]), None);
+    }
+
+    #[test]
     fn what_is_wrong_is_told_with_its_place() {
         let says = |texts: &[&str], variables: &[(&str, &str)]| {
             read(texts, variables).map(drop).unwrap_err().message()

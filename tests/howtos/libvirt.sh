@@ -1,4 +1,5 @@
-# shellcheck shell=bash disable=SC2034 # sourced by scripts/howtos_inside.sh
+# Sourced by scripts/howtos_inside.sh, which expands what is quoted.
+# shellcheck shell=bash disable=SC2016,SC2034,SC2054
 page=docs/libvirt.md
 
 mkdir -p /etc/libvirt /run/libvirt /var/lib/snap /var/lib/vm
