@@ -73,7 +73,7 @@ python:
 loom:
 	RUSTFLAGS="--cfg loom" cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir $(LOOM_TARGET) --locked
 
-torture: guest
+torture: guest debian
 	$(LONG_TEST) torture::many_faults
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
 	$(LONG_TEST) killed_daemon:: mapped_memory

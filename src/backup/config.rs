@@ -125,8 +125,10 @@ impl BackupConfig {
 
     fn parse(text: &str, path: &Path) -> Result<BackupConfig, BackupError> {
         let parsed = toml::from_str(text);
-        let mut config: BackupConfig = parsed
-            .map_err(|source| BackupError::Parse { path: path.to_owned(), source: source.into() })?;
+        let mut config: BackupConfig = parsed.map_err(|source| BackupError::Parse {
+            path: path.to_owned(),
+            source: source.into(),
+        })?;
         config.path = path.to_owned();
         config.address()?;
         if config.machines.is_empty() {
@@ -183,7 +185,9 @@ impl BackupConfig {
         options.quiesce = match machine.quiesce.as_deref() {
             None => None,
             Some("auto") if machine.domain.is_some() => Some(Quiesce::Libvirt),
-            Some("auto") => return Err(wrong("`quiesce = \"auto\"` is for a domain: name a socket")),
+            Some("auto") => {
+                return Err(wrong("`quiesce = \"auto\"` is for a domain: name a socket"));
+            }
             Some(socket) => Some(Quiesce::Socket(socket.into())),
         };
         match machine.compress_level {
@@ -292,7 +296,9 @@ mod tests {
             assert!(error.contains(says), "{text}: {error}");
         }
         let config = parse(&machine("qmp = \"/q\"")).unwrap();
-        assert!(config.save_options("db1", PathBuf::new()).unwrap_err().to_string().contains("web1"));
+        assert!(
+            config.save_options("db1", PathBuf::new()).unwrap_err().to_string().contains("web1")
+        );
         assert_eq!(config.retention("web1").unwrap(), None);
     }
 }

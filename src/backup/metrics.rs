@@ -19,7 +19,10 @@ const MAX_FILE: u64 = 16 << 20;
 /// All figures, with what they tell.
 const FIGURES: [(&str, &str); 5] = [
     (SUCCESS, "Whether the last backup of a machine succeeded."),
-    (LAST_SUCCESS, "When the last backup of a machine that succeeded ended, in seconds since 1970."),
+    (
+        LAST_SUCCESS,
+        "When the last backup of a machine that succeeded ended, in seconds since 1970.",
+    ),
     (LAST_RUN, "When the last backup of a machine ended, in seconds since 1970."),
     (DURATION, "How long the last backup of a machine took."),
     (NEW_BYTES, "Bytes that the last snapshot of a machine has added to the repository."),

@@ -128,10 +128,7 @@ struct Machine<'a, K> {
 }
 
 impl<K: Fn(&GuestAddress, &Path) -> Successor> Machine<'_, K> {
-    async fn back_up(
-        &self,
-        on_event: &mut impl FnMut(BackupEvent),
-    ) -> Result<Pushed, BackupError> {
+    async fn back_up(&self, on_event: &mut impl FnMut(BackupEvent)) -> Result<Pushed, BackupError> {
         let Machine { config, name, cancel, .. } = *self;
         let options = config.push_options(name)?;
         // What could not be pushed before. While it still can't, the spool does not grow.

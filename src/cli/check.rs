@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::events::CommandEvent;
 use super::failure::Failure;
 use super::host::SiteArgs;
-use super::output::{Output, print_about, print_line};
+use super::output::{Output, print_about};
 use super::repository::{self, FarArgs};
 use super::save::GuestArgs;
 use crate::doctor::{State, check_here};
@@ -141,9 +141,8 @@ async fn here(args: CheckArgs) -> Result<(), Failure> {
                     State::Missing => "NO",
                 };
                 let remedy = item.remedy.map(|command| format!("; remedy: `{command}`"));
-                let says = item.says;
-                let remedy = remedy.unwrap_or_default();
-                print_line(&format!("{mark:<4}{:<14}{says}{remedy}", item.name));
+                let says = item.says + &remedy.unwrap_or_default();
+                print_about(&format!("{mark:<4}{}", item.name), 19, &says);
             }
         }
     }

@@ -35,7 +35,7 @@ const EXAMPLES: &[(&str, &[Example])] = &[
             ),
             (
                 "Save it into a repository, by way of a spool on this host",
-                "snapback save --qmp /run/vm/qmp.sock --disks copy web1 --repo s3://backups/guests",
+                "snapback save --qmp /run/vm/qmp.sock web1 --repo s3://backups/guests",
             ),
             (
                 "Clean up behind a save that was killed",

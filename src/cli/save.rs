@@ -86,9 +86,9 @@ pub(super) struct GuestArgs {
     /// With --domain: libvirt's connection URI [default: the one that virsh takes]
     #[arg(long, value_name = "URI", requires = "domain")]
     connect: Option<String>,
-    /// What becomes of writable disks
-    #[arg(long, value_name = "HOW", default_value = "overlay")]
-    disks: Disks,
+    /// What becomes of writable disks [default: overlay; copy where the save goes to a repository]
+    #[arg(long, value_name = "HOW")]
+    disks: Option<Disks>,
     /// Save memory and devices only: the same as --disks none
     #[arg(long, conflicts_with = "disks")]
     memory_only: bool,
@@ -178,10 +178,10 @@ impl GuestArgs {
         let guest = self.address();
         let disks = match self.disks {
             _ if self.memory_only => DiskChoice::None,
-            Disks::None => DiskChoice::None,
-            Disks::Overlay => DiskChoice::Overlay,
-            Disks::Copy => DiskChoice::Copy,
-            Disks::Reflink => DiskChoice::Reflink,
+            Some(Disks::None) => DiskChoice::None,
+            None | Some(Disks::Overlay) => DiskChoice::Overlay,
+            Some(Disks::Copy) => DiskChoice::Copy,
+            Some(Disks::Reflink) => DiskChoice::Reflink,
         };
         SaveOptions {
             disks,
@@ -224,6 +224,8 @@ pub(super) async fn run(mut args: SaveArgs) -> Result<(), Failure> {
             return Err(Failure::said(ErrorKind::OptionsInvalid, message.into()));
         }
         args.image = to.image();
+        // What is on its way elsewhere leaves the guest where it was.
+        args.guest.disks.get_or_insert(Disks::Copy);
     }
     let keeper = keeper::cleaner(&guest, &args.image, args.json);
     let options = SaveOptions {

@@ -17,6 +17,7 @@ use crate::host::procfs::MemInfo;
 use crate::host::program::answer;
 use crate::host::rights::userfaultfd_lack;
 use crate::image::Image;
+use crate::libvirt::Definition;
 use crate::machine::{Machine, QemuVersion};
 use crate::revert::{RevertError, RevertOptions};
 
@@ -65,6 +66,11 @@ fn suits(machine: &Machine, memory: u64, options: &RewriteOptions) -> Vec<Item> 
     items.push(accelerator(&needs));
     items.push(room(memory, MemInfo::read().ok()));
     items.push(rights(qemu.as_ref().ok()));
+    if let Some(xml) = &machine.libvirt_xml {
+        // Of its command line, everything that is not the machine is libvirt's to make anew.
+        items.extend(domain(xml, Path::new(INTERFACES)));
+        return items;
+    }
     items.extend(files(&needs));
     items.extend(needs.interfaces.iter().map(|need| interface(need, Path::new(INTERFACES))));
     // Who takes ports, sockets, files and disks is known once it is to be started.
@@ -295,6 +301,43 @@ fn interface(need: &InterfaceNeed, interfaces: &Path) -> Item {
     }
 }
 
+/// What a domain of libvirt's takes, by its definition.
+fn domain(xml: &str, interfaces: &Path) -> Vec<Item> {
+    let definition = match Definition::parse(xml) {
+        Ok(definition) => definition,
+        Err(error) => return vec![Item::new("domain", State::Missing, error.to_string())],
+    };
+    let name = definition.name();
+    let says = format!(
+        "a domain of libvirt's, {name}: revert its image with `RevertOptions::domain` {name}; libvirt \
+         tells which files are missing"
+    );
+    let mut items = vec![match cfg!(feature = "libvirt") {
+        true => Item::new("domain", State::Ok, says),
+        false => {
+            let says = format!("{says}; this snapback was built without libvirt");
+            Item::new("domain", State::Missing, says)
+        }
+    }];
+    for (kind, name) in definition.networks() {
+        items.push(match kind.as_str() {
+            "network" => {
+                let says = format!("libvirt's network {name} has to be active here");
+                let remedy = format!("virsh net-start {name}");
+                Item::new("network", State::Degraded, says).remedied(remedy)
+            }
+            _ if interfaces.join(&name).exists() => {
+                Item::new("network", State::Ok, format!("{name} is here"))
+            }
+            _ => {
+                let says = format!("there is no interface {name} here: make it");
+                Item::new("network", State::Missing, says)
+            }
+        });
+    }
+    items
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,6 +402,25 @@ mod tests {
     fn without_its_qemu_it_can_not_run() {
         let found = missing(&Machine { binary: "/no/qemu".into(), ..machine(&[]) }, 0);
         assert!(found[0].starts_with("qemu: /no/qemu can't be run"), "{found:?}");
+    }
+
+    #[test]
+    fn a_domains_networks_are_those_of_its_definition() {
+        let xml = "<domain><name>web</name><devices>\
+                   <interface type='network'><source network='default' bridge='virbr0'/></interface>\
+                   <interface type='bridge'><source bridge='no-such-br'/></interface>\
+                   <interface type='user'/></devices></domain>";
+        let items = domain(xml, Path::new(INTERFACES));
+        let found: Vec<(&str, State)> =
+            items[1..].iter().map(|item| (item.says.as_str(), item.state)).collect();
+        assert_eq!(
+            found,
+            [
+                ("libvirt's network default has to be active here", State::Degraded),
+                ("there is no interface no-such-br here: make it", State::Missing),
+            ]
+        );
+        assert_eq!(domain("<x/>", Path::new("/"))[0].state, State::Missing);
     }
 
     #[test]

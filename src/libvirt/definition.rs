@@ -176,6 +176,21 @@ impl Definition {
         devices.is_some_and(|devices| devices.get_child("interface").is_some())
     }
 
+    /// What its network cards are connected to, each as an attribute of `<source>` and its value:
+    /// `network`, `bridge` or `dev`, and a name.
+    pub fn networks(&self) -> Vec<(String, String)> {
+        let devices = self.root.get_child("devices").into_iter().flat_map(|d| &d.children);
+        let cards = devices.filter_map(XMLNode::as_element).filter(|e| e.name == "interface");
+        let sources = cards.filter_map(|card| card.get_child("source"));
+        // One of a network that runs also tells the bridge behind it.
+        let named = sources.filter_map(|source| {
+            let names = ["network", "bridge", "dev"].into_iter();
+            let mut named = names.filter_map(|key| Some((key, source.attributes.get(key)?)));
+            named.next().map(|(key, name)| (key.to_owned(), name.clone()))
+        });
+        named.collect()
+    }
+
     fn devices_mut(&mut self) -> impl Iterator<Item = &mut Element> {
         let devices = self.root.get_mut_child("devices");
         let devices = devices.into_iter().flat_map(|devices| devices.children.iter_mut());

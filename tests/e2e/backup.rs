@@ -101,7 +101,7 @@ fn a_save_that_could_not_be_pushed_is_pushed_by_the_next_backup(dir: &Dir) -> Re
     let (repository, spool) = (format!("s3://{BUCKET}/site"), dir.path("spool"));
     let name = format!("{repository}/web1");
     let save = |more: &[&str]| {
-        let args = ["save", "--qmp", text(&guest.qmp_path), "--disks", "copy", &name];
+        let args = ["save", "--qmp", text(&guest.qmp_path), &name];
         reaches(&args).with(&["--spool", text(&spool), "--store-timeout", "1"]).with(more)
     };
     // Without a repository the guest is not touched.

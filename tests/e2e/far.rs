@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::harness::{Dir, Reverted, Snapback, text};
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::s3::{BUCKET, S3Server, environment};
-use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, wait_for};
+use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, debian, wait_for};
 use crate::torture::{Random, seed};
 use crate::{tests, tests_on_both_at_length};
 
@@ -263,4 +263,45 @@ fn random_faults(dir: &Dir, count: u64) -> Result<()> {
         fs::remove_dir_all(&to)?;
     }
     Ok(())
+}
+
+/// Saved on one host, under load, and reverted on another with nothing but the repository: all that had been
+/// committed is there, in memory and on the disk.
+#[test]
+#[ignore = "it takes minutes: `make torture`"]
+fn a_database_goes_on_at_another_site() -> Result<()> {
+    crate::harness::in_a_folder(|dir| {
+        let site = Site::open(dir)?;
+        let here = dir.make("here")?;
+        let disk = debian::make_disk(&here.join("disk.qcow2"))?;
+        let mut guest = Guest::boot(&debian::options(Qemu::V10, disk))?;
+        debian::start_pgbench(&mut guest.oracle, 2)?;
+        debian::start_journal(&mut guest.oracle)?;
+        wait_for(SOON, "commits", || Ok((debian::acknowledged(&guest).len() > 50).then_some(())))?;
+        site.reaches(dir.snapback(&["init"])).succeed()?;
+        let before = *debian::acknowledged(&guest).last().ok_or("no commits")?;
+        let (name, spool) = (format!("s3://{BUCKET}/site/web1"), here.join("spool"));
+        let save = ["save", "--qmp", text(&guest.qmp_path), &name];
+        let save = dir.snapback(&save).with(&["--spool", text(&spool)]);
+        site.reaches(save).succeed()?.event("pushed")?;
+        let from = guest.dir.clone();
+        drop(guest);
+        fs::remove_dir_all(&here)?;
+
+        site.proxy.set_latency(Duration::from_millis(20));
+        site.proxy.set_rate(Some(200_000_000));
+        let there = dir.make("there")?;
+        let mut reverted = Reverted::of(site.revert(dir, &from, &there, &[]), &there)?;
+        // A new client is served before all has arrived.
+        debian::sql(&mut reverted.oracle, "SELECT 1")?;
+        wait_for(SOON, "the journal to go on", || {
+            let last = debian::acknowledged(&reverted).last().copied();
+            Ok(last.is_some_and(|last| last > before).then_some(()))
+        })?;
+        reverted.resident()?.event("disks_resident")?;
+        debian::stop_load(&mut reverted.oracle)?;
+        debian::check(&mut reverted.oracle)?;
+        assert!(debian::committed(&mut reverted.oracle)? > before);
+        Ok(())
+    })
 }
