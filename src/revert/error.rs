@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
-use super::following::FollowError;
+use super::follow_error::FollowError;
 use crate::agent::AgentError;
 use crate::guest::GuestError;
 use crate::host::PageSizeError;
