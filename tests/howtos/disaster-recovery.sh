@@ -23,4 +23,12 @@ instead 'snapback revert /srv/*' 'snapback revert /srv/web1.snap \
     --path /var/lib/vm/disk.qcow2=/srv/web1.snap.disks/disk.qcow2 --qmp /run/vm/new.sock'
 after 'snapback revert /srv/*' 'runs /run/vm/new.sock; end_all'
 instead 'snapback diff *' 'snapback diff "web1@$(date -u +%Y-%m-%d)" web1@latest'
+before 'snapback backup --check-config' 'mkdir -p /var/lib/vm /var/lib/snapback
+    qemu-img create -q -f qcow2 /var/lib/vm/disk.qcow2 64M
+    guest /run/vm -drive file=/var/lib/vm/disk.qcow2,format=qcow2,if=virtio
+    printf "repository = \"%s\"\nidentity = [\"%s\"]\n[machines.web1]\nqmp = \"/run/vm/qmp.sock\"\n" \
+        "$SNAPBACK_REPOSITORY" "$SNAPBACK_IDENTITY" >/etc/snapback/backup.toml'
+after 'snapback backup web1' end_all
+skip 'systemctl *' "no systemd runs here"
+skip 'snapback push * --netdev *' "needs a guest with a card on a bridge"
 after 'snapback revert s3:*' 'runs /run/web1.sock; end_all'

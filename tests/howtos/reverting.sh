@@ -17,4 +17,6 @@ clones_run() {
 after 'snapback revert vm.snap --count 16 *' 'clones_run 16 /srv/vms/w'
 after 'snapback revert * --port *' 'clones_run 4 vm-'
 skip 'snapback revert * --agent-set-time *' "needs a guest with systemd and the agent"
+before 'snapback save * --followable *' 'end_all; rm vm.snap; guest /run/vm; mkdir /run/vm2'
+after 'snapback revert * --follow *' 'runs /run/vm/qmp.sock; runs /run/vm2/qmp.sock; end_all; rm -r /run/vm2'
 after 'snapback reset *' 'runs /run/vm/qmp.sock'
