@@ -36,7 +36,7 @@ export SOURCE_DATE_EPOCH CARGO_INCREMENTAL=0 LC_ALL=C
 RUSTFLAGS="--remap-path-prefix=$project=/snapback --remap-path-prefix=$home=/cargo"
 # Relocations in the short form, which glibc 2.36 reads, and identical functions once: a smaller program, which
 # starts sooner.
-export RUSTFLAGS="$RUSTFLAGS -Clink-arg=-Wl,-z,pack-relative-relocs -Clink-arg=-Wl,--icf=all"
+export RUSTFLAGS="$RUSTFLAGS -Clink-arg=-Wl,-z,pack-relative-relocs -Clink-arg=-Wl,--icf=safe"
 export CFLAGS="-ffile-prefix-map=$project=/snapback -ffile-prefix-map=$home=/cargo"
 # What hands over to the package snapback-libvirt.
 export SNAPBACK_LIBVIRT_PROGRAM=/usr/lib/snapback/snapback

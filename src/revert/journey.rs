@@ -113,7 +113,10 @@ async fn to_resident(
     if options.follow {
         let image = following::open(&options.image, &cancel).await?;
         let options = options.clone().while_captured();
-        return Clone::launch(image, &options, cancel, on_event).await?.to_resident(on_event).await;
+        return Clone::launch(image, &options, cancel, on_event)
+            .await?
+            .into_resident(on_event)
+            .await;
     }
     let image = far::image(options)?.into();
     let planned = Planned::of(image, options, cancel.clone(), on_event).await?;
@@ -168,11 +171,11 @@ impl Clone {
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Reverted, RevertError> {
-        let (pid, outcome) = self.to_resident(on_event).await?.let_go();
+        let (pid, outcome) = self.into_resident(on_event).await?.let_go();
         Ok(Reverted { pid: pid.unwrap_or_default(), outcome })
     }
 
-    async fn to_resident(
+    async fn into_resident(
         self,
         on_event: &mut impl FnMut(RevertEvent),
     ) -> Result<Resident, RevertError> {
