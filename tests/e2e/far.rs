@@ -203,7 +203,7 @@ fn a_guest_is_stopped_while_its_store_is_away_and_goes_on_by_itself(dir: &Dir) -
 }
 
 fn a_few_random_faults_cost_time_alone(dir: &Dir) -> Result<()> {
-    random_faults(dir, 5)
+    random_faults(dir, 2)
 }
 
 #[test]
