@@ -20,7 +20,7 @@ use crate::image::Image;
 const QUIET: Duration = Duration::from_millis(100);
 /// At the latest after so long, behind the working set: a guest that always asks for something is not
 /// kept from ever having all.
-const UNQUIET: Duration = Duration::from_secs(1);
+const UNQUIET: Duration = Duration::from_millis(500);
 
 /// How long QEMU may take to answer while its disks follow: one that was told to stop its guest answers
 /// only once the disks' requests are done, which may wait for the store.
