@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::directory::Directory;
 use super::{BenchError, BenchOptions, Cache, host};
 use crate::guest::{CommandLine, OverlayOptions, RewriteOptions, exclusive_paths, own_name};
+use crate::host::paths::parent_directory;
 use crate::image::Image;
 use crate::machine::Machine;
 use crate::page::PAGE_SIZE;
@@ -61,10 +62,7 @@ impl<'a> Setup<'a> {
         if !machine.running || CommandLine::parse(&options.extra).has("S") {
             return Err(BenchError::Paused);
         }
-        let directory = match options.image.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let directory = parent_directory(&options.image);
         // QEMU has another working directory, so paths for it must be absolute.
         let failed =
             |doing| move |source| BenchError::File { doing, path: directory.into(), source };

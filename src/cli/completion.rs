@@ -1,8 +1,8 @@
 //! What completes arguments in a shell, as far as the table of arguments doesn't say it.
 //!
 //! A shell asks this program at each TAB (`COMPLETE=bash snapback` prints what has it do so):
-//! images, pools, ids, domains and snapshots of repositories are those that are there at that time. Nothing here may wait for
-//! long, or print: what can't be had is not proposed.
+//! images, pools, ids, domains and snapshots of repositories are those that are there at that time.
+//! Nothing here may wait for long, or print: what can't be had is not proposed.
 
 use std::io::Read;
 use std::path::Path;

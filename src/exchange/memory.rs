@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::pages::for_each;
 use super::{ExchangeError, Watch};
+use crate::host::paths::parent_directory;
 use crate::image::{Image, ImageError, Piece};
 use crate::page::Block;
 
@@ -104,10 +105,7 @@ impl Directory {
             Err(errno) => return Err(self.failed("give its name to", errno.into())),
         }
         self.hidden = None;
-        let parent = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let parent = parent_directory(&self.path);
         let synced = File::open(parent).and_then(|directory| directory.sync_all());
         synced.map_err(|e| self.failed("write out the directory of", e))
     }

@@ -14,6 +14,8 @@ use nix::sys::socket::{
 use nix::unistd::geteuid;
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::host::paths::parent_directory;
+
 /// The socket on which the save of `image` listens. Accepting from it never waits.
 ///
 /// # Errors
@@ -70,10 +72,7 @@ fn packets(flags: SockFlag) -> io::Result<OwnedFd> {
 
 /// The address for an image, by whatever path it is named. A name has 107 bytes at most.
 fn address(image: &Path) -> io::Result<UnixAddr> {
-    let parent = match image.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let parent = parent_directory(image);
     let path: PathBuf = parent.canonicalize()?.join(image.file_name().unwrap_or_default());
     let name = format!("snapback-follow-{:032x}", xxh3_128(path.as_os_str().as_bytes()));
     Ok(UnixAddr::new_abstract(name.as_bytes())?)

@@ -5,6 +5,7 @@ pub mod in_use;
 pub mod memory;
 pub mod packets;
 mod page_size;
+pub mod paths;
 pub mod pidfd;
 pub mod procfs;
 pub mod program;

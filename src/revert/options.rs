@@ -101,9 +101,7 @@ impl RevertOptions {
     pub fn from_afar(far: FarSnapshot) -> RevertOptions {
         RevertOptions { far: Some(far.clone()), ..RevertOptions::new(far.machine()) }
     }
-}
 
-impl RevertOptions {
     /// The same for a guest whose memory is still being captured, without what can't be had then.
     pub(crate) fn while_captured(mut self) -> RevertOptions {
         // An ordinary stream would be made of an image that has no memory.

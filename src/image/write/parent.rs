@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::host::paths::parent_directory;
 use crate::image::format::error::ImageError;
 use crate::image::format::layout::MAX_LAYERS;
 use crate::image::format::manifest::LayerRef;
@@ -34,10 +35,7 @@ pub(in crate::image) fn refer_to(
         return Err(refused(problem));
     }
     check_replaces_none(target, parent.files())?;
-    let directory = match target.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    };
+    let directory = parent_directory(target);
     let directory = fs::canonicalize(directory)
         .map_err(|e| ImageError::io("look for the directory of", target, e))?;
     let mut refs = Vec::with_capacity(layers.len());

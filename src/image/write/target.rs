@@ -13,6 +13,7 @@ use nix::sys::stat::{Mode, SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use uuid::Uuid;
 
+use crate::host::paths::parent_directory;
 use crate::image::format::error::ImageError;
 
 /// Checks that an image can be written to `path`, by trying. Leaves nothing.
@@ -66,10 +67,7 @@ impl Target {
     pub fn create(path: &Path, force: bool) -> Result<Target, ImageError> {
         let name =
             path.file_name().ok_or_else(|| ImageError::NoFileName(path.to_owned()))?.to_owned();
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let parent = parent_directory(path);
         let directory =
             File::open(parent).map_err(|e| ImageError::io("open the directory of", path, e))?;
         match fstatat(&directory, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {

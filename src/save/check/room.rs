@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::error::CheckError;
 use crate::guest::FoundDisk;
+use crate::host::paths::parent_directory;
 use crate::host::procfs::memory_in_use;
 use crate::image::Compression;
 use crate::machine::{Disk, DiskFile, DiskRole};
@@ -46,10 +47,7 @@ pub(super) fn check_room(
         None if options.without_image => 0,
         None => ram.min(memory_in_use(pid)) / share,
     };
-    let directory = match image.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
+    let directory = parent_directory(image);
     let hint = ", or use `Compression::Zstd`";
     let free = check_free("the image", directory, needed, if share == 1 { hint } else { "" })?;
     for found in disks.iter().filter(|found| found.disk.role == DiskRole::Captured) {

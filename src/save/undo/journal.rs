@@ -12,6 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::error::JournalError;
+use crate::host::paths::parent_directory;
 use crate::host::procfs::started;
 use crate::save::copies::DiskCopy;
 use crate::save::overlays::Overlay;
@@ -97,10 +98,7 @@ impl Journal {
         let text = serde_json::to_vec(plan).map_err(|e| self.failed("write", e.into()))?;
         file.write_all(&text).map_err(|e| self.failed("write", e))?;
         file.sync_all().map_err(|e| self.failed("write", e))?;
-        let directory = match self.path.parent() {
-            Some(directory) if directory != Path::new("") => directory,
-            _ => Path::new("."),
-        };
+        let directory = parent_directory(&self.path);
         File::open(directory).and_then(|f| f.sync_all()).map_err(|e| self.failed("write", e))
     }
 
