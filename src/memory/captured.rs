@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::host::shared_memory::{self, SharedMemory};
 use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageBytes, Run};
@@ -68,7 +68,7 @@ impl CapturedMemory {
                 true => self.put_zeros(Run::single(page)),
                 false => {
                     self.pages.write_all_at(bytes, self.offset(page.block, page.number))?;
-                    self.set(page, HERE);
+                    self.mark(Run::single(page), HERE);
                 }
             }
         }
@@ -77,21 +77,19 @@ impl CapturedMemory {
 
     /// The same for pages that are all zeros.
     pub fn put_zeros(&self, run: Run) {
-        for page in run.pages() {
-            // In this order: a page that is here is known to be zeros or not.
-            self.set(page, ZERO);
-            self.set(page, HERE);
-        }
+        // In this order: a page that is here is known to be zeros or not.
+        self.mark(run, ZERO);
+        self.mark(run, HERE);
     }
 
     /// Whether pages are here.
     pub fn has(&self, run: Run) -> bool {
-        run.pages().all(|page| self.is_set(page, HERE))
+        self.is_marked(run, HERE)
     }
 
     /// Whether a page that is here is all zeros.
     pub fn is_zero(&self, page: Page) -> bool {
-        self.is_set(page, ZERO)
+        self.is_marked(Run::single(page), ZERO)
     }
 
     /// Reads pages that are here.
@@ -106,20 +104,26 @@ impl CapturedMemory {
         (self.starts[block.index()] + number) * PAGE_SIZE as u64
     }
 
-    /// A page's state: the word among those of its kind, and the bit in it.
-    fn state(&self, page: Page) -> (usize, u64) {
-        let number = self.starts[page.block.index()] + page.number;
-        ((number / BITS) as usize * KINDS, 1 << (number % BITS))
+    /// The states of a run, of one kind: each word, and the run's bits in it.
+    fn words(&self, run: Run, kind: usize) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let start = self.starts[run.block.index()];
+        let (first, end) = (start + run.first, start + run.end());
+        let words = first / BITS..if first < end { end.div_ceil(BITS) } else { 0 };
+        words.map(move |word| {
+            let (from, to) = (first.max(word * BITS), end.min((word + 1) * BITS));
+            let mask = u64::MAX >> (BITS - (to - from)) << (from % BITS);
+            (&self.states.words()[word as usize * KINDS + kind], mask)
+        })
     }
 
-    fn set(&self, page: Page, kind: usize) {
-        let (word, bit) = self.state(page);
-        self.states.words()[word + kind].fetch_or(bit, Ordering::Release);
+    fn mark(&self, run: Run, kind: usize) {
+        for (word, mask) in self.words(run, kind) {
+            word.fetch_or(mask, Ordering::Release);
+        }
     }
 
-    fn is_set(&self, page: Page, kind: usize) -> bool {
-        let (word, bit) = self.state(page);
-        self.states.words()[word + kind].load(Ordering::Acquire) & bit != 0
+    fn is_marked(&self, run: Run, kind: usize) -> bool {
+        self.words(run, kind).all(|(word, mask)| word.load(Ordering::Acquire) & mask == mask)
     }
 }
 
@@ -172,6 +176,21 @@ mod tests {
                 (false, true, true, false)
             );
             assert!(memory.has(run) && !memory.has(Run { first: 0, ..run }));
+        }
+    }
+
+    #[test]
+    fn runs_of_any_length_at_any_place_are_marked_and_no_other_page() {
+        for (first, count) in [(0, 200), (63, 2), (64, 64), (1, 63), (10, 150), (199, 1), (70, 0)] {
+            let memory = CapturedMemory::new(&[block(200), block(1)]).unwrap();
+            let run = Run { block: BlockId(0), first, count };
+            memory.put_zeros(run);
+            for page in (Run { first: 0, count: 200, ..run }).pages() {
+                let inside = (first..first + count).contains(&page.number);
+                assert_eq!(memory.has(Run::single(page)), inside, "{run}, {page:?}");
+                assert_eq!(memory.is_zero(page), inside, "{run}, {page:?}");
+            }
+            assert!(memory.has(run) && !memory.has(Run { block: BlockId(1), first: 0, count: 1 }));
         }
     }
 
