@@ -171,13 +171,16 @@ impl Libvirt {
             script += &format!("mount --bind {} {place}\n", text(&artifact(part)?));
         }
         if is_newer {
-            // The user's there, and not on the whole machine.
-            let device = folder.path().join("userfaultfd");
-            let device = text(&device);
-            script += &format!(
-                "cp -a /dev/userfaultfd {device}\nchown libvirt-qemu {device}\n\
-                 mount --bind {device} /dev/userfaultfd\n"
-            );
+            // The user's there, and not on the whole machine. KVM no guest has; but where libvirtd
+            // has it and the user hasn't, libvirt asks QEMU for its abilities at every command.
+            for name in ["userfaultfd", "kvm"] {
+                let device = folder.path().join(name);
+                let device = text(&device);
+                script += &format!(
+                    "if [ -e /dev/{name} ]; then\ncp -a /dev/{name} {device}\n\
+                     chown libvirt-qemu {device}\nmount --bind {device} /dev/{name}\nfi\n"
+                );
+            }
         }
         let mut libvirtd = String::new();
         if let Some(Host { name, uuid }) = host {
