@@ -59,7 +59,7 @@ pub async fn back_up(
     access: &Access,
     keeper: impl Fn(&GuestAddress, &Path) -> Successor,
     cancel: Cancellation,
-    mut on_event: impl FnMut(BackupEvent),
+    mut on_event: impl FnMut(BackupEvent) + Send,
 ) -> Result<BackupReport, BackupError> {
     let all = || config.machines.keys().cloned().collect();
     let names: Vec<String> = if names.is_empty() { all() } else { names.to_vec() };
@@ -128,7 +128,10 @@ struct Machine<'a, K> {
 }
 
 impl<K: Fn(&GuestAddress, &Path) -> Successor> Machine<'_, K> {
-    async fn back_up(&self, on_event: &mut impl FnMut(BackupEvent)) -> Result<Pushed, BackupError> {
+    async fn back_up(
+        &self,
+        on_event: &mut (impl FnMut(BackupEvent) + Send),
+    ) -> Result<Pushed, BackupError> {
         let Machine { config, name, cancel, .. } = *self;
         let options = config.push_options(name)?;
         // What could not be pushed before. While it still can't, the spool does not grow.

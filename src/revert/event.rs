@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::options::Placement;
 use crate::reset::ResetWay;
 
+/// Who hears what happens during a revert. Not a generic type, of which each caller would add all of
+/// a revert to the program once more.
+pub(crate) type OnEvent<'a> = &'a mut (dyn FnMut(RevertEvent) + Send);
+
 /// What happens during a revert, in this order but for `StillNeeded` and those of memory that can't
 /// be read. A server that takes over from another begins with `TakenOver`; `Placing` may come again
 /// then.

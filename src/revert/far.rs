@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::error::RevertError;
-use super::event::RevertEvent;
+use super::event::{OnEvent, RevertEvent};
 use super::options::RevertOptions;
 use super::session::Resident;
 use crate::far::FarSnapshot;
@@ -70,7 +70,7 @@ pub(super) async fn fill_disks(
     resident: &Resident,
     far: &FarSnapshot,
     overlays: &[PathBuf],
-    on_event: &mut impl FnMut(RevertEvent),
+    on_event: OnEvent<'_>,
 ) -> Result<(), RevertError> {
     let Some(qmp) = resident.qmp().map(|qmp| qmp.with_timeout(PATIENCE)) else { return Ok(()) };
     let began = Instant::now();

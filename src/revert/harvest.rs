@@ -20,7 +20,7 @@ pub async fn harvest(
     options: &RevertOptions,
     window: Duration,
     cancel: Cancellation,
-    on_event: impl FnMut(RevertEvent),
+    on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<WorkingSet, RevertError> {
     let mut options = options.clone();
     options.rewrite.isolated = true;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::error::RevertError;
-use super::event::RevertEvent;
+use super::event::{OnEvent, RevertEvent};
 use super::far;
 use super::first_breath::FirstBreath;
 use super::following;
@@ -39,7 +39,7 @@ pub struct Reverted {
 pub async fn revert(
     options: &RevertOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Reverted, RevertError> {
     let resident = to_resident(options, cancel, &mut on_event).await?;
     let (pid, outcome) = match options.resettable {
@@ -52,7 +52,7 @@ pub async fn revert(
 /// Resets a guest whenever that is asked for. One that can't be reset inside its QEMU is let go.
 async fn serve_resets(
     resident: Resident,
-    on_event: &mut impl FnMut(RevertEvent),
+    on_event: OnEvent<'_>,
 ) -> Result<(Option<i32>, Outcome), RevertError> {
     match Resettable::track(resident).await {
         Ok(mut resettable) => {
@@ -77,7 +77,7 @@ async fn serve_resets(
 pub async fn revert_held(
     options: &RevertOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Held, RevertError> {
     let options = RevertOptions { domain: None, ..options.clone() };
     let resident = to_resident(&options, cancel, &mut on_event).await?;
@@ -94,7 +94,7 @@ pub async fn revert_held(
 pub async fn revert_resettable(
     options: &RevertOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Resettable, RevertError> {
     let options = RevertOptions { domain: None, resettable: true, ..options.clone() };
     let resident = to_resident(&options, cancel, &mut on_event).await?;
@@ -107,7 +107,7 @@ pub async fn revert_resettable(
 async fn to_resident(
     options: &RevertOptions,
     cancel: Cancellation,
-    on_event: &mut impl FnMut(RevertEvent),
+    on_event: OnEvent<'_>,
 ) -> Result<Resident, RevertError> {
     let options = &far::prepared(&with_standby(options))?;
     if options.follow {
@@ -151,7 +151,7 @@ impl Clone {
         image: OpenImage,
         options: &RevertOptions,
         cancel: Cancellation,
-        on_event: &mut impl FnMut(RevertEvent),
+        on_event: OnEvent<'_>,
     ) -> Result<Clone, RevertError> {
         let options = with_standby(options);
         let planned = Planned::of(image, &options, cancel.clone(), on_event).await?;
@@ -167,18 +167,12 @@ impl Clone {
     }
 
     /// Brings it to where it depends on nobody.
-    pub(crate) async fn bring(
-        self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<Reverted, RevertError> {
+    pub(crate) async fn bring(self, on_event: OnEvent<'_>) -> Result<Reverted, RevertError> {
         let (pid, outcome) = self.into_resident(on_event).await?.let_go();
         Ok(Reverted { pid: pid.unwrap_or_default(), outcome })
     }
 
-    async fn into_resident(
-        self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<Resident, RevertError> {
+    async fn into_resident(self, on_event: OnEvent<'_>) -> Result<Resident, RevertError> {
         let Clone { launched, agent, options, cancel } = self;
         from_launched(launched, agent, &options, cancel, on_event).await
     }
@@ -190,7 +184,7 @@ async fn from_launched(
     agent: Option<PathBuf>,
     options: &RevertOptions,
     cancel: Cancellation,
-    on_event: &mut impl FnMut(RevertEvent),
+    on_event: OnEvent<'_>,
 ) -> Result<Resident, RevertError> {
     let new_macs = options.agent.new_macs;
     let armed = launched.arm(on_event).await?;
@@ -219,10 +213,7 @@ async fn from_launched(
 }
 
 /// Brings all memory of a guest that runs, in huge pages.
-async fn fill(
-    running: Running,
-    on_event: &mut impl FnMut(RevertEvent),
-) -> Result<Resident, RevertError> {
+async fn fill(running: Running, on_event: OnEvent<'_>) -> Result<Resident, RevertError> {
     let mut resident = running.fill(on_event).await?;
     resident.collapse(on_event).await;
     Ok(resident)

@@ -19,7 +19,7 @@ use crate::cancel::Cancellation;
 pub async fn prove(
     options: &RevertOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Duration, RevertError> {
     let mut options = options.clone();
     options.rewrite.isolated = true;

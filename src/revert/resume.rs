@@ -24,7 +24,7 @@ use crate::cancel::Cancellation;
 pub async fn resume(
     options: &ResumeOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Outcome, RevertError> {
     let running = Running::resume(options, cancel).await?;
     let mut resident = running.fill(&mut on_event).await?;

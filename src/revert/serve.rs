@@ -17,7 +17,7 @@ use crate::cancel::Cancellation;
 pub async fn serve(
     options: &ServeOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Outcome, RevertError> {
     let launched = Launched::outside(options, cancel).await?;
     let armed = launched.arm(&mut on_event).await?;

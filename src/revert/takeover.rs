@@ -17,7 +17,7 @@ use crate::keeper::Inheritance;
 pub async fn take_over(
     inheritance: Inheritance,
     cancel: Cancellation,
-    mut on_event: impl FnMut(RevertEvent),
+    mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Outcome, RevertError> {
     let running = Running::inherit(inheritance, cancel)?;
     let mut resident = running.fill(&mut on_event).await?;

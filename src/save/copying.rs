@@ -10,7 +10,7 @@ use super::moment::millis;
 use super::saving::Saving;
 use crate::failpoint::failpoint;
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Copies the frozen disks, if that was asked for, and commits the overlays back.
     pub async fn copy_disks(&mut self) -> Result<(), SaveError> {
         let copies: Vec<DiskCopy> = self.undo.copies().to_vec();

@@ -6,6 +6,10 @@ use serde::{Deserialize, Serialize};
 use crate::machine::{Disk, DiskRole};
 use crate::reset::ResetWay;
 
+/// Who hears what happens during a save. Not a generic type, of which each caller would add all of
+/// a save to the program once more.
+pub(crate) type OnEvent<'a> = &'a mut (dyn FnMut(SaveEvent) + Send);
+
 /// What happens during a save, in this order except for `Draining`, `Note` and `Committed`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]

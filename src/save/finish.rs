@@ -42,7 +42,7 @@ pub(super) struct Written {
     disks: Vec<SwitchedDisk>,
 }
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Makes the image whole, which takes as long as the disk or the bandwidth asks for, and
     /// gives it its name. An interrupt ends it.
     pub async fn write(

@@ -2,14 +2,13 @@
 
 use super::checked::in_image;
 use super::error::SaveError;
-use super::event::SaveEvent;
 use super::forking::{Ahead, AtMoment};
 use super::moment::PauseClock;
 use super::receive::Receiving;
 use super::saving::Saving;
 use crate::machine::Machine;
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Has QEMUs started for the clones, and waits until they are.
     pub async fn start_ahead(&mut self) -> Result<(), SaveError> {
         let machine = self.machine();

@@ -80,7 +80,7 @@ pub use undo::error::{JournalError, LeftOver};
 pub async fn save(
     options: &SaveOptions,
     cancel: Cancellation,
-    on_event: impl FnMut(SaveEvent),
+    on_event: impl FnMut(SaveEvent) + Send,
 ) -> Result<Saved, SaveError> {
     if !options.followable {
         return Ok(image_of(save_and_fork(options, None, cancel, on_event).await?));
@@ -108,9 +108,9 @@ pub(crate) async fn save_and_fork(
     options: &SaveOptions,
     forking: Option<Forking>,
     cancel: Cancellation,
-    on_event: impl FnMut(SaveEvent),
+    mut on_event: impl FnMut(SaveEvent) + Send,
 ) -> Result<Option<Saved>, SaveError> {
-    let mut saving = Saving::begin(options, cancel, on_event).await?;
+    let mut saving = Saving::begin(options, cancel, &mut on_event).await?;
     saving.forking = forking;
     match saving.carry_out().await {
         Ok(written) => saving.succeed(written),
@@ -128,7 +128,7 @@ pub(crate) async fn save_and_fork(
 pub async fn save_resettable(
     options: &SaveOptions,
     cancel: Cancellation,
-    mut on_event: impl FnMut(SaveEvent),
+    mut on_event: impl FnMut(SaveEvent) + Send,
 ) -> Result<(Saved, Result<SavedGuest, ResetError>), SaveError> {
     let options = SaveOptions { resettable: true, ..options.clone() };
     let mut saving = Saving::begin(&options, cancel.clone(), &mut on_event).await?;
@@ -145,7 +145,7 @@ pub async fn save_resettable(
     Ok((saved, guest))
 }
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Nothing is written where only clones are wanted.
     async fn carry_out(&mut self) -> Result<Option<Written>, SaveError> {
         self.set_up().await?;

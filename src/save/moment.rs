@@ -4,7 +4,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::event::{PauseParts, SaveEvent};
+use super::event::{OnEvent, PauseParts, SaveEvent};
 use crate::qmp::Event;
 
 /// When the snapshot was taken, and what it cost the guest.
@@ -98,7 +98,7 @@ impl PauseClock {
 
     /// The moment, at the end of a save that went well: told now if it was not told before,
     /// since it has passed whatever events were missed.
-    pub fn settle(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> Moment {
+    pub fn settle(&mut self, on_event: OnEvent<'_>) -> Moment {
         self.tell(on_event);
         match self.moment {
             Some(moment) => moment,
@@ -112,7 +112,7 @@ impl PauseClock {
     }
 
     /// Tells the moment, once, as soon as it is known. Whether it was told now.
-    pub fn tell(&mut self, on_event: &mut impl FnMut(SaveEvent)) -> bool {
+    pub fn tell(&mut self, on_event: OnEvent<'_>) -> bool {
         if self.moment.is_some() || !self.passed || self.held {
             return false;
         }
@@ -136,7 +136,7 @@ impl PauseClock {
         moment.is_some()
     }
 
-    fn set(&mut self, moment: Moment, on_event: &mut impl FnMut(SaveEvent)) {
+    fn set(&mut self, moment: Moment, on_event: OnEvent<'_>) {
         let Moment { unix_us, pause, parts } = moment;
         self.moment = Some(moment);
         on_event(SaveEvent::Moment {

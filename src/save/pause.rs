@@ -2,14 +2,13 @@
 //! state of the devices, and begins the snapshot.
 
 use super::error::SaveError;
-use super::event::SaveEvent;
 use super::moment::PauseClock;
 use super::saving::Saving;
 use super::{migration, overlays};
 use crate::failpoint::failpoint;
 use crate::guest;
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Whether the guest has to be stopped by us: where its disks are captured, or the state of
     /// its devices is asked for. QEMU alone would stop it for a shorter time.
     pub fn stops_the_guest(&self) -> bool {

@@ -13,7 +13,7 @@ use super::{collapse, overlays, prefault};
 use crate::failpoint::failpoint;
 use crate::{guest, runs};
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Sets QEMU up. QEMU itself may still refuse the save here; if it doesn't, the guest can
     /// be saved, as far as anybody can tell.
     pub async fn set_up(&mut self) -> Result<(), SaveError> {

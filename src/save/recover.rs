@@ -6,7 +6,7 @@ use super::access::Access;
 use super::address::GuestAddress;
 use super::copies::DiskCopy;
 use super::error::SaveError;
-use super::event::{SaveEvent, SwitchedDisk};
+use super::event::{OnEvent, SaveEvent, SwitchedDisk};
 use super::migration::wait_end;
 use super::overlays::Overlay;
 use super::release::{release_memory, while_releasing};
@@ -49,7 +49,7 @@ pub enum Recovered {
 pub async fn recover(
     guest: impl Into<GuestAddress>,
     image: &Path,
-    mut on_event: impl FnMut(SaveEvent),
+    mut on_event: impl FnMut(SaveEvent) + Send,
 ) -> Result<Recovered, SaveError> {
     let Some((journal, mut plan)) = Journal::claim(image).await? else {
         return Ok(Recovered::Nothing { journal: Journal::path(image) });
@@ -127,7 +127,7 @@ async fn reach(guest: &GuestAddress, pid: Option<i32>) -> Result<Access, SaveErr
 async fn undo(
     access: &Access,
     plan: &mut Plan,
-    on_event: &mut impl FnMut(SaveEvent),
+    on_event: OnEvent<'_>,
 ) -> Result<Vec<LeftOver>, SaveError> {
     let qmp = &access.qmp;
     // The guest comes first.
@@ -157,11 +157,7 @@ async fn undo(
 }
 
 /// Thaws the guest, if it may be frozen.
-async fn thaw(
-    access: Option<&Access>,
-    plan: &mut Plan,
-    on_event: &mut impl FnMut(SaveEvent),
-) -> Option<LeftOver> {
+async fn thaw(access: Option<&Access>, plan: &mut Plan, on_event: OnEvent<'_>) -> Option<LeftOver> {
     let agent = plan.frozen.as_ref()?;
     match agent.thaw(access.and_then(|access| access.domain.as_ref())).await {
         Ok(()) => {

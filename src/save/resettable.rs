@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::address::GuestAddress;
-use super::event::SaveEvent;
+use super::event::{OnEvent, SaveEvent};
 use super::options::SaveOptions;
 use crate::cancel::Cancellation;
 use crate::guest::device_paths;
@@ -181,7 +181,7 @@ impl SavedGuest {
     pub async fn serve(
         mut self,
         cancel: Cancellation,
-        mut on_event: impl FnMut(SaveEvent),
+        mut on_event: impl FnMut(SaveEvent) + Send,
     ) -> Result<(), ResetError> {
         let memory = Arc::clone(self.rewinder.memory());
         loop {
@@ -212,11 +212,7 @@ impl SavedGuest {
     }
 
     /// Does what somebody asks for. Returns whether the guest's writes are still tracked.
-    async fn answer(
-        &mut self,
-        asked: Asked,
-        on_event: &mut impl FnMut(SaveEvent),
-    ) -> Result<bool, ResetError> {
+    async fn answer(&mut self, asked: Asked, on_event: OnEvent<'_>) -> Result<bool, ResetError> {
         if asked.request == Request::LetGo {
             // Whoever asks goes on as soon as it is answered.
             self.rewinder.memory().end();

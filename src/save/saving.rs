@@ -9,7 +9,7 @@ use super::checked::Checked;
 use super::devices::DeviceState;
 use super::direct::Places;
 use super::error::SaveError;
-use super::event::SaveEvent;
+use super::event::{OnEvent, SaveEvent};
 use super::forking::Forking;
 use super::options::SaveOptions;
 use super::settings::Settings;
@@ -19,10 +19,10 @@ use crate::failpoint::failpoint;
 use crate::keeper::{Held, Keeper, if_started};
 
 /// A save under way. Each step is a method, in a file of its own.
-pub(super) struct Saving<'a, F> {
+pub(super) struct Saving<'a> {
     pub options: &'a SaveOptions,
     pub cancel: Cancellation,
-    pub on_event: F,
+    pub on_event: OnEvent<'a>,
     /// The guest's monitor, and libvirt where it has the guest.
     pub access: Access,
     /// What the checks found out about the guest.
@@ -41,13 +41,13 @@ pub(super) struct Saving<'a, F> {
     pub begun: bool,
 }
 
-impl<'a, F: FnMut(SaveEvent)> Saving<'a, F> {
+impl<'a> Saving<'a> {
     /// Connects to the guest, checks it, and writes the journal. Nothing is changed yet.
     pub async fn begin(
         options: &'a SaveOptions,
         cancel: Cancellation,
-        mut on_event: F,
-    ) -> Result<Saving<'a, F>, SaveError> {
+        on_event: OnEvent<'a>,
+    ) -> Result<Saving<'a>, SaveError> {
         let connect_and_check = async {
             let access = Access::open(&options.guest, Duration::ZERO).await?;
             if !options.no_wait {

@@ -23,7 +23,7 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// takes three milliseconds a GiB.
 const HOLD_LIMIT: Duration = Duration::from_secs(30);
 
-impl<F: FnMut(SaveEvent)> Saving<'_, F> {
+impl Saving<'_> {
     /// Takes the snapshot and receives all of it. If that fails, the guest goes on, the
     /// migration has been ended and nothing is left of the image.
     pub async fn take(&mut self) -> Result<(Received, Moment), SaveError> {

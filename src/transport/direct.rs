@@ -1,6 +1,6 @@
 //! Pages installed directly in memory, by the userfaultfd that it is registered with.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use super::{Transport, TransportError};
 use crate::host::uffd::{Uffd, UffdError};
@@ -14,8 +14,9 @@ const STEP_PAGES: u64 = 64;
 /// about 12 µs.
 const ZERO_STEP_PAGES: u64 = 512;
 
-/// A huge page of the usual size, so that a fault allocates nothing.
-static ZEROS: [u8; 2 << 20] = [0; 2 << 20];
+/// A huge page of the usual size, so that a fault allocates nothing. It is memory of the kernel's
+/// page of zeros; as a constant it would be a tenth of the program.
+static ZEROS: LazyLock<Vec<u8>> = LazyLock::new(|| vec![0; 2 << 20]);
 
 /// Installs pages by userfaultfd, in this process's memory or in another's.
 pub struct DirectTransport {
@@ -33,6 +34,7 @@ impl DirectTransport {
     /// whole block must be registered with it: bytes installed at a wrong address corrupt the
     /// memory of that process.
     pub unsafe fn new(uffd: Arc<Uffd>, addresses: Vec<Option<u64>>) -> DirectTransport {
+        LazyLock::force(&ZEROS);
         DirectTransport { uffd, addresses }
     }
 

@@ -5,7 +5,7 @@ use super::running::Running;
 use crate::guest::Reach;
 use crate::revert::cards::Unplugged;
 use crate::revert::error::RevertError;
-use crate::revert::event::{Progress, RevertEvent};
+use crate::revert::event::{OnEvent, Progress, RevertEvent};
 
 /// A guest that can run. In standby it stands still with its device state in, its faults
 /// are served and nothing is filled but what was to be preloaded, for as long as its owner likes;
@@ -58,7 +58,7 @@ impl Armed {
     ///
     /// # Errors
     /// When QEMU does not run the guest, or the session is cancelled.
-    pub async fn run(self, on_event: &mut impl FnMut(RevertEvent)) -> Result<Running, RevertError> {
+    pub async fn run(self, on_event: OnEvent<'_>) -> Result<Running, RevertError> {
         let Armed { mut connection } = self;
         let cancelled = connection.cancel.requested();
         let starting = async {

@@ -10,7 +10,7 @@ use super::halt::Halt;
 use crate::far::Answering;
 use crate::keeper::Ledger;
 use crate::qmp::Qmp;
-use crate::revert::event::RevertEvent;
+use crate::revert::event::{OnEvent, RevertEvent};
 use crate::runs::Entry;
 
 /// What `ps` says that a guest waits for.
@@ -51,7 +51,7 @@ pub(super) fn note(
     halt: &mut Halt,
     (qmp, ledger): (Option<&Qmp>, Option<&Ledger>),
     run: Option<&Entry>,
-    on_event: &mut impl FnMut(RevertEvent),
+    on_event: OnEvent<'_>,
 ) -> bool {
     let waits_for = (answering != Answering::Yes).then(|| STORE.to_owned());
     run.iter().for_each(|run| {

@@ -30,7 +30,7 @@ use crate::reset::ResetError;
 use crate::revert::collapse::Collapsing;
 use crate::revert::eager::EagerSource;
 use crate::revert::error::{PostcopyError, RevertError};
-use crate::revert::event::{Progress, RevertEvent};
+use crate::revert::event::{OnEvent, Progress, RevertEvent};
 use crate::revert::kept::Kept;
 use crate::revert::options::Delivery;
 use crate::revert::rtc::Rtc;
@@ -245,10 +245,7 @@ impl Connection {
 
     /// Goes on to the session's next state, doing what has to be done before, and telling how
     /// memory comes in.
-    pub async fn advance(
-        &mut self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<(), RevertError> {
+    pub async fn advance(&mut self, on_event: OnEvent<'_>) -> Result<(), RevertError> {
         let mut tick = tokio::time::interval(self.delivery.progress_every.max(SHORTEST_TICK));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = None;
@@ -377,10 +374,7 @@ impl Connection {
 
     /// Tells of memory that can't be read, and begins to try again; or of memory that can be
     /// read again, and has a guest run that was stopped for it.
-    async fn tell_unreadable(
-        &mut self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<(), RevertError> {
+    async fn tell_unreadable(&mut self, on_event: OnEvent<'_>) -> Result<(), RevertError> {
         let (memory, awaited) = match self.lifecycle.take_unreadable() {
             Some(Unreadable::PassedOver(error)) => (error, false),
             Some(Unreadable::Awaited(error)) => (error, true),
@@ -409,7 +403,7 @@ impl Connection {
     }
 
     /// Notes that the store has ceased to answer, or answers again.
-    async fn tell_store(&mut self, answering: Answering, on_event: &mut impl FnMut(RevertEvent)) {
+    async fn tell_store(&mut self, answering: Answering, on_event: OnEvent<'_>) {
         let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
         let qemu = (self.qemu.qmp(), ledger);
         let can_run = away::note(answering, &mut self.halt, qemu, self.run.as_ref(), on_event);
@@ -421,7 +415,7 @@ impl Connection {
     }
 
     /// Has a guest run again that QEMU was told to stop, since it waited for memory.
-    pub async fn run_again(&mut self, on_event: &mut impl FnMut(RevertEvent)) {
+    pub async fn run_again(&mut self, on_event: OnEvent<'_>) {
         let ledger = self.kept.as_ref().map(|kept| &kept.ledger);
         if !self.halt.is_stopped(ledger) {
             return;

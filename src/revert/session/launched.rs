@@ -18,7 +18,7 @@ use crate::host::pidfd::peer_pid;
 use crate::image::Image;
 use crate::qmp::Qmp;
 use crate::revert::error::RevertError;
-use crate::revert::event::RevertEvent;
+use crate::revert::event::{OnEvent, RevertEvent};
 use crate::revert::options::{Placement, Preload, ServeOptions, Target};
 
 /// How long somebody else's QEMU may take to greet.
@@ -88,7 +88,7 @@ impl Launched {
     ///
     /// # Errors
     /// When QEMU refuses the guest, or the session is cancelled.
-    pub async fn arm(self, on_event: &mut impl FnMut(RevertEvent)) -> Result<Armed, RevertError> {
+    pub async fn arm(self, on_event: OnEvent<'_>) -> Result<Armed, RevertError> {
         let Launched { mut connection, contents, socket } = self;
         if !connection.qemu.is_ours() {
             for says in connection.image.exposures() {

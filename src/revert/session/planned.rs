@@ -17,7 +17,7 @@ use crate::host::check_page_size;
 use crate::image::{Image, verify_chain, verify_flat};
 use crate::keeper::if_started;
 use crate::revert::error::{PostcopyError, RevertError};
-use crate::revert::event::RevertEvent;
+use crate::revert::event::{OnEvent, RevertEvent};
 use crate::revert::first_breath;
 use crate::revert::kept::Kept;
 use crate::revert::options::{Preload, RevertOptions};
@@ -42,7 +42,7 @@ impl Planned {
     pub async fn new(
         options: &RevertOptions,
         cancel: Cancellation,
-        on_event: &mut impl FnMut(RevertEvent),
+        on_event: OnEvent<'_>,
     ) -> Result<Planned, RevertError> {
         Planned::of(Image::open(&options.image)?.into(), options, cancel, on_event).await
     }
@@ -56,7 +56,7 @@ impl Planned {
         open: OpenImage,
         options: &RevertOptions,
         cancel: Cancellation,
-        on_event: &mut impl FnMut(RevertEvent),
+        on_event: OnEvent<'_>,
     ) -> Result<Planned, RevertError> {
         check_page_size()?;
         let image = &open.image;
@@ -96,10 +96,7 @@ impl Planned {
     ///
     /// # Errors
     /// When QEMU does not start, or the session is cancelled.
-    pub async fn launch(
-        self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<Launched, RevertError> {
+    pub async fn launch(self, on_event: OnEvent<'_>) -> Result<Launched, RevertError> {
         let Planned { image: OpenImage { image, pages }, launcher, start, options, cancel, .. } =
             self;
         let RevertOptions { delivery, standby, rtc, resettable, keeper, sandbox, run, far, .. } =
@@ -151,7 +148,7 @@ fn tell(
     launcher: &Launcher,
     not_mapped: Option<String>,
     exposures: Vec<String>,
-    on_event: &mut impl FnMut(RevertEvent),
+    on_event: OnEvent<'_>,
 ) {
     for Note { what, why } in launcher.notes().to_vec() {
         on_event(RevertEvent::Note { what, why });

@@ -10,7 +10,7 @@ use crate::qmp::{Events, QmpError};
 use crate::reset::{Asked, Request, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder};
 use crate::revert::cards::Unplugged;
 use crate::revert::error::RevertError;
-use crate::revert::event::RevertEvent;
+use crate::revert::event::{OnEvent, RevertEvent};
 use crate::revert::outcome::Outcome;
 use crate::revert::rtc::Rtc;
 
@@ -132,10 +132,7 @@ impl Resettable {
     ///
     /// # Errors
     /// When a reset has failed half-way: QEMU has been ended then.
-    pub async fn serve(
-        &mut self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<(), RevertError> {
+    pub async fn serve(&mut self, on_event: OnEvent<'_>) -> Result<(), RevertError> {
         if self.requests.is_none() {
             return Ok(());
         }
@@ -171,7 +168,7 @@ impl Resettable {
     pub(crate) async fn answer(
         &mut self,
         asked: Asked,
-        on_event: &mut impl FnMut(RevertEvent),
+        on_event: OnEvent<'_>,
     ) -> Result<bool, RevertError> {
         if asked.request == Request::LetGo {
             // Whoever asks goes on as soon as it is answered.

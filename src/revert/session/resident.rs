@@ -17,7 +17,7 @@ use crate::image::Image;
 use crate::qmp::Qmp;
 use crate::reset::ResetError;
 use crate::revert::collapse::{Collapsing, collapse};
-use crate::revert::event::RevertEvent;
+use crate::revert::event::{OnEvent, RevertEvent};
 use crate::revert::outcome::Outcome;
 use crate::revert::rtc::Rtc;
 use crate::runs::Entry;
@@ -87,7 +87,7 @@ impl Resident {
         &self,
         answering: Receiver<Answering>,
         work: impl Future<Output = T>,
-        on_event: &mut impl FnMut(RevertEvent),
+        on_event: OnEvent<'_>,
     ) -> T {
         let (mut store, mut halt) = (StoreWatch::new(answering), Halt::default());
         let mut answering = Some(store.now());
@@ -123,7 +123,7 @@ impl Resident {
     /// does dropping the future.
     ///
     /// [`Delivery::collapse`]: crate::revert::Delivery::collapse
-    pub async fn collapse(&mut self, on_event: &mut impl FnMut(RevertEvent)) {
+    pub async fn collapse(&mut self, on_event: OnEvent<'_>) {
         let Some(collapsing) = self.collapsing.take() else { return };
         let cancel = CancelOnDrop(self.cancel.child());
         let cancelled = cancel.0.clone();

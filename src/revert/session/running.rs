@@ -5,7 +5,7 @@ use super::lifecycle::Told;
 use super::qemu::finish_postcopy;
 use super::resident::Resident;
 use crate::revert::error::RevertError;
-use crate::revert::event::{Progress, RevertEvent};
+use crate::revert::event::{OnEvent, Progress, RevertEvent};
 use crate::revert::outcome::Outcome;
 use crate::revert::recorded;
 
@@ -35,10 +35,7 @@ impl Running {
     ///
     /// # Errors
     /// When memory can't be brought, or the session is cancelled.
-    pub async fn fill(
-        self,
-        on_event: &mut impl FnMut(RevertEvent),
-    ) -> Result<Resident, RevertError> {
+    pub async fn fill(self, on_event: OnEvent<'_>) -> Result<Resident, RevertError> {
         let Running { mut connection } = self;
         if let Err(error) = follow(&mut connection, on_event).await {
             return Err(connection.fail(error).await);
@@ -81,10 +78,7 @@ impl Running {
 }
 
 /// Follows what brings memory to its end.
-async fn follow(
-    connection: &mut Connection,
-    on_event: &mut impl FnMut(RevertEvent),
-) -> Result<(), RevertError> {
+async fn follow(connection: &mut Connection, on_event: OnEvent<'_>) -> Result<(), RevertError> {
     let cancel = connection.cancel.clone();
     let mut hurried = false;
     loop {

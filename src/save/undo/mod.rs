@@ -12,7 +12,7 @@ use super::access::Access;
 use super::checked::Checked;
 use super::copies::DiskCopy;
 use super::error::SaveError;
-use super::event::SaveEvent;
+use super::event::{OnEvent, SaveEvent};
 use super::options::{Quiesce, SaveOptions};
 use super::overlays::Overlay;
 use super::quiesce::Freezer;
@@ -80,7 +80,7 @@ impl Undo {
     pub async fn commit(
         &mut self,
         access: &Access,
-        on_event: &mut impl FnMut(SaveEvent),
+        on_event: OnEvent<'_>,
     ) -> Result<bool, SaveError> {
         let left = overlays::undo_overlays(access, &self.plan.overlays, on_event).await;
         if left.is_empty() {
@@ -179,7 +179,7 @@ impl Undo {
         mut self,
         access: &Access,
         cause: SaveError,
-        on_event: &mut impl FnMut(SaveEvent),
+        on_event: OnEvent<'_>,
     ) -> SaveError {
         let mut left = Vec::new();
         if let Err(error) = self.restore_settings(&access.qmp).await {
@@ -223,7 +223,7 @@ impl Undo {
     /// guest.
     ///
     /// [`recover`]: super::recover()
-    pub fn nothing_left(self, on_event: &mut impl FnMut(SaveEvent)) -> Result<(), SaveError> {
+    pub fn nothing_left(self, on_event: OnEvent<'_>) -> Result<(), SaveError> {
         if let (Some(_), Some(error)) = (self.plan.frozen, self.not_thawed) {
             return Err(SaveError::StillFrozen(error));
         }

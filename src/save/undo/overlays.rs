@@ -13,7 +13,7 @@ use crate::failpoint::failpoint;
 use crate::libvirt::{Domain, LibvirtError};
 use crate::qmp::{BlockEdge, Qmp, QmpError};
 use crate::save::access::Access;
-use crate::save::event::SaveEvent;
+use crate::save::event::{OnEvent, SaveEvent};
 use crate::save::overlays::Overlay;
 
 /// How long committing one overlay may take at the least.
@@ -27,7 +27,7 @@ const COMMIT_RATE: u64 = 4 << 20;
 pub(in crate::save) async fn undo_overlays(
     access: &Access,
     overlays: &[Overlay],
-    on_event: &mut impl FnMut(SaveEvent),
+    on_event: OnEvent<'_>,
 ) -> Vec<LeftOver> {
     let mut left = Vec::new();
     for overlay in overlays {
