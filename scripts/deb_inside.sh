@@ -56,7 +56,13 @@ completed=$(bash -c '. /usr/share/bash-completion/completions/snapback
 # The kernel at hand may have no AppArmor: the parser alone tells whether the profile is one.
 told=$(apparmor_parser --skip-kernel-load --skip-cache --warn=all /etc/apparmor.d/usr.bin.snapback 2>&1) ||
     die "the profile is wrong: $told"
-units=(snapback.socket snapback.service snapback-pool@nightly.service)
+units=(snapback.socket snapback.service snapback-pool@nightly.service
+    snapback-backup.service snapback-backup.timer)
+for unit in "${units[@]}"; do
+    [ -e "/usr/lib/systemd/system/${unit/@nightly/@}" ] || die "the package has no $unit"
+done
+enabled=$(find /etc/systemd/system -name 'snapback*')
+[ -z "$enabled" ] || die "units are enabled by installing: $enabled"
 # It finds the program that the pool's unit asks with, too.
 touch /usr/bin/curl && chmod 755 /usr/bin/curl
 told=$(systemd-analyze verify --man=no "${units[@]}" 2>&1) || die "the units are wrong: $told"

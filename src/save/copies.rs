@@ -153,7 +153,7 @@ impl DiskCopy {
     }
 }
 
-/// Finds out ahead of a save whether disks can be copied as the options ask for.
+/// Finds out ahead of a save whether these disks, if any, can be copied as the options ask for.
 ///
 /// # Errors
 /// When they can't.
@@ -161,6 +161,10 @@ pub(super) fn check<'a>(
     options: &SaveOptions,
     files: impl Iterator<Item = &'a str>,
 ) -> Result<(), CopyError> {
+    let mut files = files.peekable();
+    if files.peek().is_none() {
+        return Ok(());
+    }
     match options.disks {
         DiskChoice::Copy => {
             let mut command = Command::new(QEMU_IMG);
