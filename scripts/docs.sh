@@ -18,6 +18,10 @@ me=docs
 
 cd "$here/.."
 /usr/bin/python3 scripts/check_links.py README.md CONTRIBUTING.md CHANGELOG.md docs/*.md clients/python/README.md
+for page in docs/*.md; do
+    page=${page##*/}
+    [ "$page" = SUMMARY.md ] || grep -q "]($page)" docs/SUMMARY.md || die "docs/SUMMARY.md lacks $page"
+done
 [ "${1:-}" != links ] || exit 0
 
 mkdir -p "$deps"
