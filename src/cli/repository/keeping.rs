@@ -156,7 +156,10 @@ pub(in crate::cli) async fn forget(args: ForgetArgs) -> Result<(), Failure> {
     let looked = on_repository(&args.repository, &output, move |repository, _| {
         forget_all(repository, &options)
     });
-    looked.await?.into_iter().for_each(|one| output.looked(one, dry_run));
+    let waiting = output.waiting("looking at the repository's snapshots");
+    let looked = looked.await;
+    drop(waiting);
+    looked?.into_iter().for_each(|one| output.looked(one, dry_run));
     Ok(())
 }
 
@@ -203,7 +206,10 @@ pub(in crate::cli) async fn prune(args: PruneArgs) -> Result<(), Failure> {
     let pruned = on_repository(&args.repository, &output, move |repository, _| {
         prune_all(repository, &options)
     });
-    output.pruned(pruned.await?, dry_run);
+    let waiting = output.waiting("looking for what nothing refers to");
+    let pruned = pruned.await;
+    drop(waiting);
+    output.pruned(pruned?, dry_run);
     Ok(())
 }
 
@@ -253,7 +259,10 @@ pub(in crate::cli) async fn diff(args: DiffArgs) -> Result<(), Failure> {
         let (a, b) = (repository.resolve(&a)?, repository.resolve(&b)?);
         differences(repository, &a, &b)
     });
-    for one in found.await? {
+    let waiting = output.waiting("comparing the snapshots");
+    let found = found.await;
+    drop(waiting);
+    for one in found? {
         let length = |bytes: Option<u64>| bytes.map_or("nothing".to_owned(), size);
         let says = format!(
             "{}: {} -> {}, {} new, {} gone",
