@@ -49,6 +49,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use self::failure::Failure;
 use self::output::Output;
@@ -426,10 +430,11 @@ fn leave(code: u8) -> ! {
 
 /// Diagnostics go to stderr: warnings, or what the variable SNAPBACK_LOG asks for.
 fn init_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("SNAPBACK_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    log.with_ansi(false).init();
+    // Not an `EnvFilter`: for words that nobody gives it brings automata of regular expressions.
+    let asked = std::env::var("SNAPBACK_LOG").ok().and_then(|words| words.parse().ok());
+    let asked = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(log.with_filter(asked)).init();
 }
 
 /// Returns the exit code.
