@@ -24,6 +24,8 @@ const IN_MEMORY: u64 = 64 << 20;
 const AROUND: u64 = 512 << 10;
 /// What one request fetches that was asked for ahead.
 const AHEAD: u64 = 1 << 20;
+/// How many extents are looked for to estimate how many are here.
+const SAMPLE: usize = 256;
 
 /// What all files of a snapshot have in common.
 pub struct Origin {
@@ -146,6 +148,19 @@ impl FarFile {
         }
         let next = parts().map(|(start, _)| start).filter(|start| *start > offset).min();
         (next.map_or(limit, |start| (start - offset).min(limit)), true)
+    }
+
+    /// About how many bytes of it are not in the cache, as they are stored: by a sample, so that a large
+    /// file takes no longer than a small one.
+    pub fn missing(&self) -> u64 {
+        let Shared { map, origin, .. } = &*self.shared;
+        let every = map.extents.len().div_ceil(SAMPLE).max(1);
+        let (mut looked, mut missing) = (0, 0);
+        for extent in map.extents.iter().step_by(every) {
+            looked += 1;
+            missing += u64::from(!origin.cache.has(&extent.id.to_string()));
+        }
+        (u128::from(map.stored()) * u128::from(missing) / u128::from(looked.max(1_u64))) as u64
     }
 
     /// Has these bytes fetched, in this order, unless they are here. Returns at once.

@@ -61,6 +61,8 @@ struct Shared {
     name: String,
     manifest: SnapshotManifest,
     image: Arc<Image>,
+    /// The files of the image and of its parents.
+    memory: Vec<Arc<FarFile>>,
     disks: Vec<FarDisk>,
     origin: Arc<Origin>,
     patience: Duration,
@@ -120,6 +122,8 @@ impl FarSnapshot {
             problem: problem.to_owned(),
         };
         let (_, file) = of_role(Role::Image).next().ok_or_else(|| problem("it has no image"))?;
+        let memory = of_role(Role::Image).chain(of_role(Role::Parent));
+        let memory = memory.map(|(_, file)| file).collect();
         let others: HashMap<String, Arc<FarFile>> = of_role(Role::Parent).collect();
         let image = Image::open_in(Box::new(FarStore { file, others: Arc::new(others) }))?;
         let disks = of_role(Role::Disk).enumerate();
@@ -136,6 +140,7 @@ impl FarSnapshot {
             name,
             manifest,
             image,
+            memory,
             disks,
             origin,
             patience: options.patience,
@@ -183,6 +188,11 @@ impl FarSnapshot {
     /// Whether its store answers, as it is now and from now on.
     pub(crate) fn answering(&self) -> tokio::sync::watch::Receiver<Answering> {
         self.shared.origin.watch.receiver()
+    }
+
+    /// About how many bytes of its memory are not here yet, as they are stored.
+    pub(crate) fn missing(&self) -> u64 {
+        self.shared.memory.iter().map(|file| file.missing()).sum()
     }
 
     /// Bytes that were fetched so far.

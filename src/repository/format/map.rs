@@ -78,13 +78,18 @@ impl FileMap {
         from..to.max(from)
     }
 
+    /// Length of the map's object's body. More than [`MAX_MAP`] is not read again.
+    pub fn encoded_len(&self) -> u64 {
+        let inline: usize = self.inline.iter().map(|part| 12 + part.bytes.len()).sum();
+        (36 + self.packs().len() * 16 + self.extents.len() * (RECORD + 32) + inline) as u64
+    }
+
     /// The body of the map's object.
     pub fn encode(&self) -> Vec<u8> {
         let packs = self.packs();
         let number: std::collections::HashMap<_, _> =
             packs.iter().enumerate().map(|(number, pack)| (*pack, as_u32(number))).collect();
-        let inline: usize = self.inline.iter().map(|part| part.bytes.len()).sum();
-        let mut body = Vec::with_capacity(36 + packs.len() * 16 + self.extents.len() * 56 + inline);
+        let mut body = Vec::with_capacity(self.encoded_len() as usize);
         body.extend(self.salt);
         body.extend(self.len.to_le_bytes());
         body.extend(as_u32(packs.len()).to_le_bytes());

@@ -15,6 +15,8 @@ use crate::repository::remote::Pending;
 
 /// How many packs are on their way at once.
 const UNDER_WAY: usize = 4;
+/// Extents of an index at most, of some 256 GiB: 180 MB, of which a reader holds one at a time.
+const IN_INDEX: usize = 4 << 20;
 
 /// Puts extents into packs, one behind the other.
 pub struct Packer<'a> {
@@ -110,8 +112,8 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Sends the rest and waits for all. Returns the packs, after one index of all of them has taken
-    /// the place of those of each.
+    /// Sends the rest and waits for all. Returns the packs, after indices of many have taken the
+    /// place of those of each.
     pub fn finish(mut self) -> Result<Vec<Listed>, RepositoryError> {
         self.flush()?;
         while !self.under_way.is_empty() {
@@ -122,13 +124,45 @@ impl<'a> Packer<'a> {
     }
 }
 
-/// Puts one index of packs in place of those of each.
+/// Puts indices of many packs in place of those of each.
 fn put_index(repository: &Repository, packs: &[Listed]) -> Result<(), RepositoryError> {
-    if packs.len() > 1 {
+    for group in groups(packs, IN_INDEX).filter(|group| group.len() > 1) {
         let key = index_key(ObjectId(random()));
-        repository.remote.put(&key, close_index(repository, &key, packs))?;
-        let drafts = packs.iter().map(|listed| index_key(ObjectId(listed.pack.0)));
+        repository.remote.put(&key, close_index(repository, &key, group))?;
+        let drafts = group.iter().map(|listed| index_key(ObjectId(listed.pack.0)));
         repository.remote.delete_all(drafts.collect())?;
     }
     Ok(())
+}
+
+/// Packs in groups of at most so many extents, or of a single pack.
+fn groups(mut packs: &[Listed], most: usize) -> impl Iterator<Item = &[Listed]> {
+    std::iter::from_fn(move || {
+        let mut extents = 0;
+        let fits = packs.iter().take_while(|listed| {
+            extents += listed.entries.len();
+            extents <= most
+        });
+        let group;
+        (group, packs) = packs.split_at(fits.count().max(1).min(packs.len()));
+        (!group.is_empty()).then_some(group)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::format::ids::ExtentId;
+
+    #[test]
+    fn packs_are_listed_by_as_many_indices_as_keep_each_short() {
+        let packs = [2, 1, 3, 9, 1].map(|count| {
+            let entry = Entry { id: ExtentId([0; 32]), at: 0, stored: 1, raw: 1 };
+            Listed { pack: PackId([count; 16]), len: 1, entries: vec![entry; count.into()] }
+        });
+        let lengths = |most| groups(&packs, most).map(<[Listed]>::len).collect::<Vec<_>>();
+        assert_eq!(lengths(3), [2, 1, 1, 1]);
+        assert_eq!(lengths(100), [5]);
+        assert_eq!(groups(&[], 3).count(), 0);
+    }
 }

@@ -15,7 +15,7 @@ use crate::repository::Moved;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId, random};
 use crate::repository::format::manifest::{FileRef, SnapshotManifest, is_name};
-use crate::repository::format::map::{Extent, FileMap};
+use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
 use crate::repository::lease::{Held, Lease, host};
 use crate::repository::marks;
 use crate::repository::reading::repository::Repository;
@@ -130,6 +130,18 @@ pub fn check_words(machine: &str, tags: &BTreeSet<String>) -> Result<(), Reposit
     }
 }
 
+/// Refuses a map that could not be read again.
+fn check_map(file: &Source, map: &FileMap) -> Result<(), RepositoryError> {
+    match map.encoded_len() > MAX_MAP {
+        true => Err(RepositoryError::Options(format!(
+            "{} has more data than one file of a repository can have, about 2 TB: keep this disk \
+             elsewhere",
+            file.path.display()
+        ))),
+        false => Ok(()),
+    }
+}
+
 pub fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
@@ -197,6 +209,7 @@ impl<'a> Pushing<'a> {
                 None => {
                     let map = self.one(file)?;
                     self.packer.end_file()?;
+                    check_map(file, &map)?;
                     let body = map.encode();
                     let id = self.repository.keys.map_id(&body);
                     new.push((id, body));
