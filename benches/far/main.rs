@@ -1,13 +1,16 @@
 //! Reverts of a snapshot that is still in an object store, behind a network of this much latency and
-//! bandwidth; beside them, in turn, what downloading it first takes:
+//! bandwidth; beside them, in turn, what downloading it first takes, and what QEMU's own file takes
+//! (mapped-ram):
 //!
 //!     cargo bench --features internals --bench far
 //!
 //! A guest is booted, saved, its working set harvested, and pushed to a real server of S3 on the
 //! loopback. Then, again and again with an empty cache: it is reverted from there; it is pulled whole
-//! and reverted from the file. Prints tables for docs/performance.md.
+//! and reverted from the file; QEMU's file is downloaded by a like network, and loaded by QEMU. Prints
+//! tables for docs/performance.md.
 
-#[path = "../tests/support/mod.rs"]
+mod mapped_ram;
+#[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::fs;
@@ -17,6 +20,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use mapped_ram::MappedRam;
 use serde_json::Value;
 use support::proxy::Proxy;
 use support::s3::{BUCKET, S3Server, environment};
@@ -61,7 +65,7 @@ fn run() -> Result<()> {
     let server = S3Server::start(&folder.join("store"))?;
     let proxy = Proxy::start(server.address())?;
     let image = folder.join("vm.snap");
-    let guest = Guest::boot(&GuestOptions {
+    let guest_options = GuestOptions {
         qemu: Qemu::V10,
         mib: options.mib,
         fill: Fill::Mib(options.fill),
@@ -71,9 +75,11 @@ fn run() -> Result<()> {
         zero_percent: 1,
         beat_ms: 50,
         ..GuestOptions::default()
-    })?;
+    };
+    let guest = Guest::boot(&guest_options)?;
     let bench = Bench { folder, proxy: &proxy, from: guest.dir.clone() };
     bench.said(&["save", "--qmp", text(&guest.qmp_path)?, text(&image)?])?;
+    let peer = MappedRam::save(&guest, &guest_options, folder)?;
     // Its folder stays: QEMU is started in it again.
     let _folder = guest.kill();
     bench.said(&["working-set", "--harvest", text(&image)?])?;
@@ -84,9 +90,11 @@ fn run() -> Result<()> {
     let bytes = fs::metadata(&image)?.len();
     println!("push: {:.0} MB/s of {} MiB", bytes as f64 / 1e6 / pushed, bytes >> 20);
 
-    proxy.set_latency(Duration::from_millis(options.latency));
-    proxy.set_rate(Some(options.rate * 1_000_000));
-    let mut columns: [Vec<f64>; 9] = Default::default();
+    for network in [&proxy, peer.proxy()] {
+        network.set_latency(Duration::from_millis(options.latency));
+        network.set_rate(Some(options.rate * 1_000_000));
+    }
+    let mut columns: [Vec<f64>; 11] = Default::default();
     for run in 0..options.runs {
         eprintln!("run {run}");
         let cache = folder.join("cache");
@@ -100,6 +108,8 @@ fn run() -> Result<()> {
         let download = began.elapsed().as_secs_f64() * 1e3;
         let local = bench.revert(text(&pulled)?, &[])?;
         fs::remove_file(&pulled)?;
+        let peer_download = peer.download(folder)?;
+        let peer_load = peer.load(folder)?;
         let figures = [
             far.running - far.ready,
             local.running - local.ready,
@@ -110,13 +120,16 @@ fn run() -> Result<()> {
             local.resident - local.ready,
             again.resident - again.ready,
             again.fetched as f64 / 1024.0,
+            peer_download,
+            peer_load,
         ];
         columns.iter_mut().zip(figures).for_each(|(column, figure)| column.push(figure));
     }
     println!(
-        "\n{} MiB, {} MiB in the image, {} ms, {} MB/s. Median [least..most] of {}.\n",
+        "\n{} MiB, {} MiB in the image, {} in mapped-ram, {} ms, {} MB/s. Median [least..most] of {}.\n",
         options.mib,
         bytes >> 20,
+        peer.bytes()? >> 20,
         options.latency,
         options.rate,
         options.runs
@@ -131,6 +144,8 @@ fn run() -> Result<()> {
         "... and revert of the file to resident, ms",
         "a second revert to resident, ms",
         "fetched by it, KiB",
+        "QEMU's mapped-ram: download, ms",
+        "... and QEMU ready to running, ms",
     ];
     println!("| quantity | |\n|---|---|");
     for (name, column) in names.iter().zip(&mut columns) {

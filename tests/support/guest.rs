@@ -119,7 +119,7 @@ impl GuestOptions {
     }
 
     /// QEMU's arguments, for a guest whose files are in `dir`.
-    fn qemu_args(&self, dir: &Path) -> Result<Vec<String>> {
+    pub fn qemu_args(&self, dir: &Path) -> Result<Vec<String>> {
         // A /dev/kvm that opens need not boot a guest: only a variable picks it, and never for
         // processors that the host doesn't have.
         let asked = std::env::var("SNAPBACK_TEST_ACCEL").ok();
