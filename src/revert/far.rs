@@ -16,15 +16,13 @@ use crate::far::FarSnapshot;
 use crate::guest::FarDisks;
 use crate::image::Image;
 
-/// Filling begins once the guest has asked for nothing for so long, unless it is told otherwise: until
-/// then the way from the repository is the guest's alone.
-const QUIET: Duration = Duration::from_millis(100);
-/// A guest that always asks for something is left alone, behind its working set, for so long at most for
-/// each MiB that is not here yet. At 200 MB/s that is a fifth of the time that its download takes: each
-/// moment that filling waits is one more at the end.
-const HOLD_PER_MIB: Duration = Duration::from_millis(1);
+/// For how long filling waits, unless it is told otherwise, for each MiB that is not here yet: meanwhile
+/// the way from the repository is the guest's alone, whose faults come in bursts. At 200 MB/s it is less
+/// than a fifth of the time that its download takes: each moment that filling waits is one more at the
+/// end.
+const HOLD_PER_MIB: Duration = Duration::from_micros(900);
 /// The least of it, and the most: by then what the guest needs to go on is there.
-const HOLD: RangeInclusive<Duration> = QUIET..=Duration::from_secs(2);
+const HOLD: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(2);
 
 /// How long QEMU may take to answer while its disks follow: one that was told to stop its guest answers
 /// only once the disks' requests are done, which may wait for the store.
@@ -52,7 +50,9 @@ pub(super) fn prepared(options: &RevertOptions) -> Result<RevertOptions, RevertE
     options.delivery.working_set_file.get_or_insert_with(|| far.working_set());
     let delivery = &mut options.delivery;
     if delivery.fill_delay.is_none() {
-        (delivery.fill_delay, delivery.fill_delay_most) = (Some(QUIET), Some(hold(far.missing())));
+        // Not ended by a quiet moment: what comes next would wait behind all that filling has asked for.
+        let hold = Some(hold(far.missing()));
+        (delivery.fill_delay, delivery.fill_delay_most) = (hold, hold);
     }
     // Who goes on in our place would have to know how we have reached the repository, and in a sandbox
     // nobody reaches it.
@@ -65,7 +65,7 @@ pub(super) fn prepared(options: &RevertOptions) -> Result<RevertOptions, RevertE
     Ok(options)
 }
 
-/// For how long filling is held back at most, where so many bytes are to be fetched.
+/// For how long filling is held back, where so many bytes are to be fetched.
 fn hold(missing: u64) -> Duration {
     let mib = u32::try_from(missing >> 20).unwrap_or(u32::MAX);
     HOLD_PER_MIB.saturating_mul(mib).clamp(*HOLD.start(), *HOLD.end())
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn filling_is_held_back_by_what_is_to_be_fetched() {
         let milliseconds = |missing| hold(missing).as_millis();
-        assert_eq!([0, 512 << 20, 1 << 30].map(milliseconds), [100, 512, 1024]);
+        assert_eq!([0, 512 << 20, 1 << 30].map(milliseconds), [100, 460, 921]);
         assert_eq!([64 << 30, u64::MAX].map(milliseconds), [2000, 2000]);
     }
 
