@@ -8,14 +8,17 @@ use crate::bare::Bare;
 use crate::harness::{Dir, check, text};
 use crate::shared::{MIB, options};
 use crate::support::{Guest, GuestOptions, Qemu, Result, query_status};
-use crate::tests_on_both;
+use crate::{tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     shared_memory_comes_back
+    memory_in_a_file_on_a_disk_is_refused_before_a_pause
+}
+
+tests_on_both_at_length! {
     two_nodes_of_one_size_are_told_apart
     blocks_that_look_alike_are_told_apart
     huge_pages_come_back_whole
-    memory_in_a_file_on_a_disk_is_refused_before_a_pause
 }
 
 fn shared_memory_comes_back(dir: &Dir, qemu: Qemu) -> Result<()> {

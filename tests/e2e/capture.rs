@@ -18,7 +18,7 @@ use crate::support::{
     Bus, Disk, Fill, Format, Given, Guest, GuestOptions, Pidfd, Qemu, Qmp, Result, SOON, cont,
     convert, debian, qmp, query_status, run, stop, wait_for,
 };
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests! {
     a_save_ends_with_what_starts_the_guest_again
@@ -37,9 +37,12 @@ tests_on_both! {
     whatever_fails_the_disks_are_as_before
     a_killed_save_is_recovered
     a_guest_agent_is_made_to_thaw
-    an_incomplete_guest_is_waited_for
     a_guest_that_somebody_stops_meanwhile_is_left_alone
     what_cant_be_undone_is_named
+}
+
+tests_on_both_at_length! {
+    an_incomplete_guest_is_waited_for
     a_paused_guest_is_saved_with_its_disks
 }
 

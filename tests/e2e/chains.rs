@@ -8,9 +8,9 @@ use serde_json::Value;
 use crate::harness::{Dir, Ended, Reverted, text};
 use crate::shared::{copy, shared};
 use crate::support::{Qemu, Result, SOON, cont, wait_until};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both_at_length};
 
-tests_on_both! {
+tests_on_both_at_length! {
     a_chain_of_three_comes_back
 }
 

@@ -9,9 +9,9 @@ use crate::harness::{Dir, Ended, Reverted, check, text};
 use crate::ports::{free_port, with_ports};
 use crate::shared::{borrow, shared};
 use crate::support::{Qemu, Result};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both_at_length};
 
-tests_on_both! {
+tests_on_both_at_length! {
     clones_run_side_by_side
 }
 

@@ -15,7 +15,7 @@ use crate::support::{
     Disk, Fill, Guest, GuestOptions, Qemu, Result, cont, query_status, run, stop,
 };
 use crate::trouble::Tmpfs;
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests! {
     a_copy_that_fails_leaves_the_guest_on_its_disks
@@ -25,8 +25,17 @@ tests! {
 
 tests_on_both! {
     copies_are_of_the_moment_and_travel_with_their_image
+}
+
+tests_on_both_at_length! {
     a_paused_guests_disks_are_copied
 }
+
+/// Pages that a guest writes to each disk: what tells one moment from another. A guest under TCG takes
+/// seconds for 16 MiB.
+const PAGES: u64 = 1024;
+/// What fills a disk that is too small for a copy of both.
+const MANY: u64 = 4096;
 
 fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
     let disks = Disk::two(&dir.path(""), 64)?;
@@ -39,8 +48,12 @@ fn boot(dir: &Dir, qemu: Qemu) -> Result<Guest> {
 }
 
 fn on_both_disks(guest: &mut Guest, ask: &str, seed: &str) -> Result<()> {
+    pages_on_both_disks(guest, ask, PAGES, seed)
+}
+
+fn pages_on_both_disks(guest: &mut Guest, ask: &str, pages: u64, seed: &str) -> Result<()> {
     for device in ["vda", "vdb"] {
-        let answer = guest.oracle.ask(&format!("disk {ask} /dev/{device} 4096 {seed}"))?;
+        let answer = guest.oracle.ask(&format!("disk {ask} /dev/{device} {pages} {seed}"))?;
         assert!(ask != "check" || answer == "ok", "{device}, {seed}: {answer}");
     }
     Ok(())
@@ -103,7 +116,7 @@ fn copies_are_of_the_moment_and_travel_with_their_image(dir: &Dir, qemu: Qemu) -
     reverted.resident()?;
     assert_eq!(reverted.oracle.sum()?, sum);
     for device in ["vda", "vdb"] {
-        let answer = reverted.oracle.ask(&format!("disk check /dev/{device} 4096 1"))?;
+        let answer = reverted.oracle.ask(&format!("disk check /dev/{device} {PAGES} 1"))?;
         assert_eq!(answer, "ok", "{device}");
     }
     Ok(())
@@ -122,7 +135,7 @@ fn a_paused_guests_disks_are_copied(dir: &Dir, qemu: Qemu) -> Result<()> {
     cont(&reverted.qmp_path)?;
     reverted.resident()?;
     for device in ["vda", "vdb"] {
-        let answer = reverted.oracle.ask(&format!("disk check /dev/{device} 4096 1"))?;
+        let answer = reverted.oracle.ask(&format!("disk check /dev/{device} {PAGES} 1"))?;
         assert_eq!(answer, "ok", "{device}");
     }
     is_on_its_own_files(dir, &guest, &before)?;
@@ -132,13 +145,13 @@ fn a_paused_guests_disks_are_copied(dir: &Dir, qemu: Qemu) -> Result<()> {
 /// A full disk, an interrupt and SIGKILL: the guest goes on in its own files, and nothing is left.
 fn a_copy_that_fails_leaves_the_guest_on_its_disks(dir: &Dir) -> Result<()> {
     let mut guest = boot(dir, Qemu::V10)?;
-    on_both_disks(&mut guest, "write", "1")?;
+    pages_on_both_disks(&mut guest, "write", MANY, "1")?;
     let before = files(&guest)?;
     let small = Tmpfs::mount(dir.make("small")?, "24m")?;
     let qmp = text(&guest.qmp_path).to_owned();
     let image = dir.path("small/vm.snap");
     // More room than is thought to be needed, and less than is.
-    on_both_disks(&mut guest, "write", "2")?;
+    pages_on_both_disks(&mut guest, "write", MANY, "2")?;
     let save = |disks| dir.snapback(&["save", "--qmp", &qmp, text(&image), "--disks", disks]);
     fs::write(dir.path("small/other"), vec![1; 8 << 20])?;
     let failed = save("copy").with(&["--compress", "zstd"]).end()?;

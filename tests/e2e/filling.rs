@@ -8,12 +8,15 @@ use serde_json::{Value, json};
 use crate::harness::{Dir, Reverted, check, text};
 use crate::shared::{MIB, copy, options, shared};
 use crate::support::{Guest, GuestOptions, Qemu, Qmp, Result, SOON, wait_for};
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_working_set_is_recorded_and_brought_first
-    a_working_set_is_harvested_from_a_guest_that_is_thrown_away
     a_balloon_may_inflate_while_memory_is_filled
+}
+
+tests_on_both_at_length! {
+    a_working_set_is_harvested_from_a_guest_that_is_thrown_away
 }
 
 tests! {

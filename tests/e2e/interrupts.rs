@@ -19,7 +19,7 @@ use crate::support::{
     wait_for, wait_until,
 };
 use crate::trouble::write_script;
-use crate::{tests, tests_on_both};
+use crate::{tests, tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_save_is_interrupted_before_the_moment
@@ -28,6 +28,9 @@ tests_on_both! {
     a_save_that_was_killed_is_recovered
     a_revert_is_interrupted_before_the_guest_runs
     a_revert_is_interrupted_while_the_guest_needs_it
+}
+
+tests_on_both_at_length! {
     a_guest_that_is_migrated_before_its_revert_has_ended_lives
 }
 

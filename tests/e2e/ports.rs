@@ -7,11 +7,14 @@ use crate::bare::Bare;
 use crate::harness::{Dir, Ended, Reverted, check, text, wait_gone};
 use crate::shared::options;
 use crate::support::{Guest, GuestOptions, Pidfd, Qemu, Result};
-use crate::tests_on_both;
+use crate::{tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
     a_guest_with_ports_comes_back_beside_the_living
     a_tap_in_use_is_refused_and_replaced
+}
+
+tests_on_both_at_length! {
     a_user_network_becomes_a_tap
     a_log_goes_on
 }

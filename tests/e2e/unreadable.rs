@@ -19,14 +19,14 @@ use crate::{tests, tests_on_both, tests_on_both_at_length};
 tests_on_both! {
     a_guest_waits_for_a_bad_page_until_it_is_repaired
     a_guest_waits_for_a_bad_page_until_the_image_is_replaced
-    a_disk_that_fails_to_read_recovers
-    an_image_that_is_deleted_replaced_or_unmounted_is_read_on
 }
 
 tests_on_both_at_length! {
     a_bad_page_that_nobody_asks_for_stops_nobody
     a_truncated_image_is_put_back
     a_disk_that_stalls_is_waited_for
+    a_disk_that_fails_to_read_recovers
+    an_image_that_is_deleted_replaced_or_unmounted_is_read_on
 }
 
 tests! {
