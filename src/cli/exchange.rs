@@ -97,14 +97,14 @@ pub(super) async fn export(args: ExportArgs) -> Result<(), Failure> {
         force: args.write.force,
         ..ExportOptions::new(args.image, args.format.into())
     };
-    // Standard output is either the export's or the messages'.
-    let output = options.to.is_some().then(|| Output::new(args.write.json));
-    let tell = move |event| {
-        if let Some(output) = &output {
-            output.exchange(&event);
-        }
+    let (output, to_standard) = (Output::new(args.write.json), options.to.is_none());
+    let tell = move |event| match event {
+        _ if !to_standard => output.exchange(&event),
+        // Standard output is the export's: no events, but a bar.
+        ExchangeEvent::Progress { pages, total } => output.advance(pages, total, String::new()),
+        _ => output.finish_bar(),
     };
-    let give_up = options.to.is_none().then_some(CLEAN_UP);
+    let give_up = to_standard.then_some(CLEAN_UP);
     run(cancellation()?, give_up, move |cancel| write(&options, cancel, &mut { tell }).map(drop))
         .await
 }

@@ -430,11 +430,17 @@ fn leave(code: u8) -> ! {
 
 /// Diagnostics go to stderr: warnings, or what the variable SNAPBACK_LOG asks for.
 fn init_log() {
-    // Not an `EnvFilter`: for words that nobody gives it brings automata of regular expressions.
-    let asked = std::env::var("SNAPBACK_LOG").ok().and_then(|words| words.parse().ok());
-    let asked = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let asked = logged(std::env::var("SNAPBACK_LOG").ok().as_deref());
     let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     tracing_subscriber::registry().with(log.with_filter(asked)).init();
+}
+
+/// What is logged for the words of SNAPBACK_LOG; for none, and for those that say nothing, warnings.
+fn logged(words: Option<&str>) -> Targets {
+    // Not an `EnvFilter`: for words that nobody gives it brings automata of regular expressions.
+    let words = words.filter(|words| !words.is_empty());
+    let asked = words.and_then(|words| words.parse().ok());
+    asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN))
 }
 
 /// Returns the exit code.
@@ -548,6 +554,23 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn the_log_is_what_is_asked_for() {
+        use tracing::Level;
+        let most = |words| {
+            let asked = logged(words);
+            let levels = [Level::TRACE, Level::DEBUG, Level::INFO, Level::WARN, Level::ERROR];
+            levels.into_iter().find(|level| asked.would_enable("snapback::save", level))
+        };
+        assert_eq!(most(None), Some(Level::WARN));
+        assert_eq!(most(Some("debug")), Some(Level::DEBUG));
+        assert_eq!(most(Some("error,snapback::save=trace")), Some(Level::TRACE));
+        assert_eq!(most(Some("info,snapback=off")), None);
+        for unknown in ["", "snapback=loud", "a=b=c"] {
+            assert_eq!(most(Some(unknown)), Some(Level::WARN), "{unknown}");
+        }
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! What the program prints: lines for people, or one JSON object a line.
 
 use std::io::{IsTerminal, Write};
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle, WeakProgressBar};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -88,6 +88,8 @@ pub(super) fn print_raw(text: &str) {
 pub(super) struct Output {
     json: bool,
     bar: ProgressBar,
+    /// What is shown while something is waited for.
+    spinner: Mutex<WeakProgressBar>,
     /// Whether events go to stderr too.
     log: bool,
     /// Whether the guest is a domain of libvirt's, which knows of the overlays.
@@ -103,7 +105,8 @@ impl Output {
             false => ProgressBar::hidden(),
         };
         LazyLock::force(&START);
-        Output { json, bar, log: false, domain: false, clone: None }
+        let spinner = Mutex::default();
+        Output { json, bar, spinner, log: false, domain: false, clone: None }
     }
 
     /// The same for a guest that may be a `domain` of libvirt's.
@@ -115,7 +118,8 @@ impl Output {
     /// long as that reads, and the same to the log.
     pub fn of_server() -> Output {
         LazyLock::force(&START);
-        Output { json: true, bar: ProgressBar::hidden(), log: true, domain: false, clone: None }
+        let (bar, spinner) = (ProgressBar::hidden(), Mutex::default());
+        Output { json: true, bar, spinner, log: true, domain: false, clone: None }
     }
 
     /// The same for one of several clones, without a bar.
@@ -124,6 +128,7 @@ impl Output {
         Output {
             json: self.json,
             bar: ProgressBar::hidden(),
+            spinner: Mutex::default(),
             log: self.log,
             domain: self.domain,
             clone,
@@ -165,7 +170,7 @@ impl Output {
             true => self.print_json(&SaveEvent::Warning { says }),
             false => {
                 let warning = paint("warning:", Tone::Warning, Stream::Error);
-                drop(writeln!(std::io::stderr(), "snapback: {warning} {says}"));
+                self.above(|| drop(writeln!(std::io::stderr(), "snapback: {warning} {says}")));
             }
         }
     }
@@ -189,10 +194,17 @@ impl Output {
         let what = paint(&format!("{what:<11}"), tone, Stream::Out);
         let details = hanging(&format!("{of}{details}"), DETAILS, columns());
         let line = format!("{:>10.1} ms  {what}{details}", ms());
-        // Suspending a bar draws it, which is too early before it has a length.
-        match self.bar.length() {
-            None | Some(0) => print_line(line.trim_end()),
-            Some(_) => self.bar.suspend(|| print_line(line.trim_end())),
+        self.above(|| print_line(line.trim_end()));
+    }
+
+    /// Prints above what moves in the last line of a terminal.
+    fn above(&self, print: impl FnOnce()) {
+        let spinner = self.spinner.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        match (spinner, self.bar.length()) {
+            (Some(spinner), _) => spinner.suspend(print),
+            // Suspending a bar draws it, which is too early before it has a length.
+            (None, None | Some(0)) => print(),
+            (None, Some(_)) => self.bar.suspend(print),
         }
     }
 
@@ -206,6 +218,7 @@ impl Output {
         Waiting(shown.then(|| {
             let spinner = ProgressBar::new_spinner().with_message(what);
             spinner.enable_steady_tick(Duration::from_millis(100));
+            *self.spinner.lock().unwrap_or_else(PoisonError::into_inner) = spinner.downgrade();
             spinner
         }))
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::events::{CommandEvent, Info, InfoBlock, Layer, Range};
 use super::failure::Failure;
 use super::output::{Output, print_about, print_line, size};
+use super::style::columns;
 use crate::image::journeys::{self, VerifyOptions};
 use crate::image::{Damage, DamagedRange, Image, ImageError, LayerRef, Overview, inspect};
 use crate::kind::ErrorKind;
@@ -127,15 +128,34 @@ pub(super) fn info(path: &Path, output: &Output) -> Result<(), Failure> {
         line("not included", &format!("device {device}: QEMU has to be given it for a revert"));
     }
     line("started in", &machine.cwd);
-    // As one line, to be copied.
-    print_line(&format!("{:<ABOUT$}{}", "started as", shell_words(&machine.argv)));
+    let room = columns().map(|columns| columns.saturating_sub(ABOUT));
+    let command = shell_lines(&machine.argv, room).join(&format!("\n{:ABOUT$}", ""));
+    print_line(&format!("{:<ABOUT$}{command}", "started as"));
     Ok(())
 }
 
-/// A command line to be pasted into a shell.
-fn shell_words(argv: &[String]) -> String {
-    // No argument of a process has a NUL in it, which is all that can't be quoted.
-    shlex::try_join(argv.iter().map(String::as_str)).unwrap_or_else(|_| argv.join(" "))
+/// A command line to be pasted into a shell: in lines of at most so many characters, unless an argument
+/// is longer.
+fn shell_lines(argv: &[String], room: Option<usize>) -> Vec<String> {
+    const GOES_ON: &str = " \\";
+    let mut lines: Vec<String> = Vec::new();
+    for argument in argv {
+        // No argument of a process has a NUL in it, which is all that can't be quoted.
+        let argument = shlex::try_quote(argument).unwrap_or(argument.into());
+        let fits = |line: &String| {
+            let length = line.chars().count() + 1 + argument.chars().count() + GOES_ON.len();
+            room.is_none_or(|room| length <= room)
+        };
+        match lines.last_mut() {
+            Some(line) if fits(line) => *line += &format!(" {argument}"),
+            Some(line) => {
+                line.push_str(GOES_ON);
+                lines.push(argument.into_owned());
+            }
+            None => lines.push(argument.into_owned()),
+        }
+    }
+    lines
 }
 
 fn layer_event((layer, found): (&LayerRef, &Result<String, ImageError>)) -> Layer {
@@ -254,9 +274,12 @@ mod tests {
     #[test]
     fn a_command_line_can_be_pasted_into_a_shell() {
         let argv = ["qemu", "-append", "console=ttyS0 quiet", "-drive", "file=/a b,,c"];
-        let words = shell_words(&argv.map(String::from));
-        assert_eq!(shlex::split(&words).unwrap(), argv);
-        assert!(words.starts_with("qemu -append "), "{words}");
+        let lines = |room| shell_lines(&argv.map(String::from), room);
+        assert_eq!(lines(None), ["qemu -append 'console=ttyS0 quiet' -drive 'file=/a b,,c'"]);
+        let folded = lines(Some(32));
+        let expected = ["qemu -append \\", "'console=ttyS0 quiet' -drive \\", "'file=/a b,,c'"];
+        assert_eq!(folded, expected);
+        assert_eq!(lines(Some(0)).len(), argv.len());
     }
 
     /// An image can say anything, such as a year that RFC 3339 has no digits for.

@@ -277,6 +277,38 @@ mod tests {
     }
 
     #[test]
+    fn the_weakest_file_is_the_hosts() {
+        let files = files();
+        assert_eq!(files[0], Path::new(SYSTEM));
+        assert!(files[1..].iter().all(|file| file.ends_with("snapback/config.toml")), "{files:?}");
+    }
+
+    /// From the host's file to the argument: taken away one by one, the next stronger counts.
+    #[test]
+    fn each_origin_goes_ahead_of_the_weaker() {
+        let (host, own) = ("compress = \"zstd:2\"", "compress = \"zstd:3\"");
+        let variable: &[_] = &[("SNAPBACK_COMPRESS", "zstd:4")];
+        let argument: &[_] = &["--compress", "zstd:5"];
+        let level = |texts: &[&str], variables: &[(&str, &str)], arguments: &[&str]| {
+            let settings = read(texts, variables);
+            let settings = settings.unwrap_or_else(|failure| panic!("{}", failure.message()));
+            let words = [&["snapback", "flatten", "a", "b"][..], arguments].concat();
+            let matches = settings.apply(crate::cli::command()).try_get_matches_from(words);
+            let matches = matches.unwrap();
+            let (_, flatten) = matches.subcommand().unwrap();
+            match flatten.get_one::<crate::image::Compression>("compress") {
+                Some(crate::image::Compression::Zstd(level)) => *level,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(level(&[host, own], variable, argument), 5);
+        assert_eq!(level(&[host, own], variable, &[]), 4);
+        assert_eq!(level(&[host, own], &[], &[]), 3);
+        assert_eq!(level(&[host], &[], &[]), 2);
+        assert_eq!(level(&[], &[], &[]), 1);
+    }
+
+    #[test]
     fn settings_are_defaults_that_arguments_replace() {
         let settings = read(&["compress = \"none\"\nplace = \"map\""], &[]);
         let settings = settings.unwrap_or_else(|failure| panic!("{}", failure.message()));

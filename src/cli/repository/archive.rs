@@ -11,7 +11,7 @@ use super::{AccessArgs, RepositoryArgs, blocking};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, size};
 use crate::repository::{
-    PackOptions, PackSource, PackedAt, PullOptions, PushOptions, Repository, SnapshotName,
+    Moved, PackOptions, PackSource, PackedAt, PullOptions, PushOptions, Repository, SnapshotName,
     pack as pack_one, unpack as unpack_one,
 };
 
@@ -73,8 +73,9 @@ pub(in crate::cli) async fn pack(args: PackArgs) -> Result<(), Failure> {
     (options.recipients, options.force) = (args.encryption.recipients(), args.force);
     let (what, told, place) = (args.what, Arc::clone(&output), to.clone());
     let packed = blocking(move || {
-        let tell = |moved| match place {
-            PackedAt::Standard => {}
+        let tell = |moved: Moved| match place {
+            // Standard output is the packed file's: no events, but a bar.
+            PackedAt::Standard => told.advance_bytes(moved.done, moved.total),
             PackedAt::File(_) => told.moved(moved),
         };
         match from {
@@ -92,6 +93,7 @@ pub(in crate::cli) async fn pack(args: PackArgs) -> Result<(), Failure> {
         .map(|manifest| (manifest, to))
     });
     let (manifest, to) = packed.await?;
+    output.finish_bar();
     let PackedAt::File(file) = to else { return Ok(()) };
     let snapshot = ListedSnapshot::new(&manifest, manifest.tags.clone());
     let bytes = std::fs::metadata(&file)?.len();

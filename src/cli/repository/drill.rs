@@ -40,7 +40,10 @@ pub(in crate::cli) async fn drill(args: DrillArgs) -> Result<(), Failure> {
     options.rewrite = args.site.apply(options.rewrite)?;
     options.rewrite.qemu = args.qemu;
     let name = args.name;
-    let ran = prove(&options, cancellation()?, |_| {}).await.map_err(|error| {
+    let waiting = output.waiting("reverting it once");
+    let ran = prove(&options, cancellation()?, |_| {}).await;
+    drop(waiting);
+    let ran = ran.map_err(|error| {
         let message = format!("{name} can't be reverted on this host: {error}");
         Failure::said(ErrorKind::NotProved, message)
     })?;

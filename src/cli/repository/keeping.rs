@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::events::{ListedSnapshot, RepositoryEvent};
-use super::{AccessArgs, RepositoryArgs, blocking, on_repository, parse_name};
+use super::{AccessArgs, RepositoryArgs, blocking, on_repository, parse_name, waiting_for};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, print_line, size};
 use crate::kind::ErrorKind;
@@ -153,13 +153,11 @@ pub(in crate::cli) async fn forget(args: ForgetArgs) -> Result<(), Failure> {
     options.retention = retention;
     (options.names, options.machine, options.dry_run) = (args.names, args.machine, args.dry_run);
     let dry_run = args.dry_run;
-    let looked = on_repository(&args.repository, &output, move |repository, _| {
+    let what = "looking at the repository's snapshots";
+    let looked = waiting_for(what, &args.repository, &output, move |repository, _| {
         forget_all(repository, &options)
     });
-    let waiting = output.waiting("looking at the repository's snapshots");
-    let looked = looked.await;
-    drop(waiting);
-    looked?.into_iter().for_each(|one| output.looked(one, dry_run));
+    looked.await?.into_iter().for_each(|one| output.looked(one, dry_run));
     Ok(())
 }
 
@@ -203,13 +201,11 @@ pub(in crate::cli) async fn prune(args: PruneArgs) -> Result<(), Failure> {
     let mut options = PruneOptions::default();
     (options.grace, options.dry_run) = (args.grace, args.dry_run);
     let dry_run = args.dry_run;
-    let pruned = on_repository(&args.repository, &output, move |repository, _| {
+    let what = "looking for what nothing refers to";
+    let pruned = waiting_for(what, &args.repository, &output, move |repository, _| {
         prune_all(repository, &options)
     });
-    let waiting = output.waiting("looking for what nothing refers to");
-    let pruned = pruned.await;
-    drop(waiting);
-    output.pruned(pruned?, dry_run);
+    output.pruned(pruned.await?, dry_run);
     Ok(())
 }
 
@@ -221,7 +217,8 @@ pub(in crate::cli) async fn check(
 ) -> Result<(), Failure> {
     let output = Arc::new(Output::new(json));
     let options = CheckOptions { read_data };
-    let checked = on_repository(&repository, &output, move |repository, output| {
+    let what = if read_data > 0.0 { "reading the repository" } else { "checking the repository" };
+    let checked = waiting_for(what, &repository, &output, move |repository, output| {
         let (checked, damages) = check_all(repository, &options, |damage| {
             let affects = match damage.snapshots.len() {
                 0 => "no snapshot needs it".to_owned(),
@@ -255,14 +252,12 @@ pub(in crate::cli) async fn check(
 pub(in crate::cli) async fn diff(args: DiffArgs) -> Result<(), Failure> {
     let output = Arc::new(Output::new(args.json));
     let DiffArgs { repository, a, b, .. } = args;
-    let found = on_repository(&repository, &output, move |repository, _| {
+    let what = "comparing the snapshots";
+    let found = waiting_for(what, &repository, &output, move |repository, _| {
         let (a, b) = (repository.resolve(&a)?, repository.resolve(&b)?);
         differences(repository, &a, &b)
     });
-    let waiting = output.waiting("comparing the snapshots");
-    let found = found.await;
-    drop(waiting);
-    for one in found? {
+    for one in found.await? {
         let length = |bytes: Option<u64>| bytes.map_or("nothing".to_owned(), size);
         let says = format!(
             "{}: {} -> {}, {} new, {} gone",

@@ -134,6 +134,17 @@ async fn on_repository<T: Send + 'static>(
     blocking(move || work(&Repository::open(&address, &access)?, &output)).await
 }
 
+/// The same for work of which no progress is known: tells meanwhile what it is.
+async fn waiting_for<T: Send + 'static>(
+    what: &'static str,
+    args: &RepositoryArgs,
+    output: &Arc<Output>,
+    work: impl FnOnce(&Repository, &Output) -> Result<T, RepositoryError> + Send + 'static,
+) -> Result<T, Failure> {
+    let _shown = output.waiting(what);
+    on_repository(args, output, work).await
+}
+
 /// Runs work that blocks. It ends by itself soon after an interrupt.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, RepositoryError> + Send + 'static,

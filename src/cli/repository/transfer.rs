@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::events::ListedSnapshot;
-use super::{RepositoryArgs, RepositoryEvent, blocking, on_repository, parse_name};
+use super::{RepositoryArgs, RepositoryEvent, blocking, on_repository, parse_name, waiting_for};
 use crate::cli::failure::Failure;
 use crate::cli::host::SiteArgs;
 use crate::cli::output::{Output, print_line, print_table, size};
@@ -221,7 +221,8 @@ fn as_options(profile: &Profile) -> String {
 pub(in crate::cli) async fn list(args: ListArgs) -> Result<(), Failure> {
     let output = Arc::new(Output::new(args.json));
     let machine = args.machine;
-    let found = on_repository(&args.repository, &output, move |repository, _| {
+    let what = "reading the list of snapshots";
+    let found = waiting_for(what, &args.repository, &output, move |repository, _| {
         listed(repository, machine.as_deref())
     });
     let found = found.await?.into_iter();
