@@ -161,13 +161,22 @@ pub(super) fn check<'a>(
     options: &SaveOptions,
     files: impl Iterator<Item = &'a str>,
 ) -> Result<(), CopyError> {
+    check_with(QEMU_IMG, options, files)
+}
+
+/// The same with any program that copies.
+fn check_with<'a>(
+    tool: &str,
+    options: &SaveOptions,
+    files: impl Iterator<Item = &'a str>,
+) -> Result<(), CopyError> {
     let mut files = files.peekable();
     if files.peek().is_none() {
         return Ok(());
     }
     match options.disks {
         DiskChoice::Copy => {
-            let mut command = Command::new(QEMU_IMG);
+            let mut command = Command::new(tool);
             command.arg("--version").stdout(Stdio::null());
             command.status().map(drop).map_err(CopyError::NoTool)
         }
@@ -214,5 +223,24 @@ impl Copying {
     /// As the options ask for.
     pub fn of(options: &SaveOptions) -> Copying {
         Copying { compress: options.compression != Compression::None, rate: options.bandwidth }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_without_disks_needs_no_tool() {
+        let check = |disks, files: &[&str]| {
+            let mut options = SaveOptions::new("qmp.sock", "vm.snap");
+            options.disks = disks;
+            check_with("/nowhere/qemu-img", &options, files.iter().copied())
+        };
+        assert!(check(DiskChoice::Copy, &[]).is_ok());
+        assert!(check(DiskChoice::Reflink, &[]).is_ok());
+        assert!(check(DiskChoice::Overlay, &["/disk.raw"]).is_ok());
+        let missing = check(DiskChoice::Copy, &["/disk.raw"]);
+        assert!(matches!(missing, Err(CopyError::NoTool(_))), "{missing:?}");
     }
 }
