@@ -279,6 +279,7 @@ mod tests {
         let folded = lines(Some(32));
         let expected = ["qemu -append \\", "'console=ttyS0 quiet' -drive \\", "'file=/a b,,c'"];
         assert_eq!(folded, expected);
+        assert_eq!(crate::exchange::words(&folded.join("\n   ")).unwrap(), argv);
         assert_eq!(lines(Some(0)).len(), argv.len());
     }
 

@@ -11,12 +11,42 @@ pub fn words(text: &str) -> Result<Vec<String>, String> {
         let text = text.strip_suffix('\0').unwrap_or(text);
         return Ok(text.split('\0').map(str::to_owned).collect());
     }
-    let words = shlex::split(text).ok_or("a quote has no end, or a backslash ends the text")?;
+    let words = shlex::split(&without_continuations(text))
+        .ok_or("a quote has no end, or a backslash ends the text")?;
     let expands = |word: &&String| word.contains("$(") || word.contains("${") || word.contains('`');
     match words.iter().find(expands) {
         Some(word) => Err(format!("{word:?} is for a shell to expand: write what it stands for")),
         None => Ok(words),
     }
+}
+
+/// The text without the line ends that a backslash takes away: one between two words, which blanks follow,
+/// would be an empty word to `shlex`.
+fn without_continuations(text: &str) -> String {
+    let mut joined = String::with_capacity(text.len());
+    let (mut quote, mut comment) = (None, false);
+    let mut characters = text.chars();
+    while let Some(character) = characters.next() {
+        let starts_word = joined.chars().next_back().is_none_or(char::is_whitespace);
+        match (character, quote) {
+            ('\n', _) if comment => comment = false,
+            _ if comment => {}
+            ('#', None) if starts_word => comment = true,
+            ('\\', None | Some('"')) => match characters.next() {
+                Some('\n') => continue,
+                escaped => {
+                    joined.push(character);
+                    joined.extend(escaped);
+                    continue;
+                }
+            },
+            ('\'' | '"', None) => quote = Some(character),
+            (_, Some(open)) if open == character => quote = None,
+            _ => {}
+        }
+        joined.push(character);
+    }
+    joined
 }
 
 #[cfg(test)]
@@ -28,6 +58,9 @@ mod tests {
         let script = "LC_ALL=C \\\n/usr/bin/qemu-system-x86_64 \\\n-name 'guest=a b' # mine\n -S";
         let expected = ["LC_ALL=C", "/usr/bin/qemu-system-x86_64", "-name", "guest=a b", "-S"];
         assert_eq!(words(script).unwrap(), expected);
+        let indented = "qemu \\\n  -name \\\n\ta'\\\n' \"b\\\nc\" d\\\ne \\\\ # it's \\\n -S \\\n";
+        let expected = ["qemu", "-name", "a\\\n", "bc", "de", "\\", "-S"];
+        assert_eq!(words(indented).unwrap(), expected);
         assert_eq!(words("qemu\0-name\0a b\0").unwrap(), ["qemu", "-name", "a b"]);
         assert!(words("qemu -name 'a").unwrap_err().contains("quote"));
         assert!(words("qemu -m ${MEM}").unwrap_err().contains("${MEM}"));
