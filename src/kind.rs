@@ -158,6 +158,8 @@ kinds! {
     RepositoryExists = "repository_exists",
     /// A repository of a later format.
     RepositoryTooNew = "repository_too_new",
+    /// A repository may be another one in the place of that which is meant.
+    RepositoryUntrusted = "repository_untrusted",
     /// A request to a daemon can't be understood, or asks for what can't be.
     RequestInvalid = "request_invalid",
     /// A save that was killed has to be cleaned up first.

@@ -130,6 +130,7 @@ impl Failure {
             | QemuUnreachable
             | RepositoryExists
             | RepositoryTooNew
+            | RepositoryUntrusted
             | RequestInvalid
             | SaveUnfinished
             | SocketInUse

@@ -15,6 +15,10 @@ pub struct Access {
     pub(super) reach: Reach,
     /// Where the key of an encrypted repository comes from.
     pub keys: Vec<KeySource>,
+    /// Fingerprints of the only repositories that are opened; of any, where there is none.
+    pub trusted: Vec<String>,
+    /// Whether a repository that is not encrypted is opened though a key is given.
+    pub plain: bool,
 }
 
 /// Where a key comes from.
@@ -72,6 +76,20 @@ impl Access {
     /// Opens an encrypted repository with one of these.
     pub fn with_keys(mut self, keys: Vec<KeySource>) -> Access {
         self.keys = keys;
+        self
+    }
+
+    /// Opens repositories with one of these fingerprints alone ([`Repository::fingerprint`]).
+    ///
+    /// [`Repository::fingerprint`]: super::Repository::fingerprint
+    pub fn with_trusted(mut self, trusted: Vec<String>) -> Access {
+        self.trusted = trusted;
+        self
+    }
+
+    /// Opens a repository that is not encrypted even where a key is given.
+    pub fn with_plain(mut self, plain: bool) -> Access {
+        self.plain = plain;
         self
     }
 

@@ -124,6 +124,14 @@ pub enum RepositoryError {
         /// Why there is no key.
         problem: String,
     },
+    /// It may be another repository in the place of the one that is meant.
+    #[error("the repository {repository} is not trusted: {problem}")]
+    Untrusted {
+        /// The repository's address.
+        repository: String,
+        /// Why it is not.
+        problem: String,
+    },
     /// A key can't be used to encrypt or decrypt with.
     #[error("{0}")]
     KeyInvalid(String),
@@ -197,6 +205,7 @@ impl RepositoryError {
             }
             RepositoryError::NoSuchSnapshot { .. } => ErrorKind::NoSuchSnapshot,
             RepositoryError::Key { .. } | RepositoryError::KeyInvalid(_) => ErrorKind::KeyInvalid,
+            RepositoryError::Untrusted { .. } => ErrorKind::RepositoryUntrusted,
             RepositoryError::Disk(error) => error.kind(),
             RepositoryError::Image(error) => error.kind(),
             RepositoryError::Io { error, .. } => ErrorKind::of_io(error),

@@ -7,7 +7,7 @@ use chacha20poly1305::aead::{Aead, KeyInit, Payload};
 use chacha20poly1305::{Key, XChaCha20Poly1305, XNonce};
 
 use super::format::envelope::{CHECKSUM, Flags, HEADER, Header, Kind};
-use super::format::ids::{ExtentId, MapId, to_hex};
+use super::format::ids::{ExtentId, Fingerprint, MapId, to_hex};
 use super::format::pack::MAX_EXTENT;
 
 /// Length of the key from which all others are derived.
@@ -29,6 +29,7 @@ struct Sealed {
     names: XChaCha20Poly1305,
     ids: [u8; KEY],
     hidden: [u8; KEY],
+    fingerprint: Fingerprint,
 }
 
 impl Keys {
@@ -42,7 +43,10 @@ impl Keys {
         let derived =
             |what: &str| blake3::derive_key(&format!("snapback repository v1 {what}"), key);
         let cipher = |what| XChaCha20Poly1305::new(Key::from_slice(&derived(what)));
+        let mut fingerprint = Fingerprint([0; 16]);
+        fingerprint.0.copy_from_slice(&derived("fingerprint")[..16]);
         Keys(Some(Sealed {
+            fingerprint,
             extents: cipher("extents"),
             objects: cipher("objects"),
             names: cipher("names"),
@@ -54,6 +58,11 @@ impl Keys {
     /// Whether what is stored is encrypted.
     pub fn encrypt(&self) -> bool {
         self.0.is_some()
+    }
+
+    /// What tells this key from all others, and nothing of it. Without encryption there is none.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        self.0.as_ref().map(|keys| keys.fingerprint)
     }
 
     fn hash(&self, bytes: &[u8]) -> [u8; 32] {

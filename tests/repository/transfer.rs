@@ -10,6 +10,10 @@ use serde_json::Value;
 use crate::harness::{Memory, Site, disk, event, events, failure, noise, same, snapback};
 use crate::support::{Result, files, proxy::Fault};
 
+/// A key of age's, and its public half.
+const IDENTITY: &str = "AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33";
+const RECIPIENT: &str = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa";
+
 /// A snapshot with a disk, and one on top of it after the guest has gone on.
 fn two_snapshots(site: &Site) -> Result<Memory> {
     fs::create_dir(site.path("here"))?;
@@ -143,13 +147,12 @@ fn one_repository_goes_into_another_and_into_a_file() -> Result<()> {
         events(snapback(&plain, &["push", &image, "--tag", "kept"]))?;
     }
     // To age recipients, of whom one is here.
-    let identity = "AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33";
-    fs::write(site.path("identity"), format!("# an identity\n{identity}\n"))?;
-    let recipient = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa";
-    let mut init = site.snapback(&["init", "--encrypt-to", recipient]);
+    fs::write(site.path("identity"), format!("# an identity\n{IDENTITY}\n"))?;
+    let mut init = site.snapback(&["init", "--encrypt-to", RECIPIENT]);
     init.env("SNAPBACK_IDENTITY", "identity");
     events(init)?;
-    let mut copy = site.snapback(&["copy", "--from", &plain, "--to", "s3://snapshots/site"]);
+    let mut copy =
+        site.snapback(&["copy", "--from", &plain, "--to", "s3://snapshots/site", "--allow-plain"]);
     copy.env("SNAPBACK_IDENTITY", "identity");
     assert_eq!(events(copy)?.iter().filter(|event| event["event"] == "copied").count(), 2);
     let mut pull = site.snapback(&["pull", "web1@kept", "copied.snap"]);
@@ -186,6 +189,51 @@ fn one_repository_goes_into_another_and_into_a_file() -> Result<()> {
     let short = fs::read(&packed)?;
     fs::write(&packed, &short[..short.len() - 1000])?;
     assert_eq!(failure(here(&["unpack", "a.packed", "x.snap"]))?, ("input_invalid".into(), 3));
+    Ok(())
+}
+
+#[test]
+fn another_repository_in_its_place_is_not_taken_for_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let command = |args: &[&str], keyed: bool| {
+        let mut command = snapback("repository", args);
+        command.current_dir(folder.path());
+        if keyed {
+            command.env("SNAPBACK_IDENTITY", "identity");
+        }
+        command
+    };
+    fs::write(at("identity"), IDENTITY)?;
+    let made = events(command(&["init", "--encrypt-to", RECIPIENT], true))?;
+    let fingerprint = made[0]["fingerprint"].as_str().ok_or("no fingerprint")?.to_owned();
+    let list = ["list", "--trust", &fingerprint];
+    events(command(&list, true))?;
+    let untrusted = ("repository_untrusted".to_owned(), 3);
+    assert_eq!(failure(command(&["list", "--trust", "another"], true))?, untrusted);
+
+    // Encrypted to the same recipient, with a key of somebody else's.
+    fs::rename(at("repository"), at("right"))?;
+    events(command(&["init", "--encrypt-to", RECIPIENT], true))?;
+    assert_eq!(failure(command(&list, true))?, untrusted);
+    let mut variable = command(&["list"], true);
+    variable.env("SNAPBACK_TRUST", &fingerprint);
+    assert_eq!(failure(variable)?, untrusted);
+    events(command(&["list"], true))?;
+
+    // Not encrypted at all.
+    fs::rename(at("repository"), at("wrong"))?;
+    let made = events(command(&["init"], false))?;
+    assert!(made[0]["fingerprint"].is_null());
+    assert_eq!(failure(command(&["list"], true))?, untrusted);
+    assert_eq!(failure(command(&list, false))?, untrusted);
+    assert_eq!(failure(command(&[&list[..], &["--allow-plain"]].concat(), true))?, untrusted);
+    events(command(&["list", "--allow-plain"], true))?;
+    events(command(&["list"], false))?;
+
+    fs::rename(at("repository"), at("plain"))?;
+    fs::rename(at("right"), at("repository"))?;
+    events(command(&list, true))?;
     Ok(())
 }
 

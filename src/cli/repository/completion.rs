@@ -53,7 +53,7 @@ fn manifests() -> Vec<SnapshotManifest> {
     let Some(address) = address(&words) else { return Vec::new() };
     let identity = std::env::var_os("SNAPBACK_IDENTITY").filter(|path| !path.is_empty());
     let keys = identity.map(|path| KeySource::Identities(path.into())).into_iter().collect();
-    let access = Access::new().with_patience(PATIENCE).with_keys(keys);
+    let access = Access::new().with_patience(PATIENCE).with_keys(keys).with_plain(true);
     let (tell, told) = mpsc::channel();
     let ask = move || -> Result<(), RepositoryError> {
         // By then nobody may listen any more.

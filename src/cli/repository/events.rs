@@ -22,6 +22,9 @@ pub(in crate::cli) enum RepositoryEvent {
         id: String,
         /// Whether it is encrypted.
         encrypted: bool,
+        /// What it is known by (`--trust`), if it is encrypted.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        fingerprint: Option<String>,
     },
     /// How far files and a repository have come.
     Moved(Moved),

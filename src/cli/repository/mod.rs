@@ -62,6 +62,13 @@ pub(in crate::cli) struct AccessArgs {
     /// A command that prints the passphrase [default: the variable SNAPBACK_PASSPHRASE_COMMAND]
     #[arg(long, value_name = "COMMAND")]
     passphrase_command: Option<String>,
+    /// Open only a repository with this fingerprint, as `init` printed it; several by commas
+    /// [default: the variable SNAPBACK_TRUST]
+    #[arg(long, value_name = "FINGERPRINT", value_delimiter = ',')]
+    trust: Vec<String>,
+    /// Open a repository that is not encrypted though a key is given
+    #[arg(long)]
+    allow_plain: bool,
 }
 
 impl RepositoryArgs {
@@ -97,6 +104,16 @@ impl AccessArgs {
         keys
     }
 
+    /// The fingerprints that were given, or are set in the environment.
+    fn trusted(&self) -> Vec<String> {
+        if !self.trust.is_empty() {
+            return self.trust.clone();
+        }
+        let set = std::env::var("SNAPBACK_TRUST").unwrap_or_default();
+        let words = set.split(',').map(str::trim).filter(|word| !word.is_empty());
+        words.map(str::to_owned).collect()
+    }
+
     /// With these keys, or, if there are none, with what the environment has.
     pub fn access_with(keys: Vec<KeySource>, patience: Duration, output: &Arc<Output>) -> Access {
         let args = AccessArgs {
@@ -104,6 +121,8 @@ impl AccessArgs {
             identity: Vec::new(),
             passphrase_file: None,
             passphrase_command: None,
+            trust: Vec::new(),
+            allow_plain: false,
         };
         let access = args.uninterrupted(output);
         if keys.is_empty() { access } else { access.with_keys(keys) }
@@ -119,7 +138,7 @@ impl AccessArgs {
         let access = Access::new()
             .with_patience(self.store_timeout)
             .with_waits(move |wait| tell.store_wait(&wait));
-        access.with_keys(self.keys())
+        access.with_keys(self.keys()).with_trusted(self.trusted()).with_plain(self.allow_plain)
     }
 }
 

@@ -116,14 +116,19 @@ pub(in crate::cli) async fn init(args: InitArgs) -> Result<(), Failure> {
     let recipients = args.encryption.recipients();
     let made = blocking(move || {
         let repository = Repository::init(&address, &access, &recipients)?;
-        Ok((repository.name().to_owned(), repository.id(), repository.is_encrypted()))
+        let fingerprint = repository.fingerprint().map(|fingerprint| fingerprint.to_string());
+        Ok((repository.name().to_owned(), repository.id().to_string(), fingerprint))
     });
-    let (repository, id, encrypted) = made.await?;
-    let says = match encrypted {
-        true => format!("{repository}, encrypted: without its key nothing in it can be read again"),
-        false => repository.clone(),
+    let (repository, id, fingerprint) = made.await?;
+    let says = match &fingerprint {
+        Some(fingerprint) => format!(
+            "{repository}, encrypted: without its key nothing in it can be read again; to take no \
+             other for it: --trust {fingerprint}"
+        ),
+        None => format!("{repository}, not encrypted: who can write there can replace all of it"),
     };
-    let event = RepositoryEvent::Initialized { repository, id: id.to_string(), encrypted };
+    let encrypted = fingerprint.is_some();
+    let event = RepositoryEvent::Initialized { repository, id, encrypted, fingerprint };
     output.repository(&event, "made", &says);
     Ok(())
 }

@@ -60,6 +60,8 @@ ids! {
     SnapshotId: 16,
     /// A repository: random.
     RepositoryId: 16,
+    /// What an encrypted repository is known by: derived from its key, so that no other one has it.
+    Fingerprint: 16,
     /// An index, a mark or a lease: random.
     ObjectId: 16,
 }

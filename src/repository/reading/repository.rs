@@ -11,7 +11,9 @@ use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
 use crate::repository::format::envelope::Kind;
-use crate::repository::format::ids::{MapId, PackId, RepositoryId, SnapshotId, random};
+use crate::repository::format::ids::{
+    Fingerprint, MapId, PackId, RepositoryId, SnapshotId, random,
+};
 use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
 use crate::repository::format::time::{read_stamp, stamp};
@@ -89,7 +91,7 @@ impl Repository {
     /// Opens a repository.
     ///
     /// # Errors
-    /// When there is none, the store does not answer, or no key opens it.
+    /// When there is none, the store does not answer, no key opens it, or it is not trusted.
     pub fn open(address: &Address, access: &Access) -> Result<Repository, RepositoryError> {
         let remote = Remote::connect(address, &access.reach, false)?;
         let bytes = match remote.get("config") {
@@ -120,6 +122,10 @@ impl Repository {
             None => Keys::none(),
             Some(encryption) => wrapping::open_keys(encryption, access, remote.name())?,
         };
+        is_trusted(keys.fingerprint(), access).map_err(|problem| RepositoryError::Untrusted {
+            repository: remote.name().to_owned(),
+            problem,
+        })?;
         Ok(Repository { remote, keys, access: access.clone(), config })
     }
 
@@ -131,6 +137,12 @@ impl Repository {
     /// What tells it apart.
     pub fn id(&self) -> RepositoryId {
         self.config.id
+    }
+
+    /// What it is known by. An object store's owner can make no other repository with the same.
+    /// One that is not encrypted has none: its id is no secret, and authenticates nothing.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        self.keys.fingerprint()
     }
 
     /// Whether it is encrypted.
@@ -351,6 +363,30 @@ impl Repository {
     pub(in crate::repository) fn damaged(&self, object: &str, problem: String) -> RepositoryError {
         let repository = self.name().to_owned();
         RepositoryError::Damaged { repository, object: object.to_owned(), problem }
+    }
+}
+
+/// Whether a repository with this fingerprint is one that is meant. Who can write to the store can put
+/// another in its place: a plain one, or one encrypted to the same recipients, who are public.
+fn is_trusted(fingerprint: Option<Fingerprint>, access: &Access) -> Result<(), String> {
+    let trusted = &access.trusted;
+    match fingerprint {
+        None if !trusted.is_empty() => {
+            Err("it is not encrypted, and so has no fingerprint; somebody may have replaced it"
+                .into())
+        }
+        None if !access.keys.is_empty() && !access.plain => Err(
+            "it is not encrypted, though a key is given; somebody may have replaced it. If it is \
+             meant to be plain, give no key, or `Access::with_plain`"
+                .into(),
+        ),
+        Some(found) if !trusted.is_empty() && !trusted.contains(&found.to_string()) => {
+            Err(format!(
+                "its fingerprint is {found}, not {}; somebody may have replaced it",
+                trusted.join(" or ")
+            ))
+        }
+        _ => Ok(()),
     }
 }
 
