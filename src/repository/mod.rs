@@ -31,7 +31,7 @@ mod writing;
 
 pub use access::{Access, KeySource};
 pub use error::{RepositoryError, StoreError, StoreFailure};
-pub use format::ids::{ExtentId, Fingerprint, MapId, PackId, RepositoryId, SnapshotId};
+pub use format::ids::{ExtentId, MapId, PackId, RepositoryId, SnapshotId};
 pub use format::manifest::{FileRef, Role, SnapshotManifest};
 pub use format::map::{Extent, FileMap, Inline};
 pub use keeping::check::{CheckOptions, Checked, RepositoryDamage, check};
