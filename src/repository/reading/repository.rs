@@ -145,11 +145,6 @@ impl Repository {
         self.keys.fingerprint()
     }
 
-    /// Whether it is encrypted.
-    pub fn is_encrypted(&self) -> bool {
-        self.keys.encrypt()
-    }
-
     /// Reads what a file consists of, and the part of it that lies there.
     ///
     /// # Errors
