@@ -180,4 +180,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps trixie vmlinuz
+MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps trixie vmlinux vmlinuz

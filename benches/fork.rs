@@ -2,10 +2,12 @@
 //!
 //!     cargo bench --features internals --bench fork
 //!
-//! For each size a guest is booted that is nearly at rest. It is forked by the program `snapback fork`
-//! again and again, each clone ended once it has all its memory; and it is saved in turn by `snapback
-//! save`, by the same with `--read stream`, and by QEMU alone, as a background snapshot into a file of
-//! the same file system. Prints tables for docs/performance.md.
+//! For each size three equal guests are booted that are nearly at rest. In turn one is saved by
+//! `snapback save`, one by the same with `--read stream`, and one by QEMU alone, as a background snapshot
+//! into a file of the same file system: each has a guest of its own, since what a way does to the guest's
+//! memory (a snapshot splits its huge pages) is what its next save meets. The first is then forked by the
+//! program `snapback fork` again and again, each clone ended once it has all its memory. Prints tables
+//! for docs/performance.md.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -52,7 +54,7 @@ fn run() -> Result<()> {
         let folder =
             tempfile::Builder::new().prefix("snapback-fork-").tempdir_in(&options.folder)?;
         eprintln!("booting {mib} MiB");
-        let guest = Guest::boot(&GuestOptions {
+        let equal = GuestOptions {
             qemu: options.qemu,
             mib: *mib,
             fill: Fill::Mib(options.fill),
@@ -62,15 +64,25 @@ fn run() -> Result<()> {
             zero_percent: 1,
             beat_ms: 10,
             ..GuestOptions::default()
-        })?;
+        };
+        let boot = || Guest::boot(&equal);
+        let guests = Guests { ours: boot()?, stream: boot()?, peer: boot()? };
         println!(
             "\n{mib} MiB, of it {} filled. Median [least..most] of {}.\n",
             options.fill, options.runs
         );
-        saves(&guest, folder.path(), options.runs)?;
-        forks(&guest, folder.path(), options.runs)?;
+        saves(&guests, folder.path(), options.runs)?;
+        let Guests { ours, .. } = guests;
+        forks(&ours, folder.path(), options.runs)?;
     }
     Ok(())
+}
+
+/// Equal guests, one for each way of saving.
+struct Guests {
+    ours: Guest,
+    stream: Guest,
+    peer: Guest,
 }
 
 /// A quantity as it was measured.
@@ -110,16 +122,19 @@ fn event<'a>(events: &'a [Value], name: &str) -> Result<&'a Value> {
     found.ok_or_else(|| format!("no event `{name}`").into())
 }
 
-/// Saves in turn by each way; what is saved is the same to a few pages.
-fn saves(guest: &Guest, folder: &Path, runs: usize) -> Result<()> {
+/// Saves in turn by each way; what is saved is as much each time, to a few pages.
+fn saves(guests: &Guests, folder: &Path, runs: usize) -> Result<()> {
     let (mut ours, mut stream, mut peer) = (Times::default(), Times::default(), Times::default());
     let (mut pause, mut stream_pause) = (Times::default(), Times::default());
     let mut protected = [Times::default(), Times::default()];
     let image = folder.join("vm.snap");
     let text = |path: &Path| path.display().to_string();
     for _ in 0..runs {
-        let reads = [("auto", &mut ours, &mut pause), ("stream", &mut stream, &mut stream_pause)];
-        for ((read, times, pauses), protected) in reads.into_iter().zip(&mut protected) {
+        let reads = [
+            ("auto", &guests.ours, &mut ours, &mut pause),
+            ("stream", &guests.stream, &mut stream, &mut stream_pause),
+        ];
+        for ((read, guest, times, pauses), protected) in reads.into_iter().zip(&mut protected) {
             let (qmp, image) = (text(&guest.qmp_path), text(&image));
             let words =
                 ["save", "--json", "--compress", "none", "--read", read, "--qmp", &qmp, &image];
@@ -132,7 +147,7 @@ fn saves(guest: &Guest, folder: &Path, runs: usize) -> Result<()> {
             protected.0.push(at(event(&events, "saved")?) - at(moment));
             fs::remove_file(&image)?;
         }
-        peer.0.push(ms(saved_by_qemu(guest, &folder.join("stream"))?));
+        peer.0.push(ms(saved_by_qemu(&guests.peer, &folder.join("stream"))?));
     }
     println!("| saves | ms |\n|---|---|");
     ours.line("command to whole image");

@@ -69,6 +69,9 @@ struct Options {
     /// How many guests share memory by mapping: what they have together, and each of its own
     #[arg(long, default_value_t = 0)]
     clones: u64,
+    /// Only have guests that share memory taken and released without a break
+    #[arg(long, requires_all = ["cycles", "clones"])]
+    only_shared: bool,
     /// The QEMU, by its number
     #[arg(long, default_value = "10", value_parser = Qemu::parse)]
     qemu: Qemu,
@@ -90,11 +93,13 @@ fn run() -> Result<()> {
         println!("A guest of {mib} MiB, {:?}, {} armed:\n", options.qemu, options.armed);
         println!("| what | p50, ms | p99 | most | |\n|---|---|---|---|---|");
         let mut daemon = Daemon::start(folder.path(), options.arming)?;
-        daemon.pool(&image, &options)?;
-        daemon.measure_takes(&options)?;
-        daemon.measure_armed(&options)?;
-        daemon.measure_resets("p", options.resets)?;
-        daemon.cycles("p", &options)?;
+        if !options.only_shared {
+            daemon.pool(&image, &options)?;
+            daemon.measure_takes(&options)?;
+            daemon.measure_armed(&options)?;
+            daemon.measure_resets("p", options.resets)?;
+            daemon.cycles("p", &options)?;
+        }
         if options.clones > 0 {
             daemon.share(&image, &options)?;
         }

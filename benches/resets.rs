@@ -9,21 +9,31 @@
 
 #[path = "image_sweep/guests.rs"]
 mod guests;
+#[path = "../tests/harness/mod.rs"]
+mod harness;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use guests::{Reverted, snapback};
+use harness::{Backing, Ram};
 use serde_json::{Value, json};
+use snapback::host::uffd::{FaultBuffer, Uffd};
+use snapback::page::{BlockId, PAGE_SIZE};
 use support::{Disk, Fill, Guest, GuestOptions, Qemu, Qmp, Result, percentile, wait_for};
 
 /// Pages of the guest's in a MiB.
 const PAGES_A_MIB: u64 = 256;
+
+/// Pages whose first write is timed: 32 MiB.
+const FIRST_WRITES: u64 = 8192;
 
 /// How long a step of QEMU's own may take.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -68,6 +78,14 @@ fn run() -> Result<()> {
         "| way | written, MiB | pages | p50, ms | p99 | most | first tenth, p50 | last | server, MiB |"
     );
     println!("|---|---|---|---|---|---|---|---|---|");
+    let (mut first, mut bare) = (Vec::new(), Vec::new());
+    for number in 0..options.peers {
+        let place = folder.path().join(format!("first-{number}"));
+        let mut guest =
+            Reverted::start(&image, &recorded, &place, &["--resettable"], "resettable")?;
+        first.push(guest.first_writes()?);
+        bare.push(bare_first_writes()?);
+    }
     let place = folder.path().join("reset");
     let mut guest = Reverted::start(&image, &recorded, &place, &["--resettable"], "resettable")?;
     for written in &options.written {
@@ -79,6 +97,10 @@ fn run() -> Result<()> {
     let place = folder.path().join("untracked");
     let mut untracked = Reverted::start(&image, &recorded, &place, &[], "resident")?;
     costs(&mut untracked, &mut guest, options.peers)?;
+    if options.peers > 0 {
+        row("a page's first write, one behind the other (µs)", &mut first);
+        row("the same, with nothing but a thread that lets it be written (µs)", &mut bare);
+    }
     drop((guest, untracked));
     for number in 0..options.peers.min(1) {
         let place = folder.path().join(format!("loadvm-{number}"));
@@ -119,6 +141,43 @@ fn costs(untracked: &mut Reverted, tracked: &mut Reverted, turns: usize) -> Resu
     Ok(())
 }
 
+/// What a write-protected page's first write takes in memory of this process, in µs: a thread hears of
+/// it, and lets it be written. The same pages as [`Reverted::first_writes`], in the same order.
+fn bare_first_writes() -> Result<f64> {
+    let ram = Ram::new(&[(Backing::Anonymous, FIRST_WRITES)])?;
+    let (start, len) = (ram.address(BlockId(0)), FIRST_WRITES * PAGE_SIZE as u64);
+    let write = || {
+        let begun = Instant::now();
+        for at in (start..start + len).step_by(PAGE_SIZE) {
+            // SAFETY: a byte of a mapping that `ram` owns and to which it has given out no reference.
+            unsafe { (at as *mut u8).write_volatile(1) };
+        }
+        begun.elapsed()
+    };
+    write();
+    let uffd = Uffd::create()?;
+    uffd.register_for_tracking(start, len)?;
+    uffd.protect(start, len)?;
+    let done = AtomicBool::new(false);
+    let waited = thread::scope(|scope| {
+        let answers = scope.spawn(|| {
+            let mut buffer = FaultBuffer::default();
+            while !done.load(Ordering::Relaxed) {
+                for fault in uffd.read_faults(&mut buffer).expect("faults") {
+                    let page = fault.address & !(PAGE_SIZE as u64 - 1);
+                    uffd.unprotect(page, PAGE_SIZE as u64).expect("a page that can be written");
+                }
+            }
+        });
+        let waited = write();
+        done.store(true, Ordering::Relaxed);
+        answers.join().expect("the thread ends well");
+        waited
+    });
+    let again = write();
+    Ok(waited.saturating_sub(again).as_secs_f64() * 1e6 / FIRST_WRITES as f64)
+}
+
 /// Boots a guest and saves it, idle. Returns where its files were.
 fn saved(options: &Options, folder: &Path, image: &Path) -> Result<PathBuf> {
     let disk = Disk::new("d0", &folder.join("disk.qcow2"));
@@ -140,6 +199,22 @@ fn saved(options: &Options, folder: &Path, image: &Path) -> Result<PathBuf> {
 }
 
 impl Reverted {
+    /// What a page's first write takes it, in µs, beside what the same writes take once all are
+    /// written. It must not have been reset: what was written ahead of a reset is set aside ahead of
+    /// the writes behind it.
+    fn first_writes(&mut self) -> Result<f64> {
+        let mut write = |pages: u64| -> Result<Duration> {
+            let start = Instant::now();
+            self.guest.oracle.ask(&format!("sweep 0 {pages}"))?;
+            Ok(start.elapsed())
+        };
+        // QEMU has translated what the guest does then.
+        (0..10).try_for_each(|_| write(PAGES_A_MIB).map(drop))?;
+        let (first, again) = (write(FIRST_WRITES)?, write(FIRST_WRITES)?);
+        let pages = FIRST_WRITES - PAGES_A_MIB;
+        Ok(first.saturating_sub(again).as_secs_f64() * 1e6 / pages as f64)
+    }
+
     /// Resets it again and again, each time with so much written.
     fn measure(&mut self, written: u64, resets: usize) -> Result<()> {
         let pages_written = written * PAGES_A_MIB;

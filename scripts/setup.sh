@@ -6,6 +6,7 @@
 #                         libvirt-11.3/  libvirt 11.3 of the same, unpacked
 #                         kernel/        Debian's cloud kernel, unpacked
 #                         vmlinuz        a link to that kernel's image
+#                         vmlinux        the same, not compressed
 #                         arm64/         the kernel and busybox of an arm64 guest,
 #                                        unpacked, and a link vmlinuz as above
 #
@@ -153,6 +154,22 @@ unpack_kernel() {
     say "unpacking $package"
     unpack "$deps/kernel" "$package"
     link_kernel "$deps/kernel" "$deps/vmlinuz" "$package"
+    unpack_vmlinux "$deps/vmlinuz" "$deps/vmlinux"
+}
+
+# unpack_vmlinux IMAGE TO: the kernel in a compressed image, which QEMU starts as it is (PVH): a guest under TCG
+# takes a second to decompress it. A link to the image where it is not compressed as Debian's is now.
+unpack_vmlinux() {
+    local at
+    at=$(LC_ALL=C grep -abo -m 1 -P '\x02\x21\x4c\x18' "$1" | head -n 1 | cut -d : -f 1) || true
+    # lz4 does not know where the kernel ends, and fails there.
+    [ -z "$at" ] || tail -c +"$((at + 1))" "$1" | lz4 -dcq >"$2.new" || true
+    if readelf -hW "$2.new" >/dev/null 2>&1; then
+        mv "$2.new" "$2"
+    else
+        rm -f "$2.new"
+        ln -sfn "$(basename "$1")" "$2"
+    fi
 }
 
 unpack_arm64() {
@@ -191,7 +208,7 @@ once s3s-fs-0.14.1 build_s3_server &
 s3_server=$!
 once qemu-10.0-v2 unpack_qemu
 once libvirt-11.3-v1 unpack_libvirt
-once kernel-v1 unpack_kernel
+once kernel-v2 unpack_kernel
 once arm64-v1 unpack_arm64
 wait "$s3_server"
 

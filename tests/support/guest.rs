@@ -26,9 +26,10 @@ const STDERR: &str = "qemu.stderr";
 /// Allowed for a boot: a hundred times what it takes an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Under TCG on a busy host, timer interrupts come too late for the kernel's check of them,
-/// which ends in a panic.
-const TIMER: &str = "no_timer_check";
+/// What the kernel is to leave out: under TCG on a busy host, timer interrupts come too late for its
+/// check of them, which ends in a panic. The others take a fifth of the boot's time, and no test needs
+/// them.
+const LEFT_OUT: &str = "no_timer_check cryptomgr.notests ipv6.disable=1";
 
 /// How much memory the guest fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +128,7 @@ impl GuestOptions {
         let file = |name: &str| dir.join(name).display().to_string();
         let deps_file = |name| artifact(deps().join(name)).map(|path| path.display().to_string());
         let (kernel, initramfs) = match self.arch {
-            Arch::X86_64 => ("vmlinuz", "initramfs.cpio"),
+            Arch::X86_64 => ("vmlinux", "initramfs.cpio"),
             Arch::Aarch64 => ("arm64/vmlinuz", "arm64/initramfs.cpio"),
         };
         let mut machine = self.machine.clone();
@@ -203,11 +204,11 @@ impl GuestOptions {
         let modules = self.modules();
         if self.debian {
             return format!(
-                "console=ttyS0 quiet {TIMER} oracle.modules={modules} oracle.root=/dev/vda"
+                "console=ttyS0 quiet {LEFT_OUT} oracle.modules={modules} oracle.root=/dev/vda"
             );
         }
         format!(
-            "console=ttyS0 quiet {TIMER} {fill} oracle.writers={} oracle.rate={} oracle.hot_pages={} \
+            "console=ttyS0 quiet {LEFT_OUT} {fill} oracle.writers={} oracle.rate={} oracle.hot_pages={} \
              oracle.random_percent={} oracle.zero_percent={} oracle.beat_ms={} \
              oracle.modules={modules}",
             self.writers,

@@ -344,7 +344,7 @@ impl Libvirt {
         let folder = self.path(options.name);
         fs::create_dir(&folder)?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
-        for name in ["vmlinuz", "initramfs.cpio"] {
+        for name in ["vmlinux", "initramfs.cpio"] {
             // libvirt gives what it opens to its guests' user, so these are copies.
             fs::copy(artifact(deps().join(name))?, folder.join(name))?;
         }
@@ -489,7 +489,7 @@ impl DomainOptions {
                <controller type='usb' model='none'/><memballoon model='none'/>{}
              </devices></domain>",
             self.name,
-            file("vmlinuz"),
+            file("vmlinux"),
             file("initramfs.cpio"),
             self.guest.kernel_command_line(),
             text(&emulator),
