@@ -79,7 +79,7 @@ torture: guest debian
 	$(LONG_TEST) killed_daemon:: mapped_memory
 	$(LONG_TEST) on_qemu_7
 	cargo test --locked --features $(FEATURES) --test e2e -- --ignored --nocapture direct_reading::
-	SNAPBACK_TEST_EVERY_STEP=1 SNAPBACK_MOMENTS=20 cargo test --locked --features $(FEATURES) --test e2e -- --nocapture killed:: save_under_fire:: moments::
+	SNAPBACK_TEST_EVERY_STEP=1 SNAPBACK_MOMENTS=20 cargo test --locked --features $(FEATURES) --test e2e -- --include-ignored --nocapture killed:: save_under_fire:: moments::
 	$(LONG_TEST) far::
 	cargo test --locked --release --features $(FEATURES) --test repository -- --ignored --nocapture --test-threads 1
 	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::

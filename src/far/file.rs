@@ -49,7 +49,6 @@ struct Shared {
     map: FileMap,
     recent: Recent<usize, Bytes, ByLength>,
     under_way: Mutex<HashMap<usize, UnderWay>>,
-    arrived: Condvar,
 }
 
 #[derive(Clone)]
@@ -72,6 +71,9 @@ struct UnderWay {
     bytes: Option<Bytes>,
     /// Why it can't be had, if the last request has failed.
     failed: Option<Failed>,
+    /// Wakes who waits for it, and nobody else: some dozen threads wait at a time, and thousands of extents
+    /// arrive in a second.
+    arrived: Arc<Condvar>,
 }
 
 /// Why an extent can't be had.
@@ -98,7 +100,7 @@ impl FarFile {
         let extents = map.extents.len().max(16);
         let recent = Recent::with_weighter(extents.min(4096), IN_MEMORY, ByLength);
         let under_way = Mutex::default();
-        let shared = Shared { name, origin, map, recent, under_way, arrived: Condvar::new() };
+        let shared = Shared { name, origin, map, recent, under_way };
         FarFile { shared: Arc::new(shared) }
     }
 
@@ -249,6 +251,7 @@ impl Shared {
                 }
                 return found;
             }
+            let arrived = Arc::clone(&entry.arrived);
             let slow = self.origin.latency.slow().filter(|_| !hedged);
             match slow.map(|slow| slow.saturating_sub(began.elapsed())) {
                 Some(Duration::ZERO) => {
@@ -258,12 +261,11 @@ impl Shared {
                     under_way = self.lock();
                 }
                 Some(left) => {
-                    let waited = self.arrived.wait_timeout(under_way, left);
+                    let waited = arrived.wait_timeout(under_way, left);
                     under_way = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
                 None => {
-                    under_way =
-                        self.arrived.wait(under_way).unwrap_or_else(PoisonError::into_inner);
+                    under_way = arrived.wait(under_way).unwrap_or_else(PoisonError::into_inner);
                 }
             }
         }
@@ -340,16 +342,18 @@ impl Shared {
             Ok(all) => {
                 latency.note(began.elapsed());
                 watch.answers();
+                let mut right = Vec::with_capacity(all.len());
                 for ((number, extent), Fetched { stored, bytes }) in
                     numbers.iter().zip(&extents).zip(all)
                 {
                     fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
-                    let is_right = bytes.is_ok();
-                    self.settle(*number, 1, bytes.map_err(Failed::from));
-                    if is_right {
-                        cache.keep(&extent.id.to_string(), &stored);
+                    if bytes.is_ok() {
+                        right.push((extent.id.to_string(), stored));
                     }
+                    self.settle(*number, 1, bytes.map_err(Failed::from));
                 }
+                // Behind all of them: nobody waits for the cache's disk.
+                right.iter().for_each(|(name, stored)| cache.keep(name, stored));
             }
             Err(error) => {
                 let failed = Failed::from(error);
@@ -374,11 +378,11 @@ impl Shared {
                 Ok(bytes) => entry.bytes = Some(bytes),
                 Err(failed) => entry.failed = Some(failed),
             }
-            if entry.waiting == 0 && entry.requests == 0 {
-                under_way.remove(&number);
+            match entry.waiting {
+                0 if entry.requests == 0 => drop(under_way.remove(&number)),
+                0 => {}
+                _ => entry.arrived.notify_all(),
             }
         }
-        drop(under_way);
-        self.arrived.notify_all();
     }
 }

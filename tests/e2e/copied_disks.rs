@@ -15,7 +15,7 @@ use crate::support::{
     Disk, Fill, Guest, GuestOptions, Qemu, Result, cont, query_status, run, stop,
 };
 use crate::trouble::Tmpfs;
-use crate::{tests, tests_on_both, tests_on_both_at_length};
+use crate::{tests, tests_on_both_at_length};
 
 tests! {
     a_copy_that_fails_leaves_the_guest_on_its_disks
@@ -23,11 +23,8 @@ tests! {
     disks_are_cloned_where_the_file_system_can
 }
 
-tests_on_both! {
-    copies_are_of_the_moment_and_travel_with_their_image
-}
-
 tests_on_both_at_length! {
+    copies_are_of_the_moment_and_travel_with_their_image
     a_paused_guests_disks_are_copied
 }
 

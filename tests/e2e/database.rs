@@ -15,7 +15,7 @@ tests_on_both_at_length! {
 }
 
 /// Commits that precede the snapshot.
-const COMMITS: usize = 50;
+const COMMITS: usize = 20;
 
 fn a_database_under_load_is_whole_after_every_revert(dir: &Dir, qemu: Qemu) -> Result<()> {
     let disk = debian::make_disk(&dir.path("disk.qcow2"))?;

@@ -34,7 +34,7 @@ fn fifty_saves_of_each_qemu() -> Result<()> {
 
 /// A guest that rewrites its memory as fast as it can.
 fn writing_hard(qemu: Qemu) -> GuestOptions {
-    GuestOptions { qemu, fill: Fill::Mib(128), rate: 0, ..GuestOptions::default() }
+    GuestOptions { qemu, fill: Fill::Mib(64), rate: 0, ..GuestOptions::default() }
 }
 
 /// Saves the guest, QEMU's stream copied beside. Returns how many pages were read from outside, and

@@ -24,7 +24,7 @@ tests_on_both_at_length! {
 const DEVICES: [&str; 5] = ["vda", "vdb", "vdc", "sda", "sdb"];
 
 /// Pages of each disk that are written.
-const PAGES: u32 = 64;
+const PAGES: u32 = 16;
 
 fn disks(dir: &Dir) -> Result<Vec<Disk>> {
     fs::create_dir(dir.path("disks"))?;

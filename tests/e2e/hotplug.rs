@@ -19,11 +19,11 @@ use crate::support::{
 use crate::{tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
-    devices_come_back_as_they_were_plugged
     what_can_not_be_brought_back_is_refused_by_name
 }
 
 tests_on_both_at_length! {
+    devices_come_back_as_they_were_plugged
     devices_on_root_ports_come_back_and_virtio_mem_is_refused
     a_guest_that_would_not_run_again_is_not_proved
 }

@@ -8,12 +8,15 @@ use serde_json::{Value, json};
 use crate::bare::query;
 use crate::harness::{Dir, Running, STEPS, STOP_AT, Snapback, check, steps_of};
 use crate::support::{Contact, Disk, Fill, Guest, GuestOptions, Qemu, Result, query_status};
-use crate::tests_on_both;
+use crate::{tests_on_both, tests_on_both_at_length};
 
 tests_on_both! {
-    a_save_is_killed_at_every_step
     an_image_that_cant_be_read_is_not_given_up
+}
+
+tests_on_both_at_length! {
     a_killed_save_is_cleaned_up_by_its_keeper
+    a_save_is_killed_at_every_step
 }
 
 /// The same without disks, where that differs.

@@ -10,13 +10,10 @@ use crate::hotplug::{MODULES, words};
 use crate::resets::{differing, flattened, reset, resettable};
 use crate::shared::{MIB, options};
 use crate::support::{Guest, GuestOptions, Qemu, Result, SOON, cont, pmemsave, query_status, stop};
-use crate::{tests_on_both, tests_on_both_at_length};
-
-tests_on_both! {
-    a_pc_with_virtio_and_four_vcpus_goes_back
-}
+use crate::tests_on_both_at_length;
 
 tests_on_both_at_length! {
+    a_pc_with_virtio_and_four_vcpus_goes_back
     a_q35_with_usb_sound_and_an_iommu_goes_back
     displays_and_emulated_cards_go_back
     shared_memory_goes_back
