@@ -64,7 +64,7 @@ fn node(dir: &Dir, qemu: Qemu, ports: &Ports, qmp: &Path) -> Result<Node> {
         ),
         ("-device", "e1000,netdev=p01,mac=0C:00:11:22:33:01,bus=pci.1,addr=0x2".into()),
         ("-netdev", format!("socket,id=p01,listen=:{card}")),
-        ("-kernel", file("vmlinux")?),
+        ("-kernel", file("vmlinuz")?),
         ("-initrd", file("initramfs.cpio")?),
         // The tests' guest wants a second serial port.
         ("-serial", "null".into()),

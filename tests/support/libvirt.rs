@@ -13,8 +13,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::{
-    Attached, Format, GuestOptions, Pidfd, Qemu, Result, SOON, SerialLog, artifact, debian, deps,
-    run, spawn_bound, wait_for,
+    Attached, Format, GuestOptions, KERNEL, Pidfd, Qemu, Result, SOON, SerialLog, artifact, debian,
+    deps, run, spawn_bound, wait_for,
 };
 
 /// The directories of libvirt's that are compiled in, and our folders for them.
@@ -344,7 +344,7 @@ impl Libvirt {
         let folder = self.path(options.name);
         fs::create_dir(&folder)?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
-        for name in ["vmlinux", "initramfs.cpio"] {
+        for name in [KERNEL, "initramfs.cpio"] {
             // libvirt gives what it opens to its guests' user, so these are copies.
             fs::copy(artifact(deps().join(name))?, folder.join(name))?;
         }
@@ -489,7 +489,7 @@ impl DomainOptions {
                <controller type='usb' model='none'/><memballoon model='none'/>{}
              </devices></domain>",
             self.name,
-            file("vmlinux"),
+            file(KERNEL),
             file("initramfs.cpio"),
             self.guest.kernel_command_line(),
             text(&emulator),

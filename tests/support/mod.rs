@@ -24,7 +24,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 pub use disk::{Bus, Disk, Format, Given, convert, files, run};
-pub use guest::{Attached, Contact, Fill, Guest, GuestOptions};
+pub use guest::{Attached, Contact, Fill, Guest, GuestOptions, KERNEL};
 pub use http::http_request;
 pub use log::{Beat, SerialLog};
 pub use oracle::{Oracle, Verdict};
