@@ -9,6 +9,7 @@ use super::events::CommandEvent;
 use super::failure::Failure;
 use super::host::SiteArgs;
 use super::output::{Output, print_about};
+use super::parse_share;
 use super::repository::{self, FarArgs};
 use super::save::GuestArgs;
 use crate::doctor::{State, check_here};
@@ -61,12 +62,6 @@ pub(super) fn of_repositories_too(command: clap::Command) -> clap::Command {
         .mut_arg("paths", |paths| paths.requires("here"))
         .mut_arg("ports", |ports| ports.requires("here"))
         .mut_arg("netdevs", |netdevs| netdevs.requires("here"))
-}
-
-fn parse_share(text: &str) -> Result<f64, String> {
-    let share = text.strip_suffix('%').unwrap_or(text).parse().ok();
-    let share = share.filter(|share| (0.0..=100.0).contains(share));
-    share.map(|share: f64| share / 100.0).ok_or("it is a share from 0% to 100%".into())
 }
 
 /// Runs the command: prints every item, and fails when one stands in the way of a save.

@@ -363,6 +363,12 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     seconds.ok_or("it is a number of seconds, such as 0.5".into())
 }
 
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.strip_suffix('%').unwrap_or(text).parse().ok();
+    let share = share.filter(|share| (0.0..=100.0).contains(share));
+    share.map(|share: f64| share / 100.0).ok_or("it is a share from 0% to 100%".into())
+}
+
 fn parse_path_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((old, new)) if !old.is_empty() && !new.is_empty() => Ok((old.into(), new.into())),

@@ -137,6 +137,7 @@ pub fn put_synthetic(
         profile: Default::default(),
         files: vec![FileRef::new(Role::Image, "/vm.snap".into(), len, map, None)],
         packs: packs.iter().copied().collect(),
+        used: vec![32 << 20; packs.len()],
     };
     let key = repository.manifest_key(&manifest);
     let body = serde_json::to_vec(&manifest).unwrap_or_default();

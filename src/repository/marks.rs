@@ -21,6 +21,33 @@ pub struct Mark {
     pub packs: Vec<(PackId, u64)>,
     /// The maps.
     pub maps: Vec<MapId>,
+    /// The manifests in whose places others were put, by their keys.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub manifests: Vec<String>,
+}
+
+impl Mark {
+    /// Whether it marks nothing.
+    pub fn is_empty(&self) -> bool {
+        self.packs.is_empty() && self.maps.is_empty() && self.manifests.is_empty()
+    }
+}
+
+/// All that is marked, and that nothing new may refer to.
+#[derive(Debug, Default)]
+pub struct Marked {
+    pub packs: HashSet<PackId>,
+    pub maps: HashSet<MapId>,
+    pub manifests: HashSet<String>,
+}
+
+impl Marked {
+    /// Adds what a mark says.
+    pub fn add(&mut self, mark: &Mark) {
+        self.packs.extend(mark.packs.iter().map(|(pack, _)| *pack));
+        self.maps.extend(&mark.maps);
+        self.manifests.extend(mark.manifests.iter().cloned());
+    }
 }
 
 /// Gives `take` each mark, with its key.
@@ -35,12 +62,12 @@ pub fn for_each_mark(
     })
 }
 
-/// All packs that are marked.
-pub fn marked_packs(repository: &Repository) -> Result<HashSet<PackId>, RepositoryError> {
-    let mut packs = HashSet::new();
+/// All that is marked.
+pub fn marked(repository: &Repository) -> Result<Marked, RepositoryError> {
+    let mut marked = Marked::default();
     for_each_mark(repository, |_, mark| {
-        packs.extend(mark.packs.iter().map(|(pack, _)| *pack));
+        marked.add(&mark);
         Ok(())
     })?;
-    Ok(packs)
+    Ok(marked)
 }

@@ -8,4 +8,5 @@ mod figures;
 mod harness;
 mod keeping;
 mod network;
+mod repack;
 mod transfer;

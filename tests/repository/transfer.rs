@@ -11,8 +11,9 @@ use crate::harness::{Memory, Site, disk, event, events, failure, noise, same, sn
 use crate::support::{Result, files, proxy::Fault};
 
 /// A key of age's, and its public half.
-const IDENTITY: &str = "AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33";
-const RECIPIENT: &str = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa";
+pub const IDENTITY: &str =
+    "AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33";
+pub const RECIPIENT: &str = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa";
 
 /// A snapshot with a disk, and one on top of it after the guest has gone on.
 fn two_snapshots(site: &Site) -> Result<Memory> {

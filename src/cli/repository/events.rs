@@ -78,7 +78,8 @@ pub(in crate::cli) enum RepositoryEvent {
         /// Whether this only tells what would be done.
         dry_run: bool,
     },
-    /// What nothing refers to was marked, and what had been marked was removed.
+    /// What nothing refers to was marked, what had been marked was removed, and what is needed of packs
+    /// that are mostly unused was put into new ones.
     Pruned {
         /// What was done.
         #[serde(flatten)]

@@ -9,6 +9,7 @@ use super::events::{ListedSnapshot, RepositoryEvent};
 use super::{AccessArgs, RepositoryArgs, blocking, on_repository, parse_name, waiting_for};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, print_line, size};
+use crate::cli::parse_share;
 use crate::kind::ErrorKind;
 use crate::repository::{
     Address, CheckOptions, ForgetOptions, Looked, PruneOptions, Pruned, Repository,
@@ -80,6 +81,10 @@ pub(in crate::cli) struct PruneArgs {
     /// With 0s it goes at once, if no push is under way
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_time)]
     grace: Duration,
+    /// Put what is needed of packs that are partly unused into new ones, until no more than this share
+    /// of the repository is unused; 100% leaves them as they are
+    #[arg(long, value_name = "P%", default_value = "5%", value_parser = parse_share)]
+    max_unused: f64,
     /// Only tell what would be done
     #[arg(long)]
     dry_run: bool,
@@ -191,6 +196,13 @@ impl Output {
         if !pruned.held_by.is_empty() {
             says += &format!(", and for pushes that are under way: {}", pruned.held_by.join(", "));
         }
+        if pruned.repacked_packs > 0 {
+            says += &format!(
+                "; {} {would}repacked, which frees {} once a later prune removes the old packs",
+                size(pruned.repacked_bytes),
+                size(pruned.freed_bytes)
+            );
+        }
         self.repository(&RepositoryEvent::Pruned { pruned, dry_run }, "pruned", &says);
     }
 }
@@ -200,6 +212,7 @@ pub(in crate::cli) async fn prune(args: PruneArgs) -> Result<(), Failure> {
     let output = Arc::new(Output::new(args.json));
     let mut options = PruneOptions::default();
     (options.grace, options.dry_run) = (args.grace, args.dry_run);
+    options.max_unused = args.max_unused;
     let dry_run = args.dry_run;
     let what = "looking for what nothing refers to";
     let pruned = waiting_for(what, &args.repository, &output, move |repository, _| {

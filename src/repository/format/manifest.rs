@@ -46,6 +46,10 @@ pub struct SnapshotManifest {
     pub files: Vec<FileRef>,
     /// All packs that its files refer to.
     pub packs: BTreeSet<PackId>,
+    /// What they use of each of these, in bytes and in their order: a prune that finds them to use a
+    /// pack as a whole need not read what they consist of. It may be more than this.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub used: Vec<u64>,
 }
 
 /// A file of a snapshot.
@@ -102,6 +106,18 @@ impl SnapshotManifest {
     /// Its image.
     pub fn image(&self) -> Option<&FileRef> {
         self.files.iter().find(|file| file.role == Role::Image)
+    }
+
+    /// The packs that it refers to, each with what it uses of that at least: nothing where that is not
+    /// known.
+    pub fn used(&self) -> impl Iterator<Item = (PackId, u64)> {
+        self.packs.iter().copied().zip(self.used.iter().copied().chain(std::iter::repeat(0)))
+    }
+
+    /// Notes what it refers to, and how much of each it uses.
+    pub fn refer_to(&mut self, used: &BTreeMap<PackId, u64>) {
+        self.packs = used.keys().copied().collect();
+        self.used = used.values().copied().collect();
     }
 
     /// The maps of its files.

@@ -1,8 +1,10 @@
 //! Maps: what a file consists of.
 
+use std::collections::{BTreeMap, HashMap};
+
 use super::bytes::{Reader, as_u32};
 use super::ids::{ExtentId, PackId};
-use super::pack::check_lengths;
+use super::pack::{check_lengths, room};
 
 /// The longest map, before it is compressed: of a disk with some 2 TB of data.
 pub const MAX_MAP: u64 = 2 << 30;
@@ -84,10 +86,31 @@ impl FileMap {
         (36 + self.packs().len() * 16 + self.extents.len() * (RECORD + 32) + inline) as u64
     }
 
+    /// What maps use of each pack, in bytes. What several places in them refer to counts once.
+    pub fn used(maps: &[&FileMap]) -> BTreeMap<PackId, u64> {
+        let mut packs: Vec<PackId> = Vec::new();
+        let mut numbers: HashMap<PackId, u32> = HashMap::new();
+        let mut places: Vec<(u32, u32, u32)> = Vec::new();
+        for extent in maps.iter().flat_map(|map| &map.extents) {
+            let number = *numbers.entry(extent.pack).or_insert_with(|| {
+                packs.push(extent.pack);
+                as_u32(packs.len() - 1)
+            });
+            places.push((number, extent.at, extent.stored));
+        }
+        places.sort_unstable();
+        places.dedup_by_key(|(pack, at, _)| (*pack, *at));
+        let of_packs = places.chunk_by(|(a, ..), (b, ..)| a == b).map(|of| {
+            let stored = of.iter().map(|(.., stored)| u64::from(*stored)).sum();
+            (packs[of[0].0 as usize], room(of.len(), stored))
+        });
+        of_packs.collect()
+    }
+
     /// The body of the map's object.
     pub fn encode(&self) -> Vec<u8> {
         let packs = self.packs();
-        let number: std::collections::HashMap<_, _> =
+        let number: HashMap<_, _> =
             packs.iter().enumerate().map(|(number, pack)| (*pack, as_u32(number))).collect();
         let mut body = Vec::with_capacity(self.encoded_len() as usize);
         body.extend(self.salt);

@@ -33,6 +33,14 @@ pub struct Entry {
     pub raw: u32,
 }
 
+/// What extents with so many stored bytes in all take in packs, with what a footer says of them: a pack
+/// that is no longer has nothing else in it.
+pub fn room(extents: usize, stored: u64) -> u64 {
+    /// Of a footer and a trailer, whatever they say.
+    const FRAME: u64 = 128;
+    stored + (extents * ENTRY) as u64 + FRAME
+}
+
 /// A pack, as an index lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {

@@ -9,7 +9,7 @@ use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::format::map::{Extent, FileMap};
 use crate::repository::keeping::tag::tag;
 use crate::repository::lease::{Held, Lease};
-use crate::repository::marks;
+use crate::repository::marks::marked;
 use crate::repository::reading::pull::parts;
 use crate::repository::reading::repository::{Repository, pack_key};
 use crate::repository::writing::commit::{commit, put_maps};
@@ -29,10 +29,10 @@ pub fn copy(
 ) -> Result<(SnapshotManifest, bool), RepositoryError> {
     let tags = from.tags_of(manifest.id)?;
     tag(to, manifest, &tags, &Default::default())?;
-    let key = to.manifest_key(manifest);
-    if to.remote.head(&key)?.is_some() {
-        return Ok((to.manifest_at(&key)?, true));
+    if let Some(there) = to.find(manifest)? {
+        return Ok((to.manifest(&there)?, true));
     }
+    let key = to.manifest_key(manifest);
     let reads = Held::put(from, &Lease::reading(manifest))?;
     let writes = Held::put(to, &Lease::new(true))?;
     reads.while_held(|| {
@@ -61,7 +61,7 @@ impl<'a> Copying<'a> {
         gone: &HashSet<PackId>,
         on_progress: &'a mut dyn FnMut(Moved),
     ) -> Result<Copying<'a>, RepositoryError> {
-        let mut without = marks::marked_packs(to)?;
+        let mut without = marked(to)?.packs;
         without.extend(gone);
         let known = Known::read(to, &without)?;
         let (packer, moved) = (Packer::new(to), Moved::default());

@@ -8,7 +8,7 @@ use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::format::time::calendar;
 use crate::repository::reading::list::{all_tags, list};
 use crate::repository::reading::name::SnapshotName;
-use crate::repository::reading::repository::Repository;
+use crate::repository::reading::repository::{Repository, Snapshot};
 
 /// Which snapshots of each machine are kept. A snapshot that any of these keeps is kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -143,9 +143,23 @@ fn remove(repository: &Repository, gone: &[&SnapshotManifest]) -> Result<(), Rep
     if gone.is_empty() {
         return Ok(());
     }
-    let keys = gone.iter().map(|manifest| repository.manifest_key(manifest)).collect();
-    repository.remote.delete_all(keys)?;
     let ids: BTreeSet<SnapshotId> = gone.iter().map(|manifest| manifest.id).collect();
+    let of =
+        |manifest: &&SnapshotManifest| (repository.manifests_under(&manifest.machine), manifest.id);
+    let of: BTreeSet<(String, SnapshotId)> = gone.iter().map(of).collect();
+    let is_gone = |one: &Snapshot| of.contains(&(one.folder().to_owned(), one.id));
+    let mut removed = BTreeSet::new();
+    loop {
+        let (there, replaced) = repository.all_snapshots()?;
+        let keys = there.into_iter().chain(replaced).filter(is_gone).map(|one| one.key);
+        let keys: Vec<String> = keys.filter(|key| removed.insert(key.clone())).collect();
+        if keys.is_empty() {
+            break;
+        }
+        repository.remote.delete_all(keys)?;
+        // And again: a prune may just have put others in their places. It looks whether what they
+        // replace is still there, after it has put them; this looks after it has removed that.
+    }
     let tags = all_tags(repository)?.into_iter().filter(|(id, _)| ids.contains(id));
     let keys = tags
         .flat_map(|(id, tags)| tags.into_iter().map(move |tag| (id, tag)))

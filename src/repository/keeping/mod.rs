@@ -5,4 +5,5 @@ pub mod copy;
 pub mod diff;
 pub mod forget;
 pub mod prune;
+pub mod repack;
 pub mod tag;

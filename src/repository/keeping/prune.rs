@@ -10,6 +10,8 @@
 //! 3. A mark is not carried out as long as a push is under way that began before it: such a push does
 //!    not know of it.
 //! 4. What a revert reads is in its lease, and counts as what a manifest refers to.
+//! 5. What a manifest refers to in whose place another one was put (`repack`) counts no more. It is
+//!    marked like all else, and goes before that.
 //!
 //! All times are the store's.
 
@@ -19,10 +21,12 @@ use std::time::Duration;
 use crate::repository::error::RepositoryError;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, ObjectId, PackId, random};
+use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::format::pack::split_index;
+use crate::repository::keeping::repack;
 use crate::repository::lease::{HOLDS, Held, Lease, host, leases};
-use crate::repository::marks::{Mark, for_each_mark};
-use crate::repository::reading::repository::{Repository, map_key, pack_key};
+use crate::repository::marks::{Mark, Marked, for_each_mark};
+use crate::repository::reading::repository::{Repository, map_key, map_of_key, pack_key};
 use crate::repository::remote::Listing;
 use crate::repository::writing::known::{close_index, index_key, open_head, open_index};
 
@@ -32,19 +36,24 @@ const SECOND: i64 = 1000;
 const HEAD: u64 = 64 << 10;
 
 /// How a prune goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct PruneOptions {
     /// For how long what was marked stays.
     pub grace: Duration,
+    /// Which share of what is kept, from 0 to 1, may be bytes that nothing needs, in packs of which
+    /// something else is needed. If it is more, what is needed of the emptiest packs is put into new
+    /// ones.
+    pub max_unused: f64,
     /// Only tell what would be done.
     pub dry_run: bool,
 }
 
 impl Default for PruneOptions {
-    /// A day of grace.
+    /// A day of grace, and a twentieth unused.
     fn default() -> PruneOptions {
-        PruneOptions { grace: Duration::from_secs(24 * 60 * 60), dry_run: false }
+        let grace = Duration::from_secs(24 * 60 * 60);
+        PruneOptions { grace, max_unused: 0.05, dry_run: false }
     }
 }
 
@@ -68,6 +77,14 @@ pub struct Pruned {
     pub removed_bytes: u64,
     /// Maps that were removed.
     pub removed_maps: u64,
+    /// Packs of which a part was unused, and the rest was put into new packs.
+    pub repacked_packs: u64,
+    /// Bytes of these new packs.
+    pub repacked_bytes: u64,
+    /// Bytes that become free by that, once a later prune removes the old packs.
+    pub freed_bytes: u64,
+    /// Bytes of the packs that stay that nothing needs, at most.
+    pub unused_bytes: u64,
     /// Who keeps marks from being carried out.
     pub held_by: Vec<String>,
 }
@@ -76,6 +93,9 @@ pub struct Pruned {
 struct Look {
     packs: HashSet<PackId>,
     maps: HashSet<MapId>,
+    manifests: Vec<SnapshotManifest>,
+    /// The manifests in whose places others were put, by their keys.
+    replaced: Vec<String>,
     /// Since when each push is under way, and who pushes.
     pushes: Vec<(i64, String)>,
     ended: Vec<String>,
@@ -98,12 +118,12 @@ pub fn prune(repository: &Repository, options: &PruneOptions) -> Result<Pruned, 
         })?;
         let packs = repository.remote.list_each(pack_prefixes())?;
         let maps = repository.remote.list("maps")?;
-        let look = look(repository, now)?;
+        let mut look = look(repository, now)?;
         let mut pruned = Pruned::default();
         let grace = i64::try_from(options.grace.as_millis()).unwrap_or(i64::MAX);
-        let mut marked = HashSet::new();
+        let mut marked = Marked::default();
         for (key, put_ms, mark) in marks {
-            marked.extend(mark.packs.iter().map(|(pack, _)| *pack));
+            marked.add(&mark);
             match now.saturating_sub(put_ms) >= grace {
                 true => sweep(repository, options, &look, &key, put_ms, mark, &mut pruned)?,
                 false => pruned.waiting_packs += mark.packs.len() as u64,
@@ -111,19 +131,47 @@ pub fn prune(repository: &Repository, options: &PruneOptions) -> Result<Pruned, 
         }
         let found = unreferred(&look, &packs, &maps, &marked, &mut pruned);
         if !options.dry_run {
-            repository.remote.delete_all(look.ended)?;
+            repository.remote.delete_all(std::mem::take(&mut look.ended))?;
         }
-        if !found.packs.is_empty() || !found.maps.is_empty() {
+        if !found.is_empty() {
             pruned.marked_packs = found.packs.len() as u64;
             pruned.marked_bytes = found.packs.iter().map(|(_, len)| len).sum();
             if !options.dry_run {
                 mark(repository, options, found, &mut pruned)?;
             }
         }
+        repack_some(repository, options, now, look, &packs, &marked, &mut pruned)?;
         pruned.held_by.sort();
         pruned.held_by.dedup();
         Ok(pruned)
     })
+}
+
+/// Repacks what is mostly unused, and marks what is left over. That is removed by a later prune, even
+/// without grace: who has just read a manifest that was replaced has no lease yet.
+fn repack_some(
+    repository: &Repository,
+    options: &PruneOptions,
+    now: i64,
+    look: Look,
+    packs: &[Listing],
+    marked: &Marked,
+    pruned: &mut Pruned,
+) -> Result<(), RepositoryError> {
+    let listed = packs.iter().filter_map(|listing| Some((pack_of(listing)?, listing.len)));
+    let stay = listed.filter(|(pack, _)| look.packs.contains(pack) && !marked.packs.contains(pack));
+    let (stay, most) = (stay.collect(), options.max_unused);
+    let done = repack::repack(repository, &stay, &look.manifests, most, options.dry_run)?;
+    (pruned.repacked_packs, pruned.repacked_bytes) = (done.packs, done.bytes);
+    (pruned.freed_bytes, pruned.unused_bytes) = (done.freed, done.unused);
+    let mut left = done.left;
+    if left.is_empty() {
+        return Ok(());
+    }
+    let look = self::look(repository, now)?;
+    left.packs.retain(|(pack, _)| !look.packs.contains(pack));
+    left.maps.retain(|map| !look.maps.contains(map));
+    put_mark(repository, &left).map(drop)
 }
 
 /// Where packs lie.
@@ -157,11 +205,14 @@ fn look(repository: &Repository, now: i64) -> Result<Look, RepositoryError> {
             pushes.push((found.lease.since_ms, found.lease.holder));
         }
     }
-    for manifest in repository.manifests()? {
+    let (snapshots, replaced) = repository.all_snapshots()?;
+    let manifests = repository.manifests_of(&snapshots)?;
+    for manifest in &manifests {
         packs.extend(manifest.packs.iter().copied());
         maps.extend(manifest.maps());
     }
-    Ok(Look { packs, maps, pushes, ended })
+    let replaced = replaced.into_iter().map(|snapshot| snapshot.key).collect();
+    Ok(Look { packs, maps, manifests, replaced, pushes, ended })
 }
 
 /// What nothing refers to and is not marked yet.
@@ -169,25 +220,25 @@ fn unreferred(
     look: &Look,
     packs: &[Listing],
     maps: &[Listing],
-    marked: &HashSet<PackId>,
+    marked: &Marked,
     pruned: &mut Pruned,
 ) -> Mark {
     let first = look.pushes.iter().map(|(since, _)| *since).min();
     let is_old = |listing: &Listing| first.is_none_or(|first| listing.put_ms < first);
-    let mut found = Mark { by: host(), ..Mark::default() };
+    let replaced = look.replaced.iter().filter(|key| !marked.manifests.contains(*key));
+    let mut found = Mark { manifests: replaced.cloned().collect(), ..Mark::default() };
     for listing in packs {
         let Some(pack) = pack_of(listing) else { continue };
         if look.packs.contains(&pack) {
             pruned.kept_packs += 1;
             pruned.kept_bytes += listing.len;
-        } else if !marked.contains(&pack) && is_old(listing) {
+        } else if !marked.packs.contains(&pack) && is_old(listing) {
             found.packs.push((pack, listing.len));
         }
     }
     for listing in maps {
-        let map = listing.key.strip_prefix("maps/").and_then(|id| id.parse().ok());
-        let Some(map) = map.filter(|map| !look.maps.contains(map)) else { continue };
-        if is_old(listing) {
+        let Some(map) = map_of_key(&listing.key) else { continue };
+        if !look.maps.contains(&map) && !marked.maps.contains(&map) && is_old(listing) {
             found.maps.push(map);
         }
     }
@@ -201,14 +252,21 @@ fn mark(
     mark: Mark,
     pruned: &mut Pruned,
 ) -> Result<(), RepositoryError> {
-    let key = format!("marks/{}", ObjectId(random()));
-    repository.remote.put(&key, repository.close_json(Kind::Mark, &key, &mark, true))?;
+    let key = put_mark(repository, &mark)?;
     if !options.grace.is_zero() {
         return Ok(());
     }
     let Some(put) = repository.remote.head(&key)? else { return Ok(()) };
     let look = look(repository, put.put_ms)?;
     sweep(repository, options, &look, &key, put.put_ms, mark, pruned)
+}
+
+/// Puts a mark. Returns its key.
+fn put_mark(repository: &Repository, mark: &Mark) -> Result<String, RepositoryError> {
+    let key = format!("marks/{}", ObjectId(random()));
+    let mark = Mark { by: host(), ..mark.clone() };
+    repository.remote.put(&key, repository.close_json(Kind::Mark, &key, &mark, true))?;
+    Ok(key)
 }
 
 /// Carries out a mark.
@@ -237,6 +295,9 @@ fn sweep(
     if options.dry_run {
         return Ok(());
     }
+    // First what refers to the others.
+    let replaced = look.replaced.iter().filter(|key| mark.manifests.contains(key));
+    repository.remote.delete_all(replaced.cloned().collect())?;
     // What is removed must not be found by an index any more.
     leave_out(repository, &gone.iter().map(|(pack, _)| *pack).collect())?;
     let keys = maps.into_iter().map(map_key);

@@ -1,6 +1,6 @@
 //! A repository that is open, and its objects.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -51,6 +51,11 @@ impl Snapshot {
     /// The moment, in seconds since 1970 (UTC).
     pub fn seconds(&self) -> i64 {
         (self.unix_us / 1_000_000) as i64
+    }
+
+    /// Where the manifests of its machine lie.
+    pub fn folder(&self) -> &str {
+        self.key.rsplit_once('/').map_or("", |(folder, _)| folder)
     }
 }
 
@@ -180,6 +185,18 @@ impl Repository {
         Ok(self.remote.get(&map_key(id))?)
     }
 
+    /// Opens a map by its key.
+    pub(in crate::repository) fn open_map_at(
+        &self,
+        key: &str,
+        stored: &[u8],
+    ) -> Result<FileMap, RepositoryError> {
+        match map_of_key(key) {
+            Some(id) => self.open_map(id, stored),
+            None => Err(self.damaged(key, "it is no map".into())),
+        }
+    }
+
     fn open_map(&self, id: MapId, stored: &[u8]) -> Result<FileMap, RepositoryError> {
         let key = map_key(id);
         let damaged = |problem| self.damaged(&key, problem);
@@ -241,8 +258,14 @@ impl Repository {
 
     /// All snapshots, by the names of their objects: the oldest of each machine first.
     pub(in crate::repository) fn snapshots(&self) -> Result<Vec<Snapshot>, RepositoryError> {
-        let listed = self.remote.list("snapshots")?;
-        Ok(listed.iter().filter_map(|listing| parse_key(&listing.key)).collect())
+        Ok(self.all_snapshots()?.0)
+    }
+
+    /// The same, and behind them the manifests in whose places others were put: these stay for a while.
+    pub(in crate::repository) fn all_snapshots(
+        &self,
+    ) -> Result<(Vec<Snapshot>, Vec<Snapshot>), RepositoryError> {
+        self.snapshots_under("snapshots")
     }
 
     /// The snapshots of a machine, the oldest first.
@@ -250,9 +273,25 @@ impl Repository {
         &self,
         machine: &str,
     ) -> Result<Vec<Snapshot>, RepositoryError> {
-        let under = format!("snapshots/{}", self.keys.hidden_name(machine));
-        let listed = self.remote.list(&under)?;
-        Ok(listed.iter().filter_map(|listing| parse_key(&listing.key)).collect())
+        Ok(self.snapshots_under(&self.manifests_under(machine))?.0)
+    }
+
+    fn snapshots_under(
+        &self,
+        under: &str,
+    ) -> Result<(Vec<Snapshot>, Vec<Snapshot>), RepositoryError> {
+        let listed = self.remote.list(under)?;
+        let found = listed.iter().filter_map(|listing| parse_key(&listing.key));
+        Ok(take_replaced(found.collect()))
+    }
+
+    /// The snapshot that a manifest is of, if it is there.
+    pub(in crate::repository) fn find(
+        &self,
+        manifest: &SnapshotManifest,
+    ) -> Result<Option<Snapshot>, RepositoryError> {
+        let of_machine = self.snapshots_of(&manifest.machine)?;
+        Ok(of_machine.into_iter().find(|snapshot| snapshot.id == manifest.id))
     }
 
     /// Reads the manifest of a snapshot.
@@ -329,9 +368,14 @@ impl Repository {
 
     /// The key of a manifest.
     pub(in crate::repository) fn manifest_key(&self, manifest: &SnapshotManifest) -> String {
-        let machine = self.keys.hidden_name(&manifest.machine);
+        let folder = self.manifests_under(&manifest.machine);
         let time = stamp(manifest.moment_unix_us);
-        format!("snapshots/{machine}/{time}-{}", manifest.id)
+        format!("{folder}/{time}-{}", manifest.id)
+    }
+
+    /// Where the manifests of a machine lie.
+    pub(in crate::repository) fn manifests_under(&self, machine: &str) -> String {
+        format!("snapshots/{}", self.keys.hidden_name(machine))
     }
 
     /// The tags of a snapshot that were added since it was put here.
@@ -396,12 +440,30 @@ pub fn map_key(map: MapId) -> String {
     format!("maps/{map}")
 }
 
+/// The map that an object is.
+pub fn map_of_key(key: &str) -> Option<MapId> {
+    key.strip_prefix("maps/")?.parse().ok()
+}
+
 /// Reads the key of a manifest.
 fn parse_key(key: &str) -> Option<Snapshot> {
     let (_machine, name) = key.strip_prefix("snapshots/")?.split_once('/')?;
     let (time, id) = name.split_once('-')?;
     let (unix_us, id) = (read_stamp(time)?, id.parse().ok()?);
     Some(Snapshot { unix_us, id, key: key.to_owned() })
+}
+
+/// Takes manifests apart in whose places a prune has put others: of the same snapshot, and later.
+fn take_replaced(found: Vec<Snapshot>) -> (Vec<Snapshot>, Vec<Snapshot>) {
+    let mut last: HashMap<(&str, SnapshotId), u64> = HashMap::new();
+    for one in &found {
+        let last = last.entry((one.folder(), one.id)).or_default();
+        *last = one.unix_us.max(*last);
+    }
+    let is_last: Vec<bool> =
+        found.iter().map(|one| last[&(one.folder(), one.id)] == one.unix_us).collect();
+    let mut is_last = is_last.into_iter();
+    found.into_iter().partition(|_| is_last.next().unwrap_or(true))
 }
 
 /// An extent that was fetched.

@@ -63,7 +63,7 @@ pub fn put_maps(
     let own = packer.finish()?;
     manifest.own = own.iter().map(|listed| listed.len).sum();
     manifest.stored = maps.iter().map(|map| map.stored()).sum();
-    manifest.packs = maps.iter().flat_map(|map| map.packs()).collect();
+    manifest.refer_to(&FileMap::used(maps));
     for (id, body) in new {
         let key = map_key(id);
         let object = repository.keys.close(Kind::Map, &key, &body, true);

@@ -17,7 +17,7 @@ use crate::repository::format::ids::{ExtentId, MapId, PackId, SnapshotId, random
 use crate::repository::format::manifest::{FileRef, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
 use crate::repository::lease::{Held, Lease, host};
-use crate::repository::marks;
+use crate::repository::marks::{Marked, marked};
 use crate::repository::reading::repository::Repository;
 
 /// The most time between two tellings of progress.
@@ -96,15 +96,15 @@ pub fn push(
         profile: options.profile.clone(),
         files: Vec::new(),
         packs: BTreeSet::new(),
+        used: Vec::new(),
     };
     let key = repository.manifest_key(&manifest);
     // A tag of what is not there yet is nothing to anybody.
     for tag in &options.tags {
         repository.remote.put(&repository.tag_key(manifest.id, tag), bytes::Bytes::new())?;
     }
-    if repository.remote.head(&key)?.is_some() {
-        let there = repository.manifest_at(&key)?;
-        return Ok(Pushed { manifest: there, was_there: true });
+    if let Some(there) = repository.find(&manifest)? {
+        return Ok(Pushed { manifest: repository.manifest(&there)?, was_there: true });
     }
     let lease = Held::put(repository, &Lease::new(true))?;
     let (manifest, was_there) = lease.while_held(|| {
@@ -154,8 +154,8 @@ struct Pushing<'a> {
     packer: Packer<'a>,
     /// Images that are there, by the snapshots of this machine.
     images: HashMap<SnapshotId, FileRef>,
-    /// Packs of others that are not to be referred to.
-    without: HashSet<PackId>,
+    /// What is not to be referred to.
+    without: Marked,
     on_progress: &'a mut dyn FnMut(Moved),
     moved: Moved,
     told: Instant,
@@ -176,9 +176,9 @@ impl<'a> Pushing<'a> {
         on_progress: &'a mut dyn FnMut(Moved),
     ) -> Result<Pushing<'a>, RepositoryError> {
         // Behind our lease: what is marked later is not removed before we are done.
-        let mut without = marks::marked_packs(repository)?;
-        without.extend(gone);
-        let known = Known::read(repository, &without)?;
+        let mut without = marked(repository)?;
+        without.packs.extend(gone);
+        let known = Known::read(repository, &without.packs)?;
         let images = images_there(repository, manifest)?;
         Ok(Pushing {
             repository,
@@ -232,11 +232,11 @@ impl<'a> Pushing<'a> {
         let Some(there) = identity.and_then(|identity| self.images.get(&identity)) else {
             return Ok(None);
         };
-        if there.len != file.len {
+        if there.len != file.len || self.without.maps.contains(&there.map) {
             return Ok(None);
         }
         let map = self.repository.map(there)?;
-        let is_kept = map.packs().iter().all(|pack| !self.without.contains(pack));
+        let is_kept = map.packs().iter().all(|pack| !self.without.packs.contains(pack));
         Ok(is_kept.then_some((there.map, map)))
     }
 
