@@ -53,7 +53,7 @@ package() {
     say "built $made, $(stat -c %s "$made") bytes"
 }
 
-build --bin snapback --bin snapback-manual --features manual
+build --bin snapback --bin snapback-manual --features no-trace,manual
 install -m 755 "$target/release/snapback" "$staged/snapback"
 size=$(stat -c %s "$staged/snapback")
 say "the program has $size bytes"
@@ -64,6 +64,6 @@ find "$staged/man" -type f -exec gzip -9n {} +
 package
 [ "$which" = both ] || exit 0
 
-build --bin snapback --features libvirt
+build --bin snapback --features no-trace,libvirt
 install -m 755 "$target/release/snapback" "$staged/snapback-libvirt"
 package --variant libvirt

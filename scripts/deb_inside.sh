@@ -50,8 +50,8 @@ man 5 snapback-image | grep -qi superblock || die "snapback-image(5) says nothin
 completed=$(fish -c 'complete -C "snapback rev"')
 [[ $completed == revert* ]] || die "fish completes: $completed"
 completed=$(bash -c '. /usr/share/bash-completion/completions/snapback
-    COMP_WORDS=(snapback work) COMP_CWORD=1 COMP_TYPE=9
-    _clap_complete_snapback snapback work snapback; echo "${COMPREPLY[*]}"')
+    COMP_WORDS=(snapback work) COMP_CWORD=1 COMP_LINE="snapback work" COMP_POINT=13
+    _snapback snapback work snapback; echo "${COMPREPLY[*]}"')
 [[ $completed == working-set* ]] || die "bash completes: $completed"
 # The kernel at hand may have no AppArmor: the parser alone tells whether the profile is one.
 told=$(apparmor_parser --skip-kernel-load --skip-cache --warn=all /etc/apparmor.d/usr.bin.snapback 2>&1) ||

@@ -70,7 +70,7 @@ for command in "${commands[@]}"; do
     count=$((count + 1))
     case $program:$command in
     installed:*) ;;
-    *:"apt install "*) continue ;;
+    *:"apt "*) continue ;;
     esac
     say "$command"
     case $command in "kill "*) ending=$(cat guest.pid) ;; esac

@@ -1,7 +1,9 @@
 //! What holds for every command: settings, completions, and how much is said.
 
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -119,4 +121,141 @@ fn snapshots_of_a_repository_complete() {
     let variables = [("SNAPBACK_REPOSITORY", repository.as_path())];
     assert_eq!(completed(&["diff", "web1@latest", "web"], &variables), proposed);
     assert_eq!(completed(&["list", "w"], &variables), ["web1"]);
+}
+
+/// What is proposed, once it is this, or at last: what answers a shell waits a moment only.
+fn in_the_end(expected: &[&str], proposed: impl Fn() -> Vec<String>) {
+    let begun = Instant::now();
+    loop {
+        let proposed = proposed();
+        if proposed == expected {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{proposed:?}, not {expected:?}");
+    }
+}
+
+/// What bash has as completions of a line, of which it makes these words. `home` has its programs in `bin`.
+fn completed_by_bash(home: &Path, line: &str, words: &[&str]) -> Vec<String> {
+    let last = words.last().filter(|last| !["=", ":", "@"].contains(last)).unwrap_or(&"");
+    let script = "source <(COMPLETE=bash snapback) && current=$1 COMP_LINE=$2 COMP_POINT=${#2} &&
+        COMP_WORDS=(\"${@:3}\") COMP_CWORD=$(($# - 3)) && _snapback snapback \"$current\"
+        printf '%s\\n' \"${COMPREPLY[@]}\"";
+    let mut bash = Command::new("bash");
+    let path = std::env::var("PATH").unwrap();
+    bash.env("PATH", format!("{}:{path}", home.join("bin").display())).env("HOME", home);
+    bash.env_remove("SNAPBACK_REPOSITORY").env("SNAPBACK_SOCKET", home.join("daemon.sock"));
+    bash.env("XDG_RUNTIME_DIR", home).env("XDG_CONFIG_HOME", home).current_dir(home);
+    let told = bash.args(["-c", script, "bash", last, line]).args(words).output().unwrap();
+    said(&told).lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+}
+
+fn home_with_program() -> tempfile::TempDir {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::create_dir(home.path().join("bin")).unwrap();
+    let program = env!("CARGO_BIN_EXE_snapback");
+    std::os::unix::fs::symlink(program, home.path().join("bin/snapback")).unwrap();
+    home
+}
+
+#[test]
+fn bash_completes_words_that_it_splits() {
+    let home = home_with_program();
+    let there = |line: &str, words: &[&str]| completed_by_bash(home.path(), line, words);
+    for name in ["vm.snap", "my vm.snap", "vm.log"] {
+        std::fs::write(home.path().join(name), "").unwrap();
+    }
+    assert_eq!(there("snapback verif", &["snapback", "verif"]), ["verify"]);
+    assert_eq!(there("snapback verify  v", &["snapback", "verify", "v"]), ["vm.snap"]);
+    assert_eq!(there("snapback verify ~/v", &["snapback", "verify", "~/v"]), ["~/vm.snap"]);
+    let quoted = ["snapback", "verify", "my\\ v"];
+    assert_eq!(there("snapback verify my\\ v", &quoted), ["my vm.snap"]);
+
+    let place = ["snapback", "serve", "--place", "=", "so"];
+    assert_eq!(there("snapback serve --place=so", &place), ["socket"]);
+    assert!(there("snapback serve --place=", &place[..4]).contains(&"uffd".to_owned()));
+    let far = ["snapback", "pull", "--repo", "s3", ":", "//bucket", "--store-ti"];
+    assert_eq!(there("snapback pull --repo s3://bucket --store-ti", &far), ["--store-timeout"]);
+
+    let run = |words: &[&str]| {
+        let done = snapback().current_dir(home.path()).args(words).output().unwrap();
+        assert!(done.status.success(), "{}", said(&done));
+    };
+    run(&["init", "--repo", "repository"]);
+    let (image, repo) = (image(), "--repo=repository");
+    run(&["push", image.to_str().unwrap(), "--name", "web1", "--no-disks", repo]);
+    assert_eq!(
+        there("snapback list --repo r", &["snapback", "list", "--repo", "r"]),
+        ["repository/"]
+    );
+    let line = "snapback revert --repo=repository web1@l";
+    let words = ["snapback", "revert", "--repo", "=", "repository", "web1", "@", "l"];
+    in_the_end(&["latest"], || there(line, &words));
+    // With bash-completion, bash does not split at @.
+    in_the_end(&["web1@latest"], || there(line, &[&words[..5], &["web1@l"]].concat()));
+}
+
+/// Ends with its test.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+#[test]
+fn pools_ids_domains_and_machines_complete() {
+    let home = home_with_program();
+    let there = |line: &str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        completed_by_bash(home.path(), line, &words)
+    };
+    assert_eq!(there("snapback take b"), [""; 0]);
+
+    let mut daemon = snapback();
+    let socket = home.path().join("daemon.sock");
+    daemon.env("XDG_RUNTIME_DIR", home.path()).args(["daemon", "--no-keeper", "--state"]);
+    daemon.arg(home.path().join("state")).arg("--listen");
+    daemon.arg(format!("unix:{}", socket.display())).stdout(Stdio::null());
+    let _daemon = Daemon(daemon.spawn().unwrap());
+    let create = || {
+        let mut create = snapback();
+        create.args(["pool", "create", "booted"]).arg(image()).args(["--armed", "0", "--socket"]);
+        create.arg(&socket).output().unwrap()
+    };
+    let begun = Instant::now();
+    loop {
+        let created = create();
+        if created.status.success() {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{}", said(&created));
+    }
+    for line in ["snapback take b", "snapback pool set b", "snapback pool remove b"] {
+        in_the_end(&["booted"], || there(line));
+    }
+    let elsewhere = format!("snapback take --socket {} b", home.path().join("none").display());
+    assert_eq!(there(&elsewhere), [""; 0]);
+
+    // A revert, as far as its record tells.
+    let run = home.path().join("snapback/1f0c92ab");
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&run).unwrap();
+    let record = serde_json::json!({
+        "image": "/vm.snap", "begun_unix_ms": 1, "pages": 1, "server": null, "qemu": null, "keeper": null,
+        "way": null, "resident": false, "overlays": [], "sockets": [], "log": null,
+    });
+    std::fs::write(run.join("state.json"), record.to_string()).unwrap();
+    in_the_end(&["1f0c92ab"], || there("snapback stop 1"));
+
+    let virsh = home.path().join("bin/virsh");
+    let names = "#!/bin/sh\ncase \"$*\" in *--connect=test:*) echo far1 ;; *) echo web1; echo db1 ;; esac\n";
+    std::fs::write(&virsh, names).unwrap();
+    std::fs::set_permissions(&virsh, std::fs::Permissions::from_mode(0o755)).unwrap();
+    in_the_end(&["web1", "db1"], || there("snapback save --domain "));
+    in_the_end(&["far1"], || there("snapback save --connect test:///default --domain "));
+
+    let config = "repository = \"/r\"\n[machines.web1]\nqmp = \"/q\"\n";
+    std::fs::write(home.path().join("backup.toml"), config).unwrap();
+    assert_eq!(there("snapback backup --config backup.toml w"), ["web1"]);
 }

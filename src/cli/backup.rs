@@ -13,13 +13,16 @@ use crate::backup::{BackupConfig, BackupEvent, back_up};
 use crate::kind::ErrorKind;
 use crate::repository::KeySource;
 
+/// Its file, unless another one is named.
+pub(super) const CONFIG: &str = "/etc/snapback/backup.toml";
+
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub(super) struct BackupArgs {
     /// The machines of the file [default: all]
     names: Vec<String>,
     /// The configuration file
-    #[arg(long, value_name = "FILE", default_value = "/etc/snapback/backup.toml")]
+    #[arg(long, value_name = "FILE", default_value = CONFIG)]
     config: PathBuf,
     /// Only look whether the file can be understood
     #[arg(long, conflicts_with = "names")]
@@ -31,9 +34,9 @@ pub(super) struct BackupArgs {
 
 /// What it does.
 const HELP: &str = "\
-Each machine is saved into the spool and pushed from there; then what the file does not keep of it is
-forgotten. What fails with one machine keeps no other from being saved: the last message names all that
-failed. What could not be pushed stays in the spool, and is pushed by the next backup, before anything
+Each machine is saved into the spool and pushed from there; then what the file does not keep of it is \
+forgotten. What fails with one machine keeps no other from being saved: the last message names all that \
+failed. What could not be pushed stays in the spool, and is pushed by the next backup, before anything \
 new is saved of that machine. At the end what nothing refers to is pruned.";
 
 /// Runs the command.

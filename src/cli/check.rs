@@ -46,11 +46,11 @@ pub(super) struct CheckArgs {
 
 /// What is checked without a guest.
 const HELP: &str = "\
-With --repo and without a guest, the repository is checked: that all manifests and maps can be read,
+With --repo and without a guest, the repository is checked: that all manifests and maps can be read, \
 and that everything that they refer to is there. --read-data 100% reads all data, too.
 
-With --here, this host is looked at: QEMU and its machine types, the processor, memory, rights, and the
-files and networks that the guest's command line names, as --path, --port and --netdev change it. What
+With --here, this host is looked at: QEMU and its machine types, the processor, memory, rights, and the \
+files and networks that the guest's command line names, as --path, --port and --netdev change it. What \
 is NOT here keeps the guest from running, and the exit code says so.";
 
 /// A guest is needed unless a repository is named.

@@ -392,10 +392,13 @@ mod tests {
     #[test]
     fn every_kind_of_error_is_documented_with_its_exit_code() {
         let text = include_str!("../../docs/events.md");
+        let troubleshooting = include_str!("../../docs/troubleshooting.md");
         for kind in crate::kind::ErrorKind::ALL {
             let exit_code = super::super::failure::Failure::said(*kind, String::new()).exit_code();
             let row = format!("| `{}` | {exit_code} | ", kind.code());
             assert!(text.contains(&row), "no row {row}");
+            let code = format!("`{}`", kind.code());
+            assert!(troubleshooting.contains(&code), "no {code} in troubleshooting.md");
         }
     }
 }

@@ -25,6 +25,7 @@ mod hook;
 mod host;
 mod identity;
 mod keeper;
+mod log;
 mod output;
 mod pin;
 mod pool;
@@ -49,10 +50,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
-use tracing_subscriber::Layer;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use self::failure::Failure;
 use self::output::Output;
@@ -264,7 +261,7 @@ struct ServeArgs {
 
 /// What has to be done before `serve`.
 const SERVE_HELP: &str = "\
-Before, start QEMU with the machine, the devices and the disks that the guest was saved with
+Before, start QEMU with the machine, the devices and the disks that the guest was saved with \
 (`snapback info` shows its command line) and with `-incoming defer`, and tell it by QMP:
 
   {\"execute\": \"migrate-set-capabilities\", \"arguments\":
@@ -403,7 +400,7 @@ pub fn main() -> ExitCode {
     let matches = settings.apply(table::of_program(&arguments)).get_matches_from(arguments);
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     style::set_up(cli.color, cli.quiet || settings.is_true("quiet"));
-    init_log();
+    log::init();
     let command = match cli.command {
         // It is to be small: no runtime.
         Command::Broker(args) => return ExitCode::from(broker::run(args)),
@@ -432,21 +429,6 @@ fn leave(code: u8) -> ! {
     // SAFETY: _exit(2) ends the process and returns to nobody. What this program leaves unflushed
     // in user space is its standard output alone, flushed above: standard error is not buffered.
     unsafe { libc::_exit(code.into()) }
-}
-
-/// Diagnostics go to stderr: warnings, or what the variable SNAPBACK_LOG asks for.
-fn init_log() {
-    let asked = logged(std::env::var("SNAPBACK_LOG").ok().as_deref());
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
-    tracing_subscriber::registry().with(log.with_filter(asked)).init();
-}
-
-/// What is logged for the words of SNAPBACK_LOG; for none, and for those that say nothing, warnings.
-fn logged(words: Option<&str>) -> Targets {
-    // Not an `EnvFilter`: for words that nobody gives it brings automata of regular expressions.
-    let words = words.filter(|words| !words.is_empty());
-    let asked = words.and_then(|words| words.parse().ok());
-    asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN))
 }
 
 /// Returns the exit code.
@@ -560,23 +542,6 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         command().debug_assert();
-    }
-
-    #[test]
-    fn the_log_is_what_is_asked_for() {
-        use tracing::Level;
-        let most = |words| {
-            let asked = logged(words);
-            let levels = [Level::TRACE, Level::DEBUG, Level::INFO, Level::WARN, Level::ERROR];
-            levels.into_iter().find(|level| asked.would_enable("snapback::save", level))
-        };
-        assert_eq!(most(None), Some(Level::WARN));
-        assert_eq!(most(Some("debug")), Some(Level::DEBUG));
-        assert_eq!(most(Some("error,snapback::save=trace")), Some(Level::TRACE));
-        assert_eq!(most(Some("info,snapback=off")), None);
-        for unknown in ["", "snapback=loud", "a=b=c"] {
-            assert_eq!(most(Some(unknown)), Some(Level::WARN), "{unknown}");
-        }
     }
 
     #[test]

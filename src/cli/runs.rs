@@ -183,9 +183,16 @@ fn tell_stopped(output: &Output, id: String, stopped: Stopped) -> Result<(), Fai
         None => print_line(&format!("ended    {id} (its QEMU had ended before)")),
     }
     removed.iter().for_each(|path| print_line(&format!("removed  {}", path.display())));
+    // What a guest with all its memory has written is its owner's: no record leads there any more.
+    let who = match runs::base().join(&id).exists() {
+        true => "`snapback gc` removes it",
+        false => "remove it by hand",
+    };
     for path in &kept {
         let path = path.display();
-        print_line(&format!("kept     {path}: the guest has written to it (`snapback gc`)"));
+        print_line(&format!(
+            "kept     {path}: the guest has written to it; {who} if nobody needs it"
+        ));
     }
     Ok(())
 }

@@ -19,8 +19,9 @@ instead 'snapback init *' 'snapback init --encrypt-to "$(recipient /etc/snapback
 # From here on, on the other host: nothing of the guest is left.
 before 'snapback list' 'export SNAPBACK_IDENTITY=/etc/snapback/identity'
 before 'snapback pull *' 'end /run/vm; mv /var/lib/vm /var/lib/lost; mv /var/lib/snapback /var/lib/lost-too'
-instead 'snapback revert /srv/*' 'snapback revert /srv/web1.snap \
-    --path /var/lib/vm/disk.qcow2=/srv/web1.snap.disks/disk.qcow2 --qmp /run/vm/new.sock'
+instead 'snapback pull *' 'snapback pull web1@latest /srv/web1.snap | tee /run/pulled'
+instead 'snapback revert /srv/*' 'snapback revert /srv/web1.snap --qmp /run/vm/new.sock \
+    $(grep ^--path /run/pulled)'
 after 'snapback revert /srv/*' 'runs /run/vm/new.sock; end_all'
 instead 'snapback diff *' 'snapback diff "web1@$(date -u +%Y-%m-%d)" web1@latest'
 before 'snapback backup --check-config' 'mkdir -p /var/lib/vm /var/lib/snapback

@@ -43,7 +43,7 @@ pub fn manual() -> Result<Vec<(String, String)>, Box<dyn Error>> {
         }
         let mut text = String::from_utf8(text)?;
         if let Some(after) = after {
-            text += &roff::literal("NOTES", &after);
+            text += &roff::notes(&after);
         }
         text += &roff::examples(examples::of(path));
         if path == "snapback" {
@@ -64,8 +64,7 @@ fn also(name: &str, names: &[String]) -> String {
     let above = names.iter().filter(|other| name.starts_with(&format!("{other}-")));
     let mut pages: Vec<String> = above.chain(below).map(|other| format!("{other}(1)")).collect();
     pages.sort();
-    let common = ["snapback-config.toml(5)", "snapback-image(5)", "snapback-pools.toml(5)"];
-    pages.extend(common.map(str::to_owned));
-    pages.push("snapback-events(7)".to_owned());
+    let common = ["backup.toml(5)", "config.toml(5)", "image(5)", "pools.toml(5)", "events(7)"];
+    pages.extend(common.map(|page| format!("snapback-{page}")));
     pages.join(", ")
 }

@@ -28,16 +28,40 @@ pub fn head(name: &str, section: &str, about: &str) -> String {
     )
 }
 
-/// A section of lines that are kept as they are.
-pub fn literal(title: &str, text: &str) -> String {
-    format!(".SH {title}\n.nf\n{}\n.fi\n", escaped_lines(text))
+/// A section of paragraphs. Those that are indented keep their lines.
+pub fn notes(text: &str) -> String {
+    let paragraphs = text.split("\n\n").map(|text| match text.starts_with(' ') {
+        true => format!(".PP\n.nf\n{}\n.fi\n", escaped_lines(text)),
+        false => format!(".PP\n{}\n", escaped_lines(text)),
+    });
+    format!(".SH NOTES\n{}", paragraphs.collect::<String>())
+}
+
+/// How many columns a terminal of 80 has for an example.
+const COLUMNS: usize = 66;
+
+/// A command, which goes on behind a backslash, before an option, where it is longer than that. It is pasted
+/// into a shell as before.
+fn folded(command: &str) -> String {
+    let mut lines = vec![String::new()];
+    for piece in command.split(" --").enumerate().map(|(n, piece)| match n {
+        0 => piece.to_owned(),
+        _ => format!(" --{piece}"),
+    }) {
+        let open = lines.len() - 1;
+        match lines[open].is_empty() || lines[open].len() + piece.len() <= COLUMNS {
+            true => lines[open] += &piece,
+            false => lines.push(format!("   {piece}")),
+        }
+    }
+    lines.join(" \\\n")
 }
 
 /// The section of examples; nothing of none.
 pub fn examples(examples: &[(&str, &str)]) -> String {
     let mut text = String::new();
     for (wanted, line) in examples {
-        let (wanted, line) = (escaped(wanted), escaped(line));
+        let (wanted, line) = (escaped(wanted), escaped_lines(&folded(line)));
         text += &format!(".PP\n{wanted}:\n.PP\n.RS 4\n.nf\n$ {line}\n.fi\n.RE\n");
     }
     if examples.is_empty() { text } else { format!(".SH EXAMPLES\n{text}") }

@@ -110,7 +110,13 @@ pub(in crate::cli) async fn unpack(args: UnpackArgs) -> Result<(), Failure> {
     let (from, told) = (place(args.from), Arc::clone(&output));
     let mut options = PullOptions::new(args.to);
     (options.force, options.no_disks) = (args.force, args.no_disks);
-    let work = move || unpack_one(&from, &access, &options, |moved| told.moved(moved));
+    // What comes by standard input is kept first: how much it will be, nobody knows.
+    let mut kept = (from == PackedAt::Standard).then(|| output.waiting("reading standard input"));
+    let tell = move |moved| {
+        drop(kept.take());
+        told.moved(moved);
+    };
+    let work = move || unpack_one(&from, &access, &options, tell);
     tell_pulled(blocking(work).await?, &output);
     Ok(())
 }

@@ -70,7 +70,7 @@ pub(in crate::cli) struct ForgetArgs {
 
 /// What is kept besides.
 const FORGET_HELP: &str = "\
-A snapshot that any rule keeps is kept, and so is one with a tag. Times are in UTC. What is
+A snapshot that any rule keeps is kept, and so is one with a tag. Times are in UTC. What is \
 forgotten still takes room until `snapback prune` has removed it.";
 
 #[derive(Args)]

@@ -75,7 +75,7 @@ pub(in crate::cli) struct PushArgs {
 
 /// What the options of a revert are for.
 const PUSH_HELP: &str = "\
---path, --port and --netdev are the snapshot's profile for another site: they change nothing that is
+--path, --port and --netdev are the snapshot's profile for another site: they change nothing that is \
 pushed. `revert`, `drill` and `check --here` of the snapshot take them, unless they are given others.";
 
 #[derive(Args)]
