@@ -5,7 +5,8 @@
 //! Boots a guest, saves it, lays the image out flat, and brings it back N times side by
 //! side by each way. How soon each runs, and what all of them take once every guest has
 //! read all of its memory: a page that several processes share counts for each by its
-//! part (Pss, proc_pid_smaps(5)). Prints tables for docs/performance.md.
+//! part (Pss, proc_pid_smaps(5)). Then the same image is brought back many times at once by one
+//! command. Prints tables for docs/performance.md.
 
 #[path = "image_sweep/guests.rs"]
 mod guests;
@@ -14,17 +15,19 @@ mod support;
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use guests::{Kind, save, snapback};
+use serde_json::Value;
 use snapback::cancel::Cancellation;
 use snapback::image::Image;
 use snapback::page::PAGE_SIZE;
 use snapback::revert::{Placement, RevertEvent, RevertOptions, revert};
-use support::{Attached, Qemu, Result};
+use support::{Attached, Pidfd, Qemu, Result, percentile};
 
 const MIB: f64 = (1u64 << 20) as f64;
 
@@ -39,6 +42,12 @@ struct Options {
     /// Guests at once
     #[arg(long, default_value_t = 8)]
     clones: usize,
+    /// Guests that one command brings back at once
+    #[arg(long, default_value_t = 16)]
+    together: usize,
+    /// How often it does
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
     /// RAM of each, in MiB
     #[arg(long, default_value_t = 1024)]
     mib: u64,
@@ -112,7 +121,49 @@ fn run() -> Result<()> {
             },
         );
     }
+    println!(
+        "\n| {} clones by one command, until the last runs | ms |\n|---|---|",
+        options.together
+    );
+    for (image, _, name) in ways {
+        let mut times = Vec::new();
+        for run in 0..options.runs {
+            let place = folder.path().join(format!("{name}-together-{run}"));
+            times.push(together(image, &place, options.together)?);
+        }
+        let (least, most) = (percentile(&mut times, 0), percentile(&mut times, 100));
+        println!("| {name} | {:.0} [{least:.0}..{most:.0}] |", percentile(&mut times, 50));
+    }
     Ok(())
+}
+
+/// Has one command bring an image back so many times at once. Returns when the last guest ran, in
+/// milliseconds from its start, and ends them all.
+fn together(image: &Path, place: &Path, count: usize) -> Result<f64> {
+    fs::create_dir(place)?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    command.arg("revert").arg(image).args(["--json", "--count", &count.to_string()]);
+    command.args(["--name", "w{n}", "--dir"]).arg(place.join("{name}"));
+    let mut program = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let output = BufReader::new(program.stdout.take().ok_or("no output")?);
+    let (mut guests, mut told) = (Vec::new(), 0.0);
+    for line in output.lines() {
+        let event: Value = serde_json::from_str(&line?)?;
+        if event["event"] == "running" {
+            guests.push(Pidfd::open(event["pid"].as_u64().ok_or("no process")? as u32)?);
+            told = event["ms"].as_f64().ok_or("no time")?;
+        }
+        if guests.len() == count {
+            break;
+        }
+    }
+    program.kill()?;
+    program.wait()?;
+    guests.iter().try_for_each(Pidfd::kill)?;
+    match guests.len() == count {
+        true => Ok(told),
+        false => Err(format!("{} of {count} guests ran", guests.len()).into()),
+    }
 }
 
 /// A guest that was brought back. Dropping it ends it.
