@@ -111,7 +111,7 @@ pub use image::{
 pub use keeper::{Inheritance, Successor};
 pub use kind::{Details, ErrorKind};
 pub use libvirt::{DomainAddress, DomainOptions};
-pub use memory::WorkingSet;
+pub use memory::{FillDelay, WorkingSet};
 pub use revert::{
     AgentOptions, CloneIdentity, Delivery, Orphan, Outcome, Placement, Preload, Progress, ResetWay,
     ResumeOptions, RevertError, RevertEvent, RevertOptions, Reverted, Rtc, ServeOptions, Target,

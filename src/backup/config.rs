@@ -11,7 +11,7 @@ use super::spool::io;
 use crate::guest::{Profile, RewriteOptions};
 use crate::image::Compression;
 use crate::libvirt::DomainAddress;
-use crate::repository::{Address, PushOptions, Retention, check_words};
+use crate::repository::{Address, PruneOptions, PushOptions, Retention, check_words};
 use crate::save::{DiskChoice, GuestAddress, Quiesce, SaveOptions};
 
 /// Which machines are saved, where to, and what is kept of them. In TOML.
@@ -33,12 +33,21 @@ pub struct BackupConfig {
     pub passphrase_file: Option<PathBuf>,
     /// A command that prints its passphrase.
     pub passphrase_command: Option<String>,
+    /// Fingerprints of the only repositories that are opened; of any, where there is none.
+    #[serde(default)]
+    pub trust: Vec<String>,
+    /// Whether the repository is opened though it is not encrypted and a key is given.
+    #[serde(default)]
+    pub allow_plain: bool,
     /// How long a store that does not answer is tried again, in seconds.
     #[serde(default = "default_store_timeout")]
     pub store_timeout_s: u64,
     /// Whether what nothing refers to is removed at the end, a day after it was found.
     #[serde(default = "yes")]
     pub prune: bool,
+    /// How many percent of the repository may be unused parts of packs before these are repacked.
+    #[serde(default = "default_max_unused")]
+    pub max_unused_percent: f64,
     /// What is kept of machines that don't say it themselves. Without, everything.
     #[serde(default)]
     pub keep: KeepConfig,
@@ -109,6 +118,10 @@ fn default_store_timeout() -> u64 {
     120
 }
 
+fn default_max_unused() -> f64 {
+    PruneOptions::default().max_unused * 100.0
+}
+
 fn yes() -> bool {
     true
 }
@@ -131,6 +144,9 @@ impl BackupConfig {
         })?;
         config.path = path.to_owned();
         config.address()?;
+        if !(0.0..=100.0).contains(&config.max_unused_percent) {
+            return Err(config.wrong("`max_unused_percent` is from 0 to 100"));
+        }
         if config.machines.is_empty() {
             return Err(config.wrong("it names no machine: add a table [machines.NAME]"));
         }
@@ -150,6 +166,13 @@ impl BackupConfig {
     /// When the address can't be used.
     pub fn address(&self) -> Result<Address, BackupError> {
         self.repository.parse().map_err(BackupError::from)
+    }
+
+    /// How the repository is pruned, if it is.
+    pub fn prune_options(&self) -> Option<PruneOptions> {
+        let mut options = PruneOptions::default();
+        options.max_unused = self.max_unused_percent / 100.0;
+        self.prune.then_some(options)
     }
 
     /// How long the store is tried again.
@@ -289,6 +312,7 @@ mod tests {
             (machine("qmp = \"/q\"\ntags = [\"latest\"]"), "latest"),
             (machine("qmp = \"/q\"\nports = { a = \"1\" }"), "a=1"),
             (machine("qmp = \"/q\"\nwhatever = 1"), "whatever"),
+            ("max_unused_percent = 101\n".to_owned() + &machine("qmp = \"/q\""), "from 0 to 100"),
             (machine("qmp = \"/q\"\n[keep]\nyearly = 1"), "yearly"),
         ] {
             let error = parse(&text).unwrap_err();
@@ -300,5 +324,11 @@ mod tests {
             config.save_options("db1", PathBuf::new()).unwrap_err().to_string().contains("web1")
         );
         assert_eq!(config.retention("web1").unwrap(), None);
+        assert!(config.trust.is_empty() && !config.allow_plain);
+        assert_eq!(config.prune_options(), Some(PruneOptions::default()));
+        let more = "trust = [\"a\", \"b\"]\nallow_plain = true\nprune = false\n";
+        let config = parse(&(more.to_owned() + &machine("qmp = \"/q\""))).unwrap();
+        assert!(config.trust == ["a", "b"] && config.allow_plain);
+        assert_eq!(config.prune_options(), None);
     }
 }

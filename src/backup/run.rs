@@ -12,8 +12,8 @@ use super::spool::Spool;
 use crate::cancel::Cancellation;
 use crate::keeper::Successor;
 use crate::repository::{
-    Access, ForgetOptions, Looked, PruneOptions, Pruned, PushOptions, Pushed, Repository,
-    RepositoryError, forget, prune,
+    Access, ForgetOptions, Looked, Pruned, PushOptions, Pushed, Repository, RepositoryError,
+    forget, prune,
 };
 use crate::save::{GuestAddress, SaveEvent, SaveOptions, save};
 
@@ -102,11 +102,11 @@ pub async fn back_up(
         }
     }
     if let Ok(repository) = &opened
-        && config.prune
+        && let Some(options) = config.prune_options()
         && !cancel.is_requested()
     {
         let repository = Arc::clone(repository);
-        match blocking(move || Ok(prune(&repository, &PruneOptions::default()))).await? {
+        match blocking(move || Ok(prune(&repository, &options))).await? {
             Ok(pruned) => on_event(BackupEvent::Pruned(pruned)),
             Err(error) => report.not_pruned = Some(error),
         }

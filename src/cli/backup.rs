@@ -53,7 +53,11 @@ pub(super) async fn run(args: BackupArgs) -> Result<(), Failure> {
     keys.extend(config.passphrase_command.clone().map(KeySource::PassphraseCommand));
     let cancel = cancellation()?;
     let access = AccessArgs::access_with(keys, config.store_timeout(), &output);
-    let access = access.with_cancel(cancel.clone());
+    let mut access = access.with_cancel(cancel.clone());
+    if !config.trust.is_empty() {
+        access.trusted = config.trust.clone();
+    }
+    access.plain |= config.allow_plain;
     let json = args.json;
     let cleaner = move |guest: &_, image: &_| keeper::cleaner(guest, image, json);
     let backed_up = back_up(&config, &args.names, &access, cleaner, cancel.clone(), |event| {

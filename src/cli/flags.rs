@@ -61,6 +61,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`PushOptions::machine`", "--name"),
     ("set `ForgetOptions::retention`", "give --keep-last or --keep-daily and the like"),
     ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
+    ("set `Recipients::to`", "give --encrypt-to RECIPIENT or --encrypt"),
     ("`Access::with_plain`", "--allow-plain"),
     ("`init()`", "`snapback init --repo`"),
     ("`recover()`", "`snapback save --recover`"),

@@ -59,6 +59,7 @@ pub use self::table::command;
 use crate::cancel::Cancellation;
 use crate::guest::RewriteOptions;
 use crate::image::Compression;
+use crate::memory::FillDelay;
 use crate::revert::{Delivery, Placement, RevertOptions, ServeOptions, Target};
 
 /// Exit code of a program that could not begin.
@@ -213,7 +214,7 @@ impl FillArgs {
         Delivery {
             placement,
             fill_rate: self.fill_rate,
-            fill_delay: self.fill_delay,
+            fill_delay: self.fill_delay.map(FillDelay::Quiet),
             working_set: false,
             collapse: !self.no_collapse,
             fail_on_damage: self.fail_on_damage,

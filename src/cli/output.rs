@@ -60,15 +60,18 @@ fn table_lines<const N: usize>(
     let before: usize = widths.iter().map(|width| width + 2).sum();
     let room = columns.map(|columns| columns.saturating_sub(before));
     let fits = room.is_none_or(|room| room >= width(N - 1).min(LEAST_ROOM));
+    // A heading that nothing stands under gets no line of its own.
+    let is_empty = rows.iter().all(|row| row[N - 1].is_empty());
     let lines = all().map(|row| {
+        let last = if is_empty && !fits { "" } else { row[N - 1].as_str() };
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
         let cells = cells.collect::<Vec<_>>().join("  ");
         let (apart, before) = match fits {
             true => ("  ".to_owned(), before),
-            false if row[N - 1].is_empty() => (String::new(), 0),
+            false if last.is_empty() => (String::new(), 0),
             false => (format!("\n{:INDENT$}", ""), INDENT),
         };
-        let last = hanging(&row[N - 1], before, columns);
+        let last = hanging(last, before, columns);
         let shown = match fits {
             true => format!("{cells}{apart}{last}"),
             false => format!("{}{apart}{last}", cells.trim_end()),
@@ -606,6 +609,8 @@ mod tests {
         );
         let below = ["ID\n    WHAT", "a\n    word word word word word word word word", "b"];
         assert_eq!(lines(Some(33)), below);
+        let rows = [["a long cell".to_owned(), String::new()]];
+        assert_eq!(table_lines(["ID", "WHAT"], &rows, Some(15)), ["ID", "a long cell"]);
     }
 
     #[test]

@@ -35,6 +35,11 @@ pub(super) struct Setting {
 
 /// All settings.
 pub(super) const SETTINGS: &[Setting] = &[
+    setting(
+        "allow_plain",
+        "allow_plain",
+        "whether a repository that is not encrypted is opened though a key is given",
+    ),
     setting("cache", "cache", "the directory that keeps what is fetched from repositories"),
     setting("cache_size", "cache_size", "how much is kept there at most, in bytes"),
     setting("color", "color", "whether words are coloured: auto, always, never"),
@@ -49,6 +54,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         ..setting("repository", "repo", "the repository, by its address")
     },
     setting("socket", "socket", "the daemon's socket"),
+    setting("trust", "trust", "fingerprints of the only repositories that are opened, by commas"),
 ];
 
 const fn setting(key: &'static str, argument: &'static str, about: &'static str) -> Setting {

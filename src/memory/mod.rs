@@ -32,7 +32,7 @@ pub use chunk_cache::{CacheFigures, CachedSource};
 pub use claim::ClaimMap;
 pub use fault_handler::FaultHandler;
 pub use fault_reader::FaultReader;
-pub use pace::Pace;
+pub use pace::{FillDelay, Pace};
 pub use pager::{FaultReport, Pager};
 pub use prefetch::{FillOptions, prefetch, preload};
 pub use repair::repair;

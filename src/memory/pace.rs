@@ -4,12 +4,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::Memory;
 use crate::cancel::Cancellation;
 use crate::rate::RateLimit;
 
 /// How often a wait looks whether it is still needed.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// For how long filling waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum FillDelay {
+    /// Until nobody has asked for memory for so long.
+    Quiet(Duration),
+    /// For so long, whoever asks.
+    Fixed {
+        /// How long.
+        fixed: Duration,
+    },
+}
 
 /// Holds filling back, speeds it up, or ends it.
 #[derive(Debug)]
@@ -68,17 +83,17 @@ impl Pace {
         }
     }
 
-    /// Waits until nobody has asked for memory for `quiet`, or its last page has come; for `most` at most.
-    pub(super) fn wait_quiet(&self, memory: &Memory, quiet: Duration, most: Option<Duration>) {
+    /// Waits for what `delay` says, or until the last page of memory has come.
+    pub(super) fn wait_for_turn(&self, memory: &Memory, delay: FillDelay) {
+        let (FillDelay::Quiet(length) | FillDelay::Fixed { fixed: length }) = delay;
         let mut requests = memory.counts().requests;
-        let (began, mut since) = (Instant::now(), Instant::now());
-        let is_enough = || most.is_some_and(|most| began.elapsed() >= most);
-        while self.waits() && since.elapsed() < quiet && !is_enough() {
-            if memory.wait_complete(LOOK_EVERY.min(quiet)) {
+        let mut since = Instant::now();
+        while self.waits() && since.elapsed() < length {
+            if memory.wait_complete(LOOK_EVERY.min(length)) {
                 return;
             }
             let now = memory.counts().requests;
-            if now != requests {
+            if now != requests && matches!(delay, FillDelay::Quiet(_)) {
                 (requests, since) = (now, Instant::now());
             }
         }

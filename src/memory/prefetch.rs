@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::pace::Pace;
+use super::pace::{FillDelay, Pace};
 use super::window::Window;
 use super::{Content, Memory, MemoryError};
 use crate::page::{Block, BlockId, ChunkReader, PAGE_SHIFT, PAGE_SIZE, Page, Run};
@@ -40,11 +40,8 @@ pub struct FillOptions {
     pub rate: Option<u64>,
     /// Nothing is brought for so long, beside what is asked for.
     pub hold: Option<Duration>,
-    /// Anything beyond the working set waits until nobody has asked for memory for so
-    /// long.
-    pub delay: Option<Duration>,
-    /// For how long it waits so at most; for ever without.
-    pub delay_most: Option<Duration>,
+    /// What anything beyond the working set waits for.
+    pub delay: Option<FillDelay>,
 }
 
 /// Brings all memory, and returns when all pages are claimed by somebody, but for those that
@@ -62,8 +59,8 @@ pub fn prefetch(
         pace.wait(hold);
     }
     bring_set(memory, &options.working_set, pace, true)?;
-    if let Some(quiet) = options.delay {
-        pace.wait_quiet(memory, quiet, options.delay_most);
+    if let Some(delay) = options.delay {
+        pace.wait_for_turn(memory, delay);
     }
     let _filling = Filling::new(memory);
     let zeros = Windows::new(memory, |block| memory.likes_large_zeros(block));

@@ -169,17 +169,18 @@ fn two_threads() -> FillOptions {
     FillOptions { threads: 2, ..FillOptions::default() }
 }
 
-/// A guest that never stops asking is not kept from having all of its memory.
+/// Filling that waits for a fixed time does so, and then brings all.
 #[test]
-fn the_wait_for_a_quiet_guest_ends() {
+fn filling_waits_for_its_time_and_no_longer() {
     let shelf = Arc::new(Shelf::default());
     let source = Arc::new(Computed::of(vec![block("b", 700, 4096)], 4));
     let blocks: Arc<Computed> = Arc::clone(&source);
     let memory = Arc::new(Memory::new(blocks, Box::new(Arc::clone(&shelf))));
-    let delay = Some(std::time::Duration::from_secs(3600));
-    let options =
-        FillOptions { delay, delay_most: Some(std::time::Duration::ZERO), ..two_threads() };
+    let fixed = std::time::Duration::from_millis(20);
+    let options = FillOptions { delay: Some(FillDelay::Fixed { fixed }), ..two_threads() };
+    let began = std::time::Instant::now();
     prefetch(&memory, &options, &Pace::new(None)).unwrap();
+    assert!(began.elapsed() >= fixed);
     check_all(&source, &shelf);
 }
 

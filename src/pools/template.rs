@@ -13,7 +13,7 @@ use super::saved::StateDirectory;
 use crate::guest::{NewPort, RewriteOptions};
 use crate::image::ImageError;
 use crate::keeper::Successor;
-use crate::memory::CacheFigures;
+use crate::memory::{CacheFigures, FillDelay};
 use crate::revert::{AgentOptions, CloneIdentity, Delivery, Placement, RevertOptions};
 use crate::runs::{OfPool, RunOptions};
 
@@ -123,7 +123,11 @@ impl Template {
         let delivery = Delivery {
             placement: if share { Placement::Map } else { Placement::Auto },
             fill_rate: self.settings.fill_rate,
-            fill_delay: self.settings.fill_delay_ms.map(Duration::from_millis),
+            fill_delay: self
+                .settings
+                .fill_delay_ms
+                .map(Duration::from_millis)
+                .map(FillDelay::Quiet),
             // Most guests of a pool live shorter than huge pages would take to pay.
             collapse: false,
             progress_every: PROGRESS_EVERY,

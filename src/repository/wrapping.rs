@@ -46,6 +46,19 @@ impl Recipients {
     fn is_nobody(&self) -> bool {
         self.to.is_empty() && !self.passphrase
     }
+
+    /// Refuses a new repository that is not encrypted where a key is given: it would not be opened with
+    /// that, and may be meant to be encrypted.
+    pub(super) fn check(&self, access: &Access) -> Result<(), RepositoryError> {
+        match self.is_nobody() && !access.keys.is_empty() && !access.plain {
+            true => Err(RepositoryError::Options(
+                "a key is given, and nobody to encrypt to: set `Recipients::to`, or, if all is meant \
+                 to be readable by everybody, `Access::with_plain`"
+                    .into(),
+            )),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Makes the keys of a new repository. That they can be opened with a key that `access` gives is

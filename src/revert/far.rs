@@ -15,6 +15,7 @@ use super::session::Resident;
 use crate::far::FarSnapshot;
 use crate::guest::FarDisks;
 use crate::image::Image;
+use crate::memory::FillDelay;
 
 /// For how long filling waits, unless it is told otherwise, for each MiB that is not here yet: meanwhile
 /// the way from the repository is the guest's alone, whose faults come in bursts. At 200 MB/s it is less
@@ -51,8 +52,7 @@ pub(super) fn prepared(options: &RevertOptions) -> Result<RevertOptions, RevertE
     let delivery = &mut options.delivery;
     if delivery.fill_delay.is_none() {
         // Not ended by a quiet moment: what comes next would wait behind all that filling has asked for.
-        let hold = Some(hold(far.missing()));
-        (delivery.fill_delay, delivery.fill_delay_most) = (hold, hold);
+        delivery.fill_delay = Some(FillDelay::Fixed { fixed: hold(far.missing()) });
     }
     // Who goes on in our place would have to know how we have reached the repository, and in a sandbox
     // nobody reaches it.

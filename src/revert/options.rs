@@ -11,6 +11,7 @@ use crate::far::FarSnapshot;
 use crate::guest::RewriteOptions;
 use crate::keeper::Successor;
 use crate::libvirt::DomainOptions;
+use crate::memory::FillDelay;
 use crate::runs::RunOptions;
 
 /// How often progress is told, by default.
@@ -234,12 +235,8 @@ pub struct Delivery {
     /// for or waits for (a `preload`, and the first MiB of any working set) is not held
     /// back, and zeros, which are read from nowhere, don't count.
     pub fill_rate: Option<u64>,
-    /// Filling, beyond the working set, waits until the guest has not asked for memory
-    /// for so long.
-    pub fill_delay: Option<Duration>,
-    /// For how long it waits so at most. Without, for as long as the guest asks.
-    #[serde(default)]
-    pub fill_delay_most: Option<Duration>,
+    /// What filling, beyond the working set, waits for.
+    pub fill_delay: Option<FillDelay>,
     /// Whether the recorded working set is brought first, and recorded anew.
     pub working_set: bool,
     /// Nothing is filled for so long, while what the guest asks for is recorded.
@@ -268,7 +265,6 @@ impl Default for Delivery {
             placement: Placement::Auto,
             fill_rate: None,
             fill_delay: None,
-            fill_delay_most: None,
             working_set: true,
             hold: None,
             working_set_file: None,

@@ -8,6 +8,7 @@ use super::far;
 use super::journey::revert_held;
 use super::options::{Delivery, RevertOptions};
 use crate::cancel::Cancellation;
+use crate::memory::FillDelay;
 
 /// Reverts an image until all its memory is in place, and ends the guest then. It is cut
 /// off: no network, no disk is written, its serial ports lead nowhere. Returns the time from
@@ -30,7 +31,10 @@ pub async fn prove(
         collapse: false,
         fail_on_damage: true,
         // Nobody is waited for.
-        fill_delay: Some(options.delivery.fill_delay.unwrap_or_default()),
+        fill_delay: options
+            .delivery
+            .fill_delay
+            .or(Some(FillDelay::Fixed { fixed: Duration::ZERO })),
         ..options.delivery
     };
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -190,6 +190,10 @@ fn one_repository_goes_into_another_and_into_a_file() -> Result<()> {
     let short = fs::read(&packed)?;
     fs::write(&packed, &short[..short.len() - 1000])?;
     assert_eq!(failure(here(&["unpack", "a.packed", "x.snap"]))?, ("input_invalid".into(), 3));
+    assert_eq!(failure(here(&["unpack", "here", "x.snap"]))?, ("input_invalid".into(), 3));
+    let absent = here(&["unpack", "absent.packed", "x.snap"]).output()?;
+    let says = String::from_utf8_lossy(&absent.stdout);
+    assert!(says.contains("absent.packed") && !says.contains("repository"), "{says}");
     Ok(())
 }
 
@@ -224,6 +228,12 @@ fn another_repository_in_its_place_is_not_taken_for_it() -> Result<()> {
 
     // Not encrypted at all.
     fs::rename(at("repository"), at("wrong"))?;
+    let refused = ("options_invalid".to_owned(), 3);
+    assert_eq!(failure(command(&["init"], true))?, refused);
+    assert!(!at("repository").exists());
+    let made = events(command(&["init", "--allow-plain"], true))?;
+    assert!(made[0]["fingerprint"].is_null());
+    fs::remove_dir_all(at("repository"))?;
     let made = events(command(&["init"], false))?;
     assert!(made[0]["fingerprint"].is_null());
     assert_eq!(failure(command(&["list"], true))?, untrusted);
@@ -231,10 +241,29 @@ fn another_repository_in_its_place_is_not_taken_for_it() -> Result<()> {
     assert_eq!(failure(command(&[&list[..], &["--allow-plain"]].concat(), true))?, untrusted);
     events(command(&["list", "--allow-plain"], true))?;
     events(command(&["list"], false))?;
+    // As settings of a file.
+    fs::create_dir_all(at("settings/snapback"))?;
+    let set = |text: &str| fs::write(at("settings/snapback/config.toml"), text);
+    let with_settings = |args: &[&str]| {
+        let mut command = command(args, true);
+        command.env("XDG_CONFIG_HOME", at("settings"));
+        command
+    };
+    set("allow_plain = true\n")?;
+    events(with_settings(&["list"]))?;
+    assert_eq!(failure(with_settings(&["list", "--allow-plain=false"]))?, untrusted);
+    set(&format!("allow_plain = true\ntrust = \"another,{fingerprint}\"\n"))?;
+    assert_eq!(failure(with_settings(&["list"]))?, untrusted);
+    let mut show = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    show.args(["config", "show", "--json"]).env("XDG_CONFIG_HOME", at("settings"));
+    let shown = events(show)?;
+    let shown = shown.iter().find(|setting| setting["name"] == "trust").ok_or("no trust")?;
+    assert_eq!(shown["value"], format!("another,{fingerprint}"));
 
     fs::rename(at("repository"), at("plain"))?;
     fs::rename(at("right"), at("repository"))?;
     events(command(&list, true))?;
+    events(with_settings(&["list"]))?;
     Ok(())
 }
 

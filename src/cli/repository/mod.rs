@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 
 pub(super) use self::archive::{PackArgs, UnpackArgs, pack, unpack};
 pub(super) use self::completion::{machine_candidates, snapshot_candidates};
@@ -30,6 +30,7 @@ use super::cancellation;
 use super::failure::Failure;
 use super::output::Output;
 use super::parse_seconds;
+use super::settings::Settings;
 use crate::kind::ErrorKind;
 use crate::repository::{
     Access, Address, KeySource, Moved, Repository, RepositoryError, SnapshotName, StoreWait,
@@ -63,11 +64,21 @@ pub(in crate::cli) struct AccessArgs {
     #[arg(long, value_name = "COMMAND")]
     passphrase_command: Option<String>,
     /// Open only a repository with this fingerprint, as `init` printed it; several by commas
-    /// [default: the variable SNAPBACK_TRUST]
+    /// [default: the setting `trust`]
     #[arg(long, value_name = "FINGERPRINT", value_delimiter = ',')]
     trust: Vec<String>,
-    /// Open a repository that is not encrypted though a key is given
-    #[arg(long)]
+    /// Open or make a repository that is not encrypted though a key is given
+    #[arg(
+        long,
+        value_name = "TRUTH",
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     allow_plain: bool,
 }
 
@@ -104,25 +115,18 @@ impl AccessArgs {
         keys
     }
 
-    /// The fingerprints that were given, or are set in the environment.
-    fn trusted(&self) -> Vec<String> {
-        if !self.trust.is_empty() {
-            return self.trust.clone();
-        }
-        let set = std::env::var("SNAPBACK_TRUST").unwrap_or_default();
-        let words = set.split(',').map(str::trim).filter(|word| !word.is_empty());
-        words.map(str::to_owned).collect()
-    }
-
-    /// With these keys, or, if there are none, with what the environment has.
+    /// With these keys, or, if there are none, with what the environment has, and with what settings say.
     pub fn access_with(keys: Vec<KeySource>, patience: Duration, output: &Arc<Output>) -> Access {
+        // Wrong ones have ended the program by now.
+        let settings = Settings::of_host(&[]).unwrap_or_default();
+        let trust = settings.get("trust").map_or("", |(value, _)| value.as_str());
         let args = AccessArgs {
             store_timeout: patience,
             identity: Vec::new(),
             passphrase_file: None,
             passphrase_command: None,
-            trust: Vec::new(),
-            allow_plain: false,
+            trust: trust.split(',').filter(|one| !one.is_empty()).map(str::to_owned).collect(),
+            allow_plain: settings.is_true("allow_plain"),
         };
         let access = args.uninterrupted(output);
         if keys.is_empty() { access } else { access.with_keys(keys) }
@@ -138,7 +142,8 @@ impl AccessArgs {
         let access = Access::new()
             .with_patience(self.store_timeout)
             .with_waits(move |wait| tell.store_wait(&wait));
-        access.with_keys(self.keys()).with_trusted(self.trusted()).with_plain(self.allow_plain)
+        let trusted = self.trust.iter().map(|one| one.trim().to_owned()).collect();
+        access.with_keys(self.keys()).with_trusted(trusted).with_plain(self.allow_plain)
     }
 }
 

@@ -63,12 +63,13 @@ impl Repository {
     /// Makes a repository. With `recipients` it is encrypted to these.
     ///
     /// # Errors
-    /// When there is one, or the store refuses.
+    /// When there is one, or the store refuses; when it would not be encrypted though a key is given.
     pub fn init(
         address: &Address,
         access: &Access,
         recipients: &wrapping::Recipients,
     ) -> Result<Repository, RepositoryError> {
+        recipients.check(access)?;
         Repository::init_on(Remote::connect(address, &access.reach, true)?, access, recipients)
     }
 

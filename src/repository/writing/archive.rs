@@ -51,7 +51,7 @@ pub struct PackOptions {
 /// Packs a snapshot. A file has its name when it is whole.
 ///
 /// # Errors
-/// When something can't be read or written.
+/// When something can't be read or written, or it would not be encrypted though a key is given.
 pub fn pack(
     source: PackSource<'_>,
     to: &PackedAt,
@@ -60,6 +60,7 @@ pub fn pack(
     on_progress: impl FnMut(Moved),
 ) -> Result<SnapshotManifest, RepositoryError> {
     let io = |error| RepositoryError::io("writing", name(to), error);
+    options.recipients.check(access)?;
     let (target, writer): (_, Box<dyn Write + Send>) = match to {
         PackedAt::Standard => (None, Box::new(io::stdout())),
         PackedAt::File(path) => {
@@ -95,7 +96,15 @@ pub fn unpack(
     on_progress: impl FnMut(Moved) + Send,
 ) -> Result<Pulled, RepositoryError> {
     let (_spool, path) = match from {
-        PackedAt::File(path) => (None, path.clone()),
+        PackedAt::File(path) => {
+            let found = std::fs::metadata(path);
+            let found = found.map_err(|error| RepositoryError::io("reading", path, error))?;
+            if !found.is_file() {
+                let problem = "it is no file".to_owned();
+                return Err(RepositoryError::Packed { path: path.clone(), problem });
+            }
+            (None, path.clone())
+        }
         PackedAt::Standard => {
             let spool = spool(&options.image, access)?;
             let path = format!("/proc/self/fd/{}", spool.file().as_raw_fd()).into();

@@ -38,7 +38,6 @@ pub(super) fn fill_options(
         rate: delivery.fill_rate,
         hold: delivery.hold,
         delay: delivery.fill_delay,
-        delay_most: delivery.fill_delay_most,
     }
 }
 
