@@ -170,9 +170,8 @@ impl BackupConfig {
 
     /// How the repository is pruned, if it is.
     pub fn prune_options(&self) -> Option<PruneOptions> {
-        let mut options = PruneOptions::default();
-        options.max_unused = self.max_unused_percent / 100.0;
-        self.prune.then_some(options)
+        let max_unused = self.max_unused_percent / 100.0;
+        self.prune.then(|| PruneOptions { max_unused, ..PruneOptions::default() })
     }
 
     /// How long the store is tried again.
