@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use tempfile::TempDir;
 
 use crate::harness::{check, in_a_folder, text};
-use crate::support::{Fill, Guest, GuestOptions, Qemu, Result};
+use crate::support::{Fill, Guest, GuestOptions, Qemu, Result, cont, stop};
 
 /// A guest that lives as long as this program, and an image of it.
 pub struct Shared {
@@ -49,13 +49,23 @@ pub fn shared(qemu: Qemu) -> Result<&'static Shared> {
     made.as_ref().map_err(|e| e.clone().into())
 }
 
-/// The guest of that image, for one test at a time. It has to be left as it was.
+/// The guest of that image, for one test at a time, which runs only meanwhile: under TCG it takes a good part
+/// of a processor. It has to be left as it was.
 pub struct Borrowed(MutexGuard<'static, Option<Kept>>);
 
 pub fn borrow(qemu: Qemu) -> Result<Borrowed> {
     shared(qemu)?;
     // A test that failed may have left the guest in disorder; the next will tell.
-    Ok(Borrowed(KEPT[qemu as usize].lock().unwrap_or_else(PoisonError::into_inner)))
+    let borrowed = Borrowed(KEPT[qemu as usize].lock().unwrap_or_else(PoisonError::into_inner));
+    cont(&borrowed.qmp_path)?;
+    Ok(borrowed)
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        // It may have ended with the test that failed.
+        let _ = stop(&self.qmp_path);
+    }
 }
 
 impl std::ops::Deref for Borrowed {
@@ -89,7 +99,9 @@ fn make(qemu: Qemu) -> Result<Shared> {
         dir.snapback(&args).succeed().map(drop)
     })?;
     check(&mut guest)?;
-    let shared = Shared { image, from: guest.dir.clone(), nonce: guest.oracle.nonce()? };
+    let nonce = guest.oracle.nonce()?;
+    stop(&guest.qmp_path)?;
+    let shared = Shared { image, from: guest.dir.clone(), nonce };
     *KEPT[qemu as usize].lock().unwrap_or_else(PoisonError::into_inner) =
         Some(Kept { guest, _folder: folder });
     Ok(shared)

@@ -119,13 +119,14 @@ impl AccessArgs {
     pub fn access_with(keys: Vec<KeySource>, patience: Duration, output: &Arc<Output>) -> Access {
         // Wrong ones have ended the program by now.
         let settings = Settings::of_host(&[]).unwrap_or_default();
-        let trust = settings.get("trust").map_or("", |(value, _)| value.as_str());
+        // An empty fingerprint is nobody's: what is set so trusts nothing, as elsewhere.
+        let trust = |(value, _): &(String, _)| value.split(',').map(str::to_owned).collect();
         let args = AccessArgs {
             store_timeout: patience,
             identity: Vec::new(),
             passphrase_file: None,
             passphrase_command: None,
-            trust: trust.split(',').filter(|one| !one.is_empty()).map(str::to_owned).collect(),
+            trust: settings.get("trust").map(trust).unwrap_or_default(),
             allow_plain: settings.is_true("allow_plain"),
         };
         let access = args.uninterrupted(output);
