@@ -24,7 +24,7 @@ fn a_database_under_load_is_whole_after_every_revert(dir: &Dir, qemu: Qemu) -> R
     debian::sql(&mut guest.oracle, &format!("ALTER TABLE journal ADD COLUMN {begun}"))?;
     debian::start_pgbench(&mut guest.oracle, 2)?;
     debian::start_journal(&mut guest.oracle)?;
-    wait_until(SOON, "commits", || debian::acknowledged(&guest).len() > COMMITS)?;
+    wait_until(debian::PATIENCE, "commits", || debian::acknowledged(&guest).len() > COMMITS)?;
     let transactions = debian::transactions(&mut guest.oracle)?;
 
     // Nothing that was acknowledged before the guest was stopped may be missing.
@@ -47,7 +47,7 @@ fn a_database_under_load_is_whole_after_every_revert(dir: &Dir, qemu: Qemu) -> R
         assert!(debian::transactions(&mut reverted.oracle)? >= transactions);
     }
     let after = *debian::acknowledged(&guest).last().ok_or("no journal")?;
-    wait_until(SOON, "the original to go on", || {
+    wait_until(debian::PATIENCE, "the original to go on", || {
         debian::acknowledged(&guest).last().is_some_and(|last| *last > after)
     })?;
     drop(guest);
@@ -109,7 +109,7 @@ fn revert(dir: &Dir, guest: &Contact, name: &str, before: u64) -> Result<Reverte
     let waiting = || processes.into_iter().flatten().map(waited_for_processors).sum::<Duration>();
     let (at_first, mut waited) = (waiting(), Duration::ZERO);
     let mut told = |at: usize| {
-        wait_for(SOON, "the journal to go on", || {
+        wait_for(debian::PATIENCE, "the journal to go on", || {
             // What a thread has waited for goes with it.
             waited = waited.max(waiting().saturating_sub(at_first));
             Ok(debian::acknowledged(&reverted).get(at).copied())

@@ -277,7 +277,9 @@ fn a_database_goes_on_at_another_site() -> Result<()> {
         let mut guest = Guest::boot(&debian::options(Qemu::V10, disk))?;
         debian::start_pgbench(&mut guest.oracle, 2)?;
         debian::start_journal(&mut guest.oracle)?;
-        wait_for(SOON, "commits", || Ok((debian::acknowledged(&guest).len() > 50).then_some(())))?;
+        wait_for(debian::PATIENCE, "commits", || {
+            Ok((debian::acknowledged(&guest).len() > 50).then_some(()))
+        })?;
         site.reaches(dir.snapback(&["init"])).succeed()?;
         let before = *debian::acknowledged(&guest).last().ok_or("no commits")?;
         let (name, spool) = (format!("s3://{BUCKET}/site/web1"), here.join("spool"));
@@ -294,7 +296,7 @@ fn a_database_goes_on_at_another_site() -> Result<()> {
         let mut reverted = Reverted::of(site.revert(dir, &from, &there, &[]), &there)?;
         // A new client is served before all has arrived.
         debian::sql(&mut reverted.oracle, "SELECT 1")?;
-        wait_for(SOON, "the journal to go on", || {
+        wait_for(debian::PATIENCE, "the journal to go on", || {
             let last = debian::acknowledged(&reverted).last().copied();
             Ok(last.is_some_and(|last| last > before).then_some(()))
         })?;

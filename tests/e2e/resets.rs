@@ -145,7 +145,7 @@ fn a_database_under_load_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut guest = Guest::boot(&debian::options(qemu, disk))?;
     debian::start_pgbench(&mut guest.oracle, 2)?;
     debian::start_journal(&mut guest.oracle)?;
-    wait_until(SOON, "commits", || debian::acknowledged(&guest).len() > 20)?;
+    wait_until(debian::PATIENCE, "commits", || debian::acknowledged(&guest).len() > 20)?;
     dir.save(&guest, "vm.snap").succeed()?;
     let from = guest.dir.clone();
     drop(guest.kill());
@@ -153,11 +153,13 @@ fn a_database_under_load_goes_back(dir: &Dir, qemu: Qemu) -> Result<()> {
     let mut guest = resettable(dir.revert(&dir.path("vm.snap"), &from, &to), &to)?;
     for _ in 0..rounds() {
         let told = debian::acknowledged(&guest).len();
-        wait_until(SOON, "more commits", || debian::acknowledged(&guest).len() > told + 5)?;
+        wait_until(debian::PATIENCE, "more commits", || {
+            debian::acknowledged(&guest).len() > told + 5
+        })?;
         reset(dir, &mut guest)?;
     }
     let told = debian::acknowledged(&guest).len();
-    wait_until(SOON, "more commits", || debian::acknowledged(&guest).len() > told + 2)?;
+    wait_until(debian::PATIENCE, "more commits", || debian::acknowledged(&guest).len() > told + 2)?;
     debian::stop_load(&mut guest.oracle)?;
     debian::check(&mut guest.oracle)
 }

@@ -12,7 +12,7 @@ use super::{
 };
 
 /// Allowed for one command: far more than any takes.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The guest's file, in its folder, with the numbers that its journal committed.
 const JOURNAL: &str = "serial2.log";
