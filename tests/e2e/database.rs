@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::harness::{Dir, Ended, Reverted};
-use crate::support::{Contact, Guest, Qemu, Result, SOON, debian, wait_for, wait_until};
+use crate::support::{Contact, Guest, Qemu, Result, debian, wait_for, wait_until};
 use crate::tests_on_both_at_length;
 
 tests_on_both_at_length! {
