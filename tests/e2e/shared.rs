@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tempfile::TempDir;
 
+use crate::clocks::{clocks, now};
 use crate::harness::{check, in_a_folder, text};
 use crate::support::{Fill, Guest, GuestOptions, Qemu, Result, cont, stop};
 
@@ -16,6 +17,8 @@ pub struct Shared {
     pub from: PathBuf,
     /// The nonce of the guest.
     pub nonce: String,
+    /// How far its time was ahead of the host's when it was saved, in seconds.
+    pub ahead: f64,
 }
 
 /// What is to be dropped before this program ends: statics are not.
@@ -100,8 +103,9 @@ fn make(qemu: Qemu) -> Result<Shared> {
     })?;
     check(&mut guest)?;
     let nonce = guest.oracle.nonce()?;
+    let ahead = clocks(&mut guest)?.0 - now();
     stop(&guest.qmp_path)?;
-    let shared = Shared { image, from: guest.dir.clone(), nonce };
+    let shared = Shared { image, from: guest.dir.clone(), nonce, ahead };
     *KEPT[qemu as usize].lock().unwrap_or_else(PoisonError::into_inner) =
         Some(Kept { guest, _folder: folder });
     Ok(shared)
