@@ -8,6 +8,7 @@ use clap::Args;
 use super::failure::Failure;
 use super::output::Output;
 use super::repository::AccessArgs;
+use super::settings::Settings;
 use super::{cancellation, keeper};
 use crate::backup::{BackupConfig, BackupEvent, back_up};
 use crate::kind::ErrorKind;
@@ -54,10 +55,17 @@ pub(super) async fn run(args: BackupArgs) -> Result<(), Failure> {
     let cancel = cancellation()?;
     let access = AccessArgs::access_with(keys, config.store_timeout(), &output);
     let mut access = access.with_cancel(cancel.clone());
-    if !config.trust.is_empty() {
-        access.trusted = config.trust.clone();
-    }
-    access.plain |= config.allow_plain;
+    // Wrong ones have ended the program by now.
+    let settings = Settings::of_host(&[]).unwrap_or_default();
+    // An empty fingerprint is nobody's: what is set so trusts nothing, as elsewhere.
+    let set = |(value, _): &(String, _)| {
+        value.split(',').map(|fingerprint| fingerprint.trim().to_owned()).collect()
+    };
+    access.trusted = match &config.trust[..] {
+        [] => settings.get("trust").map(set).unwrap_or_default(),
+        trusted => trusted.to_vec(),
+    };
+    access.plain = config.allow_plain || settings.is_true("allow_plain");
     let json = args.json;
     let cleaner = move |guest: &_, image: &_| keeper::cleaner(guest, image, json);
     let backed_up = back_up(&config, &args.names, &access, cleaner, cancel.clone(), |event| {

@@ -6,15 +6,15 @@ use std::ffi::OsString;
 use clap::builder::StyledStr;
 use clap::{Command, CommandFactory};
 
-use super::{Cli, check, completion, examples};
+use super::{Cli, check, examples};
 
-/// All commands, with their examples and with what completes their arguments.
+/// All commands, with their examples.
 pub fn command() -> Command {
-    with_examples(completion::with_completers(derived()), "", &|_| true)
+    with_examples(derived(), "", &|_| true)
 }
 
-/// The same for a program that was given these arguments: without what completes others, and with the
-/// examples that they may ask for. All of it would take longer than whatever else a short command does.
+/// The same for a program that was given these arguments, with the examples that they may ask for. All of
+/// them would take longer than whatever else a short command does.
 pub(super) fn of_program(arguments: &[OsString]) -> Command {
     let is_given = |word: &str| arguments.iter().any(|argument| argument == word);
     match is_given("--help") || is_given("-h") || is_given("help") {

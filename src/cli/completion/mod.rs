@@ -34,12 +34,16 @@ pub(super) const PATIENCE: Duration = Duration::from_millis(300);
 pub(super) fn answer() {
     if std::env::var_os("COMPLETE").is_some() {
         let shells = Shells(&[&bash::WholeWords, &Fish, &Zsh]);
-        CompleteEnv::with_factory(super::command).shells(shells).completer("snapback").complete();
+        CompleteEnv::with_factory(command).shells(shells).completer("snapback").complete();
     }
 }
 
-/// The same commands, whose arguments know what there is.
-pub(super) fn with_completers(command: Command) -> Command {
+/// All commands, whose arguments know what there is.
+fn command() -> Command {
+    with_completers(super::command())
+}
+
+fn with_completers(command: Command) -> Command {
     let name = command.get_name().to_owned();
     command.mut_args(|arg| with_completer(arg, &name)).mut_subcommands(with_completers)
 }
@@ -177,7 +181,7 @@ mod tests {
     fn proposed(words: &[&str], directory: &std::path::Path) -> Vec<String> {
         let words: Vec<OsString> = words.iter().map(OsString::from).collect();
         let index = words.len() - 1;
-        let mut table = crate::cli::command();
+        let mut table = super::command();
         let found =
             clap_complete::engine::complete(&mut table, words, index, Some(directory)).unwrap();
         found.iter().map(|found| found.get_value().display().to_string()).collect()

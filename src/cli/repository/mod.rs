@@ -30,7 +30,6 @@ use super::cancellation;
 use super::failure::Failure;
 use super::output::Output;
 use super::parse_seconds;
-use super::settings::Settings;
 use crate::kind::ErrorKind;
 use crate::repository::{
     Access, Address, KeySource, Moved, Repository, RepositoryError, SnapshotName, StoreWait,
@@ -115,19 +114,15 @@ impl AccessArgs {
         keys
     }
 
-    /// With these keys, or, if there are none, with what the environment has, and with what settings say.
+    /// With these keys, or, if there are none, with what the environment has. What is trusted is for the caller to say.
     pub fn access_with(keys: Vec<KeySource>, patience: Duration, output: &Arc<Output>) -> Access {
-        // Wrong ones have ended the program by now.
-        let settings = Settings::of_host(&[]).unwrap_or_default();
-        // An empty fingerprint is nobody's: what is set so trusts nothing, as elsewhere.
-        let trust = |(value, _): &(String, _)| value.split(',').map(str::to_owned).collect();
         let args = AccessArgs {
             store_timeout: patience,
             identity: Vec::new(),
             passphrase_file: None,
             passphrase_command: None,
-            trust: settings.get("trust").map(trust).unwrap_or_default(),
-            allow_plain: settings.is_true("allow_plain"),
+            trust: Vec::new(),
+            allow_plain: false,
         };
         let access = args.uninterrupted(output);
         if keys.is_empty() { access } else { access.with_keys(keys) }
