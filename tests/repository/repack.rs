@@ -183,17 +183,15 @@ fn what_is_mostly_unused_is_repacked_the_cheapest_first() -> Result<()> {
     let before = machines.objects("")?;
     let would = prune(&machines.repository, &options)?;
     assert_eq!((would.repacked_packs, machines.objects("")?), (1, before));
-    // 3.5 MiB of 4 are unused, then 2, then half a MiB.
-    let eighth = MEMORY as u64 / 8;
-    for (most, freed, left) in [(0.3, 7, 5), (0.15, 4, 1), (0.0, 1, 0)] {
-        let pruned = machines.prune(most, LATER)?;
-        assert_eq!(pruned.repacked_packs, 1, "{most}: {pruned:?}");
-        // Where the parts meet, an extent belongs to neither, and each repository cuts elsewhere: that is unused, too.
-        let about = |bytes: u64, eighths: u64| bytes.abs_diff(eighths * eighth) < 2 * eighth;
-        assert!(about(pruned.freed_bytes, freed), "{most}: {pruned:?}");
-        assert!(about(pruned.repacked_bytes, 8 - freed), "{most}: {pruned:?}");
-        assert!(pruned.unused_bytes < (left + 4) * eighth, "{most}: {pruned:?}");
-    }
+    // Of three packs of 4 MiB, 3.5 are unused, 2, and half a MiB; and where parts meet, an extent each, which
+    // every repository cuts elsewhere. The first is enough to come under a share of 0.3, from 0.33 at least.
+    let first = machines.prune(0.3, LATER)?;
+    assert_eq!(first.repacked_packs, 1, "{first:?}");
+    assert!(first.freed_bytes > 3 << 20 && first.repacked_bytes < 1 << 20, "{first:?}");
+    assert!(first.unused_bytes > 2 << 20, "{first:?}");
+    let others = machines.prune(0.0, LATER)?;
+    assert_eq!((others.repacked_packs, others.unused_bytes), (2, 0), "{others:?}");
+    assert!(others.freed_bytes > 2 << 20 && others.repacked_bytes > 2 << 20, "{others:?}");
     machines.are_whole(&snapshots)?;
     let again = machines.prune(0.0, LATER)?;
     assert_eq!((again.repacked_packs, again.unused_bytes), (0, 0), "{again:?}");
