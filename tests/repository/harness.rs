@@ -141,7 +141,11 @@ impl Memory {
     /// Writes an image of it, on top of another one if that is given.
     pub fn save(&self, path: &Path, parent: Option<&Path>) -> Result<()> {
         let block = Block { name: "pc.ram".into(), len: self.bytes.len() as u64, page_size: 4096 };
-        let (options, blocks) = (WriterOptions::default(), vec![block]);
+        // Two workers write chunks in whatever order they come to them; what is cut by content, and so what two
+        // images are found to have in common, would depend on it.
+        let mut options = WriterOptions::default();
+        options.workers = 1;
+        let blocks = vec![block];
         let mut writer = match parent {
             None => ImageWriter::create(path, options, blocks)?,
             Some(parent) => ImageWriter::create_on(path, options, blocks, &Image::open(parent)?)?,
