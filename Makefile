@@ -2,7 +2,7 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian test newer newest openqa python loom miri torture soak demo bench fmt lint deny
+.PHONY: help setup guest debian s3s prepared test newer newest openqa python loom miri torture soak demo bench fmt lint deny
 .PHONY: man docs tutorial tutorial-clean howtos deb deb-test reproducible package static minimum sbom clean
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo "             unpack QEMU 10.0, libvirt 11.3 and guest kernels into .deps (or SNAPBACK_DEPS)"
 	@echo "make guest   build the test guests"
 	@echo "make debian  build the disk of the guest with a database (asks for root)"
+	@echo "make s3s     build the S3 server of the tests"
 	@echo "make test    set up, then run all tests"
 	@echo "make newer   run the tests of libvirt with libvirt 11.3 and QEMU 10.0"
 	@echo "make newest  run the tests of guests with QEMU 11.1, which it unpacks"
@@ -50,7 +51,15 @@ guest: setup
 debian: setup
 	@scripts/debian.sh
 
-test: guest debian loom python
+s3s: setup
+	@scripts/s3s.sh
+
+# What the tests need. Each waits for something else, the network or one processor, so they go side by side.
+prepared: setup
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target guest debian s3s
+
+test: prepared
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target loom python
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
 	cargo test --locked --features $(FEATURES) --lib --bins --examples --tests
 	SNAPBACK_TEST_PLACE=socket cargo test --locked --features $(FEATURES) --test e2e -- $(BOTH_WAYS)
@@ -59,7 +68,7 @@ test: guest debian loom python
 newer: guest debian
 	SNAPBACK_TEST_LIBVIRT_NEWER=1 cargo test --locked --features $(FEATURES) --test libvirt
 
-newest: guest debian
+newest: prepared
 	@scripts/newest.sh
 	SNAPBACK_TEST_NEWEST=1 cargo test --locked --features $(FEATURES) --test e2e -- $(NEWER_ONLY)
 
@@ -73,7 +82,7 @@ python:
 loom:
 	RUSTFLAGS="--cfg loom" cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir $(LOOM_TARGET) --locked
 
-torture: guest debian
+torture: prepared
 	$(LONG_TEST) torture::many_faults
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
 	$(LONG_TEST) killed_daemon:: mapped_memory
@@ -97,7 +106,7 @@ soak: guest
 demo: guest
 	cargo run --locked --release --example demo
 
-bench: guest debian
+bench: prepared
 	cargo bench --locked --features $(FEATURES)
 
 fmt:
@@ -180,4 +189,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps trixie vmlinux vmlinuz
+MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-s3s lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps trixie vmlinux vmlinuz

@@ -24,10 +24,12 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use guests::{Reverted, snapback};
+use guests::{Reverted, load_times, snapback};
 use serde_json::{Value, json};
+#[cfg(feature = "libvirt")]
+use support::libvirt::{Libvirt, domain_options};
 use support::{
-    Attached, Fill, Guest, GuestOptions, Qemu, Result, http_request, percentile, wait_for,
+    Attached, Disk, Fill, Guest, GuestOptions, Qemu, Result, http_request, percentile, wait_for,
 };
 
 /// Pages of the guest's in a MiB.
@@ -53,7 +55,7 @@ struct Options {
     /// Resets through the daemon, and as many bare ones
     #[arg(long, default_value_t = 50)]
     resets: usize,
-    /// Plain reverts beside them
+    /// Plain reverts beside them, QEMU's own loads, and libvirt's own reverts (with the feature `libvirt`)
     #[arg(long, default_value_t = 5)]
     peers: usize,
     /// How long guests are taken and released without a break, in seconds, each of which reads
@@ -111,21 +113,31 @@ fn run() -> Result<()> {
         }
         std::fs::remove_dir_all(&recorded)?;
         row("a plain revert, to running", &mut times, "");
+        if options.peers > 0 {
+            let mut times = loads(&options, *mib, folder.path())?;
+            row("`loadvm` (snapshot-load) in a QEMU that is kept", &mut times, "");
+            #[cfg(feature = "libvirt")]
+            row("`virsh snapshot-revert`", &mut libvirts_reverts(&options, *mib)?, "");
+        }
         println!();
     }
     Ok(())
 }
 
-/// Boots a guest and saves it, with nothing to do but heartbeats, and has its working set recorded. Returns where its files
-/// were.
-fn saved(options: &Options, mib: u64, image: &Path) -> Result<PathBuf> {
-    let mut guest = Guest::boot(&GuestOptions {
+fn guest_options(options: &Options, mib: u64) -> GuestOptions {
+    GuestOptions {
         qemu: options.qemu,
         mib,
         fill: Fill::Mib((mib / 2).min(1024)),
         beat_ms: 1,
         ..GuestOptions::default()
-    })?;
+    }
+}
+
+/// Boots a guest and saves it, with nothing to do but heartbeats, and has its working set recorded. Returns where its files
+/// were.
+fn saved(options: &Options, mib: u64, image: &Path) -> Result<PathBuf> {
+    let mut guest = Guest::boot(&guest_options(options, mib))?;
     // It goes on to tell heartbeats.
     guest.oracle.set_writers(0, 0)?;
     let words = ["save".as_ref(), "--qmp".as_ref(), guest.qmp_path.as_os_str(), image.as_os_str()];
@@ -142,6 +154,41 @@ fn saved(options: &Options, mib: u64, image: &Path) -> Result<PathBuf> {
         "3".as_ref(),
     ])?;
     Ok(recorded)
+}
+
+/// How long QEMU's own loads of an equal guest take, in milliseconds.
+fn loads(options: &Options, mib: u64, folder: &Path) -> Result<Vec<f64>> {
+    let disk = Disk::new("d0", &folder.join("disk.qcow2"));
+    disk.make(64)?;
+    let mut guest = Guest::boot(&GuestOptions {
+        virtio_blk: true,
+        disks: vec![disk],
+        ..guest_options(options, mib)
+    })?;
+    guest.oracle.set_writers(0, 0)?;
+    load_times(&guest.qmp_path, options.peers)
+}
+
+/// How long libvirt's reverts of an equal domain to its internal snapshot take, in milliseconds.
+#[cfg(feature = "libvirt")]
+fn libvirts_reverts(options: &Options, mib: u64) -> Result<Vec<f64>> {
+    const NAME: &str = "measured";
+    let libvirt = Libvirt::start()?;
+    let mut domain = domain_options(NAME).with_two_disks();
+    // A raw disk can't have an internal snapshot.
+    domain.disks.retain(|disk| disk.target == "sda");
+    (domain.guest.mib, domain.guest.fill) = (mib, guest_options(options, mib).fill);
+    let mut guest = libvirt.boot(&domain)?;
+    guest.oracle.set_writers(0, 0)?;
+    // libvirt's, and not ours to kill.
+    std::mem::forget(guest);
+    libvirt.virsh(&["snapshot-create-as", NAME, "peer"])?;
+    let revert = |_| {
+        let start = Instant::now();
+        libvirt.virsh(&["snapshot-revert", NAME, "peer"])?;
+        Ok(ms(start))
+    };
+    (0..options.peers).map(revert).collect()
 }
 
 /// A daemon with one pool. Dropping it ends it and the guests of its pool.

@@ -22,7 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use guests::{Reverted, snapback};
+use guests::{Reverted, load_times, snapback};
 use harness::{Backing, Ram};
 use serde_json::{Value, json};
 use snapback::host::uffd::{FaultBuffer, Uffd};
@@ -88,7 +88,7 @@ fn run() -> Result<()> {
     }
     let place = folder.path().join("reset");
     let mut guest = Reverted::start(&image, &recorded, &place, &["--resettable"], "resettable")?;
-    for written in &options.written {
+    for written in options.written.iter().filter(|_| options.resets > 0) {
         guest.measure(*written, options.resets)?;
     }
     if options.cycles > 0 {
@@ -104,8 +104,8 @@ fn run() -> Result<()> {
     drop((guest, untracked));
     for number in 0..options.peers.min(1) {
         let place = folder.path().join(format!("loadvm-{number}"));
-        let mut guest = Reverted::start(&image, &recorded, &place, &[], "resident")?;
-        row("QEMU's snapshot-load", &mut guest.load_times(options.peers)?);
+        let guest = Reverted::start(&image, &recorded, &place, &[], "resident")?;
+        row("QEMU's snapshot-load", &mut load_times(&guest.socket, options.peers)?);
     }
     let mut times = Vec::new();
     for number in 0..options.peers {
@@ -291,37 +291,6 @@ impl Reverted {
             true => Ok(serde_json::from_str(said.lines().last().unwrap_or_default())?),
             false => Err(format!("a reset failed: {said}").into()),
         }
-    }
-
-    /// Has QEMU save all of the machine into its disk, and load it again so many times.
-    fn load_times(&mut self, times: usize) -> Result<Vec<f64>> {
-        let mut qmp = Qmp::connect(&self.socket)?;
-        let blocks = qmp.execute("query-block", json!({}))?;
-        let node = blocks.as_array().and_then(|blocks| {
-            blocks.iter().find_map(|block| block["inserted"]["node-name"].as_str())
-        });
-        let node = node.ok_or("no disk")?.to_owned();
-        let mut job = |command: &str, number: usize| -> Result<()> {
-            let id = format!("job{number}");
-            let arguments = json!({
-                "job-id": id, "tag": "peer", "vmstate": node, "devices": [node],
-            });
-            qmp.execute(command, arguments)?;
-            wait_for(PATIENCE, "QEMU's job", || {
-                let jobs = qmp.execute("query-jobs", json!({}))?;
-                let jobs = jobs.as_array().cloned().unwrap_or_default();
-                let ours = jobs.iter().find(|job| job["id"] == *id);
-                Ok(ours.filter(|job| job["status"] == "concluded").map(|_| ()))
-            })?;
-            qmp.execute("job-dismiss", json!({ "id": id })).map(drop)
-        };
-        job("snapshot-save", 0)?;
-        let load = |number| {
-            let start = Instant::now();
-            job("snapshot-load", number)?;
-            Ok(start.elapsed().as_secs_f64() * 1e3)
-        };
-        (1..=times).map(load).collect()
     }
 }
 

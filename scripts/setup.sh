@@ -183,15 +183,6 @@ unpack_arm64() {
     link_kernel "$deps/arm64/root" "$deps/arm64/vmlinuz" "$package"
 }
 
-# A little optimised: it hashes all that it is given. Later versions need a newer compiler.
-build_s3_server() {
-    say "building s3s-fs, a server that speaks S3"
-    CARGO_PROFILE_DEV_OPT_LEVEL=1 CARGO_PROFILE_DEV_DEBUG=none \
-        cargo install --quiet --locked --debug --version 0.14.1 --features binary \
-        --root "$deps/s3s-fs" --target-dir "$deps/s3s-target" s3s-fs
-    rm -rf "$deps/s3s-target"
-}
-
 # once NAME COMMAND... : runs the command unless it has succeeded before. The
 # stamp's name carries a version: change it when the step's result changes.
 once() {
@@ -203,14 +194,10 @@ once() {
 }
 
 install_packages
-# It takes the processors for minutes, and what follows mostly the network.
-once s3s-fs-0.14.1 build_s3_server &
-s3_server=$!
 once qemu-10.0-v2 unpack_qemu
 once libvirt-11.3-v1 unpack_libvirt
 once kernel-v2 unpack_kernel
 once arm64-v1 unpack_arm64
-wait "$s3_server"
 
 case $(qemu-system-x86_64 --version | head -n 1) in
 *" 7.2."*) ;;

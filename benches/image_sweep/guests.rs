@@ -7,11 +7,11 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Attached, Guest, GuestOptions, Qemu, Result, debian, wait_for};
+use crate::support::{Attached, Guest, GuestOptions, Qemu, Qmp, Result, debian, wait_for};
 
 /// Allowed for a guest to have worked: far more than it takes.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -82,6 +82,39 @@ pub fn save(guest: &Guest, image: &Path, options: &[&str]) -> Result<()> {
     words.extend(options.iter().map(OsStr::new));
     words.extend(["--qmp".as_ref(), guest.qmp_path.as_os_str(), image.as_os_str()]);
     snapback(&words)
+}
+
+/// Has QEMU save all of the machine into its disk, and load it again so many times. Returns how long
+/// each load took, in milliseconds.
+///
+/// # Errors
+/// When the machine has no disk for it, or QEMU fails.
+pub fn load_times(socket: &Path, times: usize) -> Result<Vec<f64>> {
+    let mut qmp = Qmp::connect(socket)?;
+    let blocks = qmp.execute("query-block", json!({}))?;
+    let node = blocks
+        .as_array()
+        .and_then(|blocks| blocks.iter().find_map(|block| block["inserted"]["node-name"].as_str()));
+    let node = node.ok_or("no disk")?.to_owned();
+    let mut job = |command: &str, number: usize| -> Result<()> {
+        let id = format!("job{number}");
+        let arguments = json!({ "job-id": id, "tag": "peer", "vmstate": node, "devices": [node] });
+        qmp.execute(command, arguments)?;
+        wait_for(PATIENCE, "QEMU's job", || {
+            let jobs = qmp.execute("query-jobs", json!({}))?;
+            let jobs = jobs.as_array().cloned().unwrap_or_default();
+            let ours = jobs.iter().find(|job| job["id"] == *id);
+            Ok(ours.filter(|job| job["status"] == "concluded").map(|_| ()))
+        })?;
+        qmp.execute("job-dismiss", json!({ "id": id })).map(drop)
+    };
+    job("snapshot-save", 0)?;
+    let load = |number| {
+        let start = Instant::now();
+        job("snapshot-load", number)?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    };
+    (1..=times).map(load).collect()
 }
 
 /// A guest that the program has brought back. Dropping it ends it.
