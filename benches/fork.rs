@@ -6,8 +6,9 @@
 //! `snapback save`, one by the same with `--read stream`, and one by QEMU alone, as a background snapshot
 //! into a file of the same file system: each has a guest of its own, since what a way does to the guest's
 //! memory (a snapshot splits its huge pages) is what its next save meets. The first is then forked by the
-//! program `snapback fork` again and again, each clone ended once it has all its memory. Prints tables
-//! for docs/performance.md.
+//! program `snapback fork` again and again, each clone ended once it has all its memory. At last all three
+//! rewrite memory as fast as they can, and are saved in the same ways: how fast they are meanwhile. Prints
+//! tables for docs/performance.md.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -21,6 +22,9 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use serde_json::{Value, json};
 use support::{Attached, Fill, Guest, GuestOptions, Qemu, Result, SerialLog, qmp, wait_for};
+
+/// Pages that a guest at work rewrites again and again: 128 MiB.
+const HOT_PAGES: u64 = 32 << 10;
 
 #[derive(Parser)]
 struct Options {
@@ -66,14 +70,14 @@ fn run() -> Result<()> {
             ..GuestOptions::default()
         };
         let boot = || Guest::boot(&equal);
-        let guests = Guests { ours: boot()?, stream: boot()?, peer: boot()? };
+        let mut guests = Guests { ours: boot()?, stream: boot()?, peer: boot()? };
         println!(
             "\n{mib} MiB, of it {} filled. Median [least..most] of {}.\n",
             options.fill, options.runs
         );
         saves(&guests, folder.path(), options.runs)?;
-        let Guests { ours, .. } = guests;
-        forks(&ours, folder.path(), options.runs)?;
+        forks(&guests.ours, folder.path(), options.runs)?;
+        at_work(&mut guests, folder.path(), options.runs)?;
     }
     Ok(())
 }
@@ -95,9 +99,17 @@ impl Times {
         self.0.get(self.0.len() / 2).copied().unwrap_or_default()
     }
 
+    /// The least and the most.
+    fn ends(&mut self) -> [f64; 2] {
+        self.median();
+        [self.0.first(), self.0.last()].map(|end| end.copied().unwrap_or_default())
+    }
+
     fn line(&mut self, name: &str) {
-        let median = self.median();
-        let (Some(least), Some(most)) = (self.0.first(), self.0.last()) else { return };
+        if self.0.is_empty() {
+            return;
+        }
+        let (median, [least, most]) = (self.median(), self.ends());
         println!("| {name} | {median:.1} [{least:.1}..{most:.1}] |");
     }
 }
@@ -128,18 +140,14 @@ fn saves(guests: &Guests, folder: &Path, runs: usize) -> Result<()> {
     let (mut pause, mut stream_pause) = (Times::default(), Times::default());
     let mut protected = [Times::default(), Times::default()];
     let image = folder.join("vm.snap");
-    let text = |path: &Path| path.display().to_string();
     for _ in 0..runs {
         let reads = [
             ("auto", &guests.ours, &mut ours, &mut pause),
             ("stream", &guests.stream, &mut stream, &mut stream_pause),
         ];
         for ((read, guest, times, pauses), protected) in reads.into_iter().zip(&mut protected) {
-            let (qmp, image) = (text(&guest.qmp_path), text(&image));
-            let words =
-                ["save", "--json", "--compress", "none", "--read", read, "--qmp", &qmp, &image];
             let begun = Instant::now();
-            let events = snapback(&words)?;
+            let events = saved(guest, read, &image)?;
             times.0.push(ms(begun.elapsed()));
             let moment = event(&events, "moment")?;
             pauses.0.push(moment["pause_ms"].as_f64().unwrap_or_default());
@@ -162,6 +170,71 @@ fn saves(guests: &Guests, folder: &Path, runs: usize) -> Result<()> {
     stream.line("the same, `--read stream`");
     println!();
     Ok(())
+}
+
+/// Saves a guest by the program. Returns its events.
+fn saved(guest: &Guest, read: &str, image: &Path) -> Result<Vec<Value>> {
+    let (qmp, image) = (guest.qmp_path.display().to_string(), image.display().to_string());
+    snapback(&["save", "--json", "--compress", "none", "--read", read, "--qmp", &qmp, &image])
+}
+
+/// How fast guests rewrite memory while they are saved, each by its way.
+fn at_work(guests: &mut Guests, folder: &Path, runs: usize) -> Result<()> {
+    let image = folder.join("vm.snap");
+    let by_us = |read: &'static str| {
+        let image = image.clone();
+        move |guest: &Guest| {
+            saved(guest, read, &image)?;
+            Ok(fs::remove_file(&image)?)
+        }
+    };
+    let by_qemu = |guest: &Guest| saved_by_qemu(guest, &folder.join("stream")).map(drop);
+    type Way<'a> = Box<dyn Fn(&Guest) -> Result<()> + 'a>;
+    let mut ways: [(&str, &mut Guest, Way<'_>, Times, Times); 3] = [
+        (
+            "`snapback save`",
+            &mut guests.ours,
+            Box::new(by_us("auto")),
+            Times::default(),
+            Times::default(),
+        ),
+        (
+            "`--read stream`",
+            &mut guests.stream,
+            Box::new(by_us("stream")),
+            Times::default(),
+            Times::default(),
+        ),
+        ("QEMU's own", &mut guests.peer, Box::new(by_qemu), Times::default(), Times::default()),
+    ];
+    for (_, guest, way, alone, meanwhile) in &mut ways {
+        guest.oracle.ask(&format!("writers 1 0 {HOT_PAGES}"))?;
+        for _ in 0..runs {
+            alone.0.push(rewritten(guest, |_| {
+                std::thread::sleep(Duration::from_secs(1));
+                Ok(())
+            })?);
+            meanwhile.0.push(rewritten(guest, &**way)?);
+        }
+        guest.oracle.set_writers(0, 0)?;
+    }
+    println!(
+        "\n| pages that a guest at work rewrites a second | while it is saved | of what it does alone |\n|---|---|---|"
+    );
+    for (name, _, _, alone, meanwhile) in &mut ways {
+        let share = meanwhile.median() / alone.median();
+        let (median, [least, most]) = (meanwhile.median(), meanwhile.ends());
+        println!("| {name} | {median:.0} [{least:.0}..{most:.0}] | {share:.2} |");
+    }
+    Ok(())
+}
+
+/// How many pages a second a guest rewrites while something is done.
+fn rewritten(guest: &mut Guest, done: impl Fn(&Guest) -> Result<()>) -> Result<f64> {
+    let (before, begun) = (guest.oracle.stat("rewritten")?, Instant::now());
+    done(guest)?;
+    let written = guest.oracle.stat("rewritten")? - before;
+    Ok(written as f64 / begun.elapsed().as_secs_f64())
 }
 
 /// A background snapshot by QEMU into a file, until it is whole and synced.

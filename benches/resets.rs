@@ -24,19 +24,16 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use guests::{Reverted, load_times, snapback};
 use harness::{Backing, Ram};
-use serde_json::{Value, json};
+use serde_json::Value;
 use snapback::host::uffd::{FaultBuffer, Uffd};
 use snapback::page::{BlockId, PAGE_SIZE};
-use support::{Disk, Fill, Guest, GuestOptions, Qemu, Qmp, Result, percentile, wait_for};
+use support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, percentile};
 
 /// Pages of the guest's in a MiB.
 const PAGES_A_MIB: u64 = 256;
 
 /// Pages whose first write is timed: 32 MiB.
 const FIRST_WRITES: u64 = 8192;
-
-/// How long a step of QEMU's own may take.
-const PATIENCE: Duration = Duration::from_secs(300);
 
 #[derive(Parser)]
 struct Options {
