@@ -7,7 +7,7 @@
 //! into a file of the same file system: each has a guest of its own, since what a way does to the guest's
 //! memory (a snapshot splits its huge pages) is what its next save meets. The first is then forked by the
 //! program `snapback fork` again and again, each clone ended once it has all its memory. At last all three
-//! rewrite memory as fast as they can, and are saved in the same ways: how fast they are meanwhile. Prints
+//! rewrite memory as fast as they can, and are saved in the same ways: how much they rewrite meanwhile. Prints
 //! tables for docs/performance.md.
 
 #[path = "../tests/support/mod.rs"]
@@ -25,6 +25,9 @@ use support::{Attached, Fill, Guest, GuestOptions, Qemu, Result, SerialLog, qmp,
 
 /// Pages that a guest at work rewrites again and again: 128 MiB.
 const HOT_PAGES: u64 = 32 << 10;
+
+/// How long a guest at work is watched: no save takes as long.
+const WINDOW: Duration = Duration::from_secs(8);
 
 #[derive(Parser)]
 struct Options {
@@ -178,7 +181,8 @@ fn saved(guest: &Guest, read: &str, image: &Path) -> Result<Vec<Value>> {
     snapback(&["save", "--json", "--compress", "none", "--read", read, "--qmp", &qmp, &image])
 }
 
-/// How fast guests rewrite memory while they are saved, each by its way.
+/// How much memory guests rewrite in the same time, most of which QEMU's own save takes, while they are saved,
+/// each by its way, and how much alone.
 fn at_work(guests: &mut Guests, folder: &Path, runs: usize) -> Result<()> {
     let image = folder.join("vm.snap");
     let by_us = |read: &'static str| {
@@ -210,10 +214,7 @@ fn at_work(guests: &mut Guests, folder: &Path, runs: usize) -> Result<()> {
     for (_, guest, way, alone, meanwhile) in &mut ways {
         guest.oracle.ask(&format!("writers 1 0 {HOT_PAGES}"))?;
         for _ in 0..runs {
-            alone.0.push(rewritten(guest, |_| {
-                std::thread::sleep(Duration::from_secs(1));
-                Ok(())
-            })?);
+            alone.0.push(rewritten(guest, |_| Ok(()))?);
             meanwhile.0.push(rewritten(guest, &**way)?);
         }
         guest.oracle.set_writers(0, 0)?;
@@ -229,10 +230,11 @@ fn at_work(guests: &mut Guests, folder: &Path, runs: usize) -> Result<()> {
     Ok(())
 }
 
-/// How many pages a second a guest rewrites while something is done.
+/// How many pages a second a guest rewrites from when something is begun, for as long as is measured.
 fn rewritten(guest: &mut Guest, done: impl Fn(&Guest) -> Result<()>) -> Result<f64> {
     let (before, begun) = (guest.oracle.stat("rewritten")?, Instant::now());
     done(guest)?;
+    std::thread::sleep(WINDOW.saturating_sub(begun.elapsed()));
     let written = guest.oracle.stat("rewritten")? - before;
     Ok(written as f64 / begun.elapsed().as_secs_f64())
 }

@@ -29,7 +29,8 @@ use serde_json::{Value, json};
 #[cfg(feature = "libvirt")]
 use support::libvirt::{Libvirt, domain_options};
 use support::{
-    Attached, Disk, Fill, Guest, GuestOptions, Qemu, Result, http_request, percentile, wait_for,
+    Attached, Disk, Fill, Format, Guest, GuestOptions, Qemu, Result, http_request, percentile,
+    wait_for,
 };
 
 /// Pages of the guest's in a MiB.
@@ -158,7 +159,7 @@ fn saved(options: &Options, mib: u64, image: &Path) -> Result<PathBuf> {
 
 /// How long QEMU's own loads of an equal guest take, in milliseconds.
 fn loads(options: &Options, mib: u64, folder: &Path) -> Result<Vec<f64>> {
-    let disk = Disk::new("d0", &folder.join("disk.qcow2"));
+    let disk = Disk { format: Format::Qcow2, ..Disk::new("d0", &folder.join("disk.qcow2")) };
     disk.make(64)?;
     let mut guest = Guest::boot(&GuestOptions {
         virtio_blk: true,

@@ -104,7 +104,11 @@ pub fn load_times(socket: &Path, times: usize) -> Result<Vec<f64>> {
             let jobs = qmp.execute("query-jobs", json!({}))?;
             let jobs = jobs.as_array().cloned().unwrap_or_default();
             let ours = jobs.iter().find(|job| job["id"] == *id);
-            Ok(ours.filter(|job| job["status"] == "concluded").map(|_| ()))
+            let ended = ours.filter(|job| job["status"] == "concluded");
+            match ended.map(|job| job["error"].as_str()) {
+                Some(Some(error)) => Err(format!("{command}: {error}").into()),
+                ended => Ok(ended.map(|_| ())),
+            }
         })?;
         qmp.execute("job-dismiss", json!({ "id": id })).map(drop)
     };

@@ -306,6 +306,14 @@ impl Uffd {
         })
     }
 
+    /// How many threads wait for it now, their faults read by somebody or not (`userfaultfd_show_fdinfo` in
+    /// Linux's `fs/userfaultfd.c`). Nothing where the kernel does not tell.
+    pub fn waiting(&self) -> Option<u64> {
+        let path = format!("/proc/self/fdinfo/{}", self.as_fd().as_raw_fd());
+        let info = std::fs::read_to_string(path).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("total:"))?.trim().parse().ok()
+    }
+
     /// Takes the faults that are there. Never waits and allocates nothing. Events that are no faults
     /// are dropped.
     ///

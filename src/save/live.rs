@@ -34,6 +34,9 @@ impl Capture for AheadOfTurn {
             let mut buffer = [0; GROUP as usize * PAGE_SIZE];
             capture(places.pid(), pagemap, start, run, &self.merge, &mut buffer)?;
         }
+        if self.merge.absent_within(run).is_some() {
+            self.merge.want();
+        }
         Ok(())
     }
 

@@ -35,6 +35,8 @@ pub(super) struct Merge {
     direct: AtomicU64,
     /// The stream has ended.
     ended: AtomicBool,
+    /// Somebody waits for a page that only the stream can bring.
+    wanted: AtomicBool,
     /// Told once all pages are captured.
     complete: Mutex<Option<oneshot::Sender<()>>>,
 }
@@ -58,6 +60,7 @@ impl Merge {
             blocks,
             direct: AtomicU64::new(0),
             ended: AtomicBool::new(false),
+            wanted: AtomicBool::new(false),
             complete: Mutex::new(Some(complete)),
         }
     }
@@ -197,6 +200,16 @@ impl Merge {
     /// Whether it has.
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Somebody waits for a page that only the stream can bring.
+    pub fn want(&self) {
+        self.wanted.store(true, Ordering::Release);
+    }
+
+    /// Whether somebody has begun to since this was last asked.
+    pub fn takes_want(&self) -> bool {
+        self.wanted.swap(false, Ordering::AcqRel)
     }
 
     /// How many pages are captured.

@@ -4,6 +4,7 @@
 //! thread both sends pages and serves the guest's writes to pages not yet sent, so a
 //! reader that lingers makes the guest wait.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -17,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::checked::Checked;
-use super::direct::{DirectReading, Places};
+use super::direct::{Backpressure, DirectReading, Places};
 use super::error::SaveError;
 use super::event::SaveEvent;
 use super::merge::Merge;
@@ -49,6 +50,7 @@ pub(super) struct Receiving {
     pub counters: Arc<Counters>,
     given_up: Cancellation,
     read_directly: Cancellation,
+    hold_back: Cancellation,
     socket: UnixStream,
 }
 
@@ -63,6 +65,11 @@ pub(super) struct Counters {
 impl Counters {
     fn set_image_bytes(&self, bytes: u64) {
         self.image_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn look(&self, merge: &Merge) {
+        self.pages.store(merge.captured(), Ordering::Relaxed);
+        self.image_bytes.store(merge.written_bytes(), Ordering::Relaxed);
     }
 
     pub fn progress(&self) -> SaveEvent {
@@ -132,6 +139,7 @@ impl Receiving {
         let total = checked.blocks.iter().map(|b| b.used_len / PAGE_SIZE as u64).sum();
         let counters = Arc::new(Counters { total, ..Counters::default() });
         let (given_up, read_directly) = (Cancellation::new(), Cancellation::new());
+        let hold_back = Cancellation::new();
         let ours = socket.try_clone().map_err(SaveError::Socket)?;
         let receiver = Receiver {
             path: options.image.clone(),
@@ -156,6 +164,7 @@ impl Receiving {
             captured: Some(captured_sender),
             given_up: given_up.clone(),
             read_directly: read_directly.clone(),
+            hold_back: hold_back.clone(),
             tracked: options.resettable.then_some(checked.pid),
             userfaultfds: None,
         };
@@ -181,12 +190,17 @@ impl Receiving {
             counters,
             given_up,
             read_directly,
+            hold_back,
             socket: ours,
         })
     }
 
-    /// Memory may be read from outside from now on: the guest goes on.
-    pub fn read_directly(&self) {
+    /// Memory may be read from outside from now on: the guest goes on. Where not `all` of the stream is
+    /// waited for once memory is captured, it may be held back meanwhile.
+    pub fn read_directly(&self, all: bool) {
+        if !all {
+            self.hold_back.request();
+        }
         self.read_directly.request();
     }
 
@@ -302,6 +316,7 @@ struct Receiver {
     captured: Option<oneshot::Sender<()>>,
     given_up: Cancellation,
     read_directly: Cancellation,
+    hold_back: Cancellation,
     /// The process of a QEMU whose userfaultfds are wanted.
     tracked: Option<i32>,
     userfaultfds: Option<io::Result<Vec<Uffd>>>,
@@ -309,8 +324,15 @@ struct Receiver {
 
 impl Receiver {
     fn receive(mut self, socket: &UnixStream) -> Result<Received, SaveError> {
-        let mut stream =
-            StreamReader::new(Gathering { socket, brought_few: false, copy: copy_of_the_stream() });
+        let backpressure = RefCell::new(None);
+        let counters = Arc::clone(&self.counters);
+        let mut stream = StreamReader::new(Gathering {
+            socket,
+            brought_few: false,
+            backpressure: &backpressure,
+            counters: &counters,
+            copy: copy_of_the_stream(),
+        });
         let (mut sides, mut tail) = (None, None);
         loop {
             let item = match (stream.next_item(), &sides) {
@@ -332,8 +354,11 @@ impl Receiver {
                 (Item::Page(page, bytes), Some(Sides { merge, direct, .. })) => {
                     merge.stream(page, bytes)?;
                     self.count(merge);
-                    if let Some(direct) = direct {
-                        direct.stream_brought(page, bytes, merge);
+                    if let Some(direct) = direct
+                        && direct.stream_brought(page, bytes, merge)
+                        && self.hold_back.is_requested()
+                    {
+                        backpressure.replace(direct.backpressure(merge, &self.given_up));
                     }
                 }
                 (Item::Zero(page), Some(Sides { merge, .. })) => {
@@ -413,8 +438,7 @@ impl Receiver {
         self.received += 1;
         // Asking the writer costs more than counting: now and then is enough.
         if self.received.is_multiple_of(1024) {
-            self.counters.pages.store(merge.captured(), Ordering::Relaxed);
-            self.counters.image_bytes.store(merge.written_bytes(), Ordering::Relaxed);
+            self.counters.look(merge);
         }
     }
 }
@@ -449,13 +473,19 @@ const GATHER: Duration = Duration::from_micros(100);
 struct Gathering<'a> {
     socket: &'a UnixStream,
     brought_few: bool,
+    /// What it waits for before it reads, if there is something.
+    backpressure: &'a RefCell<Option<Backpressure>>,
+    counters: &'a Counters,
     /// For tests.
     copy: Option<File>,
 }
 
 impl Read for Gathering<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.brought_few {
+        let mut backpressure = self.backpressure.borrow_mut();
+        let is_wanted =
+            backpressure.as_mut().is_some_and(|it| it.wait(|merge| self.counters.look(merge)));
+        if self.brought_few && !is_wanted {
             std::thread::sleep(GATHER);
         }
         let count = self.socket.read(buffer)?;

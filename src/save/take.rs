@@ -94,7 +94,9 @@ impl Saving<'_> {
                     clock.pass();
                     failpoint("first page");
                     self.release(clock).await?;
-                    receiving.read_directly();
+                    let ends_early = !self.checked.must_drain
+                        && self.devices.as_ref().is_some_and(DeviceState::is_taken);
+                    receiving.read_directly(!ends_early);
                     failpoint("released");
                 },
                 event = events.next() => hear(clock, event)?,

@@ -6,6 +6,7 @@
 //! page after the other; we read from the back, 2 MiB at a time. Each page is taken by whoever
 //! captures it first (`merge`).
 
+mod backpressure;
 mod places;
 mod reader;
 mod window;
@@ -14,6 +15,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+pub(super) use backpressure::Backpressure;
 pub(super) use places::{Place, Places};
 pub(super) use window::capture;
 
@@ -37,7 +39,11 @@ pub(super) struct DirectReading {
 enum State {
     /// So many pages that came by the stream were not in the place where they should be.
     Unproven(u32),
-    Reading(JoinHandle<()>, Cancellation),
+    Reading {
+        thread: JoinHandle<()>,
+        stop: Cancellation,
+        done: Cancellation,
+    },
     /// It can't be done, or has ended.
     Over,
 }
@@ -49,13 +55,14 @@ impl DirectReading {
     }
 
     /// Takes note of a page that came by the stream: the first one that lies in QEMU's memory
-    /// where the places say proves them, and that memory is write-protected by now. Reading begins.
-    pub fn stream_brought(&mut self, page: Page, bytes: &PageBytes, merge: &Arc<Merge>) {
-        let State::Unproven(compared) = &mut self.state else { return };
+    /// where the places say proves them, and that memory is write-protected by now. Reading begins, which
+    /// is told.
+    pub fn stream_brought(&mut self, page: Page, bytes: &PageBytes, merge: &Arc<Merge>) -> bool {
+        let State::Unproven(compared) = &mut self.state else { return false };
         if !self.begin.is_requested() {
-            return;
+            return false;
         }
-        let Some(place) = self.places.of(page.block) else { return };
+        let Some(place) = self.places.of(page.block) else { return false };
         let mut found = [0; PAGE_SIZE];
         let read = memory::read(self.places.pid(), place.start + page.offset(), &mut found);
         *compared += 1;
@@ -69,6 +76,7 @@ impl DirectReading {
             Ok(()) => self.end("what QEMU has sent does not lie where its memory should"),
             Err(error) => self.end(&format!("memory can't be read: {error}")),
         }
+        matches!(self.state, State::Reading { .. })
     }
 
     fn end(&mut self, why: &str) {
@@ -79,14 +87,36 @@ impl DirectReading {
     fn start(&self, merge: &Arc<Merge>) -> io::Result<State> {
         let stop = Cancellation::new();
         let reader = reader::Reader::new(&self.places, Arc::clone(merge), stop.clone())?;
-        let thread = thread::Builder::new().name("read-memory".into());
-        Ok(State::Reading(thread.spawn(move || reader.run())?, stop))
+        let done = Cancellation::new();
+        let end = End(done.clone());
+        let builder = thread::Builder::new().name("read-memory".into());
+        let thread = builder.spawn(move || {
+            let _end = end;
+            reader.run();
+        })?;
+        Ok(State::Reading { thread, stop, done })
+    }
+
+    /// What holds QEMU's stream back as long as memory is read, if it is, or until `over` is requested.
+    pub fn backpressure(&self, merge: &Arc<Merge>, over: &Cancellation) -> Option<Backpressure> {
+        let State::Reading { done, .. } = &self.state else { return None };
+        Backpressure::new(self.places.pid(), merge, [done.clone(), over.clone()])
+    }
+}
+
+/// Tells, however it ends, that reading has ended.
+struct End(Cancellation);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.request();
     }
 }
 
 impl Drop for DirectReading {
     fn drop(&mut self) {
-        if let State::Reading(thread, stop) = std::mem::replace(&mut self.state, State::Over) {
+        if let State::Reading { thread, stop, .. } = std::mem::replace(&mut self.state, State::Over)
+        {
             stop.request();
             if thread.join().is_err() {
                 tracing::warn!("the thread that reads memory has panicked");
