@@ -39,6 +39,11 @@ pub struct BackupConfig {
     /// Whether the repository is opened though it is not encrypted and a key is given.
     #[serde(default)]
     pub allow_plain: bool,
+    /// The file of the private key that signs snapshots.
+    pub sign_key: Option<PathBuf>,
+    /// Files of public keys: only snapshots that are signed with one of these are read.
+    #[serde(default)]
+    pub trust_key: Vec<PathBuf>,
     /// How long a store that does not answer is tried again, in seconds.
     #[serde(default = "default_store_timeout")]
     pub store_timeout_s: u64,

@@ -69,7 +69,11 @@ pub async fn back_up(
     let mut report = BackupReport { machines: names.len(), ..BackupReport::default() };
 
     let (address, opened) = (config.address()?, access.clone());
-    let opened = blocking(move || Ok(Repository::open(&address, &opened)?)).await;
+    let opened = blocking(move || {
+        opened.check_signs()?;
+        Ok(Repository::open(&address, &opened)?)
+    });
+    let opened = opened.await;
     let opened = opened.map(Arc::new);
     for name in &names {
         let began = Instant::now();
