@@ -118,7 +118,7 @@ struct Selected {
     packs: HashMap<PackId, Use>,
     /// How many unused bytes the others have at most.
     unused: u64,
-    /// How many of the others may have some, and stay for the signatures of what refers to them.
+    /// How many of the others have some, and stay for the signatures of what refers to them.
     signed: u64,
 }
 
@@ -152,8 +152,9 @@ fn select(
         uses.entry(pack).and_modify(|of| of.used = used);
     }
     left = unused(&uses);
-    let mut found: Vec<(PackId, Use)> = looked_at.iter().map(|pack| (*pack, uses[pack])).collect();
-    found.retain(|(_, of)| of.unused() > 0);
+    let found = looked_at.iter().map(|pack| (*pack, uses[pack])).filter(|(_, of)| of.unused() > 0);
+    let (signed, mut found): (Vec<_>, Vec<(PackId, Use)>) =
+        found.partition(|(pack, _)| fixed.contains(pack));
     // What is copied for each byte that it frees.
     let cost = |of: &Use| of.used as f64 / of.unused() as f64;
     found.sort_by(|(a, of_a), (b, of_b)| cost(of_a).total_cmp(&cost(of_b)).then(a.cmp(b)));
@@ -166,16 +167,15 @@ fn select(
         whole -= of.unused();
         selected.insert(pack, of);
     }
-    let is_signed = |(pack, of): &(&PackId, &Use)| of.unused() > 0 && fixed.contains(pack);
-    let signed = if fits(left, whole) { 0 } else { uses.iter().filter(is_signed).count() as u64 };
+    let signed = if fits(left, whole) { 0 } else { signed.len() as u64 };
     Ok(Selected { packs: selected, unused: left, signed })
 }
 
-/// The packs of which the most may be unused, as many as are looked at in one run.
+/// The packs of which the most may be unused, as many as are looked at in one run; first those that can be
+/// repacked.
 fn most_unused(uses: &HashMap<PackId, Use>, fixed: &HashSet<PackId>) -> HashSet<PackId> {
-    let found = uses.iter().filter(|(pack, of)| of.unused() > 0 && !fixed.contains(pack));
-    let mut found: Vec<(&PackId, &Use)> = found.collect();
-    found.sort_by_key(|(pack, of)| (std::cmp::Reverse(of.unused()), **pack));
+    let mut found: Vec<(&PackId, &Use)> = uses.iter().filter(|(_, of)| of.unused() > 0).collect();
+    found.sort_by_key(|(pack, of)| (fixed.contains(pack), std::cmp::Reverse(of.unused()), **pack));
     let mut bytes = 0;
     let fits = found.into_iter().take_while(|(_, of)| {
         bytes += of.len;
