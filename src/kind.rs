@@ -166,6 +166,8 @@ kinds! {
     SaveUnfinished = "save_unfinished",
     /// The page server of a guest died, and no other can go on in its place.
     ServerLost = "server_lost",
+    /// A snapshot of a repository is not signed with a key that is trusted.
+    SnapshotUntrusted = "snapshot_untrusted",
     /// A living process listens on a socket that the guest would use.
     SocketInUse = "socket_in_use",
     /// The image is whole, but the guest's file systems may still be frozen.

@@ -39,6 +39,11 @@ pub struct BackupConfig {
     /// Whether the repository is opened though it is not encrypted and a key is given.
     #[serde(default)]
     pub allow_plain: bool,
+    /// The file of the private key that signs snapshots.
+    pub sign_key: Option<PathBuf>,
+    /// Files of public keys: only snapshots that are signed with one of these are read.
+    #[serde(default)]
+    pub trust_key: Vec<PathBuf>,
     /// How long a store that does not answer is tried again, in seconds.
     #[serde(default = "default_store_timeout")]
     pub store_timeout_s: u64,
@@ -324,10 +329,14 @@ mod tests {
         );
         assert_eq!(config.retention("web1").unwrap(), None);
         assert!(config.trust.is_empty() && !config.allow_plain);
+        assert!(config.sign_key.is_none() && config.trust_key.is_empty());
         assert_eq!(config.prune_options(), Some(PruneOptions::default()));
-        let more = "trust = [\"a\", \"b\"]\nallow_plain = true\nprune = false\n";
+        let more = "trust = [\"a\", \"b\"]\nallow_plain = true\nprune = false\n\
+                    sign_key = \"/s.pem\"\ntrust_key = [\"/s.pub\", \"/t.pub\"]\n";
         let config = parse(&(more.to_owned() + &machine("qmp = \"/q\""))).unwrap();
         assert!(config.trust == ["a", "b"] && config.allow_plain);
+        assert_eq!(config.sign_key, Some(PathBuf::from("/s.pem")));
+        assert_eq!(config.trust_key, ["/s.pub", "/t.pub"].map(PathBuf::from));
         assert_eq!(config.prune_options(), None);
     }
 }

@@ -69,8 +69,11 @@ pub async fn back_up(
     let mut report = BackupReport { machines: names.len(), ..BackupReport::default() };
 
     let (address, opened) = (config.address()?, access.clone());
-    let opened = blocking(move || Ok(Repository::open(&address, &opened)?)).await;
-    let opened = opened.map(Arc::new);
+    let open = move || {
+        opened.check_signs()?;
+        Ok(Arc::new(Repository::open(&address, &opened)?))
+    };
+    let opened = blocking(open).await;
     for name in &names {
         let began = Instant::now();
         let saved = match &opened {

@@ -66,6 +66,12 @@ pub(super) async fn run(args: BackupArgs) -> Result<(), Failure> {
         trusted => trusted.to_vec(),
     };
     access.plain = config.allow_plain || settings.is_true("allow_plain");
+    let set = |key: &str| settings.get(key).map(|(path, _)| PathBuf::from(path));
+    access.sign_key = config.sign_key.clone().or_else(|| set("sign_key"));
+    access.trust_keys = match &config.trust_key[..] {
+        [] => set("trust_key").into_iter().collect(),
+        trusted => trusted.to_vec(),
+    };
     let json = args.json;
     let cleaner = move |guest: &_, image: &_| keeper::cleaner(guest, image, json);
     let backed_up = back_up(&config, &args.names, &access, cleaner, cancel.clone(), |event| {

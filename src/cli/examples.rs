@@ -168,14 +168,24 @@ const EXAMPLES: &[(&str, &[Example])] = &[
                 "Say with it what differs at the other site",
                 "snapback push web1.snap --path /run/vm=/srv/vm --netdev lan=bridge,br=dmz --repo s3://backups/guests",
             ),
+            (
+                "Sign it",
+                "snapback push web1.snap --sign-key /etc/snapback/sign.pem --repo s3://backups/guests",
+            ),
         ],
     ),
     (
         "snapback pull",
-        &[(
-            "Bring the last snapshot of a machine back as files",
-            "snapback pull web1@latest web1.snap --repo s3://backups/guests",
-        )],
+        &[
+            (
+                "Bring the last snapshot of a machine back as files",
+                "snapback pull web1@latest web1.snap --repo s3://backups/guests",
+            ),
+            (
+                "Only if it is signed",
+                "snapback pull web1@latest web1.snap --trust-key /etc/snapback/sign.pub --repo s3://backups/guests",
+            ),
+        ],
     ),
     ("snapback list", &[("List snapshots", "snapback list --repo s3://backups/guests")]),
     (

@@ -133,6 +133,7 @@ impl Failure {
             | RepositoryUntrusted
             | RequestInvalid
             | SaveUnfinished
+            | SnapshotUntrusted
             | SocketInUse
             | StoreDenied
             | TapInUse

@@ -63,6 +63,7 @@ const NAMES: &[(&str, &str)] = &[
     ("`Access::keys`", "--identity, --passphrase-file or --passphrase-command"),
     ("set `Recipients::to`", "give --encrypt-to RECIPIENT or --encrypt"),
     ("`Access::with_plain`", "--allow-plain"),
+    ("set `Access::sign_key`", "give --sign-key FILE"),
     ("`init()`", "`snapback init --repo`"),
     ("`recover()`", "`snapback save --recover`"),
 ];

@@ -53,8 +53,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         not_of: &["check", "revert", "save"],
         ..setting("repository", "repo", "the repository, by its address")
     },
+    setting("sign_key", "sign_key", "the private key that signs snapshots, a file"),
     setting("socket", "socket", "the daemon's socket"),
     setting("trust", "trust", "fingerprints of the only repositories that are opened, by commas"),
+    setting(
+        "trust_key",
+        "trust_key",
+        "the public keys of the only snapshots that are read, a file",
+    ),
 ];
 
 const fn setting(key: &'static str, argument: &'static str, about: &'static str) -> Setting {

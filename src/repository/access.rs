@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::error::RepositoryError;
 use super::remote::{Reach, StoreWait};
 use crate::cancel::Cancellation;
 
@@ -19,6 +20,11 @@ pub struct Access {
     pub trusted: Vec<String>,
     /// Whether a repository that is not encrypted is opened though a key is given.
     pub plain: bool,
+    /// The file of the private key that signs what is put: Ed25519, PKCS#8 in PEM.
+    pub sign_key: Option<PathBuf>,
+    /// Files of public keys, SPKI in PEM, one or more in each: only what is signed with one of them, or
+    /// with `sign_key`, is read. Where there is none, all is read, signed or not.
+    pub trust_keys: Vec<PathBuf>,
 }
 
 /// Where a key comes from.
@@ -91,6 +97,33 @@ impl Access {
     pub fn with_plain(mut self, plain: bool) -> Access {
         self.plain = plain;
         self
+    }
+
+    /// Signs what is put with the private key in this file.
+    pub fn with_sign_key(mut self, key: Option<PathBuf>) -> Access {
+        self.sign_key = key;
+        self
+    }
+
+    /// Reads only what is signed with one of the keys in these files.
+    pub fn with_trust_keys(mut self, keys: Vec<PathBuf>) -> Access {
+        self.trust_keys = keys;
+        self
+    }
+
+    /// Refuses to put what nobody who trusts these keys would read, before it is made.
+    ///
+    /// # Errors
+    /// When keys are trusted, and none is given that signs.
+    pub(crate) fn check_signs(&self) -> Result<(), RepositoryError> {
+        match self.sign_key.is_none() && !self.trust_keys.is_empty() {
+            true => Err(RepositoryError::Options(
+                "what is pushed would not be signed, and only what is signed is read here: set \
+                 `Access::sign_key`"
+                    .into(),
+            )),
+            false => Ok(()),
+        }
     }
 
     pub(super) fn cancel(&self) -> &Cancellation {

@@ -132,7 +132,17 @@ pub enum RepositoryError {
         /// Why it is not.
         problem: String,
     },
-    /// A key can't be used to encrypt or decrypt with.
+    /// A snapshot is not signed with a key that is trusted.
+    #[error("the snapshot `{snapshot}` of the repository {repository} is not trusted: {problem}")]
+    SnapshotUntrusted {
+        /// The repository's address.
+        repository: String,
+        /// The key of its manifest.
+        snapshot: String,
+        /// Why it is not.
+        problem: &'static str,
+    },
+    /// A key can't be used to encrypt, decrypt, sign or verify with.
     #[error("{0}")]
     KeyInvalid(String),
     /// Options contradict each other.
@@ -206,6 +216,7 @@ impl RepositoryError {
             RepositoryError::NoSuchSnapshot { .. } => ErrorKind::NoSuchSnapshot,
             RepositoryError::Key { .. } | RepositoryError::KeyInvalid(_) => ErrorKind::KeyInvalid,
             RepositoryError::Untrusted { .. } => ErrorKind::RepositoryUntrusted,
+            RepositoryError::SnapshotUntrusted { .. } => ErrorKind::SnapshotUntrusted,
             RepositoryError::Disk(error) => error.kind(),
             RepositoryError::Image(error) => error.kind(),
             RepositoryError::Io { error, .. } => ErrorKind::of_io(error),

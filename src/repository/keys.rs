@@ -150,8 +150,9 @@ impl Keys {
                 .filter(|bytes| bytes.len() == raw)
                 .ok_or("it can't be decompressed")?,
         };
-        // What was encrypted is bound to its name already.
-        match self.encrypt() || self.extent_id(&bytes) == *id {
+        // Where it is encrypted, too: who has the key but not that of a signature could give other bytes its
+        // name.
+        match self.extent_id(&bytes) == *id {
             true => Ok(bytes),
             false => Err("its bytes are not those that its name says".into()),
         }
@@ -311,6 +312,9 @@ mod tests {
                 *altered.last_mut().unwrap() ^= 1;
                 assert!(keys.open_extent(&id, &altered, raw.len()).is_err());
                 assert!(keys.open_extent(&ExtentId([0; 32]), &stored, raw.len()).is_err());
+                // Closed with the right key, under the name of others.
+                let other = keys.close_extent(&id, &[4; 5000], compress);
+                assert!(keys.open_extent(&id, &other, raw.len()).is_err());
             }
         }
     }

@@ -13,6 +13,7 @@ use super::format::pack::{
     split_index, trailer,
 };
 use super::format::packed::{Directory, TAIL, directory, directory_place, read_directory};
+use super::format::signature;
 use super::keys::Keys;
 use super::lease::{Held, Lease};
 use super::reading::repository::Repository;
@@ -20,6 +21,14 @@ use super::writing::known::{close_index, index_key};
 
 /// Longer bodies are refused here: what bounds memory is that a body says how long it is.
 const MOST: u64 = 1 << 20;
+/// A private key and its public one, as OpenSSL writes them.
+const SIGNING_KEYS: &[u8] = b"-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEIEbl6BeHZ2hlu/zX9PnxUIDFLTtttBOOgYHAzlKjij8s
+-----END PRIVATE KEY-----
+-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAIfW+rF+S4GtI8SU+MTZ/7UiMpDkT/TFdA20vG0qTSrU=
+-----END PUBLIC KEY-----
+";
 
 /// Reads bytes as one of the formats; the first byte says which.
 pub fn read_hostile(data: &[u8]) {
@@ -58,6 +67,12 @@ pub fn read_hostile(data: &[u8]) {
             let _ = serde_json::from_slice::<SnapshotManifest>(data).map(|m| m.image().is_some());
             let _ = serde_json::from_slice::<Config>(data);
         }
+        8 => super::signing::read_hostile(data),
+        9 => {
+            if let Some((json, signature)) = signature::split(data) {
+                assert_eq!(signature::join(&json, &signature), data);
+            }
+        }
         6 => {
             let _ = keys.open_extent(&ExtentId([0; 32]), data, data.len().min(1 << 16) + 1);
         }
@@ -88,13 +103,15 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     footer.extend(trailer(as_u32(footer.len()) as usize));
     let packed = [vec![0; 16], directory(&Directory::from([("config".to_owned(), 16..16)]), 16)];
     let object = Keys::none().close(Kind::Manifest, "name", &b"body ".repeat(20), true);
-    let all: [(&str, u8, Vec<u8>); 6] = [
+    let all: [(&str, u8, Vec<u8>); 8] = [
         ("map", 0, map.encode()),
         ("index", 1, join_index(&head, &body)),
         ("footer", 2, footer),
         ("object", 3, object),
         ("packed", 4, packed.concat()),
         ("name", 7, b"web1@2026-11-25T10:30".to_vec()),
+        ("key", 8, SIGNING_KEYS.to_vec()),
+        ("signed", 9, signature::join(br#"{"id":1}"#, &[0xab; signature::SIGNATURE])),
     ];
     all.map(|(name, which, bytes)| (name, [&[which][..], &bytes].concat())).into()
 }
@@ -138,6 +155,7 @@ pub fn put_synthetic(
         files: vec![FileRef::new(Role::Image, "/vm.snap".into(), len, map, None)],
         packs: packs.iter().copied().collect(),
         used: vec![32 << 20; packs.len()],
+        seal: Default::default(),
     };
     let key = repository.manifest_key(&manifest);
     let body = serde_json::to_vec(&manifest).unwrap_or_default();

@@ -7,6 +7,7 @@
 //!
 //! - `format`: the bytes of objects. No I/O.
 //! - `keys`: closes and opens what is stored, encrypted or not.
+//! - `signing`: who has signed a manifest.
 //! - `lease`, `marks`: who is at work, and what will be removed.
 //! - `remote`: a store's objects, with retries and typed errors.
 //! - `reading`: a repository that is open; names; whole files brought back.
@@ -26,6 +27,7 @@ mod lease;
 mod marks;
 mod reading;
 mod remote;
+mod signing;
 mod wrapping;
 mod writing;
 

@@ -13,8 +13,8 @@ qemu-img create -q -f qcow2 /var/lib/vm/disk.qcow2 64M
 guest /run/vm -drive file=/var/lib/vm/disk.qcow2,format=qcow2,if=virtio
 recipient() { age-keygen -y "$1"; }
 
-before 'snapback init *' 'age-keygen -o /run/recovery 2>/dev/null'
-instead 'snapback init *' 'snapback init --encrypt-to "$(recipient /etc/snapback/identity)" \
+before 'snapback init --encrypt-to *' 'age-keygen -o /run/recovery 2>/dev/null'
+instead 'snapback init --encrypt-to *' 'snapback init --encrypt-to "$(recipient /etc/snapback/identity)" \
     --encrypt-to "$(recipient /run/recovery)" --identity /etc/snapback/identity'
 # From here on, on the other host: nothing of the guest is left.
 before 'snapback list' 'export SNAPBACK_IDENTITY=/etc/snapback/identity'
@@ -24,6 +24,11 @@ instead 'snapback revert /srv/*' 'snapback revert /srv/web1.snap --qmp /run/vm/n
     $(grep ^--path /run/pulled)'
 after 'snapback revert /srv/*' 'runs /run/vm/new.sock; end_all'
 instead 'snapback diff *' 'snapback diff "web1@$(date -u +%Y-%m-%d)" web1@latest'
+instead 'snapback init --repo *' 'snapback init --repo s3://backups/signed \
+    --encrypt-to "$(recipient "$SNAPBACK_IDENTITY")"'
+after 'snapback copy * --sign-key *' 'test "$(snapback list --json --repo s3://backups/signed \
+    --trust-key /etc/snapback/sign.pub | wc -l)" -ge 1
+    if snapback list --trust-key /etc/snapback/sign.pub; then die "what is not signed was listed"; fi'
 before 'snapback backup --check-config' 'mkdir -p /var/lib/vm /var/lib/snapback
     qemu-img create -q -f qcow2 /var/lib/vm/disk.qcow2 64M
     guest /run/vm -drive file=/var/lib/vm/disk.qcow2,format=qcow2,if=virtio

@@ -54,7 +54,8 @@ pub fn snapback(repository: &str, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
     command.args(&args[..1]).arg("--json").args(&args[1..]);
     command.env("SNAPBACK_REPOSITORY", repository);
-    for name in ["PASSPHRASE", "PASSPHRASE_FILE", "PASSPHRASE_COMMAND", "IDENTITY", "TRUST"] {
+    let keys = ["PASSPHRASE", "PASSPHRASE_FILE", "PASSPHRASE_COMMAND", "IDENTITY"];
+    for name in keys.into_iter().chain(["TRUST", "TRUST_KEY", "SIGN_KEY"]) {
         command.env_remove(format!("SNAPBACK_{name}"));
     }
     command.stdin(Stdio::null());

@@ -9,4 +9,5 @@ mod harness;
 mod keeping;
 mod network;
 mod repack;
+mod signing;
 mod transfer;

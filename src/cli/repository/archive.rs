@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::events::{ListedSnapshot, RepositoryEvent};
 use super::transfer::{Encryption, tell_pulled};
-use super::{AccessArgs, RepositoryArgs, blocking};
+use super::{AccessArgs, RepositoryArgs, SignArgs, blocking};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, size};
 use crate::repository::{
@@ -25,6 +25,8 @@ pub(in crate::cli) struct PackArgs {
     to: PathBuf,
     #[command(flatten)]
     encryption: Encryption,
+    #[command(flatten)]
+    sign: SignArgs,
     /// Replace an existing file
     #[arg(long)]
     force: bool,
@@ -62,6 +64,7 @@ fn place(path: PathBuf) -> PackedAt {
 /// Packs a snapshot into one file.
 pub(in crate::cli) async fn pack(args: PackArgs) -> Result<(), Failure> {
     let output = Arc::new(Output::new(args.json));
+    let args = PackArgs { repository: args.repository.signing(args.sign.clone()), ..args };
     let access = args.repository.access.access(&output)?;
     let to = place(args.to);
     // An image is a file; a name of a snapshot is taken for one if there is a file of that name.

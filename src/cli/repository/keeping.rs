@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use super::events::{ListedSnapshot, RepositoryEvent};
-use super::{AccessArgs, RepositoryArgs, blocking, on_repository, parse_name, waiting_for};
+use super::{
+    AccessArgs, RepositoryArgs, SignArgs, blocking, on_repository, parse_name, waiting_for,
+};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, print_line, size};
 use crate::cli::parse_share;
@@ -85,6 +87,8 @@ pub(in crate::cli) struct PruneArgs {
     /// of the repository is unused; 100% leaves them as they are
     #[arg(long, value_name = "P%", default_value = "5%", value_parser = parse_share)]
     max_unused: f64,
+    #[command(flatten)]
+    sign: SignArgs,
     /// Only tell what would be done
     #[arg(long)]
     dry_run: bool,
@@ -121,6 +125,8 @@ pub(in crate::cli) struct CopyArgs {
     names: Vec<SnapshotName>,
     #[command(flatten)]
     access: AccessArgs,
+    #[command(flatten)]
+    sign: SignArgs,
     /// Print one JSON object a line
     #[arg(long)]
     pub json: bool,
@@ -203,6 +209,13 @@ impl Output {
                 size(pruned.freed_bytes)
             );
         }
+        if pruned.signed_packs > 0 {
+            says += &format!(
+                "; {} packs are not repacked, since the snapshots in them are signed with another key: give \
+                 theirs by --sign-key",
+                pruned.signed_packs
+            );
+        }
         self.repository(&RepositoryEvent::Pruned { pruned, dry_run }, "pruned", &says);
     }
 }
@@ -215,7 +228,8 @@ pub(in crate::cli) async fn prune(args: PruneArgs) -> Result<(), Failure> {
     options.max_unused = args.max_unused;
     let dry_run = args.dry_run;
     let what = "looking for what nothing refers to";
-    let pruned = waiting_for(what, &args.repository, &output, move |repository, _| {
+    let repository = args.repository.signing(args.sign);
+    let pruned = waiting_for(what, &repository, &output, move |repository, _| {
         prune_all(repository, &options)
     });
     output.pruned(pruned.await?, dry_run);
@@ -296,7 +310,8 @@ pub(in crate::cli) async fn copy(args: CopyArgs) -> Result<(), Failure> {
         let problem = "both are the same repository".to_owned();
         return Err(Failure::said(ErrorKind::OptionsInvalid, problem));
     }
-    let (access, names, told) = (args.access.access(&output)?, args.names, Arc::clone(&output));
+    let access = args.access.access(&output)?.with_sign_key(args.sign.sign_key);
+    let (names, told) = (args.names, Arc::clone(&output));
     blocking(move || {
         let (from, to) = (Repository::open(&from, &access)?, Repository::open(&to, &access)?);
         let manifests = match names.is_empty() {

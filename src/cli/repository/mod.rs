@@ -66,6 +66,13 @@ pub(in crate::cli) struct AccessArgs {
     /// [default: the setting `trust`]
     #[arg(long, value_name = "FINGERPRINT", value_delimiter = ',')]
     trust: Vec<String>,
+    /// Read only snapshots that are signed with a key of this file, public keys of Ed25519 in PEM; can be
+    /// given several times [default: the setting `trust_key`]
+    #[arg(long, value_name = "FILE")]
+    trust_key: Vec<PathBuf>,
+    /// From [`SignArgs`], of commands that put snapshots.
+    #[arg(skip)]
+    sign_key: Option<PathBuf>,
     /// Open or make a repository that is not encrypted though a key is given
     #[arg(
         long,
@@ -81,7 +88,22 @@ pub(in crate::cli) struct AccessArgs {
     allow_plain: bool,
 }
 
+/// With what the snapshots are signed that a command puts.
+#[derive(Args, Clone)]
+pub(super) struct SignArgs {
+    /// Sign what is put with this private key: a file of Ed25519 in PEM, as `openssl genpkey -algorithm
+    /// ed25519` makes it [default: the setting `sign_key`]
+    #[arg(long, value_name = "FILE")]
+    sign_key: Option<PathBuf>,
+}
+
 impl RepositoryArgs {
+    /// The same, and what is put there is signed.
+    fn signing(mut self, sign: SignArgs) -> RepositoryArgs {
+        self.access.sign_key = sign.sign_key;
+        self
+    }
+
     pub fn address(&self) -> Result<Address, Failure> {
         match &self.repo {
             Some(named) => Ok(named.parse()?),
@@ -122,6 +144,8 @@ impl AccessArgs {
             passphrase_file: None,
             passphrase_command: None,
             trust: Vec::new(),
+            trust_key: Vec::new(),
+            sign_key: None,
             allow_plain: false,
         };
         let access = args.uninterrupted(output);
@@ -139,7 +163,9 @@ impl AccessArgs {
             .with_patience(self.store_timeout)
             .with_waits(move |wait| tell.store_wait(&wait));
         let trusted = self.trust.iter().map(|one| one.trim().to_owned()).collect();
-        access.with_keys(self.keys()).with_trusted(trusted).with_plain(self.allow_plain)
+        let access = access.with_keys(self.keys()).with_trusted(trusted);
+        let access = access.with_trust_keys(self.trust_key.clone());
+        access.with_sign_key(self.sign_key.clone()).with_plain(self.allow_plain)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::RepositoryArgs;
+use super::{RepositoryArgs, SignArgs};
 use crate::backup::{BackupError, Spool};
 use crate::cli::failure::Failure;
 use crate::cli::host::SiteArgs;
@@ -26,6 +26,8 @@ pub(in crate::cli) struct SaveToArgs {
     /// With a repository: tag the snapshot; can be given several times
     #[arg(long, value_name = "TAG")]
     tag: Vec<String>,
+    #[command(flatten)]
+    sign: SignArgs,
     #[command(flatten)]
     site: SiteArgs,
 }
@@ -57,7 +59,8 @@ impl SaveToArgs {
         options.tags = self.tag.into_iter().collect();
         options.profile = self.site.profile();
         let spool = self.spool.unwrap_or_else(|| DaemonOptions::new().state.join("spool"));
-        let access = self.repository.access.access(output)?;
+        let access = self.repository.signing(self.sign).access.access(output)?;
+        access.check_signs()?;
         let opened = tokio::task::spawn_blocking(move || {
             let repository = Repository::open(&address, &access)?;
             let spool = Spool::make(&spool, &machine)?;

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use clap::Args;
 
 use super::events::ListedSnapshot;
-use super::{RepositoryArgs, RepositoryEvent, blocking, on_repository, parse_name, waiting_for};
+use super::{
+    RepositoryArgs, RepositoryEvent, SignArgs, blocking, on_repository, parse_name, waiting_for,
+};
 use crate::cli::failure::Failure;
 use crate::cli::host::SiteArgs;
 use crate::cli::output::{Output, print_line, print_table, size};
@@ -63,6 +65,8 @@ pub(in crate::cli) struct PushArgs {
     /// Tag the snapshot; can be given several times
     #[arg(long, value_name = "TAG")]
     tag: Vec<String>,
+    #[command(flatten)]
+    sign: SignArgs,
     #[command(flatten)]
     site: SiteArgs,
     /// Push memory alone, without the files of its disks
@@ -141,7 +145,8 @@ pub(in crate::cli) async fn push(args: PushArgs) -> Result<(), Failure> {
     options.tags = args.tag.into_iter().collect();
     options.no_disks = args.no_disks;
     options.profile = args.site.profile();
-    let pushed = on_repository(&args.repository, &output, move |repository, output| {
+    let repository = args.repository.signing(args.sign);
+    let pushed = on_repository(&repository, &output, move |repository, output| {
         push_files(repository, &options, |moved| output.moved(moved))
     });
     output.pushed(&pushed.await?);

@@ -50,6 +50,23 @@ pub struct SnapshotManifest {
     /// pack as a whole need not read what they consist of. It may be more than this.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub used: Vec<u64>,
+    /// Who has signed it. Whether it is signed when it is put follows from this.
+    #[serde(skip)]
+    pub(crate) seal: Seal,
+}
+
+/// Who has signed a manifest, as far as the keys tell that are given.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Seal {
+    /// Nobody.
+    #[default]
+    None,
+    /// Somebody else; or it was altered since, or is in another one's place.
+    Unknown,
+    /// Who has a key that is trusted.
+    Trusted,
+    /// Who has the key that this program signs with.
+    Own,
 }
 
 /// A file of a snapshot.

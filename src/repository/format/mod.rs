@@ -11,4 +11,5 @@ pub mod manifest;
 pub mod map;
 pub mod pack;
 pub mod packed;
+pub mod signature;
 pub mod time;

@@ -17,10 +17,11 @@ use crate::repository::writing::known::{Known, Place};
 use crate::repository::writing::packer::Packer;
 
 /// Copies a snapshot, with its tags. What is there already is not sent again, nor fetched where both
-/// repositories are not encrypted. Returns its manifest there, and whether it was there before.
+/// repositories are not encrypted. It is signed anew, with the key given for that, or not at all: a
+/// signature holds in one repository. Returns its manifest there, and whether it was there before.
 ///
 /// # Errors
-/// When it can't be read or written.
+/// When it can't be read or written; when it is there already, and would have been signed.
 pub fn copy(
     from: &Repository,
     manifest: &SnapshotManifest,
@@ -30,7 +31,7 @@ pub fn copy(
     let tags = from.tags_of(manifest.id)?;
     tag(to, manifest, &tags, &Default::default())?;
     if let Some(there) = to.find(manifest)? {
-        return Ok((to.manifest(&there)?, true));
+        return Ok((to.was_there(to.manifest(&there)?)?, true));
     }
     let key = to.manifest_key(manifest);
     let reads = Held::put(from, &Lease::reading(manifest))?;
@@ -72,7 +73,7 @@ impl<'a> Copying<'a> {
         mut self,
         manifest: &SnapshotManifest,
     ) -> Result<(SnapshotManifest, Vec<PackId>), RepositoryError> {
-        let mut copied = manifest.clone();
+        let mut copied = SnapshotManifest { seal: self.to.signing.own_seal(), ..manifest.clone() };
         self.moved.total = manifest.bytes;
         let mut maps: HashMap<MapId, FileMap> = HashMap::new();
         let mut ids: HashMap<MapId, MapId> = HashMap::new();

@@ -85,6 +85,9 @@ pub struct Pruned {
     pub freed_bytes: u64,
     /// Bytes of the packs that stay that nothing needs, at most.
     pub unused_bytes: u64,
+    /// Packs that would be repacked as well, but snapshots that refer to them are signed with a key that was
+    /// not given: put anew, these would not be signed any more.
+    pub signed_packs: u64,
     /// Who keeps marks from being carried out.
     pub held_by: Vec<String>,
 }
@@ -164,6 +167,7 @@ fn repack_some(
     let done = repack::repack(repository, &stay, &look.manifests, most, options.dry_run)?;
     (pruned.repacked_packs, pruned.repacked_bytes) = (done.packs, done.bytes);
     (pruned.freed_bytes, pruned.unused_bytes) = (done.freed, done.unused);
+    pruned.signed_packs = done.signed;
     let mut left = done.left;
     if left.is_empty() {
         return Ok(());

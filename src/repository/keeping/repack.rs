@@ -27,6 +27,7 @@ use crate::repository::lease::{Held, Lease};
 use crate::repository::marks::Mark;
 use crate::repository::reading::pull::parts;
 use crate::repository::reading::repository::{Repository, map_key};
+use crate::repository::signing::is_renewable;
 use crate::repository::writing::known::Place;
 use crate::repository::writing::packer::Packer;
 
@@ -47,13 +48,16 @@ pub struct Repacked {
     pub freed: u64,
     /// Bytes of the packs that stay that nothing needs, at most.
     pub unused: u64,
+    /// Packs that would be repacked as well, if what refers to them could be signed.
+    pub signed: u64,
     /// What is left over, unless somebody still refers to it.
     pub left: Mark,
 }
 
 /// Repacks as many of these packs, each with its length, as brings their unused bytes under the share
 /// `most` of all their bytes; first those of which the least has to be copied for what it frees. These
-/// manifests are all that refer to them.
+/// manifests are all that refer to them. Packs stay to which one refers that is signed with another key
+/// than is given here for that.
 ///
 /// # Errors
 /// When the store fails, or something is damaged. Snapshots are whole nevertheless.
@@ -64,11 +68,11 @@ pub fn repack(
     most: f64,
     dry_run: bool,
 ) -> Result<Repacked, RepositoryError> {
-    let (selected, unused) = select(repository, packs, manifests, most)?;
+    let Selected { packs: selected, unused, signed } = select(repository, packs, manifests, most)?;
     let bytes: u64 = selected.values().map(|of| of.used).sum();
     let freed = selected.values().map(Use::unused).sum();
-    let mut repacked =
-        Repacked { packs: selected.len() as u64, bytes, freed, unused, left: Mark::default() };
+    let (packs, left) = (selected.len() as u64, Mark::default());
+    let mut repacked = Repacked { packs, bytes, freed, unused, signed, left };
     if selected.is_empty() || dry_run {
         return Ok(repacked);
     }
@@ -108,13 +112,23 @@ impl Use {
     }
 }
 
-/// Which packs are repacked, and how many unused bytes the others have at most.
+/// Which packs are repacked.
+#[derive(Default)]
+struct Selected {
+    packs: HashMap<PackId, Use>,
+    /// How many unused bytes the others have at most.
+    unused: u64,
+    /// How many of the others have some, and stay for the signatures of what refers to them.
+    signed: u64,
+}
+
+/// Selects the packs that are repacked.
 fn select(
     repository: &Repository,
     packs: &HashMap<PackId, u64>,
     manifests: &[SnapshotManifest],
     most: f64,
-) -> Result<(HashMap<PackId, Use>, u64), RepositoryError> {
+) -> Result<Selected, RepositoryError> {
     let mut uses: HashMap<PackId, Use> = HashMap::new();
     for (pack, used) in manifests.iter().flat_map(SnapshotManifest::used) {
         if let Some(&len) = packs.get(&pack) {
@@ -128,15 +142,19 @@ fn select(
     // What manifests tell is mostly enough: of a pack whose own snapshot is there, all is used.
     let mut left = unused(&uses);
     if fits(left, whole) {
-        return Ok((HashMap::new(), left));
+        return Ok(Selected { unused: left, ..Selected::default() });
     }
-    let looked_at = most_unused(&uses);
+    // A manifest that is put anew would lose a signature with another key: what it refers to stays.
+    let fixed = manifests.iter().filter(|of| !is_renewable(of.seal));
+    let fixed: HashSet<PackId> = fixed.flat_map(|of| of.packs.iter().copied()).collect();
+    let looked_at = most_unused(&uses, &fixed);
     for (pack, used) in look_at(repository, manifests, &looked_at)? {
         uses.entry(pack).and_modify(|of| of.used = used);
     }
     left = unused(&uses);
-    let mut found: Vec<(PackId, Use)> = looked_at.iter().map(|pack| (*pack, uses[pack])).collect();
-    found.retain(|(_, of)| of.unused() > 0);
+    let found = looked_at.iter().map(|pack| (*pack, uses[pack])).filter(|(_, of)| of.unused() > 0);
+    let (signed, mut found): (Vec<_>, Vec<(PackId, Use)>) =
+        found.partition(|(pack, _)| fixed.contains(pack));
     // What is copied for each byte that it frees.
     let cost = |of: &Use| of.used as f64 / of.unused() as f64;
     found.sort_by(|(a, of_a), (b, of_b)| cost(of_a).total_cmp(&cost(of_b)).then(a.cmp(b)));
@@ -149,13 +167,15 @@ fn select(
         whole -= of.unused();
         selected.insert(pack, of);
     }
-    Ok((selected, left))
+    let signed = if fits(left, whole) { 0 } else { signed.len() as u64 };
+    Ok(Selected { packs: selected, unused: left, signed })
 }
 
-/// The packs of which the most may be unused, as many as are looked at in one run.
-fn most_unused(uses: &HashMap<PackId, Use>) -> HashSet<PackId> {
+/// The packs of which the most may be unused, as many as are looked at in one run; first those that can be
+/// repacked.
+fn most_unused(uses: &HashMap<PackId, Use>, fixed: &HashSet<PackId>) -> HashSet<PackId> {
     let mut found: Vec<(&PackId, &Use)> = uses.iter().filter(|(_, of)| of.unused() > 0).collect();
-    found.sort_by_key(|(pack, of)| (std::cmp::Reverse(of.unused()), **pack));
+    found.sort_by_key(|(pack, of)| (fixed.contains(pack), std::cmp::Reverse(of.unused()), **pack));
     let mut bytes = 0;
     let fits = found.into_iter().take_while(|(_, of)| {
         bytes += of.len;
@@ -302,7 +322,7 @@ fn replace(
     new: &SnapshotManifest,
 ) -> Result<Option<String>, RepositoryError> {
     let (key, old) = (repository.manifest_key(new), repository.manifest_key(old));
-    let object = repository.close_json(Kind::Manifest, &key, new, false);
+    let object = repository.close_manifest(&key, new);
     if !repository.remote.create(&key, object)? {
         return Ok(None);
     }

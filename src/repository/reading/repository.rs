@@ -14,11 +14,12 @@ use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{
     Fingerprint, MapId, PackId, RepositoryId, SnapshotId, random,
 };
-use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, SnapshotManifest, is_name};
+use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, Seal, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
 use crate::repository::format::time::{read_stamp, stamp};
 use crate::repository::keys::Keys;
 use crate::repository::remote::{Address, Listing, Remote};
+use crate::repository::signing::Signing;
 use crate::repository::wrapping;
 
 /// Length of the extents of disks.
@@ -33,6 +34,7 @@ pub struct Repository {
     pub(in crate::repository) remote: Remote,
     pub(in crate::repository) keys: Keys,
     pub(in crate::repository) access: Access,
+    pub(in crate::repository) signing: Signing,
     config: Config,
 }
 
@@ -70,12 +72,15 @@ impl Repository {
         recipients: &wrapping::Recipients,
     ) -> Result<Repository, RepositoryError> {
         recipients.check(access)?;
-        Repository::init_on(Remote::connect(address, &access.reach, true)?, access, recipients)
+        let signing = Signing::read(access)?;
+        let remote = Remote::connect(address, &access.reach, true)?;
+        Repository::init_on(remote, access, signing, recipients)
     }
 
     pub(in crate::repository) fn init_on(
         remote: Remote,
         access: &Access,
+        signing: Signing,
         recipients: &wrapping::Recipients,
     ) -> Result<Repository, RepositoryError> {
         let (keys, encryption) = wrapping::new_keys(recipients, access)?;
@@ -89,7 +94,7 @@ impl Repository {
         // Plain data, which always can be written.
         let bytes = serde_json::to_vec_pretty(&config).unwrap_or_default();
         match remote.create("config", bytes)? {
-            true => Ok(Repository { remote, keys, access: access.clone(), config }),
+            true => Ok(Repository { remote, keys, access: access.clone(), signing, config }),
             false => Err(RepositoryError::Exists(remote.name().to_owned())),
         }
     }
@@ -99,6 +104,7 @@ impl Repository {
     /// # Errors
     /// When there is none, the store does not answer, no key opens it, or it is not trusted.
     pub fn open(address: &Address, access: &Access) -> Result<Repository, RepositoryError> {
+        let signing = Signing::read(access)?;
         let remote = Remote::connect(address, &access.reach, false)?;
         let bytes = match remote.get("config") {
             Err(StoreError { failure: StoreFailure::NotFound, .. }) => {
@@ -132,7 +138,7 @@ impl Repository {
             repository: remote.name().to_owned(),
             problem,
         })?;
-        Ok(Repository { remote, keys, access: access.clone(), config })
+        Ok(Repository { remote, keys, access: access.clone(), signing, config })
     }
 
     /// Its address, without credentials.
@@ -308,8 +314,9 @@ impl Repository {
         &self,
         key: &str,
     ) -> Result<SnapshotManifest, RepositoryError> {
-        let bytes = self.remote.get(key)?;
-        self.open_manifest(key, &bytes)
+        let manifest = self.open_manifest(key, &self.remote.get(key)?)?;
+        self.check_seal(&manifest)?;
+        Ok(manifest)
     }
 
     /// Reads the manifests of snapshots, in their order. What has been removed meanwhile is left out.
@@ -319,6 +326,16 @@ impl Repository {
     }
 
     pub(in crate::repository) fn manifests_of(
+        &self,
+        snapshots: &[Snapshot],
+    ) -> Result<Vec<SnapshotManifest>, RepositoryError> {
+        let read = self.manifests_by_anybody(snapshots)?;
+        read.iter().try_for_each(|manifest| self.check_seal(manifest))?;
+        Ok(read)
+    }
+
+    /// The same, whoever has signed them: whoever asks looks at the seal.
+    pub(in crate::repository) fn manifests_by_anybody(
         &self,
         snapshots: &[Snapshot],
     ) -> Result<Vec<SnapshotManifest>, RepositoryError> {
@@ -333,11 +350,56 @@ impl Repository {
     }
 
     fn open_manifest(&self, key: &str, bytes: &[u8]) -> Result<SnapshotManifest, RepositoryError> {
-        let manifest: SnapshotManifest =
-            self.open_json(Kind::Manifest, key, bytes, MAX_MANIFEST)?;
+        let damaged = |problem| self.damaged(key, problem);
+        let json = self.keys.open(Kind::Manifest, key, bytes, MAX_MANIFEST).map_err(damaged)?;
+        let (json, seal) = self.signing.open(self.id(), key, json);
+        let manifest = serde_json::from_slice(&json).map_err(|e| damaged(e.to_string()))?;
+        let manifest = SnapshotManifest { seal, ..manifest };
         match self.manifest_key(&manifest) == key && is_name(&manifest.machine) {
             true => Ok(manifest),
             false => Err(self.damaged(key, "it is the manifest of another snapshot".into())),
+        }
+    }
+
+    /// Refuses a manifest that is not signed with a key that is trusted, where one is.
+    fn check_seal(&self, manifest: &SnapshotManifest) -> Result<(), RepositoryError> {
+        let problem = self.signing.check(manifest.seal);
+        problem.map_err(|problem| self.untrusted(manifest, problem))
+    }
+
+    fn untrusted(&self, manifest: &SnapshotManifest, problem: &'static str) -> RepositoryError {
+        let (repository, snapshot) = (self.name().to_owned(), self.manifest_key(manifest));
+        RepositoryError::SnapshotUntrusted { repository, snapshot, problem }
+    }
+
+    /// A manifest as it is put, signed if its seal says so.
+    pub(in crate::repository) fn close_manifest(
+        &self,
+        key: &str,
+        manifest: &SnapshotManifest,
+    ) -> Vec<u8> {
+        // Plain data, which always can be written.
+        let json = serde_json::to_vec(manifest).unwrap_or_default();
+        let json = match manifest.seal {
+            Seal::Own => self.signing.sign(self.id(), key, json),
+            Seal::None | Seal::Unknown | Seal::Trusted => json,
+        };
+        self.keys.close(Kind::Manifest, key, &json, false)
+    }
+
+    /// A manifest that was found where one was to be put: it stands for that only if it is signed as well,
+    /// where that would have been.
+    pub(in crate::repository) fn was_there(
+        &self,
+        found: SnapshotManifest,
+    ) -> Result<SnapshotManifest, RepositoryError> {
+        match self.signing.relies_on(found.seal) {
+            true => Ok(found),
+            false => Err(self.untrusted(
+                &found,
+                "it is there already, and signed neither with this key nor with one that is trusted: \
+                 forget it, and put it again",
+            )),
         }
     }
 

@@ -16,6 +16,7 @@ use crate::repository::keeping::copy::copy;
 use crate::repository::reading::pull::{PullOptions, Pulled, pull};
 use crate::repository::reading::repository::Repository;
 use crate::repository::remote::{Address, Remote};
+use crate::repository::signing::Signing;
 use crate::repository::wrapping::Recipients;
 
 /// How much is written at once.
@@ -61,6 +62,7 @@ pub fn pack(
 ) -> Result<SnapshotManifest, RepositoryError> {
     let io = |error| RepositoryError::io("writing", name(to), error);
     options.recipients.check(access)?;
+    let signing = Signing::read(access)?;
     let (target, writer): (_, Box<dyn Write + Send>) = match to {
         PackedAt::Standard => (None, Box::new(io::stdout())),
         PackedAt::File(path) => {
@@ -71,7 +73,7 @@ pub fn pack(
     };
     let writer = BufWriter::with_capacity(BUFFER, writer);
     let remote = Remote::packed(name(to).display().to_string(), Box::new(writer), &access.reach)?;
-    let packed = Repository::init_on(remote, access, &options.recipients)?;
+    let packed = Repository::init_on(remote, access, signing, &options.recipients)?;
     let manifest = match source {
         PackSource::Files(options) => push(&packed, options, on_progress)?.manifest,
         PackSource::Snapshot(from, manifest) => copy(from, manifest, &packed, on_progress)?.0,

@@ -35,10 +35,10 @@ pub fn commit(
         let (manifest, missing) = attempt(&gone)?;
         if missing.is_empty() && lease.gaps() == gaps {
             failpoint("push-before-manifest");
-            let object = repository.close_json(Kind::Manifest, key, &manifest, false);
+            let object = repository.close_manifest(key, &manifest);
             return Ok(match repository.remote.create(key, object)? {
                 true => (manifest, false),
-                false => (repository.manifest_at(key)?, true),
+                false => (repository.was_there(repository.manifest_at(key)?)?, true),
             });
         }
         gone.extend(missing);

@@ -67,13 +67,15 @@ pub struct Pushed {
 /// A push that was killed is continued by the next one.
 ///
 /// # Errors
-/// When files can't be read, have changed since the snapshot, or the store fails. What was sent
+/// When files can't be read, have changed since the snapshot, or the store fails; when keys are trusted and
+/// none signs; when the snapshot is there already, and not signed with one of these. What was sent
 /// stays there for the next push, until a prune removes it.
 pub fn push(
     repository: &Repository,
     options: &PushOptions,
     mut on_progress: impl FnMut(Moved),
 ) -> Result<Pushed, RepositoryError> {
+    repository.access.check_signs()?;
     let (image, files) = sources(&options.image, !options.no_disks)?;
     let machine = options.machine.clone().or_else(|| machine_name(&image.machine.argv));
     let stem = || options.image.file_stem().map(|stem| stem.to_string_lossy().into_owned());
@@ -97,6 +99,7 @@ pub fn push(
         files: Vec::new(),
         packs: BTreeSet::new(),
         used: Vec::new(),
+        seal: repository.signing.own_seal(),
     };
     let key = repository.manifest_key(&manifest);
     // A tag of what is not there yet is nothing to anybody.
@@ -104,7 +107,8 @@ pub fn push(
         repository.remote.put(&repository.tag_key(manifest.id, tag), bytes::Bytes::new())?;
     }
     if let Some(there) = repository.find(&manifest)? {
-        return Ok(Pushed { manifest: repository.manifest(&there)?, was_there: true });
+        let manifest = repository.was_there(repository.manifest(&there)?)?;
+        return Ok(Pushed { manifest, was_there: true });
     }
     let lease = Held::put(repository, &Lease::new(true))?;
     let (manifest, was_there) = lease.while_held(|| {
@@ -368,7 +372,9 @@ fn images_there(
     }
     let mut there = repository.snapshots_of(&manifest.machine)?;
     there.retain(|snapshot| manifest.parents.contains(&snapshot.id));
-    let manifests = repository.manifests_of(&there)?;
+    // Where we sign for what an image consists of, we take it from nobody's word: it is cut anew.
+    let mut manifests = repository.manifests_by_anybody(&there)?;
+    manifests.retain(|of| repository.signing.relies_on(of.seal));
     let image = |of: SnapshotManifest| Some((of.id, of.image()?.clone()));
     Ok(manifests.into_iter().filter_map(image).collect())
 }
