@@ -54,9 +54,8 @@ impl Site {
     }
 }
 
-/// A guest with two disks that has been saved, pushed and ended: nothing is left of it but the
-/// repository. Returns where its sockets were, and the sum of its memory.
-fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
+/// A guest with two disks, which stands still: with the sum of its memory.
+pub fn boot(dir: &Dir, qemu: Qemu) -> Result<(Guest, String)> {
     let disks = Disk::two(&dir.path(""), 64)?;
     let fill = Fill::Mib(48);
     let options =
@@ -67,6 +66,13 @@ fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
         guest.oracle.ask(&format!("disk write /dev/{device} 2048 1"))?;
     }
     let sum = guest.oracle.sum()?;
+    Ok((guest, sum))
+}
+
+/// Such a guest that has been saved, pushed and ended: nothing is left of it but the repository. Returns
+/// where its sockets were, and the sum of its memory.
+fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
+    let (guest, sum) = boot(dir, qemu)?;
     dir.save(&guest, "vm.snap").with(&["--disks", "copy"]).succeed()?;
     let from = guest.dir.clone();
     drop(guest);
@@ -86,7 +92,7 @@ fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
 }
 
 /// Memory and disks are those of the moment.
-fn is_right(reverted: &mut Reverted, sum: &str) -> Result<()> {
+pub fn is_right(reverted: &mut Reverted, sum: &str) -> Result<()> {
     assert_eq!(reverted.oracle.sum()?, sum);
     for device in ["vda", "vdb"] {
         let answer = reverted.oracle.ask(&format!("disk check /dev/{device} 2048 1"))?;

@@ -13,7 +13,7 @@ use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{
-    Fingerprint, MapId, PackId, RepositoryId, SnapshotId, random,
+    Fingerprint, MapId, ObjectId, PackId, RepositoryId, SnapshotId, random,
 };
 use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, Seal, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
@@ -152,6 +152,16 @@ impl Repository {
             problem,
         })?;
         Ok(Repository { remote, keys, access: access.clone(), signing, config })
+    }
+
+    /// Finds out whether its store minds the condition that nothing is there when an object is put. One that
+    /// does not lets two who push the same snapshot at once, or make a repository at the same place, put theirs
+    /// both; the last one stands.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn minds_conditions(&self) -> Result<bool, RepositoryError> {
+        Ok(self.remote.minds_conditions(&format!("probes/{}", ObjectId(random())))?)
     }
 
     /// Its address, without credentials.

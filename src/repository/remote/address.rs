@@ -46,6 +46,14 @@ impl FromStr for Address {
     }
 }
 
+impl Address {
+    /// Whether it is of a server that speaks WebDAV.
+    pub(super) fn is_http(&self) -> bool {
+        let is = |url: &str| url.starts_with("http://") || url.starts_with("https://");
+        matches!(self, Address::Store(url) if is(url))
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
