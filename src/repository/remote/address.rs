@@ -52,6 +52,17 @@ impl Address {
         let is = |url: &str| url.starts_with("http://") || url.starts_with("https://");
         matches!(self, Address::Store(url) if is(url))
     }
+
+    /// All of it, secrets that its query may have included: for nobody's eyes.
+    pub(crate) fn full(&self) -> String {
+        match self {
+            Address::Directory(path) => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                path.display().to_string()
+            }
+            Address::Store(url) => url.clone(),
+        }
+    }
 }
 
 impl fmt::Display for Address {
