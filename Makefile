@@ -2,7 +2,7 @@
 # needs none of it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest debian s3s prepared test newer newest openqa python loom miri torture soak demo bench fmt lint deny
+.PHONY: help setup guest debian s3s prepared test newer newest openqa stores python loom miri torture soak demo bench fmt lint deny
 .PHONY: man docs tutorial tutorial-clean howtos deb deb-test reproducible package static minimum sbom clean
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make newer   run the tests of libvirt with libvirt 11.3 and QEMU 10.0"
 	@echo "make newest  run the tests of guests with QEMU 11.1, which it unpacks"
 	@echo "make openqa  run os-autoinst of Debian 13 with its own milestones and by snapback (asks for root)"
+	@echo "make stores  run a round of a guest in stores of each kind beside S3, which it unpacks and starts"
 	@echo "make python  check, build and test the Python client, without a daemon"
 	@echo "make loom    try every interleaving of the page claims"
 	@echo "make miri    run under Miri what needs no kernel (installs a nightly toolchain)"
@@ -75,6 +76,9 @@ newest: prepared
 openqa: guest
 	cargo build --locked --release --bin snapback
 	@scripts/openqa.sh target/release/snapback
+
+stores: guest
+	@scripts/stores.sh cargo test --locked --features $(FEATURES) --test e2e -- --ignored stores::
 
 python:
 	@scripts/python.sh
@@ -189,4 +193,4 @@ GUEST_TARGET := $(DEPS)/guest-target
 LOOM_TARGET := $(DEPS)/loom-target
 MIRI_TARGET := $(DEPS)/miri-target
 # What set-up makes there, by name: the directory may hold other files.
-MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-s3s lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps trixie vmlinux vmlinuz
+MADE := apt arm64 bare-bookworm bare-trixie cargo-deb-3.8.0 cargo-deny-0.20.2 clean-bookworm clean-trixie debian.raw downloads guest-target initramfs.cpio kernel libvirt-11.3 lock lock-clean lock-newest lock-s3s lock-trixie loom-target mdbook-0.5.4 miri-target python openqa-itself.log openqa-snapback.log qemu-10.0 qemu-11.1 s3s-fs s3s-target stamps stores trixie vmlinux vmlinuz

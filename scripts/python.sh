@@ -87,7 +87,7 @@ check() {
     "$venv/bin/vermin" --quiet --no-tips --target=3.9- src
     PYTHONPATH=$client/src "$venv/bin/python" "$here/check_examples.py" "$examples"
     (cd "$here/.." && "$venv/bin/shellcheck" -x -P SCRIPTDIR examples/*/*.sh packaging/deb*/* \
-        scripts/{python,deb,deb_inside,deb_test,docs,howtos,howtos_inside,minimum,newest,package,reproducible,s3s,static,tutorial,tutorial_clean}.sh \
+        scripts/{python,deb,deb_inside,deb_test,docs,howtos,howtos_inside,minimum,newest,package,reproducible,s3s,static,stores,tutorial,tutorial_clean}.sh \
         tests/howtos/*.sh)
     "$here/docs.sh" links
 }

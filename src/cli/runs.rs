@@ -73,9 +73,13 @@ pub(super) async fn ps(args: PsArgs) -> Result<(), Failure> {
     for run in runs.iter().filter(|run| run.is_stuck()) {
         let (id, image) = (&run.id, run.image.display());
         let pid = run.qemu_pid.unwrap_or_default();
+        let goes_on = match run.image.exists() {
+            true => format!("`snapback resume {image} --pid {pid}` goes on with it"),
+            // One of a repository.
+            false => format!("{image} is not on this host; `snapback stop {id}` ends it"),
+        };
         print_line(&format!(
-            "{id} waits for memory that nobody brings: its server and keeper were killed; \
-             `snapback resume {image} --pid {pid}` goes on with it"
+            "{id} waits for memory that nobody brings: its server and keeper were killed; {goes_on}"
         ));
     }
     if runs.iter().any(Run::is_over) {

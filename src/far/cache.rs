@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// How much is written between two looks at how much there is.
@@ -19,7 +20,7 @@ const LOOK_EVERY: u64 = 256 << 20;
 const REMOVE_PERCENT: u64 = 10;
 
 /// Where things are kept, and how many.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct CacheOptions {
     /// The directory. By default `$XDG_CACHE_HOME/snapback`, or `~/.cache/snapback`.

@@ -6,9 +6,11 @@
 //! - `nbd`: that file as a disk that QEMU reads.
 //! - `watch`: whether the store answers.
 //! - `snapshot`: an image, its parents and its disks, opened from afar.
+//! - `again`: how another process opens it again.
 //!
 //! Nothing here runs a guest.
 
+mod again;
 mod cache;
 mod fetch;
 mod file;
@@ -18,6 +20,7 @@ mod snapshot;
 mod store;
 mod watch;
 
+pub(crate) use again::FarAgain;
 pub use cache::CacheOptions;
 pub use snapshot::{FarOptions, FarSnapshot};
 pub use watch::Answering;

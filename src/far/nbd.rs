@@ -82,7 +82,8 @@ struct Served {
 }
 
 impl Exports {
-    /// Serves these files, by their names.
+    /// Serves these files, by their names, on a new socket, or in the place of a process that has died on
+    /// this one: who reads them connects again.
     ///
     /// # Errors
     /// When the socket can't be made.
@@ -90,14 +91,23 @@ impl Exports {
         files: HashMap<String, Arc<FarFile>>,
         watch: Arc<Watch>,
         patience: Duration,
+        inherited: Option<PathBuf>,
     ) -> io::Result<Exports> {
-        // What is served is a secret: nobody else gets into the directory.
-        let name = format!("snapback-disks-{}", Uuid::new_v4().simple());
-        let directory = std::env::temp_dir().join(name);
-        DirBuilder::new().mode(0o700).create(&directory)?;
-        let socket = directory.join("nbd.sock");
+        let socket = match inherited {
+            Some(socket) => {
+                let _ = std::fs::remove_file(&socket);
+                socket
+            }
+            None => {
+                // What is served is a secret: nobody else gets into the directory.
+                let name = format!("snapback-disks-{}", Uuid::new_v4().simple());
+                let directory = std::env::temp_dir().join(name);
+                DirBuilder::new().mode(0o700).create(&directory)?;
+                directory.join("nbd.sock")
+            }
+        };
         let listener = UnixListener::bind(&socket).inspect_err(|_| {
-            let _ = std::fs::remove_dir(&directory);
+            let _ = socket.parent().map(std::fs::remove_dir);
         })?;
         let cancel = Cancellation::new();
         let served = Arc::new(Served { files, watch, patience, cancel: cancel.clone() });

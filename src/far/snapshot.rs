@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::again::FarAgain;
 use super::cache::{Cache, CacheOptions};
 use super::fetch::Fetchers;
 use super::file::{FarFile, Origin};
@@ -20,7 +21,7 @@ use super::watch::{Answering, Watch};
 use crate::image::Image;
 use crate::repository::{
     Access, Address, FileMap, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId,
-    SnapshotManifest, SnapshotName,
+    SnapshotManifest, SnapshotName, StoreWait,
 };
 
 /// How long the end of a session waits for its lease to be removed. One that stays ends by itself.
@@ -59,13 +60,15 @@ pub struct FarSnapshot {
 
 struct Shared {
     name: String,
+    options: FarOptions,
     manifest: SnapshotManifest,
     image: Arc<Image>,
     /// The files of the image and of its parents.
     memory: Vec<Arc<FarFile>>,
     disks: Vec<FarDisk>,
     origin: Arc<Origin>,
-    patience: Duration,
+    /// The socket that its disks have been served by already, where another process has opened it before.
+    socket: Option<PathBuf>,
     /// What serves its disks, once somebody reads them.
     exports: Mutex<Option<Exports>>,
     lease: Mutex<Option<(Sender<()>, Receiver<()>)>>,
@@ -94,6 +97,34 @@ impl FarSnapshot {
     /// When the repository can't be reached, has no such snapshot, or is damaged; when the cache can't
     /// be made.
     pub fn open(options: &FarOptions) -> Result<FarSnapshot, RepositoryError> {
+        FarSnapshot::find(options, |repository| repository.resolve(&options.name), None)
+    }
+
+    /// Opens a snapshot again that another process has opened; its disks will be served where that has served
+    /// them. `tell` is told when the store is waited for.
+    ///
+    /// # Errors
+    /// As [`FarSnapshot::open`].
+    pub(crate) fn open_again(
+        again: &FarAgain,
+        tell: impl Fn(StoreWait) + Send + Sync + 'static,
+    ) -> Result<FarSnapshot, RepositoryError> {
+        let (options, socket) = (again.options(tell)?, again.socket.clone());
+        FarSnapshot::find(&options, |_| Ok(again.manifest.clone()), socket)
+    }
+
+    /// How another process opens it again.
+    pub(crate) fn again(&self) -> FarAgain {
+        let exports = self.shared.exports.lock().unwrap_or_else(PoisonError::into_inner);
+        let socket = exports.as_ref().map(|exports| exports.socket().to_owned());
+        FarAgain::new(&self.shared.options, &self.shared.manifest, socket)
+    }
+
+    fn find(
+        options: &FarOptions,
+        manifest: impl FnOnce(&Repository) -> Result<SnapshotManifest, RepositoryError>,
+        socket: Option<PathBuf>,
+    ) -> Result<FarSnapshot, RepositoryError> {
         let cache = options.cache.clone();
         let made = Cache::open(cache.clone());
         let cache = made.map_err(|e| RepositoryError::io("making", cache.directory, e))?;
@@ -101,7 +132,7 @@ impl FarSnapshot {
         let hears = Arc::clone(&watch);
         let access = options.access.clone().also_tells(move |wait| hears.hear(wait));
         let repository = Repository::open(&options.repository, &access)?;
-        let manifest = repository.resolve(&options.name)?;
+        let manifest = manifest(&repository)?;
         let fetchers = Fetchers::start();
         let fetchers =
             fetchers.map_err(|e| RepositoryError::io("starting threads for", "fetching", e))?;
@@ -143,7 +174,8 @@ impl FarSnapshot {
             memory,
             disks,
             origin,
-            patience: options.patience,
+            options: options.clone(),
+            socket,
             exports: Mutex::new(None),
             lease: Mutex::new(Some(lease)),
         };
@@ -201,7 +233,7 @@ impl FarSnapshot {
     }
 
     /// Serves its disks by NBD on a socket of their own, until the last of these snapshots is dropped.
-    /// Returns the socket.
+    /// Returns the socket: the same by which another process has served them before.
     ///
     /// # Errors
     /// When the socket can't be made.
@@ -213,7 +245,8 @@ impl FarSnapshot {
         let files = self.shared.disks.iter();
         let files = files.map(|disk| (disk.export.clone(), Arc::clone(&disk.file))).collect();
         let watch = Arc::clone(&self.shared.origin.watch);
-        let started = exports.insert(Exports::start(files, watch, self.shared.patience)?);
+        let (socket, patience) = (self.shared.socket.clone(), self.shared.options.patience);
+        let started = exports.insert(Exports::start(files, watch, patience, socket)?);
         Ok(started.socket().to_owned())
     }
 }

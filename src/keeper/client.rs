@@ -9,8 +9,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+use crossbeam_channel::Receiver;
 
 use super::protocol::{Held, Message, Received, receive, send};
 use super::restarts::Restarts;
@@ -58,7 +60,7 @@ impl Successor {
 pub struct Keeper {
     state: Arc<Mutex<State>>,
     /// Closed once the first keeper has been started, or can't be.
-    starting: Option<mpsc::Receiver<Infallible>>,
+    starting: Option<Receiver<Infallible>>,
 }
 
 #[derive(Debug)]
@@ -93,7 +95,7 @@ impl Keeper {
         let this = Pidfd::open(std::process::id() as i32)?;
         let (ours, theirs) = packets::pair()?;
         let watched = ours.try_clone()?;
-        let (started, starting) = mpsc::channel();
+        let (started, starting) = crossbeam_channel::bounded(0);
         let mut keeper = Keeper::over(ours, Vec::new());
         keeper.holder().hold(Held::Server, this.as_fd())?;
         keeper.starting = Some(starting);

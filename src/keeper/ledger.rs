@@ -21,8 +21,8 @@ use crate::memory::claim::{self, Words};
 /// "SNAPKEE" and the version.
 const MAGIC: u64 = u64::from_be_bytes(*b"SNAPKEE1");
 
-/// Bytes of details at most.
-const MOST_DETAILS: u64 = 1 << 20;
+/// Bytes of details at most: the manifest of a snapshot of a repository is part of them.
+const MOST_DETAILS: u64 = 128 << 20;
 
 mod field {
     pub const MAGIC: usize = 0;
@@ -37,6 +37,7 @@ mod field {
     pub const LAST_BLOCK: usize = 9;
     pub const HALTED: usize = 10;
     pub const QEMU: usize = 11;
+    pub const RESIDENT: usize = 12;
     pub const COUNT: usize = 16;
 }
 
@@ -181,6 +182,17 @@ impl Ledger {
     /// Whether the guest runs.
     pub fn is_running(&self) -> bool {
         self.get(field::RUNNING) != 0
+    }
+
+    /// Notes that all memory is in place, and QEMU has ended the migration: a successor is needed for
+    /// disks alone.
+    pub fn set_resident(&self) {
+        self.set(field::RESIDENT, 1);
+    }
+
+    /// Whether all memory is in place, and QEMU has ended the migration.
+    pub fn is_resident(&self) -> bool {
+        self.get(field::RESIDENT) != 0
     }
 
     /// Notes where the blocks lie in QEMU's memory, as far as that is proven, and that pages

@@ -144,13 +144,15 @@ impl Qmp {
     }
 
     /// Copies into a node all that lies in nodes below it, and takes those out of its chain. Returns
-    /// once that is done.
+    /// once that is done. A job of this kind that is there already, of a process that has died, is waited for.
     pub async fn stream(&self, node: &str) -> Result<(), QmpError> {
         const BLOCK_STREAM: &str = "block-stream";
         // Jobs and nodes don't share names; a generated name (`#block123`) would be none for a job.
         let id = format!("stream-{}", node.trim_start_matches('#'));
         let arguments = json!({ "job-id": id, "device": node, "auto-dismiss": false });
-        self.execute(BLOCK_STREAM, arguments).await?;
+        if self.job(&id).await?.is_none() {
+            self.execute(BLOCK_STREAM, arguments).await?;
+        }
         self.end_job(BLOCK_STREAM, &id).await
     }
 

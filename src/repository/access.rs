@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::error::RepositoryError;
 use super::remote::{Reach, StoreWait};
 use crate::cancel::Cancellation;
@@ -28,7 +30,7 @@ pub struct Access {
 }
 
 /// Where a key comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum KeySource {
     /// A file with age identities (`AGE-SECRET-KEY-1…`), as `age-keygen` writes it.
@@ -124,6 +126,11 @@ impl Access {
             )),
             false => Ok(()),
         }
+    }
+
+    /// How long requests are tried again.
+    pub(crate) fn patience(&self) -> Duration {
+        self.reach.patience
     }
 
     pub(super) fn cancel(&self) -> &Cancellation {

@@ -56,7 +56,8 @@ impl StoreError {
             }
             (None, StoreFailure::Denied) => {
                 "; credentials come from the environment (AWS_…, AZURE_…, GOOGLE_…), for S3 from \
-                 the file that its own tools read, or from this machine's role"
+                 the file that its own tools read, for WebDAV from `~/.netrc`, or from this \
+                 machine's role"
                     .into()
             }
             (None, _) => String::new(),

@@ -155,6 +155,7 @@ pub fn put_synthetic(
         files: vec![FileRef::new(Role::Image, "/vm.snap".into(), len, map, None)],
         packs: packs.iter().copied().collect(),
         used: vec![32 << 20; packs.len()],
+        draft: None,
         seal: Default::default(),
     };
     let key = repository.manifest_key(&manifest);

@@ -12,6 +12,7 @@ use crate::kind::{Details, ErrorKind};
 use crate::libvirt::{LaunchError, LibvirtError, PlanError};
 use crate::memory::{MemoryError, WorkingSetError};
 use crate::qmp::QmpError;
+use crate::repository::RepositoryError;
 use crate::reset::ResetError;
 use crate::transport::TransportError;
 use crate::transport::proof::AttachError;
@@ -26,6 +27,9 @@ pub enum RevertError {
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A snapshot that is far away can't be opened again.
+    #[error("the snapshot that the guest was brought back from can't be opened again: {0}")]
+    Repository(Box<RepositoryError>),
     /// Disks of a snapshot that is far away can't be served.
     #[error("the disks of the snapshot can't be served to QEMU: {0}")]
     Disks(std::io::Error),
@@ -148,6 +152,7 @@ impl RevertError {
         match self {
             Image(error) => error.kind(),
             Follow(error) => error.kind(),
+            Repository(error) => error.kind(),
             Disks(error) => ErrorKind::of_io(error),
             PageSize(error) => error.kind(),
             Vm(error) => error.kind(),

@@ -12,6 +12,7 @@ use super::error::RevertError;
 use super::event::{OnEvent, RevertEvent};
 use super::options::RevertOptions;
 use super::session::Resident;
+use crate::failpoint::failpoint;
 use crate::far::FarSnapshot;
 use crate::guest::FarDisks;
 use crate::image::Image;
@@ -54,9 +55,8 @@ pub(super) fn prepared(options: &RevertOptions) -> Result<RevertOptions, RevertE
         // Not ended by a quiet moment: what comes next would wait behind all that filling has asked for.
         delivery.fill_delay = Some(FillDelay::Fixed { fixed: hold(far.missing()) });
     }
-    // Who goes on in our place would have to know how we have reached the repository, and in a sandbox
-    // nobody reaches it.
-    (options.keeper, options.sandbox) = (None, None);
+    // In a sandbox nobody reaches the repository.
+    options.sandbox = None;
     if !far.disks().is_empty() {
         let socket = far.serve_disks().map_err(RevertError::Disks)?;
         let names = far.disks().iter().map(|disk| (disk.path.clone(), disk.export.clone()));
@@ -77,12 +77,14 @@ fn hold(missing: u64) -> Duration {
 /// # Errors
 /// When QEMU fails to.
 pub(super) async fn fill_disks(
-    resident: &Resident,
+    resident: &mut Resident,
     far: &FarSnapshot,
     overlays: &[PathBuf],
     on_event: OnEvent<'_>,
 ) -> Result<(), RevertError> {
-    let Some(qmp) = resident.qmp().map(|qmp| qmp.with_timeout(PATIENCE)) else { return Ok(()) };
+    let Some(qmp) = resident.monitor().await else { return Ok(()) };
+    let qmp = qmp.with_timeout(PATIENCE);
+    failpoint("revert-before-disks");
     let began = Instant::now();
     let nodes = qmp.block_nodes().await?;
     let follow = async {
@@ -95,7 +97,8 @@ pub(super) async fn fill_disks(
         }
         Ok::<_, RevertError>(())
     };
-    resident.while_disks_follow(far.answering(), follow, on_event).await?;
+    resident.while_disks_follow(&qmp, far.answering(), follow, on_event).await?;
+    resident.has_disks();
     let took_ms = began.elapsed().as_secs_f64() * 1e3;
     on_event(RevertEvent::DisksResident { took_ms, fetched_bytes: far.fetched() });
     Ok(())

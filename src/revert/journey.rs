@@ -123,9 +123,9 @@ async fn to_resident(
     let agent = planned.agent().map(Path::to_owned);
     let overlays = planned.overlays();
     let launched = planned.launch(on_event).await?;
-    let resident = from_launched(launched, agent, options, cancel, on_event).await?;
+    let mut resident = from_launched(launched, agent, options, cancel, on_event).await?;
     if let Some(far) = options.far.as_ref().filter(|far| !far.disks().is_empty()) {
-        far::fill_disks(&resident, far, &overlays, on_event).await?;
+        far::fill_disks(&mut resident, far, &overlays, on_event).await?;
     }
     Ok(resident)
 }

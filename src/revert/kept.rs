@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::broker::Broker;
 use super::options::Delivery;
+use crate::far::FarAgain;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
 use crate::host::procfs::AddressSpace;
@@ -35,6 +36,17 @@ pub(super) struct Details {
     pub sandbox: Option<PathBuf>,
     /// The directory of its record, where it has one.
     pub run: Option<PathBuf>,
+    /// The snapshot, where it is one of a repository. The image is none on this host then.
+    #[serde(default)]
+    pub far: Option<FarDetails>,
+}
+
+/// A snapshot of a repository, for who goes on with its guest.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct FarDetails {
+    pub again: FarAgain,
+    /// The overlays into which its disks follow, as QEMU names them.
+    pub overlays: Vec<PathBuf>,
 }
 
 impl Details {
@@ -81,15 +93,23 @@ impl Kept {
         domain: Option<DomainAddress>,
         sandbox: Option<&Path>,
         run: Option<&Entry>,
+        far: Option<FarDetails>,
     ) -> io::Result<(Keeper, Kept)> {
-        let (path, file) = image.files().next().ok_or(io::ErrorKind::Unsupported)?;
+        let file = image.files().next();
+        let nothing = far.is_some().then(|| File::open("/dev/null")).transpose()?;
+        let (path, file) = match (file, &nothing) {
+            (Some((path, file)), _) => (std::path::absolute(path)?, file),
+            (None, Some(nothing)) => (image.name().into(), nothing),
+            (None, None) => return Err(io::ErrorKind::Unsupported.into()),
+        };
         let details = Details {
-            image: std::path::absolute(path)?,
+            image: path,
             identity: image.identity(),
             delivery: delivery.clone(),
             domain,
             sandbox: sandbox.map(Path::to_owned),
             run: run.map(|run| run.directory().to_owned()),
+            far,
         };
         let blocks = &image.manifest().blocks;
         let words = ClaimMap::words_for(blocks);

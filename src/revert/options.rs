@@ -24,8 +24,7 @@ pub struct RevertOptions {
     /// The image. Of a snapshot that is [far away](RevertOptions::far) only what overlays of disks are
     /// called by default, and where they lie.
     pub image: PathBuf,
-    /// A snapshot of a repository in place of an image on this host. Neither a keeper nor a sandbox can
-    /// be had then.
+    /// A snapshot of a repository in place of an image on this host. A sandbox can't be had then.
     pub far: Option<FarSnapshot>,
     /// The image is under way: its save, which must be
     /// [followable](crate::SaveOptions::followable), is followed from its moment on. What has not been

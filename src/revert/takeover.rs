@@ -2,13 +2,14 @@
 
 use super::error::RevertError;
 use super::event::RevertEvent;
+use super::far;
 use super::outcome::Outcome;
-use super::session::Running;
+use super::session::{Inherited, Stage};
 use crate::cancel::Cancellation;
 use crate::keeper::Inheritance;
 
 /// Goes on where the server has died that `inheritance` is of, and returns once all the guest's
-/// memory is in place.
+/// memory is in place, and its disks if they were to follow from a repository.
 ///
 /// `cancel` is answered as [`revert`](super::revert()) does for a guest that runs.
 ///
@@ -19,8 +20,20 @@ pub async fn take_over(
     cancel: Cancellation,
     mut on_event: impl FnMut(RevertEvent) + Send,
 ) -> Result<Outcome, RevertError> {
-    let running = Running::inherit(inheritance, cancel)?;
-    let mut resident = running.fill(&mut on_event).await?;
-    resident.collapse(&mut on_event).await;
+    let inherited = Inherited::of(inheritance, cancel).await?;
+    let mut resident = match inherited.stage {
+        Stage::Running(running) => {
+            let mut resident = running.fill(&mut on_event).await?;
+            resident.collapse(&mut on_event).await;
+            resident
+        }
+        Stage::Resident(resident, taken_over) => {
+            on_event(taken_over);
+            *resident
+        }
+    };
+    if let Some((snapshot, overlays)) = inherited.far.filter(|(far, _)| !far.disks().is_empty()) {
+        far::fill_disks(&mut resident, &snapshot, &overlays, &mut on_event).await?;
+    }
     Ok(resident.let_go().1)
 }

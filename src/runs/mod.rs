@@ -28,7 +28,7 @@ mod stop;
 
 pub use crate::reset::ResetOutcome;
 pub(crate) use directory::{base, log_of, new_id};
-pub(crate) use entry::Entry;
+pub(crate) use entry::{Entry, Notes};
 pub use error::RunsError;
 pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::harness::{Dir, Reverted, Snapback, text};
+use crate::harness::{Dir, Reverted, Snapback, send_signal, text, wait_gone, wait_stopped};
+use crate::killed_reverts::{SUCCESSOR, process};
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::s3::{BUCKET, S3Server, environment};
 use crate::support::{Disk, Fill, Guest, GuestOptions, Qemu, Result, SOON, debian, wait_for};
@@ -19,6 +20,7 @@ tests_on_both_at_length! {
 tests! {
     a_store_that_dies_and_comes_back_costs_time_alone
     a_guest_is_stopped_while_its_store_is_away_and_goes_on_by_itself
+    a_server_is_killed_and_another_goes_on_from_the_repository
     a_few_random_faults_cost_time_alone
 }
 
@@ -54,9 +56,8 @@ impl Site {
     }
 }
 
-/// A guest with two disks that has been saved, pushed and ended: nothing is left of it but the
-/// repository. Returns where its sockets were, and the sum of its memory.
-fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
+/// A guest with two disks, which stands still: with the sum of its memory.
+pub fn boot(dir: &Dir, qemu: Qemu) -> Result<(Guest, String)> {
     let disks = Disk::two(&dir.path(""), 64)?;
     let fill = Fill::Mib(48);
     let options =
@@ -67,6 +68,13 @@ fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
         guest.oracle.ask(&format!("disk write /dev/{device} 2048 1"))?;
     }
     let sum = guest.oracle.sum()?;
+    Ok((guest, sum))
+}
+
+/// Such a guest that has been saved, pushed and ended: nothing is left of it but the repository. Returns
+/// where its sockets were, and the sum of its memory.
+fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
+    let (guest, sum) = boot(dir, qemu)?;
     dir.save(&guest, "vm.snap").with(&["--disks", "copy"]).succeed()?;
     let from = guest.dir.clone();
     drop(guest);
@@ -86,7 +94,7 @@ fn push(dir: &Dir, site: &Site, qemu: Qemu) -> Result<(PathBuf, String)> {
 }
 
 /// Memory and disks are those of the moment.
-fn is_right(reverted: &mut Reverted, sum: &str) -> Result<()> {
+pub fn is_right(reverted: &mut Reverted, sum: &str) -> Result<()> {
     assert_eq!(reverted.oracle.sum()?, sum);
     for device in ["vda", "vdb"] {
         let answer = reverted.oracle.ask(&format!("disk check /dev/{device} 2048 1"))?;
@@ -199,6 +207,49 @@ fn a_guest_is_stopped_while_its_store_is_away_and_goes_on_by_itself(dir: &Dir) -
     server.signal(libc::SIGINT);
     reverted.server = Some(server);
     reverted.resident()?.event("disks_resident")?;
+    is_right(&mut reverted, &sum)
+}
+
+fn a_server_is_killed_and_another_goes_on_from_the_repository(dir: &Dir) -> Result<()> {
+    let mut site = Site::open(dir)?;
+    let (from, sum) = push(dir, &site, Qemu::V10)?;
+    let to = dir.make("reverted")?;
+    let slow = ["--fill-delay", "100000", "--no-working-set"];
+    let revert = site.revert(dir, &from, &to, &slow);
+    let stops = revert.env("SNAPBACK_TEST_STOP_AT", "revert-before-disks");
+    let mut reverted = Reverted::of(stops, &to)?;
+    reverted.oracle.ping()?;
+    let mut server = reverted.server.take().ok_or("no server")?;
+
+    // The store is away as well: the guest waits for both.
+    site.server.kill();
+    server.signal(libc::SIGKILL);
+    let waits = || {
+        let ps = dir.snapback(&["ps"]).succeed()?;
+        Ok((ps.event("run")?["waits_for"] == "store").then_some(()))
+    };
+    wait_for(SOON, "ps to tell that the guest waits for the store", waits)?;
+    site.server.start_again()?;
+    let told = server.wait("taken_over")?;
+    assert_eq!((&told["by"], &told["restarts"]), (&"keeper".into(), &1.into()));
+    is_right(&mut reverted, &sum)?;
+    let ps = dir.snapback(&["ps"]).succeed()?;
+    assert!(ps.event("run")?["waits_for"].is_null(), "{ps:?}");
+
+    // Once more, with all memory in place, and disks that are not.
+    let successor = process(dir, SUCCESSOR)?;
+    send_signal(successor, libc::SIGINT);
+    server.wait("resident")?;
+    wait_stopped(successor)?;
+    send_signal(successor, libc::SIGKILL);
+    assert_eq!(server.wait("taken_over")?["restarts"], 2);
+    let successor = process(dir, SUCCESSOR)?;
+    wait_stopped(successor)?;
+    send_signal(successor, libc::SIGCONT);
+    let ended = server.end()?;
+    ended.event("disks_resident")?;
+    assert!(ended.event("error").is_err() && ended.stderr.is_empty(), "{ended:?}");
+    wait_gone(successor)?;
     is_right(&mut reverted, &sum)
 }
 

@@ -60,6 +60,7 @@ mod saved_resets;
 mod serving;
 mod sessions;
 mod soak;
+mod stores;
 mod torture;
 mod trouble;
 mod unprivileged;

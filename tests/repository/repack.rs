@@ -279,7 +279,12 @@ fn all_of(far: &FarSnapshot) -> Result<Vec<u8>> {
 
 #[test]
 fn killed_in_the_middle_it_loses_nothing_and_the_next_one_cleans_up() -> Result<()> {
-    for place in ["prune-before-manifests", "prune-behind-manifest"] {
+    for place in [
+        "prune-before-manifests",
+        "prune-behind-draft",
+        "prune-behind-manifest",
+        "prune-behind-look",
+    ] {
         let machines = Machines::new()?;
         let mut killed = machines.start(&["prune", "--max-unused", "0%"], place)?;
         killed.kill()?;
@@ -308,7 +313,8 @@ fn what_is_forgotten_beside_it_stays_forgotten() -> Result<()> {
     go_on(&prune)?;
     // Behind the new manifest of a.
     wait_for_stop(&prune)?;
-    assert_eq!(machines.objects("snapshots")?.len(), 3);
+    // Two old ones, and one new, with what makes it a draft.
+    assert_eq!(machines.objects("snapshots")?.len(), 4);
     machines.forget("a")?;
     // Behind that of b, which is not there any more, and that of c.
     for _ in 0..2 {
@@ -322,6 +328,36 @@ fn what_is_forgotten_beside_it_stays_forgotten() -> Result<()> {
         machines.prune(0.0, Duration::ZERO)?;
     }
     machines.is_clean(1)
+}
+
+#[test]
+fn what_is_forgotten_stays_so_when_a_prune_is_killed_before_it_has_looked() -> Result<()> {
+    let machines = Machines::of(&NEEDS[..2], &Recipients::nobody())?;
+    let places = "prune-before-manifests,prune-behind-manifest";
+    let mut prune = machines.start(&["prune", "--max-unused", "0%"], places)?;
+    machines.forget("a")?;
+    go_on(&prune)?;
+    // The new manifest of a is there, and nobody will look for the old one any more.
+    wait_for_stop(&prune)?;
+    prune.kill()?;
+    prune.wait()?;
+    assert_eq!(machines.objects("snapshots")?.len(), 3);
+    machines.are_whole(&[("b", 1)])?;
+    assert!(machines.repository.resolve(&"a".parse()?).is_err());
+    // As long as it may be at work, it is left alone.
+    machines.prune(1.0, Duration::ZERO)?;
+    assert_eq!(machines.objects("snapshots")?.len(), 3);
+    // Pushed again, it is a snapshot like any other.
+    let mut again = PushOptions::new(machines.image("a", 1));
+    again.tags = ["day1".to_owned()].into();
+    assert!(!push(&machines.repository, &again, |_| {})?.was_there);
+    machines.are_whole(&[("a", 1), ("b", 1)])?;
+    machines.end_leases()?;
+    for _ in 0..2 {
+        machines.prune(1.0, Duration::ZERO)?;
+    }
+    machines.is_clean(2)?;
+    machines.are_whole(&[("a", 1), ("b", 1)])
 }
 
 #[test]

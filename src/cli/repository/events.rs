@@ -25,6 +25,9 @@ pub(in crate::cli) enum RepositoryEvent {
         /// What it is known by (`--trust`), if it is encrypted.
         #[serde(skip_serializing_if = "Option::is_none")]
         fingerprint: Option<String>,
+        /// Whether its store minds the condition that nothing is there when an object is put. If not, of two
+        /// who put the same at once neither is told.
+        conditional: bool,
     },
     /// How far files and a repository have come.
     Moved(Moved),

@@ -121,10 +121,11 @@ pub(in crate::cli) async fn init(args: InitArgs) -> Result<(), Failure> {
     let made = blocking(move || {
         let repository = Repository::init(&address, &access, &recipients)?;
         let fingerprint = repository.fingerprint().map(|fingerprint| fingerprint.to_string());
-        Ok((repository.name().to_owned(), repository.id().to_string(), fingerprint))
+        let conditional = repository.minds_conditions()?;
+        Ok((repository.name().to_owned(), repository.id().to_string(), fingerprint, conditional))
     });
-    let (repository, id, fingerprint) = made.await?;
-    let says = match &fingerprint {
+    let (repository, id, fingerprint, conditional) = made.await?;
+    let mut says = match &fingerprint {
         Some(fingerprint) => format!(
             "{repository}, encrypted: without its key nothing in it can be read again; to take no \
              other for it: --trust {fingerprint}"
@@ -132,7 +133,12 @@ pub(in crate::cli) async fn init(args: InitArgs) -> Result<(), Failure> {
         None => format!("{repository}, not encrypted: who can write there can replace all of it"),
     };
     let encrypted = fingerprint.is_some();
-    let event = RepositoryEvent::Initialized { repository, id, encrypted, fingerprint };
+    if !conditional {
+        says +=
+            "; its store puts objects on no conditions: let no two push the same snapshot at once";
+    }
+    let event =
+        RepositoryEvent::Initialized { repository, id, encrypted, fingerprint, conditional };
     output.repository(&event, "made", &says);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::ids::{MapId, PackId, SnapshotId};
+use super::ids::{MapId, ObjectId, PackId, SnapshotId};
 use crate::identity::Identity;
 
 /// The longest manifest.
@@ -50,6 +50,10 @@ pub struct SnapshotManifest {
     /// pack as a whole need not read what they consist of. It may be more than this.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub used: Vec<u64>,
+    /// What makes it a draft while that is there, an object beside it: a prune has put it, and has not yet
+    /// looked whether the snapshot was forgotten meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft: Option<ObjectId>,
     /// Who has signed it. Whether it is signed when it is put follows from this.
     #[serde(skip)]
     pub(crate) seal: Seal,

@@ -73,7 +73,8 @@ impl<'a> Copying<'a> {
         mut self,
         manifest: &SnapshotManifest,
     ) -> Result<(SnapshotManifest, Vec<PackId>), RepositoryError> {
-        let mut copied = SnapshotManifest { seal: self.to.signing.own_seal(), ..manifest.clone() };
+        let seal = self.to.signing.own_seal();
+        let mut copied = SnapshotManifest { draft: None, seal, ..manifest.clone() };
         self.moved.total = manifest.bytes;
         let mut maps: HashMap<MapId, FileMap> = HashMap::new();
         let mut ids: HashMap<MapId, MapId> = HashMap::new();

@@ -8,7 +8,7 @@ use crate::repository::format::manifest::SnapshotManifest;
 use crate::repository::format::time::calendar;
 use crate::repository::reading::list::{all_tags, list};
 use crate::repository::reading::name::SnapshotName;
-use crate::repository::reading::repository::{Repository, Snapshot};
+use crate::repository::reading::repository::{Manifests, Repository, Snapshot};
 
 /// Which snapshots of each machine are kept. A snapshot that any of these keeps is kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -150,15 +150,17 @@ fn remove(repository: &Repository, gone: &[&SnapshotManifest]) -> Result<(), Rep
     let is_gone = |one: &Snapshot| of.contains(&(one.folder().to_owned(), one.id));
     let mut removed = BTreeSet::new();
     loop {
-        let (there, replaced) = repository.all_snapshots()?;
-        let keys = there.into_iter().chain(replaced).filter(is_gone).map(|one| one.key);
+        let Manifests { snapshots, replaced, unfinished, .. } = repository.all_manifests()?;
+        let there = snapshots.into_iter().chain(replaced).chain(unfinished);
+        let keys = there.filter(is_gone).map(|one| one.key);
         let keys: Vec<String> = keys.filter(|key| removed.insert(key.clone())).collect();
         if keys.is_empty() {
             break;
         }
         repository.remote.delete_all(keys)?;
         // And again: a prune may just have put others in their places. It looks whether what they
-        // replace is still there, after it has put them; this looks after it has removed that.
+        // replace is still there, after it has put them; this looks after it has removed that. What makes
+        // a manifest a draft is left to who has put it: the manifest may be about to follow.
     }
     let tags = all_tags(repository)?.into_iter().filter(|(id, _)| ids.contains(id));
     let keys = tags

@@ -12,6 +12,8 @@
 //! 4. What a revert reads is in its lease, and counts as what a manifest refers to.
 //! 5. What a manifest refers to in whose place another one was put (`repack`) counts no more. It is
 //!    marked like all else, and goes before that.
+//! 6. A draft that is there when the leases are read again, and is older than all pushes under way, is one of
+//!    a prune that was killed: it is removed.
 //!
 //! All times are the store's.
 
@@ -26,7 +28,10 @@ use crate::repository::format::pack::split_index;
 use crate::repository::keeping::repack;
 use crate::repository::lease::{HOLDS, Held, Lease, host, leases};
 use crate::repository::marks::{Mark, Marked, for_each_mark};
-use crate::repository::reading::repository::{Repository, map_key, map_of_key, pack_key};
+use crate::repository::reading::drafts::Draft;
+use crate::repository::reading::repository::{
+    Manifests, Repository, map_key, map_of_key, pack_key,
+};
 use crate::repository::remote::Listing;
 use crate::repository::writing::known::{close_index, index_key, open_head, open_index};
 
@@ -99,6 +104,8 @@ struct Look {
     manifests: Vec<SnapshotManifest>,
     /// The manifests in whose places others were put, by their keys.
     replaced: Vec<String>,
+    /// What makes manifests drafts.
+    drafts: Vec<Draft>,
     /// Since when each push is under way, and who pushes.
     pushes: Vec<(i64, String)>,
     ended: Vec<String>,
@@ -122,6 +129,9 @@ pub fn prune(repository: &Repository, options: &PruneOptions) -> Result<Pruned, 
         let packs = repository.remote.list_each(pack_prefixes())?;
         let maps = repository.remote.list("maps")?;
         let mut look = look(repository, now)?;
+        if !look.drafts.is_empty() && !options.dry_run {
+            undo(repository, &look.drafts, now)?;
+        }
         let mut pruned = Pruned::default();
         let grace = i64::try_from(options.grace.as_millis()).unwrap_or(i64::MAX);
         let mut marked = Marked::default();
@@ -209,14 +219,30 @@ fn look(repository: &Repository, now: i64) -> Result<Look, RepositoryError> {
             pushes.push((found.lease.since_ms, found.lease.holder));
         }
     }
-    let (snapshots, replaced) = repository.all_snapshots()?;
+    let Manifests { snapshots, replaced, drafts, .. } = repository.all_manifests()?;
     let manifests = repository.manifests_of(&snapshots)?;
     for manifest in &manifests {
         packs.extend(manifest.packs.iter().copied());
         maps.extend(manifest.maps());
     }
     let replaced = replaced.into_iter().map(|snapshot| snapshot.key).collect();
-    Ok(Look { packs, maps, manifests, replaced, pushes, ended })
+    Ok(Look { packs, maps, manifests, replaced, drafts, pushes, ended })
+}
+
+impl Look {
+    /// Whether what was put at this time is of nobody who is at work.
+    fn is_old(&self, put_ms: i64) -> bool {
+        self.pushes.iter().all(|(since, _)| put_ms < *since)
+    }
+}
+
+/// Removes drafts of prunes that were killed, among those that were found.
+fn undo(repository: &Repository, found: &[Draft], now: i64) -> Result<(), RepositoryError> {
+    // Whoever has put one and is at work has put a lease before: it is found now, if it was not before. One
+    // that has ended meanwhile has removed its draft, and what it has put counts.
+    let again = look(repository, now)?;
+    let is_left = |draft: &&Draft| again.is_old(draft.put_ms) && again.drafts.contains(draft);
+    found.iter().filter(is_left).try_for_each(|draft| repository.undo_draft(draft))
 }
 
 /// What nothing refers to and is not marked yet.
@@ -227,8 +253,6 @@ fn unreferred(
     marked: &Marked,
     pruned: &mut Pruned,
 ) -> Mark {
-    let first = look.pushes.iter().map(|(since, _)| *since).min();
-    let is_old = |listing: &Listing| first.is_none_or(|first| listing.put_ms < first);
     let replaced = look.replaced.iter().filter(|key| !marked.manifests.contains(*key));
     let mut found = Mark { manifests: replaced.cloned().collect(), ..Mark::default() };
     for listing in packs {
@@ -236,13 +260,13 @@ fn unreferred(
         if look.packs.contains(&pack) {
             pruned.kept_packs += 1;
             pruned.kept_bytes += listing.len;
-        } else if !marked.packs.contains(&pack) && is_old(listing) {
+        } else if !marked.packs.contains(&pack) && look.is_old(listing.put_ms) {
             found.packs.push((pack, listing.len));
         }
     }
     for listing in maps {
         let Some(map) = map_of_key(&listing.key) else { continue };
-        if !look.maps.contains(&map) && !marked.maps.contains(&map) && is_old(listing) {
+        if !look.maps.contains(&map) && !marked.maps.contains(&map) && look.is_old(listing.put_ms) {
             found.maps.push(map);
         }
     }

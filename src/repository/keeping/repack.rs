@@ -9,10 +9,11 @@
 //! 1. A lease as that of a push: no prune marks what is put here, or carries out a mark beside it.
 //! 2. Packs and maps, and then, one by one, manifests.
 //! 3. Behind each of these it is looked whether the old one is still there. If it was forgotten, the new
-//!    one goes, too. A `forget` looks in the opposite order, so one of them finds the other's.
+//!    one goes, too. A `forget` looks in the opposite order, so one of them finds the other's. Until it has
+//!    been looked, the new one is a draft, which counts for nothing.
 //!
-//! Killed at any time, it leaves snapshots that are whole, old or new, and packs and maps that nothing
-//! refers to, as a push does.
+//! Killed at any time, it leaves snapshots that are whole, old or new, drafts, which the next prune removes,
+//! and packs and maps that nothing refers to, as a push does.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -90,7 +91,7 @@ pub fn repack(
                 // What was put may have been removed meanwhile. A later prune begins again.
                 break;
             }
-            left.manifests.extend(replace(repository, old, &renewed(old, &from, &maps))?);
+            left.manifests.extend(replace(repository, old, renewed(old, &from, &maps))?);
         }
         left.maps = maps.into_keys().collect();
         left.packs = selected.into_iter().map(|(pack, of)| (pack, of.len)).collect();
@@ -319,17 +320,21 @@ fn renewed(
 fn replace(
     repository: &Repository,
     old: &SnapshotManifest,
-    new: &SnapshotManifest,
+    mut new: SnapshotManifest,
 ) -> Result<Option<String>, RepositoryError> {
-    let (key, old) = (repository.manifest_key(new), repository.manifest_key(old));
-    let object = repository.close_manifest(&key, new);
-    if !repository.remote.create(&key, object)? {
-        return Ok(None);
-    }
+    let (key, old) = (repository.manifest_key(&new), repository.manifest_key(old));
+    let draft = repository.begin_draft(&key)?;
+    new.draft = Some(draft.id);
+    failpoint("prune-behind-draft");
+    let object = repository.close_manifest(&key, &new);
+    let is_put = repository.remote.create(&key, object)?;
     failpoint("prune-behind-manifest");
-    if repository.remote.head(&old)?.is_none() {
+    let replaces = is_put && repository.remote.head(&old)?.is_some();
+    if is_put && !replaces {
         repository.remote.delete(&key)?;
-        return Ok(None);
     }
-    Ok(Some(old))
+    failpoint("prune-behind-look");
+    // Whatever is there counts from here on.
+    repository.remote.delete(&draft.key)?;
+    Ok(replaces.then_some(old))
 }

@@ -1,5 +1,6 @@
 //! Repositories as they are read.
 
+pub mod drafts;
 pub mod list;
 pub mod name;
 pub mod pull;

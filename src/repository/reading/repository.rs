@@ -7,12 +7,13 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::drafts::Draft;
 use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{
-    Fingerprint, MapId, PackId, RepositoryId, SnapshotId, random,
+    Fingerprint, MapId, ObjectId, PackId, RepositoryId, SnapshotId, random,
 };
 use crate::repository::format::manifest::{FileRef, MAX_MANIFEST, Seal, SnapshotManifest, is_name};
 use crate::repository::format::map::{Extent, FileMap, MAX_MAP};
@@ -28,6 +29,18 @@ pub const BLOCK: u32 = 64 << 10;
 const GAP: u64 = 256 << 10;
 /// The longest single request for extents.
 const MAX_RANGE: u64 = 8 << 20;
+
+/// The manifests that are there.
+pub struct Manifests {
+    /// One of each snapshot: the oldest of each machine first.
+    pub snapshots: Vec<Snapshot>,
+    /// Those in whose places others were put: they stay for a while.
+    pub replaced: Vec<Snapshot>,
+    /// Those that are to count in the place of others, and don't yet.
+    pub unfinished: Vec<Snapshot>,
+    /// What makes them drafts, or will.
+    pub drafts: Vec<Draft>,
+}
 
 /// An open repository.
 pub struct Repository {
@@ -139,6 +152,16 @@ impl Repository {
             problem,
         })?;
         Ok(Repository { remote, keys, access: access.clone(), signing, config })
+    }
+
+    /// Finds out whether its store minds the condition that nothing is there when an object is put. One that
+    /// does not lets two who push the same snapshot at once, or make a repository at the same place, put theirs
+    /// both; the last one stands.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn minds_conditions(&self) -> Result<bool, RepositoryError> {
+        Ok(self.remote.minds_conditions(&format!("probes/{}", ObjectId(random())))?)
     }
 
     /// Its address, without credentials.
@@ -265,14 +288,12 @@ impl Repository {
 
     /// All snapshots, by the names of their objects: the oldest of each machine first.
     pub(in crate::repository) fn snapshots(&self) -> Result<Vec<Snapshot>, RepositoryError> {
-        Ok(self.all_snapshots()?.0)
+        Ok(self.all_manifests()?.snapshots)
     }
 
-    /// The same, and behind them the manifests in whose places others were put: these stay for a while.
-    pub(in crate::repository) fn all_snapshots(
-        &self,
-    ) -> Result<(Vec<Snapshot>, Vec<Snapshot>), RepositoryError> {
-        self.snapshots_under("snapshots")
+    /// All manifests, by the names of their objects.
+    pub(in crate::repository) fn all_manifests(&self) -> Result<Manifests, RepositoryError> {
+        self.listed_under("snapshots")
     }
 
     /// The snapshots of a machine, the oldest first.
@@ -280,16 +301,16 @@ impl Repository {
         &self,
         machine: &str,
     ) -> Result<Vec<Snapshot>, RepositoryError> {
-        Ok(self.snapshots_under(&self.manifests_under(machine))?.0)
+        Ok(self.listed_under(&self.manifests_under(machine))?.snapshots)
     }
 
-    fn snapshots_under(
-        &self,
-        under: &str,
-    ) -> Result<(Vec<Snapshot>, Vec<Snapshot>), RepositoryError> {
+    fn listed_under(&self, under: &str) -> Result<Manifests, RepositoryError> {
         let listed = self.remote.list(under)?;
-        let found = listed.iter().filter_map(|listing| parse_key(&listing.key));
-        Ok(take_replaced(found.collect()))
+        let found = listed.iter().filter_map(|listing| parse_key(&listing.key)).collect();
+        let drafts: Vec<Draft> = listed.iter().filter_map(Draft::read).collect();
+        let (found, unfinished) = self.take_drafts(found, &drafts)?;
+        let (snapshots, replaced) = take_replaced(found);
+        Ok(Manifests { snapshots, replaced, unfinished, drafts })
     }
 
     /// The snapshot that a manifest is of, if it is there.
@@ -509,7 +530,7 @@ pub fn map_of_key(key: &str) -> Option<MapId> {
 }
 
 /// Reads the key of a manifest.
-fn parse_key(key: &str) -> Option<Snapshot> {
+pub fn parse_key(key: &str) -> Option<Snapshot> {
     let (_machine, name) = key.strip_prefix("snapshots/")?.split_once('/')?;
     let (time, id) = name.split_once('-')?;
     let (unix_us, id) = (read_stamp(time)?, id.parse().ok()?);

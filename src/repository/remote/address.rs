@@ -46,6 +46,25 @@ impl FromStr for Address {
     }
 }
 
+impl Address {
+    /// Whether it is of a server that speaks WebDAV.
+    pub(super) fn is_http(&self) -> bool {
+        let is = |url: &str| url.starts_with("http://") || url.starts_with("https://");
+        matches!(self, Address::Store(url) if is(url))
+    }
+
+    /// All of it, secrets that its query may have included: for nobody's eyes.
+    pub(crate) fn full(&self) -> String {
+        match self {
+            Address::Directory(path) => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                path.display().to_string()
+            }
+            Address::Store(url) => url.clone(),
+        }
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -8,15 +8,16 @@ use std::time::Duration;
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
-use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig};
+use reqwest::header::AUTHORIZATION;
 
 use super::address::Address;
 use super::credentials::{self, Profile};
 use super::http::Connector;
 use super::packed::PackedFile;
+use super::webdav::WebDav;
 use crate::repository::error::RepositoryError;
 
 /// How long a connection may take to come about.
@@ -75,9 +76,7 @@ pub fn connect(
     };
     let built: object_store::Result<Arc<dyn ObjectStore>> = match scheme {
         ObjectStoreScheme::AmazonS3 => {
-            let endpoint = ["AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"]
-                .iter()
-                .find_map(|name| std::env::var(name).ok());
+            let endpoint = first_set(&["AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"]);
             let plain = is_plain || endpoint.as_ref().is_some_and(|url| url.starts_with("http://"));
             let mut builder = AmazonS3Builder::from_env().with_url(url);
             if let Some(endpoint) = endpoint {
@@ -94,22 +93,33 @@ pub fn connect(
             builder.with_http_connector(Connector::default()).build().map(|s| Arc::new(s) as _)
         }
         ObjectStoreScheme::MicrosoftAzure => {
+            let endpoint = first_set(&["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"]);
+            let plain = endpoint.is_some_and(|url| url.starts_with("http://"));
             let builder = MicrosoftAzureBuilder::from_env().with_url(url);
-            let builder = builder.with_client_options(client(is_plain)).with_retry(retry);
+            let builder = builder.with_client_options(client(plain)).with_retry(retry);
             builder.with_http_connector(Connector::default()).build().map(|s| Arc::new(s) as _)
         }
         ObjectStoreScheme::GoogleCloudStorage => {
             let builder = GoogleCloudStorageBuilder::from_env().with_url(url);
-            let builder = builder.with_client_options(client(is_plain)).with_retry(retry);
+            // Which it is, the account's file says, which may name an emulator.
+            let builder = builder.with_client_options(client(true)).with_retry(retry);
             builder.with_http_connector(Connector::default()).build().map(|s| Arc::new(s) as _)
         }
         ObjectStoreScheme::Http => {
+            let mut client = client(is_plain);
+            if let Some(header) = parsed.host_str().and_then(credentials::basic) {
+                client =
+                    client.with_default_headers([(AUTHORIZATION, header)].into_iter().collect());
+            }
             let host = &parsed[..url::Position::BeforePath];
-            let builder = HttpBuilder::new().with_url(host);
-            let builder = builder.with_client_options(client(is_plain)).with_retry(retry);
-            builder.with_http_connector(Connector::default()).build().map(|s| Arc::new(s) as _)
+            WebDav::new(host, client, retry).map(|s| Arc::new(s) as _)
         }
         _ => return Err(refused("there is no such store".into())),
     };
     Ok((built.map_err(|e| refused(e.to_string()))?, prefix))
+}
+
+/// The first of these variables that is set.
+fn first_set(names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| std::env::var(name).ok())
 }

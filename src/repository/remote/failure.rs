@@ -26,6 +26,11 @@ pub fn is_unsupported(error: &StoreError) -> bool {
     error.problem.starts_with(UNSUPPORTED)
 }
 
+/// Whether a store has refused by status 403.
+pub fn is_forbidden(error: &Error) -> bool {
+    find::<Answered>(error).is_some_and(|answered| answered.status == 403)
+}
+
 /// An object that came in part.
 pub fn cut_short(found: u64, due: u64) -> Error {
     let problem = format!("{found} bytes came of {due}");
@@ -78,6 +83,7 @@ fn judge_answer(Answered { status, code }: &Answered) -> Verdict {
             (StoreFailure::Denied, false)
         }
         (507, _) | (_, "QuotaExceeded" | "XMinioStorageFull") => (StoreFailure::Full, false),
+        (501, _) | (_, "NotImplemented") => (StoreFailure::Refused, false),
         (500.., _) => (StoreFailure::Unreachable, true),
         _ => (StoreFailure::Refused, false),
     };
@@ -87,6 +93,7 @@ fn judge_answer(Answered { status, code }: &Answered) -> Verdict {
         StoreFailure::Denied if code.contains("Expired") => "the credentials have expired",
         StoreFailure::Denied => "the credentials are not accepted, or don't suffice",
         StoreFailure::Full => "the store has no room",
+        _ if *status == 501 || code.contains("NotImplemented") => UNSUPPORTED,
         _ => "the store answered with an error",
     };
     Verdict { failure, passes, problem: format!("{says}: status {status}{code}") }

@@ -11,22 +11,38 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
     ReqwestConnector,
 };
+use reqwest::header::{HeaderValue, IF_NONE_MATCH};
+use reqwest::{Method, StatusCode};
 
 /// What is read of the body of a refusal.
 const MAX_REFUSAL: usize = 64 << 10;
 
 /// Connects as the library does.
 #[derive(Debug, Default)]
-pub struct Connector(ReqwestConnector);
+pub struct Connector {
+    library: ReqwestConnector,
+    creates: bool,
+}
+
+impl Connector {
+    /// One that puts on the condition that nothing is there.
+    pub fn creating() -> Connector {
+        Connector { creates: true, ..Connector::default() }
+    }
+}
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        self.0.connect(options).map(|client| HttpClient::new(Service(client)))
+        let creates = self.creates;
+        self.library.connect(options).map(|client| HttpClient::new(Service { client, creates }))
     }
 }
 
 #[derive(Debug)]
-struct Service(HttpClient);
+struct Service {
+    client: HttpClient,
+    creates: bool,
+}
 
 /// A refusal that the library knows no type for.
 #[derive(Debug)]
@@ -47,9 +63,18 @@ impl Error for Answered {}
 
 #[async_trait]
 impl HttpService for Service {
-    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let answer = self.0.execute(request).await?;
+    async fn call(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        if self.creates && request.method() == Method::PUT {
+            request.headers_mut().insert(IF_NONE_MATCH, HeaderValue::from_static("*"));
+        }
+        let makes_folder = request.method().as_str() == "MKCOL";
+        let mut answer = self.client.execute(request).await?;
         let status = answer.status().as_u16();
+        if makes_folder && status == 405 {
+            // Somebody else has just made it (RFC 4918, 9.3.1).
+            *answer.status_mut() = StatusCode::CREATED;
+            return Ok(answer);
+        }
         if !matches!(status, 400 | 401 | 403 | 408 | 429 | 500..) {
             return Ok(answer);
         }

@@ -11,6 +11,7 @@ mod failure;
 mod http;
 mod packed;
 mod retry;
+mod webdav;
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -78,6 +79,8 @@ pub struct Remote {
     writer: Option<Arc<PackedWriter>>,
     /// The same, where it is a directory.
     directory: Option<Directory>,
+    /// Whether it may not mind the condition that nothing is there, as servers of WebDAV that know of none.
+    careless: bool,
     prefix: Path,
     retry: Arc<Retry>,
     runtime: Option<Runtime>,
@@ -96,6 +99,7 @@ impl Remote {
         if let Address::Directory(path) = address {
             remote.directory = path.is_dir().then(|| Directory(path.clone()));
         }
+        remote.careless = address.is_http();
         Ok(remote)
     }
 
@@ -131,7 +135,8 @@ impl Remote {
             .build()
             .map_err(|e| RepositoryError::io("starting threads for", &name, e))?;
         let retry = Arc::new(Retry::new(name, reach.clone(), REQUESTS));
-        Ok(Remote { store, writer: None, directory: None, prefix, retry, runtime: Some(runtime) })
+        let (writer, directory, careless) = (None, None, false);
+        Ok(Remote { store, writer, directory, careless, prefix, retry, runtime: Some(runtime) })
     }
 
     /// Its address, without credentials.
@@ -233,31 +238,48 @@ impl Remote {
 
     /// Puts an object unless there is one. Tells whether it was put, be it by an earlier try.
     pub fn create(&self, key: &str, bytes: impl Into<Bytes>) -> Result<bool, StoreError> {
-        let (path, bytes) = (self.path(key), bytes.into());
-        let put =
-            self.handle().block_on(self.retry.run("writing", key, bytes.len() as u64, || {
+        let bytes = bytes.into();
+        // The answer to a try of ours may have been lost: then it is there, byte for byte.
+        let is_ours = || self.get(key).map(|there| there == bytes);
+        // Looking is the best that can be done where there are no conditions.
+        if self.careless && self.head(key)?.is_some() {
+            return is_ours();
+        }
+        match self.put_unless_there(key, bytes.clone()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.failure == StoreFailure::Exists => is_ours(),
+            Err(error) if failure::is_unsupported(&error) => match self.head(key)? {
+                None => self.put(key, bytes.clone()).map(|()| true),
+                Some(_) => is_ours(),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the store minds the condition that nothing is there: so that of two who put the same object at
+    /// once, one is told. An object of this key is put, and removed again.
+    pub fn minds_conditions(&self, key: &str) -> Result<bool, StoreError> {
+        self.put(key, Bytes::new())?;
+        let again = self.put_unless_there(key, Bytes::new());
+        self.try_delete(key);
+        match again {
+            Ok(()) => Ok(false),
+            Err(error) if error.failure == StoreFailure::Exists => Ok(true),
+            Err(error) if failure::is_unsupported(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn put_unless_there(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        let path = self.path(key);
+        self.handle().block_on(
+            self.retry.run("writing", key, bytes.len() as u64, || {
                 let (path, payload) = (path.clone(), PutPayload::from_bytes(bytes.clone()));
                 async move {
                     self.store.put_opts(&path, payload, PutMode::Create.into()).await.map(drop)
                 }
-            }));
-        match put {
-            Ok(()) => Ok(true),
-            // The answer to a try of ours may have been lost: then it is there, byte for byte.
-            Err(error) if error.failure == StoreFailure::Exists => {
-                self.get(key).map(|there| there == bytes)
-            }
-            Err(error)
-                if error.failure == StoreFailure::Refused && failure::is_unsupported(&error) =>
-            {
-                // A store that can't put on conditions: the best that can be done there.
-                match self.head(key)? {
-                    None => self.put(key, bytes).map(|()| true),
-                    Some(_) => self.get(key).map(|there| there == bytes),
-                }
-            }
-            Err(error) => Err(error),
-        }
+            }),
+        )
     }
 
     /// What a listing would tell of an object, if it is there.

@@ -99,6 +99,7 @@ pub fn push(
         files: Vec::new(),
         packs: BTreeSet::new(),
         used: Vec::new(),
+        draft: None,
         seal: repository.signing.own_seal(),
     };
     let key = repository.manifest_key(&manifest);

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use tokio::net::UnixStream as AsyncUnixStream;
+use tokio::sync::OnceCell;
 
 use crate::guest::Log;
 use crate::host::pidfd::Pidfd;
@@ -34,6 +35,8 @@ pub(super) struct Adopted {
     process: Pidfd,
     pid: Option<i32>,
     control: Control,
+    /// Its QMP, once that has been had: ending it would end the connection for whoever comes next.
+    reached: OnceCell<Qmp>,
     output: Log,
     let_go: bool,
 }
@@ -42,7 +45,8 @@ impl Adopted {
     /// The QEMU of this pidfd and process id, where that is known, with the file of its output.
     pub fn new(process: OwnedFd, pid: Option<i32>, control: Control, output: OwnedFd) -> Adopted {
         let process = Pidfd::from_fd(process);
-        Adopted { process, pid, control, output: Log::of(output), let_go: false }
+        let (reached, output) = (OnceCell::new(), Log::of(output));
+        Adopted { process, pid, control, reached, output, let_go: false }
     }
 
     /// Its process id.
@@ -62,6 +66,10 @@ impl Adopted {
 
     /// Goes on with its control socket, or has libvirt pass commands on.
     pub async fn qmp(&self) -> Result<Qmp, RevertError> {
+        self.reached.get_or_try_init(|| self.reach()).await.cloned()
+    }
+
+    async fn reach(&self) -> Result<Qmp, RevertError> {
         let socket = match &self.control {
             Control::Socket(socket) => socket,
             Control::Domain(domain) => {

@@ -11,7 +11,7 @@ use crate::far::Answering;
 use crate::keeper::Ledger;
 use crate::qmp::Qmp;
 use crate::revert::event::{OnEvent, RevertEvent};
-use crate::runs::Entry;
+use crate::runs::{Entry, Notes};
 
 /// What `ps` says that a guest waits for.
 const STORE: &str = "store";
@@ -53,11 +53,9 @@ pub(super) fn note(
     run: Option<&Entry>,
     on_event: OnEvent<'_>,
 ) -> bool {
-    let waits_for = (answering != Answering::Yes).then(|| STORE.to_owned());
-    run.iter().for_each(|run| {
-        let waits_for = waits_for.clone();
-        run.note(move |record| record.waits_for = waits_for);
-    });
+    if let Some(run) = run {
+        note_waiting(answering != Answering::Yes, &run.notes());
+    }
     match answering {
         Answering::Yes => return halt.is_stopped(ledger),
         Answering::Waiting { .. } => {}
@@ -70,6 +68,12 @@ pub(super) fn note(
         }
     }
     false
+}
+
+/// Has the record tell whether its guest waits for the store.
+pub(super) fn note_waiting(waits: bool, notes: &Notes) {
+    let waits_for = waits.then(|| STORE.to_owned());
+    notes.note(move |record| record.waits_for = waits_for);
 }
 
 /// Waits until a store ceases to answer, or answers again; for ever where there is none.

@@ -78,6 +78,8 @@ pub(super) struct Connection {
     halt: Halt,
     /// Whether the store of a snapshot that is far away answers.
     pub store: Option<StoreWatch>,
+    /// Whether its disks follow once its memory is in place, and a successor is needed until they have.
+    pub disks_follow: bool,
     /// The last memory that could not be read.
     unreadable: Option<PostcopyError>,
     /// Told last that this session needs no successor.
@@ -121,6 +123,7 @@ impl Connection {
             resuming: None,
             halt: Halt::default(),
             store: None,
+            disks_follow: false,
             unreadable: None,
             keeper: None,
             run: None,
@@ -134,17 +137,27 @@ impl Connection {
 
     /// Notes that the guest runs: a successor can go on from here.
     pub fn note_running(&mut self) {
-        match (&self.source, &self.kept) {
-            (Some(Source::Postcopy(_)), Some(kept)) => {
+        let is_served = matches!(self.source, Some(Source::Postcopy(_)));
+        match &self.kept {
+            Some(kept) if is_served || self.disks_follow => {
+                if !is_served {
+                    // All its memory is there already.
+                    kept.ledger.set_resident();
+                }
                 // QEMU took longer to start than it does: this rarely waits.
                 if let Some(keeper) = &mut self.keeper {
                     keeper.wait_started();
                 }
                 kept.ledger.set_running();
             }
-            // All its memory is there already.
             _ => self.keeper = None,
         }
+    }
+
+    /// The ledger of a session that needs a successor for its disks once all memory is in place.
+    pub fn disks_ledger(&self) -> Option<Ledger> {
+        let kept = self.kept.as_ref().filter(|_| self.disks_follow);
+        kept.map(|kept| kept.ledger.clone())
     }
 
     /// Gives QEMU its guest, by this socket or else by one that it is handed by QMP.

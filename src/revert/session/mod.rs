@@ -48,6 +48,7 @@ mod running;
 
 pub use crate::reset::Reset;
 pub use armed::Armed;
+pub(in crate::revert) use inherited::{Inherited, Stage};
 pub use launched::Launched;
 pub(crate) use open_image::OpenImage;
 pub use planned::Planned;

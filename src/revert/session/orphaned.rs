@@ -74,6 +74,7 @@ impl Running {
                 None,
                 sandbox,
                 run.as_ref(),
+                None,
             ))
         });
         let qemu = Qemu::Theirs { qmp: None, pid: Some(pid) };

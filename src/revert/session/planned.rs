@@ -19,7 +19,7 @@ use crate::keeper::if_started;
 use crate::revert::error::{PostcopyError, RevertError};
 use crate::revert::event::{OnEvent, RevertEvent};
 use crate::revert::first_breath;
-use crate::revert::kept::Kept;
+use crate::revert::kept::{FarDetails, Kept};
 use crate::revert::options::{Preload, RevertOptions};
 use crate::runs::{Entry, ProcessId};
 
@@ -105,6 +105,8 @@ impl Planned {
         let domain = launcher.domain();
         let sandbox = sandbox.filter(|_| domain.is_none());
         let run = run.map(|options| Entry::begin(&options, launcher.record(&image)));
+        let overlays = || launcher.overlays().iter().map(Overlay::file_name).collect();
+        let kept = far.as_ref().map(|far| FarDetails { again: far.again(), overlays: overlays() });
         let mapped = launcher.mapped();
         let is_mapped = !mapped.is_empty();
         // A guest whose memory is mapped needs nobody.
@@ -113,7 +115,7 @@ impl Planned {
             let sandbox = sandbox.as_deref();
             keeper.and_then(|successor| {
                 let run = run.as_ref();
-                if_started(Kept::start(&successor, &image, &delivery, domain, sandbox, run))
+                if_started(Kept::start(&successor, &image, &delivery, domain, sandbox, run, kept))
             })
         };
         // QEMU's start takes tens of milliseconds.
@@ -131,6 +133,7 @@ impl Planned {
         }
         let mut connection = Connection::new(qemu, lifecycle, image, delivery, cancel);
         connection.pages = pages;
+        connection.disks_follow = far.as_ref().is_some_and(|far| !far.disks().is_empty());
         connection.store = far.map(|far| StoreWatch::new(far.answering()));
         connection.confinement = Confinement::wanted(sandbox);
         (connection.rtc, connection.resettable, connection.mapped) = (rtc, resettable, mapped);

@@ -14,6 +14,7 @@ use crate::far::Answering;
 use crate::guest::Process;
 use crate::host::pidfd::Pidfd;
 use crate::image::Image;
+use crate::keeper::{Keeper, Ledger};
 use crate::qmp::Qmp;
 use crate::reset::ResetError;
 use crate::revert::collapse::{Collapsing, collapse};
@@ -35,6 +36,8 @@ pub struct Resident {
     pub(super) rtc: Rtc,
     pub(super) confinement: Confinement,
     pub(super) cancel: Cancellation,
+    /// What a successor needs where its disks follow, until they have.
+    pub(super) kept: Option<(Keeper, Ledger)>,
     /// The session's record, which goes with it.
     pub(super) run: Option<Entry>,
 }
@@ -76,29 +79,31 @@ impl Resident {
         self.qemu.ended()
     }
 
-    /// QEMU's monitor, where it is ours.
-    pub(crate) fn qmp(&self) -> Option<&Qmp> {
-        self.qemu.qmp()
+    /// QEMU's monitor, where it is ours, or was of a process whose place we have taken.
+    pub(in crate::revert) async fn monitor(&self) -> Option<Qmp> {
+        self.qemu.last_qmp().await
     }
 
     /// Waits for `work` of QEMU's on disks that are still in a repository. Meanwhile the guest is stopped
     /// while a disk waits for too long, and runs again when the store answers.
     pub(in crate::revert) async fn while_disks_follow<T>(
         &self,
+        qmp: &Qmp,
         answering: Receiver<Answering>,
         work: impl Future<Output = T>,
         on_event: OnEvent<'_>,
     ) -> T {
+        let ledger = self.kept.as_ref().map(|(_, ledger)| ledger);
         let (mut store, mut halt) = (StoreWatch::new(answering), Halt::default());
         let mut answering = Some(store.now());
         tokio::pin!(work);
         loop {
             if let Some(answering) = answering.take() {
-                let qemu = (self.qmp(), None);
+                let qemu = (Some(qmp), ledger);
                 let can_run = away::note(answering, &mut halt, qemu, self.run.as_ref(), on_event);
-                if let (true, Some(qmp)) = (can_run, self.qmp()) {
+                if can_run {
                     on_event(RevertEvent::Repaired);
-                    if let Err(error) = halt.run(qmp, None).await {
+                    if let Err(error) = halt.run(qmp, ledger).await {
                         let what = "the guest was stopped, and may stand still".to_owned();
                         on_event(RevertEvent::Note { what, why: error.to_string() });
                     }
@@ -110,6 +115,11 @@ impl Resident {
                 changed = store.changed() => answering = Some(changed),
             }
         }
+    }
+
+    /// Its disks have followed: it depends on nobody any more.
+    pub(in crate::revert) fn has_disks(&mut self) {
+        self.kept = None;
     }
 
     /// How its memory came.

@@ -4,6 +4,7 @@ use super::connection::Connection;
 use super::lifecycle::Told;
 use super::qemu::finish_postcopy;
 use super::resident::Resident;
+use crate::keeper::Ledger;
 use crate::revert::error::RevertError;
 use crate::revert::event::{OnEvent, Progress, RevertEvent};
 use crate::revert::outcome::Outcome;
@@ -46,6 +47,7 @@ impl Running {
         let placed = connection.placed();
         let preparation = connection.take_preparation();
         let rtc = connection.rtc;
+        let disks_ledger = connection.disks_ledger();
         let Connection {
             qemu, lifecycle, image, delivery, cancel, keeper, confinement, run, ..
         } = connection;
@@ -66,14 +68,26 @@ impl Running {
             Ok(preparation) => Some(Ok((placed?, preparation))),
             Err(error) => Some(Err(error)),
         });
-        // It needs no successor from here on.
-        drop(keeper);
+        // It needs no successor from here on but for its disks.
+        disks_ledger.iter().for_each(Ledger::set_resident);
+        let kept = keeper.zip(disks_ledger);
         run.iter().for_each(|run| run.note(|record| record.resident = true));
         on_event(outcome.resident());
         if placement.is_postcopy() {
             recorded::remember(confinement.broker(), &delivery, &image, &outcome);
         }
-        Ok(Resident { qemu, outcome, collapsing, reset, image, rtc, confinement, cancel, run })
+        Ok(Resident {
+            qemu,
+            outcome,
+            collapsing,
+            reset,
+            image,
+            rtc,
+            confinement,
+            cancel,
+            kept,
+            run,
+        })
     }
 }
 
