@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::cache::CacheOptions;
-use super::snapshot::FarOptions;
+use super::options::FarOptions;
 use crate::repository::{Access, KeySource, RepositoryError, SnapshotManifest, StoreWait};
 
 /// How a snapshot is opened again. Keys and credentials are not part of it: they come from where they came

@@ -5,6 +5,7 @@
 //! - `store`: that file as what holds an image.
 //! - `nbd`: that file as a disk that QEMU reads.
 //! - `watch`: whether the store answers.
+//! - `options`: which snapshot, and how it is read.
 //! - `snapshot`: an image, its parents and its disks, opened from afar.
 //! - `again`: how another process opens it again.
 //!
@@ -16,11 +17,13 @@ mod fetch;
 mod file;
 mod latency;
 mod nbd;
+mod options;
 mod snapshot;
 mod store;
 mod watch;
 
 pub(crate) use again::FarAgain;
 pub use cache::CacheOptions;
-pub use snapshot::{FarOptions, FarSnapshot};
+pub use options::FarOptions;
+pub use snapshot::FarSnapshot;
 pub use watch::Answering;

@@ -11,46 +11,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::again::FarAgain;
-use super::cache::{Cache, CacheOptions};
+use super::cache::Cache;
 use super::fetch::Fetchers;
 use super::file::{FarFile, Origin};
 use super::latency::Latency;
 use super::nbd::Exports;
+use super::options::FarOptions;
 use super::store::FarStore;
 use super::watch::{Answering, Watch};
 use crate::image::Image;
 use crate::repository::{
-    Access, Address, FileMap, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId,
-    SnapshotManifest, SnapshotName, StoreWait,
+    FileMap, FileRef, Held, Lease, Repository, RepositoryError, Role, SnapshotId, SnapshotManifest,
+    StoreWait,
 };
 
 /// How long the end of a session waits for its lease to be removed. One that stays ends by itself.
 const LEASE_END: Duration = Duration::from_secs(2);
-
-/// Which snapshot, and how it is read.
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct FarOptions {
-    /// The repository.
-    pub repository: Address,
-    /// The snapshot.
-    pub name: SnapshotName,
-    /// How the repository is reached.
-    pub access: Access,
-    /// What was fetched is kept there.
-    pub cache: CacheOptions,
-    /// How long a disk waits where the store does not answer before the guest is stopped, which goes on when
-    /// it answers again; or where what the store has is damaged, before the guest sees an error.
-    pub patience: Duration,
-}
-
-impl FarOptions {
-    /// This snapshot of this repository, with the default cache.
-    pub fn new(repository: Address, name: SnapshotName, access: Access) -> FarOptions {
-        let patience = Duration::from_secs(120);
-        FarOptions { repository, name, access, cache: CacheOptions::default(), patience }
-    }
-}
 
 /// A snapshot that is read from its repository as it is needed.
 #[derive(Clone)]

@@ -34,13 +34,16 @@ impl Capture for AheadOfTurn {
             let mut buffer = [0; GROUP as usize * PAGE_SIZE];
             capture(places.pid(), pagemap, start, run, &self.merge, &mut buffer)?;
         }
-        if self.merge.absent_within(run).is_some() {
-            self.merge.want();
-        }
         Ok(())
     }
 
     fn is_over(&self, run: Run) -> bool {
-        self.merge.has_ended() && self.merge.absent_within(run).is_some()
+        let has_ended = self.merge.has_ended();
+        let is_absent = self.merge.absent_within(run).is_some();
+        if is_absent {
+            // What was not captured when it was looked for comes by the stream.
+            self.merge.want();
+        }
+        has_ended && is_absent
     }
 }

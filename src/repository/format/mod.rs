@@ -5,6 +5,7 @@
 
 pub mod bytes;
 pub mod config;
+pub mod draft;
 pub mod envelope;
 pub mod ids;
 pub mod manifest;

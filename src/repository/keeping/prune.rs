@@ -21,6 +21,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use crate::repository::error::RepositoryError;
+use crate::repository::format::draft::Draft;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{MapId, ObjectId, PackId, random};
 use crate::repository::format::manifest::SnapshotManifest;
@@ -28,7 +29,6 @@ use crate::repository::format::pack::split_index;
 use crate::repository::keeping::repack;
 use crate::repository::lease::{HOLDS, Held, Lease, host, leases};
 use crate::repository::marks::{Mark, Marked, for_each_mark};
-use crate::repository::reading::drafts::Draft;
 use crate::repository::reading::repository::{
     Manifests, Repository, map_key, map_of_key, pack_key,
 };

@@ -6,40 +6,10 @@
 
 use bytes::Bytes;
 
-use super::repository::{Repository, Snapshot, parse_key};
+use super::repository::{Repository, Snapshot};
 use crate::repository::error::{RepositoryError, StoreFailure};
+use crate::repository::format::draft::Draft;
 use crate::repository::format::ids::{ObjectId, random};
-use crate::repository::format::manifest::SnapshotManifest;
-use crate::repository::remote::Listing;
-
-/// An object that makes a manifest a draft.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Draft {
-    /// What the manifest calls it.
-    pub id: ObjectId,
-    /// The key of the manifest, which may not be there.
-    pub of: String,
-    /// Its own key. It begins as that of the manifest does: whoever lists both in their order finds it
-    /// behind the manifest, which was put later.
-    pub key: String,
-    /// When it was put, in milliseconds since 1970 by the store's clock; 0 where it was put just now.
-    pub put_ms: i64,
-}
-
-impl Draft {
-    /// Reads what a listing tells.
-    pub fn read(listing: &Listing) -> Option<Draft> {
-        let (of, id) = listing.key.rsplit_once('-')?;
-        let (id, put_ms) = (id.parse().ok()?, listing.put_ms);
-        parse_key(of)?;
-        Some(Draft { id, of: of.to_owned(), key: listing.key.clone(), put_ms })
-    }
-
-    /// Whether it makes this manifest a draft.
-    fn is_of(&self, manifest: &SnapshotManifest) -> bool {
-        manifest.draft == Some(self.id)
-    }
-}
 
 impl Repository {
     /// Of these manifests, those that are drafts because of `drafts`, which were listed with them. Hardly

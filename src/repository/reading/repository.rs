@@ -7,10 +7,10 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::drafts::Draft;
 use crate::repository::access::Access;
 use crate::repository::error::{RepositoryError, StoreError, StoreFailure};
 use crate::repository::format::config::{Config, MAX_CONFIG, VERSION, WHAT};
+use crate::repository::format::draft::Draft;
 use crate::repository::format::envelope::Kind;
 use crate::repository::format::ids::{
     Fingerprint, MapId, ObjectId, PackId, RepositoryId, SnapshotId, random,
@@ -307,7 +307,8 @@ impl Repository {
     fn listed_under(&self, under: &str) -> Result<Manifests, RepositoryError> {
         let listed = self.remote.list(under)?;
         let found = listed.iter().filter_map(|listing| parse_key(&listing.key)).collect();
-        let drafts: Vec<Draft> = listed.iter().filter_map(Draft::read).collect();
+        let drafts = listed.iter().filter_map(|one| Draft::read(&one.key, one.put_ms));
+        let drafts: Vec<Draft> = drafts.filter(|draft| parse_key(&draft.of).is_some()).collect();
         let (found, unfinished) = self.take_drafts(found, &drafts)?;
         let (snapshots, replaced) = take_replaced(found);
         Ok(Manifests { snapshots, replaced, unfinished, drafts })
