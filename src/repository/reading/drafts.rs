@@ -23,7 +23,7 @@ impl Repository {
         for snapshot in found {
             let mut of_it = drafts.iter().filter(|draft| draft.of == snapshot.key).peekable();
             let is_draft = of_it.peek().is_some()
-                && match self.manifest(&snapshot) {
+                && match self.by_anybody(&snapshot.key) {
                     Ok(manifest) => of_it.any(|draft| draft.is_of(&manifest)),
                     Err(RepositoryError::Store(error))
                         if error.failure != StoreFailure::NotFound =>
@@ -38,6 +38,11 @@ impl Repository {
         Ok((count, are_drafts))
     }
 
+    /// Reads a manifest, whoever has signed it: drafts are of anybody.
+    fn by_anybody(&self, key: &str) -> Result<SnapshotManifest, RepositoryError> {
+        self.open_manifest(key, &self.remote.get(key)?)
+    }
+
     /// Puts what makes the manifest with this key a draft, which has to name it and to be put later.
     pub(in crate::repository) fn begin_draft(&self, of: &str) -> Result<Draft, RepositoryError> {
         let id = ObjectId(random());
@@ -49,7 +54,7 @@ impl Repository {
     /// Removes what is left of one who was killed before it ended its draft: first the manifest, if that is
     /// a draft because of this.
     pub(in crate::repository) fn undo_draft(&self, draft: &Draft) -> Result<(), RepositoryError> {
-        match self.manifest_at(&draft.of) {
+        match self.by_anybody(&draft.of) {
             Ok(manifest) if draft.is_of(&manifest) => self.remote.delete(&draft.of)?,
             Ok(_) => {}
             Err(RepositoryError::Store(error)) if error.failure == StoreFailure::NotFound => {}

@@ -371,7 +371,11 @@ impl Repository {
         Ok(found.into_iter().map(|(_, manifest)| manifest).collect())
     }
 
-    fn open_manifest(&self, key: &str, bytes: &[u8]) -> Result<SnapshotManifest, RepositoryError> {
+    pub(super) fn open_manifest(
+        &self,
+        key: &str,
+        bytes: &[u8],
+    ) -> Result<SnapshotManifest, RepositoryError> {
         let damaged = |problem| self.damaged(key, problem);
         let json = self.keys.open(Kind::Manifest, key, bytes, MAX_MANIFEST).map_err(damaged)?;
         let (json, seal) = self.signing.open(self.id(), key, json);
