@@ -10,6 +10,7 @@ use super::repository::{Repository, Snapshot};
 use crate::repository::error::{RepositoryError, StoreFailure};
 use crate::repository::format::draft::Draft;
 use crate::repository::format::ids::{ObjectId, random};
+use crate::repository::format::manifest::SnapshotManifest;
 
 impl Repository {
     /// Of these manifests, those that are drafts because of `drafts`, which were listed with them. Hardly
