@@ -64,7 +64,7 @@ test: prepared
 	cargo test --manifest-path tests/guest/Cargo.toml --target-dir $(GUEST_TARGET) --locked
 	cargo test --locked --features $(FEATURES) --lib --bins --examples --tests
 	SNAPBACK_TEST_PLACE=socket cargo test --locked --features $(FEATURES) --test e2e -- $(BOTH_WAYS)
-	cargo test --locked --doc
+	cargo test --locked --features $(FEATURES) --doc
 
 newer: guest debian
 	SNAPBACK_TEST_LIBVIRT_NEWER=1 cargo test --locked --features $(FEATURES) --test libvirt
