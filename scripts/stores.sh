@@ -9,7 +9,8 @@
 #
 # They are unpacked in stores/ in the deps folder, once: from Debian's packages and npm. `make guest` comes first.
 # Names behind `--only`, separated by commas, choose among rclone, apache and azurite. Of Google's store there is
-# no emulator to be had that takes objects by the XML API, by which the library puts them.
+# no emulator known here that takes objects by the XML API, by which the library puts them
+# (fake-gcs-server does not).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
