@@ -97,14 +97,18 @@ struct Guests {
 struct Times(Vec<f64>);
 
 impl Times {
-    fn median(&mut self) -> f64 {
+    fn sort(&mut self) {
         self.0.sort_by(f64::total_cmp);
+    }
+
+    fn median(&mut self) -> f64 {
+        self.sort();
         self.0.get(self.0.len() / 2).copied().unwrap_or_default()
     }
 
     /// The least and the most.
     fn ends(&mut self) -> [f64; 2] {
-        self.median();
+        self.sort();
         [self.0.first(), self.0.last()].map(|end| end.copied().unwrap_or_default())
     }
 
@@ -220,7 +224,8 @@ fn at_work(guests: &mut Guests, folder: &Path, runs: usize) -> Result<()> {
         guest.oracle.set_writers(0, 0)?;
     }
     println!(
-        "\n| pages that a guest at work rewrites a second | while it is saved | of what it does alone |\n|---|---|---|"
+        "\n| pages a second that a guest at work rewrites in {} s | with a save | of what it does alone |\n|---|---|---|",
+        WINDOW.as_secs(),
     );
     for (name, _, _, alone, meanwhile) in &mut ways {
         let share = meanwhile.median() / alone.median();

@@ -10,7 +10,6 @@ use super::repository::{Repository, Snapshot};
 use crate::repository::error::{RepositoryError, StoreFailure};
 use crate::repository::format::draft::Draft;
 use crate::repository::format::ids::{ObjectId, random};
-use crate::repository::format::manifest::SnapshotManifest;
 
 impl Repository {
     /// Of these manifests, those that are drafts because of `drafts`, which were listed with them. Hardly
@@ -24,7 +23,7 @@ impl Repository {
         for snapshot in found {
             let mut of_it = drafts.iter().filter(|draft| draft.of == snapshot.key).peekable();
             let is_draft = of_it.peek().is_some()
-                && match self.by_anybody(&snapshot.key) {
+                && match self.manifest_by_anybody(&snapshot.key) {
                     Ok(manifest) => of_it.any(|draft| draft.is_of(&manifest)),
                     Err(RepositoryError::Store(error))
                         if error.failure != StoreFailure::NotFound =>
@@ -39,11 +38,6 @@ impl Repository {
         Ok((count, are_drafts))
     }
 
-    /// Reads a manifest, whoever has signed it: drafts are of anybody.
-    fn by_anybody(&self, key: &str) -> Result<SnapshotManifest, RepositoryError> {
-        self.open_manifest(key, &self.remote.get(key)?)
-    }
-
     /// Puts what makes the manifest with this key a draft, which has to name it and to be put later.
     pub(in crate::repository) fn begin_draft(&self, of: &str) -> Result<Draft, RepositoryError> {
         let id = ObjectId(random());
@@ -55,7 +49,7 @@ impl Repository {
     /// Removes what is left of one who was killed before it ended its draft: first the manifest, if that is
     /// a draft because of this.
     pub(in crate::repository) fn undo_draft(&self, draft: &Draft) -> Result<(), RepositoryError> {
-        match self.by_anybody(&draft.of) {
+        match self.manifest_by_anybody(&draft.of) {
             Ok(manifest) if draft.is_of(&manifest) => self.remote.delete(&draft.of)?,
             Ok(_) => {}
             Err(RepositoryError::Store(error)) if error.failure == StoreFailure::NotFound => {}
