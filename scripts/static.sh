@@ -17,8 +17,9 @@ target=x86_64-unknown-linux-musl
 if ! { [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ] && command -v musl-gcc >/dev/null; }; then
     target=x86_64-unknown-linux-gnu
 fi
-# A target that is named keeps crt-static away from build scripts and procedural macros.
-RUSTFLAGS="-C target-feature=+crt-static" \
+# A target that is named keeps crt-static away from build scripts and procedural macros. The crate getrandom
+# looks for glibc's function at run time, in vain where all is linked in, and would want /dev/urandom then.
+RUSTFLAGS='-C target-feature=+crt-static --cfg getrandom_backend="linux_getrandom"' \
     cargo build --locked --release --bin snapback --target "$target" --target-dir target/static-build
 mkdir -p target/static
 install -m 755 "target/static-build/$target/release/snapback" target/static/snapback
@@ -31,7 +32,8 @@ trap 'as_root rm -rf "$root"' EXIT
 mkdir "$root/work"
 install -m 755 "$program" "$root/snapback"
 install -m 644 tests/data/0.2.0.snap "$root/work/vm.snap"
-inside() { as_root env -i chroot "$root" /snapback "$@"; }
+# By its path: with an empty environment it is not looked for among the commands for root.
+inside() { as_root env -i /usr/sbin/chroot "$root" /snapback "$@"; }
 inside --version
 inside info /work/vm.snap >/dev/null
 inside verify /work/vm.snap
