@@ -21,9 +21,12 @@ flock 9
 [ ! -e "$stamp" ] || exit 0
 
 say "building s3s-fs $version"
-# A little optimised: it hashes all that it is given.
-CARGO_PROFILE_DEV_OPT_LEVEL=1 CARGO_PROFILE_DEV_DEBUG=none \
-    cargo install --quiet --locked --debug --version "$version" --features binary \
-    --root "$deps/s3s-fs" --target-dir "$deps/s3s-target" s3s-fs
+# What all data passes is optimised, the rest is built in half the time without.
+fast=()
+for package in base64-simd crc-fast crc32c hex-simd md-5 memchr sha1 sha2; do
+    fast+=(--config "profile.dev.package.$package.opt-level=2")
+done
+CARGO_PROFILE_DEV_DEBUG=none cargo install --quiet --locked --debug "${fast[@]}" --version "$version" \
+    --features binary --root "$deps/s3s-fs" --target-dir "$deps/s3s-target" s3s-fs
 rm -rf "$deps/s3s-target"
 touch "$stamp"
