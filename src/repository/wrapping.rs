@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use age::EncryptError;
 use age::secrecy::{ExposeSecret, SecretString};
 
 use super::access::{Access, KeySource};
@@ -118,7 +119,13 @@ fn wrap(
     }
     let failed = |e: &dyn std::fmt::Display| invalid(format!("encrypting the key failed: {e}"));
     let encryptor = age::Encryptor::with_recipients(all.iter().map(AsRef::as_ref));
-    let encryptor = encryptor.map_err(|e| failed(&e))?;
+    // Not in the library's words: a macro puts their arguments into another order with each build, and a
+    // package is to be the same, byte for byte, whoever builds it.
+    let encryptor = encryptor.map_err(|error| match error {
+        EncryptError::Io(error) => failed(&error),
+        EncryptError::MissingRecipients => invalid("there is nobody to encrypt it to".into()),
+        _ => invalid("what it is to be encrypted to does not go together".into()),
+    })?;
     let mut wrapped = Vec::new();
     let mut to = encryptor.wrap_output(&mut wrapped).map_err(|e| failed(&e))?;
     to.write_all(key).and_then(|()| to.finish().map(drop)).map_err(|e| failed(&e))?;
