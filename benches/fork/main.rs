@@ -47,9 +47,9 @@ struct Options {
     /// The QEMU, by its number
     #[arg(long, default_value = "10", value_parser = Qemu::parse)]
     qemu: Qemu,
-    /// Saves of each kind of a guest with a database at work; 0 leaves that out
+    /// Saves of each kind of guests at work, which rewrite memory or have a database; 0 leaves them out
     #[arg(long, default_value_t = 5)]
-    database: usize,
+    work: usize,
     /// Where images are written
     #[arg(long, default_value = "/dev/shm")]
     folder: PathBuf,
@@ -88,14 +88,16 @@ fn run() -> Result<()> {
         saves(&guests, folder.path(), options.runs)?;
         forks(&guests.ours, folder.path(), options.runs)?;
         loads(&equal, &guests.peer, folder.path(), options.runs)?;
-        let Guests { ours, stream, peer } = &mut guests;
-        at_work::rewriting([ours, stream, peer], folder.path(), options.runs)?;
+        if options.work > 0 {
+            let Guests { ours, stream, peer } = &mut guests;
+            at_work::rewriting([ours, stream, peer], folder.path(), options.work)?;
+        }
     }
-    if options.database > 0 {
+    if options.work > 0 {
         let folder =
             tempfile::Builder::new().prefix("snapback-fork-").tempdir_in(&options.folder)?;
         eprintln!("booting Debian");
-        at_work::transacting(options.qemu, folder.path(), options.database)?;
+        at_work::transacting(options.qemu, folder.path(), options.work)?;
     }
     Ok(())
 }

@@ -7,13 +7,15 @@
 mod error;
 mod event;
 
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::timeout;
 
 use crate::cancel::Cancellation;
 use crate::identity::Identity;
@@ -68,21 +70,25 @@ pub async fn fork(
     let (ahead_sender, ahead) = oneshot::channel();
     let (ready, ready_receiver) = oneshot::channel();
     let (moment_sender, moment) = oneshot::channel();
+    let clones_run = Cancellation::new();
     let forking = Forking {
         ahead: Some(ahead_sender),
         ready: Some(ready_receiver),
         at_moment: Some(moment_sender),
+        clones_run: clones_run.clone(),
     };
     let tell = sender.clone();
     let save_options = SaveOptions { without_image: !options.keep, ..options.save.clone() };
     let save = save_and_fork(&save_options, Some(forking), cancel.clone(), move |event| {
         let _ = tell.send(ForkEvent::Save(event));
     });
-    let clones = Clones { options: options.clone(), cancel, events: sender };
-    let clones = clones.bring(ahead, ready, moment);
-    let both = async { tokio::join!(save, clones) };
+    let clones = Clones { options: options.clone(), cancel, events: sender, clones_run };
+    // A task of their own: what the save has to write down at the moment does not hold them up.
+    let mut task = JoinSet::new();
+    task.spawn(clones.bring(ahead, ready, moment));
+    let both = async { tokio::join!(save, task.join_all()) };
     tokio::pin!(both);
-    let (saved, clones) = loop {
+    let (saved, mut clones) = loop {
         tokio::select! {
             // What happened before the end is told before it.
             biased;
@@ -94,7 +100,7 @@ pub async fn fork(
         on_event(event);
     }
     saved?;
-    clones
+    clones.pop().unwrap_or_else(|| unreachable!("one task was spawned"))
 }
 
 /// Clones that are brought up.
@@ -102,6 +108,18 @@ struct Clones {
     options: ForkOptions,
     cancel: Cancellation,
     events: UnboundedSender<ForkEvent>,
+    /// Requested once they run, or this is dropped.
+    clones_run: Cancellation,
+}
+
+/// How long the source's memory is not read at full speed for the clones' sake, at most: what it writes
+/// meanwhile waits longer.
+const CLONES_FIRST: Duration = Duration::from_millis(50);
+
+impl Drop for Clones {
+    fn drop(&mut self) {
+        self.clones_run.request();
+    }
 }
 
 /// A clone whose QEMU may have been started.
@@ -124,11 +142,16 @@ impl Clones {
         let passed = Instant::now();
         let image = open(at_moment).await?;
         let mut tasks = JoinSet::new();
+        let (starting, mut started) = mpsc::channel::<Infallible>(1);
         for (index, clone) in launched.into_iter().enumerate() {
             let (image, options) = (image.clone(), self.clone_options(index));
             let (cancel, events) = (self.cancel.clone(), self.events.clone());
+            let mut starting = Some(starting.clone());
             let brought = async move {
                 let mut tell = |event| {
+                    if matches!(event, RevertEvent::Running { .. }) {
+                        starting = None;
+                    }
                     let since_moment = passed.elapsed();
                     let _ = events.send(ForkEvent::Clone { index, since_moment, event });
                 };
@@ -140,6 +163,10 @@ impl Clones {
             };
             tasks.spawn(async move { (index, brought.await) });
         }
+        drop(starting);
+        // None, as soon as nobody is left who starts.
+        let _ = timeout(CLONES_FIRST, started.recv()).await;
+        self.clones_run.request();
         let mut ended = tasks.join_all().await;
         ended.sort_by_key(|(index, _)| *index);
         Ok(ended.into_iter().map(|(_, outcome)| outcome).collect())
@@ -164,7 +191,7 @@ impl Clones {
                 let since_moment = Default::default();
                 let _ = self.events.send(ForkEvent::Clone { index, since_moment, event });
             };
-            let clone = Clone::launch(image, &options, self.cancel.clone(), &mut tell).await;
+            let clone = Clone::launch_ahead(image, &options, self.cancel.clone(), &mut tell).await;
             launched.push(clone.map(Some));
         }
         Ok(launched)

@@ -146,7 +146,7 @@ pub(crate) struct Clone {
 }
 
 impl Clone {
-    /// Starts its QEMU. The image tells the machine; devices and memory may be given later.
+    /// Starts its QEMU.
     pub(crate) async fn launch(
         image: OpenImage,
         options: &RevertOptions,
@@ -158,6 +158,17 @@ impl Clone {
         let agent = planned.agent().map(Path::to_owned);
         let launched = planned.launch(on_event).await?;
         Ok(Clone { launched, agent, options, cancel })
+    }
+
+    /// Starts its QEMU, and has it wait for devices and memory, which are [`given`](Clone::given) later.
+    pub(crate) async fn launch_ahead(
+        image: OpenImage,
+        options: &RevertOptions,
+        cancel: Cancellation,
+        on_event: OnEvent<'_>,
+    ) -> Result<Clone, RevertError> {
+        let clone = Clone::launch(image, options, cancel, on_event).await?;
+        Ok(Clone { launched: clone.launched.listen().await?, ..clone })
     }
 
     /// Has it brought back from another image of the same machine.

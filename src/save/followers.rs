@@ -13,6 +13,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::error::SaveError;
 use super::forking::{AtMoment, Forking};
+use crate::cancel::Cancellation;
 use crate::failpoint::failpoint;
 use crate::follow::{self, Followed};
 use crate::image::Image;
@@ -40,7 +41,10 @@ impl Followers {
         let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }
             .map_err(|error| failed(error.into()))?;
         let (sender, moment) = oneshot::channel();
-        let forking = Forking { ahead: None, ready: None, at_moment: Some(sender) };
+        let clones_run = Cancellation::new();
+        // Nobody tells when they do, or whether any come.
+        clones_run.request();
+        let forking = Forking { ahead: None, ready: None, at_moment: Some(sender), clones_run };
         let task = tokio::spawn(take_all(listener, moment, image.to_owned()));
         Ok((Followers { task }, forking))
     }

@@ -9,6 +9,7 @@ use super::error::SaveError;
 use super::live::AheadOfTurn;
 use super::moment::Moment;
 use super::receive::Begun;
+use crate::cancel::Cancellation;
 use crate::guest;
 use crate::identity::Identity;
 use crate::image::{Details, Image, Sections, skeleton};
@@ -26,6 +27,8 @@ pub(crate) struct Forking {
     pub ready: Option<oneshot::Receiver<()>>,
     /// Told once.
     pub at_moment: Option<oneshot::Sender<AtMoment>>,
+    /// Requested once the clones run, or have had their time: until then the processors are theirs.
+    pub clones_run: Cancellation,
 }
 
 /// A guest that is about to be forked.

@@ -82,12 +82,12 @@ impl Counters {
 }
 
 /// What memory is put into.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Stores {
     /// An image.
     pub image: bool,
-    /// Memory of ours, for clones.
-    pub memory: bool,
+    /// Memory of ours, for clones. They come first: memory is read from outside once this is requested.
+    pub memory: Option<Cancellation>,
 }
 
 /// What a stream begins with, and what memory is put into.
@@ -391,7 +391,7 @@ impl Receiver {
             false => None,
         };
         let identity = writer.as_ref().map_or_else(Identity::random, ImageWriter::identity);
-        let memory = self.into.memory.then(|| CapturedMemory::new(&blocks).map(Arc::new));
+        let memory = self.into.memory.is_some().then(|| CapturedMemory::new(&blocks).map(Arc::new));
         let memory = memory.transpose().map_err(SaveError::Captured)?;
         let merge = Arc::new(Merge::new(writer, memory.clone(), &blocks, captured));
         let names = stream.blocks().iter().map(|block| &block.name);
@@ -408,7 +408,9 @@ impl Receiver {
         if let Some(sender) = self.begun.take() {
             let _ = sender.send(begun);
         }
-        let direct = places.map(|places| DirectReading::new(places, self.read_directly.clone()));
+        let begin = self.read_directly.clone();
+        let clear = self.into.memory.clone();
+        let direct = places.map(|places| DirectReading::new(places, begin, clear));
         Ok(Sides { _ended: End(Arc::clone(&merge)), merge, direct })
     }
 

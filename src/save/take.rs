@@ -30,8 +30,8 @@ impl Saving<'_> {
         let stream = migration::open_stream(&self.access.qmp).await?;
         self.keep(stream.as_fd());
         let mut receiving = {
-            let stores =
-                Stores { image: !self.options.without_image, memory: self.forking.is_some() };
+            let clones_run = self.forking.as_ref().map(|forking| forking.clones_run.clone());
+            let stores = Stores { image: !self.options.without_image, memory: clones_run };
             let places = self.places.take();
             Receiving::start(stream, self.options, &self.checked, places, stores)?
         };

@@ -20,7 +20,7 @@ use crate::image::write::every_page::for_every_page;
 use crate::image::write::index::check_index;
 use crate::image::write::options::{CacheUse, Saved};
 use crate::image::write::sink::Sink;
-use crate::image::write::tail::{self, Parts};
+use crate::image::write::tail::{self, Index, Parts};
 use crate::image::write::target::Target;
 use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageBytes, Run};
 
@@ -72,7 +72,8 @@ pub(in crate::image) fn write(
     let file = target.file().try_clone().map_err(io)?;
     let sink = Sink::new(file, data_end, None, CacheUse::Keep, Cancellation::new());
     let (manifest, sections, chunk_pages) = (&manifest, &sections, CHUNK_PAGES as u32);
-    let parts = Parts { manifest, sections, chunks: &chunks, index: &index, chunk_pages };
+    let parts =
+        Parts { manifest, sections, chunks: &chunks, index: Index::Entries(&index), chunk_pages };
     let image_bytes = tail::finish(target, sink, parts)?;
     let (repeated_pages, parent_pages) = (0, 0);
     Ok(Saved { identity, data_pages, zero_pages, repeated_pages, parent_pages, image_bytes })

@@ -12,6 +12,7 @@ use crate::image::format::error::ImageError;
 use crate::image::format::layout::{
     ChunkEntry, Extent, LAYERS, MAX_MANIFEST_BYTES, MAX_SECTION_BYTES, PIECE_BYTES,
     PIECE_CHECKSUM_OFFSET, REGIONS, Region, SUPERBLOCK_BYTES, Superblock, piece_checksum, put,
+    table_bytes,
 };
 use crate::image::format::manifest::{Manifest, Sections};
 use crate::image::write::sink::Sink;
@@ -71,6 +72,14 @@ impl Tail {
         Ok(())
     }
 
+    /// A table of which nothing is written: a hole in the file, whose checksums are wrong.
+    pub fn absent_table(&mut self, region: Region, entries: u64) -> io::Result<()> {
+        self.place(region, table_bytes(region, entries), 0);
+        self.out.flush()?;
+        self.out.get_mut().skip_to(self.at);
+        Ok(())
+    }
+
     /// A region with one checksum for the whole.
     pub fn whole(&mut self, region: Region, bytes: &[u8]) -> io::Result<()> {
         self.out.write_all(bytes)?;
@@ -96,9 +105,16 @@ pub(in crate::image) struct Parts<'a> {
     pub manifest: &'a Manifest,
     pub sections: &'a Sections,
     pub chunks: &'a [ChunkEntry],
-    pub index: &'a [u64],
+    pub index: Index<'a>,
     /// The most pages that a chunk holds.
     pub chunk_pages: u32,
+}
+
+/// Where pages are.
+pub(in crate::image) enum Index<'a> {
+    Entries(&'a [u64]),
+    /// Of so many pages, none of which can be found.
+    Absent(u64),
 }
 
 /// Writes the regions behind the chunks, where `sink` stands, and then the superblock. Makes
@@ -128,7 +144,17 @@ pub(in crate::image) fn write(
 
     let mut tail = Tail::new(sink, identity);
     tail.table(Region::ChunkTable, chunks.iter().map(|entry| entry.encode())).map_err(io)?;
-    tail.table(Region::PageIndex, index.iter().map(|raw| raw.to_le_bytes())).map_err(io)?;
+    let page_count = match index {
+        Index::Entries(index) => {
+            let entries = index.iter().map(|raw| raw.to_le_bytes());
+            tail.table(Region::PageIndex, entries).map_err(io)?;
+            index.len() as u64
+        }
+        Index::Absent(pages) => {
+            tail.absent_table(Region::PageIndex, pages).map_err(io)?;
+            pages
+        }
+    };
     for (region, bytes, limit) in [
         (Region::Manifest, &manifest, MAX_MANIFEST_BYTES),
         (Region::Config, &sections.config, MAX_SECTION_BYTES),
@@ -148,7 +174,7 @@ pub(in crate::image) fn write(
         file_len,
         identity,
         chunk_count: chunks.len() as u64,
-        page_count: index.len() as u64,
+        page_count,
         regions,
     };
     file.write_all_at(&superblock.encode(), 0).map_err(io)?;

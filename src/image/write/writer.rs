@@ -16,7 +16,7 @@ use crate::image::write::index::{check_index, empty_index, pending, renumber_lay
 use crate::image::write::options::{Saved, WriterOptions, WriterStats};
 use crate::image::write::pack::{Buffer, Job, Packing};
 use crate::image::write::pipeline::Pipeline;
-use crate::image::write::tail::{self, Parts};
+use crate::image::write::tail::{self, Index, Parts};
 use crate::image::write::target::Target;
 use crate::page::{Block, PAGE_SIZE, Page, PageBytes, Run};
 
@@ -301,7 +301,13 @@ impl ImageWriter {
         let chunk_pages = self.chunk_pages as u32;
         let path = target.path().to_owned();
         let (manifest, sections) = (&manifest, &sections);
-        let parts = Parts { manifest, sections, chunks: &table, index: &index, chunk_pages };
+        let parts = Parts {
+            manifest,
+            sections,
+            chunks: &table,
+            index: Index::Entries(&index),
+            chunk_pages,
+        };
         let written = tail::finish(target, sink, parts);
         let image_bytes = written.map_err(|error| match stop.is_requested() {
             true => ImageError::Interrupted(path),

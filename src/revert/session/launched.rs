@@ -6,17 +6,17 @@ use std::time::Duration;
 
 use super::armed::Armed;
 use super::confined::Confinement;
-use super::connection::Connection;
+use super::connection::{Connection, socket_pair};
 use super::contents::Reading;
 use super::lifecycle::{Lifecycle, Start};
 use super::open_image::OpenImage;
-use super::qemu::Qemu;
+use super::qemu::{POSTCOPY, Qemu, migrate_from};
 use crate::cancel::Cancellation;
 use crate::guest::GuestError;
 use crate::host::check_page_size;
 use crate::host::pidfd::peer_pid;
 use crate::image::Image;
-use crate::qmp::Qmp;
+use crate::qmp::{Qmp, QmpError};
 use crate::revert::error::RevertError;
 use crate::revert::event::{OnEvent, RevertEvent};
 use crate::revert::options::{Placement, Preload, ServeOptions, Target};
@@ -30,6 +30,8 @@ pub struct Launched {
     pub(super) contents: Reading,
     /// The migration socket, where QEMU listens on it; else it is handed one by QMP.
     pub(super) socket: Option<UnixStream>,
+    /// Why QEMU takes no postcopy migration by that socket.
+    pub(super) refused: Option<QmpError>,
 }
 
 impl Launched {
@@ -71,7 +73,30 @@ impl Launched {
         let lifecycle = Lifecycle::new(start, *standby);
         let mut connection = Connection::new(qemu, lifecycle, image, delivery.clone(), cancel);
         connection.confinement = Confinement::wanted(sandbox.clone());
-        Ok(Launched { connection, contents: Reading::Done(contents), socket })
+        Ok(Launched { connection, contents: Reading::Done(contents), socket, refused: None })
+    }
+
+    /// Has QEMU wait for a postcopy migration already, ahead of there being anything to send: no command is
+    /// left for then. QEMU reads those byte by byte, which takes it milliseconds.
+    ///
+    /// # Errors
+    /// When QEMU can't be told.
+    pub(in crate::revert) async fn listen(mut self) -> Result<Launched, RevertError> {
+        let Some(qmp) = self.connection.qemu.qmp().cloned() else { return Ok(self) };
+        let refused = &mut self.refused;
+        let listening = async {
+            let (ours, theirs) = socket_pair()?;
+            let hear = |capable: Result<(), QmpError>| {
+                *refused = capable.err();
+                Ok(())
+            };
+            migrate_from(&qmp, &POSTCOPY, theirs, hear).await?;
+            Ok(ours)
+        };
+        match listening.await {
+            Ok(ours) => Ok(Launched { socket: Some(ours), ..self }),
+            Err(error) => Err(self.connection.fail(error).await),
+        }
     }
 
     /// Gives it another image of the same machine.
@@ -89,7 +114,7 @@ impl Launched {
     /// # Errors
     /// When QEMU refuses the guest, or the session is cancelled.
     pub async fn arm(self, on_event: OnEvent<'_>) -> Result<Armed, RevertError> {
-        let Launched { mut connection, contents, socket } = self;
+        let Launched { mut connection, contents, socket, refused } = self;
         if !connection.qemu.is_ours() {
             for says in connection.image.exposures() {
                 on_event(RevertEvent::Warning { says });
@@ -97,7 +122,12 @@ impl Launched {
         }
         let cancelled = connection.cancel.requested();
         let arming = async {
-            connection.begin(contents.finish().await?, socket).await?;
+            let contents = contents.finish().await?;
+            let contents = match refused {
+                Some(error) => contents.without_postcopy(&connection.qemu, error)?,
+                None => contents,
+            };
+            connection.begin(contents, socket).await?;
             connection.advance(on_event).await?;
             match connection.lifecycle.is_held() {
                 true => check_held(&connection.qemu).await,

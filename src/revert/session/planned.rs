@@ -142,7 +142,7 @@ impl Planned {
         if let Some((keeper, kept)) = keeper {
             connection.keep(keeper, kept);
         }
-        Ok(Launched { connection, contents, socket: None })
+        Ok(Launched { connection, contents, socket: None, refused: None })
     }
 }
 

@@ -33,6 +33,8 @@ pub(super) struct DirectReading {
     places: Places,
     /// Requested once the guest goes on, which is not to wait for processors that we use.
     begin: Cancellation,
+    /// Requested once clones run, where there are any: the thread waits for it.
+    clear: Option<Cancellation>,
     state: State,
 }
 
@@ -49,9 +51,10 @@ enum State {
 }
 
 impl DirectReading {
-    /// Reads at these places, once they are proven and it is told to `begin`.
-    pub fn new(places: Places, begin: Cancellation) -> DirectReading {
-        DirectReading { places, begin, state: State::Unproven(0) }
+    /// Reads at these places, once they are proven and it is told to `begin`. QEMU's stream is held back from
+    /// then on, but what the guest can write to is not read ahead of `clear`.
+    pub fn new(places: Places, begin: Cancellation, clear: Option<Cancellation>) -> DirectReading {
+        DirectReading { places, begin, clear, state: State::Unproven(0) }
     }
 
     /// Takes note of a page that came by the stream: the first one that lies in QEMU's memory
@@ -86,7 +89,8 @@ impl DirectReading {
 
     fn start(&self, merge: &Arc<Merge>) -> io::Result<State> {
         let stop = Cancellation::new();
-        let reader = reader::Reader::new(&self.places, Arc::clone(merge), stop.clone())?;
+        let (merge, clear) = (Arc::clone(merge), self.clear.clone());
+        let reader = reader::Reader::new(&self.places, merge, stop.clone(), clear)?;
         let done = Cancellation::new();
         let end = End(done.clone());
         let builder = thread::Builder::new().name("read-memory".into());

@@ -16,7 +16,7 @@ use crate::save::merge::Merge;
 /// and never holds the lock of QEMU's address space for long.
 const WINDOW: u64 = (2 << 20) / PAGE_SIZE as u64;
 
-/// How long it waits for the image's writer to have room again.
+/// How long it waits before it looks again whether the image's writer has room, or clones run.
 const NAP: Duration = Duration::from_micros(300);
 
 /// Reads what is still protected.
@@ -27,6 +27,8 @@ pub(super) struct Reader {
     blocks: Vec<(BlockId, Place)>,
     merge: Arc<Merge>,
     stop: Cancellation,
+    /// Requested once there is nobody who needs the processors more.
+    clear: Option<Cancellation>,
     buffer: Vec<u8>,
 }
 
@@ -35,12 +37,17 @@ impl Reader {
     ///
     /// # Errors
     /// When QEMU's page map can't be read.
-    pub fn new(places: &Places, merge: Arc<Merge>, stop: Cancellation) -> io::Result<Reader> {
+    pub fn new(
+        places: &Places,
+        merge: Arc<Merge>,
+        stop: Cancellation,
+        clear: Option<Cancellation>,
+    ) -> io::Result<Reader> {
         let pagemap = Pagemap::open(places.pid())?;
         let ids = (0..merge.blocks().len()).map(|index| BlockId(index as u16));
         let blocks = ids.filter_map(|id| Some((id, places.of(id)?))).collect();
         let buffer = vec![0; WINDOW as usize * PAGE_SIZE];
-        Ok(Reader { pid: places.pid(), pagemap, blocks, merge, stop, buffer })
+        Ok(Reader { pid: places.pid(), pagemap, blocks, merge, stop, clear, buffer })
     }
 
     /// Reads all blocks, the last first, or until it is stopped. What it can't read comes by
@@ -58,6 +65,10 @@ impl Reader {
         // sends is what is there then.
         for (block, place) in blocks.iter().filter(read_only) {
             self.read_whole(*block, place.start)?;
+        }
+        let is_clear = |clear: &Cancellation| clear.is_requested() || self.stop.is_requested();
+        while !self.clear.as_ref().is_none_or(is_clear) {
+            std::thread::sleep(NAP);
         }
         for (block, place) in blocks.iter().rev().filter(|block| !read_only(block)) {
             self.read_block(*block, place.start)?;
