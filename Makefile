@@ -94,6 +94,7 @@ torture: prepared
 	cargo test --locked --features $(FEATURES) --test e2e -- --ignored --nocapture direct_reading::
 	SNAPBACK_TEST_EVERY_STEP=1 SNAPBACK_MOMENTS=20 cargo test --locked --features $(FEATURES) --test e2e -- --include-ignored --nocapture killed:: save_under_fire:: moments::
 	$(LONG_TEST) far::
+	SNAPBACK_TEST_EVERY_BIT=1 cargo test --locked --release --features $(FEATURES) --lib -- tests_of_bits::
 	cargo test --locked --release --features $(FEATURES) --test repository -- --ignored --nocapture --test-threads 1
 	SNAPBACK_RESETS=100 cargo test --locked --release --features $(FEATURES) --test e2e -- --nocapture resets::
 
