@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, spawn_blocking};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::cancel::Cancellation;
 use crate::identity::Identity;
 use crate::image::{Details, Sections, skeleton};
 use crate::machine::Machine;
+use crate::memory::FillDelay;
 use crate::page::PageSource;
 use crate::revert::session::OpenImage;
 use crate::revert::{Clone, RevertError, RevertEvent, RevertOptions, Reverted};
@@ -112,9 +113,14 @@ struct Clones {
     clones_run: Cancellation,
 }
 
-/// How long the source's memory is not read at full speed for the clones' sake, at most: what it writes
+/// How long clones are waited for that start, before memory is read at full speed: what the source writes
 /// meanwhile waits longer.
 const CLONES_FIRST: Duration = Duration::from_millis(50);
+
+/// How long clones that run have the processors for themselves: every page that they touch is a fault then, and
+/// under TCG all code is translated anew. On two processors their first heartbeat comes twice as soon for it,
+/// and the last of their memory by a sixth later.
+const FIRST_BREATH: Duration = Duration::from_millis(90);
 
 impl Drop for Clones {
     fn drop(&mut self) {
@@ -166,6 +172,7 @@ impl Clones {
         drop(starting);
         // None, as soon as nobody is left who starts.
         let _ = timeout(CLONES_FIRST, started.recv()).await;
+        sleep(FIRST_BREATH).await;
         self.clones_run.request();
         let mut ended = tasks.join_all().await;
         ended.sort_by_key(|(index, _)| *index);
@@ -199,7 +206,9 @@ impl Clones {
 
     /// The options of a clone, with what can't be had for one.
     fn clone_options(&self, index: usize) -> RevertOptions {
-        let options = self.options.clones[index].clone();
+        let mut options = self.options.clones[index].clone();
+        let breath = FillDelay::Fixed { fixed: FIRST_BREATH };
+        options.delivery.fill_delay.get_or_insert(breath);
         RevertOptions { domain: None, ..options.while_captured() }
     }
 }
