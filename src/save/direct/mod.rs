@@ -5,10 +5,14 @@
 //! *after* it was read was read as it was at the moment. QEMU's stream comes from the front, one
 //! page after the other; we read from the back, 2 MiB at a time. Each page is taken by whoever
 //! captures it first (`merge`).
+//!
+//! What the guest has not written since the image's parent is taken from there before anything is
+//! read (`unchanged`).
 
 mod backpressure;
 mod places;
 mod reader;
+mod unchanged;
 mod window;
 
 use std::io;
@@ -17,6 +21,7 @@ use std::thread::{self, JoinHandle};
 
 pub(super) use backpressure::Backpressure;
 pub(super) use places::{Place, Places};
+pub(super) use unchanged::{Inheritance, Unchanged};
 pub(super) use window::capture;
 
 use super::merge::Merge;
@@ -33,6 +38,8 @@ pub(super) struct DirectReading {
     places: Places,
     /// Requested once the guest goes on, which is not to wait for processors that we use.
     begin: Cancellation,
+    /// What need not be read.
+    inheritance: Option<Inheritance>,
     state: State,
 }
 
@@ -50,8 +57,12 @@ enum State {
 
 impl DirectReading {
     /// Reads at these places, once they are proven and it is told to `begin`.
-    pub fn new(places: Places, begin: Cancellation) -> DirectReading {
-        DirectReading { places, begin, state: State::Unproven(0) }
+    pub fn new(
+        places: Places,
+        begin: Cancellation,
+        inheritance: Option<Inheritance>,
+    ) -> DirectReading {
+        DirectReading { places, begin, inheritance, state: State::Unproven(0) }
     }
 
     /// Takes note of a page that came by the stream: the first one that lies in QEMU's memory
@@ -84,9 +95,11 @@ impl DirectReading {
         self.state = State::Over;
     }
 
-    fn start(&self, merge: &Arc<Merge>) -> io::Result<State> {
+    fn start(&mut self, merge: &Arc<Merge>) -> io::Result<State> {
         let stop = Cancellation::new();
-        let reader = reader::Reader::new(&self.places, Arc::clone(merge), stop.clone())?;
+        let inheritance = self.inheritance.take();
+        let reader =
+            reader::Reader::new(&self.places, Arc::clone(merge), stop.clone(), inheritance)?;
         let done = Cancellation::new();
         let end = End(done.clone());
         let builder = thread::Builder::new().name("read-memory".into());
