@@ -7,6 +7,7 @@
 //! parent. All else counts as changed: what was never protected, was given back, or has not
 //! been there.
 
+use std::io;
 use std::ops::Range;
 
 use super::direct::Unchanged;
@@ -15,7 +16,7 @@ use super::event::ChangedSince;
 use super::options::Reading;
 use super::saving::Saving;
 use crate::failpoint::{failpoint, fault};
-use crate::host::huge_pages::HugePagePolicy;
+use crate::host::huge_pages::{HUGE_PAGE, HugePagePolicy};
 use crate::host::procfs::{Mapping, Pagemap, flags, reads_directly};
 use crate::page::{Block, PAGE_SIZE};
 use crate::runs::{Tracking, stop_tracking};
@@ -32,13 +33,13 @@ pub(super) enum Since {
     /// All memory is compared with it, for this reason.
     Compared(String),
     /// Whoever tracks the guest's writes will tell.
-    Tracked(Tracker),
+    Tracked(ParentTracker),
     /// The tracker has told, and has let go.
     Told,
 }
 
 /// Who tracks the guest's writes since the parent.
-pub(super) struct Tracker {
+pub(super) struct ParentTracker {
     tracking: Tracking,
     pagemap: Pagemap,
     /// The parent's blocks, and where QEMU has them.
@@ -95,7 +96,7 @@ impl Saving<'_> {
     }
 
     /// The tracker of what has changed since the parent; or why there is none that helps.
-    async fn find_tracker(&self) -> Result<Tracker, String> {
+    async fn find_tracker(&self) -> Result<ParentTracker, String> {
         let checked = &self.checked;
         if self.options.reading == Reading::Stream || !checked.background {
             return Err("memory comes by QEMU's stream alone".into());
@@ -117,14 +118,14 @@ impl Saving<'_> {
         if places.is_empty() {
             return Err("no write protection tells what the guest has written".into());
         }
-        let said = |error: std::io::Error| format!("QEMU's page map can't be read ({error})");
+        let said = |error: io::Error| format!("QEMU's page map can't be read ({error})");
         let pagemap = Pagemap::open(checked.pid).map_err(said)?;
         if reads_directly(checked.pid).map_err(said)? {
             return Err("QEMU reads its disks directly into the guest's memory (O_DIRECT), which \
                         write protection does not stop once it is under way"
                 .into());
         }
-        let tracker = Tracker { tracking, pagemap, places };
+        let tracker = ParentTracker { tracking, pagemap, places };
         match tracker.small_pages(checked.pid).map_err(said)? {
             0..=MOST_SMALL => Ok(tracker),
             _ => Err("its memory is in small pages, for which it would stand still longer".into()),
@@ -152,16 +153,15 @@ impl Saving<'_> {
     }
 }
 
-impl Tracker {
+impl ParentTracker {
     /// The pages that are still protected. The guest must stand still.
-    fn unchanged(&self) -> std::io::Result<Unchanged> {
+    fn unchanged(&self) -> io::Result<Unchanged> {
         let mut unchanged = Unchanged::default();
         for (block, start) in &self.places {
             let range = *start..start + block.len;
             let mut runs = Vec::new();
             let mut add = |found: Range<u64>| {
-                let page = |address: u64| (address - start) / PAGE_SIZE as u64;
-                runs.push(page(found.start)..page(found.end));
+                runs.push(pages(&(*start..found.start))..pages(&(*start..found.end)));
             };
             match fault("takes all for unchanged") {
                 true => add(range),
@@ -173,28 +173,61 @@ impl Tracker {
     }
 
     /// How many pages of the guest's memory the kernel has to look at one by one: all but those in
-    /// huge pages, and those that are missing where a huge page of zeros is put.
-    fn small_pages(&self, pid: i32) -> std::io::Result<u64> {
+    /// huge pages, and those that are missing where a huge page of zeros will be.
+    fn small_pages(&self, pid: i32) -> io::Result<u64> {
         let policy = HugePagePolicy::read();
         let mappings = Mapping::all_of_in_detail(pid)?;
         let mut small = 0;
         for (block, start) in &self.places {
             let range = *start..start + block.len;
-            let mapping = mappings.iter().find(|mapping| mapping.range().contains(start));
-            let huge_zeros = mapping.is_some_and(|it| it.inode == 0 && policy.wants(it));
-            let mut count =
-                |found: Range<u64>| small += (found.end - found.start) / PAGE_SIZE as u64;
-            match self.pagemap.scan(range.clone(), flags::PRESENT, flags::HUGE, &mut count) {
+            let of_block = mappings.iter().find(|mapping| mapping.range().contains(start));
+            let zeros_are_huge = of_block.is_some_and(|it| it.inode == 0 && policy.wants(it));
+            let scanned = self.pagemap.scan(range.clone(), flags::PRESENT, flags::HUGE, |found| {
+                small += pages(&found);
+            });
+            match scanned {
                 // This kernel does not tell.
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => count(range),
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => small += pages(&range),
                 scanned => {
                     scanned?;
-                    if !huge_zeros {
-                        self.pagemap.missing(range, count)?;
-                    }
+                    self.pagemap.missing(range, |found| {
+                        small += pages(&found);
+                        if zeros_are_huge {
+                            small -= pages(&within_huge(&found));
+                        }
+                    })?;
                 }
             }
         }
         Ok(small)
+    }
+}
+
+/// How many pages a range has.
+fn pages(range: &Range<u64>) -> u64 {
+    (range.end - range.start) / PAGE_SIZE as u64
+}
+
+/// The part of a range that consists of whole huge pages.
+fn within_huge(range: &Range<u64>) -> Range<u64> {
+    let start = range.start.next_multiple_of(HUGE_PAGE);
+    start..(range.end / HUGE_PAGE * HUGE_PAGE).max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_huge_pages_of_a_range_are_found() {
+        let huge = |count: u64| count * HUGE_PAGE;
+        for (range, whole) in [
+            (huge(1)..huge(3), huge(1)..huge(3)),
+            (huge(1) + 1..huge(3) + 5, huge(2)..huge(3)),
+            (huge(1) + 1..huge(3) - 1, huge(2)..huge(2)),
+            (5..9, huge(1)..huge(1)),
+        ] {
+            assert_eq!(within_huge(&range), whole);
+        }
     }
 }

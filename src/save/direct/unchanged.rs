@@ -66,3 +66,65 @@ impl Inheritance {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::image::{Details, Image, ImageWriter, Sections, WriterOptions};
+    use crate::page::{PAGE_SIZE, Page};
+
+    fn block(name: &str, pages: u64) -> Block {
+        Block { name: name.into(), len: pages * PAGE_SIZE as u64, page_size: PAGE_SIZE as u64 }
+    }
+
+    #[test]
+    fn what_the_parent_has_is_captured_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let (parent, child) = (folder.path().join("parent"), folder.path().join("child"));
+        let blocks = vec![block("a", 5000), block("b", 3)];
+        let mut writer = ImageWriter::create(&parent, WriterOptions::default(), blocks).unwrap();
+        for (index, pages) in [5000, 3].into_iter().enumerate() {
+            writer.zeros(Run { block: BlockId(index as u16), first: 0, count: pages }).unwrap();
+        }
+        writer.page(Page { block: BlockId(0), number: 4000 }, &[7; PAGE_SIZE]).unwrap();
+        writer.finish(Details::default(), Sections::default()).unwrap();
+
+        // Blocks in another order, one of them longer and one shorter by now, and a new one.
+        let blocks = [block("b", 2), block("new", 9), block("a", 6000)];
+        let parent = Image::open(&parent).unwrap();
+        let options = WriterOptions::default();
+        let writer = ImageWriter::create_on(&child, options, blocks.to_vec(), &parent).unwrap();
+        let pages = writer.parent_pages().unwrap();
+        let all = |pages| vec![0..pages];
+        let unchanged = Unchanged {
+            blocks: vec![
+                ("a".into(), vec![10..20, 3000..5000]),
+                ("b".into(), all(3)),
+                ("gone".into(), all(100)),
+            ],
+        };
+        let inheritance = Inheritance::new(&unchanged, &blocks, pages);
+        let merge = Merge::new(Some(writer), None, &blocks, oneshot::channel().0);
+        // It came by the stream before.
+        merge.stream(Page { block: BlockId(2), number: 3001 }, &[9; PAGE_SIZE]).unwrap();
+        inheritance.take(&merge, &Cancellation::new()).unwrap();
+        assert_eq!(merge.inherited(), 10 + 1999 + 2);
+        assert_eq!(merge.captured(), merge.inherited() + 1);
+        let absent = |index, first| Run { block: BlockId(index), first, count: 1 };
+        for (run, is_absent) in [
+            (absent(2, 9), true),
+            (absent(2, 10), false),
+            (absent(2, 4000), false),
+            (absent(2, 5000), true),
+            (absent(0, 1), false),
+            (absent(1, 0), true),
+        ] {
+            assert_eq!(merge.absent_within(run).is_some(), is_absent, "{run}");
+        }
+        let stopped = Cancellation::new();
+        stopped.request();
+        assert!(matches!(inheritance.take(&merge, &stopped), Err(Ended::Stopped)));
+    }
+}
