@@ -191,8 +191,8 @@ impl Tracker {
         }
     }
 
-    /// What is tracked, once it is [ready](Tracker::ready): what differs from the image was let be
-    /// written then, whoever has written it.
+    /// What is tracked. Once that is [ready](Tracker::ready), all that is protected is what the image
+    /// has: what differed has been let be written.
     pub fn tracked(&self) -> Tracked {
         self.shared.guest.tracked()
     }

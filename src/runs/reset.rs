@@ -9,7 +9,7 @@ use super::run::of_qemu;
 use super::{ProcessId, Run, RunsError};
 use crate::reset::{Request, ResetOutcome, SOCKET, Tracked, ask};
 
-/// How long a server may take to answer while nobody waits but a guest that stands still.
+/// How long a server may take to answer a save, for which the guest may stand still.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long one may take to end that is being killed: the kernel walks over what it has protected.

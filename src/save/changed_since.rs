@@ -1,11 +1,11 @@
 //! What a guest has not written since the parent of its new image: told by whoever tracks its
 //! writes for resets, in the pause.
 //!
-//! A tracker has every page write-protected that is what its image has, and lets each be written the
-//! first time. So once the guest stands still, what is still protected is unchanged, and so says
-//! the kernel. Then the tracker lets go, which QEMU's own protection needs, and the pages are taken from the
-//! parent. All else counts as changed: what was never protected, was given back, or has not
-//! been there.
+//! A tracker has write-protected what is as its image has it, and lets each page be written once it has
+//! noted that. So what is still protected once the guest stands still has not changed, and the kernel
+//! tells which pages that are. Then the tracker lets go, which QEMU's own protection needs, and these
+//! pages are taken from the parent. All else counts as changed: what was never protected, what was given
+//! back, and what has not been there.
 
 use std::io;
 use std::ops::Range;
@@ -105,14 +105,15 @@ impl Saving<'_> {
             return Err("all memory is kept for who is brought back meanwhile".into());
         }
         let tracking = Tracking::of(checked.pid).await;
-        let tracking = tracking.ok_or("nobody tracks what the guest writes")?;
+        let tracking = tracking.ok_or("nobody tracks what the guest writes, or tells it")?;
         let parent = checked.parent.as_ref().map(|parent| parent.manifest());
         let parent = parent.filter(|parent| parent.identity == tracking.what.image);
         let parent = parent.ok_or("what the guest writes is tracked since another image")?;
         let place = |(name, address): &(String, u64)| {
             // Of huge pages of hugetlbfs some may have been written in part.
             let is_it = |block: &&Block| block.name == *name && block.page_size == PAGE_SIZE as u64;
-            Some((parent.blocks.iter().find(is_it)?.clone(), *address))
+            let block = parent.blocks.iter().find(is_it)?;
+            address.checked_add(block.len).map(|_| (block.clone(), *address))
         };
         let places: Vec<_> = tracking.what.blocks.iter().filter_map(place).collect();
         if places.is_empty() {

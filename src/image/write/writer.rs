@@ -227,7 +227,8 @@ impl ImageWriter {
         self.base.as_ref().map(ParentPages::of)
     }
 
-    /// Adds the pages of a run, which are the parent's: they take no room of their own. When a page is added again, the last one counts.
+    /// Adds the pages of a run, which are the parent's: they take no room of their own. When a page is
+    /// added again, the last one counts.
     ///
     /// # Errors
     /// As [`ImageWriter::page`].
