@@ -6,7 +6,7 @@
 //! saves it on top of that image, and compares the two memories page by page. Prints a
 //! table for docs/performance.md.
 //!
-//! With `--tracked`, another: what a delta costs of a guest whose writes were tracked since the parent.
+//! With `--tracked 16,128`, another: what a delta costs of a guest whose writes were tracked since the parent.
 
 #[path = "../image_sweep/guests.rs"]
 mod guests;

@@ -33,7 +33,7 @@ pub(super) enum Since {
     /// All memory is compared with it, for this reason.
     Compared(String),
     /// Whoever tracks the guest's writes will tell.
-    Tracked(ParentTracker),
+    Tracked(Box<ParentTracker>),
     /// The tracker has told, and has let go.
     Told,
 }
@@ -70,7 +70,7 @@ impl Saving<'_> {
         self.since = match &self.checked.parent {
             None => Since::NoParent,
             Some(_) => match self.find_tracker().await {
-                Ok(tracker) => Since::Tracked(tracker),
+                Ok(tracker) => Since::Tracked(Box::new(tracker)),
                 Err(why) => Since::Compared(why),
             },
         };
