@@ -91,7 +91,7 @@ torture: prepared
 	$(LONG_TEST) torture::how_long_a_guest_waits_for_the_next_server
 	$(LONG_TEST) killed_daemon:: mapped_memory
 	$(LONG_TEST) on_qemu_7
-	cargo test --locked --features $(FEATURES) --test e2e -- --ignored --nocapture direct_reading::
+	cargo test --locked --features $(FEATURES) --test e2e -- --ignored --nocapture direct_reading:: changed_since::
 	SNAPBACK_TEST_EVERY_STEP=1 SNAPBACK_MOMENTS=20 cargo test --locked --features $(FEATURES) --test e2e -- --include-ignored --nocapture killed:: save_under_fire:: moments::
 	$(LONG_TEST) far::
 	SNAPBACK_TEST_EVERY_BIT=1 cargo test --locked --release --features $(FEATURES) --lib -- tests_of_bits::

@@ -118,8 +118,8 @@ pub use revert::{
     Unreadable, harvest, resume, revert, revert_resettable, serve, session, take_over,
 };
 pub use save::{
-    CheckItem, CopyError, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading, Recovered,
-    SaveError, SaveEvent, SaveOptions, SavedGuest, SwitchedDisk, check, recover, save,
+    ChangedSince, CheckItem, CopyError, DiskChoice, GuestAddress, PauseParts, Quiesce, Reading,
+    Recovered, SaveError, SaveEvent, SaveOptions, SavedGuest, SwitchedDisk, check, recover, save,
     save_resettable,
 };
 

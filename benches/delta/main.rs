@@ -5,6 +5,8 @@
 //! Boots Debian with PostgreSQL at work, saves it, lets pgbench work on for a minute,
 //! saves it on top of that image, and compares the two memories page by page. Prints a
 //! table for docs/performance.md.
+//!
+//! With `--tracked 16,128`, another: what a delta costs of a guest whose writes were tracked since the parent.
 
 #[path = "../image_sweep/guests.rs"]
 mod guests;
@@ -12,6 +14,7 @@ mod guests;
 mod memory;
 #[path = "../../tests/support/mod.rs"]
 mod support;
+mod tracked;
 
 use std::fs;
 use std::path::Path;
@@ -45,6 +48,13 @@ struct Options {
     /// Don't compress them
     #[arg(long, conflicts_with = "level")]
     plain: bool,
+    /// Save a guest whose writes were tracked since the parent, and one of which they were not, after
+    /// so many MiB were rewritten
+    #[arg(long, value_delimiter = ',')]
+    tracked: Vec<u64>,
+    /// With --tracked: saves of each kind
+    #[arg(long, default_value_t = 5)]
+    saves: usize,
     /// What `cargo bench` says to every benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -60,6 +70,11 @@ fn run() -> Result<()> {
     let (base, delta) = (folder.path().join("base.snap"), folder.path().join("delta.snap"));
     let level = (!options.plain).then_some(options.level);
     let how = level.map_or("none".into(), |level| format!("zstd:{level}"));
+    if !options.tracked.is_empty() {
+        let Options { qemu, mib, saves, tracked: written, .. } = options;
+        let plan = tracked::Plan { qemu, mib, written, saves, compress: how };
+        return tracked::run(&plan, folder.path());
+    }
     let time = Duration::from_secs(options.seconds);
     eprintln!("booting and working");
     let mut guest = Kind::Debian.at_work(options.qemu, options.mib, folder.path())?;

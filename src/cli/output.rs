@@ -15,7 +15,7 @@ use super::hook::HookEvent;
 use super::style::{Stream, Tone, columns, is_quiet, paint, wrap};
 use crate::page::PAGE_SIZE;
 use crate::revert::{Placement, Progress, ResetWay, RevertEvent};
-use crate::save::{PauseParts, Recovered, SaveEvent, SwitchedDisk};
+use crate::save::{ChangedSince, PauseParts, Recovered, SaveEvent, SwitchedDisk};
 
 /// When the program began, from which the times of events count.
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -293,10 +293,15 @@ impl Output {
             }
             SaveEvent::Moment { pause_ms: Some(pause), pause_parts, .. } => {
                 let parts = pause_parts.map(|parts| {
-                    let PauseParts { stop_ms, disks_ms, devices_ms, walk_ms, resume_ms } = parts;
+                    let PauseParts { stop_ms, changed_ms, disks_ms, .. } = parts;
+                    let PauseParts { devices_ms, walk_ms, resume_ms, .. } = parts;
+                    let changed = match changed_ms >= 0.05 {
+                        true => format!("what changed {changed_ms:.1}, "),
+                        false => String::new(),
+                    };
                     format!(
-                        " (stop {stop_ms:.1}, disks {disks_ms:.1}, devices {devices_ms:.1}, QEMU's \
-                         walk {walk_ms:.1}, resume {resume_ms:.1})"
+                        " (stop {stop_ms:.1}, {changed}disks {disks_ms:.1}, devices \
+                         {devices_ms:.1}, QEMU's walk {walk_ms:.1}, resume {resume_ms:.1})"
                     )
                 });
                 let parts = parts.unwrap_or_default();
@@ -317,6 +322,7 @@ impl Output {
                 parent_pages,
                 image_bytes,
                 stalled_ms,
+                changed_since,
                 disks,
                 ..
             } => {
@@ -326,10 +332,14 @@ impl Output {
                     true => format!("; QEMU waited {stalled_ms:.0} ms for the disk"),
                     false => String::new(),
                 };
-                let parent = match parent_pages {
+                let mut parent = match parent_pages {
                     0 => String::new(),
                     pages => format!(" ({} lie in its parents)", size(pages * PAGE_SIZE as u64)),
                 };
+                if let Some(ChangedSince::WriteProtection { pages }) = changed_since {
+                    let unread = size(pages * PAGE_SIZE as u64);
+                    parent = format!("{parent}, {unread} not written since,");
+                }
                 let (data, image) = (size(*bytes), size(*image_bytes));
                 self.say(
                     "saved",

@@ -40,6 +40,7 @@ pub use read::lineage::{Overview, inspect};
 pub use read::verify::verify;
 pub use read::verify::{Damage, DamagedRange, VerifyReport, verify_chain};
 pub(crate) use store::{Neighbour, Store};
+pub(crate) use write::delta::{Inherited, ParentPages};
 #[cfg(any(test, feature = "internals"))]
 pub use write::flatten::flatten;
 #[cfg(any(test, feature = "internals"))]

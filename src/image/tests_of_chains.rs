@@ -14,7 +14,7 @@ use super::tests::{
 };
 use super::*;
 use crate::image::format::layout::*;
-use crate::page::{Location, PAGE_SIZE, Page};
+use crate::page::{BlockId, Location, PAGE_SIZE, Page, Run};
 
 /// Writes an image of this memory, of one block for each that occurs, on top of another.
 pub(super) fn write(
@@ -109,6 +109,47 @@ fn an_image_on_top_holds_the_pages_that_differ_and_no_others() {
     assert_eq!(layers(1), [named("0.snap", 36)]);
     assert_eq!(layers(2), [named("1.snap", 3), named("0.snap", 35)]);
     assert_eq!(layers(3), [named("2.snap", 2), named("1.snap", 3), named("0.snap", 35)]);
+}
+
+#[test]
+fn pages_that_are_known_to_be_the_parents_are_taken_unread() {
+    let chain = Chain::write(&[&[6, 7]]);
+    // The parent has zeros as well.
+    let (parent, child) = (chain.path(2), chain.path(3));
+    let mut memory: Memory = chain.memory[1].clone();
+    memory.extend([(page(0, 12), 0), (page(0, 13), 0)]);
+    let below = chain.open(1).unwrap();
+    write(&parent, &memory, options(4, Compression::None), Some(&below)).unwrap();
+
+    let parent = Image::open(&parent).unwrap();
+    let blocks = vec![block("b0", 42), block("other", 1)];
+    let plain = options(4, Compression::None);
+    let mut writer = ImageWriter::create_on(&child, plain, blocks, &parent).unwrap();
+    let pages = writer.parent_pages().unwrap();
+    for beyond in [page(0, 40), page(1, 0), page(2, 0)] {
+        assert_eq!(pages.get(beyond), None);
+    }
+    // Beside pages that have changed, before and behind these; the last that is said of a page counts.
+    memory.extend([(page(0, 5), 99), (page(0, 21), 101), (page(0, 9), 103)]);
+    memory.extend([(page(0, 40), 0), (page(0, 41), 105), (page(1, 0), 107)]);
+    for (number, seed) in [(5, 99), (8, 109), (12, 111)] {
+        writer.page(page(0, number), &contents(seed)).unwrap();
+    }
+    for (first, end) in [(0, 5), (6, 21), (22, 40)] {
+        let run = Run { block: BlockId(0), first, count: end - first };
+        let inherited: Vec<_> = run.pages().map_while(|page| pages.get(page)).collect();
+        writer.inherit(run, &inherited).unwrap();
+    }
+    for changed in [page(0, 9), page(0, 21), page(0, 40), page(0, 41), page(1, 0)] {
+        writer.page(changed, &contents(memory[&changed])).unwrap();
+    }
+    let saved = writer.finish(details(), sections()).unwrap();
+    let image = Image::open(&child).unwrap();
+    assert!(read_all(&image).unwrap() == expected(&memory));
+    assert!(verify_chain(&image, |_, _| ()).unwrap().is_whole());
+    // Of 43 pages three are zeros, and five are its own; of two more it had others before.
+    let counts = (saved.data_pages, saved.zero_pages, saved.parent_pages);
+    assert_eq!(counts, (40, 3, 35));
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::ResetError;
 use crate::host::procfs::{AddressSpace, Mapping, ProcessMemory};
+use crate::identity::Identity;
 use crate::image::Image;
 use crate::page::PAGE_SIZE;
 
@@ -73,6 +74,11 @@ impl MappedMemory {
             true => Ok(MappedMemory { image, parts, space, memory }),
             false => Err(ResetError::Obstacle("QEMU maps what is not in the image".into())),
         }
+    }
+
+    /// Which image it is.
+    pub fn image(&self) -> Identity {
+        self.image.identity()
     }
 
     /// Has all of it be what it was at the moment of the image. Returns how many pages had been

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ResetError;
+use super::requests::Tracked;
 use crate::host::procfs::{AddressSpace, ProcessMemory};
 use crate::image::Image;
 use crate::page::{Block, BlockId, PAGE_SIZE, PageBytes};
@@ -79,6 +80,15 @@ impl GuestMemory {
         ranges.retain(|(start, end, _)| start < end);
         ranges.sort_unstable();
         Ok(GuestMemory { image, addresses, ranges, space, memory })
+    }
+
+    /// Which image it goes back to, and where its blocks lie that have any memory.
+    pub(super) fn tracked(&self) -> Tracked {
+        let blocks = self.blocks().iter().zip(&self.addresses).filter(|(block, _)| block.len > 0);
+        Tracked {
+            image: self.image.identity(),
+            blocks: blocks.map(|(block, address)| (block.name.clone(), *address)).collect(),
+        }
     }
 
     /// All its blocks.

@@ -37,7 +37,7 @@ mod write_back;
 pub use error::ResetError;
 pub(crate) use mapped::MappedMemory;
 pub(crate) use memory::GuestMemory;
-pub(crate) use requests::{Asked, Request, Requests, SOCKET, ask};
+pub(crate) use requests::{Asked, Request, Requests, SOCKET, Tracked, ask};
 pub use requests::{Reset, ResetOutcome, ResetWay};
 pub(crate) use rewind::Rewinder;
 pub(crate) use state_file::StateFile;

@@ -6,9 +6,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::identity::Identity;
 
 /// The name of the socket in the directory of a revert.
 pub(crate) const SOCKET: &str = "reset.sock";
@@ -27,6 +30,19 @@ pub(crate) enum Request {
     Reset,
     /// To track its writes no more: somebody else is about to write-protect its memory.
     LetGo,
+    /// To tell what is tracked ([`Tracked`]).
+    Tell,
+}
+
+/// What is tracked of a guest's memory. As long as it is, a page there that is in memory and
+/// write-protected is what the image has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tracked {
+    /// The image.
+    pub image: Identity,
+    /// Its blocks whose writes are tracked by write protection: names, as the image has them, and
+    /// addresses in QEMU's memory. None where the guest's memory is mapped from the image.
+    pub blocks: Vec<(String, u64)>,
 }
 
 /// What has come of a reset inside QEMU.
@@ -119,24 +135,32 @@ impl Requests {
 
 impl Asked {
     /// Answers it. Who has asked may be gone, which changes nothing.
-    pub async fn answer(mut self, answer: &ResetOutcome) {
+    pub async fn answer(self, answer: &ResetOutcome) {
+        self.say(answer).await;
+    }
+
+    /// Answers [`Request::Tell`].
+    pub async fn tell(self, tracked: &Tracked) {
+        self.say(tracked).await;
+    }
+
+    async fn say(mut self, answer: &impl Serialize) {
         let _ = write_line(&mut self.stream, answer).await;
     }
 }
 
-/// Asks the server that listens at this path, and waits for its answer.
+/// Asks the server that listens at this path, and waits for its answer: a [`Tracked`] to
+/// [`Request::Tell`], a [`ResetOutcome`] to the others.
 ///
 /// # Errors
-/// When nobody listens there, or the server ends before it has answered.
-pub(crate) async fn ask(path: &Path, request: Request) -> io::Result<ResetOutcome> {
+/// When nobody listens there, or the server ends before it has answered, or doesn't understand.
+pub(crate) async fn ask<T: DeserializeOwned>(path: &Path, request: Request) -> io::Result<T> {
     let mut stream = UnixStream::connect(path).await?;
     write_line(&mut stream, &request).await?;
     Ok(read_line(stream).await?.0)
 }
 
-async fn read_line<T: serde::de::DeserializeOwned>(
-    stream: UnixStream,
-) -> io::Result<(T, UnixStream)> {
+async fn read_line<T: DeserializeOwned>(stream: UnixStream) -> io::Result<(T, UnixStream)> {
     use tokio::io::AsyncReadExt;
     let mut reader = BufReader::new(stream.take(MAX_LINE));
     let mut line = String::new();
@@ -170,9 +194,9 @@ mod tests {
         let mut nonsense = UnixStream::connect(&path).await.unwrap();
         nonsense.write_all(b"{]\n").await.unwrap();
         assert!(read_line::<ResetOutcome>(nonsense).await.is_err());
-        let answer = ask(&path, Request::Reset).await.unwrap();
+        let answer: ResetOutcome = ask(&path, Request::Reset).await.unwrap();
         assert_eq!(answer, ResetOutcome::Done { pages: 7, took_ms: 5.5 });
         assert_eq!(served.await.unwrap(), Request::Reset);
-        assert!(ask(&path, Request::Reset).await.is_err());
+        assert!(ask::<ResetOutcome>(&path, Request::Reset).await.is_err());
     }
 }

@@ -10,6 +10,7 @@ use super::compare::compare;
 use super::faults::{FaultThread, expect, gone};
 use super::given_back::find_given_back;
 use super::memory::{GuestMemory, Unit};
+use super::requests::Tracked;
 use super::shared::Shared;
 use super::write_back::write_back;
 use crate::cancel::Cancellation;
@@ -188,6 +189,12 @@ impl Tracker {
         if let Some(faults) = faults {
             end(&self.cancel, faults);
         }
+    }
+
+    /// What is tracked. Once that is [ready](Tracker::ready), all that is protected is what the image
+    /// has: what differed has been let be written.
+    pub fn tracked(&self) -> Tracked {
+        self.shared.guest.tracked()
     }
 
     /// How many host pages were written since the last reset, or are expected to be.

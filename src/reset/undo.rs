@@ -2,6 +2,7 @@
 
 use super::ResetError;
 use super::mapped::MappedMemory;
+use super::requests::Tracked;
 use super::tracker::Tracker;
 
 /// What takes a guest's memory back.
@@ -75,6 +76,14 @@ impl Undo {
         match self {
             Undo::Tracked(tracker) => tracker.expect_the_same(),
             Undo::Mapped(_) => Ok(0),
+        }
+    }
+
+    /// What is tracked.
+    pub fn tracked(&self) -> Tracked {
+        match self {
+            Undo::Tracked(tracker) => tracker.tracked(),
+            Undo::Mapped(memory) => Tracked { image: memory.image(), blocks: Vec::new() },
         }
     }
 

@@ -34,7 +34,7 @@ pub use left_over::{LeftOver, LeftOverKind, left_overs};
 pub use options::RunOptions;
 pub use record::{Again, OfPool};
 pub(crate) use record::{ProcessId, Record};
-pub(crate) use reset::{is_tracked, stop_tracking};
+pub(crate) use reset::{Tracking, is_tracked, stop_tracking};
 pub use run::{Run, find, list};
 pub(crate) use run::{directory_of, keep_overlays, of_qemu};
 pub use stop::Stopped;

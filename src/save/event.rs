@@ -98,8 +98,12 @@ pub enum SaveEvent {
         /// Those of the pages stored that lie in the parent image, or in one that it
         /// refers to.
         parent_pages: u64,
-        /// Pages that were read from outside, zeros included; the others came by QEMU's stream.
+        /// Pages that were read from outside, zeros included; those that were taken from the parent
+        /// unread (`changed_since`) are not among them, and the others came by QEMU's stream.
         direct_pages: u64,
+        /// How it was found out what differs from the parent image; none without one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        changed_since: Option<ChangedSince>,
         /// Size of the image in bytes.
         image_bytes: u64,
         /// How long QEMU had to wait for our disk, in milliseconds.
@@ -139,12 +143,34 @@ pub enum SaveEvent {
     },
 }
 
+/// How a save has found out what differs from the parent image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[non_exhaustive]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum ChangedSince {
+    /// The guest's writes since the parent were tracked for a reset.
+    WriteProtection {
+        /// Pages of 4096 bytes that the guest has not written, zeros included: they were neither read
+        /// nor compared.
+        pages: u64,
+    },
+    /// All memory was read and compared.
+    Comparing {
+        /// Why.
+        why: String,
+    },
+}
+
 /// Where the time of a pause went, each part in milliseconds as seen from outside QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct PauseParts {
     /// From our command to stop until QEMU has stopped the guest and flushed its disks.
     pub stop_ms: f64,
+    /// Asking whoever tracks the guest's writes what has changed since the parent, having them let
+    /// go, and setting QEMU up, which waits for that.
+    #[serde(default)]
+    pub changed_ms: f64,
     /// Putting the overlays over the disks.
     pub disks_ms: f64,
     /// QEMU's writing down the state of the devices, where it is wanted at the moment.

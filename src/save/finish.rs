@@ -37,6 +37,8 @@ pub(super) struct Written {
     stalled: Duration,
     /// Pages that were read from outside.
     direct_pages: u64,
+    /// Pages that were taken from the parent unread.
+    inherited_pages: u64,
     /// Copies of the userfaultfds that QEMU had meanwhile, where a reset wants them.
     userfaultfds: Option<io::Result<Vec<Uffd>>>,
     disks: Vec<SwitchedDisk>,
@@ -53,7 +55,7 @@ impl Saving<'_> {
         self.undo.restore_settings(&self.access.qmp).await?;
         failpoint("restored");
         let (stalled, writing) = (received.stalled(), received.cancellation());
-        let direct_pages = received.direct_pages();
+        let (direct_pages, inherited_pages) = (received.direct_pages(), received.inherited_pages());
         let userfaultfds = received.take_userfaultfds();
         let mut machine = self.machine();
         let disks = SwitchedDisk::all_of(&machine.disks);
@@ -72,7 +74,10 @@ impl Saving<'_> {
         };
         match done.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())) {
             Err(SaveError::Image(ImageError::Interrupted(_))) => Err(SaveError::Interrupted),
-            saved => Ok(Written { saved: saved?, stalled, direct_pages, userfaultfds, disks }),
+            saved => {
+                let saved = saved?;
+                Ok(Written { saved, stalled, direct_pages, inherited_pages, userfaultfds, disks })
+            }
         }
     }
 
@@ -144,7 +149,7 @@ impl Saving<'_> {
         failpoint("named");
         let nothing_left = self.undo.nothing_left(&mut self.on_event);
         let Some(written) = written else { return nothing_left.map(|()| None) };
-        let Written { saved, stalled, direct_pages, disks, .. } = written;
+        let Written { saved, stalled, direct_pages, inherited_pages, disks, .. } = written;
         (self.on_event)(SaveEvent::Saved {
             bytes: saved.data_pages * PAGE_SIZE as u64,
             pages: saved.data_pages,
@@ -152,6 +157,7 @@ impl Saving<'_> {
             repeated_pages: saved.repeated_pages,
             parent_pages: saved.parent_pages,
             direct_pages,
+            changed_since: self.since.told(inherited_pages),
             image_bytes: saved.image_bytes,
             stalled_ms: millis(stalled),
             disks,

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use super::error::SaveError;
 use crate::cancel::Cancellation;
-use crate::image::ImageWriter;
+use crate::image::{ImageWriter, Inherited};
 use crate::memory::ClaimMap;
 use crate::memory::captured::CapturedMemory;
 use crate::page::{Block, BlockId, PAGE_SIZE, Page, PageBytes, Run};
@@ -33,6 +33,8 @@ pub(super) struct Merge {
     claims: ClaimMap,
     /// Pages that were read from outside.
     direct: AtomicU64,
+    /// Pages that were taken from the parent unread.
+    inherited: AtomicU64,
     /// The stream has ended.
     ended: AtomicBool,
     /// Somebody waits for a page that only the stream can bring.
@@ -59,6 +61,7 @@ impl Merge {
             claims: ClaimMap::new(&blocks),
             blocks,
             direct: AtomicU64::new(0),
+            inherited: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             wanted: AtomicBool::new(false),
             complete: Mutex::new(Some(complete)),
@@ -95,6 +98,18 @@ impl Merge {
         self.capture(run, |piece| {
             self.direct.fetch_add(piece.count, Ordering::Relaxed);
             self.put_zeros(piece)
+        })
+    }
+
+    /// Pages are what the image's parent has, as they were at the moment too.
+    pub fn inherit(&self, run: Run, pages: &[Inherited]) -> Result<(), SaveError> {
+        self.capture(run, |piece| {
+            let skipped = (piece.first - run.first) as usize;
+            self.inherited.fetch_add(piece.count, Ordering::Relaxed);
+            match &mut *self.image() {
+                Some(image) => Ok(image.inherit(piece, &pages[skipped..])?),
+                None => Ok(()),
+            }
         })
     }
 
@@ -220,6 +235,11 @@ impl Merge {
     /// How many of them were read from outside.
     pub fn direct(&self) -> u64 {
         self.direct.load(Ordering::Relaxed)
+    }
+
+    /// How many were taken from the image's parent, and read nowhere.
+    pub fn inherited(&self) -> u64 {
+        self.inherited.load(Ordering::Relaxed)
     }
 
     /// Bytes that the image has by now.

@@ -4,6 +4,7 @@
 mod access;
 mod address;
 mod agent;
+mod changed_since;
 mod check;
 mod checked;
 mod collapse;
@@ -50,7 +51,7 @@ pub use check::error::{CheckError, Obstacle};
 pub use check::{CheckItem, check};
 pub use copy_error::CopyError;
 pub use error::SaveError;
-pub use event::{PauseParts, SaveEvent, SwitchedDisk};
+pub use event::{ChangedSince, PauseParts, SaveEvent, SwitchedDisk};
 pub(crate) use forking::{Ahead, AtMoment, Forking};
 pub use options::{DiskChoice, Quiesce, Reading, SaveOptions};
 pub use overlay_error::OverlayError;

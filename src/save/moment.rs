@@ -149,13 +149,14 @@ impl PauseClock {
 
     /// The parts of a pause of ours, and their sum.
     fn parts(&self) -> Option<(Duration, PauseParts)> {
-        let [hold, stopped, switched, described, walked, resumed] = self.steps[..] else {
+        let [hold, stopped, asked, switched, described, walked, resumed] = self.steps[..] else {
             return None;
         };
         let part = |from: Instant, to: Instant| millis(to.duration_since(from));
         let parts = PauseParts {
             stop_ms: part(hold, stopped),
-            disks_ms: part(stopped, switched),
+            changed_ms: part(stopped, asked),
+            disks_ms: part(asked, switched),
             devices_ms: part(switched, described),
             walk_ms: part(described, walked),
             resume_ms: part(walked, resumed),

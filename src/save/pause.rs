@@ -1,4 +1,4 @@
-//! The pause: the guest is stopped, its disks are switched to their overlays, QEMU writes down the
+//! The pause: the guest is stopped, what it has written since a parent is asked for, its disks are switched to their overlays, QEMU writes down the
 //! state of the devices, and begins the snapshot.
 
 use super::error::SaveError;
@@ -9,10 +9,10 @@ use crate::failpoint::failpoint;
 use crate::guest;
 
 impl Saving<'_> {
-    /// Whether the guest has to be stopped by us: where its disks are captured, or the state of
-    /// its devices is asked for. QEMU alone would stop it for a shorter time.
+    /// Whether the guest has to be stopped by us: where its disks are captured, the state of its
+    /// devices is asked for, or what it has written. QEMU alone would stop it for a shorter time.
     pub fn stops_the_guest(&self) -> bool {
-        !self.undo.overlays().is_empty() || self.devices.is_some()
+        !self.undo.overlays().is_empty() || self.devices.is_some() || self.since.is_tracked()
     }
 
     /// Begins the snapshot. A guest that [has to be stopped](Saving::stops_the_guest) is stopped
@@ -31,6 +31,8 @@ impl Saving<'_> {
                 clock.step();
                 failpoint("stopped");
             }
+            self.ask_tracker().await?;
+            clock.step();
             if !self.undo.overlays().is_empty() {
                 self.undo.switching();
                 overlays::switch(&self.access, &self.checked, self.undo.overlays()).await?;

@@ -15,11 +15,11 @@ use crate::{guest, runs};
 
 impl Saving<'_> {
     /// Sets QEMU up. QEMU itself may still refuse the save here; if it doesn't, the guest can
-    /// be saved, as far as anybody can tell.
+    /// be saved, as far as anybody can tell. Where a tracker is to tell what has changed since the
+    /// parent, QEMU is asked in the pause: it looks whether it can protect memory, which the tracker
+    /// still has.
     pub async fn set_up(&mut self) -> Result<(), SaveError> {
-        // QEMU refuses to write-protect what somebody else has write-protected.
-        runs::stop_tracking(self.checked.pid).await?;
-        self.undo.apply_settings(&self.access.qmp).await?;
+        self.set_up_qemu().await?;
         failpoint("settings");
         let checked = &self.checked;
         let event = SaveEvent::Checked {
@@ -44,7 +44,7 @@ impl Saving<'_> {
         let reset_point = self.options.resettable.then_some(guest::RESET_POINT);
         let overlays = self.undo.overlays();
         overlays::prepare(&self.access, &self.checked, overlays, reset_point).await?;
-        self.prepare_reading().await;
+        self.prepare_reading().await?;
         let overlays: Vec<String> =
             self.undo.overlays().iter().map(|overlay| overlay.path.clone()).collect();
         let shorten_the_pause = self.pause_shortener();
@@ -64,10 +64,10 @@ impl Saving<'_> {
     /// Finds the guest's memory in QEMU's. Where QEMU can be told to end its stream once all memory
     /// is captured, the state of the devices has to be asked for at the moment; elsewhere it comes
     /// last. A help, no more.
-    async fn prepare_reading(&mut self) {
+    async fn prepare_reading(&mut self) -> Result<(), SaveError> {
         let checked = &self.checked;
         if self.options.reading == Reading::Stream || !checked.background {
-            return;
+            return Ok(());
         }
         let qmp = &self.access.qmp;
         let ready = async {
@@ -82,11 +82,13 @@ impl Saving<'_> {
         match ready.await {
             Ok((places, devices)) => {
                 (self.places, self.devices) = (Some(places), devices);
+                Ok(())
             }
-            Err(why) => self.tell(SaveEvent::Note {
-                what: "the guest's memory comes by QEMU's stream alone, which takes longer".into(),
-                why,
-            }),
+            Err(why) => {
+                let what = "the guest's memory comes by QEMU's stream alone, which takes longer";
+                self.tell(SaveEvent::Note { what: what.into(), why: why.clone() });
+                self.compare_all(why).await
+            }
         }
     }
 
@@ -98,12 +100,15 @@ impl Saving<'_> {
             checked.captured().map(|found| found.disk.chain[0].path.clone()).collect();
         // Only a guest that we stop waits for it: QEMU prefaults before it stops a guest.
         let prefault = background && self.stops_the_guest();
+        // What it touched the tracker would take for written, and the kernel collapses nothing that is
+        // write-protected.
+        let is_tracked = self.since.is_tracked();
         let cancel = self.cancel.clone();
         move || {
-            if prefault {
+            if prefault && !is_tracked {
                 prefault::prefault(pid, &blocks, &cancel);
             }
-            if background {
+            if background && !is_tracked {
                 collapse::collapse_memory(pid, &blocks, &cancel);
             }
             // Stopping the guest flushes its disks, which then have little left to write.

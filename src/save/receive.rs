@@ -11,14 +11,14 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::checked::Checked;
-use super::direct::{Backpressure, DirectReading, Places};
+use super::direct::{Backpressure, DirectReading, Inheritance, Places, Unchanged};
 use super::error::SaveError;
 use super::event::SaveEvent;
 use super::merge::Merge;
@@ -114,13 +114,16 @@ pub(super) struct Received {
     machine_type: String,
     /// Pages that were read from outside.
     direct_pages: u64,
+    /// Pages that were taken from the parent unread.
+    inherited_pages: u64,
     /// Copies of the userfaultfds that QEMU had while the stream came; none where nobody wants them.
     userfaultfds: Option<io::Result<Vec<Uffd>>>,
 }
 
 impl Receiving {
-    /// Starts to receive from `socket`, and reads memory at `places` beside. Memory goes `into` an
-    /// image, or is kept for clones.
+    /// Starts to receive from `socket`, and reads memory at `places` beside, except what is
+    /// `unchanged`, which has to be known by the first page. Memory goes `into` an image, or is kept
+    /// for clones.
     ///
     /// # Errors
     /// When a thread can't be started.
@@ -129,6 +132,7 @@ impl Receiving {
         options: &SaveOptions,
         checked: &Checked,
         places: Option<Places>,
+        unchanged: Arc<OnceLock<Unchanged>>,
         into: Stores,
     ) -> Result<Receiving, SaveError> {
         let (begun_sender, begun) = oneshot::channel();
@@ -158,6 +162,7 @@ impl Receiving {
             counters: Arc::clone(&counters),
             received: 0,
             places,
+            unchanged,
             into,
             begun: Some(begun_sender),
             first_page: Some(first_page_sender),
@@ -275,6 +280,11 @@ impl Received {
         self.tail.get_or_insert(Tail { devices, vmdesc: Vec::new() });
     }
 
+    /// Pages that were taken from the parent and read nowhere.
+    pub fn inherited_pages(&self) -> u64 {
+        self.inherited_pages
+    }
+
     /// Makes it an image, whole and under its name.
     ///
     /// # Errors
@@ -310,6 +320,8 @@ struct Receiver {
     received: u64,
     /// Where memory can be read from outside.
     places: Option<Places>,
+    /// What the guest has not written since the parent; nothing where that is not known.
+    unchanged: Arc<OnceLock<Unchanged>>,
     into: Stores,
     begun: Option<oneshot::Sender<Begun>>,
     first_page: Option<oneshot::Sender<()>>,
@@ -376,9 +388,17 @@ impl Receiver {
         merge.wait_settled();
         merge.write_deferred(&self.given_up, |bytes| self.counters.set_image_bytes(bytes))?;
         let (config, machine_type) = (stream.config(), stream.machine_type().to_owned());
-        let (writer, direct_pages) = (merge.take_image(), merge.direct());
-        let userfaultfds = self.userfaultfds;
-        Ok(Received { writer, config, tail, machine_type, direct_pages, userfaultfds })
+        let (direct_pages, inherited_pages) = (merge.direct(), merge.inherited());
+        let (writer, userfaultfds) = (merge.take_image(), self.userfaultfds);
+        Ok(Received {
+            writer,
+            config,
+            tail,
+            machine_type,
+            direct_pages,
+            inherited_pages,
+            userfaultfds,
+        })
     }
 
     /// Begins the image, once the machine's blocks are known.
@@ -390,6 +410,10 @@ impl Receiver {
             true => Some(self.create(&blocks)?),
             false => None,
         };
+        let parent = writer.as_ref().and_then(ImageWriter::parent_pages);
+        let inheritance = parent
+            .zip(self.unchanged.get())
+            .map(|(parent, unchanged)| Inheritance::new(unchanged, &blocks, parent));
         let identity = writer.as_ref().map_or_else(Identity::random, ImageWriter::identity);
         let memory = self.into.memory.is_some().then(|| CapturedMemory::new(&blocks).map(Arc::new));
         let memory = memory.transpose().map_err(SaveError::Captured)?;
@@ -410,7 +434,7 @@ impl Receiver {
         }
         let begin = self.read_directly.clone();
         let clear = self.into.memory.clone();
-        let direct = places.map(|places| DirectReading::new(places, begin, clear));
+        let direct = places.map(|places| DirectReading::new(places, begin, clear, inheritance));
         Ok(Sides { _ended: End(Arc::clone(&merge)), merge, direct })
     }
 

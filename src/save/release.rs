@@ -42,10 +42,14 @@ pub(super) fn unprotect_memory(pid: i32) -> io::Result<()> {
     })
 }
 
-/// The mappings that are registered with userfaultfd for writes to protected pages.
+/// The mappings that QEMU has registered with userfaultfd for writes to protected pages. Where it has
+/// no userfaultfd, they are somebody else's, such as a tracker's for resets, who looks after them.
 fn protected(pid: i32) -> io::Result<Vec<Mapping>> {
     let mut protected = Mapping::all_of_in_detail(pid)?;
     protected.retain(|mapping| mapping.has_flag(*b"uw"));
+    if !protected.is_empty() && Uffd::number_of(pid)? == 0 {
+        protected.clear();
+    }
     Ok(protected)
 }
 

@@ -213,11 +213,19 @@ impl SavedGuest {
 
     /// Does what somebody asks for. Returns whether the guest's writes are still tracked.
     async fn answer(&mut self, asked: Asked, on_event: OnEvent<'_>) -> Result<bool, ResetError> {
-        if asked.request == Request::LetGo {
-            // Whoever asks goes on as soon as it is answered.
-            self.rewinder.memory().end();
-            asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
-            return Ok(false);
+        match asked.request {
+            Request::Reset => {}
+            Request::Tell => {
+                let tracked = self.rewinder.memory().tracked();
+                asked.tell(&tracked).await;
+                return Ok(true);
+            }
+            Request::LetGo => {
+                // Whoever asks goes on as soon as it is answered.
+                self.rewinder.memory().end();
+                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
+                return Ok(false);
+            }
         }
         match self.rewind().await {
             Ok((reset, qmp)) => {

@@ -1,13 +1,15 @@
 //! A save under way: what every step of it needs.
 
 use std::os::fd::BorrowedFd;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::access::Access;
+use super::changed_since::Since;
 use super::check;
 use super::checked::Checked;
 use super::devices::DeviceState;
-use super::direct::Places;
+use super::direct::{Places, Unchanged};
 use super::error::SaveError;
 use super::event::{OnEvent, SaveEvent};
 use super::forking::Forking;
@@ -31,6 +33,10 @@ pub(super) struct Saving<'a> {
     pub undo: Undo,
     /// Where memory can be read from outside.
     pub places: Option<Places>,
+    /// How it is found out what differs from the parent.
+    pub since: Since,
+    /// What is known not to, once the guest stands still.
+    pub unchanged: Arc<OnceLock<Unchanged>>,
     /// The state of the devices, at the moment or ready to be asked for.
     pub devices: Option<DeviceState>,
     /// Where there are to be clones.
@@ -74,6 +80,8 @@ impl<'a> Saving<'a> {
             checked,
             undo,
             places: None,
+            since: Since::NoParent,
+            unchanged: Arc::default(),
             devices: None,
             forking: None,
             keeper,

@@ -2,6 +2,7 @@
 //! is received, and the guest goes on as soon as the moment has passed.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::devices::DeviceState;
@@ -32,8 +33,8 @@ impl Saving<'_> {
         let mut receiving = {
             let clones_run = self.forking.as_ref().map(|forking| forking.clones_run.clone());
             let stores = Stores { image: !self.options.without_image, memory: clones_run };
-            let places = self.places.take();
-            Receiving::start(stream, self.options, &self.checked, places, stores)?
+            let (places, unchanged) = (self.places.take(), Arc::clone(&self.unchanged));
+            Receiving::start(stream, self.options, &self.checked, places, unchanged, stores)?
         };
         let mut events = self.access.qmp.events();
         let frozen = self.freeze().await;

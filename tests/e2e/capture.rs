@@ -82,7 +82,7 @@ fn memory_and_disks_are_of_one_moment(dir: &Dir, qemu: Qemu) -> Result<()> {
     write(&mut guest, "2")?;
     let ended = saving.succeed()?;
     assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
-    let parts = ["stop_ms", "disks_ms", "devices_ms", "walk_ms", "resume_ms"];
+    let parts = ["stop_ms", "changed_ms", "disks_ms", "devices_ms", "walk_ms", "resume_ms"];
     let sum_of_parts: f64 =
         parts.iter().map(|part| moment["pause_parts"][part].as_f64().unwrap()).sum();
     assert!((moment["pause_ms"].as_f64().unwrap() - sum_of_parts).abs() < 0.01, "{moment}");

@@ -51,7 +51,7 @@ fn saved_both_ways(dir: &Dir, guest: &Guest, faults: &str) -> Result<(u64, u64)>
 }
 
 /// How many pages of an image are not those of a whole stream.
-fn differing_pages(image: &Arc<Image>, stream: &Path) -> Result<u64> {
+pub fn differing_pages(image: &Arc<Image>, stream: &Path) -> Result<u64> {
     let mut reader = image.reader()?;
     let mut is_in_image = |page: Page, bytes: &[u8; PAGE_SIZE]| {
         Ok::<_, SourceError>(match image.locate(page)? {

@@ -21,6 +21,7 @@ mod backends;
 mod backup;
 mod capture;
 mod chains;
+mod changed_since;
 mod checks;
 mod clocks;
 mod clones;

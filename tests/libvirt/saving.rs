@@ -65,7 +65,7 @@ fn a_domain_is_saved_with_its_disks(dir: &Dir) -> Result<()> {
     let ended = save(dir, libvirt, name, "vm.snap").succeed()?;
     assert_eq!(ended.steps(), ["checked", "ready", "moment", "saved"]);
     let moment = ended.event("moment")?;
-    for part in ["stop_ms", "disks_ms", "devices_ms", "walk_ms", "resume_ms"] {
+    for part in ["stop_ms", "changed_ms", "disks_ms", "devices_ms", "walk_ms", "resume_ms"] {
         assert!(moment["pause_parts"][part].is_f64(), "{moment}");
     }
 

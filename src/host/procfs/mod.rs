@@ -13,6 +13,6 @@ pub use memory::ProcessMemory;
 pub use pagemap::{PAGEMAP_SCAN, Pagemap, flags};
 pub use process::{
     arguments, descriptor_link, descriptors, memory_in_use, own_memory, owner, path, processes,
-    resident_memory, started,
+    reads_directly, resident_memory, started,
 };
 pub use system::{MemInfo, cpu_model, sysctl};

@@ -34,6 +34,22 @@ pub fn descriptor_link(pid: i32, fd: i32) -> io::Result<PathBuf> {
     fs::read_link(path(pid, &format!("fd/{fd}")))
 }
 
+/// Whether a process has something open that it reads past the page cache (O_DIRECT, open(2)): devices
+/// then write to its memory, as /proc/PID/fdinfo tells.
+///
+/// # Errors
+/// When the process has ended or is another user's.
+pub fn reads_directly(pid: i32) -> io::Result<bool> {
+    let is_direct = |fd: &i32| {
+        // It may have been closed meanwhile.
+        let info = fs::read_to_string(path(pid, &format!("fdinfo/{fd}"))).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+        flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
+    };
+    Ok(descriptors(pid)?.iter().any(is_direct))
+}
+
 /// A process's arguments (proc_pid_cmdline(5)), as far as they are UTF-8; none for one that has
 /// ended.
 pub fn arguments(pid: i32) -> Vec<String> {
@@ -92,10 +108,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_read_past_the_page_cache_is_told() {
+        use std::os::unix::fs::OpenOptionsExt;
+        let us = std::process::id() as i32;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut options = fs::File::options();
+        // Some file systems know no such thing.
+        if let Ok(_direct) = options.read(true).custom_flags(libc::O_DIRECT).open(file.path()) {
+            assert!(reads_directly(us).unwrap());
+        }
+    }
+
+    #[test]
     fn this_process_is_seen() {
         let us = std::process::id() as i32;
         assert!(processes().any(|pid| pid == us));
         assert!(descriptors(us).unwrap().contains(&0));
+        assert!(reads_directly(i32::MAX).is_err());
         assert!(started(us).is_some_and(|ticks| ticks > 0));
         assert_eq!((started(us), started(i32::MAX)), (started(us), None));
         let ids = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());

@@ -45,17 +45,13 @@ impl Base {
         })
     }
 
-    /// Where the base stores the page at the same place, if it has that place and a page
-    /// there that is not zeros.
-    fn find(&self, page: Page) -> Result<Option<(ChunkId, usize)>, ImageError> {
+    /// Where the base has the page at the same place, if it has that place.
+    fn find(&self, page: Page) -> Result<Option<Location>, ImageError> {
         let Some(Some(block)) = self.blocks.get(page.block.index()) else { return Ok(None) };
         if page.number >= self.image.manifest().blocks[block.index()].pages() {
             return Ok(None);
         }
-        Ok(match self.image.find(Page { block: *block, number: page.number })? {
-            Location::Zero => None,
-            Location::Stored { chunk, slot } => Some((chunk, slot)),
-        })
+        self.image.find(Page { block: *block, number: page.number }).map(Some)
     }
 
     fn report(&self, error: &ImageError) {
@@ -89,18 +85,44 @@ impl Comparer {
     }
 
     fn compare(&mut self, page: Page, bytes: &[u8]) -> Result<Option<PageEntry>, ImageError> {
-        let Some((chunk, slot)) = self.base.find(page)? else { return Ok(None) };
+        let Some(Location::Stored { chunk, slot }) = self.base.find(page)? else { return Ok(None) };
         self.chunks.hold(chunk)?;
         if self.chunks.pages(slot, 1) != bytes {
             return Ok(None);
         }
-        // The base itself is the new image's first layer, its layers follow.
-        let (layer, chunk) = layer_and_number(chunk);
-        let slot = u8::try_from(slot).ok();
-        Ok(layer.checked_add(1).zip(slot).map(|(layer, slot)| PageEntry::Stored {
-            layer,
-            chunk,
-            slot,
-        }))
+        Ok(stored(chunk, slot))
+    }
+}
+
+/// The entry in the new image's index of a page that the base stores there.
+fn stored(chunk: ChunkId, slot: usize) -> Option<PageEntry> {
+    // The base itself is the new image's first layer, its layers follow.
+    let (layer, chunk) = layer_and_number(chunk);
+    let slot = u8::try_from(slot).ok();
+    layer.checked_add(1).zip(slot).map(|(layer, slot)| PageEntry::Stored { layer, chunk, slot })
+}
+
+/// What the parent of a new image has, for pages that are known to be the same.
+#[derive(Clone)]
+pub(crate) struct ParentPages(Arc<Base>);
+
+/// A page that is the parent's: what the new image's index says of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Inherited(pub(in crate::image) PageEntry);
+
+impl ParentPages {
+    pub(in crate::image) fn of(base: &Arc<Base>) -> ParentPages {
+        ParentPages(Arc::clone(base))
+    }
+
+    /// The page at the same place of the parent's block of the same name. None where there is no
+    /// such page, or its place can't be read: that is reported once.
+    pub(crate) fn get(&self, page: Page) -> Option<Inherited> {
+        let found = self.0.find(page).inspect_err(|error| self.0.report(error)).ok()??;
+        let entry = match found {
+            Location::Zero => Some(PageEntry::Zero),
+            Location::Stored { chunk, slot } => stored(chunk, slot),
+        };
+        entry.map(Inherited)
     }
 }

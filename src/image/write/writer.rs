@@ -11,7 +11,7 @@ use crate::image::format::error::ImageError;
 use crate::image::format::layout::{MAX_CHUNKS, PageEntry};
 use crate::image::format::manifest::{Details, Manifest, Sections, check_blocks};
 use crate::image::read::image::Image;
-use crate::image::write::delta::Base;
+use crate::image::write::delta::{Base, Inherited, ParentPages};
 use crate::image::write::index::{check_index, empty_index, pending, renumber_layers, resolve};
 use crate::image::write::options::{Saved, WriterOptions, WriterStats};
 use crate::image::write::pack::{Buffer, Job, Packing};
@@ -199,17 +199,7 @@ impl ImageWriter {
     /// As [`ImageWriter::page`].
     pub fn zero(&mut self, page: Page) -> Result<(), ImageError> {
         self.pipeline.check()?;
-        let place = self.place(page)?;
-        let entry = place.first + place.slot;
-        if !self.is_open(&place) {
-            self.enter_zeros(entry, 1);
-            return Ok(());
-        }
-        let mut group = self.take_group(&place)?;
-        self.count(&mut group, place.slot, false);
-        group.mask &= !(1 << place.slot);
-        self.index[entry] = PageEntry::ZERO;
-        self.keep_or_send(group)
+        self.enter(page, PageEntry::ZERO)
     }
 
     /// Adds pages that are all zeros.
@@ -230,6 +220,22 @@ impl ImageWriter {
             number = end;
         }
         Ok(())
+    }
+
+    /// What the parent has, for [`ImageWriter::inherit`]; none without a parent.
+    pub(crate) fn parent_pages(&self) -> Option<ParentPages> {
+        self.base.as_ref().map(ParentPages::of)
+    }
+
+    /// Adds the pages of a run, which are the parent's: they take no room of their own. When a page is
+    /// added again, the last one counts.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::page`].
+    pub(crate) fn inherit(&mut self, run: Run, pages: &[Inherited]) -> Result<(), ImageError> {
+        self.pipeline.check()?;
+        let mut pages = run.pages().zip(pages);
+        pages.try_for_each(|(page, inherited)| self.enter(page, inherited.0.encode()))
     }
 
     /// Whether `pages` can be added at once with half of all buffers still free behind them.
@@ -340,6 +346,27 @@ impl ImageWriter {
     fn is_open(&self, place: &Place) -> bool {
         let is_current = self.current.as_ref().is_some_and(|group| group.key == place.key);
         is_current || self.open.contains_key(&place.key)
+    }
+
+    /// Enters a page that takes no room of its own: zeros, or one of the parent's.
+    fn enter(&mut self, page: Page, raw: u64) -> Result<(), ImageError> {
+        let place = self.place(page)?;
+        let entry = place.first + place.slot;
+        let is_data = raw != PageEntry::ZERO;
+        if self.is_open(&place) {
+            let mut group = self.take_group(&place)?;
+            self.count(&mut group, place.slot, is_data);
+            group.mask &= !(1 << place.slot);
+            self.index[entry] = raw;
+            return self.keep_or_send(group);
+        }
+        match std::mem::replace(&mut self.index[entry], raw) {
+            PageEntry::MISSING => {}
+            PageEntry::ZERO => self.zero_pages -= 1,
+            _ => self.data_pages -= 1,
+        }
+        *(if is_data { &mut self.data_pages } else { &mut self.zero_pages }) += 1;
+        Ok(())
     }
 
     /// Enters pages that are all zeros, whose group is not open.

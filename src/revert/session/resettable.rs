@@ -170,11 +170,19 @@ impl Resettable {
         asked: Asked,
         on_event: OnEvent<'_>,
     ) -> Result<bool, RevertError> {
-        if asked.request == Request::LetGo {
-            // Whoever asks goes on as soon as it is answered.
-            self.rewinder.memory().end();
-            asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
-            return Ok(false);
+        match asked.request {
+            Request::Reset => {}
+            Request::Tell => {
+                let tracked = self.rewinder.memory().tracked();
+                asked.tell(&tracked).await;
+                return Ok(true);
+            }
+            Request::LetGo => {
+                // Whoever asks goes on as soon as it is answered.
+                self.rewinder.memory().end();
+                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
+                return Ok(false);
+            }
         }
         let reset = self.rewind(false).await.map(|(reset, _)| reset);
         asked.answer(&outcome(&reset)).await;

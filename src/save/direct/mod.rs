@@ -5,10 +5,14 @@
 //! *after* it was read was read as it was at the moment. QEMU's stream comes from the front, one
 //! page after the other; we read from the back, 2 MiB at a time. Each page is taken by whoever
 //! captures it first (`merge`).
+//!
+//! What the guest has not written since the image's parent is taken from there before anything is
+//! read (`unchanged`).
 
 mod backpressure;
 mod places;
 mod reader;
+mod unchanged;
 mod window;
 
 use std::io;
@@ -17,6 +21,7 @@ use std::thread::{self, JoinHandle};
 
 pub(super) use backpressure::Backpressure;
 pub(super) use places::{Place, Places};
+pub(super) use unchanged::{Inheritance, Unchanged};
 pub(super) use window::capture;
 
 use super::merge::Merge;
@@ -35,6 +40,8 @@ pub(super) struct DirectReading {
     begin: Cancellation,
     /// Requested once clones run, where there are any: the thread waits for it.
     clear: Option<Cancellation>,
+    /// What need not be read.
+    inheritance: Option<Inheritance>,
     state: State,
 }
 
@@ -53,8 +60,13 @@ enum State {
 impl DirectReading {
     /// Reads at these places, once they are proven and it is told to `begin`. QEMU's stream is held back from
     /// then on, but what the guest can write to is not read ahead of `clear`.
-    pub fn new(places: Places, begin: Cancellation, clear: Option<Cancellation>) -> DirectReading {
-        DirectReading { places, begin, clear, state: State::Unproven(0) }
+    pub fn new(
+        places: Places,
+        begin: Cancellation,
+        clear: Option<Cancellation>,
+        inheritance: Option<Inheritance>,
+    ) -> DirectReading {
+        DirectReading { places, begin, clear, inheritance, state: State::Unproven(0) }
     }
 
     /// Takes note of a page that came by the stream: the first one that lies in QEMU's memory
@@ -87,10 +99,11 @@ impl DirectReading {
         self.state = State::Over;
     }
 
-    fn start(&self, merge: &Arc<Merge>) -> io::Result<State> {
+    fn start(&mut self, merge: &Arc<Merge>) -> io::Result<State> {
         let stop = Cancellation::new();
-        let (merge, clear) = (Arc::clone(merge), self.clear.clone());
-        let reader = reader::Reader::new(&self.places, merge, stop.clone(), clear)?;
+        let merge = Arc::clone(merge);
+        let (clear, inheritance) = (self.clear.clone(), self.inheritance.take());
+        let reader = reader::Reader::new(&self.places, merge, stop.clone(), clear, inheritance)?;
         let done = Cancellation::new();
         let end = End(done.clone());
         let builder = thread::Builder::new().name("read-memory".into());

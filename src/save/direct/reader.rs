@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::places::{Place, Places};
+use super::unchanged::Inheritance;
 use super::window::{Ended, capture, run_of};
 use crate::cancel::Cancellation;
 use crate::host::memory;
@@ -29,6 +30,8 @@ pub(super) struct Reader {
     stop: Cancellation,
     /// Requested once there is nobody who needs the processors more.
     clear: Option<Cancellation>,
+    /// What is not read, but taken from the parent first.
+    inheritance: Option<Inheritance>,
     buffer: Vec<u8>,
 }
 
@@ -42,12 +45,14 @@ impl Reader {
         merge: Arc<Merge>,
         stop: Cancellation,
         clear: Option<Cancellation>,
+        inheritance: Option<Inheritance>,
     ) -> io::Result<Reader> {
         let pagemap = Pagemap::open(places.pid())?;
         let ids = (0..merge.blocks().len()).map(|index| BlockId(index as u16));
         let blocks = ids.filter_map(|id| Some((id, places.of(id)?))).collect();
         let buffer = vec![0; WINDOW as usize * PAGE_SIZE];
-        Ok(Reader { pid: places.pid(), pagemap, blocks, merge, stop, clear, buffer })
+        let pid = places.pid();
+        Ok(Reader { pid, pagemap, blocks, merge, stop, clear, inheritance, buffer })
     }
 
     /// Reads all blocks, the last first, or until it is stopped. What it can't read comes by
@@ -59,6 +64,9 @@ impl Reader {
     }
 
     fn read_all(&mut self) -> Result<(), Ended> {
+        if let Some(inheritance) = self.inheritance.take() {
+            inheritance.take(&self.merge, &self.stop)?;
+        }
         let blocks = std::mem::take(&mut self.blocks);
         let read_only = |(_, place): &&(BlockId, Place)| place.read_only;
         // Firmware, some hundreds of KiB: at once, since only QEMU can write to it, and what it
