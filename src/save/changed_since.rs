@@ -7,60 +7,12 @@
 //! pages are taken from the parent. All else counts as changed: what was never protected, what was given
 //! back, and what has not been there.
 
-use std::io;
-use std::ops::Range;
-
-use super::direct::Unchanged;
 use super::error::SaveError;
-use super::event::ChangedSince;
 use super::options::Reading;
+use super::parent_tracker::{ParentTracker, Since};
 use super::saving::Saving;
-use crate::failpoint::{failpoint, fault};
-use crate::host::huge_pages::{HUGE_PAGE, HugePagePolicy};
-use crate::host::procfs::{Mapping, Pagemap, flags, reads_directly};
-use crate::page::{Block, PAGE_SIZE};
+use crate::failpoint::failpoint;
 use crate::runs::{Tracking, stop_tracking};
-
-/// Pages that the kernel has to look at one by one, up to which the pause is made longer for this:
-/// 512 MiB. It walks over them twice more, once for the tracker and once for QEMU's check of whether it can
-/// protect memory, at about 10 ms a GiB.
-const MOST_SMALL: u64 = (512 << 20) / PAGE_SIZE as u64;
-
-/// How it is found out what differs from the parent.
-pub(super) enum Since {
-    /// There is no parent.
-    NoParent,
-    /// All memory is compared with it, for this reason.
-    Compared(String),
-    /// Whoever tracks the guest's writes will tell.
-    Tracked(Box<ParentTracker>),
-    /// The tracker has told, and has let go.
-    Told,
-}
-
-/// Who tracks the guest's writes since the parent.
-pub(super) struct ParentTracker {
-    tracking: Tracking,
-    pagemap: Pagemap,
-    /// The parent's blocks, and where QEMU has them.
-    places: Vec<(Block, u64)>,
-}
-
-impl Since {
-    /// Whether the tracker has not let go yet.
-    pub fn is_tracked(&self) -> bool {
-        matches!(self, Since::Tracked(_))
-    }
-
-    /// What a save tells of it, which has taken so many pages from the parent unread.
-    pub fn told(self, pages: u64) -> Option<ChangedSince> {
-        match self {
-            Since::NoParent => None,
-            Since::Compared(why) => Some(ChangedSince::Comparing { why }),
-            Since::Tracked(_) | Since::Told => Some(ChangedSince::WriteProtection { pages }),
-        }
-    }
-}
 
 impl Saving<'_> {
     /// Looks for a tracker of the guest's writes. If there is one that knows what has changed since
@@ -109,28 +61,7 @@ impl Saving<'_> {
         let parent = checked.parent.as_ref().map(|parent| parent.manifest());
         let parent = parent.filter(|parent| parent.identity == tracking.what.image);
         let parent = parent.ok_or("what the guest writes is tracked since another image")?;
-        let place = |(name, address): &(String, u64)| {
-            // Of huge pages of hugetlbfs some may have been written in part.
-            let is_it = |block: &&Block| block.name == *name && block.page_size == PAGE_SIZE as u64;
-            let block = parent.blocks.iter().find(is_it)?;
-            address.checked_add(block.len).map(|_| (block.clone(), *address))
-        };
-        let places: Vec<_> = tracking.what.blocks.iter().filter_map(place).collect();
-        if places.is_empty() {
-            return Err("no write protection tells what the guest has written".into());
-        }
-        let said = |error: io::Error| format!("QEMU's page map can't be read ({error})");
-        let pagemap = Pagemap::open(checked.pid).map_err(said)?;
-        if reads_directly(checked.pid).map_err(said)? {
-            return Err("QEMU reads its disks directly into the guest's memory (O_DIRECT), which \
-                        write protection does not stop once it is under way"
-                .into());
-        }
-        let tracker = ParentTracker { tracking, pagemap, places };
-        match tracker.small_pages(checked.pid).map_err(said)? {
-            0..=MOST_SMALL => Ok(tracker),
-            _ => Err("its memory is in small pages, for which it would stand still longer".into()),
-        }
+        ParentTracker::of(tracking, &parent.blocks, checked.pid)
     }
 
     /// Asks the tracker, in the pause, and sets QEMU up then. What can't be learned is compared.
@@ -151,84 +82,5 @@ impl Saving<'_> {
         };
         self.since = since;
         self.undo.apply_settings(&self.access.qmp).await
-    }
-}
-
-impl ParentTracker {
-    /// The pages that are still protected. The guest must stand still.
-    fn unchanged(&self) -> io::Result<Unchanged> {
-        let mut unchanged = Unchanged::default();
-        for (block, start) in &self.places {
-            let range = *start..start + block.len;
-            let mut runs = Vec::new();
-            let mut add = |found: Range<u64>| {
-                runs.push(pages(&(*start..found.start))..pages(&(*start..found.end)));
-            };
-            match fault("takes all for unchanged") {
-                true => add(range),
-                false => self.pagemap.protected(range, add)?,
-            }
-            unchanged.blocks.push((block.name.clone(), runs));
-        }
-        Ok(unchanged)
-    }
-
-    /// How many pages of the guest's memory the kernel has to look at one by one: all but those in
-    /// huge pages, and those that are missing where a huge page of zeros will be.
-    fn small_pages(&self, pid: i32) -> io::Result<u64> {
-        let policy = HugePagePolicy::read();
-        let mappings = Mapping::all_of_in_detail(pid)?;
-        let mut small = 0;
-        for (block, start) in &self.places {
-            let range = *start..start + block.len;
-            let of_block = mappings.iter().find(|mapping| mapping.range().contains(start));
-            let zeros_are_huge = of_block.is_some_and(|it| it.inode == 0 && policy.wants(it));
-            let scanned = self.pagemap.scan(range.clone(), flags::PRESENT, flags::HUGE, |found| {
-                small += pages(&found);
-            });
-            match scanned {
-                // This kernel does not tell.
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => small += pages(&range),
-                scanned => {
-                    scanned?;
-                    self.pagemap.missing(range, |found| {
-                        small += pages(&found);
-                        if zeros_are_huge {
-                            small -= pages(&within_huge(&found));
-                        }
-                    })?;
-                }
-            }
-        }
-        Ok(small)
-    }
-}
-
-/// How many pages a range has.
-fn pages(range: &Range<u64>) -> u64 {
-    (range.end - range.start) / PAGE_SIZE as u64
-}
-
-/// The part of a range that consists of whole huge pages.
-fn within_huge(range: &Range<u64>) -> Range<u64> {
-    let start = range.start.next_multiple_of(HUGE_PAGE);
-    start..(range.end / HUGE_PAGE * HUGE_PAGE).max(start)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn whole_huge_pages_of_a_range_are_found() {
-        let huge = |count: u64| count * HUGE_PAGE;
-        for (range, whole) in [
-            (huge(1)..huge(3), huge(1)..huge(3)),
-            (huge(1) + 1..huge(3) + 5, huge(2)..huge(3)),
-            (huge(1) + 1..huge(3) - 1, huge(2)..huge(2)),
-            (5..9, huge(1)..huge(1)),
-        ] {
-            assert_eq!(within_huge(&range), whole);
-        }
     }
 }

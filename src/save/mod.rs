@@ -26,6 +26,7 @@ mod moment;
 mod options;
 mod overlay_error;
 mod overlays;
+mod parent_tracker;
 mod pause;
 mod prefault;
 mod prepare;

@@ -5,7 +5,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::access::Access;
-use super::changed_since::Since;
 use super::check;
 use super::checked::Checked;
 use super::devices::DeviceState;
@@ -14,6 +13,7 @@ use super::error::SaveError;
 use super::event::{OnEvent, SaveEvent};
 use super::forking::Forking;
 use super::options::SaveOptions;
+use super::parent_tracker::Since;
 use super::settings::Settings;
 use super::undo::Undo;
 use crate::cancel::Cancellation;
