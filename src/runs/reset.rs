@@ -6,14 +6,20 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 
 use super::run::of_qemu;
-use super::{ProcessId, Run, RunsError};
+use super::{Run, RunsError};
+use crate::host::procfs::Mapping;
+use crate::host::uffd::Uffd;
 use crate::reset::{Request, ResetOutcome, SOCKET, Tracked, ask};
 
 /// How long a server may take to answer a save, for which the guest may stand still.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long one may take to end that is being killed: the kernel walks over what it has protected.
-const LAST_BREATH: Duration = Duration::from_millis(200);
+/// How long what a server has protected may stay so once it is being killed: its threads end one after the
+/// other, and then the kernel walks over that memory.
+const LAST_BREATH: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether it still is.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Whether the writes of the guest in this QEMU are tracked: nobody else can write-protect its
 /// memory meanwhile.
@@ -29,9 +35,29 @@ pub(crate) fn is_tracked(qemu: i32) -> bool {
 pub(crate) async fn stop_tracking(qemu: i32) -> Result<(), RunsError> {
     let Some(run) = tracked(qemu) else { return Ok(()) };
     match run.ask::<ResetOutcome>(Request::LetGo).await {
-        Ok(_) | Err(RunsError::NotTracked { .. }) => Ok(()),
+        Ok(_) => Ok(()),
+        Err(RunsError::NotTracked { .. }) => {
+            wait_unprotected(qemu).await;
+            Ok(())
+        }
         Err(error) => Err(error),
     }
+}
+
+/// Waits until nothing of the guest's memory is protected by a server that has ended, or is about to: its
+/// socket closes before its userfaultfd does, and with that goes the protection.
+async fn wait_unprotected(qemu: i32) {
+    let until = Instant::now() + LAST_BREATH;
+    while is_protected(qemu) && Instant::now() < until {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Whether memory of a QEMU is protected, and not by itself.
+fn is_protected(qemu: i32) -> bool {
+    let protected = |mapping: &Mapping| mapping.has_flag(*b"uw");
+    Mapping::all_of_in_detail(qemu).is_ok_and(|all| all.iter().any(protected))
+        && Uffd::number_of(qemu).is_ok_and(|own| own == 0)
 }
 
 fn tracked(qemu: i32) -> Option<Run> {
@@ -40,6 +66,7 @@ fn tracked(qemu: i32) -> Option<Run> {
 
 /// A server that tracks a guest's writes, and what it has told.
 pub(crate) struct Tracking {
+    qemu: i32,
     run: Run,
     pub what: Tracked,
 }
@@ -50,7 +77,7 @@ impl Tracking {
     pub async fn of(qemu: i32) -> Option<Tracking> {
         let run = tracked(qemu)?;
         let told = tokio::time::timeout(PATIENCE, run.ask(Request::Tell)).await;
-        told.ok()?.ok().map(|what| Tracking { run, what })
+        told.ok()?.ok().map(|what| Tracking { qemu, run, what })
     }
 
     /// Has that server track no more. True where it has tracked the guest all the time since it was
@@ -64,22 +91,13 @@ impl Tracking {
         match asked {
             Ok(Ok(ResetOutcome::Done { .. })) => Ok(true),
             Ok(Ok(_) | Err(_)) => {
-                self.wait_ended().await;
+                wait_unprotected(self.qemu).await;
                 Ok(false)
             }
             Err(_) => Err(RunsError::Asking {
                 id: self.run.id.clone(),
                 source: io::ErrorKind::TimedOut.into(),
             }),
-        }
-    }
-
-    /// Waits for a moment for the end of a server that is being killed: its socket closes before its
-    /// userfaultfd does, and with that goes the protection.
-    async fn wait_ended(&self) {
-        let until = Instant::now() + LAST_BREATH;
-        while self.run.server().is_some() && Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 }
@@ -92,11 +110,6 @@ impl Run {
     /// its server was killed.
     pub async fn reset(&self) -> Result<ResetOutcome, RunsError> {
         self.ask(Request::Reset).await
-    }
-
-    /// Its server's process, as long as it lives.
-    fn server(&self) -> Option<i32> {
-        self.record.server.and_then(ProcessId::living)
     }
 
     fn is_tracked(&self) -> bool {

@@ -1,5 +1,5 @@
-//! The pause: the guest is stopped, what it has written since a parent is asked for, its disks are switched to their overlays, QEMU writes down the
-//! state of the devices, and begins the snapshot.
+//! The pause: the guest is stopped, it is found out what it has written since the parent where that is tracked,
+//! its disks are switched to their overlays, QEMU writes down the state of the devices, and begins the snapshot.
 
 use super::error::SaveError;
 use super::moment::PauseClock;
