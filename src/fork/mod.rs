@@ -30,6 +30,15 @@ use crate::save::{Ahead, AtMoment, Forking, SaveOptions, save_and_fork};
 pub use error::ForkError;
 pub use event::ForkEvent;
 
+/// How long clones are waited for that start, before memory is read at full speed: what the source writes
+/// meanwhile waits longer.
+const CLONES_FIRST: Duration = Duration::from_millis(50);
+
+/// How long clones that run have the processors for themselves: every page that they touch is a fault then, and
+/// under TCG all code is translated anew. On two processors their first heartbeat comes twice as soon for it,
+/// and the last of their memory by a sixth later.
+const FIRST_BREATH: Duration = Duration::from_millis(90);
+
 /// Which guest to fork, and into what.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -112,15 +121,6 @@ struct Clones {
     /// Requested once they run, or this is dropped.
     clones_run: Cancellation,
 }
-
-/// How long clones are waited for that start, before memory is read at full speed: what the source writes
-/// meanwhile waits longer.
-const CLONES_FIRST: Duration = Duration::from_millis(50);
-
-/// How long clones that run have the processors for themselves: every page that they touch is a fault then, and
-/// under TCG all code is translated anew. On two processors their first heartbeat comes twice as soon for it,
-/// and the last of their memory by a sixth later.
-const FIRST_BREATH: Duration = Duration::from_millis(90);
 
 impl Drop for Clones {
     fn drop(&mut self) {
