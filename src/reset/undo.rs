@@ -1,8 +1,10 @@
 //! How a guest's memory goes back, by how it came.
 
+use std::ops::ControlFlow;
+
 use super::ResetError;
 use super::mapped::MappedMemory;
-use super::requests::Tracked;
+use super::requests::{Asked, Request, ResetOutcome, Tracked};
 use super::tracker::Tracker;
 
 /// What takes a guest's memory back.
@@ -79,8 +81,26 @@ impl Undo {
         }
     }
 
+    /// Answers what is asked for other than a reset, and tells whether the guest's writes are still
+    /// tracked. A request for a reset is given back.
+    pub async fn answer(&self, asked: Asked) -> ControlFlow<bool, Asked> {
+        match asked.request {
+            Request::Reset => ControlFlow::Continue(asked),
+            Request::Tell => {
+                asked.tell(&self.tracked()).await;
+                ControlFlow::Break(true)
+            }
+            Request::LetGo => {
+                // Whoever asks goes on as soon as it is answered.
+                self.end();
+                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
+                ControlFlow::Break(false)
+            }
+        }
+    }
+
     /// What is tracked.
-    pub fn tracked(&self) -> Tracked {
+    fn tracked(&self) -> Tracked {
         match self {
             Undo::Tracked(tracker) => tracker.tracked(),
             Undo::Mapped(memory) => Tracked { image: memory.image(), blocks: Vec::new() },

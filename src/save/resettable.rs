@@ -6,6 +6,7 @@
 //! page is protected before it is looked at, and what differs counts as written.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,8 +24,8 @@ use crate::libvirt::block_name;
 use crate::page::{Block, PageSource};
 use crate::qmp::{Qmp, RamBlock};
 use crate::reset::{
-    Asked, GuestMemory, Request, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder,
-    SOCKET, StateFile, Tracker, Undo,
+    Asked, GuestMemory, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder, SOCKET,
+    StateFile, Tracker, Undo,
 };
 use crate::runs::{Entry, ProcessId, Record};
 use crate::transport::search::{SearchError, find_among};
@@ -213,20 +214,10 @@ impl SavedGuest {
 
     /// Does what somebody asks for. Returns whether the guest's writes are still tracked.
     async fn answer(&mut self, asked: Asked, on_event: OnEvent<'_>) -> Result<bool, ResetError> {
-        match asked.request {
-            Request::Reset => {}
-            Request::Tell => {
-                let tracked = self.rewinder.memory().tracked();
-                asked.tell(&tracked).await;
-                return Ok(true);
-            }
-            Request::LetGo => {
-                // Whoever asks goes on as soon as it is answered.
-                self.rewinder.memory().end();
-                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
-                return Ok(false);
-            }
-        }
+        let asked = match self.rewinder.memory().answer(asked).await {
+            ControlFlow::Continue(asked) => asked,
+            ControlFlow::Break(is_tracked) => return Ok(is_tracked),
+        };
         match self.rewind().await {
             Ok((reset, qmp)) => {
                 asked.answer(&reset.into()).await;

@@ -1,5 +1,6 @@
 //! Resettable: the guest can be taken back to its image inside its QEMU.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,7 +8,7 @@ use super::contents::set_clock;
 use super::resident::{Held, Resident};
 use crate::image::Sections;
 use crate::qmp::{Events, QmpError};
-use crate::reset::{Asked, Request, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder};
+use crate::reset::{Asked, Requests, Reset, ResetError, ResetOutcome, ResetWay, Rewinder};
 use crate::revert::cards::Unplugged;
 use crate::revert::error::RevertError;
 use crate::revert::event::{OnEvent, RevertEvent};
@@ -170,20 +171,10 @@ impl Resettable {
         asked: Asked,
         on_event: OnEvent<'_>,
     ) -> Result<bool, RevertError> {
-        match asked.request {
-            Request::Reset => {}
-            Request::Tell => {
-                let tracked = self.rewinder.memory().tracked();
-                asked.tell(&tracked).await;
-                return Ok(true);
-            }
-            Request::LetGo => {
-                // Whoever asks goes on as soon as it is answered.
-                self.rewinder.memory().end();
-                asked.answer(&ResetOutcome::Done { pages: 0, took_ms: 0.0 }).await;
-                return Ok(false);
-            }
-        }
+        let asked = match self.rewinder.memory().answer(asked).await {
+            ControlFlow::Continue(asked) => asked,
+            ControlFlow::Break(is_tracked) => return Ok(is_tracked),
+        };
         let reset = self.rewind(false).await.map(|(reset, _)| reset);
         asked.answer(&outcome(&reset)).await;
         match reset {
