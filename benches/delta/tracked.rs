@@ -1,13 +1,13 @@
 //! The same delta of a guest whose writes were tracked since the parent, and of one of which nobody
 //! knows what it has written, in turn.
 
+use std::ffi::OsStr;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use snapback::page::PAGE_SIZE;
 
-use crate::guests::{Reverted, snapback};
+use crate::guests::{Reverted, event, events, snapback};
 use crate::support::{Fill, Guest, GuestOptions, Qemu, Result, percentile};
 
 const MIB: f64 = (1 << 20) as f64;
@@ -77,21 +77,15 @@ pub fn run(plan: &Plan, folder: &Path) -> Result<()> {
 
 /// Saves a guest on top of its parent, and returns what the program told.
 fn save(guest: &Reverted, parent: &Path, image: &Path, plan: &Plan) -> Result<Vec<Value>> {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
-    command.args(["save", "--json", "--memory-only", "--compress", &plan.compress, "--parent"]);
-    command.arg(parent).arg("--qmp").arg(&guest.socket).arg(image);
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
-    let lines = std::str::from_utf8(&output.stdout)?.lines();
-    Ok(lines.map(serde_json::from_str).collect::<serde_json::Result<_>>()?)
+    let options = ["save", "--json", "--memory-only", "--compress", &plan.compress, "--parent"];
+    let mut words = options.map(OsStr::new).to_vec();
+    words.extend([parent.as_ref(), "--qmp".as_ref(), guest.socket.as_os_str(), image.as_ref()]);
+    events(&words)
 }
 
 impl Row {
     fn add(&mut self, events: &[Value], is_tracked: bool) -> Result<()> {
-        let event = |name: &str| {
-            let found = events.iter().find(|event| event["event"] == name);
-            found.ok_or_else(|| format!("no `{name}` in {events:?}"))
-        };
-        let (moment, saved) = (event("moment")?, event("saved")?);
+        let (moment, saved) = (event(events, "moment")?, event(events, "saved")?);
         let number = |value: &Value| value.as_f64().ok_or_else(|| format!("{events:?}"));
         let since = &saved["changed_since"];
         if (since["by"] == "write_protection") != is_tracked {

@@ -1,9 +1,11 @@
 //! What guests at work get done while they are saved.
 
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::support::{Guest, Qemu, Result, cont, debian, stop, wait_for};
+use crate::guests::Kind;
+use crate::support::{Guest, Qemu, Result, cont, debian, stop};
 use crate::ways::{Times, Way, ms};
 
 /// Pages that a guest at work rewrites again and again: 128 MiB.
@@ -12,8 +14,8 @@ const HOT_PAGES: u64 = 32 << 10;
 /// How long a guest at work is watched: no save takes as long.
 const WINDOW: Duration = Duration::from_secs(8);
 
-/// Allowed for a database to get to work.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// RAM of a guest with a database.
+const MIB: u64 = 512;
 
 /// How much memory guests rewrite, each saved by its way, and how much alone.
 ///
@@ -42,14 +44,9 @@ pub fn rewriting(guests: [&mut Guest; 3], folder: &Path, runs: usize) -> Result<
 pub fn transacting(qemu: Qemu, folder: &Path, runs: usize) -> Result<()> {
     let mut works = Vec::new();
     for (number, way) in Way::all(folder, "zstd:1").into_iter().enumerate() {
-        let disk = debian::make_disk(&folder.join(format!("disk{number}.qcow2")))?;
-        let mut guest = Guest::boot(&debian::options(qemu, disk))?;
-        debian::run(&mut guest.oracle, "cat /usr/bin/* /usr/sbin/* >/dev/null")?;
-        let before = debian::transactions(&mut guest.oracle)?;
-        debian::start_pgbench(&mut guest.oracle, 4)?;
-        wait_for(PATIENCE, "pgbench to commit 200 transactions", || {
-            Ok((debian::transactions(&mut guest.oracle)? > before + 200).then_some(()))
-        })?;
+        let own = folder.join(number.to_string());
+        fs::create_dir(&own)?;
+        let guest = Kind::Debian.at_work(qemu, MIB, &own)?;
         stop(&guest.qmp_path)?;
         works.push((guest, way, Done::default()));
     }

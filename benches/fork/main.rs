@@ -13,10 +13,13 @@
 //! docs/performance.md.
 
 mod at_work;
+#[path = "../image_sweep/guests.rs"]
+mod guests;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod ways;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,11 +27,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use guests::event;
 use serde_json::{Value, json};
 use support::{
     Attached, Fill, Guest, GuestOptions, Qemu, Result, SerialLog, cont, qmp, spawn_bound, wait_for,
 };
-use ways::{Times, Way, event, ms, snapback};
+use ways::{Times, Way, ms};
 
 /// Allowed for a QEMU to load a guest.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -112,11 +116,9 @@ struct Guests {
 /// Saves in turn by each way; what is saved is as much each time, to a few pages.
 fn saves(guests: &Guests, folder: &Path, runs: usize) -> Result<()> {
     let [ours, stream, peer] = Way::all(folder, "none");
-    let mut by_program = [
-        (ours, &guests.ours, [const { Times::new() }; 3]),
-        (stream, &guests.stream, [const { Times::new() }; 3]),
-    ];
-    let mut by_qemu = Times::new();
+    let times = || [(); 3].map(|()| Times::default());
+    let mut by_program = [(ours, &guests.ours, times()), (stream, &guests.stream, times())];
+    let mut by_qemu = Times::default();
     for _ in 0..runs {
         for (way, guest, [times, pauses, protected]) in &mut by_program {
             let (took, events) = way.save(guest)?;
@@ -145,7 +147,7 @@ fn saves(guests: &Guests, folder: &Path, runs: usize) -> Result<()> {
 
 /// How long guests that QEMU itself has loaded take to their first heartbeat.
 fn loads(equal: &GuestOptions, guest: &Guest, folder: &Path, runs: usize) -> Result<()> {
-    let mut times = Times::new();
+    let mut times = Times::default();
     let stream = folder.join("vm.stream");
     ways::snapshot(guest, &stream)?;
     for run in 0..runs {
@@ -194,11 +196,11 @@ fn first_written(log: &SerialLog, done: &AtomicBool) -> Option<Instant> {
 
 fn forks(guest: &Guest, folder: &Path, runs: usize) -> Result<()> {
     let mut quantities: [(&str, Times); 5] = [
-        ("pause", Times::new()),
-        ("moment to the clone running", Times::new()),
-        ("command to the clone running", Times::new()),
-        ("the clone running to its first heartbeat", Times::new()),
-        ("moment to all of its memory in place", Times::new()),
+        ("pause", Times::default()),
+        ("moment to the clone running", Times::default()),
+        ("command to the clone running", Times::default()),
+        ("the clone running to its first heartbeat", Times::default()),
+        ("moment to all of its memory in place", Times::default()),
     ];
     for run in 0..runs {
         let own = folder.join(format!("clone{run}"));
@@ -209,7 +211,7 @@ fn forks(guest: &Guest, folder: &Path, runs: usize) -> Result<()> {
         let done = AtomicBool::new(false);
         let (events, first) = std::thread::scope(|scope| {
             let watcher = scope.spawn(|| first_written(&log, &done));
-            let events = snapback(&words);
+            let events = guests::events(&words.map(OsStr::new));
             done.store(true, Ordering::Relaxed);
             (events, watcher.join().ok().flatten())
         });

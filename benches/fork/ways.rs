@@ -1,12 +1,13 @@
 //! The ways to save a guest that are compared, and times.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::guests::events;
 use crate::support::{Guest, Result, qmp, wait_for};
 
 /// A quantity as it was measured.
@@ -14,10 +15,6 @@ use crate::support::{Guest, Result, qmp, wait_for};
 pub struct Times(Vec<f64>);
 
 impl Times {
-    pub const fn new() -> Times {
-        Times(Vec::new())
-    }
-
     pub fn push(&mut self, value: f64) {
         self.0.push(value);
     }
@@ -49,25 +46,6 @@ impl Times {
 
 pub fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
-}
-
-/// The events that the program prints.
-///
-/// # Errors
-/// When it fails.
-pub fn snapback(words: &[&str]) -> Result<Vec<Value>> {
-    let program = env!("CARGO_BIN_EXE_snapback");
-    let ended = Command::new(program).args(words).stderr(Stdio::null()).output()?;
-    if !ended.status.success() {
-        return Err(format!("`snapback {}` failed", words.join(" ")).into());
-    }
-    let lines = ended.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    Ok(lines.map(serde_json::from_slice).collect::<std::result::Result<_, _>>()?)
-}
-
-pub fn event<'a>(events: &'a [Value], name: &str) -> Result<&'a Value> {
-    let found = events.iter().find(|event| event["event"] == name);
-    found.ok_or_else(|| format!("no event `{name}`").into())
 }
 
 /// How a guest's memory is saved.
@@ -105,11 +83,20 @@ impl Way {
     }
 
     fn by_program(&self, guest: &Guest, read: &str) -> Result<(Duration, Vec<Value>)> {
-        let (qmp, file) = (guest.qmp_path.display().to_string(), self.file.display().to_string());
-        let options = ["--json", "--memory-only", "--compress", self.compress, "--read", read];
-        let words = [&["save"], &options[..], &["--qmp", &qmp, &file]].concat();
+        let options = [
+            "save",
+            "--json",
+            "--memory-only",
+            "--compress",
+            self.compress,
+            "--read",
+            read,
+            "--qmp",
+        ];
+        let mut words = options.map(OsStr::new).to_vec();
+        words.extend([guest.qmp_path.as_os_str(), self.file.as_os_str()]);
         let begun = Instant::now();
-        let events = snapback(&words)?;
+        let events = events(&words)?;
         Ok((begun.elapsed(), events))
     }
 }

@@ -73,6 +73,29 @@ pub fn snapback(args: &[&OsStr]) -> Result<()> {
     }
 }
 
+/// Runs the program to its end, and returns the events that it told by `--json`.
+///
+/// # Errors
+/// When it fails.
+pub fn events(args: &[&OsStr]) -> Result<Vec<Value>> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_snapback"));
+    let ended = command.args(args).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    if !ended.status.success() {
+        return Err(format!("{command:?} failed").into());
+    }
+    let lines = std::str::from_utf8(&ended.stdout)?.lines();
+    Ok(lines.map(serde_json::from_str).collect::<serde_json::Result<_>>()?)
+}
+
+/// The first event of that name.
+///
+/// # Errors
+/// When there is none.
+pub fn event<'a>(events: &'a [Value], name: &str) -> Result<&'a Value> {
+    let found = events.iter().find(|event| event["event"] == name);
+    found.ok_or_else(|| format!("no `{name}` in {events:?}").into())
+}
+
 /// Saves a guest's memory, not its disks, while it runs.
 ///
 /// # Errors
